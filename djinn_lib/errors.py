@@ -1,0 +1,39 @@
+"""The errors that djinn_lib raises on purpose.
+
+Each message says what was expected, what came and what to do. Every class also derives from the
+built-in error that a caller would reach for first, so `except ValueError` works as expected.
+"""
+
+from __future__ import annotations
+
+
+class DjinnError(Exception):
+    """Base of every error that djinn_lib raises on purpose."""
+
+
+class ConfigError(DjinnError, ValueError):
+    """A parameter, profile, model name or system name that cannot be used."""
+
+
+class TraceError(DjinnError, ValueError):
+    """A trace that is malformed or does not fit the models at hand."""
+
+
+class RecordError(DjinnError, ValueError):
+    """Rows or a manifest that break the schema."""
+
+
+class CheckpointError(DjinnError, ValueError):
+    """Weights that are missing, truncated, corrupted or in a refused format."""
+
+
+class CapacityError(DjinnError, MemoryError):
+    """More memory was asked for than the ring, the device or the host has."""
+
+
+class PlatformError(DjinnError, RuntimeError):
+    """The operating system or driver lacks what a backend needs."""
+
+
+class LeaseError(DjinnError, RuntimeError):
+    """A lease was used after its release, or a leased model was to be changed."""

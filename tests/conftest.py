@@ -1,0 +1,46 @@
+"""What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+
+# Read when torch, huggingface_hub and Ray are first imported, in this process and its children.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import numpy as np
+import pytest
+
+
+def cuda_device_count() -> int:
+    """How many GPUs the driver lists; asked from outside, so that CUDA is not initialised here."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and cuda_device_count() == 0:
+        skip = pytest.mark.skip(reason="needs a CUDA device; nvidia-smi lists none")
+        for item in marked:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The same draws in every run. torch seeds its own generators where a test uses them."""
+    random.seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator for tests that draw their own data."""
+    return np.random.default_rng(0)
