@@ -1,0 +1,263 @@
+"""The ring: which frame of device memory holds which page of which model.
+
+Pure bookkeeping, without torch: every decision about residency is made here, and the code that
+moves bytes only carries it out. The terms are those of operating systems. A *frame* is one of
+`n_frames` equal pieces of device memory; a *page* is an equally large piece of a model's packed
+weights; a *page table* says which frame holds a page.
+
+Two invariants make the ring small enough to reason about:
+
+* **Prefix residency.** The resident pages of a model are always its first ones. Weights are packed
+  in execution order, so a partly resident model can start computing at once while the tail
+  streams in. A page table is therefore a list of frames, and its length is all there is to know.
+* **Weights are read-only.** Evicting a page frees its frame; nothing is ever written back.
+
+Free frames stand in a queue in the order in which they were freed. Taking from its head is the hand
+of a clock sweeping round the ring: a frame is reused as late as possible, so that the work which
+read its old page has had the longest time to retire.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from djinn_lib.errors import CapacityError, ConfigError, LeaseError
+
+Residency = Literal["partial", "whole"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Consecutive pages of one model and the frame of each: `first_page + i` is in `frames[i]`."""
+
+    model: str
+    first_page: int
+    frames: tuple[int, ...]
+
+
+class VictimOrder(Protocol):
+    """What the ring asks of an eviction policy (see `djinn_lib.policy`)."""
+
+    def victims(self, candidates: frozenset[str]) -> Iterable[str]:
+        """Yield models of `candidates` in the order in which they should lose pages."""
+        ...
+
+
+class Ring:
+    """Page tables over `n_frames` frames.
+
+    Args:
+        n_frames: number of frames, at least 1.
+        residency: ``"partial"`` takes from victims only as many pages as are needed, from the
+            tail; ``"whole"`` takes all the pages of a victim, as caches of whole models do.
+    """
+
+    def __init__(self, n_frames: int, residency: Residency = "partial") -> None:
+        if n_frames < 1:
+            raise CapacityError(
+                f"expected a ring of at least 1 frame, got {n_frames}: "
+                "raise the capacity or choose smaller pages"
+            )
+        if residency not in ("partial", "whole"):
+            raise ConfigError(f"expected residency 'partial' or 'whole', got {residency!r}")
+        self.n_frames = n_frames
+        self.residency: Residency = residency
+        self._free: deque[int] = deque(range(n_frames))
+        self._n_pages: dict[str, int] = {}
+        self._tables: dict[str, list[int]] = {}
+        self._leases: dict[str, int] = {}
+        self._resident: set[str] = set()  # models with at least one page: what a victim can be
+
+    # -- what is where ---------------------------------------------------------------------
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model added, in order of addition."""
+        return tuple(self._n_pages)
+
+    @property
+    def n_free(self) -> int:
+        """Number of free frames."""
+        return len(self._free)
+
+    def n_pages(self, model: str) -> int:
+        """Number of pages of `model`, resident or not."""
+        return self._n_pages[self._known(model)]
+
+    def n_resident(self, model: str) -> int:
+        """Number of resident pages of `model`; they are its first ones."""
+        return len(self._tables[self._known(model)])
+
+    def n_missing(self, model: str) -> int:
+        """Number of pages of `model` that have to be loaded before it is whole."""
+        return self.n_pages(model) - self.n_resident(model)
+
+    def frames(self, model: str) -> tuple[int, ...]:
+        """The page table of `model`: the frame of each resident page, in page order."""
+        return tuple(self._tables[self._known(model)])
+
+    def is_leased(self, model: str) -> bool:
+        """Whether a lease protects the pages of `model` from eviction."""
+        return self._leases[self._known(model)] > 0
+
+    def _known(self, model: str) -> str:
+        if model not in self._n_pages:
+            raise ConfigError(
+                f"expected one of the models {list(self._n_pages)}, got {model!r}: add it first"
+            )
+        return model
+
+    # -- models ----------------------------------------------------------------------------
+
+    def add(self, model: str, n_pages: int) -> None:
+        """Add a model of `n_pages` pages, none of them resident.
+
+        Raises:
+            ConfigError: the name is taken or `n_pages` is below 1.
+            CapacityError: the model alone is larger than the ring.
+        """
+        if model in self._n_pages:
+            raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
+        if n_pages < 1:
+            raise ConfigError(f"expected at least 1 page for {model!r}, got {n_pages}")
+        if n_pages > self.n_frames:
+            raise CapacityError(
+                f"expected a model of at most {self.n_frames} pages (the ring's frames), got "
+                f"{model!r} with {n_pages}: raise the capacity"
+            )
+        self._n_pages[model] = n_pages
+        self._tables[model] = []
+        self._leases[model] = 0
+
+    def remove(self, model: str) -> Extent:
+        """Forget a model and free its frames; returns the extent that was resident."""
+        extent = self.evict(model, self.n_resident(model))
+        del self._n_pages[model], self._tables[model], self._leases[model]
+        return extent
+
+    # -- leases ----------------------------------------------------------------------------
+
+    def lease(self, model: str) -> None:
+        """Protect the pages of `model` from eviction until the matching `release`."""
+        self._leases[self._known(model)] += 1
+
+    def release(self, model: str) -> None:
+        """Give one lease back."""
+        if not self.is_leased(model):
+            raise LeaseError(f"expected a leased model, got {model!r}, which holds no lease")
+        self._leases[model] -= 1
+
+    # -- eviction and mapping --------------------------------------------------------------
+
+    def n_evictable(self, model: str) -> int:
+        """Number of frames that other, unleased models hold."""
+        return sum(len(self._tables[victim]) for victim in self._candidates(model))
+
+    def can_load(self, model: str) -> bool:
+        """Whether every missing page of `model` could be mapped, evicting if need be."""
+        return self.n_missing(model) <= self.n_free + self.n_evictable(model)
+
+    def make_room(self, model: str, policy: VictimOrder) -> list[Extent]:
+        """Evict until every missing page of `model` has a free frame.
+
+        Returns the evicted extents, each the tail of its victim. When there is not enough to
+        evict, nothing changes.
+
+        Raises:
+            CapacityError: leases hold too many frames.
+        """
+        if not self.can_load(model):
+            leased = {
+                m: self.n_resident(m) for m in self.models if m != model and self.is_leased(m)
+            }
+            raise CapacityError(
+                f"expected {self.n_missing(model)} frames for {model!r}, got {self.n_free} free "
+                f"and {self.n_evictable(model)} evictable of {self.n_frames}; leases hold "
+                f"{leased}: release one or raise the capacity"
+            )
+        shortfall = self.n_missing(model) - self.n_free
+        evicted: list[Extent] = []
+        if shortfall <= 0:
+            return evicted
+        for victim in policy.victims(self._candidates(model)):
+            n_taken = len(self._tables[victim])
+            if self.residency == "partial":
+                n_taken = min(n_taken, shortfall)
+            evicted.append(self.evict(victim, n_taken))
+            shortfall -= n_taken
+            if shortfall <= 0:
+                return evicted
+        raise ConfigError(
+            f"expected a policy that orders all of {sorted(self._candidates(model))}, got one "
+            f"that stopped with {shortfall} frames to go: yield every candidate"
+        )
+
+    def _candidates(self, model: str) -> frozenset[str]:
+        return frozenset(m for m in self._resident if m != model and not self._leases[m])
+
+    def evict(self, model: str, n_pages: int) -> Extent:
+        """Free the frames of the last `n_pages` resident pages of an unleased model.
+
+        Raises:
+            LeaseError: the model is leased.
+            ConfigError: it has fewer resident pages than that.
+        """
+        if self.is_leased(model):
+            raise LeaseError(
+                f"expected an unleased model to evict, got {model!r}: release it first"
+            )
+        return self.roll_back(model, n_pages)
+
+    def roll_back(self, model: str, n_pages: int) -> Extent:
+        """Like `evict`, leased or not: for pages whose copy failed, so that nobody can use them."""
+        table = self._tables[self._known(model)]
+        if not 0 <= n_pages <= len(table):
+            raise ConfigError(f"expected 0 to {len(table)} pages of {model!r}, got {n_pages}")
+        first_page = len(table) - n_pages
+        extent = Extent(model, first_page, tuple(table[first_page:]))
+        del table[first_page:]
+        self._free.extend(extent.frames)
+        if not table:
+            self._resident.discard(model)
+        return extent
+
+    def map_missing(self, model: str) -> Extent:
+        """Give every missing page of `model` a free frame, in page order.
+
+        Raises:
+            CapacityError: too few free frames; call `make_room` first.
+        """
+        table, n_missing = self._tables[self._known(model)], self.n_missing(model)
+        if n_missing > self.n_free:
+            raise CapacityError(
+                f"expected {n_missing} free frames for {model!r}, got {self.n_free}: "
+                "make room first"
+            )
+        take = self._free.popleft
+        extent = Extent(model, len(table), tuple([take() for _ in range(n_missing)]))
+        table.extend(extent.frames)
+        if table:
+            self._resident.add(model)
+        return extent
+
+    # -- audit -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Audit the whole state; raises `AssertionError` naming the first broken invariant."""
+
+        def ensure(holds: bool, what: str) -> None:
+            if not holds:
+                raise AssertionError(f"ring invariant broken: {what}")
+
+        held = [frame for table in self._tables.values() for frame in table]
+        every = sorted(held + list(self._free))
+        ensure(every == list(range(self.n_frames)), "each frame is free or in exactly one table")
+        ensure(self._tables.keys() == self._n_pages.keys(), "each model has one page table")
+        ensure(self._leases.keys() == self._n_pages.keys(), "each model has one lease count")
+        for model, table in self._tables.items():
+            ensure(len(table) <= self._n_pages[model], f"{model!r} has no page beyond its last")
+            ensure(self._leases[model] >= 0, f"{model!r} has no negative lease count")
+            ensure((model in self._resident) == bool(table), f"{model!r} is listed if resident")

@@ -1,0 +1,135 @@
+"""The host swap pool: the master copy of every model's weights, packed for loading.
+
+A master is one buffer of exactly the model's size, tensors back to back in execution order, so that
+loading the first pages is loading the first layers. Masters are filled once and only read after
+that; an eviction has nothing to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from djinn_lib.errors import CapacityError, ConfigError
+from djinn_lib.units import format_bytes
+
+ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own allocator, count on
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one tensor lies in a packed model: `offset` and `n_bytes` in bytes from its start."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """First byte after the tensor."""
+        return self.offset + self.n_bytes
+
+    def view(self, packed: torch.Tensor) -> torch.Tensor:
+        """The tensor as a view of `packed`, the model's bytes (1-d uint8)."""
+        return packed[self.offset : self.end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The slots of a packed model, in order of their offsets."""
+
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def pack(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> Layout:
+        """Lay (name, shape, dtype) out in the given order, aligned to `ALIGNMENT_BYTES`."""
+        slots, offset = [], 0
+        for name, shape, dtype in tensors:
+            slot = Slot(name, tuple(shape), dtype, offset)
+            slots.append(slot)
+            offset = -(-slot.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return cls(tuple(slots))
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the packed model in bytes."""
+        return self.slots[-1].end if self.slots else 0
+
+    def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every tensor by name, as views of `packed` (1-d uint8 of at least `n_bytes`)."""
+        return {slot.name: slot.view(packed) for slot in self.slots}
+
+
+Fill = Callable[[Mapping[str, torch.Tensor]], None]
+
+
+class SwapPool:
+    """One master per model in host memory.
+
+    A source of pages for the pager: `page_source(model)` is all it asks for.
+    """
+
+    def __init__(self) -> None:
+        self._masters: dict[str, torch.Tensor] = {}
+        self._layouts: dict[str, Layout] = {}
+
+    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+        """Make the master of `model`: `fill` gets its tensors by name and writes all of them.
+
+        A `fill` that raises leaves nothing behind.
+
+        Raises:
+            ConfigError: the name is taken or the layout is empty.
+            CapacityError: the host has too little memory.
+        """
+        if model in self._masters:
+            raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
+        if not layout.n_bytes:
+            raise ConfigError(f"expected a model with weights, got none for {model!r}")
+        master = _host_buffer(layout.n_bytes)
+        fill(layout.views(master))
+        self._masters[model], self._layouts[model] = master, layout
+
+    def discard(self, model: str) -> None:
+        """Free the master of `model`, if there is one."""
+        self._masters.pop(model, None)
+        self._layouts.pop(model, None)
+
+    def layout(self, model: str) -> Layout:
+        """How the tensors of `model` are packed."""
+        return self._layouts[model]
+
+    def page_source(self, model: str) -> torch.Tensor:
+        """The packed bytes of `model` (1-d uint8, host), to be read only."""
+        return self._masters[model]
+
+    def sha256(self, model: str) -> str:
+        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        return hashlib.sha256(self._masters[model].numpy().data).hexdigest()
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory of all masters in bytes."""
+        return sum(master.numel() for master in self._masters.values())
+
+
+def _host_buffer(n_bytes: int) -> torch.Tensor:
+    """Exactly `n_bytes` of zeroed host memory; freed with the last tensor that views it."""
+    try:
+        return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
+    except OSError as error:
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
+            f"{error.strerror}: free memory or add fewer models"
+        ) from error

@@ -1,0 +1,172 @@
+"""The CPU backend: real mappings, real faults."""
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from djinn_lib import address_space as module
+from djinn_lib.address_space import CpuAddressSpace, open_address_space
+from djinn_lib.errors import CapacityError, ConfigError, PlatformError
+
+PAGE = 64 << 10
+
+
+@pytest.fixture
+def space():
+    space = CpuAddressSpace(n_frames=8, page_bytes=PAGE)
+    yield space
+    space.close()
+
+
+def fill(view, first_page, values):
+    for i, value in enumerate(values):
+        view[(first_page + i) * PAGE : (first_page + i + 1) * PAGE] = value
+
+
+def read(view, page):
+    values = view[page * PAGE : (page + 1) * PAGE].unique()
+    assert len(values) == 1
+    return int(values)
+
+
+def test_bytes_follow_the_frame_not_the_address(space):
+    a, b = space.reserve(4), space.reserve(4)
+    view_a, view_b = space.bytes_view(a), space.bytes_view(b)
+    space.map(a, 0, [5, 2, 3, 7])
+    fill(view_a, 0, [50, 20, 30, 70])
+    space.unmap(a, 0, 4)
+    space.map(b, 0, [7, 5])
+    space.map(b, 2, [3, 2])
+    assert [read(view_b, page) for page in range(4)] == [70, 50, 30, 20]
+
+
+def test_a_tensor_keeps_its_address_over_remapping(space):
+    area = space.reserve(2)
+    view = space.bytes_view(area)
+    tensor = view[PAGE:].view(torch.float32)
+    space.map(area, 0, [0, 1])
+    tensor.fill_(1.5)
+    pointer = tensor.data_ptr()
+    space.unmap(area, 1, 1)
+    space.map(area, 1, [6])
+    tensor.fill_(2.5)
+    space.unmap(area, 1, 1)
+    space.map(area, 1, [1])
+    assert tensor.data_ptr() == pointer == area.address + PAGE
+    assert bool((tensor == 1.5).all())
+
+
+def test_the_same_frame_can_be_seen_at_two_addresses(space):
+    areas = [space.reserve(1), space.reserve(1)]
+    for area in areas:
+        space.map(area, 0, [4])
+    space.bytes_view(areas[0]).fill_(9)
+    assert read(space.bytes_view(areas[1]), 0) == 9
+
+
+@pytest.mark.parametrize("step", ["reserve", "map-unmap", "neighbour"])
+def test_touching_an_unmapped_page_faults(step):
+    code = f"""
+from djinn_lib.address_space import CpuAddressSpace
+space = CpuAddressSpace(4, {PAGE})
+area = space.reserve(2)
+view = space.bytes_view(area)
+if {step!r} != "reserve":
+    space.map(area, 0, [0, 1])
+    view.fill_(3)
+    space.unmap(area, 1 if {step!r} == "neighbour" else 0, 1)
+    if {step!r} == "neighbour":
+        assert int(view[{PAGE} - 1]) == 3
+print("so far", flush=True)
+print(int(view[{PAGE} if {step!r} == "neighbour" else 0]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "so far\n"
+    assert done.returncode in (-11, -7)  # SIGSEGV or SIGBUS
+
+
+def test_a_failed_map_leaves_nothing_mapped(space, monkeypatch):
+    area = space.reserve(4)
+    real, calls = space._mmap, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise PlatformError("no more mappings")
+        return real(*arguments)
+
+    monkeypatch.setattr(space, "_mmap", failing)
+    with pytest.raises(PlatformError, match="no more mappings"):
+        space.map(area, 0, [0, 2, 4, 6])
+    assert calls[-1][2] == 0  # the last call made the pages inaccessible again
+    assert calls[-1][:2] == (area.address, 4 * PAGE)
+
+
+def test_neighbouring_frames_are_mapped_by_one_call(space, monkeypatch):
+    area, calls = space.reserve(6), []
+    monkeypatch.setattr(space, "_mmap", lambda *arguments: calls.append(arguments))
+    space.map(area, 0, [3, 4, 5, 0, 7])
+    assert [(call[1] // PAGE, call[5] // PAGE) for call in calls] == [(3, 3), (1, 0), (1, 7)]
+
+
+def test_close_gives_everything_back_and_can_be_repeated():
+    process = psutil.Process()
+    before = process.num_fds(), len(process.memory_maps(grouped=False))
+    for _ in range(20):
+        space = CpuAddressSpace(16, PAGE)
+        area = space.reserve(16)
+        space.map(area, 0, range(16))
+        space.bytes_view(area).fill_(1)
+        space.close()
+        space.close()
+    assert process.num_fds() == before[0]
+    assert len(process.memory_maps(grouped=False)) <= before[1] + 5
+
+
+@pytest.mark.parametrize("page_bytes", [0, 1, 1000, 4097, 6000])
+def test_pages_are_multiples_of_the_granularity(page_bytes):
+    with pytest.raises(ConfigError, match="expected pages of a multiple"):
+        CpuAddressSpace(4, page_bytes)
+
+
+def test_more_than_the_free_memory_is_refused_before_anything_is_taken():
+    n_frames = psutil.virtual_memory().total // (1 << 30) + 1
+    before = psutil.Process().num_fds()
+    with pytest.raises(CapacityError, match="lower the capacity"):
+        CpuAddressSpace(n_frames, 1 << 30)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_full_memory_at_allocation_is_reported(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = psutil.Process().num_fds()
+    with pytest.raises(CapacityError, match="No space left"):
+        CpuAddressSpace(4, PAGE)
+    assert psutil.Process().num_fds() == before
+
+
+def test_too_many_mappings_are_refused():
+    with pytest.raises(PlatformError, match=r"vm\.max_map_count"):
+        CpuAddressSpace(10**8, 4096)
+
+
+def test_a_platform_without_memfd_is_refused(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(PlatformError, match="memfd_create"):
+        CpuAddressSpace(4, PAGE)
+    monkeypatch.undo()
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    with pytest.raises(PlatformError, match="got darwin"):
+        CpuAddressSpace(4, PAGE)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ConfigError, match="expected device"):
+        open_address_space(torch.device("meta"), 4, PAGE)

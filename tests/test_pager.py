@@ -1,0 +1,351 @@
+"""The pager on real mappings: bytes equal masters after anything that happens."""
+
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from djinn_lib import copier as copier_module
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
+from djinn_lib.pager import Pager
+from djinn_lib.swap_pool import Layout, SwapPool
+
+PAGE = 16 << 10
+CPU = torch.device("cpu")
+
+
+def make_pager(sizes, n_frames, residency="partial"):
+    """A pager over models of random bytes; `sizes` in bytes by name."""
+    pool = SwapPool()
+    generator = torch.Generator().manual_seed(0)
+    for name, n_bytes in sizes.items():
+        layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
+        pool.add(name, layout, lambda views: views["w"].random_(0, 256, generator=generator))
+    pager = Pager(pool, n_frames * PAGE, PAGE, CPU, residency=residency)
+    views = {name: pager.add(name, n_bytes) for name, n_bytes in sizes.items()}
+    return pager, pool, views
+
+
+@pytest.fixture
+def three():
+    sizes = {"a": 10 * PAGE - 7, "b": 9 * PAGE, "c": 4 * PAGE + 1}
+    pager, pool, views = make_pager(sizes, n_frames=16)
+    yield pager, pool, views
+    pager.close()
+
+
+class Flaky:
+    """Copies pages, but fails at those it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.fail_at, self.n_copied, self.gate = None, 0, threading.Event()
+        self.gate.set()
+        monkeypatch.setattr(copier_module, "copy_page", self)
+
+    def __call__(self, target, source):
+        self.gate.wait(10)
+        self.n_copied += 1
+        if self.fail_at == self.n_copied:
+            raise OSError(5, "Input/output error")
+        target.copy_(source)
+
+
+def test_a_lease_brings_the_bytes(three):
+    pager, pool, views = three
+    with pager.lease("a") as lease:
+        pager.wait("a", 10 * PAGE - 7)
+        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.page_source("a"))
+    assert lease.loaded_bytes == 10 * PAGE - 7
+    assert (lease.resident_before_bytes, lease.evicted_bytes) == (0, 0)
+
+
+def test_a_hit_moves_nothing(three):
+    pager, _, _ = three
+    with pager.lease("a"):
+        pager.wait("a", PAGE)
+    with pager.lease("a") as lease:
+        pager.wait("a", 10 * PAGE - 7)
+    assert (lease.loaded_bytes, lease.stall_s, lease.load) == (0, 0.0, None)
+
+
+def test_a_victim_keeps_its_prefix(three):
+    pager, _, _ = three
+    for name, end in (("a", 10 * PAGE - 7), ("b", 9 * PAGE)):
+        with pager.lease(name) as lease:
+            pager.wait(name, end)
+    assert lease.evicted_bytes == 3 * PAGE - 7  # the last page of a is short of 7 bytes
+    assert pager.resident_bytes("a") == 7 * PAGE
+    with pager.lease("a") as lease:
+        pager.wait("a", 7 * PAGE)  # at once: these bytes never left
+        assert lease.stall_s == 0.0
+        assert lease.loaded_bytes == 3 * PAGE - 7
+    pager.check()
+
+
+def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
+    pager, pool, views = three
+    flaky = Flaky(monkeypatch)
+    flaky.gate.clear()
+    with pager.lease("b") as lease:
+        assert lease.load and not lease.load.ended
+        copied = threading.Thread(target=lambda: (time.sleep(0.05), flaky.gate.set()))
+        copied.start()
+        pager.wait("b", 1)
+        assert torch.equal(views["b"][:PAGE], pool.page_source("b")[:PAGE])
+        assert lease.stall_s >= 0.04
+        copied.join()
+
+
+def test_whole_residency_evicts_whole_models():
+    pager, _, _ = make_pager({"a": 10 * PAGE, "b": 9 * PAGE}, 16, residency="whole")
+    for name in "ab":
+        with pager.lease(name):
+            pager.wait(name, PAGE)
+    assert pager.resident_bytes("a") == 0
+    pager.close()
+
+
+def test_leased_pages_are_never_evicted(three):
+    pager, _, _ = three
+    with pager.lease("a"), pytest.raises(CapacityError, match="leases hold"):
+        pager.lease("b")
+    with pager.lease("b"):
+        pager.wait("b", 9 * PAGE)
+    pager.check()
+
+
+def test_use_without_a_lease_is_refused_instead_of_faulting(three):
+    pager, _, _ = three
+    with pytest.raises(LeaseError, match="inside `with"):
+        pager.wait("a", 1)
+    lease = pager.lease("a")
+    lease.release()
+    lease.release()  # giving back twice is harmless
+    with pytest.raises(LeaseError):
+        pager.wait("a", 1)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 9])
+def test_a_copy_that_fails_is_rolled_back_and_can_be_repeated(three, monkeypatch, fail_at):
+    pager, _, _ = three
+    flaky = Flaky(monkeypatch)
+    flaky.fail_at = fail_at
+    with pager.lease("b"), pytest.raises(DjinnError, match="try the request again") as caught:
+        pager.wait("b", 9 * PAGE)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert pager.resident_bytes("b") == (fail_at - 1) * PAGE
+    with pager.lease("b") as lease:
+        pager.wait("b", 9 * PAGE)
+        assert lease.loaded_bytes == (10 - fail_at) * PAGE
+    pager.check()
+
+
+def test_two_leases_share_one_load_and_its_failure(three, monkeypatch):
+    pager, _, _ = three
+    flaky = Flaky(monkeypatch)
+    flaky.gate.clear()
+    flaky.fail_at = 3
+    first, second = pager.lease("b"), pager.lease("b")
+    assert (first.loaded_bytes, second.loaded_bytes) == (9 * PAGE, 0)
+    flaky.gate.set()
+    for _ in range(2):
+        with pytest.raises(DjinnError):
+            pager.wait("b", 9 * PAGE)
+    first.release()
+    with pytest.raises(DjinnError):
+        pager.wait("b", 9 * PAGE)  # still: the bytes are not there
+    third = pager.lease("b")  # loads again, also for the one that is still waiting
+    pager.wait("b", 9 * PAGE)
+    second.release()
+    third.release()
+    pager.check()
+
+
+def test_an_abandoned_load_ends_before_its_frames_go_to_another(three, monkeypatch):
+    pager, pool, views = three
+    flaky = Flaky(monkeypatch)
+    flaky.gate.clear()
+    pager.lease("a").release()  # given up while not one page is there
+    threading.Timer(0.05, flaky.gate.set).start()
+    with pager.lease("b"):
+        pager.wait("b", 9 * PAGE)
+        assert torch.equal(views["b"][: 9 * PAGE], pool.page_source("b"))
+    pager.check()
+
+
+def test_a_map_that_fails_leaves_the_ring_as_it_was(three, monkeypatch):
+    pager, _, _ = three
+
+    def refuse(*_):
+        raise MemoryError("no mappings")
+
+    monkeypatch.setattr(pager.space, "map", refuse)
+    with pytest.raises(MemoryError):
+        pager.lease("a")
+    monkeypatch.undo()
+    assert (pager.resident_bytes("a"), pager.ring.n_free) == (0, 16)
+    assert not pager.ring.is_leased("a")
+    with pager.lease("a"):
+        pager.wait("a", PAGE)
+    pager.check()
+
+
+def test_a_reservation_that_fails_forgets_the_model(three, monkeypatch):
+    pager, _, _ = three
+
+    def refuse(*_):
+        raise MemoryError("no addresses")
+
+    monkeypatch.setattr(pager.space, "reserve", refuse)
+    with pytest.raises(MemoryError):
+        pager.add("d", PAGE)
+    assert "d" not in pager.ring.models
+
+
+def test_evict_and_remove(three):
+    pager, _, _ = three
+    with pager.lease("a"):
+        pager.wait("a", PAGE)
+        with pytest.raises(LeaseError):
+            pager.evict("a")
+    assert pager.evict("a") == 10 * PAGE - 7
+    assert pager.evict("a") == 0
+    pager.remove("a")
+    with pytest.raises(ConfigError, match="add it first"):
+        pager.lease("a")
+    pager.check()
+
+
+def test_check_finds_a_changed_byte(three):
+    pager, _, views = three
+    with pager.lease("c"):
+        pager.wait("c", 4 * PAGE + 1)
+    views["c"][1234] ^= 1
+    with pytest.raises(AssertionError, match="'c' differs from its master at byte 1234"):
+        pager.check()
+
+
+def test_capacity_and_page_limits():
+    pool = SwapPool()
+    with pytest.raises(CapacityError, match="at least one page"):
+        Pager(pool, PAGE - 1, PAGE, CPU)
+    with pytest.raises(ConfigError, match="at least 1 byte"):
+        Pager(pool, PAGE, 0, CPU)
+    pager = Pager(pool, 2 * PAGE, PAGE, CPU)
+    with pytest.raises(CapacityError, match="a model of at most"):
+        pager.add("large", 2 * PAGE + 1)
+    pager.close()
+
+
+def test_nothing_leaks():
+    process = psutil.Process()
+
+    def held():
+        copiers = [t for t in threading.enumerate() if t.name.startswith("djinn-copier")]
+        return process.num_fds(), len(copiers)
+
+    def cycle():
+        pager, _, _ = make_pager({"a": 8 * PAGE, "b": 8 * PAGE}, 12)
+        for name in "abab":
+            with pager.lease(name):
+                pager.wait(name, 8 * PAGE)
+        pager.close()
+
+    cycle()
+    before = held()
+    for _ in range(10):
+        cycle()
+    assert held() == before
+
+
+class PagerMachine(RuleBasedStateMachine):
+    """Random requests, leases and copy failures; after each step all bytes are right."""
+
+    @initialize(
+        n_frames=st.integers(6, 20),
+        sizes=st.lists(st.integers(1, 6 * PAGE), min_size=2, max_size=5),
+        residency=st.sampled_from(["partial", "whole"]),
+    )
+    def start(self, n_frames, sizes, residency):
+        self.sizes = {f"m{i}": n for i, n in enumerate(sizes)}
+        self.pager, self.pool, self.views = make_pager(self.sizes, n_frames, residency)
+        self.patch = pytest.MonkeyPatch()
+        self.flaky = Flaky(self.patch)
+        self.held = []
+
+    def acquire(self, model):
+        try:
+            return self.pager.lease(model)
+        except CapacityError:
+            assert not self.pager.ring.can_load(model)
+            return None
+
+    @rule(data=st.data(), hold=st.booleans())
+    def request(self, data, hold):
+        model = data.draw(st.sampled_from(sorted(self.sizes)))
+        resident = self.pager.resident_bytes(model)
+        if (lease := self.acquire(model)) is None:
+            return
+        self.pager.wait(model, self.sizes[model])
+        assert lease.resident_before_bytes == resident
+        assert lease.resident_before_bytes + lease.loaded_bytes == self.sizes[model]
+        assert torch.equal(self.views[model][: self.sizes[model]], self.pool.page_source(model))
+        if hold:
+            self.held.append(lease)
+        else:
+            lease.release()
+
+    @rule(data=st.data(), fail_at=st.integers(1, 6))
+    def request_with_a_failing_copy(self, data, fail_at):
+        model = data.draw(st.sampled_from(sorted(self.sizes)))
+        n_missing = self.pager.ring.n_missing(model)
+        self.flaky.n_copied, self.flaky.fail_at = 0, fail_at
+        if lease := self.acquire(model):
+            if fail_at <= n_missing:
+                with pytest.raises(DjinnError):
+                    self.pager.wait(model, self.sizes[model])
+            else:
+                self.pager.wait(model, self.sizes[model])
+            lease.release()
+        self.flaky.fail_at = None
+
+    @rule(data=st.data())
+    def abandon(self, data):
+        if lease := self.acquire(data.draw(st.sampled_from(sorted(self.sizes)))):
+            lease.release()
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data):
+        self.held.pop(data.draw(st.integers(0, len(self.held) - 1))).release()
+
+    @rule(data=st.data())
+    def evict(self, data):
+        model = data.draw(st.sampled_from(sorted(self.sizes)))
+        if not self.pager.ring.is_leased(model):
+            self.pager.evict(model)
+            assert self.pager.resident_bytes(model) == 0
+
+    @invariant()
+    def bytes_equal_masters(self):
+        if hasattr(self, "pager"):
+            self.pager.check()
+
+    def teardown(self):
+        if hasattr(self, "pager"):
+            self.patch.undo()
+            self.pager.close()
+
+
+PagerMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestPager = PagerMachine.TestCase

@@ -1,0 +1,100 @@
+import gc
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from djinn_lib.errors import CapacityError, ConfigError
+from djinn_lib.swap_pool import ALIGNMENT_BYTES, Layout, SwapPool
+
+TENSORS = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 9), max_size=3).map(tuple),
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(TENSORS)
+def test_slots_are_aligned_in_order_and_do_not_overlap(tensors):
+    layout = Layout.pack((f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors))
+    end = 0
+    for slot in layout.slots:
+        assert slot.offset % ALIGNMENT_BYTES == 0
+        assert end <= slot.offset < end + ALIGNMENT_BYTES
+        end = slot.end
+    assert layout.n_bytes == end
+
+
+@given(TENSORS)
+def test_views_read_back_what_was_written(tensors):
+    layout = Layout.pack((f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors))
+    packed = torch.zeros(layout.n_bytes, dtype=torch.uint8)
+    for i, view in enumerate(layout.views(packed).values()):
+        view.fill_(i + 1)
+    for i, (view, (shape, dtype)) in enumerate(
+        zip(layout.views(packed).values(), tensors, strict=True)
+    ):
+        assert (view.shape, view.dtype) == (torch.Size(shape), dtype)
+        assert bool((view == i + 1).all())
+
+
+def layout_of(n_bytes):
+    return Layout.pack([("w", (n_bytes,), torch.uint8)])
+
+
+def test_masters_have_exactly_the_models_size():
+    pool, sizes = SwapPool(), [1000, 4096, 123_457]
+    for n_bytes in sizes:
+        pool.add(f"m{n_bytes}", layout_of(n_bytes), lambda views: views["w"].fill_(7))
+        assert pool.page_source(f"m{n_bytes}").tolist() == [7] * n_bytes
+    assert pool.n_bytes == sum(sizes)
+
+
+def test_host_memory_is_given_back():
+    process, pool = psutil.Process(), SwapPool()
+    before = process.memory_info().rss
+    for i in range(4):
+        pool.add(f"m{i}", layout_of(32 << 20), lambda views: views["w"].fill_(1))
+    assert process.memory_info().rss - before > 100 << 20
+    for i in range(4):
+        pool.discard(f"m{i}")
+    gc.collect()
+    assert process.memory_info().rss - before < 20 << 20
+
+
+def test_a_fill_that_fails_leaves_nothing_behind():
+    pool = SwapPool()
+
+    def broken(views):
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        pool.add("a", layout_of(10), broken)
+    assert pool.n_bytes == 0
+    pool.add("a", layout_of(10), lambda views: views["w"].fill_(3))
+    assert pool.page_source("a").tolist() == [3] * 10
+
+
+def test_hash_tells_two_masters_apart():
+    pool = SwapPool()
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        pool.add(name, layout_of(100), lambda views, value=value: views["w"].fill_(value))
+    assert pool.sha256("a") == pool.sha256("b") != pool.sha256("c")
+
+
+def test_bad_input_is_refused():
+    pool = SwapPool()
+    pool.add("a", layout_of(10), lambda views: None)
+    with pytest.raises(ConfigError, match="added before"):
+        pool.add("a", layout_of(10), lambda views: None)
+    with pytest.raises(ConfigError, match="with weights"):
+        pool.add("b", Layout(()), lambda views: None)
+    with pytest.raises(CapacityError, match="host memory"):
+        pool.add("c", layout_of(1 << 60), lambda views: None)
+    pool.discard("nobody")
+    assert pool.layout("a").n_bytes == 10
