@@ -1,0 +1,296 @@
+"""`Djinn`: several models behind one ring of device memory.
+
+The object that users hold. It ties a transformers model to the pager: parameters are bound to the
+model's virtual addresses once, and each unit of the model waits for its bytes before it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.generate import check_prompt, generate_eager, hold_back
+from djinn_lib.models import ModelSpec, bind, pack
+from djinn_lib.pager import Pager
+from djinn_lib.policy import Policy
+from djinn_lib.ring import Residency
+from djinn_lib.sources import open_source
+from djinn_lib.swap_pool import SwapPool
+from djinn_lib.units import parse_bytes
+
+DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one request gave and cost.
+
+    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `stall_ms` is the
+    time that the computation waited for them, `switch_ms` that and the time to evict and map.
+    `ttft_ms` and `total_ms` count from the call to the first and the last new token; `decode_ms`
+    is the time between the two. `text` is None for a model without a tokenizer.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    loaded_bytes: int
+    evicted_bytes: int
+    resident_before_bytes: int
+    stall_ms: float
+    switch_ms: float
+    ttft_ms: float
+    decode_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    module: PreTrainedModel
+    n_bytes: int
+    tokenizer: Any | None
+
+
+class Djinn:
+    """Serves models that together are larger than the device memory given to them.
+
+    Args:
+        capacity: device memory for weights, in bytes or as text ("25GiB").
+        device: "cpu" (Linux).
+        page: size of a page; default 1 MiB on the CPU.
+        policy: who loses pages when the ring is full: "lru", or a `Policy`.
+        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        overlap: start computing while later layers still load; else wait for all of them first.
+
+    Raises:
+        ConfigError: a parameter has no meaning.
+        CapacityError: the capacity is below one page or above the free memory.
+        PlatformError: the platform lacks what the device's backend needs.
+    """
+
+    def __init__(
+        self,
+        capacity: int | str,
+        device: str | torch.device = "cpu",
+        page: int | str | None = None,
+        policy: str | Policy = "lru",
+        residency: Residency = "partial",
+        overlap: bool = True,
+    ) -> None:
+        self.device = torch.device(device)
+        if page is None:
+            page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
+        self.overlap = overlap
+        self._pool = SwapPool()
+        self._pager = Pager(
+            self._pool, parse_bytes(capacity), parse_bytes(page), self.device, policy, residency
+        )
+        self._models: dict[str, _Model] = {}
+        self._turn = threading.RLock()  # one computation at a time
+
+    # -- models ----------------------------------------------------------------------------
+
+    def add(
+        self,
+        name: str,
+        source: str | Path | ModelSpec,
+        *,
+        dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Read a model into the host swap pool; nothing is loaded to the device yet.
+
+        Args:
+            name: what requests will call it.
+            source: a folder with config.json and safetensors, a hub id, or a `ModelSpec`.
+            dtype: of the weights; default is that of the checkpoint.
+            revision: commit, tag or branch of a hub id.
+            trust_remote_code: allow Python code that comes with the checkpoint.
+
+        Raises:
+            CheckpointError: weights are missing, truncated, corrupt, pickled or quantised.
+            CapacityError: the model alone is larger than the ring, or the host is full.
+            ConfigError: the name is taken, or the architecture cannot be used.
+        """
+        if name in self._models:
+            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
+        opened = open_source(source, dtype, revision, trust_remote_code)
+        module = opened.module
+        layout, units = pack(module)
+        device_bytes = self._pager.add(name, layout.n_bytes)  # first: a refusal costs no reading
+        try:
+            self._pool.add(name, layout, opened.fill)
+            bind(module, layout.views(device_bytes), self.device)
+        except BaseException:
+            self._pager.remove(name)
+            self._pool.discard(name)
+            raise
+        hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
+        self._models[name] = _Model(module, layout.n_bytes, opened.tokenizer)
+
+    def remove(self, name: str) -> None:
+        """Forget a model and free its frames, its addresses and its master copy.
+
+        Raises:
+            LeaseError: somebody is using it.
+        """
+        self._known(name)
+        self._pager.remove(name)
+        self._pool.discard(name)
+        del self._models[name]
+
+    def _known(self, name: str) -> _Model:
+        if name not in self._models:
+            raise ConfigError(
+                f"expected one of the models {list(self._models)}, got {name!r}: "
+                "add it with djinn.add(name, source)"
+            )
+        return self._models[name]
+
+    # -- requests --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Continue a prompt greedily.
+
+        Args:
+            name: which model.
+            prompt: text, for a model with a tokenizer, or token ids.
+            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
+            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
+
+        Raises:
+            ConfigError: unknown model, or a prompt that it cannot take.
+            DjinnError: the weights could not be copied; the request can be tried again.
+        """
+        model = self._known(name)
+        ids = check_prompt(
+            self.tokenize(name, prompt) if isinstance(prompt, str) else prompt,
+            model.module.config.get_text_config().vocab_size,
+            max_new_tokens,
+        )
+        begin_s = time.perf_counter()
+        with self._turn, self._pager.lease(name) as lease:
+            if not self.overlap:
+                self._pager.wait(name, model.n_bytes)
+            lead_s = time.perf_counter() - begin_s
+            tokens = generate_eager(model.module, ids, max_new_tokens, ignore_eos)
+        text = None
+        if model.tokenizer:
+            text = model.tokenizer.decode(tokens.token_ids, skip_special_tokens=True)
+        return Generation(
+            tokens.token_ids,
+            text,
+            lease.loaded_bytes,
+            lease.evicted_bytes,
+            lease.resident_before_bytes,
+            stall_ms=lease.stall_s * 1e3,
+            switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
+            ttft_ms=(lead_s + tokens.first_s) * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=(lead_s + tokens.last_s) * 1e3,
+        )
+
+    def tokenize(self, name: str, text: str) -> list[int]:
+        """Return the token ids of `text`.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
+        model = self._known(name)
+        if model.tokenizer is None:
+            raise ConfigError(
+                f"expected token ids for {name!r}, got text, but the model has no tokenizer: "
+                "pass a list of ids"
+            )
+        return list(model.tokenizer(text).input_ids)
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[PreTrainedModel]:
+        """Lend the transformers model itself, loading what is missing while it runs.
+
+        Inside the block the model can be used in any way; outside it refuses to run.
+        """
+        model = self._known(name)
+        with self._turn, self._pager.lease(name):
+            if not self.overlap:
+                self._pager.wait(name, model.n_bytes)
+            yield model.module
+
+    def evict(self, name: str) -> int:
+        """Take all pages of a model off the device; returns how many bytes that freed.
+
+        Raises:
+            LeaseError: somebody is using it.
+        """
+        self._known(name)
+        return self._pager.evict(name)
+
+    # -- state -----------------------------------------------------------------------------
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Device memory for weights: all frames together."""
+        return self._pager.capacity_bytes
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of a page and of a frame."""
+        return self._pager.page_bytes
+
+    def residency(self) -> pd.DataFrame:
+        """One row a model: model, bytes, resident_bytes, frames (how many it holds)."""
+        ring = self._pager.ring
+        return pd.DataFrame(
+            [
+                (name, model.n_bytes, self._pager.resident_bytes(name), ring.n_resident(name))
+                for name, model in self._models.items()
+            ],
+            columns=["model", "bytes", "resident_bytes", "frames"],
+        )
+
+    def sha256(self, name: str) -> str:
+        """Hash of a model's master copy in packing order."""
+        self._known(name)
+        return self._pool.sha256(name)
+
+    def check(self) -> None:
+        """Audit the page tables, and compare all resident bytes with their masters.
+
+        Raises:
+            AssertionError: naming what is broken.
+        """
+        self._pager.check()
+
+    def close(self) -> None:
+        """Release all device and host memory; models lent before must not be used any more."""
+        self._models.clear()
+        self._pager.close()
+        self._pool = SwapPool()
+
+    def __enter__(self) -> Djinn:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,146 @@
+"""Packing follows execution; binding keeps parameters in the ring."""
+
+import logging
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import CONFIGS, PROMPT, spec
+from torch import nn
+
+import djinn_lib as dj
+from djinn_lib import copier, models
+from djinn_lib.errors import ConfigError
+from djinn_lib.models import ModelSpec, bind, pack, parse_dtype, skeleton
+from djinn_lib.swap_pool import ALIGNMENT_BYTES
+
+
+def packed(name):
+    model = skeleton(CONFIGS[name], torch.float32)
+    return model, *pack(model)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_parameter_is_packed_once_and_belongs_to_a_unit(name):
+    model, layout, units = packed(name)
+    slots = {slot.name: slot for slot in layout.slots}
+    assert slots.keys() == dict(model.named_parameters()).keys()
+    for slot in layout.slots:
+        assert slot.shape == tuple(model.get_parameter(slot.name).shape)
+    owners = {id(m) for unit in units for m in model.get_submodule(unit.module).modules()}
+    for module in model.modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            assert id(module) in owners
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_units_need_no_more_than_what_runs_up_to_them(name):
+    """In order of execution, the bytes that units wait for only grow, layer by layer."""
+    model, layout, units = packed(name)
+    layers = [unit.end_byte for unit in units if unit.module.rpartition(".")[2].isdigit()]
+    assert len(layers) == 3
+    assert layers == sorted(layers)
+    steps = [b - a for a, b in pairwise(layers)]
+    one_layer = sum(p.numel() * 4 for p in models_layer(model, units).parameters())
+    slack = ALIGNMENT_BYTES * 20
+    assert all(one_layer <= step <= one_layer + slack for step in steps)
+    assert max(unit.end_byte for unit in units) == layout.n_bytes
+
+
+def models_layer(model, units):
+    return next(
+        model.get_submodule(u.module) for u in units if u.module.rpartition(".")[2].isdigit()
+    )
+
+
+def test_packing_follows_execution_not_definition():
+    """OPT defines its final norm before its layers and runs it after them."""
+    model, layout, _ = packed("opt")
+    defined = [name for name, _ in model.named_parameters()]
+    order = [slot.name for slot in layout.slots]
+    norm, last = "model.decoder.final_layer_norm.weight", "model.decoder.layers.2.fc2.weight"
+    assert defined.index(norm) < defined.index(last)
+    assert order.index(norm) > order.index(last)
+
+
+def test_a_model_that_cannot_be_traced_still_works(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("data-dependent control flow")
+
+    expected = dj.ModelSpec(CONFIGS["llama"], seed=5).build()
+    monkeypatch.setattr(models, "FakeTensorMode", refuse)
+    with caplog.at_level(logging.WARNING), dj.Djinn("1MiB", page="16KiB") as djinn:
+        djinn.add("m", spec("llama"))
+        with djinn.lease("m") as model, torch.no_grad():
+            ids = torch.tensor([PROMPT])
+            assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert "cannot be traced" in caplog.text
+
+
+def test_the_first_layer_runs_before_the_last_has_arrived(monkeypatch):
+    """The copy of the last page is held back until the first decoder layer has been computed."""
+    first_layer_done = threading.Event()
+    pages = []
+
+    def hold_the_last_page(target, source):
+        pages.append(target.data_ptr())
+        if len(pages) == n_pages:
+            assert first_layer_done.wait(20), "the prefill waited for all pages"
+        target.copy_(source)
+
+    with dj.Djinn("1MiB", page="16KiB") as djinn:
+        djinn.add("m", spec("llama"))
+        n_pages = -(-int(djinn.residency().bytes[0]) // djinn.page_bytes)
+        with djinn.lease("m") as model:  # so that the hook is in place before the load
+            model.model.layers[0].register_forward_hook(lambda *_: first_layer_done.set())
+        djinn.evict("m")
+        monkeypatch.setattr(copier, "copy_page", hold_the_last_page)
+        g = djinn.generate("m", PROMPT, 2, ignore_eos=True)
+        assert len(pages) == n_pages
+        djinn.check()
+    assert g.stall_ms > 0
+
+
+def test_without_overlap_nothing_runs_before_everything_is_there(monkeypatch):
+    n_copied, seen = [], []
+    real = copier.copy_page
+    monkeypatch.setattr(copier, "copy_page", lambda t, s: (real(t, s), n_copied.append(1)))
+    with dj.Djinn("1MiB", page="16KiB", overlap=False) as djinn:
+        djinn.add("m", spec("llama"))
+        with djinn.lease("m") as model:
+            model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(len(n_copied)))
+        djinn.evict("m")
+        n_copied.clear()
+        djinn.generate("m", PROMPT, 1)
+        assert seen[0] == -(-int(djinn.residency().bytes[0]) // djinn.page_bytes)
+
+
+def test_binding_notices_a_parameter_outside_the_ring():
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2, bias=False)
+            self.config = CONFIGS["llama"]
+
+        def tie_weights(self):
+            self.inner.weight = nn.Parameter(self.inner.weight.clone())
+
+    views = {"inner.weight": torch.zeros(2, 2)}
+    with pytest.raises(ConfigError, match=r"inner\.weight"):
+        bind(Copies(), views, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_specs():
+    mapping = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1,
+               "num_attention_heads": 2, "vocab_size": 50, "intermediate_size": 32}  # fmt: skip
+    before = torch.random.get_rng_state()
+    first, second = (ModelSpec(mapping, "float16", seed=3).build() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), before)  # the caller's generator is untouched
+    assert first.dtype == torch.float16
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert parse_dtype(torch.bfloat16) is parse_dtype("bfloat16") is torch.bfloat16
+    for bad in ("int8", "float64", torch.int8):
+        with pytest.raises(ConfigError, match="expected a dtype"):
+            parse_dtype(bad)

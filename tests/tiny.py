@@ -1,0 +1,57 @@
+"""Tiny models of several architectures, with weights large enough for varied tokens."""
+
+from __future__ import annotations
+
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+from djinn_lib.models import ModelSpec
+
+VOCAB = 500
+_SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_MLP = {"intermediate_size": 96}
+_GQA = {"num_key_value_heads": 2}
+
+CONFIGS = {
+    "llama": LlamaConfig(**_SHAPE, **_MLP),
+    "mistral": MistralConfig(**_SHAPE, **_MLP, **_GQA, sliding_window=None),
+    "mistral-sliding": MistralConfig(**_SHAPE, **_MLP, **_GQA, sliding_window=8),
+    "phi": PhiConfig(**_SHAPE, **_MLP),
+    "gpt2": GPT2Config(
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        vocab_size=VOCAB,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "qwen2-tied": Qwen2Config(**_SHAPE, **_MLP, **_GQA, tie_word_embeddings=True),
+    "opt": OPTConfig(
+        **_SHAPE, ffn_dim=96, word_embed_proj_dim=64, init_std=0.4, max_position_embeddings=128
+    ),
+    "gemma": GemmaConfig(**_SHAPE, **_MLP, **_GQA, head_dim=16),
+    "gpt-neox": GPTNeoXConfig(**_SHAPE, **_MLP),
+}
+PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 264, 338, 327, 95]
+
+
+def spec(name: str, dtype: str = "float32", seed: int = 5) -> ModelSpec:
+    """The named architecture with seeded random weights."""
+    return ModelSpec(CONFIGS[name], dtype, seed)
