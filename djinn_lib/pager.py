@@ -232,9 +232,9 @@ class Pager:
             self.ring.check()
             for model, paged in self._models.items():
                 n_bytes = self.resident_bytes(model)
-                differs = paged.view[:n_bytes].cpu() != self._source.page_source(model)[:n_bytes]
-                if differs.any():
-                    first = int(differs.int().argmax())
+                held, master = paged.view[:n_bytes].cpu(), self._source.page_source(model)[:n_bytes]
+                if not torch.equal(held, master):
+                    first = int((held != master).int().argmax())
                     raise AssertionError(f"{model!r} differs from its master at byte {first}")
 
     def close(self) -> None:

@@ -1,0 +1,208 @@
+"""Profiles: what an experiment runs, read from ``params/<name>.yml`` and checked first."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.systems import SYSTEMS
+from djinn_lib.trace import Trace, paper_trace, zipf_trace
+from djinn_lib.units import parse_bytes
+
+REPO = Path(__file__).resolve().parent.parent
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # becomes part of file names
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(_Strict):
+    """A model of a profile: exactly one of `folder`, `hub_id`, `gguf_package`, `config`."""
+
+    stands_for: str
+    folder: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    gguf_package: str | None = None
+    config: dict[str, Any] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelEntry:
+        given = [s for s in (self.folder, self.hub_id, self.gguf_package, self.config) if s]
+        if len(given) != 1:
+            raise ValueError(
+                "expected exactly one of folder, hub_id, gguf_package, config, "
+                f"got {len(given)} of them"
+            )
+        return self
+
+
+class TraceEntry(_Strict):
+    """A trace of a profile; the fields beside `kind` belong to the kind "zipf"."""
+
+    kind: Literal["paper", "zipf"]
+    n: int | None = None
+    alpha: float | None = None
+    seed: int | None = None
+    rate_per_s: float | None = None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> TraceEntry:
+        given = [self.n, self.alpha, self.seed, self.rate_per_s]
+        if (self.kind == "zipf") != all(v is not None for v in given):
+            raise ValueError(
+                "expected n, alpha, seed and rate_per_s for kind 'zipf', and only there"
+            )
+        return self
+
+
+class SystemEntry(_Strict):
+    """A labelled system: which one, and its options."""
+
+    system: str
+    options: dict[str, Any] = {}
+
+
+class CellsEntry(_Strict):
+    """Every combination of the listed traces, capacities and systems."""
+
+    traces: list[str]
+    capacities: list[str]
+    systems: list[str]
+    repeats: int | None = Field(default=None, ge=1)
+
+
+class Cell(_Strict):
+    """One system on one trace at one capacity."""
+
+    trace: str
+    capacity_label: str
+    system: str
+    repeats: int
+
+    @property
+    def id(self) -> str:
+        """Name of the cell, and the stem of its files."""
+        return f"{self.trace}-{self.capacity_label}-{self.system}"
+
+
+class Profile(_Strict):
+    """A whole experiment. See the comments in ``params/cpu.yml`` for each field."""
+
+    name: str
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    page: str
+    prompt_tokens: int = Field(ge=1)
+    new_tokens: int = Field(ge=1)
+    repeats: int = Field(ge=1)
+    models: dict[ModelName, ModelEntry] = Field(min_length=1)
+    capacities: dict[Label, str] = Field(min_length=1)
+    traces: dict[Label, TraceEntry] = Field(min_length=1)
+    systems: dict[Label, SystemEntry] = Field(min_length=1)
+    cells: list[CellsEntry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Profile:
+        for label, entry in self.systems.items():
+            _ensure_known(f"system of {label!r}", [entry.system], SYSTEMS)
+        for entry in self.cells:
+            _ensure_known("trace", entry.traces, self.traces)
+            _ensure_known("capacity", entry.capacities, self.capacities)
+            _ensure_known("system", entry.systems, self.systems)
+        parse_bytes(self.page)
+        for text in self.capacities.values():
+            parse_capacity(text, total_bytes=1 << 40)
+        return self
+
+    def all_cells(self) -> list[Cell]:
+        """Every cell once, in the order of the profile."""
+        cells = {}
+        for entry in self.cells:
+            for trace in entry.traces:
+                for label in entry.capacities:
+                    for system in entry.systems:
+                        cell = Cell(
+                            trace=trace,
+                            capacity_label=label,
+                            system=system,
+                            repeats=entry.repeats or self.repeats,
+                        )
+                        cells.setdefault(cell.id, cell)
+        return list(cells.values())
+
+    def cell(self, trace: str, capacity_label: str, system: str) -> Cell:
+        """Return a cell by its names, whether or not the profile lists it.
+
+        Raises:
+            ConfigError: one of the names is unknown.
+        """
+        try:
+            _ensure_known("trace", [trace], self.traces)
+            _ensure_known("capacity", [capacity_label], self.capacities)
+            _ensure_known("system", [system], self.systems)
+        except ValueError as error:
+            raise ConfigError(f"profile {self.name!r}: {error}") from error
+        listed = {cell.id: cell for cell in self.all_cells()}
+        cell = Cell(trace=trace, capacity_label=capacity_label, system=system, repeats=self.repeats)
+        return listed.get(cell.id, cell)
+
+    def make_trace(self, name: str) -> Trace:
+        """Generate a trace over the profile's models.
+
+        Raises:
+            TraceError: the trace cannot be made from the models at hand.
+        """
+        entry, models = self.traces[name], tuple(self.models)
+        if entry.kind == "paper":
+            return paper_trace(models=models)
+        fields = entry.model_dump(exclude={"kind"})
+        return zipf_trace(models=models, **fields)
+
+
+def _ensure_known(what: str, names: list[str], known: Any) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"expected a {what} out of {list(known)}, got {unknown[0]!r}")
+
+
+def parse_capacity(text: str, total_bytes: int) -> int:
+    """Return a capacity in bytes, given as a size or as a share ("25/31.3") of `total_bytes`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text):
+        part, whole = map(float, match.groups())
+        if part > 0 and whole > 0:
+            return round(total_bytes * part / whole)
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"expected a capacity such as '25GiB', or a share of all weights such as '25/31.3', "
+            f"got {text!r}"
+        ) from error
+
+
+def load_profile(name: str, folder: Path = REPO / "params") -> Profile:
+    """Read and check ``<folder>/<name>.yml``.
+
+    Raises:
+        ConfigError: no such profile, or one of its fields cannot be used; the message says which.
+    """
+    known = sorted(path.stem for path in folder.glob("*.yml"))
+    if name not in known:
+        raise ConfigError(f"expected a profile out of {known} (files in {folder}), got {name!r}")
+    path = folder / f"{name}.yml"
+    try:
+        return Profile.model_validate({"name": name, **yaml.safe_load(path.read_text())})
+    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be used:\n{error}") from error

@@ -1,0 +1,35 @@
+"""The systems under test, by name. A module is imported when its system is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+
+SYSTEMS = {
+    "djinn": ("djinn_ring", "DjinnRing"),
+    "pytorch_pinned": ("pytorch", "PyTorchPinned"),
+    "pytorch_pinned_readonly": ("pytorch", "PyTorchPinnedReadonly"),
+    "pytorch_lru": ("pytorch", "PyTorchLRU"),
+    "pytorch_pageable": ("pytorch", "PyTorchPageable"),
+    "serverless": ("serverless", "Serverless"),
+    "ray_actors": ("ray_actors", "RayActors"),
+    "vllm_recreate": ("vllm_recreate", "VllmRecreate"),
+    "vllm_sleep": ("vllm_sleep", "VllmSleep"),
+}
+
+
+def system_class(name: str) -> type[SystemUnderTest]:
+    """Return the class of a system.
+
+    Raises:
+        ConfigError: no system has that name.
+    """
+    if name not in SYSTEMS:
+        raise ConfigError(f"expected a system out of {list(SYSTEMS)}, got {name!r}")
+    module, class_name = SYSTEMS[name]
+    return getattr(import_module(f"djinn_lib.systems.{module}"), class_name)
+
+
+__all__ = ["SYSTEMS", "ModelFiles", "Served", "SystemUnderTest", "system_class"]

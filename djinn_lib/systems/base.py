@@ -1,0 +1,138 @@
+"""What every system under test has in common.
+
+A system gets the folders of the models' weights and a capacity, and serves one request at a time:
+token ids in, token ids and costs out. Whatever it does to have the right weights on the device is
+what the experiment measures.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from djinn_lib.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk: `folder` holds config.json and safetensors of `n_bytes` of weights."""
+
+    name: str
+    folder: Path
+    n_bytes: int
+    dtype: str
+
+
+@dataclass(slots=True)
+class Served:
+    """What one request gave and cost; bytes count weights, times are milliseconds.
+
+    `total_ms` runs from the moment the system got the request until it is ready for the next one;
+    of it, `switch_ms` is what the weights cost (load, offload, engine start; with overlap the
+    exposed wait only) and `decode_ms` the time from the first to the last new token. `ttft_ms`
+    counts from the same moment to the first token.
+    """
+
+    token_ids: tuple[int, ...]
+    switch_ms: float
+    ttft_ms: float
+    decode_ms: float
+    total_ms: float
+    loaded_bytes: int = 0
+    evicted_bytes: int = 0
+    writeback_bytes: int = 0
+    resident_before_bytes: int = 0
+    resident_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class SystemUnderTest(ABC):
+    """One way to serve several models from one device.
+
+    Args:
+        models: the models by name.
+        capacity_bytes: device memory for weights; systems that cannot be told ignore it.
+        device: "cpu" or "cuda".
+        options: of this system, see each class.
+    """
+
+    option_names: ClassVar[frozenset[str]] = frozenset()
+    kernel: ClassVar[str | None] = None  # a Jupyter kernel of its own, if it needs one
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelFiles],
+        capacity_bytes: int,
+        device: str,
+        **options: object,
+    ) -> None:
+        if unknown := sorted(options.keys() - self.option_names):
+            raise ConfigError(
+                f"expected options of {type(self).__name__} out of "
+                f"{sorted(self.option_names)}, got {unknown}"
+            )
+        self.models = dict(models)
+        self.capacity_bytes = capacity_bytes
+        self.device = torch.device(device)
+        self.options = options
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Say why this system cannot run here, or None if it can."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What a reader must know of how this system ran on this device."""
+        return []
+
+    @abstractmethod
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Set up once, before the first request; not part of any request's time."""
+
+    @abstractmethod
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Serve one request with exactly `max_new_tokens` greedy tokens."""
+
+    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
+        """Take what only the first use of a model costs (allocations, caches, compilation).
+
+        Systems whose every request is a cold start override this with nothing.
+        """
+        self.serve(model, prompt_ids, 2)
+
+    def reset(self) -> None:
+        """Take all weights off the device, as before the first request; called before a repeat."""
+        return
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; called once, also after a failure."""
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def clock_s(self) -> float:
+        """Read the clock after all work submitted so far."""
+        self.synchronize()
+        return time.perf_counter()
+
+
+def load_on_host(files: ModelFiles) -> PreTrainedModel:
+    """Return the model in host memory, loaded the ordinary way."""
+    model = AutoModelForCausalLM.from_pretrained(
+        files.folder, dtype=files.dtype, use_safetensors=True
+    )
+    return model.eval().requires_grad_(False)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters; tied ones count once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,60 @@
+"""`djinn`: the ring. Lease, load what is missing behind the prefill, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from djinn_lib.djinn import Djinn
+from djinn_lib.systems.base import Served, SystemUnderTest
+
+
+class DjinnRing(SystemUnderTest):
+    """Page-granular residency; evicts without writing back.
+
+    Options:
+        residency: "partial" (default) or "whole": how much a victim loses.
+        overlap: compute while later layers load (default True).
+        page: size of a page, e.g. "1MiB".
+        policy: who loses pages (default "lru").
+    """
+
+    option_names = frozenset({"residency", "overlap", "page", "policy"})
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Create the frames and read every model into the host swap pool."""
+        self.djinn = Djinn(self.capacity_bytes, self.device, **self.options)  # type: ignore[arg-type]
+        for name, files in self.models.items():
+            progress(f"reading {name} into the swap pool")
+            self.djinn.add(name, files.folder, dtype=files.dtype)
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Serve one request through a lease."""
+        begin_s = self.clock_s()
+        g = self.djinn.generate(model, prompt_ids, max_new_tokens, ignore_eos=True)
+        residency = self.djinn.residency()
+        return Served(
+            g.token_ids,
+            switch_ms=g.switch_ms,
+            ttft_ms=g.ttft_ms,
+            decode_ms=g.decode_ms,
+            total_ms=(self.clock_s() - begin_s) * 1e3,
+            loaded_bytes=g.loaded_bytes,
+            evicted_bytes=g.evicted_bytes,
+            resident_before_bytes=g.resident_before_bytes,
+            resident_bytes=dict(
+                zip(residency.model, residency.resident_bytes.tolist(), strict=True)
+            ),
+        )
+
+    def reset(self) -> None:
+        """Evict everything."""
+        for name in self.models:
+            self.djinn.evict(name)
+
+    def close(self) -> None:
+        """Audit the ring, then release everything."""
+        if hasattr(self, "djinn"):
+            try:
+                self.djinn.check()
+            finally:
+                self.djinn.close()

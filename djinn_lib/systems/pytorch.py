@@ -1,0 +1,190 @@
+"""The PyTorch baselines: whole models moved with plain tensor copies.
+
+All keep a host copy of every model and give its parameters device storage for a request. They
+differ in the kind of host memory, in what happens to the device copy afterwards, and in whether
+some models may stay.
+
+On the CPU "device" storage is a second allocation in the same memory: the copies and their bytes
+are real, but pinning is not (there is nothing to pin for), so that rows carry a note.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.errors import CapacityError
+from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.systems.base import Served, SystemUnderTest, load_on_host, weight_bytes
+
+PIN_NOTE = "no CUDA: pinning is a no-op, host and device memory are the same"
+
+
+class _PyTorchSystem(SystemUnderTest):
+    """Loads the requested model, generates, then does with it what the subclass says."""
+
+    pins = True
+
+    def notes(self) -> list[str]:
+        """Say what the CPU cannot show."""
+        return [PIN_NOTE] if self.device.type == "cpu" else []
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Read every model into host memory, pinned where that means something."""
+        self.host: dict[str, PreTrainedModel] = {}
+        self.masters: dict[str, list[torch.Tensor]] = {}
+        for name, files in self.models.items():
+            progress(f"reading {name} into host memory")
+            model = self.host[name] = load_on_host(files)
+            pin = self.pins and self.device.type == "cuda"
+            self.masters[name] = [
+                p.data.pin_memory() if pin else p.data for p in model.parameters()
+            ]
+            for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
+                parameter.data = master
+
+    def load(self, name: str) -> int:
+        """Give every parameter device storage and fill it; returns the bytes copied."""
+        model = self.host[name]
+        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
+            device_copy = torch.empty_like(master, device=self.device)
+            parameter.data = device_copy.copy_(master, non_blocking=self.pins)
+        self._move_buffers(model)
+        return weight_bytes(model)
+
+    def write_back(self, name: str) -> int:
+        """Copy every parameter to its master; returns the bytes copied."""
+        model = self.host[name]
+        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
+            master.copy_(parameter.data, non_blocking=self.pins)
+        self.synchronize()
+        return weight_bytes(model)
+
+    def drop(self, name: str) -> int:
+        """Free the device storage; returns its size in bytes."""
+        model = self.host[name]
+        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
+            parameter.data = master
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return weight_bytes(model)
+
+    def _move_buffers(self, model: PreTrainedModel) -> None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+    def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
+        """Decode with transformers' own `generate`."""
+        return generate_eager(self.host[name], prompt_ids, max_new_tokens, ignore_eos=True)
+
+    def close(self) -> None:
+        """Drop all tensors."""
+        self.host, self.masters = {}, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class PyTorchPinned(_PyTorchSystem):
+    """The seed's baseline: load all from pinned memory, generate, copy all back, free."""
+
+    writes_back = True
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Load, generate, offload."""
+        begin_s = self.clock_s()
+        loaded_bytes = self.load(model)
+        loaded_s = self.clock_s()
+        tokens = self.generate(model, prompt_ids, max_new_tokens)
+        done_s = self.clock_s()
+        writeback_bytes = self.write_back(model) if self.writes_back else 0
+        evicted_bytes = self.drop(model)
+        end_s = self.clock_s()
+        return Served(
+            tokens.token_ids,
+            switch_ms=(loaded_s - begin_s + end_s - done_s) * 1e3,
+            ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=(end_s - begin_s) * 1e3,
+            loaded_bytes=loaded_bytes,
+            evicted_bytes=evicted_bytes,
+            writeback_bytes=writeback_bytes,
+            resident_bytes=dict.fromkeys(self.models, 0),
+        )
+
+
+class PyTorchPinnedReadonly(PyTorchPinned):
+    """The same without the copy back, since weights never change: the best simple baseline."""
+
+    writes_back = False
+
+
+class PyTorchPageable(PyTorchPinned):
+    """`model.to(device)` and `model.to("cpu")`: ordinary host memory, new every time."""
+
+    pins = False
+
+    def load(self, name: str) -> int:
+        """Move the module as `Module.to` does; on the CPU a copy stands for the transfer."""
+        model = self.host[name]
+        model._apply(lambda tensor: tensor.to(self.device, copy=self.device.type == "cpu"))
+        return weight_bytes(model)
+
+    def write_back(self, name: str) -> int:
+        """Move the module back into fresh host memory, which becomes the master."""
+        model = self.host[name]
+        model._apply(lambda tensor: tensor.to("cpu", copy=self.device.type == "cpu"))
+        self.masters[name] = [parameter.data for parameter in model.parameters()]
+        return weight_bytes(model)
+
+
+class PyTorchLRU(_PyTorchSystem):
+    """Whole models stay on the device while they fit the capacity; least recently used go."""
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Read every model; none is on the device yet."""
+        super().start(progress)
+        self.resident: OrderedDict[str, int] = OrderedDict()
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Evict until the model fits, load it unless it is there, generate."""
+        begin_s = self.clock_s()
+        resident_before_bytes = self.resident.get(model, 0)
+        evicted_bytes = 0 if resident_before_bytes else self._make_room(model)
+        loaded_bytes = 0 if resident_before_bytes else self.load(model)
+        self.resident[model] = self.models[model].n_bytes
+        self.resident.move_to_end(model)
+        loaded_s = self.clock_s()
+        tokens = self.generate(model, prompt_ids, max_new_tokens)
+        return Served(
+            tokens.token_ids,
+            switch_ms=(loaded_s - begin_s) * 1e3,
+            ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=(self.clock_s() - begin_s) * 1e3,
+            loaded_bytes=loaded_bytes,
+            evicted_bytes=evicted_bytes,
+            resident_before_bytes=resident_before_bytes,
+            resident_bytes={name: self.resident.get(name, 0) for name in self.models},
+        )
+
+    def reset(self) -> None:
+        """Drop every model."""
+        for name in self.resident:
+            self.drop(name)
+        self.resident.clear()
+
+    def _make_room(self, model: str) -> int:
+        n_bytes, evicted_bytes = self.models[model].n_bytes, 0
+        if n_bytes > self.capacity_bytes:
+            raise CapacityError(
+                f"expected a model of at most {self.capacity_bytes} bytes, got {model!r} with "
+                f"{n_bytes}: raise the capacity"
+            )
+        while sum(self.resident.values()) + n_bytes > self.capacity_bytes:
+            victim, _ = self.resident.popitem(last=False)
+            evicted_bytes += self.drop(victim)
+        return evicted_bytes

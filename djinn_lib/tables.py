@@ -1,0 +1,74 @@
+"""The tables that notebooks show: rows and facts in the units that people read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from djinn_lib.metrics import summarise
+from djinn_lib.trace import Trace
+from djinn_lib.units import format_bytes
+
+_MIB = 1 << 20
+
+
+def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a fact of `machine.json`: sizes and rates for people, then software versions."""
+    facts = []
+    for name, value in machine.items():
+        if name == "versions":
+            continue
+        if name.endswith("_rate_bytes_per_s"):
+            name = name.removesuffix("_rate_bytes_per_s") + " rate"
+            value = "not measured: no GPU" if value is None else f"{value / 1e9:.1f} GB/s"
+        elif name.endswith("_bytes"):
+            name, value = name.removesuffix("_bytes") + " memory", format_bytes(value)
+        facts.append((name.replace("_", " "), str(value)))
+    facts += [(f"version of {name}", version) for name, version in machine["versions"].items()]
+    return pd.DataFrame(facts, columns=["fact", "value"]).set_index("fact")
+
+
+def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
+    """One row a trace: requests, switches, how often each model is asked for, and the hash."""
+    rows = []
+    for name, trace in traces.items():
+        models = [request.model for request in trace.requests]
+        counts = {f"requests for {model}": models.count(model) for model in trace.models}
+        rows.append(
+            {
+                "trace": name,
+                "requests": len(models),
+                "switches": sum(before != after for before, after in pairwise(models)),
+                **counts,
+                "sha256": trace.sha256[:12],
+            }
+        )
+    return pd.DataFrame(rows).set_index("trace")
+
+
+def cell_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """The summary of one cell, one measure a line."""
+    served = rows[rows["ok"]]
+    table = summarise(rows).T
+    table.columns = ["value"]
+    if len(served):
+        table.loc["hit"] = np.mean([n_bytes == 0 for n_bytes in served["loaded_bytes"]])
+    errors = rows.loc[~rows["ok"], "error"].tolist()
+    if errors:
+        table.loc["first error"] = errors[0]
+    return table
+
+
+def request_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line a request: the split of its latency in ms and its weights in MiB."""
+    table = rows[["repeat", "request", "model"]].copy()
+    for column in ("loaded", "evicted", "writeback", "resident_before"):
+        table[f"{column}_mib"] = rows[f"{column}_bytes"] / _MIB
+    for column in ("switch_ms", "ttft_ms", "decode_ms", "total_ms"):
+        table[column] = rows[column]
+    table["failed because"] = rows["error"]
+    return table.set_index(["repeat", "request"]).round(1)

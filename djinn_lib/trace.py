@@ -1,0 +1,212 @@
+"""Traces: which model is asked for, and when.
+
+`paper_trace` reproduces the published sequence of 30 requests; `zipf_trace` makes others. On disk a
+trace is JSON Lines: a header with its parameters and a hash, then a line a request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from djinn_lib.errors import TraceError
+
+FORMAT = "djinn-trace/1"
+PAPER_MODELS = ("llama-7b", "mistral-7b", "phi-2")
+_PAPER = {"n": 30, "seed": 42, "mean_gap_s": 2.0, "probabilities": [0.4, 0.4, 0.2]}
+_MAX_REQUESTS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request: its number from 0, when it arrives (seconds), and the model it asks for."""
+
+    request: int
+    arrival_s: float
+    model: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A sequence of requests and the parameters that it was made from."""
+
+    kind: str
+    params: Mapping[str, Any]
+    requests: tuple[Request, ...]
+
+    def __len__(self) -> int:
+        """Number of requests."""
+        return len(self.requests)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models asked for, in order of first appearance."""
+        return tuple(dict.fromkeys(request.model for request in self.requests))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of kind, parameters and every request."""
+        digest = hashlib.sha256(_dump([self.kind, dict(self.params)]).encode())
+        for request in self.requests:
+            digest.update(_dump(asdict(request)).encode())
+        return digest.hexdigest()
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def _requests(arrivals_s: Sequence[float], models: Sequence[str]) -> tuple[Request, ...]:
+    pairs = zip(arrivals_s, models, strict=True)
+    return tuple(Request(i, float(at_s), str(model)) for i, (at_s, model) in enumerate(pairs))
+
+
+def paper_trace(models: Sequence[str] = PAPER_MODELS) -> Trace:
+    """Return the published trace: 30 exponential gaps, then 30 draws with 40/40/20 percent.
+
+    Args:
+        models: three names that take the places of llama-7b, mistral-7b and phi-2.
+
+    Raises:
+        TraceError: not three different names.
+    """
+    if len(models) != 3 or len(set(models)) != 3:
+        raise TraceError(f"expected three different models for the paper's trace, got {models}")
+    generator = np.random.RandomState(_PAPER["seed"])  # its stream is frozen, so for ever the same
+    arrivals_s = generator.exponential(_PAPER["mean_gap_s"], _PAPER["n"]).cumsum()
+    drawn = generator.choice(3, size=_PAPER["n"], p=_PAPER["probabilities"])
+    params = {**_PAPER, "models": list(models)}
+    return Trace("paper", params, _requests(arrivals_s.tolist(), [models[i] for i in drawn]))
+
+
+def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> Trace:
+    """Return `n` requests with Poisson arrivals, model i drawn in proportion to (i + 1)**-alpha.
+
+    Args:
+        n: number of requests, at least 1.
+        alpha: skew; 0 asks for all models alike.
+        models: names, the most popular first.
+        seed: of NumPy's PCG64 generator.
+        rate_per_s: mean arrivals per second.
+
+    Raises:
+        TraceError: a parameter is out of its range.
+    """
+    _check_zipf(n, alpha, models, rate_per_s)
+    generator = np.random.Generator(np.random.PCG64(seed))
+    weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
+    arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
+    drawn = generator.choice(len(models), size=n, p=weights / weights.sum())
+    params = {
+        "n": n,
+        "alpha": alpha,
+        "models": list(models),
+        "seed": seed,
+        "rate_per_s": rate_per_s,
+    }
+    return Trace("zipf", params, _requests(arrivals_s.tolist(), [models[i] for i in drawn]))
+
+
+def _check_zipf(n: int, alpha: float, models: Sequence[str], rate_per_s: float) -> None:
+    if not 1 <= n <= _MAX_REQUESTS:
+        raise TraceError(f"expected 1 to {_MAX_REQUESTS} requests, got n={n}")
+    if not 0 <= alpha <= 100:
+        raise TraceError(f"expected a skew alpha from 0 to 100, got {alpha}")
+    if not (math.isfinite(rate_per_s) and rate_per_s > 0):
+        raise TraceError(f"expected a positive, finite rate_per_s, got {rate_per_s}")
+    if not models or len(set(models)) != len(models):
+        raise TraceError(f"expected one or more different models, got {list(models)}")
+
+
+def check_models(trace: Trace, known: Collection[str]) -> None:
+    """Make sure that every model of a trace is configured.
+
+    Raises:
+        TraceError: one is not.
+    """
+    if unknown := [model for model in trace.models if model not in known]:
+        raise TraceError(
+            f"expected a trace over the models {list(known)}, got {unknown[0]!r}: "
+            "add it to the profile, or make the trace anew"
+        )
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    """Write a trace; the file appears whole or not at all."""
+    header = {"format": FORMAT, "kind": trace.kind, "params": dict(trace.params),
+              "n": len(trace), "sha256": trace.sha256}  # fmt: skip
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(_dump(header) + "".join(_dump(asdict(r)) for r in trace.requests))
+    os.replace(partial, path)
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace and check everything in it.
+
+    Raises:
+        TraceError: missing, cut short, edited or of another format; the message names the line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TraceError(f"expected a trace in {path}, got {error}: make it anew") from error
+    header = _parse(path, 1, lines[0] if lines else "")
+    if header.get("format") != FORMAT:
+        raise TraceError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
+    requests = tuple(_request(path, i, line) for i, line in enumerate(lines[1:]))
+    _check_order(path, requests)
+    try:
+        trace = Trace(header["kind"], header["params"], requests)
+        n, sha256 = header["n"], header["sha256"]
+    except KeyError as error:
+        raise TraceError(f"{path}, line 1: expected a field {error}, got none") from error
+    if (len(trace), trace.sha256) != (n, sha256):
+        raise TraceError(
+            f"{path}: expected {n} requests with hash {sha256[:12]}, got {len(trace)} with "
+            f"{trace.sha256[:12]}: the file was cut short or edited; make the trace anew"
+        )
+    return trace
+
+
+def _parse(path: Path, line_number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TraceError(f"{path}, line {line_number}: expected JSON, got {line[:60]!r}") from error
+    if not isinstance(value, dict):
+        raise TraceError(f"{path}, line {line_number}: expected an object, got {line[:60]!r}")
+    return value
+
+
+def _request(path: Path, number: int, line: str) -> Request:
+    fields = _parse(path, number + 2, line)
+    try:
+        request = Request(**fields)
+        sound = request.request == number and math.isfinite(request.arrival_s) and request.model
+    except TypeError:
+        sound = False
+    if not sound or not isinstance(fields["model"], str):
+        raise TraceError(
+            f"{path}, line {number + 2}: expected request {number} with a finite arrival_s and a "
+            f"model, got {line[:80]}"
+        )
+    return Request(number, float(fields["arrival_s"]), fields["model"])
+
+
+def _check_order(path: Path, requests: Sequence[Request]) -> None:
+    for before, after in pairwise(requests):
+        if after.arrival_s < before.arrival_s:
+            raise TraceError(
+                f"{path}: expected arrivals in order, got request {after.request} at "
+                f"{after.arrival_s} s after {before.arrival_s} s"
+            )
