@@ -36,18 +36,24 @@ class Bench:
         """Read what the set-up notebook left in the run folder.
 
         Raises:
-            ConfigError: the set-up has not been run there.
+            ConfigError: the set-up has not been run there, or with other models.
         """
         path = run_dir / "machine.json"
-        if not path.exists():
+        try:
+            state = json.loads(path.read_text())
+            models = {
+                name: ModelFiles(**{**files, "folder": Path(files["folder"])})
+                for name, files in state["models"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"expected {path} from the set-up, got none: run notebook 00_setup first"
+                f"expected {path} from the set-up, got {error!r}: run notebook 00_setup first"
+            ) from error
+        if list(models) != list(profile.models):
+            raise ConfigError(
+                f"expected a set-up of the models {list(profile.models)} in {path}, got "
+                f"{list(models)}: run notebook 00_setup again"
             )
-        state = json.loads(path.read_text())
-        models = {
-            name: ModelFiles(**{**files, "folder": Path(files["folder"])})
-            for name, files in state["models"].items()
-        }
         return cls(profile, run_dir, models, state["machine"])
 
     @property

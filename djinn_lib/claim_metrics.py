@@ -5,6 +5,7 @@ A metric that cannot be measured raises `NotMeasured` with the reason; nothing i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from djinn_lib.optimal import optimal_bytes
 from djinn_lib.trace import Trace
 
 MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
+STATISTICS = ("p50", "p90", "p99", "mean", "max")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,18 @@ def metric(timed: bool = False) -> Callable[[Metric], Metric]:
         return function
 
     return register
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Make sure that a metric takes these arguments.
+
+    Raises:
+        TypeError: it does not; the message says which.
+    """
+    bound = inspect.signature(METRICS[name]).bind(None, **arguments).arguments
+    inspect.signature(select).bind(None, None, **bound.get("where", {}))
+    if (statistic := bound.get("statistic", "p50")) not in STATISTICS:
+        raise TypeError(f"expected a statistic out of {STATISTICS}, got {statistic!r}")
 
 
 def select(
@@ -252,6 +266,8 @@ def bytes_to_optimum(
 ) -> Measurement:
     """Bytes loaded divided by the least that any schedule must load in that capacity."""
     rows = served(evidence, system, trace=trace, capacity_label=capacity_label)
+    if trace not in evidence.traces:
+        raise NotMeasured(f"no trace {trace!r} in this run")
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
     least = optimal_bytes(evidence.traces[trace], evidence.sizes, capacity_bytes)
     return _exact(_bytes_per_repeat(rows, "loaded_bytes") / least, len(rows))

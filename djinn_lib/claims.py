@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
@@ -15,7 +14,14 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from djinn_lib.claim_metrics import METRICS, TIMED, Evidence, Measurement, NotMeasured
+from djinn_lib.claim_metrics import (
+    METRICS,
+    TIMED,
+    Evidence,
+    Measurement,
+    NotMeasured,
+    check_arguments,
+)
 from djinn_lib.errors import ConfigError
 from djinn_lib.profile import REPO
 
@@ -39,6 +45,8 @@ class Expected(BaseModel):
     def _value_or_bounds(self) -> Expected:
         if (self.value is None) == (self.low is None and self.high is None):
             raise ValueError("expected either a value, or low and/or high")
+        if not self.bounds[0] <= self.bounds[1]:
+            raise ValueError(f"expected low <= high, got {self.low} and {self.high}")
         return self
 
     @property
@@ -55,14 +63,12 @@ class Expected(BaseModel):
         """For tables: "3.1 x", "3.07 to 3.13 x", "at most 1.1 x"."""
         low, high = self.bounds
         if low == high:
-            text = f"{low:g}"
-        elif math.isinf(low):
-            text = f"at most {high:g}"
-        elif math.isinf(high):
-            text = f"at least {low:g}"
-        else:
-            text = f"{low:g} to {high:g}"
-        return f"{text} {self.unit}"
+            return format_value(low, self.unit)
+        if math.isinf(low):
+            return f"at most {format_value(high, self.unit)}"
+        if math.isinf(high):
+            return f"at least {format_value(low, self.unit)}"
+        return f"{format_value(low, self.unit)} to {format_value(high, self.unit)}"
 
 
 class Claim(BaseModel):
@@ -85,7 +91,7 @@ class Claim(BaseModel):
         if self.metric not in METRICS:
             raise ValueError(f"expected a metric out of {sorted(METRICS)}, got {self.metric!r}")
         try:
-            inspect.signature(METRICS[self.metric]).bind(None, **self.arguments)
+            check_arguments(self.metric, self.arguments)
         except TypeError as error:
             raise ValueError(f"metric {self.metric!r}: {error}") from error
         return self
@@ -210,7 +216,9 @@ def format_value(value: float | None, unit: str) -> str:
     """A measured value with its unit; empty when there is none."""
     if value is None:
         return ""
-    return f"{value:.0%}" if unit == "share" else f"{value:.3g} {unit}"
+    if unit == "share":
+        return f"{value:.0%}"
+    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
 
 
 def claims_markdown(verdicts: Sequence[Verdict]) -> str:

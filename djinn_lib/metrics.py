@@ -42,15 +42,12 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     loaded/evicted/writeback bytes of one repeat. `p99_is_max` says that n is too small for a 99th
     percentile, so that the maximum stands in its place.
     """
-    groups = attempted(rows).groupby(CELL, sort=False)
-    return (
-        pd.DataFrame({key: _summary(group) for key, group in groups})
-        .T.infer_objects()
-        .rename_axis(CELL)
-    )
+    groups = dict(list(attempted(rows).groupby(CELL, sort=False)))
+    index = pd.MultiIndex.from_tuples(groups, names=CELL)
+    return pd.DataFrame([_summary(group) for group in groups.values()], index=index)
 
 
-def _summary(rows: pd.DataFrame) -> pd.Series:
+def _summary(rows: pd.DataFrame) -> dict[str, Any]:
     ok, repeats = served(rows), rows["repeat"].nunique()
     summary: dict[str, Any] = {
         "n": len(rows),
@@ -67,7 +64,7 @@ def _summary(rows: pd.DataFrame) -> pd.Series:
     summary["zero_load_share"] = (ok["loaded_bytes"] == 0).mean()
     for column in ("loaded_bytes", "evicted_bytes", "writeback_bytes"):
         summary[column] = ok[column].sum() / repeats
-    return pd.Series(summary)
+    return summary
 
 
 def latency(values: pd.Series) -> dict[str, float]:
@@ -154,10 +151,9 @@ def comparison_summary(rows: pd.DataFrame, capacity_label: str = "25") -> dict[s
     """Return the paper trace's results in the form of the paper's comparison_summary.json."""
     chosen = rows[(rows["trace"] == "paper") & (rows["capacity_label"] == capacity_label)]
     result = {}
-    for system, group in attempted(chosen).groupby("system", sort=False):
+    for (system, mode), group in attempted(chosen).groupby(["system", "mode"], sort=False):
         ok, summary = served(group), latency(served(group)["total_ms"])
         repeats = group["repeat"].nunique()
-        mode = group["mode"].iloc[0]
         result[f"{system}_{mode}"] = {
             "p50_total_ms": _number(summary["p50"]),
             "p99_total_ms": _number(summary["p99"]),

@@ -16,7 +16,7 @@ from djinn_lib.units import parse_bytes
 
 REPO = Path(__file__).resolve().parent.parent
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # becomes part of file names
-ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # becomes a folder's name
 
 
 class _Strict(BaseModel):
@@ -56,8 +56,8 @@ class TraceEntry(_Strict):
 
     @model_validator(mode="after")
     def _all_or_none(self) -> TraceEntry:
-        given = [self.n, self.alpha, self.seed, self.rate_per_s]
-        if (self.kind == "zipf") != all(v is not None for v in given):
+        given = [v is not None for v in (self.n, self.alpha, self.seed, self.rate_per_s)]
+        if not (all(given) if self.kind == "zipf" else not any(given)):
             raise ValueError(
                 "expected n, alpha, seed and rate_per_s for kind 'zipf', and only there"
             )
@@ -97,14 +97,14 @@ class Cell(_Strict):
 class Profile(_Strict):
     """A whole experiment. See the comments in ``params/cpu.yml`` for each field."""
 
-    name: str
+    name: Name
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "float16", "bfloat16"]
     page: str
     prompt_tokens: int = Field(ge=1)
     new_tokens: int = Field(ge=1)
     repeats: int = Field(ge=1)
-    models: dict[ModelName, ModelEntry] = Field(min_length=1)
+    models: dict[Name, ModelEntry] = Field(min_length=1)
     capacities: dict[Label, str] = Field(min_length=1)
     traces: dict[Label, TraceEntry] = Field(min_length=1)
     systems: dict[Label, SystemEntry] = Field(min_length=1)
@@ -203,6 +203,6 @@ def load_profile(name: str, folder: Path = REPO / "params") -> Profile:
         raise ConfigError(f"expected a profile out of {known} (files in {folder}), got {name!r}")
     path = folder / f"{name}.yml"
     try:
-        return Profile.model_validate({"name": name, **yaml.safe_load(path.read_text())})
+        return Profile.model_validate({**yaml.safe_load(path.read_text()), "name": name})
     except (ValidationError, yaml.YAMLError, TypeError) as error:
         raise ConfigError(f"{path} cannot be used:\n{error}") from error

@@ -77,7 +77,7 @@ SCHEMA = pa.DataFrameSchema(
             error="a row is ok exactly when its error_kind is empty",
         ),
         pa.Check(
-            lambda rows: rows[["queue_ms", *_TIMES]].notna().all(axis=1) == rows["ok"],
+            lambda rows: rows[["queue_ms", *_TIMES]].notna().eq(rows["ok"], axis=0).all(axis=1),
             error="ok rows have all times, failed rows have none",
         ),
         pa.Check(
@@ -155,22 +155,27 @@ def rows_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Raises:
         RecordError: a column is missing, unknown or of the wrong type, or a rule is broken.
     """
-    return check_rows(pd.DataFrame(list(rows)).reindex(columns=list(COLUMNS)), "new rows")
+    frame = pd.DataFrame(list(rows))
+    known = [column for column in COLUMNS if column in frame]
+    unknown = [column for column in frame if column not in COLUMNS]
+    return check_rows(frame[[*known, *unknown]], "new rows")
 
 
 def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return the frame if it fits the schema.
 
     Raises:
-        RecordError: it does not; the message names the first rule that is broken.
+        RecordError: it does not, or is empty; the message names the first rule that is broken.
     """
-    frame = frame.astype({"ok": bool}) if frame.empty else frame
+    if frame.empty:
+        raise RecordError(f"{where}: expected at least 1 row, got none")
     try:
-        return SCHEMA.validate(frame) if len(frame) else frame
-    except pa.errors.SchemaError as error:
+        return SCHEMA.validate(frame)
+    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
+        first = error.schema_errors[0] if isinstance(error, pa.errors.SchemaErrors) else error
         raise RecordError(
             f"{where}: expected rows of the schema in djinn_lib/records.py, got: "
-            f"{str(error).splitlines()[0][:300]}"
+            f"{str(first).splitlines()[0][:300]}"
         ) from error
 
 
@@ -254,10 +259,13 @@ def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
     """Write a checked manifest as JSON; the file appears whole or not at all.
 
     Raises:
-        RecordError: a field is missing, unknown or of the wrong type.
+        RecordError: a field is missing, unknown, of the wrong type or nothing that JSON can hold.
     """
-    checked = _manifest(manifest, str(path))
-    text = json.dumps(checked.model_dump(), indent=2) + "\n"
+    checked = _manifest(manifest, str(path)).model_dump()
+    try:
+        text = json.dumps(checked, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path}: expected plain data in the manifest, got: {error}") from error
     _atomically(path, lambda partial: partial.write_text(text))
 
 

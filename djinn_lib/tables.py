@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from djinn_lib.metrics import summarise
@@ -52,15 +51,11 @@ def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
 
 def cell_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The summary of one cell, one measure a line."""
-    served = rows[rows["ok"]]
-    table = summarise(rows).T
-    table.columns = ["value"]
-    if len(served):
-        table.loc["hit"] = np.mean([n_bytes == 0 for n_bytes in served["loaded_bytes"]])
-    errors = rows.loc[~rows["ok"], "error"].tolist()
-    if errors:
-        table.loc["first error"] = errors[0]
-    return table
+    summaries = summarise(rows).rename(columns={"zero_load_share": "hit"}).to_dict("records")
+    measures = summaries[0] if summaries else {}
+    if errors := rows.loc[~rows["ok"], "error"].tolist():
+        measures["first error"] = errors[0]
+    return pd.DataFrame({"value": pd.Series(measures, dtype=object)})
 
 
 def request_table(rows: pd.DataFrame) -> pd.DataFrame:

@@ -66,9 +66,9 @@ def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
 
 
-def _requests(arrivals_s: Sequence[float], models: Sequence[str]) -> tuple[Request, ...]:
-    pairs = zip(arrivals_s, models, strict=True)
-    return tuple(Request(i, float(at_s), str(model)) for i, (at_s, model) in enumerate(pairs))
+def _requests(arrivals_s: np.ndarray, models: Sequence[str]) -> tuple[Request, ...]:
+    pairs = zip(arrivals_s.tolist(), models, strict=True)
+    return tuple(Request(i, at_s, model) for i, (at_s, model) in enumerate(pairs))
 
 
 def paper_trace(models: Sequence[str] = PAPER_MODELS) -> Trace:
@@ -86,7 +86,7 @@ def paper_trace(models: Sequence[str] = PAPER_MODELS) -> Trace:
     arrivals_s = generator.exponential(_PAPER["mean_gap_s"], _PAPER["n"]).cumsum()
     drawn = generator.choice(3, size=_PAPER["n"], p=_PAPER["probabilities"])
     params = {**_PAPER, "models": list(models)}
-    return Trace("paper", params, _requests(arrivals_s.tolist(), [models[i] for i in drawn]))
+    return Trace("paper", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
 def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> Trace:
@@ -102,7 +102,7 @@ def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_
     Raises:
         TraceError: a parameter is out of its range.
     """
-    _check_zipf(n, alpha, models, rate_per_s)
+    _check_zipf(n, alpha, models, seed, rate_per_s)
     generator = np.random.Generator(np.random.PCG64(seed))
     weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
     arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
@@ -114,16 +114,18 @@ def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_
         "seed": seed,
         "rate_per_s": rate_per_s,
     }
-    return Trace("zipf", params, _requests(arrivals_s.tolist(), [models[i] for i in drawn]))
+    return Trace("zipf", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
-def _check_zipf(n: int, alpha: float, models: Sequence[str], rate_per_s: float) -> None:
+def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> None:
     if not 1 <= n <= _MAX_REQUESTS:
         raise TraceError(f"expected 1 to {_MAX_REQUESTS} requests, got n={n}")
     if not 0 <= alpha <= 100:
         raise TraceError(f"expected a skew alpha from 0 to 100, got {alpha}")
     if not (math.isfinite(rate_per_s) and rate_per_s > 0):
         raise TraceError(f"expected a positive, finite rate_per_s, got {rate_per_s}")
+    if seed < 0:
+        raise TraceError(f"expected a seed of at least 0, got {seed}")
     if not models or len(set(models)) != len(models):
         raise TraceError(f"expected one or more different models, got {list(models)}")
 
@@ -160,53 +162,67 @@ def read_trace(path: Path) -> Trace:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"expected a trace in {path}, got {error}: make it anew") from error
-    header = _parse(path, 1, lines[0] if lines else "")
-    if header.get("format") != FORMAT:
-        raise TraceError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
+    header = _header(path, lines[0] if lines else "")
     requests = tuple(_request(path, i, line) for i, line in enumerate(lines[1:]))
+    if len(requests) != header["n"]:
+        raise _broken(path, len(lines), f"{header['n']} requests (line 1)", len(requests))
     _check_order(path, requests)
-    try:
-        trace = Trace(header["kind"], header["params"], requests)
-        n, sha256 = header["n"], header["sha256"]
-    except KeyError as error:
-        raise TraceError(f"{path}, line 1: expected a field {error}, got none") from error
-    if (len(trace), trace.sha256) != (n, sha256):
-        raise TraceError(
-            f"{path}: expected {n} requests with hash {sha256[:12]}, got {len(trace)} with "
-            f"{trace.sha256[:12]}: the file was cut short or edited; make the trace anew"
-        )
+    trace = Trace(header["kind"], header["params"], requests)
+    if trace.sha256 != header["sha256"]:
+        raise _broken(path, 1, f"hash {trace.sha256} of what follows", header["sha256"])
     return trace
+
+
+def _broken(path: Path, line_number: int, expected: str, got: object) -> TraceError:
+    return TraceError(
+        f"{path}, line {line_number}: expected {expected}, got {str(got)[:100]!r}: the file was "
+        "cut short or edited; make the trace anew"
+    )
 
 
 def _parse(path: Path, line_number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TraceError(f"{path}, line {line_number}: expected JSON, got {line[:60]!r}") from error
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise TraceError(f"{path}, line {line_number}: expected an object, got {line[:60]!r}")
+        raise _broken(path, line_number, "a JSON object", line)
     return value
+
+
+def _header(path: Path, line: str) -> dict[str, Any]:
+    header = _parse(path, 1, line)
+    if header.get("format") != FORMAT:
+        raise _broken(path, 1, f"format {FORMAT!r}", header.get("format"))
+    for field, kind in (("kind", str), ("params", dict), ("n", int), ("sha256", str)):
+        if not isinstance(header.get(field), kind):
+            raise _broken(path, 1, f"a field {field!r} ({kind.__name__})", header.get(field))
+    try:
+        _dump(header)
+    except ValueError as error:
+        raise _broken(path, 1, "finite numbers", line) from error
+    return header
 
 
 def _request(path: Path, number: int, line: str) -> Request:
     fields = _parse(path, number + 2, line)
-    try:
-        request = Request(**fields)
-        sound = request.request == number and math.isfinite(request.arrival_s) and request.model
-    except TypeError:
-        sound = False
-    if not sound or not isinstance(fields["model"], str):
-        raise TraceError(
-            f"{path}, line {number + 2}: expected request {number} with a finite arrival_s and a "
-            f"model, got {line[:80]}"
-        )
+    if fields.keys() != set(Request.__slots__) or not _is_sound(Request(**fields), number):
+        expected = f"request {number} with an arrival_s of 0 or more and a model"
+        raise _broken(path, number + 2, expected, line)
     return Request(number, float(fields["arrival_s"]), fields["model"])
+
+
+def _is_sound(request: Request, number: int) -> bool:
+    try:
+        in_time = math.isfinite(request.arrival_s) and request.arrival_s >= 0
+    except (TypeError, OverflowError):
+        return False
+    named = isinstance(request.model, str) and request.model != ""
+    return in_time and named and request.request == number
 
 
 def _check_order(path: Path, requests: Sequence[Request]) -> None:
     for before, after in pairwise(requests):
         if after.arrival_s < before.arrival_s:
-            raise TraceError(
-                f"{path}: expected arrivals in order, got request {after.request} at "
-                f"{after.arrival_s} s after {before.arrival_s} s"
-            )
+            expected = f"an arrival_s of at least {before.arrival_s}, as in the line before"
+            raise _broken(path, after.request + 2, expected, after.arrival_s)

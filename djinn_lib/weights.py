@@ -9,8 +9,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -66,36 +69,37 @@ def files_sha256(files: ModelFiles) -> str:
     weights = weight_files(files.folder)
     stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
     cache = files.folder / "weights.sha256.json"
-    if cache.exists() and (known := json.loads(cache.read_text()))["stamp"] == stamp:
-        return known["sha256"]
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no usable cache: hash again
+        if (known := json.loads(cache.read_text()))["stamp"] == stamp:
+            return known["sha256"]
     digest = hashlib.sha256()
     for path in weights:
         with path.open("rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-    cache.write_text(json.dumps({"stamp": stamp, "sha256": digest.hexdigest()}))
+    with suppress(OSError):  # a folder of the user's own may be read-only
+        cache.write_text(json.dumps({"stamp": stamp, "sha256": digest.hexdigest()}))
     return digest.hexdigest()
 
 
 def prompt_ids(files: ModelFiles, n_tokens: int, request: int) -> list[int]:
     """Return the prompt of a request: exactly `n_tokens` ids, the same for every system.
 
-    With a tokenizer it is a passage of English that starts at another sentence for every request;
-    without one it is seeded random ids.
+    With a tokenizer it is a passage of English, with the request's number before it so that no
+    two requests share a prompt; without one it is seeded random ids.
     """
     if not (files.folder / "tokenizer_config.json").exists():
         generator = torch.Generator().manual_seed(request)
         vocab_size = folder_config(files.folder).get_text_config().vocab_size
         return torch.randint(0, vocab_size, (n_tokens,), generator=generator).tolist()
-    tokenizer = AutoTokenizer.from_pretrained(files.folder)
-    return _cut(tokenizer(_passage(request, n_tokens)).input_ids, n_tokens)
+    passage = _PROMPT * (1 + n_tokens // 50)  # it has more than 50 words
+    return _cut(_tokenizer(files.folder)(f"{request}. {passage}").input_ids, n_tokens)
 
 
-def _passage(request: int, n_tokens: int) -> str:
-    sentences = [f"{sentence}. " for sentence in _PROMPT.strip().rstrip(".").split(". ")]
-    start = request % len(sentences)
-    once = "".join(sentences[start:] + sentences[:start])
-    return once * (1 + n_tokens // 50)  # a sentence is longer than its number of words
+@lru_cache(maxsize=8)
+def _tokenizer(folder: Path) -> Any:
+    """Read once a process: reading one takes longer than many a request."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _cut(ids: Sequence[int], n_tokens: int) -> list[int]:

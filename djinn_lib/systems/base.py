@@ -114,6 +114,16 @@ class SystemUnderTest(ABC):
     def close(self) -> None:
         """Free everything; called once, also after a failure."""
 
+    def known(self, model: str) -> ModelFiles:
+        """Return the files of a model.
+
+        Raises:
+            ConfigError: no model has that name.
+        """
+        if model not in self.models:
+            raise ConfigError(f"expected one of the models {list(self.models)}, got {model!r}")
+        return self.models[model]
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next tells the truth."""
         if self.device.type == "cuda":

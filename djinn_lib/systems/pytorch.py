@@ -95,6 +95,7 @@ class PyTorchPinned(_PyTorchSystem):
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Load, generate, offload."""
+        self.known(model)
         begin_s = self.clock_s()
         loaded_bytes = self.load(model)
         loaded_s = self.clock_s()
@@ -151,6 +152,7 @@ class PyTorchLRU(_PyTorchSystem):
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Evict until the model fits, load it unless it is there, generate."""
+        self.known(model)
         begin_s = self.clock_s()
         resident_before_bytes = self.resident.get(model, 0)
         evicted_bytes = 0 if resident_before_bytes else self._make_room(model)

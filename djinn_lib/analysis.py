@@ -1,0 +1,221 @@
+"""A run's folder as one object: everything that figures, claims and the report read of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from djinn_lib.claim_metrics import Evidence
+from djinn_lib.claims import Verdict, claims_table, format_value
+from djinn_lib.errors import RecordError
+from djinn_lib.optimal import optimal_bytes
+from djinn_lib.records import read_manifest, read_run
+from djinn_lib.trace import Trace, read_trace
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "paper" / "results.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+        folder: of the run.
+        rows: one row a request, of every cell.
+        machine: facts of `machine.json`: names, sizes, versions, measured rates.
+        traces: by name.
+        manifests: by cell id; where each cell's rows come from.
+    """
+
+    folder: Path
+    rows: pd.DataFrame
+    machine: Mapping[str, Any]
+    traces: Mapping[str, Trace]
+    manifests: Mapping[str, Mapping[str, Any]]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the weights of each model.
+
+        Raises:
+            RecordError: cells were run with different weights, so their rows cannot be compared.
+        """
+        sizes: dict[str, int] = {}
+        for cell, manifest in self.manifests.items():
+            for model, facts in manifest["models"].items():
+                if sizes.setdefault(model, int(facts["bytes"])) != facts["bytes"]:
+                    raise RecordError(
+                        f"expected every cell to use {sizes[model]} bytes of weights of {model!r}, "
+                        f"got {facts['bytes']} in {cell}: run the cells again with one profile"
+                    )
+        return sizes
+
+    @cached_property
+    def page_bytes(self) -> int:
+        """Size of a page of the ring; of the cells of the system "djinn" if there are any."""
+        by_system = {cell.rpartition("-")[2]: m for cell, m in self.manifests.items()}
+        manifest = by_system.get("djinn") or next(iter(self.manifests.values()), None)
+        if manifest is None:
+            raise RecordError(f"expected manifests in {self.folder / 'requests'}, got none")
+        return int(manifest["parameters"]["page_bytes"])
+
+    @property
+    def failures(self) -> pd.DataFrame:
+        """The failed requests, without those of systems that cannot run on this machine."""
+        return self.rows[~self.rows["ok"] & (self.rows["error_kind"] != "unavailable")]
+
+    def cells(self, trace: str = "paper", capacity_label: str | None = None) -> pd.DataFrame:
+        """Return the rows of one trace, at one capacity or at all of them.
+
+        Raises:
+            RecordError: there are none.
+        """
+        rows = self.rows[self.rows["trace"] == trace]
+        if capacity_label is not None:
+            rows = rows[rows["capacity_label"] == capacity_label]
+        if rows.empty:
+            found = sorted(set(zip(self.rows["trace"], self.rows["capacity_label"], strict=True)))
+            raise RecordError(
+                f"expected rows of trace {trace!r} at capacity {capacity_label or 'any'}, "
+                f"got rows of {found}"
+            )
+        return rows
+
+    def sweep(self, trace: str = "paper") -> pd.DataFrame:
+        """Return the rows of the systems that were run at more than one capacity, if any were.
+
+        Raises:
+            RecordError: there are none.
+        """
+        rows = self.cells(trace)
+        n_capacities = rows.groupby("system")["capacity_label"].transform("nunique")
+        return rows[n_capacities > 1] if (n_capacities > 1).any() else rows
+
+    def least_bytes(self, trace: str, capacity_label: str) -> int:
+        """Return the least bytes that any system must load for a trace at a capacity.
+
+        Raises:
+            RecordError: there are no rows of that trace and capacity.
+        """
+        capacity_bytes = int(self.cells(trace, capacity_label)["capacity_bytes"].iloc[0])
+        return optimal_bytes(self.traces[trace], self.sizes, capacity_bytes)
+
+    def compulsory_bytes(self, trace: str) -> int:
+        """Return the bytes of every model that a trace asks for, each once."""
+        return sum(self.sizes[model] for model in self.traces[trace].models)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What claims are judged by."""
+        return Evidence(self.rows, self.machine, self.sizes, self.page_bytes, self.traces)
+
+    def link_floor(self) -> pd.DataFrame:
+        """One row a model: its size, and the least milliseconds that loading it whole can take."""
+        rate = self.machine["link_rate_bytes_per_s"]
+        table = pd.DataFrame({"bytes": self.sizes})
+        table["ms_at_link_rate"] = table["bytes"] / rate * 1e3
+        return table.rename_axis("model")
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Read a run's folder and check everything in it.
+
+    Raises:
+        RecordError: rows, manifests or the machine's facts are missing or broken.
+        TraceError: a trace is broken.
+    """
+    folder = Path(run_dir).resolve()
+    rows = read_run(folder)
+    requests = folder / "requests"
+    manifests = {
+        path.name.removesuffix(".manifest.json"): read_manifest(path)
+        for path in sorted(requests.glob("*.manifest.json"))
+    }
+    traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
+    return Run(folder, rows, read_machine(folder), traces, manifests)
+
+
+def read_machine(run_dir: Path) -> dict[str, Any]:
+    """Return the facts that the set-up noted of the machine.
+
+    Raises:
+        RecordError: the set-up has not been run, or its file is broken.
+    """
+    path = run_dir / "machine.json"
+    try:
+        return json.loads(path.read_text())["machine"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(
+            f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup first"
+        ) from error
+
+
+def published(path: Path = PUBLISHED) -> dict[str, Any]:
+    """Return the paper's published numbers.
+
+    Raises:
+        RecordError: the file is missing or broken.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"expected the paper's numbers in {path}, got {error}: restore the file from the "
+            "repository"
+        ) from error
+
+
+# Ink and background: dark on light, so that they read on any page.
+_VERDICT_COLORS = {
+    "reproduced": ("#14532d", "#dcfce7"),
+    "exceeded": ("#1e3a8a", "#dbeafe"),
+    "not reproduced": ("#7f1d1d", "#fee2e2"),
+    "not judged": ("#292524", "#e7e5e4"),
+}
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Styler:
+    """Return the table of claims with coloured verdicts; the words say the same."""
+
+    def look(verdict: Any) -> str:
+        ink, back = _VERDICT_COLORS[verdict]
+        return f"color: {ink}; background-color: {back}; font-weight: bold; white-space: nowrap"
+
+    table = claims_table(verdicts).style.set_uuid("claims")  # not random: the same every time
+    return table.map(look, subset=["verdict"]).set_properties(
+        subset=None, **{"text-align": "left", "vertical-align": "top"}
+    )
+
+
+def verdict_counts(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Return how many claims of the paper's and of ours got each verdict."""
+    pairs = pd.DataFrame({"source": v.source, "verdict": v.verdict} for v in verdicts)
+    table = pd.crosstab(pairs["verdict"], pairs["source"], margins=True, margins_name="all")
+    return table.reindex([*_VERDICT_COLORS, "all"]).fillna(0).astype(int)
+
+
+def verdict_reasons(verdicts: Sequence[Verdict], judgement: str) -> str:
+    """Return, in Markdown, each reason for a judgement and the claims that it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.verdict == judgement:
+            reasons.setdefault(verdict.why, []).append(_in_words(verdict))
+    if not reasons:
+        return f"No claim was {judgement}."
+    return "\n".join(
+        f"* **{why}**\n" + "\n".join(f"    * {words}" for words in claims)
+        for why, claims in reasons.items()
+    )
+
+
+def _in_words(verdict: Verdict) -> str:
+    measured = format_value(verdict.measured, verdict.unit)
+    found = f"measured {measured}" if measured else "not measured"
+    return f"{verdict.quote} (`{verdict.id}`): expected {verdict.expected}, {found}"

@@ -1,0 +1,133 @@
+"""Runs notebooks headlessly with papermill, and never takes half a result for a whole one.
+
+Papermill warns of an unknown parameter and says nothing of a killed kernel in the notebook it
+leaves. So parameters are checked first, the executed copy appears under its name only when it is
+complete or has failed for good, and each execution leaves a status file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.profile import REPO
+
+NOTEBOOKS_DIR = REPO / "notebooks"
+State = Literal["ok", "failed", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How an execution ended; `error_kind` is "" when it is ok, as in the rows."""
+
+    task: str
+    state: State
+    seconds: float
+    error_kind: str = ""
+    error: str = ""
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Make sure that a notebook has every parameter it is to be given.
+
+    Raises:
+        ConfigError: there is no such notebook, or it lacks one of the parameters.
+    """
+    if not notebook.exists():
+        known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
+        raise ConfigError(f"expected a notebook out of {known}, got {notebook.stem!r}")
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := sorted(parameters.keys() - known.keys()):
+        raise ConfigError(
+            f"expected parameters of {notebook.name} out of {sorted(known)}, got {unknown}"
+        )
+
+
+def has_kernel(name: str) -> bool:
+    """Whether a Jupyter kernel of that name is installed in this environment."""
+    return name in KernelSpecManager().find_kernel_specs()
+
+
+def execute(
+    notebook: str,
+    output: Path,
+    parameters: Mapping[str, Any],
+    kernel: str | None = None,
+) -> Status:
+    """Execute a notebook of `notebooks/` into `output`.
+
+    Args:
+        notebook: its name without the ending, e.g. "02_run_system".
+        output: the executed copy; whatever was there before goes.
+        parameters: values for its parameters cell, of plain JSON types.
+        kernel: a Jupyter kernel; default is the one that the notebook names.
+
+    Returns:
+        How it ended. A failing or dying notebook is a status, not an exception.
+
+    Raises:
+        ConfigError: notebook or parameters are unknown; nothing has been run then.
+    """
+    source = NOTEBOOKS_DIR / f"{notebook}.ipynb"
+    check_parameters(source, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.unlink(missing_ok=True)
+    partial = output.with_suffix(".partial.ipynb")
+    begin_s, kind, error = time.perf_counter(), "", ""
+    try:
+        _papermill(source, partial, parameters, kernel)
+    except PapermillExecutionError as failure:
+        kind, error = "other", f"{failure.ename}: {failure.evalue}"
+    except DeadKernelError:
+        kind, error = "kernel_died", "the kernel's process ended (killed, out of memory or crashed)"
+    finally:
+        with suppress(FileNotFoundError):  # a kernel that never started leaves no copy
+            os.replace(partial, output)
+    seconds = time.perf_counter() - begin_s
+    return Status(output.stem, "failed" if kind else "ok", seconds, kind, error)
+
+
+def _papermill(
+    source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None
+) -> None:
+    # Kernels find djinn_lib in this checkout, also those of another environment.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys(
+            [str(REPO), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        )
+    )
+    papermill.execute_notebook(
+        str(source),
+        str(output),
+        parameters=dict(parameters),
+        kernel_name=kernel,
+        cwd=str(NOTEBOOKS_DIR),
+        progress_bar=False,
+        shutdown_kernel="immediate",
+        extra_arguments=["--log-level=40"],  # errors only: the kernel's warnings say nothing here
+    )
+
+
+def write_status(status: Status, folder: Path) -> None:
+    """Keep a status as ``<folder>/<task>.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{status.task}.json.partial"
+    partial.write_text(json.dumps(asdict(status), indent=2) + "\n")
+    os.replace(partial, folder / f"{status.task}.json")
+
+
+def read_statuses(folder: Path) -> list[Status]:
+    """Return every status kept in a folder, by task name."""
+    return [Status(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]

@@ -1,0 +1,164 @@
+"""`ray_actors`: one Ray actor process a model; whole actors are killed to make room."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import djinn_lib
+from djinn_lib.errors import CapacityError
+from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_on_host
+
+_OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
+
+
+class ModelActor:
+    """What runs in an actor's process: one model on the device."""
+
+    def __init__(self, files: ModelFiles, device: str) -> None:
+        self.model = load_on_host(files).to(torch.device(device))  # type: ignore[arg-type]
+
+    def ready(self) -> bool:
+        """Answer once the model is loaded."""
+        return True
+
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
+        """Decode with transformers' own `generate`."""
+        return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos=True)
+
+
+class RayActors(SystemUnderTest):
+    """A model is resident while its actor lives; the least recently used actors are killed."""
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Ray has to be installed."""
+        return None if find_spec("ray") else "ray is not installed: pip install 'ray>=2.60'"
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Start Ray on this machine, once."""
+        import ray
+
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+        progress("starting Ray")
+        self.started_ray = not ray.is_initialized()
+        if self.started_ray:
+            ray.init(
+                num_cpus=len(self.models) + 1,
+                include_dashboard=False,
+                log_to_driver=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                configure_logging=False,
+                runtime_env={"env_vars": _actor_environment()},
+            )
+        self.actors: OrderedDict[str, Any] = OrderedDict()
+        # Actors share the GPU; Ray only counts, it does not divide.
+        n_gpus = 1 / (len(self.models) + 1) if self.device.type == "cuda" else 0
+        self.actor_class = ray.remote(num_cpus=1, num_gpus=n_gpus, max_restarts=0)(ModelActor)
+
+    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
+        """Nothing: every new actor is a new process, which is cold by nature."""
+        return
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Have the model's actor generate, creating it if it does not live."""
+        import ray
+
+        files = self.known(model)
+        begin_s = time.perf_counter()
+        was_resident = model in self.actors
+        evicted_bytes = 0 if was_resident else self._make_room(files)
+        try:
+            if not was_resident:
+                self.actors[model] = self.actor_class.remote(files, str(self.device))
+                ray.get(self.actors[model].ready.remote())
+            self.actors.move_to_end(model)
+            loaded_s = time.perf_counter()
+            call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
+            tokens: Tokens = ray.get(call)
+        except ray.exceptions.RayTaskError as error:  # the request's fault: the actor lives on
+            raise error.as_instanceof_cause() from error
+        except ray.exceptions.RayActorError:
+            self._kill(model)
+            raise
+        return self._served(tokens, begin_s, loaded_s, files, was_resident, evicted_bytes)
+
+    def _served(
+        self,
+        tokens: Tokens,
+        begin_s: float,
+        loaded_s: float,
+        files: ModelFiles,
+        was_resident: bool,
+        evicted_bytes: int,
+    ) -> Served:
+        switch_ms = (loaded_s - begin_s) * 1e3
+        return Served(
+            tokens.token_ids,
+            switch_ms=switch_ms,
+            ttft_ms=switch_ms + tokens.first_s * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=(time.perf_counter() - begin_s) * 1e3,
+            loaded_bytes=0 if was_resident else files.n_bytes,
+            evicted_bytes=evicted_bytes,
+            resident_before_bytes=files.n_bytes if was_resident else 0,
+            resident_bytes={
+                name: f.n_bytes if name in self.actors else 0 for name, f in self.models.items()
+            },
+        )
+
+    def _make_room(self, files: ModelFiles) -> int:
+        """Kill actors, least recently used first, until the model fits; returns bytes freed."""
+        if files.n_bytes > self.capacity_bytes:
+            raise CapacityError(
+                f"expected a model of at most {self.capacity_bytes} bytes, got {files.name!r} "
+                f"with {files.n_bytes}: raise the capacity"
+            )
+        evicted_bytes = 0
+        while self._resident_bytes() + files.n_bytes > self.capacity_bytes:
+            victim = next(iter(self.actors))
+            evicted_bytes += self.models[victim].n_bytes
+            self._kill(victim)
+        return evicted_bytes
+
+    def _resident_bytes(self) -> int:
+        return sum(self.models[name].n_bytes for name in self.actors)
+
+    def _kill(self, model: str) -> None:
+        import ray
+
+        if actor := self.actors.pop(model, None):
+            ray.kill(actor)
+
+    def reset(self) -> None:
+        """Kill all actors."""
+        for name in list(self.actors):
+            self._kill(name)
+
+    def close(self) -> None:
+        """Kill the actors, and stop Ray if this system started it."""
+        import ray
+
+        if not hasattr(self, "actors"):
+            return
+        self.reset()
+        if self.started_ray and ray.is_initialized():
+            ray.shutdown()
+        self.started_ray = False
+
+
+def _actor_environment() -> dict[str, str]:
+    """Let actors find this djinn_lib, and use the threads that the other systems have."""
+    home = str(Path(djinn_lib.__file__).parent.parent)
+    paths = dict.fromkeys([home, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))])
+    threads = str(len(os.sched_getaffinity(0)))  # Ray sets 1, which would slow this system only
+    return {"PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": threads}

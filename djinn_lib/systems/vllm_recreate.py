@@ -1,0 +1,147 @@
+"""`vllm_recreate`: vLLM with one engine at a time, rebuilt when the model changes.
+
+This is what the paper calls vLLM Sequential. On the CPU it runs in an environment of its own
+(`make vllm`), because vLLM pins other versions than the rest.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch
+
+from djinn_lib.generate import check_prompt
+from djinn_lib.models import folder_config
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+
+
+class VllmRecreate(SystemUnderTest):
+    """Tears the engine down and builds the next one, reading the weights from disk.
+
+    Options:
+        enforce_eager: no CUDA graphs and no compilation, as in the paper (default True).
+        max_model_len: tokens of prompt and answer together (default 512).
+        gpu_memory_utilization: share of the GPU that an engine may take (default 0.6).
+    """
+
+    option_names = frozenset({"enforce_eager", "max_model_len", "gpu_memory_utilization"})
+    kernel: ClassVar[str | None] = "djinn-vllm"
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """vLLM has to be importable."""
+        if find_spec("vllm"):
+            return None
+        hint = "run `make vllm`" if device == "cpu" else "pip install vllm==0.24.0"
+        return f"vLLM is not installed in this environment: {hint}"
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Configure vLLM; engines are part of the requests that need them."""
+        set_environment()
+        progress("importing vLLM")
+        import vllm
+
+        self.vllm = vllm
+        self.engine: Any = None
+        self.resident: str | None = None
+        self.vocab_sizes = {
+            name: folder_config(files.folder).get_text_config().vocab_size
+            for name, files in self.models.items()
+        }
+
+    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
+        """Build each engine once: vLLM keeps what it finds out of an architecture on disk."""
+        self.serve(model, prompt_ids, 1)
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Generate with the model's engine, built now unless it is the one at hand."""
+        files = self.known(model)
+        ids = check_prompt(prompt_ids, self.vocab_sizes[model], max_new_tokens)
+        begin_s = time.perf_counter()
+        resident_before, victim = self.resident == model, self.resident
+        if not resident_before:
+            self.reset()
+            self.engine = build_engine(self.vllm, files, self.options)
+            self.resident = model
+        loaded_s = time.perf_counter()
+        token_ids, first_s, last_s = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
+        switched_from = self.models[victim].n_bytes if victim and not resident_before else 0
+        return Served(
+            token_ids,
+            switch_ms=(loaded_s - begin_s) * 1e3,
+            ttft_ms=(first_s - begin_s) * 1e3,
+            decode_ms=(last_s - first_s) * 1e3,
+            total_ms=(time.perf_counter() - begin_s) * 1e3,
+            loaded_bytes=0 if resident_before else files.n_bytes,
+            evicted_bytes=switched_from,
+            resident_before_bytes=files.n_bytes if resident_before else 0,
+            resident_bytes={n: f.n_bytes if n == model else 0 for n, f in self.models.items()},
+        )
+
+    def reset(self) -> None:
+        """Tear the engine down and give its memory back."""
+        if self.engine is not None:
+            self.engine.llm_engine.engine_core.shutdown()
+            self.engine, self.resident = None, None
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Tear the last engine down."""
+        if hasattr(self, "engine"):
+            self.reset()
+
+
+def set_environment() -> None:
+    """What vLLM reads from the environment; what the user has set there stays."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: Any) -> Any:
+    """Return a new `vllm.LLM` with the weights of a folder."""
+    return vllm.LLM(
+        model=str(files.folder),
+        load_format="safetensors",
+        skip_tokenizer_init=True,
+        dtype=files.dtype,
+        enable_prefix_caching=False,
+        max_model_len=options.get("max_model_len", 512),
+        gpu_memory_utilization=options.get("gpu_memory_utilization", 0.6),
+        enforce_eager=options.get("enforce_eager", True),
+        disable_log_stats=True,
+        **more,
+    )
+
+
+def generate_stepwise(
+    vllm: Any, llm: Any, prompt_ids: Sequence[int], max_new_tokens: int
+) -> tuple[tuple[int, ...], float, float]:
+    """Decode greedily; returns the ids and the clock (s) at the first and at the last of them.
+
+    The engine is stepped by hand, because only so is the moment of the first token known exactly.
+    """
+    parameters = vllm.SamplingParams(
+        max_tokens=max_new_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=vllm.sampling_params.RequestOutputKind.CUMULATIVE,
+    )
+    engine = llm.llm_engine
+    engine.add_request("request", {"prompt_token_ids": list(prompt_ids)}, parameters)
+    ids: list[int] = []
+    first_s = 0.0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            ids = list(output.outputs[0].token_ids)
+        if ids and not first_s:
+            first_s = time.perf_counter()
+    return tuple(ids), first_s, time.perf_counter()

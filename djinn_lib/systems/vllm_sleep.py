@@ -1,0 +1,158 @@
+"""`vllm_sleep`: one vLLM engine a model, put to sleep and woken as requests demand.
+
+What vLLM itself offers for switching models: `sleep(level=1)` moves an engine's weights to host
+memory and drops its KV cache, `wake_up()` brings the weights back. CUDA graphs stay valid.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from djinn_lib.errors import CapacityError
+from djinn_lib.generate import check_prompt
+from djinn_lib.models import folder_config
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+from djinn_lib.systems.engine_process import EngineDied, EngineProcess
+from djinn_lib.systems.vllm_recreate import build_engine, generate_stepwise, set_environment
+
+
+class SleepingEngine:
+    """What runs in an engine's process."""
+
+    def __init__(self, files: ModelFiles, options: dict[str, Any]) -> None:
+        set_environment()
+        import vllm
+
+        self.vllm = vllm
+        self.llm = build_engine(vllm, files, options, enable_sleep_mode=True)
+
+    def sleep(self) -> None:
+        """Move the weights to host memory."""
+        self.llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """Bring the weights back."""
+        self.llm.wake_up()
+
+    def generate(self, prompt_ids: Sequence[int], n: int) -> tuple[tuple[int, ...], float, float]:
+        """Return the ids, and the seconds from the call to the first and to the last of them."""
+        begin_s = time.perf_counter()
+        ids, first_s, last_s = generate_stepwise(self.vllm, self.llm, prompt_ids, n)
+        return ids, first_s - begin_s, last_s - begin_s
+
+    def close(self) -> None:
+        """Shut the engine down."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class VllmSleep(SystemUnderTest):
+    """Engines stay awake while their weights fit the capacity together; LRU sleeps first.
+
+    Options:
+        naive: let every other engine sleep at each change of the model (default False).
+        enforce_eager: no CUDA graphs (default False: vLLM at its best).
+        max_model_len, gpu_memory_utilization: of each engine (defaults 512 and 0.3).
+    """
+
+    option_names = frozenset({"naive", "enforce_eager", "max_model_len", "gpu_memory_utilization"})
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """Sleep mode needs CUDA's virtual memory."""
+        if device != "cuda":
+            return "vLLM's sleep mode needs a CUDA device; vLLM for the CPU has none"
+        return None if find_spec("vllm") else "vLLM is not installed: pip install vllm==0.24.0"
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Start each engine and let it sleep before the next one starts."""
+        self.engines: dict[str, EngineProcess] = {}
+        self.awake: OrderedDict[str, None] = OrderedDict()
+        self.vocab_sizes: dict[str, int] = {}
+        for name, files in self.models.items():
+            if files.n_bytes > self.capacity_bytes:
+                raise CapacityError(
+                    f"expected models of at most {self.capacity_bytes} bytes, got {name!r} with "
+                    f"{files.n_bytes}: raise the capacity"
+                )
+            self.vocab_sizes[name] = folder_config(files.folder).get_text_config().vocab_size
+            progress(f"starting vLLM's engine of {name}")
+            self._engine(name)
+
+    def _engine(self, name: str) -> EngineProcess:
+        """The engine of a model, started anew (and asleep) if its process has died."""
+        if name not in self.engines:
+            options = {"enforce_eager": False, "gpu_memory_utilization": 0.3, **self.options}
+            options.pop("naive", None)
+            target = "djinn_lib.systems.vllm_sleep:SleepingEngine"
+            self.engines[name] = EngineProcess(target, self.models[name], options)
+            self.engines[name].call("sleep")
+        return self.engines[name]
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Wake the model's engine, letting others sleep where the capacity demands it."""
+        files = self.known(model)
+        ids = check_prompt(prompt_ids, self.vocab_sizes[model], max_new_tokens)
+        begin_s = time.perf_counter()
+        was_awake = model in self.awake
+        try:
+            evicted_bytes = 0 if was_awake else self._make_room(files)
+            engine = self._engine(model)
+            if not was_awake:
+                engine.call("wake_up")
+            self.awake[model] = None
+            self.awake.move_to_end(model)
+            switched_s = time.perf_counter()
+            token_ids, first_s, last_s = engine.call("generate", ids, max_new_tokens)
+        except (EngineDied, TimeoutError):
+            self._bury()
+            raise
+        return Served(
+            token_ids,
+            switch_ms=(switched_s - begin_s) * 1e3,
+            ttft_ms=(switched_s - begin_s + first_s) * 1e3,
+            decode_ms=(last_s - first_s) * 1e3,
+            total_ms=(time.perf_counter() - begin_s) * 1e3,
+            loaded_bytes=0 if was_awake else files.n_bytes,
+            evicted_bytes=evicted_bytes,
+            writeback_bytes=evicted_bytes,  # level 1 copies the weights to the host
+            resident_before_bytes=files.n_bytes if was_awake else 0,
+            resident_bytes={
+                name: f.n_bytes if name in self.awake else 0 for name, f in self.models.items()
+            },
+        )
+
+    def _make_room(self, files: ModelFiles) -> int:
+        """Let engines sleep, least recently used first, until the model fits; returns bytes."""
+        evicted_bytes = 0
+        while self.awake and (self.options.get("naive") or not self._fits(files)):
+            victim = next(iter(self.awake))
+            self.engines[victim].call("sleep")
+            del self.awake[victim]
+            evicted_bytes += self.models[victim].n_bytes
+        return evicted_bytes
+
+    def _fits(self, files: ModelFiles) -> bool:
+        awake_bytes = sum(self.models[name].n_bytes for name in self.awake)
+        return awake_bytes + files.n_bytes <= self.capacity_bytes
+
+    def _bury(self) -> None:
+        """Forget engines whose process has ended; they start anew when they are asked for."""
+        for name in [name for name, engine in self.engines.items() if not engine.is_alive]:
+            self.engines.pop(name).close()
+            self.awake.pop(name, None)
+
+    def reset(self) -> None:
+        """Let every engine sleep."""
+        for name in list(self.awake):
+            self.engines[name].call("sleep")
+            del self.awake[name]
+
+    def close(self) -> None:
+        """End all engines."""
+        for engine in getattr(self, "engines", {}).values():
+            engine.close()
+        self.engines = {}

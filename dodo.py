@@ -1,0 +1,147 @@
+"""Every papermill call of a run as a doit task, so that a rerun does only what changed.
+
+    python -m djinn_lib.reproduce --profile cpu     # what `make reproduce` calls
+    doit list --all                                 # the tasks, for those who know doit
+
+The profile and the run's folder come from the environment: DJINN_PROFILE, DJINN_RUN_DIR.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from doit.tools import config_changed
+
+from djinn_lib.profile import REPO, load_profile
+from djinn_lib.report import build_report
+from djinn_lib.systems import SYSTEMS
+from djinn_lib.tasks import is_settled, kernel_for, run_cell_notebook, run_notebook
+
+PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
+RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name)).resolve()
+DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
+
+LIB = REPO / "djinn_lib"
+ENGINE = [LIB / f"{name}.py" for name in (
+    "ring", "policy", "address_space", "copier", "swap_pool", "pager", "checkpoint", "models",
+    "sources", "generate", "djinn", "bench", "cell", "weights",
+)]  # fmt: skip
+READERS = [LIB / f"{name}.py" for name in (
+    "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables", "plots",
+    "plot_style", "plot_sensitivity", "plot_timeline",
+)]  # fmt: skip
+PARAMS = REPO / "params" / f"{PROFILE.name}.yml"
+MACHINE = RUN_DIR / "machine.json"
+TRACES = [RUN_DIR / "traces" / f"{name}.jsonl" for name in PROFILE.traces]
+CELLS = PROFILE.all_cells()
+ROWS = [RUN_DIR / "requests" / f"{cell.id}.parquet" for cell in CELLS]
+BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
+
+
+def notebook_task(notebook: str, file_dep: list[Path], targets: list[Path], **task: Any) -> dict:
+    """A task that executes one notebook of its own name."""
+    parameters = task.pop("parameters", BASIC)
+    return {
+        "actions": [(run_notebook, [notebook, RUN_DIR, parameters])],
+        "file_dep": [REPO / "notebooks" / f"{notebook}.ipynb", PARAMS, *file_dep],
+        "targets": [RUN_DIR / "notebooks" / f"{notebook}.ipynb", *targets],
+        "uptodate": [lambda: is_settled(RUN_DIR, notebook)],
+        **task,
+    }
+
+
+def task_setup() -> dict:
+    """00_setup: measure this machine, prepare the weights."""
+    sources = [LIB / "machine.py", LIB / "weights.py", LIB / "bench.py"]
+    return notebook_task("00_setup", sources, [MACHINE])
+
+
+def task_trace() -> dict:
+    """01_trace: write the request traces."""
+    return notebook_task("01_trace", [LIB / "trace.py"], TRACES, task_dep=["setup"])
+
+
+def task_cell() -> Iterator[dict]:
+    """02_run_system: one system on one trace at one capacity, a row a request."""
+    for i, (cell, rows) in enumerate(zip(CELLS, ROWS, strict=True), start=1):
+        name = f"02_run_system.{cell.id}"
+        entry = PROFILE.systems[cell.system]
+        yield {
+            "name": cell.id,
+            "actions": [(run_cell_notebook, [PROFILE, cell, RUN_DIR, f"cell {i} of {len(CELLS)}"])],
+            "file_dep": [
+                REPO / "notebooks" / "02_run_system.ipynb",
+                RUN_DIR / "traces" / f"{cell.trace}.jsonl",
+                LIB / "systems" / "base.py",
+                LIB / "systems" / f"{SYSTEMS[entry.system][0]}.py",
+                *ENGINE,
+            ],
+            "targets": [rows, RUN_DIR / "notebooks" / f"{name}.ipynb"],
+            "uptodate": [
+                config_changed(
+                    {
+                        "cell": cell.model_dump(),
+                        "system": entry.model_dump(),
+                        "profile": PROFILE.model_dump(exclude={"cells", "systems"}),
+                        "kernel": kernel_for(PROFILE, cell),
+                    }
+                ),
+                lambda name=name: is_settled(RUN_DIR, name),
+            ],
+            "task_dep": ["setup", "trace"],
+        }
+
+
+def task_sensitivity() -> dict:
+    """03_sensitivity: speed-up and hit share against the capacity."""
+    targets = [RUN_DIR / "figures" / f"sensitivity.{ending}" for ending in ("pdf", "png")]
+    return read_only("03_sensitivity", targets)
+
+
+def task_figures() -> dict:
+    """04_figures: every other figure, from rows alone."""
+    names = ("latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded")
+    targets = [
+        RUN_DIR / "figures" / f"{name}.{ending}" for name in names for ending in ("pdf", "png")
+    ]
+    return read_only("04_figures", targets)
+
+
+def task_claims() -> dict:
+    """05_claims: a verdict on every claim."""
+    targets = [RUN_DIR / "claims.json", RUN_DIR / "comparison_summary.json"]
+    return read_only("05_claims", targets, [REPO / "claims.yml"])
+
+
+def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = None) -> dict:
+    """A task that reads rows and draws or judges."""
+    file_dep = [*ROWS, *READERS, REPO / "data" / "paper" / "results.json", *(extra or [])]
+    return notebook_task(notebook, file_dep, targets, parameters={"run_dir": str(RUN_DIR)})
+
+
+def task_report() -> dict:
+    """index.html and the notebooks as HTML."""
+    notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims"]
+    notebooks += [f"02_run_system.{cell.id}" for cell in CELLS]
+    return {
+        "actions": [(report, [])],
+        "file_dep": [
+            RUN_DIR / "claims.json",
+            LIB / "report.py",
+            LIB / "notebook_html.py",
+            LIB / "templates" / "index.html.j2",
+            *READERS,
+            *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
+        ],
+        "targets": [RUN_DIR / "index.html"],
+        "task_dep": ["sensitivity", "figures", "claims"],
+    }
+
+
+def report() -> None:
+    """Write the HTML pages."""
+    print("index.html ...", flush=True)
+    build_report(RUN_DIR)

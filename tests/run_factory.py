@@ -1,0 +1,84 @@
+"""A synthetic run folder, as the pipeline would leave it, from the rows of `row_factory`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+from row_factory import MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
+
+from djinn_lib.records import rows_frame, write_manifest, write_rows
+from djinn_lib.trace import paper_trace, write_trace
+
+MACHINE = {
+    "device": "cpu",
+    "device_name": "Test Processor",
+    "device_bytes": 8 << 30,
+    "cpu": "Test Processor",
+    "cores": 2,
+    "host_bytes": 8 << 30,
+    "system": "Linux 6.1",
+    "versions": {"python": "3.11.2", "torch": "2.13.0"},
+    "link_rate_bytes_per_s": 8e9,
+    "d2h_rate_bytes_per_s": None,
+    "hbm_rate_bytes_per_s": None,
+}
+
+
+def write_run(folder: Path) -> Path:
+    """Write rows, manifests, the trace, the machine's facts and statuses; returns the folder."""
+    for name in ("requests", "traces", "notebooks", "figures", "status"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    state = {"machine": MACHINE, "models": dict.fromkeys(SIZES, "unused")}
+    (folder / "machine.json").write_text(json.dumps(state))
+    write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
+    sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
+    for label in ("20", "25", "32", "40"):
+        for system in [*SYSTEMS, *UNAVAILABLE] if label == "25" else sweep:
+            write_cell(folder, cell_rows(system, label))
+    return folder
+
+
+def write_cell(folder: Path, rows: pd.DataFrame) -> None:
+    """Write the rows of one cell, its manifest and its status."""
+    first = rows.iloc[0]
+    cell = f"{first['trace']}-{first['capacity_label']}-{first['system']}"
+    write_rows(rows_frame(rows.to_dict("records")), folder / "requests" / f"{cell}.parquet")
+    write_manifest(_manifest(cell, first), folder / "requests" / f"{cell}.manifest.json")
+    n_failed = int((~rows["ok"]).sum())
+    kind = rows["error_kind"].max()
+    state = "ok" if not n_failed else "unavailable" if kind == "unavailable" else "failed"
+    status = {
+        "task": f"02_run_system.{cell}",
+        "state": state,
+        "seconds": 1.5,
+        "error_kind": kind,
+        "error": rows["error"].max(),
+    }
+    (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
+
+
+def _manifest(cell: str, row: pd.Series) -> dict:
+    return {
+        "run_id": row["run_id"],
+        "cell": cell,
+        "system": row["system"],
+        "options": {},
+        "profile": "cpu",
+        "git_commit": "0123456789abcdef",
+        "git_dirty": False,
+        "other_gpu_processes": [],
+        "versions": MACHINE["versions"],
+        "machine": MACHINE,
+        "trace_sha256": "0" * 64,
+        "models": {
+            name: {"bytes": size, "dtype": "float32", "sha256": "0" * 64}
+            for name, size in SIZES.items()
+        },
+        "parameters": {"page_bytes": MIB},
+        "started_at_utc": "2026-11-23T06:00:00+00:00",
+        "wall_s": 10.0,
+        "setup_s": 1.0,
+        "notes": [],
+    }

