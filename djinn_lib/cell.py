@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -172,16 +173,20 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
     """Yield a row per request; each is in the journal before it is yielded."""
     cls, profile = system_class(begun.entry.system), begun.bench.profile
     if reason := cls.unavailable(profile.device):
-        for repeat, request in _requests(begun):
-            keys = begun.keys(repeat, request)
-            yield failed_row(**keys, error_kind="unavailable", error=reason)
+        yield from _all_failed(begun, "unavailable", reason)
         return
     journal = begun.bench.journal_path(begun.cell)
     journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.unlink(missing_ok=True)
     system = begun.make_system()
     begun.notes.extend(system.notes())
     try:
-        _start(begun, system)
+        try:
+            _start(begun, system)
+        except Exception as error:
+            traceback.print_exc()
+            yield from _all_failed(begun, classify_error(error), f"could not start: {error}")
+            return
         with journal.open("w") as lines:
             for repeat, request in tqdm(list(_requests(begun)), desc=begun.cell.id, unit="req"):
                 row = _serve(begun, system, repeat, request)
@@ -192,6 +197,12 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
         system.close()
         del system
         gc.collect()
+
+
+def _all_failed(begun: _Start, kind: str, error: str) -> Iterator[dict[str, Any]]:
+    """A failed row for every request of the cell, for one and the same reason."""
+    for repeat, request in _requests(begun):
+        yield failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
 
 
 def _requests(begun: _Start) -> Iterator[tuple[int, Request]]:

@@ -278,6 +278,8 @@ def bytes_ratio(evidence: Evidence, system: str, to: str, **where: Any) -> Measu
     """Bytes loaded by `system` divided by those loaded by `to`."""
     rows = [served(evidence, name, **where) for name in (system, to)]
     loaded = [_bytes_per_repeat(r, "loaded_bytes") for r in rows]
+    if not loaded[1]:
+        raise NotMeasured(f"{to} loaded no bytes in this run")
     return _exact(loaded[0] / loaded[1], sum(map(len, rows)))
 
 

@@ -60,7 +60,7 @@ class Expected(BaseModel):
         )
 
     def __str__(self) -> str:
-        """For tables: "3.1 x", "3.07 to 3.13 x", "at most 1.1 x"."""
+        """For tables: "3.1 x", "3.07 x to 3.13 x", "at most 110%"."""
         low, high = self.bounds
         if low == high:
             return format_value(low, self.unit)

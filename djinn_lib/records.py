@@ -170,13 +170,14 @@ def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     if frame.empty:
         raise RecordError(f"{where}: expected at least 1 row, got none")
     try:
-        return SCHEMA.validate(frame)
+        SCHEMA.validate(frame.reset_index(drop=True))
     except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
         first = error.schema_errors[0] if isinstance(error, pa.errors.SchemaErrors) else error
         raise RecordError(
             f"{where}: expected rows of the schema in djinn_lib/records.py, got: "
             f"{str(first).splitlines()[0][:300]}"
         ) from error
+    return frame
 
 
 def write_rows(frame: pd.DataFrame, path: Path) -> None:

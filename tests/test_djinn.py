@@ -68,7 +68,7 @@ def test_tokens_and_bytes_after_any_evictions(folders, options):
             g = djinn.generate(name, PROMPT, 8, ignore_eos=True)
             assert g.token_ids == expected[name]
             djinn.check()
-            partial_hits += 0 < g.resident_before_bytes and g.loaded_bytes > 0
+            partial_hits += g.resident_before_bytes > 0 and g.loaded_bytes > 0
         assert (partial_hits > 0) == (options.get("residency") != "whole")
         assert all(djinn.sha256(name) == hashes[name] for name in names)
         for name in names:

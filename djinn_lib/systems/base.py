@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -135,14 +135,9 @@ class SystemUnderTest(ABC):
         return time.perf_counter()
 
 
-def load_on_host(files: ModelFiles) -> PreTrainedModel:
-    """Return the model in host memory, loaded the ordinary way."""
-    model = AutoModelForCausalLM.from_pretrained(
+def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """Return the model on a device, loaded to the host and moved as transformers' users do."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=files.dtype, use_safetensors=True
     )
-    return model.eval().requires_grad_(False)
-
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of a model's parameters; tied ones count once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    return model.eval().requires_grad_(False).to(device)

@@ -31,13 +31,14 @@ class DjinnRing(SystemUnderTest):
         """Serve one request through a lease."""
         begin_s = self.clock_s()
         g = self.djinn.generate(model, prompt_ids, max_new_tokens, ignore_eos=True)
+        end_s = self.clock_s()
         residency = self.djinn.residency()
         return Served(
             g.token_ids,
             switch_ms=g.switch_ms,
             ttft_ms=g.ttft_ms,
             decode_ms=g.decode_ms,
-            total_ms=(self.clock_s() - begin_s) * 1e3,
+            total_ms=(end_s - begin_s) * 1e3,
             loaded_bytes=g.loaded_bytes,
             evicted_bytes=g.evicted_bytes,
             resident_before_bytes=g.resident_before_bytes,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from djinn_lib.errors import CapacityError
 from djinn_lib.generate import Tokens, generate_eager
-from djinn_lib.systems.base import Served, SystemUnderTest, load_on_host, weight_bytes
+from djinn_lib.systems.base import Served, SystemUnderTest, load_ordinarily
 
 PIN_NOTE = "no CUDA: pinning is a no-op, host and device memory are the same"
 
@@ -38,7 +38,7 @@ class _PyTorchSystem(SystemUnderTest):
         self.masters: dict[str, list[torch.Tensor]] = {}
         for name, files in self.models.items():
             progress(f"reading {name} into host memory")
-            model = self.host[name] = load_on_host(files)
+            model = self.host[name] = load_ordinarily(files)
             pin = self.pins and self.device.type == "cuda"
             self.masters[name] = [
                 p.data.pin_memory() if pin else p.data for p in model.parameters()
@@ -53,7 +53,7 @@ class _PyTorchSystem(SystemUnderTest):
             device_copy = torch.empty_like(master, device=self.device)
             parameter.data = device_copy.copy_(master, non_blocking=self.pins)
         self._move_buffers(model)
-        return weight_bytes(model)
+        return self.models[name].n_bytes
 
     def write_back(self, name: str) -> int:
         """Copy every parameter to its master; returns the bytes copied."""
@@ -61,7 +61,7 @@ class _PyTorchSystem(SystemUnderTest):
         for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
             master.copy_(parameter.data, non_blocking=self.pins)
         self.synchronize()
-        return weight_bytes(model)
+        return self.models[name].n_bytes
 
     def drop(self, name: str) -> int:
         """Free the device storage; returns its size in bytes."""
@@ -70,7 +70,7 @@ class _PyTorchSystem(SystemUnderTest):
             parameter.data = master
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return weight_bytes(model)
+        return self.models[name].n_bytes
 
     def _move_buffers(self, model: PreTrainedModel) -> None:
         for module in model.modules():
@@ -132,14 +132,14 @@ class PyTorchPageable(PyTorchPinned):
         """Move the module as `Module.to` does; on the CPU a copy stands for the transfer."""
         model = self.host[name]
         model._apply(lambda tensor: tensor.to(self.device, copy=self.device.type == "cpu"))
-        return weight_bytes(model)
+        return self.models[name].n_bytes
 
     def write_back(self, name: str) -> int:
         """Move the module back into fresh host memory, which becomes the master."""
         model = self.host[name]
         model._apply(lambda tensor: tensor.to("cpu", copy=self.device.type == "cpu"))
         self.masters[name] = [parameter.data for parameter in model.parameters()]
-        return weight_bytes(model)
+        return self.models[name].n_bytes
 
 
 class PyTorchLRU(_PyTorchSystem):

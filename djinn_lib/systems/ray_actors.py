@@ -10,12 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import djinn_lib
 from djinn_lib.errors import CapacityError
 from djinn_lib.generate import Tokens, generate_eager
-from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_on_host
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
 
@@ -24,7 +22,7 @@ class ModelActor:
     """What runs in an actor's process: one model on the device."""
 
     def __init__(self, files: ModelFiles, device: str) -> None:
-        self.model = load_on_host(files).to(torch.device(device))  # type: ignore[arg-type]
+        self.model = load_ordinarily(files, device)
 
     def ready(self) -> bool:
         """Answer once the model is loaded."""
@@ -72,6 +70,7 @@ class RayActors(SystemUnderTest):
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Have the model's actor generate, creating it if it does not live."""
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
 
         files = self.known(model)
         begin_s = time.perf_counter()
@@ -85,9 +84,9 @@ class RayActors(SystemUnderTest):
             loaded_s = time.perf_counter()
             call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
             tokens: Tokens = ray.get(call)
-        except ray.exceptions.RayTaskError as error:  # the request's fault: the actor lives on
+        except RayTaskError as error:  # the request's fault: the actor lives on
             raise error.as_instanceof_cause() from error
-        except ray.exceptions.RayActorError:
+        except RayActorError:
             self._kill(model)
             raise
         return self._served(tokens, begin_s, loaded_s, files, was_resident, evicted_bytes)

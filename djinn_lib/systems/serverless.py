@@ -11,7 +11,12 @@ import torch
 from djinn_lib.checkpoint import weight_files
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import generate_eager
-from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_on_host, weight_bytes
+from djinn_lib.systems.base import (
+    ModelFiles,
+    Served,
+    SystemUnderTest,
+    load_ordinarily,
+)
 
 
 class Serverless(SystemUnderTest):
@@ -37,8 +42,7 @@ class Serverless(SystemUnderTest):
         if self.page_cache == "cold":
             drop_page_cache(files)
         begin_s = self.clock_s()
-        loaded = load_on_host(files).to(self.device)
-        loaded_bytes = weight_bytes(loaded)
+        loaded = load_ordinarily(files, self.device)
         loaded_s = self.clock_s()
         tokens = generate_eager(loaded, prompt_ids, max_new_tokens, ignore_eos=True)
         done_s = self.clock_s()
@@ -53,8 +57,8 @@ class Serverless(SystemUnderTest):
             ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
             decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
             total_ms=(end_s - begin_s) * 1e3,
-            loaded_bytes=loaded_bytes,
-            evicted_bytes=loaded_bytes,
+            loaded_bytes=files.n_bytes,
+            evicted_bytes=files.n_bytes,
             resident_bytes=dict.fromkeys(self.models, 0),
         )
 

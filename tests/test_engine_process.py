@@ -1,0 +1,88 @@
+"""Processes that hold engines: calls, errors, deaths and silence."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from djinn_lib.errors import DjinnError
+from djinn_lib.systems.engine_process import EngineDied, EngineProcess
+
+
+class Counter:
+    """A stand-in engine, made in the other process."""
+
+    def __init__(self, start):
+        if start < 0:
+            raise ValueError("expected a start of at least 0")
+        self.value = start
+
+    def add(self, n):
+        self.value += n
+        return self.value, os.getpid()
+
+    def fail(self):
+        raise KeyError("no such thing")
+
+    def hang(self):
+        time.sleep(60)
+
+    def die(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+TARGET = f"{__name__}:Counter"
+
+
+@pytest.fixture
+def engine():
+    engine = EngineProcess(TARGET, 5)
+    yield engine
+    engine.close()
+
+
+def test_calls_reach_one_object_in_another_process(engine):
+    assert engine.call("add", 2) == (7, engine.pid)
+    assert engine.call("add", 3) == (10, engine.pid)
+    assert engine.pid != os.getpid()
+
+
+def test_an_error_is_told_and_the_engine_lives_on(engine):
+    with pytest.raises(DjinnError, match="no such thing"):
+        engine.call("fail")
+    with pytest.raises(DjinnError, match="nonsense"):
+        engine.call("nonsense")
+    assert engine.call("add", 1)[0] == 6
+
+
+def test_a_death_is_an_error_not_a_hang(engine):
+    begin_s = time.perf_counter()
+    with pytest.raises(EngineDied, match="exit status -9"):
+        engine.call("die")
+    with pytest.raises(EngineDied):
+        engine.call("add", 1)
+    assert not engine.is_alive
+    assert time.perf_counter() - begin_s < 10
+
+
+def test_silence_ends_the_process(engine):
+    with pytest.raises(TimeoutError, match="got no answer"):
+        engine.call("hang", timeout_s=0.3)
+    assert not engine.is_alive
+
+
+def test_a_failing_start_leaves_no_process():
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(DjinnError, match="start of at least 0"):
+        EngineProcess(TARGET, -1)
+    alive = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    assert [p for p in alive if "resource_tracker" not in " ".join(p.cmdline())] == []
+
+
+def test_close_can_be_repeated_and_ends_the_process(engine):
+    process = psutil.Process(engine.pid)
+    engine.close()
+    engine.close()
+    assert not process.is_running()
