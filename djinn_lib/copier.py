@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -69,6 +70,13 @@ class Copier(ABC):
         """
 
     @abstractmethod
+    def fence(self) -> Callable[[], None]:
+        """Return a function that waits for the computation that the caller has submitted so far.
+
+        Pages that it reads may be unmapped after that.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Finish the copies in flight and free what the copier holds."""
 
@@ -95,10 +103,7 @@ class ThreadLoad(Load):
             self._changed.wait_for(lambda: self.error or self.good_bytes >= end_byte)
         self.stall_s += time.perf_counter() - begin_s
         if self.good_bytes < end_byte:
-            raise DjinnError(
-                f"expected weights up to byte {end_byte}, got {self.good_bytes}: the copy failed "
-                f"({self.error}); try the request again"
-            ) from self.error
+            raise incomplete(end_byte, self)
 
     def finish(self) -> None:
         """Block until the thread is done with this load."""
@@ -146,16 +151,124 @@ class ThreadCopier(Copier):
         self._thread.submit(run)
         return load
 
+    def fence(self) -> Callable[[], None]:
+        """There is nothing to wait for: on the CPU a computation ends with its call."""
+        return lambda: None
+
     def close(self) -> None:
         """Wait for queued copies and end the thread."""
         self._thread.shutdown()
 
 
+class StreamLoad(Load):
+    """A load on a CUDA stream, with an event after each page.
+
+    Waiting is the device's business: the caller's stream waits for an event, and the host goes on.
+    """
+
+    def __init__(self, first_byte: int, page_bytes: int) -> None:
+        super().__init__(first_byte)
+        self._page_bytes = page_bytes
+        self._first_byte = first_byte
+        self._arrivals: list[torch.cuda.Event] = []
+        self._stalls: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._done = False
+
+    def add(self, good_bytes: int, arrival: torch.cuda.Event) -> None:
+        """Note that bytes up to `good_bytes` are there when the event has happened."""
+        self.good_bytes = good_bytes
+        self._arrivals.append(arrival)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last page that was submitted is there."""
+        self._done = self._done or not self._arrivals or self._arrivals[-1].query()
+        return self._done
+
+    def wait(self, end_byte: int) -> None:
+        """Make the current stream wait for the bytes; the host does not wait."""
+        if end_byte > self.good_bytes:
+            raise incomplete(end_byte, self)
+        if end_byte <= self._first_byte or self.ended:
+            return
+        arrival = self._arrivals[-(-(end_byte - self._first_byte) // self._page_bytes) - 1]
+        if arrival.query():
+            return
+        stream = torch.cuda.current_stream()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        stream.wait_event(arrival)
+        after.record(stream)
+        self._stalls.append((before, after))
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that streams were held up; waits for them to get past the last hold-up."""
+        if self._stalls:
+            self._stalls[-1][1].synchronize()
+        return sum(before.elapsed_time(after) for before, after in self._stalls) / 1e3
+
+    @stall_s.setter
+    def stall_s(self, value: float) -> None:
+        self._stalls = []
+
+    def finish(self) -> None:
+        """Block until the last page is there."""
+        if self._arrivals:
+            self._arrivals[-1].synchronize()
+
+
+class StreamCopier(Copier):
+    """Copies on a CUDA stream of its own, from pinned memory at the rate of the link."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def start(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        first_byte: int,
+        page_bytes: int,
+    ) -> StreamLoad:
+        """Submit all copies and return; the host waits for none of them."""
+        load = StreamLoad(first_byte, page_bytes)
+        try:
+            with torch.cuda.stream(self._stream):
+                for begin in range(first_byte, source.numel(), page_bytes):
+                    end = min(begin + page_bytes, source.numel())
+                    copy_page(target[begin:end], source[begin:end])
+                    arrival = torch.cuda.Event()
+                    arrival.record(self._stream)
+                    load.add(end, arrival)
+        except Exception as error:
+            load.error = error
+        return load
+
+    def fence(self) -> Callable[[], None]:
+        """Mark the current stream."""
+        return torch.cuda.current_stream().record_event().synchronize
+
+    def close(self) -> None:
+        """Wait for the copies in flight."""
+        self._stream.synchronize()
+
+
 def copy_page(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy one page; apart so that tests can make it fail."""
-    target.copy_(source)
+    target.copy_(source, non_blocking=True)
+
+
+def incomplete(end_byte: int, load: Load) -> DjinnError:
+    """The error of a caller that waits for bytes that will not come."""
+    error = DjinnError(
+        f"expected weights up to byte {end_byte}, got {load.good_bytes}: the copy failed "
+        f"({load.error}); try the request again"
+    )
+    error.__cause__ = load.error
+    return error
 
 
 def open_copier(device: torch.device) -> Copier:
     """Return the copier of a device."""
-    return ThreadCopier()
+    return StreamCopier(device) if device.type == "cuda" else ThreadCopier()

@@ -66,8 +66,8 @@ class Djinn:
 
     Args:
         capacity: device memory for weights, in bytes or as text ("25GiB").
-        device: "cpu" (Linux).
-        page: size of a page; default 1 MiB on the CPU.
+        device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
+        page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
         policy: who loses pages when the ring is full: "lru", or a `Policy`.
         residency: "partial" evicts only what is needed; "whole" evicts entire models.
         overlap: start computing while later layers still load; else wait for all of them first.
@@ -81,17 +81,17 @@ class Djinn:
     def __init__(
         self,
         capacity: int | str,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         page: int | str | None = None,
         policy: str | Policy = "lru",
         residency: Residency = "partial",
         overlap: bool = True,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if page is None:
             page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
         self.overlap = overlap
-        self._pool = SwapPool()
+        self._pool = SwapPool(pin=self.device.type == "cuda")
         self._pager = Pager(
             self._pool, parse_bytes(capacity), parse_bytes(page), self.device, policy, residency
         )
@@ -282,7 +282,7 @@ class Djinn:
         """Release all device and host memory; models lent before must not be used any more."""
         self._models.clear()
         self._pager.close()
-        self._pool = SwapPool()
+        self._pool.close()
 
     def __enter__(self) -> Djinn:
         return self

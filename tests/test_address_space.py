@@ -8,8 +8,9 @@ import psutil
 import pytest
 import torch
 
-from djinn_lib import address_space as module
-from djinn_lib.address_space import CpuAddressSpace, open_address_space
+from djinn_lib import address_space_cpu as module
+from djinn_lib.address_space import open_address_space
+from djinn_lib.address_space_cpu import CpuAddressSpace
 from djinn_lib.errors import CapacityError, ConfigError, PlatformError
 
 PAGE = 64 << 10
@@ -71,7 +72,7 @@ def test_the_same_frame_can_be_seen_at_two_addresses(space):
 @pytest.mark.parametrize("step", ["reserve", "map-unmap", "neighbour"])
 def test_touching_an_unmapped_page_faults(step):
     code = f"""
-from djinn_lib.address_space import CpuAddressSpace
+from djinn_lib.address_space_cpu import CpuAddressSpace
 space = CpuAddressSpace(4, {PAGE})
 area = space.reserve(2)
 view = space.bytes_view(area)

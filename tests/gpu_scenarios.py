@@ -1,0 +1,186 @@
+"""What is tested on a GPU, one scenario a process: `python tests/gpu_scenarios.py NAME [ARG]`."""
+
+from __future__ import annotations
+
+import random
+import sys
+
+import torch
+from transformers import LlamaConfig, MistralConfig, PhiConfig
+
+import djinn_lib as dj
+from djinn_lib import copier
+from djinn_lib.address_space_cuda import CudaAddressSpace
+from djinn_lib.errors import CapacityError, DjinnError
+
+PAGE = 2 << 20
+CUDA = torch.device("cuda")
+PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46]
+_SHAPE = {
+    "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 4000,
+    "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 1536,
+}  # fmt: skip
+CONFIGS = [
+    LlamaConfig(**_SHAPE),
+    MistralConfig(**_SHAPE, num_key_value_heads=2, sliding_window=None),
+    PhiConfig(**_SHAPE),
+]
+
+
+def free_bytes():
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def address_space():
+    """Bytes follow frames, addresses stay, and closing gives all memory back."""
+    torch.empty(1, device=CUDA)
+    before = free_bytes()
+    space = CudaAddressSpace(8, PAGE, CUDA)
+    assert before - free_bytes() >= 8 * PAGE
+    a, b = space.reserve(4), space.reserve(4)
+    view_a, view_b = space.bytes_view(a), space.bytes_view(b)
+    assert (view_a.data_ptr(), view_b.data_ptr()) == (a.address, b.address)
+    space.map(a, 0, [5, 2, 3, 7])
+    for page, value in enumerate([50, 20, 30, 70]):
+        view_a[page * PAGE : (page + 1) * PAGE] = value
+    torch.cuda.synchronize()
+    space.unmap(a, 0, 4)
+    space.map(b, 0, [7, 5])
+    space.map(b, 2, [3, 2])
+    assert [int(view_b[page * PAGE + 17]) for page in range(4)] == [70, 50, 30, 20]
+    space.close()
+    space.close()
+    assert before - free_bytes() < 4 << 20, (before, free_bytes())
+
+
+def map_does_not_stall():
+    """Mapping while a kernel runs returns long before the kernel ends."""
+    space = CudaAddressSpace(64, PAGE, CUDA)
+    area = space.reserve(64)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1000)
+    torch.cuda.synchronize()
+    begin.record()
+    torch.cuda._sleep(1_500_000_000)
+    end.record()
+    space.map(area, 0, range(64))
+    space.unmap(area, 0, 64)
+    assert not end.query(), "mapping waited for the kernel"
+    torch.cuda.synchronize()
+    space.close()
+
+
+def switches(n_models="3", n_switches="200"):
+    """Random switches: tokens equal those of plain models, bytes equal masters, pointers stay."""
+    n, rng = int(n_models), random.Random(0)
+    specs = {f"m{i}": dj.ModelSpec(CONFIGS[i % 3], "float16", seed=i) for i in range(n)}
+    expected = {name: plain_tokens(spec) for name, spec in specs.items()}
+    assert len({t for t in expected.values()}) == n
+    torch.cuda.empty_cache()
+    before = free_bytes()
+    djinn = dj.Djinn(40 << 20, "cuda", page=PAGE)
+    pointers = {}
+    for name, spec in specs.items():
+        djinn.add(name, spec)
+        with djinn.lease(name) as model:
+            pointers[name] = [p.data_ptr() for p in model.parameters()]
+    partial = 0
+    for i in range(int(n_switches)):
+        name = rng.choice(sorted(specs))
+        g = djinn.generate(name, PROMPT, 6, ignore_eos=True)
+        assert g.token_ids == expected[name], (i, name, g.token_ids, expected[name])
+        partial += g.resident_before_bytes > 0 and g.loaded_bytes > 0
+        if i % 10 == 0:
+            djinn.check()
+    assert partial > 0
+    for name in specs:
+        with djinn.lease(name) as model:
+            assert pointers[name] == [p.data_ptr() for p in model.parameters()]
+            del model
+    djinn.close()
+    del djinn
+    assert before - free_bytes() < 64 << 20, (before, free_bytes())
+
+
+def plain_tokens(spec):
+    model = spec.build("cpu").to("cuda")
+    from djinn_lib.generate import generate_eager
+
+    return generate_eager(model, PROMPT, 6, ignore_eos=True).token_ids
+
+
+def graph_after_remapping():
+    """A captured graph gives the same result after every page moved to another frame."""
+    with dj.Djinn(100 << 20, "cuda", page=PAGE) as djinn:
+        djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
+        djinn.add("b", dj.ModelSpec(CONFIGS[1], "float16", seed=2))
+        ids = torch.tensor([PROMPT], device="cuda")
+        with djinn.lease("a") as model, torch.no_grad():
+            for _ in range(3):
+                model(ids, use_cache=False)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = model(ids, use_cache=False).logits
+            graph.replay()
+            torch.cuda.synchronize()
+            first, frames = logits.clone(), djinn._pager.ring.frames("a")
+        djinn.evict("a")
+        djinn.generate("b", PROMPT, 1)
+        with djinn.lease("a"):
+            djinn._pager.wait("a", djinn._pager.n_bytes("a"))
+            logits.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(first, logits)
+            now = djinn._pager.ring.frames("a")
+            assert all(x != y for x, y in zip(frames, now, strict=True)), "frames did not move"
+
+
+def failing_copy():
+    """A copy that fails midway fails one request; the next one works."""
+    real, calls = copier.copy_page, []
+
+    def fail_once(target, source):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("link down")
+        real(target, source)
+
+    spec = dj.ModelSpec(CONFIGS[0], "float16", seed=1)
+    expected = plain_tokens(spec)
+    with dj.Djinn(100 << 20, "cuda", page=PAGE) as djinn:
+        djinn.add("a", spec)
+        copier.copy_page = fail_once
+        try:
+            djinn.generate("a", PROMPT, 2)
+            raise AssertionError("expected the request to fail")
+        except DjinnError as error:
+            assert "link down" in str(error)
+        assert djinn.generate("a", PROMPT, 6, ignore_eos=True).token_ids == expected
+        djinn.check()
+
+
+def too_much():
+    """A capacity above the free memory is refused with what is free; nothing stays allocated."""
+    torch.empty(1, device=CUDA)
+    before = free_bytes()
+    try:
+        dj.Djinn(before + (8 << 30), "cuda")
+        raise AssertionError("expected a CapacityError")
+    except CapacityError as error:
+        assert "of free device memory" in str(error)
+    assert before - free_bytes() < 64 << 20
+
+
+SCENARIOS = {
+    f.__name__: f
+    for f in (address_space, map_does_not_stall, switches, graph_after_remapping, failing_copy,
+              too_much)
+}  # fmt: skip
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]](*sys.argv[2:])
+    print(f"{sys.argv[1]}: ok")

@@ -1,0 +1,32 @@
+"""The CUDA backend; every scenario in a process of its own. Skipped without a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+SCENARIOS = [
+    ["address_space"],
+    ["map_does_not_stall"],
+    ["switches", "3", "1000"],
+    ["switches", "12", "1000"],
+    ["graph_after_remapping"],
+    ["failing_copy"],
+    ["too_much"],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scenario", SCENARIOS, ids="-".join)
+def test_on_a_gpu(scenario):
+    done = subprocess.run(
+        [sys.executable, REPO / "tests" / "gpu_scenarios.py", *scenario],
+        env={**os.environ, "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert f"{scenario[0]}: ok" in done.stdout
