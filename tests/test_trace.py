@@ -1,0 +1,286 @@
+"""Traces: the published one to the last digit, others by distribution, files by every damage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from djinn_lib.errors import TraceError
+from djinn_lib.profile import REPO
+from djinn_lib.trace import (
+    PAPER_MODELS,
+    Request,
+    Trace,
+    check_models,
+    paper_trace,
+    read_trace,
+    write_trace,
+    zipf_trace,
+)
+
+SEQUENCE = [
+    "m",
+    "l",
+    "l",
+    "p",
+    "p",
+    "p",
+    "l",
+    "l",
+    "m",
+    "m",
+    "l",
+    "m",
+    "l",
+    "p",
+    "l",
+    "m",
+    "l",
+    "m",
+    "m",
+    "l",
+    "p",
+    "m",
+    "p",
+    "p",
+    "m",
+    "p",
+    "l",
+    "l",
+    "l",
+    "l",
+]
+ARRIVALS_S = {
+    0: 0.9385361799537182,
+    1: 6.958779041788761,
+    2: 9.59227042887966,
+    15: 32.444930284712406,
+    28: 48.252890664448934,
+    29: 48.34801836396175,
+}
+REMEDY = "make the trace anew"
+
+
+def written(trace: Trace, folder: Path) -> Path:
+    path = folder / "trace.jsonl"
+    write_trace(trace, path)
+    return path
+
+
+# -- the published trace ---------------------------------------------------------------------
+
+
+def test_the_paper_trace_is_the_published_one():
+    trace = paper_trace()
+    letters = dict(zip(PAPER_MODELS, "lmp", strict=True))
+    assert [letters[request.model] for request in trace.requests] == SEQUENCE
+    assert {i: trace.requests[i].arrival_s for i in ARRIVALS_S} == ARRIVALS_S
+    assert [request.request for request in trace.requests] == list(range(30)) and len(trace) == 30
+
+
+def test_other_models_take_the_places_of_the_published_ones():
+    trace = paper_trace(("l", "m", "p"))
+    assert [request.model for request in trace.requests] == SEQUENCE
+    assert [r.arrival_s for r in trace.requests] == [r.arrival_s for r in paper_trace().requests]
+    assert trace.models == ("m", "l", "p")  # in order of first appearance
+    assert trace.sha256 != paper_trace().sha256
+
+
+@pytest.mark.parametrize("models", [(), ("a", "b"), ("a", "b", "b"), ("a", "b", "c", "d")], ids=str)
+def test_the_paper_trace_needs_three_different_models(models):
+    with pytest.raises(TraceError, match="three different models"):
+        paper_trace(models)
+
+
+# -- zipf ------------------------------------------------------------------------------------
+
+
+def test_zipf_draws_by_rank_and_arrives_at_the_rate():
+    models = ["a", "b", "c", "d"]
+    trace = zipf_trace(40_000, 1.0, models, seed=1, rate_per_s=4.0)
+    counts = Counter(request.model for request in trace.requests)
+    for rank, model in enumerate(models, start=1):
+        share = (1 / rank) / sum(1 / r for r in range(1, 5))
+        assert counts[model] / len(trace) == pytest.approx(share, abs=0.01)  # 4 standard errors
+    assert len(trace) / trace.requests[-1].arrival_s == pytest.approx(4.0, rel=0.02)
+    gaps_s = [after.arrival_s - before.arrival_s for before, after in pairwise(trace.requests)]
+    assert min(gaps_s) >= 0
+    mean_s = sum(gaps_s) / len(gaps_s)
+    deviation_s = math.sqrt(sum((gap_s - mean_s) ** 2 for gap_s in gaps_s) / len(gaps_s))
+    assert deviation_s == pytest.approx(mean_s, rel=0.03)  # as exponential gaps have it
+
+
+def test_zipf_skew():
+    even = Counter(r.model for r in zipf_trace(20_000, 0.0, ["a", "b"], 3, 1.0).requests)
+    assert even["a"] / 20_000 == pytest.approx(0.5, abs=0.015)
+    steep = zipf_trace(1_000, 100.0, ["a", "b"], 3, 1.0)
+    assert steep.models == ("a",)
+
+
+def test_zipf_depends_on_its_parameters_alone():
+    same = [zipf_trace(50, 1.0, ["a", "b"], 7, 0.5) for _ in range(2)]
+    assert same[0] == same[1] and same[0].sha256 == same[1].sha256
+    assert zipf_trace(50, 1.0, ["a", "b"], 8, 0.5).requests != same[0].requests
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"n": 0}, "got n=0"),
+        ({"n": -3}, "got n=-3"),
+        ({"n": 10**9}, "got n=1000000000"),
+        ({"alpha": -0.1}, "alpha from 0 to 100, got -0.1"),
+        ({"alpha": math.nan}, "alpha from 0 to 100, got nan"),
+        ({"rate_per_s": 0.0}, "rate_per_s, got 0.0"),
+        ({"rate_per_s": math.inf}, "rate_per_s, got inf"),
+        ({"rate_per_s": math.nan}, "rate_per_s, got nan"),
+        ({"seed": -1}, "seed of at least 0, got -1"),
+        ({"models": []}, "different models"),
+        ({"models": ["a", "a"]}, "different models"),
+    ],
+    ids=str,
+)
+def test_zipf_refuses_bad_parameters(bad, message):
+    good = {"n": 5, "alpha": 1.0, "models": ["a", "b"], "seed": 0, "rate_per_s": 1.0}
+    with pytest.raises(TraceError, match=message):
+        zipf_trace(**{**good, **bad})
+
+
+# -- files -----------------------------------------------------------------------------------
+
+NAMES = st.text(min_size=1, max_size=12)
+
+
+@given(
+    gaps_s=st.lists(st.floats(0, 1e6), min_size=0, max_size=20),
+    names=st.lists(NAMES, min_size=1, max_size=4),
+    kind=NAMES,
+)
+def test_what_is_written_is_read_again(tmp_path_factory, gaps_s, names, kind):
+    requests, at_s = [], 0.0
+    for i, gap_s in enumerate(gaps_s):
+        at_s += gap_s
+        requests.append(Request(i, at_s, names[i % len(names)]))
+    trace = Trace(kind, {"models": names, "note": {"of": [1, 2.5, None]}}, tuple(requests))
+    read = read_trace(written(trace, tmp_path_factory.mktemp("trace")))
+    assert read == trace and read.sha256 == trace.sha256
+
+
+def test_writing_leaves_the_trace_alone_in_its_folder(tmp_path):
+    written(paper_trace(), tmp_path)
+    written(paper_trace(("a", "b", "c")), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.jsonl"]
+    assert read_trace(tmp_path / "trace.jsonl").models == ("b", "a", "c")
+
+
+@pytest.mark.parametrize("name", ["paper", "zipf"])
+def test_the_samples_are_reproduced_byte_for_byte(tmp_path, name):
+    made = {"paper": paper_trace(), "zipf": zipf_trace(300, 1.0, PAPER_MODELS, 42, 0.5)}[name]
+    sample = REPO / "data" / "traces" / f"{name}.jsonl"
+    assert written(made, tmp_path).read_bytes() == sample.read_bytes()
+    assert read_trace(sample) == made
+
+
+def edit(line: int, **fields: object):
+    """A damage: fields of one line (from 1) are replaced; None takes a field away."""
+
+    def damage(lines: list[str]) -> list[str]:
+        content = {**json.loads(lines[line - 1]), **fields}
+        content = {name: value for name, value in content.items() if value is not None}
+        return [*lines[: line - 1], json.dumps(content), *lines[line:]]
+
+    return damage
+
+
+DAMAGES = {  # what is done to the lines of the file, what the message must name
+    "cut at the end": (lambda lines: lines[:20], "line 20: expected 30 requests"),
+    "cut within a line": (lambda lines: [*lines[:9], lines[9][:15]], "line 10: expected a JSON"),
+    "cut at the front": (lambda lines: lines[1:], "line 1: expected format"),
+    "a line too many": (lambda lines: [*lines, lines[-1]], "line 32: expected request 30"),
+    "a line lost": (lambda lines: lines[:4] + lines[5:], "line 5: expected request 3"),
+    "a blank line": (lambda lines: [*lines[:4], "", *lines[4:]], "line 5: expected a JSON"),
+    "lines swapped": (
+        lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]],
+        "line 4: expected request 2",
+    ),
+    "empty": (lambda lines: [], "line 1: expected a JSON"),
+    "not an object": (lambda lines: [lines[0], "[]", *lines[2:]], "line 2: expected a JSON"),
+    "another model": (edit(5, model="phi-3"), "line 1: expected hash"),
+    "another arrival": (edit(31, arrival_s=99.0), "line 1: expected hash"),
+    "another kind": (edit(1, kind="zipf"), "line 1: expected hash"),
+    "another parameter": (edit(1, params={"seed": 43}), "line 1: expected hash"),
+    "another hash": (edit(1, sha256="0" * 64), "line 1: expected hash"),
+    "another count": (edit(1, n=31), "line 31: expected 31 requests"),
+    "another format": (edit(1, format="djinn-trace/2"), "line 1: expected format"),
+    "no format": (edit(1, format=None), "line 1: expected format"),
+    "no kind": (edit(1, kind=None), "line 1: expected a field 'kind'"),
+    "no params": (edit(1, params=None), "line 1: expected a field 'params'"),
+    "no count": (edit(1, n=None), "line 1: expected a field 'n'"),
+    "no hash": (edit(1, sha256=None), "line 1: expected a field 'sha256'"),
+    "a hash of another type": (edit(1, sha256=5), "line 1: expected a field 'sha256'"),
+    "params of another type": (edit(1, params=[1]), "line 1: expected a field 'params'"),
+    "params that are not numbers": (edit(1, params={"a": math.nan}), "line 1: expected finite"),
+    "no number": (edit(4, arrival_s=math.nan), "line 4: expected request 2"),
+    "endless": (edit(4, arrival_s=math.inf), "line 4: expected request 2"),
+    "too large for a float": (edit(4, arrival_s=10**400), "line 4: expected request 2"),
+    "before the start": (edit(2, arrival_s=-0.5), "line 2: expected request 0"),
+    "an arrival in words": (edit(4, arrival_s="soon"), "line 4: expected request 2"),
+    "no model": (edit(4, model=None), "line 4: expected request 2"),
+    "an empty model": (edit(4, model=""), "line 4: expected request 2"),
+    "a model that is no name": (edit(4, model=7), "line 4: expected request 2"),
+    "a field too many": (edit(4, tokens=7), "line 4: expected request 2"),
+    "out of order": (edit(4, arrival_s=1.0), "line 4: expected an arrival_s of at least 6.95"),
+    "wrongly numbered": (edit(4, request=3), "line 4: expected request 2"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_its_line_named(tmp_path, damage):
+    change, message = DAMAGES[damage]
+    path = written(paper_trace(), tmp_path)
+    path.write_text("".join(line + "\n" for line in change(path.read_text().splitlines())))
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert f"{path}, {message}" in str(caught.value) and REMEDY in str(caught.value)
+
+
+SAMPLE = (REPO / "data" / "traces" / "paper.jsonl").read_text()
+
+
+@given(st.integers(0, len(SAMPLE) - 1), st.sampled_from('"{}[],:.-+0123456789eEnaNI\n x'))
+def test_no_single_character_can_be_changed_unseen(tmp_path_factory, position, character):
+    path = tmp_path_factory.mktemp("damaged") / "trace.jsonl"
+    path.write_text(SAMPLE[:position] + character + SAMPLE[position + 1 :])
+    try:
+        assert read_trace(path) == paper_trace()  # a change of blank space
+    except TraceError as error:
+        assert "line " in str(error) and REMEDY in str(error)
+
+
+def test_files_that_are_no_traces(tmp_path):
+    with pytest.raises(TraceError, match=r"expected a trace in .*no\.jsonl.*: make it anew"):
+        read_trace(tmp_path / "no.jsonl")
+    with pytest.raises(TraceError, match="make it anew"):
+        read_trace(tmp_path)
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(TraceError, match="make it anew"):
+        read_trace(tmp_path / "binary.jsonl")
+
+
+# -- models ----------------------------------------------------------------------------------
+
+
+def test_every_model_of_a_trace_must_be_known():
+    trace = paper_trace()
+    check_models(trace, {*PAPER_MODELS, "another"})
+    with pytest.raises(TraceError, match=r"\['llama-7b', 'phi-2'\], got 'mistral-7b': add it"):
+        check_models(trace, ["llama-7b", "phi-2"])
+    check_models(replace(trace, requests=()), [])
