@@ -31,8 +31,8 @@ ENGINE = [LIB / f"{name}.py" for name in (
     "weights",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
-    "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables", "plots",
-    "plot_style", "plot_sensitivity", "plot_timeline",
+    "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",
+    "plots", "plot_style", "plot_sensitivity", "plot_timeline",
 )]  # fmt: skip
 PARAMS = REPO / "params" / f"{PROFILE.name}.yml"
 MACHINE = RUN_DIR / "machine.json"

@@ -34,6 +34,7 @@ class CudaAddressSpace(AddressSpace):
     def __init__(self, n_frames: int, page_bytes: int, device: torch.device) -> None:
         self._frames: list[Any] = []
         self._areas: dict[int, Range] = {}
+        self._mapped: dict[int, set[int]] = {}  # addresses of mapped pages, by range
         _require_cuda(device)
         torch.cuda.init()
         self.device = torch.device("cuda", torch.cuda.current_device()
@@ -76,13 +77,14 @@ class CudaAddressSpace(AddressSpace):
         n_bytes = n_pages * self.page_bytes
         address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
         area = self._areas[address] = Range(address, n_pages)
+        self._mapped[address] = set()
         return area
 
     def release(self, area: Range) -> None:
         """Unmap what is mapped and give the addresses back."""
         if self._areas.pop(area.address, None):
-            for page in range(area.n_pages):  # those that are not mapped answer with an error
-                driver.cuMemUnmap(area.address + page * self.page_bytes, self.page_bytes)
+            for address in sorted(self._mapped.pop(area.address)):
+                _call(driver.cuMemUnmap, address, self.page_bytes)
             _call(driver.cuMemAddressFree, area.address, area.n_pages * self.page_bytes)
 
     def map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
@@ -90,22 +92,24 @@ class CudaAddressSpace(AddressSpace):
         if not frames:
             return
         begin = area.address + first_page * self.page_bytes
-        n_mapped = 0
+        mapped, n_before = self._mapped[area.address], len(self._mapped[area.address])
         try:
             for i, frame in enumerate(frames):
                 address = begin + i * self.page_bytes
                 _call(driver.cuMemMap, address, self.page_bytes, 0, self._frames[frame], 0)
-                n_mapped += 1
+                mapped.add(address)
             n_bytes = len(frames) * self.page_bytes
             _call(driver.cuMemSetAccess, begin, n_bytes, [self._access], 1)
         except DjinnError:
-            self.unmap(area, first_page, n_mapped)
+            self.unmap(area, first_page, len(mapped) - n_before)
             raise
 
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
         """Unmap pages one by one: a mapping can only be taken back whole."""
         for page in range(first_page, first_page + n_pages):
-            _call(driver.cuMemUnmap, area.address + page * self.page_bytes, self.page_bytes)
+            address = area.address + page * self.page_bytes
+            _call(driver.cuMemUnmap, address, self.page_bytes)
+            self._mapped[area.address].discard(address)
 
     def bytes_view(self, area: Range) -> torch.Tensor:
         """A tensor over the addresses, through the CUDA array interface.

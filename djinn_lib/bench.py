@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.files import write_json
 from djinn_lib.machine import describe_machine
 from djinn_lib.profile import REPO, Cell, Profile, parse_capacity
 from djinn_lib.systems import ModelFiles
@@ -141,9 +141,7 @@ def set_up(
             name: {**asdict(f), "folder": str(f.folder.resolve())} for name, f in files.items()
         },
     }
-    partial = run_dir / "machine.json.partial"
-    partial.write_text(json.dumps(state, indent=2) + "\n")
-    os.replace(partial, run_dir / "machine.json")
+    write_json(run_dir / "machine.json", state)
     return Bench(profile, run_dir, files, facts)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from djinn_lib.claim_metrics import (
     check_arguments,
 )
 from djinn_lib.errors import ConfigError
+from djinn_lib.files import write_json
 from djinn_lib.profile import REPO
 
 CLAIMS = REPO / "claims.yml"
@@ -236,12 +235,4 @@ def claims_markdown(verdicts: Sequence[Verdict]) -> str:
 
 def write_claims_json(verdicts: Sequence[Verdict], path: Path) -> None:
     """Write verdicts as JSON; the file appears whole or not at all."""
-    write_json([asdict(verdict) for verdict in verdicts], path)
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write plain data as JSON; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    write_json(path, [asdict(verdict) for verdict in verdicts])

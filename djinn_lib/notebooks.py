@@ -22,6 +22,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.files import write_json
 from djinn_lib.profile import REPO
 
 NOTEBOOKS_DIR = REPO / "notebooks"
@@ -122,10 +123,7 @@ def _papermill(
 
 def write_status(status: Status, folder: Path) -> None:
     """Keep a status as ``<folder>/<task>.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{status.task}.json.partial"
-    partial.write_text(json.dumps(asdict(status), indent=2) + "\n")
-    os.replace(partial, folder / f"{status.task}.json")
+    write_json(folder / f"{status.task}.json", asdict(status))
 
 
 def read_statuses(folder: Path) -> list[Status]:

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pandera.pandas as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from djinn_lib.errors import DjinnError, RecordError
+from djinn_lib.files import write_atomically, write_text
 
 ERROR_KINDS = (
     "oom", "engine_died", "kernel_died", "timeout", "unavailable", "bad_input", "disk_full",
@@ -188,19 +188,7 @@ def write_rows(frame: pd.DataFrame, path: Path) -> None:
         OSError: the disk is full or the folder cannot be written to; nothing is left behind.
     """
     check_rows(frame, str(path))
-    _atomically(path, lambda partial: frame.to_parquet(partial, index=False))
-
-
-def _atomically(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, lambda partial: frame.to_parquet(partial, index=False))
 
 
 def read_rows(path: Path) -> pd.DataFrame:
@@ -267,7 +255,7 @@ def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
         text = json.dumps(checked, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise RecordError(f"{path}: expected plain data in the manifest, got: {error}") from error
-    _atomically(path, lambda partial: partial.write_text(text))
+    write_text(path, text)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from djinn_lib.analysis import Run, load_run
 from djinn_lib.claims import format_value
 from djinn_lib.errors import DjinnError
+from djinn_lib.files import write_text
 from djinn_lib.metrics import summarise
 from djinn_lib.notebook_html import Page, convert_notebooks
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
@@ -71,9 +71,7 @@ def build_report(run_dir: Path | str) -> Path:
     environment.filters |= {"slug": lambda text: text.replace(" ", "-")}
     html = environment.get_template("index.html.j2").render(**_context(folder, pages))
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "index.html.partial"
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, folder / "index.html")
+    write_text(folder / "index.html", html)
     return folder / "index.html"
 
 

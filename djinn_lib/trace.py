@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from djinn_lib.errors import TraceError
+from djinn_lib.files import write_text
 
 FORMAT = "djinn-trace/1"
 PAPER_MODELS = ("llama-7b", "mistral-7b", "phi-2")
@@ -147,9 +147,7 @@ def write_trace(trace: Trace, path: Path) -> None:
     """Write a trace; the file appears whole or not at all."""
     header = {"format": FORMAT, "kind": trace.kind, "params": dict(trace.params),
               "n": len(trace), "sha256": trace.sha256}  # fmt: skip
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(_dump(header) + "".join(_dump(asdict(r)) for r in trace.requests))
-    os.replace(partial, path)
+    write_text(path, _dump(header) + "".join(_dump(asdict(r)) for r in trace.requests))
 
 
 def read_trace(path: Path) -> Trace:

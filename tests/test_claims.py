@@ -517,7 +517,7 @@ def test_claims_json_is_strict_json_with_the_fields_of_a_verdict(tmp_path, claim
 def test_numbers_that_json_cannot_hold_are_refused(tmp_path):
     path = tmp_path / "value.json"
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_json({"value": math.nan}, path)
+        write_json(path, {"value": math.nan})
     assert not path.exists()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from row_factory import cell_rows
 
-from djinn_lib import records
+from djinn_lib import files
 from djinn_lib.errors import CapacityError, CheckpointError, PlatformError, RecordError
 from djinn_lib.records import (
     COLUMNS,
@@ -183,8 +183,8 @@ def write_half(_: pd.DataFrame, path: Path, **__: object) -> None:
 
 @pytest.mark.parametrize(
     ("owner", "function", "fails"),
-    [(pd.DataFrame, "to_parquet", write_half), (records.os, "fsync", full_disk),
-     (records.os, "replace", full_disk)],
+    [(pd.DataFrame, "to_parquet", write_half), (files.os, "fsync", full_disk),
+     (files.os, "replace", full_disk)],
     ids=["writing", "syncing", "renaming"],
 )  # fmt: skip
 @pytest.mark.parametrize("old", [False, True])
