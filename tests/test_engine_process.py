@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,6 +32,9 @@ class Counter:
     def hang(self):
         time.sleep(60)
 
+    def unpicklable(self):
+        return lambda: None
+
     def die(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -54,6 +60,8 @@ def test_an_error_is_told_and_the_engine_lives_on(engine):
         engine.call("fail")
     with pytest.raises(DjinnError, match="nonsense"):
         engine.call("nonsense")
+    with pytest.raises(DjinnError, match="pickle"):
+        engine.call("unpicklable")
     assert engine.call("add", 1)[0] == 6
 
 
@@ -86,3 +94,25 @@ def test_close_can_be_repeated_and_ends_the_process(engine):
     engine.close()
     engine.close()
     assert not process.is_running()
+
+
+@pytest.mark.parametrize("end", ["pass", "os.kill(os.getpid(), 9)"], ids=["forgets", "killed"])
+def test_no_process_outlives_a_caller_that_never_closes(end, tmp_path):
+    script = tmp_path / "caller.py"
+    script.write_text(
+        "import os\n"
+        "from djinn_lib.systems.engine_process import EngineProcess\n"
+        'if __name__ == "__main__":\n'
+        '    engine = EngineProcess("collections:Counter")\n'
+        "    print(engine.pid, flush=True)\n"
+        f"    {end}\n"
+    )
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": ":".join(paths)},
+        stdout=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    pid, until_s = int(done.stdout), time.perf_counter() + 20
+    while psutil.pid_exists(pid) and time.perf_counter() < until_s:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(pid)

@@ -136,8 +136,16 @@ class SystemUnderTest(ABC):
 
 
 def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """Return the model on a device, loaded to the host and moved as transformers' users do."""
+    """Return the model on a device, loaded to the host and moved as transformers' users do.
+
+    On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
+    that without the copy the first forward pass would read the weights, and loading cost nothing.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=files.dtype, use_safetensors=True
     )
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    if model.device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model

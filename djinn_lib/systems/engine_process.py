@@ -6,8 +6,10 @@ process that dies, or that does not answer in time, is an error for the caller, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
+import pickle
 import traceback
 from collections.abc import Callable
 from importlib import import_module
@@ -39,6 +41,8 @@ class EngineProcess:
         self._process = context.Process(target=_work, args=(theirs, target, arguments))
         self._process.start()
         theirs.close()
+        # multiprocessing joins this process at exit, which without close() would never return.
+        atexit.register(self.close)
         try:
             self._answer(start_timeout_s, f"start {target}")
         except BaseException:
@@ -90,6 +94,7 @@ class EngineProcess:
 
     def close(self) -> None:
         """Ask the process to end, and make sure that it does; closing twice is harmless."""
+        atexit.unregister(self.close)
         with contextlib.suppress(BrokenPipeError, OSError):
             self._pipe.send(None)
         self._process.join(_STOP_S)
@@ -123,10 +128,11 @@ def _make(target: str, arguments: tuple[Any, ...]) -> Any:
 
 def _reply(pipe: Connection, compute: Callable[[], Any], keep: bool = False) -> Any:
     """Send the outcome of `compute`; with `keep` return the result instead of sending it."""
+    value = None
     try:
         value = compute()
+        reply = pickle.dumps((True, None if keep else value))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
-        return None
-    pipe.send((True, None if keep else value))
+        reply = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(reply)
     return value

@@ -11,7 +11,8 @@ are real, but pinning is not (there is nothing to pin for), so that rows carry a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -72,6 +73,15 @@ class _PyTorchSystem(SystemUnderTest):
             torch.cuda.empty_cache()
         return self.models[name].n_bytes
 
+    @contextmanager
+    def undone_if_it_fails(self, name: str) -> Iterator[None]:
+        """Leave nothing of the model on the device when the block raises, half a load included."""
+        try:
+            yield
+        except BaseException:
+            self.drop(name)
+            raise
+
     def _move_buffers(self, model: PreTrainedModel) -> None:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -97,9 +107,10 @@ class PyTorchPinned(_PyTorchSystem):
         """Load, generate, offload."""
         self.known(model)
         begin_s = self.clock_s()
-        loaded_bytes = self.load(model)
-        loaded_s = self.clock_s()
-        tokens = self.generate(model, prompt_ids, max_new_tokens)
+        with self.undone_if_it_fails(model):
+            loaded_bytes = self.load(model)
+            loaded_s = self.clock_s()
+            tokens = self.generate(model, prompt_ids, max_new_tokens)
         done_s = self.clock_s()
         writeback_bytes = self.write_back(model) if self.writes_back else 0
         evicted_bytes = self.drop(model)
@@ -131,13 +142,19 @@ class PyTorchPageable(PyTorchPinned):
     def load(self, name: str) -> int:
         """Move the module as `Module.to` does; on the CPU a copy stands for the transfer."""
         model = self.host[name]
-        model._apply(lambda tensor: tensor.to(self.device, copy=self.device.type == "cpu"))
+        self._move_parameters(model, self.device)
+        self._move_buffers(model)
         return self.models[name].n_bytes
+
+    def _move_parameters(self, model: PreTrainedModel, device: torch.device) -> None:
+        # Not with Module.to itself: it visits tied parameters twice, and would copy them twice.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, copy=self.device.type == "cpu")
 
     def write_back(self, name: str) -> int:
         """Move the module back into fresh host memory, which becomes the master."""
         model = self.host[name]
-        model._apply(lambda tensor: tensor.to("cpu", copy=self.device.type == "cpu"))
+        self._move_parameters(model, torch.device("cpu"))
         self.masters[name] = [parameter.data for parameter in model.parameters()]
         return self.models[name].n_bytes
 
@@ -156,7 +173,8 @@ class PyTorchLRU(_PyTorchSystem):
         begin_s = self.clock_s()
         resident_before_bytes = self.resident.get(model, 0)
         evicted_bytes = 0 if resident_before_bytes else self._make_room(model)
-        loaded_bytes = 0 if resident_before_bytes else self.load(model)
+        with self.undone_if_it_fails(model):
+            loaded_bytes = 0 if resident_before_bytes else self.load(model)
         self.resident[model] = self.models[model].n_bytes
         self.resident.move_to_end(model)
         loaded_s = self.clock_s()

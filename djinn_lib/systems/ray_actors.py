@@ -6,9 +6,12 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 import djinn_lib
 from djinn_lib.errors import CapacityError
@@ -16,6 +19,8 @@ from djinn_lib.generate import Tokens, generate_eager
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
+_LOAD_S = 600.0  # an actor that Ray cannot place would be waited for for ever
+_KILL_S = 30.0
 
 
 class ModelActor:
@@ -24,13 +29,17 @@ class ModelActor:
     def __init__(self, files: ModelFiles, device: str) -> None:
         self.model = load_ordinarily(files, device)
 
-    def ready(self) -> bool:
-        """Answer once the model is loaded."""
-        return True
+    def ready(self) -> int:
+        """Answer with the process id once the model is loaded."""
+        return os.getpid()
 
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
-        """Decode with transformers' own `generate`."""
-        return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos=True)
+    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, Tokens]:
+        """Decode with transformers' own `generate`; returns the clock (s) at its start as well.
+
+        Linux has one monotonic clock for all processes, so the caller can go on from it.
+        """
+        begin_s = time.perf_counter()
+        return begin_s, generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos=True)
 
 
 class RayActors(SystemUnderTest):
@@ -51,6 +60,7 @@ class RayActors(SystemUnderTest):
         self.started_ray = not ray.is_initialized()
         if self.started_ray:
             ray.init(
+                address="local",  # not a cluster that happens to run on this machine
                 num_cpus=len(self.models) + 1,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -59,6 +69,7 @@ class RayActors(SystemUnderTest):
                 runtime_env={"env_vars": _actor_environment()},
             )
         self.actors: OrderedDict[str, Any] = OrderedDict()
+        self.pids: dict[str, int] = {}
         # Actors share the GPU; Ray only counts, it does not divide.
         n_gpus = 1 / (len(self.models) + 1) if self.device.type == "cuda" else 0
         self.actor_class = ray.remote(num_cpus=1, num_gpus=n_gpus, max_restarts=0)(ModelActor)
@@ -70,7 +81,7 @@ class RayActors(SystemUnderTest):
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Have the model's actor generate, creating it if it does not live."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         files = self.known(model)
         begin_s = time.perf_counter()
@@ -79,32 +90,21 @@ class RayActors(SystemUnderTest):
         try:
             if not was_resident:
                 self.actors[model] = self.actor_class.remote(files, str(self.device))
-                ray.get(self.actors[model].ready.remote())
+                ready = self.actors[model].ready.remote()
+                self.pids[model] = ray.get(ready, timeout=_LOAD_S)
             self.actors.move_to_end(model)
             loaded_s = time.perf_counter()
             call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
-            tokens: Tokens = ray.get(call)
+            generate_s, tokens = ray.get(call)
         except RayTaskError as error:  # the request's fault: the actor lives on
             raise error.as_instanceof_cause() from error
-        except RayActorError:
+        except (RayActorError, GetTimeoutError):
             self._kill(model)
             raise
-        return self._served(tokens, begin_s, loaded_s, files, was_resident, evicted_bytes)
-
-    def _served(
-        self,
-        tokens: Tokens,
-        begin_s: float,
-        loaded_s: float,
-        files: ModelFiles,
-        was_resident: bool,
-        evicted_bytes: int,
-    ) -> Served:
-        switch_ms = (loaded_s - begin_s) * 1e3
         return Served(
             tokens.token_ids,
-            switch_ms=switch_ms,
-            ttft_ms=switch_ms + tokens.first_s * 1e3,
+            switch_ms=(loaded_s - begin_s) * 1e3,
+            ttft_ms=(generate_s + tokens.first_s - begin_s) * 1e3,
             decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
             total_ms=(time.perf_counter() - begin_s) * 1e3,
             loaded_bytes=0 if was_resident else files.n_bytes,
@@ -133,10 +133,14 @@ class RayActors(SystemUnderTest):
         return sum(self.models[name].n_bytes for name in self.actors)
 
     def _kill(self, model: str) -> None:
+        """Kill an actor and wait for the end of its process, for only then is its memory free."""
         import ray
 
         if actor := self.actors.pop(model, None):
             ray.kill(actor)
+        if (pid := self.pids.pop(model, None)) and self.started_ray:
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).wait(_KILL_S)
 
     def reset(self) -> None:
         """Kill all actors."""

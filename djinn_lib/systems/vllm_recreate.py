@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from djinn_lib.errors import ConfigError
 from djinn_lib.generate import check_prompt
 from djinn_lib.models import folder_config
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+
+MAX_MODEL_LEN = 512
 
 
 class VllmRecreate(SystemUnderTest):
@@ -61,7 +64,7 @@ class VllmRecreate(SystemUnderTest):
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Generate with the model's engine, built now unless it is the one at hand."""
         files = self.known(model)
-        ids = check_prompt(prompt_ids, self.vocab_sizes[model], max_new_tokens)
+        ids = check_request(prompt_ids, self.vocab_sizes[model], max_new_tokens, self.options)
         begin_s = time.perf_counter()
         resident_before, victim = self.resident == model, self.resident
         if not resident_before:
@@ -69,7 +72,12 @@ class VllmRecreate(SystemUnderTest):
             self.engine = build_engine(self.vllm, files, self.options)
             self.resident = model
         loaded_s = time.perf_counter()
-        token_ids, first_s, last_s = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
+        try:
+            timed = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
+        except BaseException:
+            self.reset()  # what it left behind must not meet the next request
+            raise
+        token_ids, first_s, last_s = timed
         switched_from = self.models[victim].n_bytes if victim and not resident_before else 0
         return Served(
             token_ids,
@@ -86,8 +94,9 @@ class VllmRecreate(SystemUnderTest):
     def reset(self) -> None:
         """Tear the engine down and give its memory back."""
         if self.engine is not None:
-            self.engine.llm_engine.engine_core.shutdown()
-            self.engine, self.resident = None, None
+            engine, self.engine, self.resident = self.engine, None, None
+            engine.llm_engine.engine_core.shutdown()
+            del engine
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -105,6 +114,25 @@ def set_environment() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
+def check_request(
+    prompt_ids: Sequence[int], vocab_size: int, max_new_tokens: int, options: dict[str, Any]
+) -> list[int]:
+    """Return the prompt as a list, if the engine can serve the request in full.
+
+    Raises:
+        ConfigError: the prompt cannot be used, or the answer would not fit: vLLM then stops early
+            and says nothing.
+    """
+    ids = check_prompt(prompt_ids, vocab_size, max_new_tokens)
+    limit = options.get("max_model_len", MAX_MODEL_LEN)
+    if len(ids) + max_new_tokens > limit:
+        raise ConfigError(
+            f"expected at most {limit} tokens of prompt and answer together, got {len(ids)} + "
+            f"{max_new_tokens}: raise the option max_model_len"
+        )
+    return ids
+
+
 def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: Any) -> Any:
     """Return a new `vllm.LLM` with the weights of a folder."""
     return vllm.LLM(
@@ -113,7 +141,7 @@ def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: 
         skip_tokenizer_init=True,
         dtype=files.dtype,
         enable_prefix_caching=False,
-        max_model_len=options.get("max_model_len", 512),
+        max_model_len=options.get("max_model_len", MAX_MODEL_LEN),
         gpu_memory_utilization=options.get("gpu_memory_utilization", 0.6),
         enforce_eager=options.get("enforce_eager", True),
         disable_log_stats=True,
