@@ -27,8 +27,8 @@ DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 LIB = REPO / "djinn_lib"
 ENGINE = [LIB / f"{name}.py" for name in (
     "ring", "policy", "nvml", "address_space", "address_space_cpu", "address_space_cuda", "copier",
-    "swap_pool", "pager", "checkpoint", "models", "sources", "generate", "djinn", "bench", "cell",
-    "weights",
+    "lease", "swap_pool", "pager", "checkpoint", "models", "sources", "generate", "djinn", "bench",
+    "cell", "weights",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",

@@ -233,6 +233,15 @@ class Djinn:
                 self._pager.wait(name, model.n_bytes)
             yield model.module
 
+    def wait(self, name: str) -> None:
+        """Block until every byte of a leased model is on the device.
+
+        Raises:
+            LeaseError: the model holds no lease.
+            DjinnError: the copy failed.
+        """
+        self._pager.finish(name)
+
     def evict(self, name: str) -> int:
         """Take all pages of a model off the device; returns how many bytes that freed.
 

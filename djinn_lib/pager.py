@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from djinn_lib.address_space import AddressSpace, Range, open_address_space
 from djinn_lib.copier import Copier, Load, open_copier
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
+from djinn_lib.lease import Lease
 from djinn_lib.policy import Policy, make_policy
 from djinn_lib.ring import Extent, Residency, Ring
 from djinn_lib.units import format_bytes
@@ -41,47 +41,6 @@ class _Paged:
     n_bytes: int
     area: Range
     view: torch.Tensor
-
-
-class Lease:
-    """The right to use a model; while it is held, no page of the model is evicted.
-
-    `resident_before_bytes`, `loaded_bytes` and `evicted_bytes` tell what granting it took;
-    `plan_s` is the time that evicting and mapping took, in seconds. When the lease started a copy,
-    `load` is it.
-    """
-
-    def __init__(self, pager: Pager, model: str) -> None:
-        self.model = model
-        self.resident_before_bytes = 0
-        self.loaded_bytes = 0
-        self.evicted_bytes = 0
-        self.plan_s = 0.0
-        self.load: Load | None = None
-        self._pager = pager
-        self._held = True
-
-    @property
-    def stall_s(self) -> float:
-        """Seconds that computations waited for the copy that this lease started."""
-        return self.load.stall_s if self.load else 0.0
-
-    def release(self) -> None:
-        """Give the lease back; the pages stay until somebody else needs the frames."""
-        if self._held:
-            self._held = False
-            self._pager._release(self.model)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class Pager:
@@ -179,7 +138,7 @@ class Pager:
             ConfigError: the model was never added.
             CapacityError: other leases hold the frames that it needs.
         """
-        lease = Lease(self, model)
+        lease = Lease(model, self._release)
         begin_s = time.perf_counter()
         with self._lock:
             self._settle(model)
@@ -214,6 +173,17 @@ class Pager:
                 f"expected {end_byte} resident bytes of {model!r}, got "
                 f"{self.resident_bytes(model)}: their copy failed; try the request again"
             )
+
+    def finish(self, model: str) -> None:
+        """Block the host until all of `model` is on the device; `wait` need not block it.
+
+        Raises:
+            LeaseError: the model holds no lease.
+            DjinnError: the copy failed.
+        """
+        if load := self._loads.get(model):
+            load.finish()
+        self.wait(model, self.n_bytes(model))
 
     def resident_bytes(self, model: str) -> int:
         """Bytes of `model` that are mapped; the last page counts what the model fills of it."""

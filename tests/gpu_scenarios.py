@@ -79,6 +79,9 @@ def switches(n_models="3", n_switches="200"):
     specs = {f"m{i}": dj.ModelSpec(CONFIGS[i % 3], "float16", seed=i) for i in range(n)}
     expected = {name: plain_tokens(spec) for name, spec in specs.items()}
     assert len({t for t in expected.values()}) == n
+    with dj.Djinn(40 << 20, "cuda", page=PAGE) as first:  # what a process loads once is no leak
+        first.add("m0", specs["m0"])
+        first.generate("m0", PROMPT, 2)
     before = free_bytes()
     djinn = dj.Djinn(40 << 20, "cuda", page=PAGE)
     pointers = {}
@@ -102,7 +105,7 @@ def switches(n_models="3", n_switches="200"):
     djinn.close()
     del djinn
     lost = before - free_bytes()
-    assert lost < 40 << 20, f"{lost} bytes of device memory are still held"
+    assert lost < 4 << 20, f"{lost} bytes of device memory are still held"
 
 
 def plain_tokens(spec):

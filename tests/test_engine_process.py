@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from djinn_lib.engine_process import EngineDied, EngineProcess
 from djinn_lib.errors import DjinnError
-from djinn_lib.systems.engine_process import EngineDied, EngineProcess
 
 
 class Counter:
@@ -101,7 +101,7 @@ def test_no_process_outlives_a_caller_that_never_closes(end, tmp_path):
     script = tmp_path / "caller.py"
     script.write_text(
         "import os\n"
-        "from djinn_lib.systems.engine_process import EngineProcess\n"
+        "from djinn_lib.engine_process import EngineProcess\n"
         'if __name__ == "__main__":\n'
         '    engine = EngineProcess("collections:Counter")\n'
         "    print(engine.pid, flush=True)\n"

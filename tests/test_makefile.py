@@ -176,8 +176,8 @@ def test_driver_without_a_gpu_counts_as_none(tree: Tree) -> None:
 
 
 def test_given_python_is_used_and_nothing_is_built(tree: Tree) -> None:
-    said = tree.make("-n", "reproduce", "PY=/opt/py", "PROFILE=cpu", "EXECUTOR=ray").stdout
-    assert '"/opt/py" -m djinn_lib.reproduce --profile cpu --executor ray' in said
+    said = tree.make("-n", "reproduce", "PY=/opt/py", "PROFILE=cpu").stdout
+    assert '"/opt/py" -m djinn_lib.reproduce --profile cpu' in said
     assert "venv" not in said and "pip" not in said
 
 

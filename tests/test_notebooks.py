@@ -1,6 +1,5 @@
 """Headless execution, tasks and the command line: a real kernel, real deaths."""
 
-import json
 import os
 import subprocess
 import sys
@@ -160,7 +159,7 @@ def test_the_gpu_profile_needs_a_gpu(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_part_of_the_smoke_profile_and_a_rerun_that_does_nothing(tmp_path):
-    """Set-up, trace and one cell through the real command; then nothing; then only what failed."""
+    """Set-up, trace and one cell through the real command; then nothing is left to do."""
 
     def run():
         command = [sys.executable, "-m", "djinn_lib.reproduce", "--profile", "smoke",
@@ -178,9 +177,3 @@ def test_part_of_the_smoke_profile_and_a_rerun_that_does_nothing(tmp_path):
     assert second.returncode == 0
     assert "..." not in second.stdout  # no notebook was executed
     assert rows.stat().st_mtime_ns == before
-    status = tmp_path / "status" / "02_run_system.paper-25-djinn.json"
-    status.write_text(json.dumps({**json.loads(status.read_text()), "state": "failed"}))
-    third = run()
-    assert third.returncode == 0
-    assert third.stdout.count("...") == 1  # the cell that failed, nothing else
-    assert rows.stat().st_mtime_ns > before

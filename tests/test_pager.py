@@ -64,6 +64,21 @@ def test_a_lease_brings_the_bytes(three):
     assert (lease.resident_before_bytes, lease.evicted_bytes) == (0, 0)
 
 
+def test_finish_blocks_until_everything_is_there(three, monkeypatch):
+    pager, pool, views = three
+    flaky = Flaky(monkeypatch)
+    with pager.lease("b") as lease:
+        pager.finish("b")
+        assert lease.load.ended
+        assert torch.equal(views["b"][: 9 * PAGE], pool.page_source("b"))
+    with pytest.raises(LeaseError):
+        pager.finish("b")
+    pager.evict("b")
+    flaky.n_copied, flaky.fail_at = 0, 4
+    with pager.lease("b"), pytest.raises(DjinnError, match="try the request again"):
+        pager.finish("b")
+
+
 def test_a_hit_moves_nothing(three):
     pager, _, _ = three
     with pager.lease("a"):
