@@ -90,10 +90,11 @@ def generate_eager(
     Raises:
         ConfigError: the prompt cannot be used with this model.
     """
+    begin_s = time.perf_counter()
     ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
     inputs = torch.tensor([ids], device=model.device)
     eos = None if ignore_eos else model.generation_config.eos_token_id
-    clock, begin_s = _FirstToken(), time.perf_counter()
+    clock = _FirstToken()
     generate: Any = model.generate  # its signature is wider than its annotations say
     with torch.no_grad():
         output: Any = generate(

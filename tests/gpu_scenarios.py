@@ -56,6 +56,18 @@ def address_space():
     assert lost < 4 << 20, f"{lost} bytes of device memory are still held"
 
 
+def time_to_first_token_counts_the_wait():
+    """Without overlap the copy comes before the prefill, and the clock sees both."""
+    with dj.Djinn(2 << 30, "cuda", page=PAGE, overlap=False) as djinn:
+        big = {**_SHAPE, "vocab_size": 200_000, "hidden_size": 1024}
+        djinn.add("a", dj.ModelSpec(LlamaConfig(**big), "float16", seed=1))
+        djinn.generate("a", PROMPT, 2)
+        djinn.evict("a")
+        g = djinn.generate("a", PROMPT, 2)
+        assert g.stall_ms > 5
+        assert g.ttft_ms > g.stall_ms, g
+
+
 def map_does_not_stall():
     """Mapping while a kernel runs returns long before the kernel ends."""
     space = CudaAddressSpace(64, PAGE, CUDA)
@@ -181,9 +193,16 @@ def too_much():
 
 SCENARIOS = {
     f.__name__: f
-    for f in (address_space, map_does_not_stall, switches, graph_after_remapping, failing_copy,
-              too_much)
-}  # fmt: skip
+    for f in (
+        address_space,
+        time_to_first_token_counts_the_wait,
+        map_does_not_stall,
+        switches,
+        graph_after_remapping,
+        failing_copy,
+        too_much,
+    )
+}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](*sys.argv[2:])

@@ -10,6 +10,7 @@ import pytest
 REPO = Path(__file__).parent.parent
 SCENARIOS = [
     ["address_space"],
+    ["time_to_first_token_counts_the_wait"],
     ["map_does_not_stall"],
     ["switches", "3", "1000"],
     ["switches", "12", "1000"],
