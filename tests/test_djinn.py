@@ -6,7 +6,7 @@ import random
 import psutil
 import pytest
 import torch
-from tiny import CONFIGS, PROMPT, VOCAB, spec
+from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, spec
 from transformers import AutoModelForCausalLM
 
 import djinn_lib as dj
@@ -31,21 +31,6 @@ def folders(tmp_path_factory):
     return root
 
 
-def ordinary_tokens(folder, dtype="float32", n=8):
-    """Greedy tokens of the model loaded by transformers itself, without djinn_lib."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    with torch.no_grad():
-        output = model.generate(
-            torch.tensor([PROMPT]),
-            attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
-            max_new_tokens=n,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    return tuple(output[0, len(PROMPT) :].tolist())
-
-
 def addresses(module):
     return {name: p.data_ptr() for name, p in module.named_parameters()}
 
@@ -53,7 +38,7 @@ def addresses(module):
 @pytest.mark.parametrize("options", [{}, {"overlap": False}, {"residency": "whole"}], ids=str)
 def test_tokens_and_bytes_after_any_evictions(folders, options):
     names, rng = sorted(CONFIGS), random.Random(1)
-    expected = {name: ordinary_tokens(folders / name) for name in names}
+    expected = {name: ordinary_tokens(folders / name, 8) for name in names}
     assert len({len(set(tokens)) for tokens in expected.values()}) > 1  # not one repeated token
     with dj.Djinn("1MiB", page=PAGE, **options) as djinn:
         pointers = {}
@@ -83,7 +68,7 @@ def test_dtypes(folders, dtype):
         g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
         with djinn.lease("m") as model:
             assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
-    assert g.token_ids == ordinary_tokens(folders / "mistral", dtype)
+    assert g.token_ids == ordinary_tokens(folders / "mistral", 8, dtype)
 
 
 def test_sharded_checkpoints(folders, tmp_path):
@@ -92,7 +77,7 @@ def test_sharded_checkpoints(folders, tmp_path):
     with dj.Djinn("2MiB", page=PAGE) as djinn:
         djinn.add("m", tmp_path)
         g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-    assert g.token_ids == ordinary_tokens(folders / "qwen2-tied")
+    assert g.token_ids == ordinary_tokens(folders / "qwen2-tied", 8)
 
 
 def test_tied_weights_are_stored_once(folders):
@@ -186,7 +171,7 @@ def test_a_failed_copy_fails_one_request_only(folders, monkeypatch):
             djinn.generate("m", PROMPT, 4)
         tokens = djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids
         djinn.check()
-    assert tokens == ordinary_tokens(folders / "llama")
+    assert tokens == ordinary_tokens(folders / "llama", 8)
 
 
 def test_close_gives_memory_back(folders):

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import CONFIGS, PROMPT, VOCAB
+from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
@@ -58,19 +57,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def expected(models):
     """Tokens of each model loaded the ordinary way."""
-    tokens = {}
-    for name, files in models.items():
-        model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=torch.float32).eval()
-        with torch.no_grad():
-            output = model.generate(
-                torch.tensor([PROMPT]),
-                attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
-                max_new_tokens=N_NEW,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-        tokens[name] = tuple(output[0, len(PROMPT) :].tolist())
+    tokens = {name: ordinary_tokens(files.folder, N_NEW) for name, files in models.items()}
     assert len({len(set(t)) for t in tokens.values()} - {1}) > 0
     return tokens
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
 from transformers import (
+    AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -50,6 +54,21 @@ CONFIGS = {
     "gpt-neox": GPTNeoXConfig(**_SHAPE, **_MLP),
 }
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 264, 338, 327, 95]
+
+
+def ordinary_tokens(folder: Path, n: int, dtype: str = "float32") -> tuple[int, ...]:
+    """Greedy tokens after `PROMPT` of the model as transformers itself loads and runs it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([PROMPT]),
+            attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+            max_new_tokens=n,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return tuple(output[0, len(PROMPT) :].tolist())
 
 
 def spec(name: str, dtype: str = "float32", seed: int = 5) -> ModelSpec:
