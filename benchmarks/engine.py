@@ -4,35 +4,44 @@ A model of b bytes cannot be loaded in less than b / link rate, and a token of b
 decoded in less than b / HBM rate, because every weight is read once for it. Both rates are measured
 in the same run, and every figure is printed with the share of them that it reaches.
 
-For each model: a hit, a full miss with the prefill overlapping the copy and after it, and the bare
-load. For each ordered pair of models: the partial miss when the second is asked for after the
-first. Medians of several repeats; the least and the greatest are kept beside them.
+For each model: a hit, in every way of decoding; a full miss with the prefill overlapping the copy
+and after it, and the bare load. For each ordered pair of models: the partial miss when the second
+is asked for after the first. Then the size of a page, and the bytes that the copy engines moved.
+Medians of several repeats; the least and the greatest are kept beside them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable
-from itertools import permutations
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 import torch
+from engine_cases import Cases, page_curve, timed
+from engine_targets import read_floor_ms, targets
 
 from djinn_lib import machine
 from djinn_lib.bench import MODELS_DIR
-from djinn_lib.djinn import Djinn, Generation
+from djinn_lib.decoder import Decode
+from djinn_lib.djinn import Djinn
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_json
 from djinn_lib.profile import REPO, Profile, load_profile, parse_capacity
-from djinn_lib.systems import ModelFiles
-from djinn_lib.weights import prepare_models, prompt_ids
+from djinn_lib.units import parse_bytes
+from djinn_lib.weights import files_sha256, prepare_models, prompt_ids
 
-COLUMNS = ["case", "model", "loaded_bytes", "load_ms", "switch_ms", "stall_ms", "ttft_ms"]
+WAYS: dict[str, tuple[Decode, ...]] = {
+    "cuda": ("eager", "graph", "compiled"),
+    "cpu": ("eager", "graph"),
+}
+COLUMNS = ["case", "model", "decode", "loaded_bytes", "load_ms", "switch_ms", "stall_ms", "ttft_ms"]
+PAGE_FACTORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the profile's page
 
 
 def main() -> int:
@@ -41,141 +50,160 @@ def main() -> int:
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument("--capacity", default="25", help="a label of the profile's capacities")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
     parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "engine.json")
     options = parser.parse_args()
+    begun_at = datetime.now(UTC)
     try:
-        result = measure(load_profile(options.profile), options)
+        profile = load_profile(options.profile)
+        result, manifest = measure(profile, options)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if profile.name == "gpu":
+        result["targets"] = targets(result)
     write_json(options.out, result)
+    parameters = {key: str(value) for key, value in vars(options).items()}
+    ended = {"started_at_utc": begun_at.isoformat(timespec="seconds"), "parameters": parameters}
+    write_json(options.out.with_suffix(".manifest.json"), manifest | ended)
     print_tables(result)
     return 0
 
 
-def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
-    """Return ceilings, set-up and cases as plain data."""
+def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what was measured, and where it comes from, as plain data."""
+    say("measuring this machine")
     facts = machine.describe_machine(profile.device)
     files = prepare_models(profile, options.models_dir)
-    total_bytes = sum(f.n_bytes for f in files.values())
-    capacity_bytes = parse_capacity(profile.capacities[options.capacity], total_bytes)
+    sizes = {name: f.n_bytes for name, f in files.items()}
+    capacity_bytes = parse_capacity(profile.capacities[options.capacity], sum(sizes.values()))
+    prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
+    ways = WAYS[profile.device]
+    device_before_bytes, host_before_bytes = device_bytes_used(profile.device), host_bytes_used()
+    with Djinn(capacity_bytes, profile.device, page=profile.page, decode="eager",
+               max_model_len=options.max_model_len, progress=say) as djinn:  # fmt: skip
+        setup: list[dict[str, Any]] = []
+        for name, f in files.items():
+            say(f"{name}: reading and pinning {f.n_bytes / 2**30:.2f} GiB")
+            seconds = timed(lambda f=f: djinn.add(f.name, f.folder))
+            setup.append({"step": "read and pin", "model": name, "seconds": seconds})
+        host_growth_bytes = host_bytes_used() - host_before_bytes
+        cases = Cases(djinn, prompts, profile.new_tokens, options.repeats)
+        rows, decode = [], {}
+        for way in ways:
+            for name in files:
+                begin_s = time.perf_counter()
+                decode[name] = djinn.set_decode(name, way)
+                seconds = time.perf_counter() - begin_s
+                setup.append({"step": f"prepare {way}", "model": name, "seconds": seconds})
+                say(f"{name}: hits, {decode[name]}")
+                rows.append(cases.hit(name, decode[name]))
+        for name in files:
+            say(f"{name}: misses")
+            rows += cases.misses(name, decode[name])
+        say("every model after every other one")
+        rows += cases.pairs(decode)
+        kv_bytes = djinn.kv_cache_bytes
+        beyond_bytes = device_bytes_used(profile.device) - device_before_bytes
+        copied = cases.copied_bytes() if profile.device == "cuda" else None
+        per_token = {name: bytes_per_token(djinn, name) for name in files}
+        pages = [int(parse_bytes(profile.page) * factor) for factor in PAGE_FACTORS]
+        pages = [page for page in pages if page >= smallest_page(profile.device)]
+        say("the size of a page")
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
+        curve = page_curve(
+            djinn.pool, largest, capacity_bytes, pages, djinn.device, options.repeats
+        )
+        masters_bytes = djinn.pool.n_bytes
     commit, dirty = machine.git_state(REPO)
-    before_bytes = device_bytes_used(profile.device)
-    with Djinn(capacity_bytes, profile.device, page=profile.page) as djinn:
-        setup_s = {
-            name: timed(lambda f=f: djinn.add(f.name, f.folder)) for name, f in files.items()
-        }
-        cases = list(run_cases(djinn, profile, files, options.repeats))
-        beyond_bytes = device_bytes_used(profile.device) - before_bytes - djinn.capacity_bytes
-    return {
-        "machine": facts,
+    manifest = {
         "git_commit": commit,
         "git_dirty": dirty,
-        "profile": profile.name,
-        "capacity_bytes": capacity_bytes,
-        "sizes": {name: f.n_bytes for name, f in files.items()},
-        "repeats": options.repeats,
-        "setup_s": setup_s,
-        "device_bytes_beyond_ring": beyond_bytes if profile.device == "cuda" else None,
-        "cases": cases,
+        "command": "python benchmarks/engine.py",
+        "versions": facts["versions"],
+        "weights_sha256": {name: files_sha256(f) for name, f in files.items()},
     }
+    return {
+        "machine": {key: value for key, value in facts.items() if key != "versions"},
+        "profile": profile.name,
+        "decode": decode,
+        "max_model_len": options.max_model_len,
+        "prompt_tokens": profile.prompt_tokens,
+        "repeats": options.repeats,
+        "capacity_bytes": capacity_bytes,
+        "page_bytes": parse_bytes(profile.page),
+        "sizes": sizes,
+        "bytes_per_token": per_token,
+        "setup": setup,
+        "host_master_bytes": masters_bytes,
+        "host_growth_bytes": host_growth_bytes,
+        "kv_cache_bytes": kv_bytes,
+        "device_bytes_beyond": beyond_bytes - capacity_bytes - kv_bytes
+        if profile.device == "cuda"
+        else None,
+        "copied_bytes": copied,
+        "cases": rows,
+        "page_curve": curve,
+    }, manifest
+
+
+def say(step: str) -> None:
+    """Tell what begins."""
+    print(f"[{datetime.now(UTC):%H:%M:%S}] {step}", flush=True)
 
 
 def device_bytes_used(device: str) -> int:
     """Bytes of the GPU in use by anybody; 0 on the CPU."""
     if device != "cuda":
         return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info()
     return total_bytes - free_bytes
 
 
-def timed(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes."""
-    begin_s = time.perf_counter()
-    work()
-    return time.perf_counter() - begin_s
+def host_bytes_used() -> int:
+    """Resident memory of this process in bytes."""
+    return psutil.Process(os.getpid()).memory_info().rss
 
 
-def run_cases(
-    djinn: Djinn, profile: Profile, files: dict[str, ModelFiles], repeats: int
-) -> Iterable[dict[str, Any]]:
-    """Yield one summary a case."""
-    prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
-
-    def request(name: str) -> Generation:
-        return djinn.generate(name, prompts[name], profile.new_tokens, ignore_eos=True)
-
-    def empty() -> None:
-        for name in files:
-            djinn.evict(name)
-
-    for name in files:
-        print(f"{name} ...", flush=True)
-        request(name)  # warms up
-        yield summary("hit", name, [request(name) for _ in range(repeats)])
-        for overlap in (True, False):
-            djinn.overlap = overlap
-            misses = [(empty(), request(name))[1] for _ in range(repeats)]
-            yield summary(f"full miss, overlap {'on' if overlap else 'off'}", name, misses)
-        djinn.overlap = True
-        loads_ms = [(empty(), load_ms(djinn, name))[1] for _ in range(repeats)]
-        yield {"case": "load", "model": name, "loaded_bytes": files[name].n_bytes,
-               **spread("load_ms", loads_ms)}  # fmt: skip
-    for before, after in permutations(files, 2):
-        switches = []
-        for _ in range(repeats):
-            request(after), request(before)
-            switches.append(request(after))
-        yield summary(f"after {before}", after, switches)
+def bytes_per_token(djinn: Djinn, name: str) -> int:
+    """Bytes that one step of batch 1 reads: all weights, but of the embeddings one row."""
+    with djinn.lease(name) as model:
+        embedding = model.get_input_embeddings().weight
+        head = model.get_output_embeddings().weight
+        tied = embedding.data_ptr() == head.data_ptr()
+        n_bytes = djinn.pool.layout(name).n_bytes
+        return n_bytes if tied else n_bytes - embedding.numel() * embedding.itemsize
 
 
-def load_ms(djinn: Djinn, name: str) -> float:
-    """Milliseconds until all weights of a model that is not resident are there."""
-    begin_s = time.perf_counter()
-    with djinn.lease(name):
-        djinn.wait(name)
-        return (time.perf_counter() - begin_s) * 1e3
-
-
-def summary(case: str, model: str, generations: list[Generation]) -> dict[str, Any]:
-    """Medians, least and greatest of what the requests of a case cost."""
-    columns = ("switch_ms", "stall_ms", "ttft_ms", "decode_ms", "total_ms")
-    n_steps = max(1, len(generations[0].token_ids) - 1)
-    result: dict[str, Any] = {
-        "case": case,
-        "model": model,
-        "loaded_bytes": generations[-1].loaded_bytes,
-        "evicted_bytes": generations[-1].evicted_bytes,
-    }
-    for column in columns:
-        result |= spread(column, [getattr(g, column) for g in generations])
-    result |= spread("ms_per_token", [g.decode_ms / n_steps for g in generations])
-    return result
-
-
-def spread(name: str, values: list[float]) -> dict[str, float]:
-    """The median under `name`, with the least and the greatest beside it."""
-    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+def smallest_page(device: str) -> int:
+    """The least size of a page that the device's backend maps."""
+    return 2 << 20 if device == "cuda" else 4096
 
 
 def print_tables(result: dict[str, Any]) -> None:
     """Print the ceilings, and every case with its share of them."""
-    facts, sizes = result["machine"], result["sizes"]
-    link, hbm = facts["link_rate_bytes_per_s"], facts["hbm_rate_bytes_per_s"]
+    facts = result["machine"]
+    link, hbm = facts["link_rate_bytes_per_s"], facts["hbm_read_rate_bytes_per_s"]
     print(f"\n{facts['device_name']}: link {link / 1e9:.1f} GB/s", end="")
-    print(f", device memory {hbm / 1e9:.0f} GB/s" if hbm else "")
+    print(f", device memory reads {hbm / 1e9:.0f} GB/s" if hbm else "")
     table = pd.DataFrame(result["cases"])
     table["share_of_link"] = table["loaded_bytes"] / link * 1e3 / table["load_ms"]
-    if hbm:  # a copy counts bytes read and written; decoding only reads
-        floor_ms = table["model"].map(sizes) / hbm * 1e3
-        table["share_of_hbm"] = floor_ms / table["ms_per_token"]
-    shown = [c for c in [*COLUMNS, "ms_per_token", "share_of_link", "share_of_hbm"] if c in table]
-    print(table[shown].round(3).to_string(index=False))
-    if result["device_bytes_beyond_ring"] is not None:
-        print(
-            f"device memory beyond the ring: {result['device_bytes_beyond_ring'] / 2**30:.2f} GiB"
-        )
+    shown = [*COLUMNS, "ms_per_token", "total_ms", "share_of_link"]
+    if hbm:
+        floor_ms = table["model"].map({m: read_floor_ms(result, m) for m in result["sizes"]})
+        table["share_of_hbm"] = (floor_ms / table["ms_per_token"]).where(table["case"] == "hit")
+        shown.append("share_of_hbm")
+    print(table[shown].round(3).to_string(index=False, na_rep="-"))
+    print(pd.DataFrame(result["page_curve"]).round(3).to_string(index=False))
+    print(pd.DataFrame(result["setup"]).round(1).to_string(index=False))
+    if result["device_bytes_beyond"] is not None:
+        beyond, kv = result["device_bytes_beyond"], result["kv_cache_bytes"]
+        print(f"KV caches {kv / 2**30:.2f} GiB; device memory beyond: {beyond / 2**30:.2f} GiB")
+    if "targets" in result:
+        print(pd.DataFrame(result["targets"]).round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

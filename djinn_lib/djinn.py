@@ -8,57 +8,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
 from djinn_lib.errors import ConfigError
-from djinn_lib.generate import check_prompt, generate_eager, hold_back
-from djinn_lib.models import ModelSpec, bind, pack
+from djinn_lib.generate import Generation, hold_back
+from djinn_lib.models import ModelSpec, Unit, bind, pack
 from djinn_lib.pager import Pager
 from djinn_lib.policy import Policy
+from djinn_lib.recorded_decoder import make_decoder
+from djinn_lib.recording import Recorder
 from djinn_lib.ring import Residency
+from djinn_lib.sampling import Sampling
+from djinn_lib.served import ServedModel
 from djinn_lib.sources import open_source
 from djinn_lib.swap_pool import SwapPool
 from djinn_lib.units import parse_bytes
 
 DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What one request gave and cost.
-
-    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `stall_ms` is the
-    time that the computation waited for them, `switch_ms` that and the time to evict and map.
-    `ttft_ms` and `total_ms` count from the call to the first and the last new token; `decode_ms`
-    is the time between the two. `text` is None for a model without a tokenizer.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str | None
-    loaded_bytes: int
-    evicted_bytes: int
-    resident_before_bytes: int
-    stall_ms: float
-    switch_ms: float
-    ttft_ms: float
-    decode_ms: float
-    total_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    module: PreTrainedModel
-    n_bytes: int
-    tokenizer: Any | None
+DEFAULT_DECODE = {"cuda": "compiled"}
 
 
 class Djinn:
@@ -71,6 +46,14 @@ class Djinn:
         policy: who loses pages when the ring is full: "lru", or a `Policy`.
         residency: "partial" evicts only what is needed; "whole" evicts entire models.
         overlap: start computing while later layers still load; else wait for all of them first.
+        decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
+            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also lets
+            `torch.compile` make the step's kernels, which takes minutes the first time. Default
+            is "compiled" on a GPU, "eager" on the CPU. A model that cannot be recorded is served
+            eagerly, with a warning.
+        max_model_len: tokens of a prompt and its continuation together, where decoding is not
+            eager; device memory for keys and values is set aside for as many.
+        progress: told what a longer step of `add` is doing.
 
     Raises:
         ConfigError: a parameter has no meaning.
@@ -86,16 +69,25 @@ class Djinn:
         policy: str | Policy = "lru",
         residency: Residency = "partial",
         overlap: bool = True,
+        decode: Decode | None = None,
+        max_model_len: int = 512,
+        progress: Callable[[str], None] = print,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if page is None:
             page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
         self.overlap = overlap
+        self.decode: Decode = parse_decode(
+            decode or ("compiled" if self.device.type == "cuda" else "eager")
+        )
+        self.max_model_len = max_model_len
+        self._progress = progress
         self._pool = SwapPool(pin=self.device.type == "cuda")
         self._pager = Pager(
             self._pool, parse_bytes(capacity), parse_bytes(page), self.device, policy, residency
         )
-        self._models: dict[str, _Model] = {}
+        self._recorder = Recorder(self.device)
+        self._models: dict[str, ServedModel] = {}
         self._turn = threading.RLock()  # one computation at a time
 
     # -- models ----------------------------------------------------------------------------
@@ -109,7 +101,10 @@ class Djinn:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Read a model into the host swap pool; nothing is loaded to the device yet.
+        """Read a model into the host swap pool, and prepare to decode with it.
+
+        Unless decoding is eager, that takes a moment on the device: the model is loaded, and
+        others may be evicted for it.
 
         Args:
             name: what requests will call it.
@@ -132,12 +127,44 @@ class Djinn:
         try:
             self._pool.add(name, layout, opened.fill)
             bind(module, layout.views(device_bytes), self.device)
+            hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
+            decoder = self._make_decoder(name, module, units, self.decode)
         except BaseException:
             self._pager.remove(name)
             self._pool.discard(name)
             raise
-        hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
-        self._models[name] = _Model(module, layout.n_bytes, opened.tokenizer)
+        self._models[name] = ServedModel(
+            name, module, units, layout.n_bytes, opened.tokenizer, decoder
+        )
+
+    def set_decode(self, name: str, decode: Decode) -> Decode:
+        """Change how one model decodes from now on; see the class.
+
+        Returns:
+            How it does, which is a slower way where its architecture allows nothing else.
+        """
+        model = self._known(name)
+        with self._turn:
+            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            model.decoder.close()
+            model.decoder = decoder
+        return decoder.mode
+
+    def _make_decoder(
+        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+    ) -> Decoder:
+        if decode == "eager":
+            return EagerDecoder(module)
+        with self._turn, self._pager.lease(name):
+            self._pager.finish(name)
+            return make_decoder(
+                decode,
+                module,
+                units,
+                self.max_model_len,
+                self._recorder,
+                lambda step: self._progress(f"{name}: {step}"),
+            )
 
     def remove(self, name: str) -> None:
         """Forget a model and free its frames, its addresses and its master copy.
@@ -145,12 +172,13 @@ class Djinn:
         Raises:
             LeaseError: somebody is using it.
         """
-        self._known(name)
+        model = self._known(name)
         self._pager.remove(name)
         self._pool.discard(name)
         del self._models[name]
+        model.decoder.close()
 
-    def _known(self, name: str) -> _Model:
+    def _known(self, name: str) -> ServedModel:
         if name not in self._models:
             raise ConfigError(
                 f"expected one of the models {list(self._models)}, got {name!r}: "
@@ -166,46 +194,42 @@ class Djinn:
         prompt: str | Sequence[int],
         max_new_tokens: int = 50,
         ignore_eos: bool = False,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Generation:
-        """Continue a prompt greedily.
+        """Continue a prompt.
 
         Args:
             name: which model.
             prompt: text, for a model with a tokenizer, or token ids.
             max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
             ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
+            temperature, top_k, top_p, seed: see `Sampling`; the default is greedy.
 
         Raises:
             ConfigError: unknown model, or a prompt that it cannot take.
             DjinnError: the weights could not be copied; the request can be tried again.
         """
         model = self._known(name)
-        ids = check_prompt(
-            self.tokenize(name, prompt) if isinstance(prompt, str) else prompt,
-            model.module.config.get_text_config().vocab_size,
-            max_new_tokens,
-        )
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        ids = model.prompt_ids(prompt, max_new_tokens)  # first: a refusal loads nothing
         begin_s = time.perf_counter()
         with self._turn, self._pager.lease(name) as lease:
             if not self.overlap:
                 self._pager.wait(name, model.n_bytes)
             lead_s = time.perf_counter() - begin_s
-            tokens = generate_eager(model.module, ids, max_new_tokens, ignore_eos)
-        text = None
-        if model.tokenizer:
-            text = model.tokenizer.decode(tokens.token_ids, skip_special_tokens=True)
-        return Generation(
-            tokens.token_ids,
-            text,
-            lease.loaded_bytes,
-            lease.evicted_bytes,
-            lease.resident_before_bytes,
-            stall_ms=lease.stall_s * 1e3,
-            switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
-            ttft_ms=(lead_s + tokens.first_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(lead_s + tokens.last_s) * 1e3,
-        )
+            tokens = model.decoder.generate(
+                ids,
+                max_new_tokens,
+                ignore_eos,
+                sampling,
+                lambda end_byte: self._pager.wait(name, end_byte),
+            )
+        text = model.text(tokens.token_ids)
+        return Generation.of(tokens, text, lease, lead_s)
 
     def tokenize(self, name: str, text: str) -> list[int]:
         """Return the token ids of `text`.
@@ -213,13 +237,7 @@ class Djinn:
         Raises:
             ConfigError: the model has no tokenizer.
         """
-        model = self._known(name)
-        if model.tokenizer is None:
-            raise ConfigError(
-                f"expected token ids for {name!r}, got text, but the model has no tokenizer: "
-                "pass a list of ids"
-            )
-        return list(model.tokenizer(text).input_ids)
+        return self._known(name).tokenize(text)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[PreTrainedModel]:
@@ -263,6 +281,16 @@ class Djinn:
         """Size of a page and of a frame."""
         return self._pager.page_bytes
 
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Device memory set aside for keys and values, beside the ring."""
+        return sum(model.decoder.kv_cache_bytes for model in self._models.values())
+
+    @property
+    def pool(self) -> SwapPool:
+        """The master copies in host memory; to be read only."""
+        return self._pool
+
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames (how many it holds)."""
         ring = self._pager.ring
@@ -289,8 +317,10 @@ class Djinn:
 
     def close(self) -> None:
         """Release all device and host memory; models lent before must not be used any more."""
+        self._pager.close()  # first: it waits for what the device still does
+        for model in self._models.values():
+            model.decoder.close()
         self._models.clear()
-        self._pager.close()
         self._pool.close()
 
     def __enter__(self) -> Djinn:

@@ -1,4 +1,4 @@
-"""Generating tokens, one path for a hit and a miss.
+"""Generating tokens as transformers does, and what every way of generating has in common.
 
 `generate_eager` is transformers' own `generate`, timed; the baselines use the same function, so
 systems differ in how weights move and in nothing else. `hold_back` makes each unit of a model wait
@@ -8,7 +8,8 @@ for its bytes, so that a prefill follows the copy layer by layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.lease import Lease
 from djinn_lib.models import Unit
+from djinn_lib.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +32,66 @@ class Tokens:
     last_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one request gave and cost.
+
+    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `stall_ms` is the
+    time that the computation waited for them, `switch_ms` that and the time to evict and map.
+    `ttft_ms` and `total_ms` count from the call to the first and the last new token; `decode_ms`
+    is the time between the two. `text` is None for a model without a tokenizer.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str | None
+    loaded_bytes: int
+    evicted_bytes: int
+    resident_before_bytes: int
+    stall_ms: float
+    switch_ms: float
+    ttft_ms: float
+    decode_ms: float
+    total_ms: float
+
+    @classmethod
+    def of(cls, tokens: Tokens, text: str | None, lease: Lease, lead_s: float) -> Generation:
+        """Add up a request: `lead_s` seconds passed before the generation of `tokens` began."""
+        return cls(
+            tokens.token_ids,
+            text,
+            lease.loaded_bytes,
+            lease.evicted_bytes,
+            lease.resident_before_bytes,
+            stall_ms=lease.stall_s * 1e3,
+            switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
+            ttft_ms=(lead_s + tokens.first_s) * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=(lead_s + tokens.last_s) * 1e3,
+        )
+
+
 def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[int], None]) -> None:
-    """Call `wait(end_byte)` before each unit of `model` runs, from now on."""
+    """Call `wait(end_byte)` before each unit of `model` runs, from now on.
+
+    Compiled code has no such calls: whoever runs it waits for all weights first.
+    """
+
+    def hook(end_byte: int) -> None:
+        if not torch.compiler.is_compiling():
+            wait(end_byte)
+
     for unit in units:
         model.get_submodule(unit.module).register_forward_pre_hook(
-            lambda *_, end_byte=unit.end_byte: wait(end_byte)
+            lambda *_, end_byte=unit.end_byte: hook(end_byte)
         )
+
+
+def eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a sequence, as the model's generation configuration has them."""
+    ids: Any = model.generation_config.eos_token_id if model.generation_config else None
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
@@ -78,14 +135,16 @@ def generate_eager(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     ignore_eos: bool = False,
+    sampling: Sampling | None = None,
 ) -> Tokens:
-    """Decode greedily with `model.generate`.
+    """Decode with `model.generate`.
 
     Args:
         model: a transformers model, in evaluation mode.
         prompt_ids: token ids of one prompt.
         max_new_tokens: upper limit of new tokens; with `ignore_eos` exactly as many.
         ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
+        sampling: how to choose tokens; default is the most likely one.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
@@ -93,21 +152,40 @@ def generate_eager(
     begin_s = time.perf_counter()
     ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
     inputs = torch.tensor([ids], device=model.device)
-    eos = None if ignore_eos else model.generation_config.eos_token_id
     clock = _FirstToken()
     generate: Any = model.generate  # its signature is wider than its annotations say
-    with torch.no_grad():
+    with torch.no_grad(), _seeded(sampling, model.device):
         output: Any = generate(
             inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=eos,
+            eos_token_id=None if ignore_eos else list(eos_ids(model)) or None,
             pad_token_id=0,
             streamer=clock,
+            **_options(sampling),
         )
     new_ids = tuple(output[0, len(ids) :].tolist())
     return Tokens(new_ids, clock.at_s - begin_s, time.perf_counter() - begin_s)
+
+
+def _options(sampling: Sampling | None) -> dict[str, Any]:
+    """Arguments of transformers' `generate`; its own defaults come from the checkpoint."""
+    if sampling is None or sampling.greedy:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
+    """Draw from the seed of `sampling`, and leave the global generators as they were."""
+    if sampling is None or sampling.greedy:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield

@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ _PACKAGES = (
     "pyarrow", "papermill", "seaborn", "matplotlib", "cuda-bindings", "triton",
 )  # fmt: skip
 _COPY_BYTES = 256 << 20
+_HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
 
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Return the machine as plain data: names, sizes in bytes, versions, measured rates.
 
     `link_rate_bytes_per_s` is the rate of a large copy from host memory to the device (on the CPU,
-    of a copy within host memory); `hbm_rate_bytes_per_s` is bytes read plus written by a copy
-    within device memory, None without a GPU.
+    of a copy within host memory). None without a GPU: `hbm_rate_bytes_per_s`, bytes read plus
+    written by a copy within device memory, and `hbm_read_rate_bytes_per_s`, bytes read by a sum.
     """
     memory = psutil.virtual_memory()
     return {
@@ -79,34 +81,50 @@ def measure_rates(device: str, repeats: int = 5) -> dict[str, float | None]:
         "link_rate_bytes_per_s": _copy_rate(target, source, repeats),
         "d2h_rate_bytes_per_s": _copy_rate(source, target, repeats) if pinned else None,
         "hbm_rate_bytes_per_s": None,
+        "hbm_read_rate_bytes_per_s": None,
     }
     if pinned:
-        rates["hbm_rate_bytes_per_s"] = 2 * _copy_rate(torch.empty_like(target), target, repeats)
+        large = torch.ones(_HBM_BYTES, dtype=torch.uint8, device=device)
+        rates["hbm_rate_bytes_per_s"] = 2 * _copy_rate(torch.empty_like(large), large, repeats)
+        halves = large.view(torch.float16)
+        rates["hbm_read_rate_bytes_per_s"] = _rate(
+            _HBM_BYTES, lambda: halves.sum(dtype=torch.float32), True, repeats
+        )
+        del large, halves, source, target
+        torch.cuda.empty_cache()  # what was only measured with belongs to nobody
     return rates
 
 
 def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:
+    on_gpu = target.is_cuda or source.is_cuda
+    return _rate(source.numel(), lambda: target.copy_(source), on_gpu, repeats)
+
+
+def _rate(n_bytes: int, work: Callable[[], Any], on_gpu: bool, repeats: int) -> float:
+    """Bytes per second of `work`, which is about `n_bytes`: the median of `repeats`."""
     seconds = []
     for _ in range(repeats + 1):  # the first one warms up
         begin_s = time.perf_counter()
-        target.copy_(source)
-        if target.is_cuda or source.is_cuda:
+        work()
+        if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin_s)
-    return source.numel() / statistics.median(seconds[1:])
+    return n_bytes / statistics.median(seconds[1:])
 
 
 def git_state(repo: Path) -> tuple[str, bool]:
     """Return the commit of a working tree, and whether files differ from it.
 
-    Outside a git checkout the commit is "unknown" and the tree counts as changed.
+    Outside a git checkout (an archive, a container) the commit is what ``DJINN_COMMIT`` says, with
+    "-dirty" behind it for a changed tree; else "unknown", and the tree counts as changed.
     """
     try:
         commit = _git(repo, "rev-parse", "HEAD").strip()
         dirty = bool(_git(repo, "status", "--porcelain", "--untracked-files=no").strip())
         return commit, dirty
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
+        told = os.environ.get("DJINN_COMMIT", "unknown-dirty")
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
 
 
 def _git(repo: Path, *arguments: str) -> str:

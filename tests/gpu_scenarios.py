@@ -12,6 +12,7 @@ import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.address_space_cuda import CudaAddressSpace
 from djinn_lib.errors import CapacityError, DjinnError
+from djinn_lib.generate import generate_eager
 
 PAGE = 2 << 20
 CUDA = torch.device("cuda")
@@ -58,7 +59,7 @@ def address_space():
 
 def time_to_first_token_counts_the_wait():
     """Without overlap the copy comes before the prefill, and the clock sees both."""
-    with dj.Djinn(2 << 30, "cuda", page=PAGE, overlap=False) as djinn:
+    with dj.Djinn(2 << 30, "cuda", page=PAGE, decode="eager", overlap=False) as djinn:
         big = {**_SHAPE, "vocab_size": 200_000, "hidden_size": 1024}
         djinn.add("a", dj.ModelSpec(LlamaConfig(**big), "float16", seed=1))
         djinn.generate("a", PROMPT, 2)
@@ -85,22 +86,20 @@ def map_does_not_stall():
     space.close()
 
 
-def switches(n_models="3", n_switches="200"):
-    """Random switches: tokens equal those of plain models, bytes equal masters, pointers stay."""
+def switches(n_models="3", n_switches="200", decode="eager"):
+    """Random switches: tokens as without any eviction, bytes equal masters, pointers stay."""
     n, rng = int(n_models), random.Random(0)
     specs = {f"m{i}": dj.ModelSpec(CONFIGS[i % 3], "float16", seed=i) for i in range(n)}
-    expected = {name: plain_tokens(spec) for name, spec in specs.items()}
+    expected = {name: undisturbed_tokens(spec, decode) for name, spec in specs.items()}
     assert len({t for t in expected.values()}) == n
-    with dj.Djinn(40 << 20, "cuda", page=PAGE) as first:  # what a process loads once is no leak
-        first.add("m0", specs["m0"])
-        first.generate("m0", PROMPT, 2)
-    before = free_bytes()
-    djinn = dj.Djinn(40 << 20, "cuda", page=PAGE)
+    before = free_bytes()  # after a whole use: what a process loads once is no leak
+    djinn = dj.Djinn(40 << 20, "cuda", page=PAGE, decode=decode, max_model_len=64)
     pointers = {}
     for name, spec in specs.items():
         djinn.add(name, spec)
         with djinn.lease(name) as model:
             pointers[name] = [p.data_ptr() for p in model.parameters()]
+    assert {model.decoder.mode for model in djinn._models.values()} == {decode}
     partial = 0
     for i in range(int(n_switches)):
         name = rng.choice(sorted(specs))
@@ -120,16 +119,51 @@ def switches(n_models="3", n_switches="200"):
     assert lost < 4 << 20, f"{lost} bytes of device memory are still held"
 
 
-def plain_tokens(spec):
-    model = spec.build("cpu").to("cuda")
-    from djinn_lib.generate import generate_eager
+def undisturbed_tokens(spec, decode="eager"):
+    """Tokens of a model alone: of a plain copy where decoding is eager, else in a large ring."""
+    if decode == "eager":
+        return generate_eager(spec.build("cpu").to("cuda"), PROMPT, 6, ignore_eos=True).token_ids
+    with dj.Djinn(200 << 20, "cuda", page=PAGE, decode=decode, max_model_len=64) as djinn:
+        djinn.add("m", spec)
+        return djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids
 
-    return generate_eager(model, PROMPT, 6, ignore_eos=True).token_ids
+
+def prefill_follows_the_copy():
+    """A recorded prefill starts before its last layers are there, and gives the same tokens."""
+    big = LlamaConfig(**{**_SHAPE, "vocab_size": 100_000, "hidden_size": 1024})
+    spec = dj.ModelSpec(big, "float16", seed=1)
+    with dj.Djinn(2 << 30, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+        djinn.add("m", spec)
+        hit = djinn.generate("m", PROMPT, 6, ignore_eos=True)
+        assert hit.loaded_bytes == 0 and hit.stall_ms == 0, hit
+        for _ in range(20):
+            djinn.evict("m")
+            miss = djinn.generate("m", PROMPT, 6, ignore_eos=True)
+            assert miss.loaded_bytes == miss.resident_before_bytes + int(djinn.residency().bytes[0])
+            assert miss.token_ids == hit.token_ids
+            assert miss.stall_ms > 1, "the prefill ran before its bytes were there"
+            djinn.check()
+
+
+def sampled_tokens():
+    """The same seed gives the same tokens, another seed others, resident or not."""
+    with dj.Djinn(200 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+        djinn.add("m", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
+
+        def sample(seed):
+            djinn.evict("m")
+            g = djinn.generate(
+                "m", PROMPT, 20, ignore_eos=True, temperature=1.5, top_p=0.95, seed=seed
+            )
+            return g.token_ids
+
+        assert sample(1) == sample(1)
+        assert len({sample(seed) for seed in range(8)}) == 8
 
 
 def graph_after_remapping():
     """A captured graph gives the same result after every page moved to another frame."""
-    with dj.Djinn(100 << 20, "cuda", page=PAGE) as djinn:
+    with dj.Djinn(100 << 20, "cuda", page=PAGE, decode="eager") as djinn:
         djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
         djinn.add("b", dj.ModelSpec(CONFIGS[1], "float16", seed=2))
         ids = torch.tensor([PROMPT], device="cuda")
@@ -166,8 +200,8 @@ def failing_copy():
         real(target, source)
 
     spec = dj.ModelSpec(CONFIGS[0], "float16", seed=1)
-    expected = plain_tokens(spec)
-    with dj.Djinn(100 << 20, "cuda", page=PAGE) as djinn:
+    expected = undisturbed_tokens(spec)
+    with dj.Djinn(100 << 20, "cuda", page=PAGE, decode="eager") as djinn:
         djinn.add("a", spec)
         copier.copy_page = fail_once
         try:
@@ -198,6 +232,8 @@ SCENARIOS = {
         time_to_first_token_counts_the_wait,
         map_does_not_stall,
         switches,
+        prefill_follows_the_copy,
+        sampled_tokens,
         graph_after_remapping,
         failing_copy,
         too_much,

@@ -1,0 +1,100 @@
+"""A KV cache whose tensors never move, so that a recorded step stays valid.
+
+transformers' `StaticCache` does the same for its own `generate`; this one differs in three points.
+One position serves all layers, so that a token costs one addition and not one a layer. A prompt is
+taken as a whole into an empty cache, so that its attention is plain causal attention over the
+prompt and not over the whole capacity. And a layer with a sliding window keeps all positions, with
+the window in the mask: the position then needs no bookkeeping on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, StaticCache
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
+
+from djinn_lib.errors import ConfigError
+
+
+class KvLayer(StaticLayer):
+    """Keys and values of one layer, each (1, heads, `max_cache_len`, head size)."""
+
+    def __init__(self, max_cache_len: int, position: torch.Tensor) -> None:
+        super().__init__(max_cache_len)
+        self.position = position
+        self.prefilling = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the states of a prompt, or of one token at the position, and return all there are.
+
+        Args:
+            key_states: (1, heads, length of the prompt or 1, head size).
+            value_states: the same.
+            args, kwargs: what some architectures pass besides; not needed.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        if self.prefilling:
+            length = key_states.shape[-2]
+            self.keys[:, :, :length].copy_(key_states)
+            self.values[:, :, :length].copy_(value_states)
+            return key_states, value_states
+        self.keys.index_copy_(2, self.position, key_states)
+        self.values.index_copy_(2, self.position, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many positions the keys have that `update` returns, and where they begin."""
+        return (query_length if self.prefilling else self.max_cache_len), 0
+
+    def get_seq_length(self) -> Any:
+        """The position of the first token of the next call: 0 for a prompt, else a tensor."""
+        return 0 if self.prefilling else self.position[0]
+
+
+class KvCache(Cache):
+    """Keys and values of a whole model, for one sequence.
+
+    Attributes:
+        position: where the next token goes; int64 of shape (1,), on the device.
+
+    Raises:
+        ConfigError: the architecture keeps something else than keys and values (a recurrent
+            state, an index), which this cache has no place for.
+    """
+
+    def __init__(self, config: PretrainedConfig, max_cache_len: int, device: torch.device) -> None:
+        kinds = {type(layer) for layer in StaticCache(config, max_cache_len).layers}
+        if not kinds <= {StaticLayer, StaticSlidingWindowLayer}:
+            raise ConfigError(
+                "expected layers that keep keys and values only, got "
+                f"{sorted(kind.__name__ for kind in kinds)} in a {config.model_type}"
+            )
+        n_layers = len(StaticCache(config, max_cache_len).layers)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self._kv_layers = [KvLayer(max_cache_len, self.position) for _ in range(n_layers)]
+        super().__init__(layers=list(self._kv_layers))
+
+    def mode(self, prefilling: bool) -> None:
+        """Say whether the next calls bring a prompt or a token."""
+        for layer in self._kv_layers:
+            layer.prefilling = prefilling
+
+    def clear(self) -> None:
+        """Forget what earlier sequences left: an infinity there would survive any mask."""
+        for tensor in self._stored():
+            tensor.zero_()
+
+    @property
+    def n_bytes(self) -> int:
+        """Device memory of all keys and values in bytes."""
+        return sum(t.numel() * t.itemsize for t in self._stored())
+
+    def _stored(self) -> list[torch.Tensor]:
+        both = [t for layer in self._kv_layers for t in (layer.keys, layer.values)]
+        return [t for t in both if t is not None]

@@ -1,0 +1,142 @@
+"""Recording a computation once and running it again at no cost for the host.
+
+A computation that waits for weights is recorded in pieces, one a unit of the model, so that each
+piece can wait for its bytes before it runs. Recorded work reads and writes fixed addresses; that
+weights change their frames under their addresses in between makes no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.models import Unit
+
+Wait = Callable[[int], None]
+WARM_UPS = 2
+
+
+class Recording(Protocol):
+    """A computation that can be run again."""
+
+    def replay(self, wait: Wait) -> None:
+        """Run it; `wait(end_byte)` comes before whatever reads weights up to there."""
+        ...
+
+
+class Repeated:
+    """Nothing is recorded: the function is called again, and the model's own hooks wait."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def replay(self, wait: Wait) -> None:
+        """Call the function."""
+        self._function()
+
+
+class GraphRecording:
+    """CUDA graphs, one after each other, and the bytes that each of them needs."""
+
+    def __init__(self, pieces: Sequence[tuple[int, torch.cuda.CUDAGraph]]) -> None:
+        self._pieces = tuple(pieces)
+
+    def replay(self, wait: Wait) -> None:
+        """Submit all graphs to the current stream."""
+        for end_byte, graph in self._pieces:
+            wait(end_byte)
+            graph.replay()
+
+
+class Recorder:
+    """Records computations on a device.
+
+    Args:
+        device: without CUDA graphs (the CPU) functions are only kept and called again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._stream = _capture_stream(device)
+            self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def record(
+        self,
+        function: Callable[[], None],
+        model: PreTrainedModel,
+        units: Sequence[Unit],
+        end_byte: int = 0,
+    ) -> Recording:
+        """Record `function`, which runs `model` once, with a piece for each of `units`.
+
+        All weights must be on the device. The function runs `WARM_UPS` times first, since kernels
+        that are loaded or tuned at their first calls cannot be captured.
+
+        Args:
+            function: reads and writes tensors that stay where they are.
+            model: calls of its units mark where pieces begin.
+            units: in the order of execution; none to record a single piece.
+            end_byte: the first piece needs weights up to there.
+        """
+        if not self._on_gpu:
+            return Repeated(function)
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            for _ in range(WARM_UPS):
+                function()
+            self._stream.synchronize()
+            capture = _Capture(self._pool, end_byte)
+            hooks = [
+                model.get_submodule(unit.module).register_forward_pre_hook(
+                    lambda *_, end_byte=unit.end_byte: capture.need(end_byte)
+                )
+                for unit in units
+            ]
+            try:
+                capture.begin()
+                function()
+            finally:
+                capture.end()
+                for hook in hooks:
+                    hook.remove()
+        current.wait_stream(self._stream)
+        return GraphRecording(capture.pieces)
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class _Capture:
+    """The capture under way: ends one graph and begins the next when more bytes are needed."""
+
+    def __init__(self, pool: Any, end_byte: int) -> None:
+        self._pool = pool
+        self.pieces: list[tuple[int, torch.cuda.CUDAGraph]] = []
+        self._end_byte = end_byte
+
+    def begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile; what they do is none of this graph's business.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        self._graph.capture_end()
+        self.pieces.append((self._end_byte, self._graph))
+
+    def need(self, end_byte: int) -> None:
+        """What comes next reads weights up to `end_byte`."""
+        if end_byte <= self._end_byte:
+            return
+        if self._end_byte:
+            self.end()
+            self.begin()
+        self._end_byte = end_byte
