@@ -56,7 +56,10 @@ class AddressSpace(ABC):
 
     @abstractmethod
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
-        """Unmap pages; the caller has made sure that nothing on the device still reads them."""
+        """Unmap pages, where they are mapped.
+
+        The caller has made sure that nothing on the device still reads them.
+        """
 
     @abstractmethod
     def bytes_view(self, area: Range) -> torch.Tensor:

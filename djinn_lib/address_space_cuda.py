@@ -108,8 +108,9 @@ class CudaAddressSpace(AddressSpace):
         """Unmap pages one by one: a mapping can only be taken back whole."""
         for page in range(first_page, first_page + n_pages):
             address = area.address + page * self.page_bytes
-            _call(driver.cuMemUnmap, address, self.page_bytes)
-            self._mapped[area.address].discard(address)
+            if address in self._mapped[area.address]:
+                _call(driver.cuMemUnmap, address, self.page_bytes)
+                self._mapped[area.address].remove(address)
 
     def bytes_view(self, area: Range) -> torch.Tensor:
         """A tensor over the addresses, through the CUDA array interface.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,22 +49,33 @@ def options() -> dict[str, Any]:
     return chosen
 
 
+def attentions(device: torch.device) -> list[str]:
+    """Implementations of attention to try, the fastest first.
+
+    The last one is each architecture's own, written out: over one query it is two more products
+    with a vector, which the compiler turns into reductions like the others.
+    """
+    if device.type != "cuda" or find_spec("triton") is None:
+        return ["eager"]
+    from djinn_lib.decode_attention import NAME  # needs triton
+
+    return [NAME, "eager"]
+
+
 @contextmanager
 def step_compiler(
-    model: PreTrainedModel, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    model: PreTrainedModel,
+    step: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    attention: str,
 ) -> Iterator[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
-    """Give `step`, which runs `model` on one token, compiled; it is compiled when first called.
-
-    Attention is written out meanwhile: over one query it is two more products with a vector, which
-    fuse with what surrounds them, while a library kernel occupies one processor a head.
-    """
+    """Give `step`, which runs `model` on one token, compiled; it is compiled when first called."""
 
     def whole() -> tuple[torch.Tensor, torch.Tensor]:
         with _ApartBias():
             return step()
 
     before = model.config._attn_implementation or "sdpa"
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(attention)
     # Every model is one more variant of the same function to the compiler.
     limits = torch._dynamo.config.patch(recompile_limit=1 << 20, fail_on_recompile_limit_hit=True)
     try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -59,14 +60,17 @@ class Copier(ABC):
         target: torch.Tensor,
         first_byte: int,
         page_bytes: int,
+        mapped: Iterable[int],
     ) -> Load:
         """Copy `source[first_byte:]` to the same place of `target`, page by page.
 
         Args:
             source: packed bytes of the model on the host (1-d uint8).
-            target: its range on the device (1-d uint8), mapped from `first_byte` on.
+            target: its range on the device (1-d uint8).
             first_byte: where to begin; a multiple of `page_bytes`.
             page_bytes: size of a page in bytes.
+            mapped: maps pages from `first_byte` on as it is iterated, and gives how many there are
+                each time; a copy of pages that are mapped can run while others are being mapped.
         """
 
     @abstractmethod
@@ -135,8 +139,10 @@ class ThreadCopier(Copier):
         target: torch.Tensor,
         first_byte: int,
         page_bytes: int,
+        mapped: Iterable[int],
     ) -> ThreadLoad:
-        """Queue the copy and return at once."""
+        """Map all pages, queue the copy and return."""
+        deque(mapped, maxlen=0)
         load = ThreadLoad(first_byte, source.numel())
 
         def run() -> None:
@@ -230,17 +236,21 @@ class StreamCopier(Copier):
         target: torch.Tensor,
         first_byte: int,
         page_bytes: int,
+        mapped: Iterable[int],
     ) -> StreamLoad:
-        """Submit all copies and return; the host waits for none of them."""
+        """Submit copies as pages are mapped, and return; the host waits for none of them."""
         load = StreamLoad(first_byte, page_bytes)
+        begin = first_byte
         try:
             with torch.cuda.stream(self._stream):
-                for begin in range(first_byte, source.numel(), page_bytes):
-                    end = min(begin + page_bytes, source.numel())
-                    copy_page(target[begin:end], source[begin:end])
-                    arrival = torch.cuda.Event()
-                    arrival.record(self._stream)
-                    load.add(end, arrival)
+                for n_pages in mapped:
+                    for _ in range(n_pages):
+                        end = min(begin + page_bytes, source.numel())
+                        copy_page(target[begin:end], source[begin:end])
+                        arrival = torch.cuda.Event()
+                        arrival.record(self._stream)
+                        load.add(end, arrival)
+                        begin = end
         except Exception as error:
             load.error = error
         return load

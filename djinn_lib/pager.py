@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from djinn_lib.lease import Lease
 from djinn_lib.policy import Policy, make_policy
 from djinn_lib.ring import Extent, Residency, Ring
 from djinn_lib.units import format_bytes
+
+LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
 
 
 class PageSource(Protocol):
@@ -112,8 +114,8 @@ class Pager:
             self._settle()
             self.ring.remove(model)
             self.policy.forget(model)
-            if fence := self._fences.pop(model, None):
-                fence()
+            self._fence(model)
+            self._fences.pop(model, None)
             self.space.release(self._models.pop(model).area)
 
     def evict(self, model: str) -> int:
@@ -145,12 +147,17 @@ class Pager:
             lease.resident_before_bytes = self.resident_bytes(model)
             evicted = self._make_room(model)
             lease.evicted_bytes = sum(self._extent_bytes(extent) for extent in evicted)
-            mapped = self._map_missing(model)
+            try:
+                missing = self.ring.map_missing(model)
+                if missing.frames:
+                    lease.load = self._start_load(model, missing)
+            finally:  # after the copies began: for a moment a frame has two addresses
+                for extent in evicted:
+                    area = self._models[extent.model].area
+                    self.space.unmap(area, extent.first_page, len(extent.frames))
+            lease.loaded_bytes = self._extent_bytes(missing)
             self.ring.lease(model)
             self.policy.touch(model, time.monotonic())
-            lease.loaded_bytes = self._extent_bytes(mapped)
-            if mapped.frames:
-                lease.load = self._start_load(model, mapped)
         lease.plan_s = time.perf_counter() - begin_s
         return lease
 
@@ -237,31 +244,47 @@ class Pager:
                 del self._loads[model]
 
     def _make_room(self, model: str) -> list[Extent]:
+        """Take frames from others, and wait until the work that read them is done."""
         evicted = self.ring.make_room(model, self.policy)
         for extent in evicted:
-            self._unmap(extent.model, extent.first_page, len(extent.frames))
+            self._fence(extent.model)
         return evicted
 
-    def _unmap(self, model: str, first_page: int, n_pages: int) -> None:
-        """Unmap pages once the work that read them is done, which is long ago as a rule."""
-        if n_pages and (fence := self._fences.get(model)):
+    def _fence(self, model: str) -> None:
+        """Wait for the last use of a model, which is long past as a rule."""
+        if fence := self._fences.get(model):
             fence()
-        self.space.unmap(self._models[model].area, first_page, n_pages)
 
-    def _map_missing(self, model: str) -> Extent:
-        extent = self.ring.map_missing(model)
-        try:
-            self.space.map(self._models[model].area, extent.first_page, extent.frames)
-        except BaseException:
-            self.ring.roll_back(model, len(extent.frames))
-            raise
-        return extent
+    def _unmap(self, model: str, first_page: int, n_pages: int) -> None:
+        if n_pages:
+            self._fence(model)
+        self.space.unmap(self._models[model].area, first_page, n_pages)
 
     def _start_load(self, model: str, extent: Extent) -> Load:
         source, first_byte = self._source.page_source(model), extent.first_page * self.page_bytes
-        load = self.copier.start(source, self._models[model].view, first_byte, self.page_bytes)
+        mapped = self._map(model, extent)
+        view = self._models[model].view
+        try:
+            load = self.copier.start(source, view, first_byte, self.page_bytes, mapped)
+        except BaseException:
+            self.ring.roll_back(model, len(extent.frames))
+            self.space.unmap(self._models[model].area, extent.first_page, len(extent.frames))
+            raise
         self._loads[model] = load
         return load
+
+    def _map(self, model: str, extent: Extent) -> Iterator[int]:
+        """Map the pages of an extent in batches, and give the size of each batch.
+
+        A batch is mapped while earlier ones are copied. The first is one page, so that the link is
+        idle for no longer than that; the next ones double, since a call to the driver has a price.
+        """
+        area, begin, n_pages = self._models[model].area, 0, 1
+        while begin < len(extent.frames):
+            frames = extent.frames[begin : begin + n_pages]
+            self.space.map(area, extent.first_page + begin, frames)
+            yield len(frames)
+            begin, n_pages = begin + len(frames), min(2 * n_pages, LARGEST_BATCH)
 
     def _roll_back(self, model: str, good_bytes: int) -> None:
         """Take back the pages that a failed copy left without their bytes."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.compiling import step_compiler
+from djinn_lib.compiling import attentions, step_compiler
 from djinn_lib.decoder import Decode, Decoder, EagerDecoder
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import Tokens, eos_ids
@@ -83,17 +83,18 @@ class RecordedDecoder:
         progress: Callable[[str], None],
     ) -> Recording:
         end_byte = max(unit.end_byte for unit in units)
-        if compiled:
+        for attention in attentions(self.device) if compiled else ():
             progress("compiling the decode step (minutes the first time, cached after that)")
             try:
-                with step_compiler(self.model, self._forward_token) as self._advance:
+                with step_compiler(self.model, self._forward_token, attention) as self._advance:
                     step = recorder.record(self._decode, self.model, (), end_byte)
                 self.mode = "compiled"
                 return step
             except Exception as error:  # of any kind: it comes from the architecture's own code
                 logging.getLogger(__name__).warning(
-                    "the decode step of a %s cannot be compiled, and is recorded as it is (%s: %s)",
+                    "the decode step of a %s cannot be compiled with attention %r (%s: %s)",
                     self.model.config.model_type,
+                    attention,
                     type(error).__name__,
                     str(error).strip().split("\n")[0],
                 )

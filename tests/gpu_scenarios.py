@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 
@@ -29,6 +30,7 @@ CONFIGS = [
 
 
 def free_bytes():
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
@@ -116,7 +118,8 @@ def switches(n_models="3", n_switches="200", decode="eager"):
     djinn.close()
     del djinn
     lost = before - free_bytes()
-    assert lost < 4 << 20, f"{lost} bytes of device memory are still held"
+    allowed = (4 if decode == "eager" else 16) << 20  # the driver keeps some memory of past graphs
+    assert lost < allowed, f"{lost} bytes of device memory are still held"
 
 
 def undisturbed_tokens(spec, decode="eager"):
@@ -159,6 +162,41 @@ def sampled_tokens():
 
         assert sample(1) == sample(1)
         assert len({sample(seed) for seed in range(8)}) == 8
+
+
+def decode_attention():
+    """The attention of one token equals torch's, for any heads, head size, fill and window."""
+    from djinn_lib.decode_attention import attend_to_cache
+
+    torch.manual_seed(0)
+    length = 200
+    for heads, key_heads, size in [(32, 32, 128), (32, 8, 128), (32, 32, 80), (4, 1, 64)]:
+        for filled, window in [(1, 200), (64, 200), (65, 200), (200, 200), (150, 70)]:
+            q = torch.randn(1, heads, 1, size, device=CUDA, dtype=torch.float16)
+            shape = (1, key_heads, length, size)
+            k, v = (torch.randn(shape, device=CUDA, dtype=torch.float16) for _ in range(2))
+            k[:, :, filled:] = v[:, :, filled:] = float("nan")  # nobody may read what is not there
+            position = torch.arange(length, device=CUDA)
+            mask = ((position < filled) & (position >= filled - window)).view(1, 1, 1, length)
+            got = attend_to_cache(q, k, v, mask, size**-0.5).double()
+            kd, vd = (t.nan_to_num(0.0).double().repeat_interleave(heads // key_heads, 1)
+                      for t in (k, v))  # fmt: skip
+            expected = torch.nn.functional.scaled_dot_product_attention(q.double(), kd, vd, mask)
+            error = float((got - expected).norm() / expected.norm())
+            assert error < 2e-3, (heads, key_heads, size, filled, window, error)
+
+
+def nothing_leaks():
+    """Opening, recording and closing again and again leaves device memory where it was."""
+    free = []
+    for seed in range(6):
+        with dj.Djinn(100 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+            djinn.add("m", dj.ModelSpec(CONFIGS[seed % 3], "float16", seed=seed))
+            djinn.generate("m", PROMPT, 4, ignore_eos=True)
+        del djinn
+        free.append(free_bytes())
+    print("free MiB:", [f >> 20 for f in free])
+    assert free[2] - free[-1] < 2 << 20, f"{free[2] - free[-1]} bytes lost in 3 rounds"
 
 
 def graph_after_remapping():
@@ -234,6 +272,8 @@ SCENARIOS = {
         switches,
         prefill_follows_the_copy,
         sampled_tokens,
+        decode_attention,
+        nothing_leaks,
         graph_after_remapping,
         failing_copy,
         too_much,

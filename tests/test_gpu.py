@@ -19,6 +19,8 @@ SCENARIOS = [
     ["switches", "3", "200", "compiled"],
     ["prefill_follows_the_copy"],
     ["sampled_tokens"],
+    ["decode_attention"],
+    ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
     ["too_much"],
