@@ -34,6 +34,7 @@ from djinn_lib.units import parse_bytes
 
 DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 DEFAULT_DECODE = {"cuda": "compiled"}
+MIN_MODEL_LEN = 8
 
 
 class Djinn:
@@ -80,6 +81,10 @@ class Djinn:
         self.decode: Decode = parse_decode(
             decode or ("compiled" if self.device.type == "cuda" else "eager")
         )
+        if max_model_len < MIN_MODEL_LEN:
+            raise ConfigError(
+                f"expected max_model_len of at least {MIN_MODEL_LEN} tokens, got {max_model_len}"
+            )
         self.max_model_len = max_model_len
         self._progress = progress
         self._pool = SwapPool(pin=self.device.type == "cuda")

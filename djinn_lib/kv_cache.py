@@ -26,6 +26,17 @@ class KvLayer(StaticLayer):
         self.position = position
         self.prefilling = True
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate; unlike its parent without telling the compiler that the tensors never change.
+
+        It would compile each layer anew for the addresses of its own.
+        """
+        shape = (*key_states.shape[:2], self.max_cache_len)
+        self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
+        self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +72,7 @@ class KvCache(Cache):
     """Keys and values of a whole model, for one sequence.
 
     Attributes:
+        kv_layers: the layers, in order.
         position: where the next token goes; int64 of shape (1,), on the device.
 
     Raises:
@@ -77,12 +89,12 @@ class KvCache(Cache):
             )
         n_layers = len(StaticCache(config, max_cache_len).layers)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self._kv_layers = [KvLayer(max_cache_len, self.position) for _ in range(n_layers)]
-        super().__init__(layers=list(self._kv_layers))
+        self.kv_layers = [KvLayer(max_cache_len, self.position) for _ in range(n_layers)]
+        super().__init__(layers=list(self.kv_layers))
 
     def mode(self, prefilling: bool) -> None:
         """Say whether the next calls bring a prompt or a token."""
-        for layer in self._kv_layers:
+        for layer in self.kv_layers:
             layer.prefilling = prefilling
 
     def clear(self) -> None:
@@ -96,5 +108,5 @@ class KvCache(Cache):
         return sum(t.numel() * t.itemsize for t in self._stored())
 
     def _stored(self) -> list[torch.Tensor]:
-        both = [t for layer in self._kv_layers for t in (layer.keys, layer.values)]
+        both = [t for layer in self.kv_layers for t in (layer.keys, layer.values)]
         return [t for t in both if t is not None]

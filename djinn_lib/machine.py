@@ -115,16 +115,18 @@ def _rate(n_bytes: int, work: Callable[[], Any], on_gpu: bool, repeats: int) -> 
 def git_state(repo: Path) -> tuple[str, bool]:
     """Return the commit of a working tree, and whether files differ from it.
 
-    Outside a git checkout (an archive, a container) the commit is what ``DJINN_COMMIT`` says, with
-    "-dirty" behind it for a changed tree; else "unknown", and the tree counts as changed.
+    Where the tree's own history is not at hand (an archive, a container, a copy) ``DJINN_COMMIT``
+    tells the commit, with "-dirty" behind it for a changed tree. Without either the commit is
+    "unknown", and the tree counts as changed.
     """
+    if told := os.environ.get("DJINN_COMMIT"):
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     try:
         commit = _git(repo, "rev-parse", "HEAD").strip()
         dirty = bool(_git(repo, "status", "--porcelain", "--untracked-files=no").strip())
         return commit, dirty
     except (OSError, subprocess.CalledProcessError):
-        told = os.environ.get("DJINN_COMMIT", "unknown-dirty")
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
+        return "unknown", True
 
 
 def _git(repo: Path, *arguments: str) -> str:

@@ -11,22 +11,27 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.compiling import attentions, step_compiler
+from djinn_lib.compiling import CompiledUnits, attentions
 from djinn_lib.decoder import Decode, Decoder, EagerDecoder
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.generate import Tokens, eos_ids
 from djinn_lib.kv_cache import KvCache
 from djinn_lib.models import Unit
-from djinn_lib.recording import Recorder, Recording, Wait
+from djinn_lib.recording import Recorder, Recording, Repeated, Wait
 from djinn_lib.sampling import Sampler, Sampling
 
 SHORTEST_PREFILL = 32
+PROBE_STEPS = 4
+# How far the logits of compiled code may be from the others', which round elsewhere, as a share of
+# their norm. Rounding gives a tenth of that.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class RecordedDecoder:
@@ -70,7 +75,7 @@ class RecordedDecoder:
                 lambda length=length: self._prefill(length), model, units
             )
         self.mode: Decode = "graph"
-        self._advance = self._forward_token
+        self._manner: Callable[[], AbstractContextManager[None]] = nullcontext
         self._step = self._record_step(recorder, units, compiled, progress)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes
@@ -83,11 +88,14 @@ class RecordedDecoder:
         progress: Callable[[str], None],
     ) -> Recording:
         end_byte = max(unit.end_byte for unit in units)
+        expected = self._probe(Repeated(self._decode))
         for attention in attentions(self.device) if compiled else ():
-            progress("compiling the decode step (minutes the first time, cached after that)")
+            progress("compiling the decode step (kept on disk, so sooner the next time)")
             try:
-                with step_compiler(self.model, self._forward_token, attention) as self._advance:
-                    step = recorder.record(self._decode, self.model, (), end_byte)
+                manner = CompiledUnits(self.model, units, self.cache, attention)
+                self._manner = manner.in_place
+                step = recorder.record(self._decode, self.model, (), end_byte)
+                ensure_alike(self._probe(step), expected)
                 self.mode = "compiled"
                 return step
             except Exception as error:  # of any kind: it comes from the architecture's own code
@@ -98,14 +106,26 @@ class RecordedDecoder:
                     type(error).__name__,
                     str(error).strip().split("\n")[0],
                 )
-                self._advance = self._forward_token
+                self._manner = nullcontext
         progress("recording the decode step")
         return recorder.record(self._decode, self.model, (), end_byte)
+
+    def _probe(self, step: Recording) -> torch.Tensor:
+        """Logits (1, vocabulary) that a few steps give after some prompt, the tokens being set."""
+        length = min(self._prefills)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        with torch.no_grad():
+            self._load_prompt([i % vocab_size for i in range(1, length - PROBE_STEPS)])
+            self._prefills[length].replay(lambda end_byte: None)
+            for i in range(PROBE_STEPS):
+                self._token.fill_(i % vocab_size)
+                step.replay(lambda end_byte: None)
+            return self._logits.clone()
 
     def close(self) -> None:
         """Release the recordings and the cache."""
         self._prefills.clear()
-        del self._step, self._advance, self.cache
+        del self._step, self._manner, self.cache
 
     # -- what is recorded ------------------------------------------------------------------
 
@@ -120,24 +140,21 @@ class RecordedDecoder:
         )
         return output.logits[:, -1]
 
-    def _forward_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (1, vocabulary) after the token, and the most likely next one (1, 1)."""
-        output: Any = self.model(
-            input_ids=self._token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-        )
-        logits = output.logits[:, -1]
-        return logits, logits.argmax(-1, keepdim=True)
-
     def _prefill(self, length: int) -> None:
+        """Take the prompt in; leaves its logits, the most likely token, and where that goes."""
         self._logits.copy_(self._forward_prompt(length))
         self._token.copy_(self._logits.argmax(-1, keepdim=True))
         self.cache.position.copy_(self._last + 1)
 
     def _decode(self) -> None:
+        """Take the token in; leaves what `_prefill` does."""
         self.cache.mode(prefilling=False)
-        logits, token = self._advance()
-        self._logits.copy_(logits)
-        self._token.copy_(token)
+        with self._manner():
+            output: Any = self.model(
+                input_ids=self._token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
+        self._logits.copy_(output.logits[:, -1])
+        self._token.copy_(self._logits.argmax(-1, keepdim=True))
         self.cache.position.add_(1)
 
     # -- a request -------------------------------------------------------------------------
@@ -209,6 +226,19 @@ class RecordedDecoder:
 
     def _prefill_length(self, n_prompt: int) -> int:
         return min(length for length in self._prefills if length >= n_prompt)
+
+
+def ensure_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Refuse logits that cannot be explained by rounding.
+
+    Raises:
+        DjinnError: they are further apart.
+    """
+    distance = float((got.float() - expected.float()).norm() / expected.float().norm())
+    if not distance <= TOLERANCE[got.dtype]:  # nor may it be NaN
+        raise DjinnError(
+            f"expected logits within {TOLERANCE[got.dtype]} of the plain step's, got {distance:.2g}"
+        )
 
 
 def prefill_lengths(max_model_len: int) -> list[int]:

@@ -35,7 +35,11 @@ def addresses(module):
     return {name: p.data_ptr() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{}, {"overlap": False}, {"residency": "whole"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"overlap": False}, {"residency": "whole"}, {"decode": "graph", "max_model_len": 40}],
+    ids=str,
+)
 def test_tokens_and_bytes_after_any_evictions(folders, options):
     names, rng = sorted(CONFIGS), random.Random(1)
     expected = {name: ordinary_tokens(folders / name, 8) for name in names}

@@ -141,7 +141,8 @@ def needs_of(name: str) -> Iterator[Requirement]:
 # --- imports ---
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "cuda": "cuda-bindings"}
-OURS = {"djinn_lib", "dodo", *(path.stem for path in (REPO / "tests").glob("*.py"))}
+FOLDERS = ("tests", "benchmarks")  # of scripts that import their neighbours
+OURS = {"djinn_lib", "dodo", *(path.stem for f in FOLDERS for path in (REPO / f).glob("*.py"))}
 SOURCES = ["dodo.py", "djinn_lib/**/*.py", "tests/*.py", "notebooks/*.ipynb"]
 
 
