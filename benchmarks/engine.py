@@ -32,7 +32,8 @@ from djinn_lib.decoder import Decode
 from djinn_lib.djinn import Djinn
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_json
-from djinn_lib.profile import REPO, Profile, load_profile, parse_capacity
+from djinn_lib.paths import REPO
+from djinn_lib.profile import Profile, load_profile, parse_capacity
 from djinn_lib.units import parse_bytes
 from djinn_lib.weights import files_sha256, prepare_models, prompt_ids
 
@@ -46,7 +47,7 @@ PAGE_FACTORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the profi
 
 def main() -> int:
     """Measure, print and write; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument("--capacity", default="25", help="a label of the profile's capacities")
     parser.add_argument("--repeats", type=int, default=5)
@@ -171,8 +172,8 @@ def host_bytes_used() -> int:
 def bytes_per_token(djinn: Djinn, name: str) -> int:
     """Bytes that one step of batch 1 reads: all weights, but of the embeddings one row."""
     with djinn.lease(name) as model:
-        embedding = model.get_input_embeddings().weight
-        head = model.get_output_embeddings().weight
+        lent: Any = model
+        embedding, head = lent.get_input_embeddings().weight, lent.get_output_embeddings().weight
         tied = embedding.data_ptr() == head.data_ptr()
         n_bytes = djinn.pool.layout(name).n_bytes
         return n_bytes if tied else n_bytes - embedding.numel() * embedding.itemsize

@@ -20,8 +20,9 @@ _HOMES = {
     "ModelSpec": "models",
     "DjinnError": "errors",
     "optimal_bytes": "optimal",
+    "simulate": "simulation",
 }
-__all__ = ["Djinn", "DjinnError", "Generation", "ModelSpec", "optimal_bytes"]
+__all__ = ["Djinn", "DjinnError", "Generation", "ModelSpec", "optimal_bytes", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

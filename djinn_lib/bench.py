@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.files import write_json
+from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.machine import describe_machine
 from djinn_lib.profile import REPO, Cell, Profile, parse_capacity
 from djinn_lib.systems import ModelFiles
@@ -143,21 +143,3 @@ def set_up(
     }
     write_json(run_dir / "machine.json", state)
     return Bench(profile, run_dir, files, facts)
-
-
-def ensure_writable(folder: Path) -> None:
-    """Create a folder, if need be, and make sure that files can be written there.
-
-    Raises:
-        ConfigError: they cannot.
-    """
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"expected a folder that can be written to, got {folder} ({error.strerror}): "
-            "choose another run_dir or mend its permissions"
-        ) from error

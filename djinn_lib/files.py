@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from djinn_lib.errors import ConfigError
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` make a file under another name, and give it its own when it is on the disk.
@@ -40,3 +42,21 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: a number is not finite, which JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create a folder, if need be, and make sure that files can be written there.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"expected a folder that can be written to, got {folder} ({error.strerror}): "
+            "choose another run_dir or mend its permissions"
+        ) from error

@@ -14,7 +14,8 @@ overflow, where it keeps a byte with a later next use instead of one with a soon
 the two from here until the sooner use: the same room is taken at every moment up to then, one load
 is saved there, and at most one is added at the later use. So the rule loads no more.
 
-All of it holds while a byte costs the same whichever model it belongs to.
+All of it holds while a byte costs the same whichever model it belongs to. Where it does not (models
+behind links of different rates, say), `least_cost` solves the linear program itself.
 """
 
 from __future__ import annotations
@@ -23,7 +24,12 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
+
 from djinn_lib.errors import CapacityError, TraceError
+from djinn_lib.policy import next_uses
 from djinn_lib.trace import Trace
 
 
@@ -53,7 +59,7 @@ def optimal_loads(
     models = _models(trace)
     n_pages = _checked_pages(models, sizes, capacity, page_bytes)
     free, resident = capacity // page_bytes, dict.fromkeys(n_pages, 0)
-    next_use, next_of = _next_uses(models), dict.fromkeys(n_pages, math.inf)
+    next_use, next_of = next_uses(models), dict.fromkeys(n_pages, math.inf)
     furthest: list[tuple[float, str]] = []  # (-next use, model); stale entries are skipped
     loads = []
     for i, model in enumerate(models):
@@ -106,11 +112,49 @@ def _checked_pages(
     return pages
 
 
-def _next_uses(models: Sequence[str]) -> list[float]:
-    """For each request, the number of the next one for the same model, or infinity."""
-    following: dict[str, float] = {}
-    result = [math.inf] * len(models)
-    for i in range(len(models) - 1, -1, -1):
-        result[i] = following.get(models[i], math.inf)
-        following[models[i]] = i
-    return result
+def least_cost(
+    trace: Trace | Sequence[str],
+    sizes: Mapping[str, int],
+    capacity: int,
+    cost_per_byte: Mapping[str, float],
+) -> float:
+    """Return the least cost of loading that any schedule could reach, when bytes differ in cost.
+
+    The linear program of this module's docstring, each interval weighted by its model's cost, by
+    HiGHS. Its matrix holds an entry for each request between two uses of a model, so thousands of
+    requests over a few models are fine and a million are not; `optimal_bytes` is.
+
+    Args:
+        trace: the requests, or just the models they ask for, in order.
+        sizes: bytes of each model.
+        capacity: bytes of the ring.
+        cost_per_byte: of loading, by model; any unit.
+
+    Raises:
+        TraceError, CapacityError: as `optimal_bytes`; also for a cost that is missing or negative.
+    """
+    models = _models(trace)
+    _checked_pages(models, sizes, capacity, 1)
+    for model in dict.fromkeys(models):
+        if not (math.isfinite(cost := cost_per_byte.get(model, math.nan)) and cost >= 0):
+            raise TraceError(f"expected a cost of 0 or more a byte for {model!r}, got {cost}")
+    whole = {model: sizes[model] * cost_per_byte[model] for model in dict.fromkeys(models)}
+    intervals = [(i, int(j)) for i, j in enumerate(next_uses(models)) if j < math.inf]
+    first_touches = sum(whole.values())
+    if not intervals:
+        return first_touches
+    loaded_again = np.array([whole[models[i]] for i, _ in intervals])
+    lengths = [j - i - 1 for i, j in intervals]
+    matrix = sparse.csr_array(
+        (
+            np.repeat([float(sizes[models[i]]) for i, _ in intervals], lengths),
+            (
+                np.concatenate([np.arange(i + 1, j) for i, j in intervals]),
+                np.repeat(np.arange(len(intervals)), lengths),
+            ),
+        ),
+        shape=(len(models), len(intervals)),
+    )
+    room = np.array([float(capacity - sizes[model]) for model in models])
+    solved = linprog(-loaded_again, A_ub=matrix, b_ub=room, bounds=(0, 1), method="highs")
+    return first_touches + float(loaded_again.sum()) + float(solved.fun)

@@ -105,6 +105,7 @@ class Pager:
             except BaseException:
                 self.ring.remove(model)
                 raise
+            self.policy.admit(model, n_pages, self.ring.n_frames)
             paged = self._models[model] = _Paged(n_bytes, area, self.space.bytes_view(area))
             return paged.view
 

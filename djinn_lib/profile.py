@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.paths import REPO
 from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, paper_trace, zipf_trace
 from djinn_lib.units import parse_bytes
 
-REPO = Path(__file__).resolve().parent.parent
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # becomes part of file names
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # becomes a folder's name
 

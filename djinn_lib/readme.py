@@ -11,10 +11,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from djinn_lib.files import write_text
-from djinn_lib.profile import REPO
+import pandas as pd
 
-ENGINE = REPO / "data" / "reference" / "h100" / "engine.json"
+from djinn_lib.files import write_text
+from djinn_lib.paths import REFERENCE, REPO, STUDY
+
+ENGINE = REFERENCE / "engine.json"
 
 
 def main() -> None:
@@ -88,10 +90,22 @@ def engine_pages() -> str:
     return _table(["page, MiB", "full load, ms", "partial load, ms", "GiB of a partial load"], rows)
 
 
+def policies() -> str:
+    """Bytes loaded over the optimum, means over the study."""
+    study = pd.read_parquet(STUDY / "points.parquet")
+    study = study[study["mode"] == "sequential"]
+    means = study.pivot_table("ratio", "policy", "traffic", margins=True, margins_name="all")
+    means = means.drop(index="all").sort_values("all")
+    columns = ["independent", "sessions", "all"]
+    rows = [[str(name), *(f"{row[c]:.2f}" for c in columns)] for name, row in means.iterrows()]
+    return _table(["policy", "independent requests", "sessions", "all"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "engine targets": engine_targets,
     "engine cases": engine_cases,
     "engine pages": engine_pages,
+    "policies": policies,
 }
 
 

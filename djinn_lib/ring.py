@@ -78,6 +78,10 @@ class Ring:
         """Every model added, in order of addition."""
         return tuple(self._n_pages)
 
+    def __contains__(self, model: str) -> bool:
+        """Whether `model` was added."""
+        return model in self._n_pages
+
     @property
     def n_free(self) -> int:
         """Number of free frames."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -115,6 +115,60 @@ def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_
         "rate_per_s": rate_per_s,
     }
     return Trace("zipf", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
+
+
+def session_trace(
+    n: int,
+    alpha: float,
+    models: Sequence[str],
+    seed: int,
+    rate_per_s: float,
+    visit_requests: float = 8.0,
+    n_visits: int = 4,
+) -> Trace:
+    """Return `n` requests of users who each stay with a model for a while, as in a conversation.
+
+    At any time `n_visits` visits are open; each request belongs to one of them at random, and ends
+    it with probability 1 / `visit_requests`. A new visit draws its model as `zipf_trace` does.
+
+    Args:
+        n, alpha, models, seed, rate_per_s: as for `zipf_trace`.
+        visit_requests: mean number of requests of a visit, at least 1.
+        n_visits: visits open at a time, at least 1.
+
+    Raises:
+        TraceError: a parameter is out of its range.
+    """
+    _check_zipf(n, alpha, models, seed, rate_per_s)
+    if not (math.isfinite(visit_requests) and visit_requests >= 1 and n_visits >= 1):
+        raise TraceError(
+            "expected visits of at least 1 request, and at least 1 of them, got "
+            f"{visit_requests} and {n_visits}"
+        )
+    generator = np.random.Generator(np.random.PCG64(seed))
+    weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
+    new: Iterator[int] = iter(
+        generator.choice(len(models), size=n + n_visits, p=weights / weights.sum()).tolist()
+    )
+    chosen = generator.integers(n_visits, size=n).tolist()
+    ends = (generator.random(n) < 1 / visit_requests).tolist()
+    arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
+    visits = [next(new) for _ in range(n_visits)]
+    drawn = []
+    for visit, over in zip(chosen, ends, strict=True):
+        drawn.append(visits[visit])
+        if over:
+            visits[visit] = next(new)
+    params = {
+        "n": n,
+        "alpha": alpha,
+        "models": list(models),
+        "seed": seed,
+        "rate_per_s": rate_per_s,
+        "visit_requests": visit_requests,
+        "n_visits": n_visits,
+    }
+    return Trace("sessions", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
 def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> None:

@@ -195,7 +195,7 @@ def test_notebook_is_clean_and_short(path: Path) -> None:
     long = [s for s in ("".join(c["source"]) for c in code) if len(s.splitlines()) > 25]
     assert long == [], "logic belongs in djinn_lib"
     tagged = [c for c in code if "parameters" in c["metadata"].get("tags", [])]
-    assert len(tagged) == (0 if path.stem == "explore" else 1)
+    assert len(tagged) == 1
     assert notebook["cells"][0]["cell_type"] == "markdown"
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
 

@@ -1,0 +1,129 @@
+"""What a request costs, as a function of bytes: the clock of the simulator.
+
+Four numbers describe a machine and a model well: the rate of the link, what a copy costs before its
+first byte, the time of a prefill and of a token. `fit` takes them from the rows of
+`benchmarks/engine.py`; for models that were not measured they follow from the bytes, since at
+batch 1 both prefill and decode are bound by reading the weights once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from djinn_lib.errors import ConfigError
+
+Line = tuple[float, float]  # seconds at 0 bytes, seconds per byte
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Times of one GPU.
+
+    Args:
+        link_bytes_per_s: rate at which missing weights arrive.
+        load_start_s: from the request to the first byte, when something is missing.
+        hit_s: what the switch to a resident model costs.
+        prefill_s: time of a prompt by model; others follow from `prefill_line`.
+        token_s: time of a further token by model; others follow from `token_line`.
+        prefill_line, token_line: seconds as a line over the bytes of a model.
+        n_tokens: new tokens of a request.
+        overlap: whether the prefill runs behind the copy.
+
+    Raises:
+        ConfigError: a time is negative or not finite, or a rate is not positive.
+    """
+
+    link_bytes_per_s: float = 54e9
+    load_start_s: float = 0.0
+    hit_s: float = 0.0
+    prefill_s: Mapping[str, float] = field(default_factory=dict)
+    token_s: Mapping[str, float] = field(default_factory=dict)
+    prefill_line: Line = (0.0, 0.0)
+    token_line: Line = (0.0, 0.0)
+    n_tokens: int = 1
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.link_bytes_per_s) and self.link_bytes_per_s > 0):
+            raise ConfigError(
+                "expected a positive, finite rate of the link in bytes per second, got "
+                f"{self.link_bytes_per_s}"
+            )
+        times = [self.load_start_s, self.hit_s, *self.prefill_s.values(), *self.token_s.values(),
+                 *self.prefill_line, *self.token_line]  # fmt: skip
+        if wrong := [t for t in times if not (math.isfinite(t) and t >= 0)]:
+            raise ConfigError(f"expected times of 0 or more seconds, got {wrong[0]}")
+        if self.n_tokens < 1:
+            raise ConfigError(f"expected at least 1 new token a request, got {self.n_tokens}")
+
+    def prefill_of(self, model: str, n_bytes: int) -> float:
+        """Seconds from the start of a prefill to the first token, all weights being there."""
+        start_s, per_byte_s = self.prefill_line
+        return self.prefill_s.get(model, start_s + per_byte_s * n_bytes)
+
+    def decode_of(self, model: str, n_bytes: int) -> float:
+        """Seconds from the first to the last token."""
+        start_s, per_byte_s = self.token_line
+        return self.token_s.get(model, start_s + per_byte_s * n_bytes) * (self.n_tokens - 1)
+
+    def switch_of(self, loaded_bytes: int, prefill_s: float) -> float:
+        """Seconds that missing bytes add to the time to the first token.
+
+        With overlap, layers follow the copy: whichever takes longer, copy or prefill, counts.
+        """
+        if not loaded_bytes:
+            return self.hit_s
+        load_s = self.load_start_s + loaded_bytes / self.link_bytes_per_s
+        return max(self.hit_s, load_s - prefill_s) if self.overlap else load_s
+
+
+def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
+    """Return the cost model of the machine that `benchmarks/engine.py` measured.
+
+    Fitted from hits, full misses with overlap and bare loads of single models; the cases of one
+    model after another are left alone, so that they can be predicted.
+
+    Args:
+        engine: content of ``engine.json``.
+        n_tokens: new tokens of the requests to come.
+
+    Raises:
+        ConfigError: the cases that are needed are not there.
+    """
+    sizes = engine["sizes"]
+    hits = {c["model"]: c for c in engine["cases"] if c["case"] == "hit"}  # the fastest comes last
+    loads = [c for c in engine["cases"] if c["case"] in ("load", "full miss, overlap on")]
+    if not hits or len({c["loaded_bytes"] for c in loads}) < 2:
+        raise ConfigError(
+            "expected hits and full misses of at least 2 models in the engine's rows, got "
+            f"{len(hits)} hits and {len(loads)} misses: run benchmarks/engine.py"
+        )
+    start_s, per_byte_s = _line(
+        (c["loaded_bytes"], c.get("load_ms", c.get("ttft_ms"))) for c in loads
+    )
+    prefill_s = {m: (c["ttft_ms"] - c["switch_ms"]) / 1e3 for m, c in hits.items()}
+    token_s = {m: c["ms_per_token"] / 1e3 for m, c in hits.items()}
+    return CostModel(
+        link_bytes_per_s=1 / per_byte_s,
+        load_start_s=start_s,
+        hit_s=float(np.mean([c["switch_ms"] for c in hits.values()])) / 1e3,
+        prefill_s=prefill_s,
+        token_s=token_s,
+        prefill_line=_line((sizes[m], s * 1e3) for m, s in prefill_s.items()),
+        token_line=_line((sizes[m], s * 1e3) for m, s in token_s.items()),
+        n_tokens=n_tokens,
+    )
+
+
+def _line(points: Iterable[tuple[float, float]]) -> Line:
+    """Least squares over (bytes, milliseconds), neither part below 0."""
+    x, y = np.array(list(points), float).T
+    slope, intercept = np.polyfit(x, y / 1e3, 1)
+    if intercept < 0:  # through the origin then
+        slope, intercept = float((x * y).sum() / (x * x).sum()) / 1e3, 0.0
+    return max(0.0, float(intercept)), max(0.0, float(slope))

@@ -1,0 +1,9 @@
+"""Where things are in this repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our own run
+STUDY = REPO / "data" / "reference" / "study"  # points of the study of policies

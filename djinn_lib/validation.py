@@ -1,0 +1,141 @@
+"""Does the simulator tell the truth? Simulated rows beside measured ones.
+
+Measured are the rows of `djinn` in a reference run where there are any, else the cases of the
+engine's benchmark in which one model follows another. The cost model is fitted from hits, loads and
+full misses of single models, so neither has been used for the fit.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.cost_model import CostModel, fit
+from djinn_lib.errors import ConfigError
+from djinn_lib.paths import REFERENCE
+from djinn_lib.records import read_manifest, read_rows
+from djinn_lib.simulation import simulate
+
+STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
+
+
+def engine(reference: Path = REFERENCE) -> dict[str, Any]:
+    """Return the engine's benchmark of a reference run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = reference / "engine.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"expected the engine's rows in {path}, got {error!r}: run benchmarks/engine.py"
+        ) from error
+
+
+def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
+    """Return the cost model of the machine of a reference run."""
+    return fit(engine(reference), n_tokens)
+
+
+def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
+    """Return measured and simulated requests of `benchmarks/engine.py`, one model after another.
+
+    Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms;
+    the times are those to the first token.
+    """
+    result = engine(reference)
+    sizes, repeats = result["sizes"], result["repeats"]
+    cases = {(c["case"], c["model"]): c for c in result["cases"]}
+    order = [f"after {before}" for before, _ in permutations(sizes, 2)]
+    requests = [list(sizes)[-1]]  # what the benchmark left resident before its first pair
+    last = []
+    for before, after in permutations(sizes, 2):
+        requests += [after, before, after] * repeats
+        last.append(len(requests) - 1)
+    rows = simulate(
+        requests,
+        sizes,
+        result["capacity_bytes"],
+        costs=fit(result, n_tokens=1),
+        page_bytes=result["page_bytes"],
+    ).iloc[last]
+    named = list(zip(rows["model"], order, strict=True))
+    measured = [cases[case, model] for model, case in named]
+    return pd.DataFrame(
+        {
+            "source": "engine",
+            "request": [
+                f"{model} {c['case']}" for model, c in zip(rows["model"], measured, strict=True)
+            ],
+            "model": rows["model"].tolist(),
+            "measured_bytes": [c["loaded_bytes"] for c in measured],
+            "simulated_bytes": rows["loaded_bytes"].tolist(),
+            "measured_ms": [c["ttft_ms"] for c in measured],
+            "simulated_ms": rows["ttft_ms"].tolist(),
+        }
+    )
+
+
+def cells(reference: Path = REFERENCE, system: str = "djinn") -> pd.DataFrame:
+    """Return measured and simulated requests of every cell of `system`, as `pairs` does.
+
+    The times are those of whole requests, medians over the repeats; empty without such cells.
+    """
+    found = []
+    for path in sorted((reference / "requests").glob(f"*-{system}.parquet")):
+        rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
+        rows = rows[rows["ok"]]
+        sizes = {name: model["bytes"] for name, model in manifest["models"].items()}
+        first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
+        simulated = simulate(
+            first["model"].tolist(),
+            sizes,
+            int(first["capacity_bytes"].iloc[0]),
+            costs=reference_costs(reference, int(first["n_tokens"].iloc[0])),
+            page_bytes=manifest["parameters"]["page_bytes"],
+        )
+        found.append(
+            pd.DataFrame(
+                {
+                    "source": path.stem,
+                    "request": first["request"].astype(str).tolist(),
+                    "model": first["model"].tolist(),
+                    "measured_bytes": first["loaded_bytes"].tolist(),
+                    "simulated_bytes": simulated["loaded_bytes"].tolist(),
+                    "measured_ms": rows.groupby("request")["total_ms"].median().tolist(),
+                    "simulated_ms": simulated["total_ms"].tolist(),
+                }
+            )
+        )
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def compared(reference: Path = REFERENCE) -> pd.DataFrame:
+    """Return requests measured and simulated: of cells where there are any, else of the engine."""
+    found = cells(reference)
+    return pairs(reference) if found.empty else found
+
+
+def errors(requests: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a source: whether all bytes are equal, and relative errors of the times.
+
+    Columns: n, bytes_equal, and for P50, mean and maximum the simulated over the measured, less 1.
+    """
+    table = []
+    for source, group in requests.groupby("source", sort=False):
+        row: dict[str, Any] = {
+            "source": source,
+            "n": len(group),
+            "bytes_equal": bool((group["measured_bytes"] == group["simulated_bytes"]).all()),
+        }
+        for name, statistic in STATISTICS.items():
+            measured = getattr(group["measured_ms"], statistic)()
+            row[f"{name}_error"] = getattr(group["simulated_ms"], statistic)() / measured - 1
+        table.append(row)
+    return pd.DataFrame(table).set_index("source")
