@@ -68,6 +68,8 @@ _RED, _PINK, _BLACK, _GREY = "#D55E00", "#CC79A7", "#000000", "#7F7F7F"
 
 SYSTEM_STYLE: dict[Any, Any] = {
     "djinn": Look("Djinn", _BLUE),
+    "djinn_graph": Look("Djinn, not compiled", _SKY, ":", "d"),
+    "djinn_eager": Look("Djinn, eager decode", _BLUE, ":", "p"),
     "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),
     "djinn_whole_overlap": Look("Djinn, whole models", _SKY, "-", "D"),
     "djinn_whole": Look("Djinn, whole, no overlap", _SKY, "--", "v"),
@@ -79,6 +81,7 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "serverless_cold": Look("Serverless, cold cache", _PINK, "--", ">"),
     "ray_actors": Look("Ray actors", _GREY, "-", "h"),
     "vllm_sleep": Look("vLLM sleep", _BLACK, "--", "d"),
+    "vllm_sleep_naive": Look("vLLM sleep, naive", _BLACK, ":", "s"),
     "vllm_recreate": Look("vLLM re-created", _BLACK, "-", "p"),
 }
 _FALLBACK_COLORS = ("#8C510A", "#5D3A9B", "#40B0A6", "#994F00", "#4B0092", "#1A85FF")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from djinn_lib.djinn import Djinn
 from djinn_lib.systems.base import Served, SystemUnderTest
@@ -16,13 +17,16 @@ class DjinnRing(SystemUnderTest):
         overlap: compute while later layers load (default True).
         page: size of a page, e.g. "1MiB".
         policy: who loses pages (default "lru").
+        decode: "eager", "graph" or "compiled" (default: the fastest that the device has).
+        max_model_len: room for a prompt and its continuation, in tokens.
     """
 
-    option_names = frozenset({"residency", "overlap", "page", "policy"})
+    option_names = frozenset({"residency", "overlap", "page", "policy", "decode", "max_model_len"})
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Create the frames and read every model into the host swap pool."""
-        self.djinn = Djinn(self.capacity_bytes, self.device, **self.options)  # type: ignore[arg-type]
+        options: Any = {**self.options, "progress": progress}
+        self.djinn = Djinn(self.capacity_bytes, self.device, **options)
         for name, files in self.models.items():
             progress(f"reading {name} into the swap pool")
             self.djinn.add(name, files.folder, dtype=files.dtype)
