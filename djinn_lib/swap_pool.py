@@ -12,8 +12,10 @@ import math
 import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from djinn_lib.errors import CapacityError, ConfigError
@@ -156,7 +158,16 @@ def _cudart() -> Any:
 
 
 def _host_buffer(n_bytes: int) -> torch.Tensor:
-    """Exactly `n_bytes` of zeroed host memory; freed with the last tensor that views it."""
+    """Exactly `n_bytes` of zeroed host memory; freed with the last tensor that views it.
+
+    Linux promises memory that it does not have, and ends the process that then uses it; so what is
+    available is looked up first.
+    """
+    if n_bytes > (available_bytes := host_bytes_available()):
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
+            f"{format_bytes(available_bytes)} available: free memory or add fewer models"
+        )
     try:
         return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
     except OSError as error:
@@ -164,3 +175,19 @@ def _host_buffer(n_bytes: int) -> torch.Tensor:
             f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
             f"{error.strerror}: free memory or add fewer models"
         ) from error
+
+
+def host_bytes_available(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that can be had, also by the rules of a container.
+
+    Args:
+        group: folder of the control group; the file cache that counts there can be given back.
+    """
+    available = psutil.virtual_memory().available
+    try:
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(stat["file"]) - int(stat["shmem"])  # masters are shared memory, and stay
+        return min(available, int(limit) - int(used) + cached)
+    except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
+        return available

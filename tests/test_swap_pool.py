@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from djinn_lib import swap_pool
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.swap_pool import ALIGNMENT_BYTES, Layout, SwapPool
 
@@ -98,3 +99,36 @@ def test_bad_input_is_refused():
         pool.add("c", layout_of(1 << 60), lambda views: None)
     pool.discard("nobody")
     assert pool.layout("a").n_bytes == 10
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch):
+    class Runtime:
+        def cudaHostRegister(self, address, n_bytes, flags):
+            return 2
+
+    monkeypatch.setattr(swap_pool, "_cudart", Runtime)
+    pool = SwapPool(pin=True)
+    with pytest.raises(CapacityError, match=r"host memory that can be pinned, got CUDA error 2"):
+        pool.add("m", Layout.pack([("w", (10,), torch.float32)]), lambda views: None)
+    assert pool.n_bytes == 0
+    pool.close()
+
+
+def test_more_than_the_host_has_is_refused_before_it_is_touched(monkeypatch):
+    monkeypatch.setattr(swap_pool, "host_bytes_available", lambda: 100)
+    filled = []
+    pool = SwapPool()
+    with pytest.raises(CapacityError, match=r"expected 400 B of host memory.*got 100 B available"):
+        pool.add("m", Layout.pack([("w", (100,), torch.float32)]), filled.append)
+    assert not filled and pool.n_bytes == 0
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path):
+    everything = swap_pool.host_bytes_available(tmp_path / "no-such-group")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 270\nshmem 20\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert swap_pool.host_bytes_available(tmp_path) == 550
+    (tmp_path / "memory.max").write_text("max\n")
+    now = swap_pool.host_bytes_available(tmp_path)
+    assert abs(now - everything) < 1 << 30
