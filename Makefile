@@ -14,6 +14,8 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 HAVE_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
 PROFILE ?= $(if $(HAVE_GPU),gpu,cpu)
 PROFILES := $(patsubst params/%.yml,%,$(wildcard params/*.yml))
+EXECUTOR ?= local
+EXECUTORS := local ray
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PYTHON ?=
@@ -50,17 +52,22 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PROFILE=$(PROFILE)   one of: $(PROFILES) (default: gpu where nvidia-smi lists a GPU, else cpu)"
+	@echo "  EXECUTOR=$(EXECUTOR)   one of: $(EXECUTORS) (ray: cells run on the cluster at RAY_ADDRESS, or on one started here)"
 	@echo "  PYTHON=...  the Python (>= 3.11) to build $(VENV) from"
 	@echo "  PY=...        an existing environment's python: use it, build nothing"
 	@echo "  VENV=$(VENV)    PYTEST_ARGS=...    LAB_ARGS=...    TORCH_PIP_ARGS=... (for pip, when it fetches torch)"
 
 .PHONY: reproduce
-reproduce: check-profile $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
-	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE)
+reproduce: check-profile check-executor $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
+	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE) --executor $(EXECUTOR)
 
 .PHONY: figures
 figures: check-profile $(READY) ## redraw the figures of PROFILE from the rows of its last run
 	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE) sensitivity figures
+
+.PHONY: study
+study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
+	$(RUN) -m djinn_lib.study --executor $(EXECUTOR)
 
 .PHONY: test
 test: lint ## check the style and the types, then run the tests
@@ -121,6 +128,11 @@ distclean: clean ## clean, and delete the environments that this file built
 check-profile:
 	@for p in $(PROFILES); do [ "$$p" != '$(PROFILE)' ] || exit 0; done; \
 	  echo "make: PROFILE: expected one of: $(PROFILES); got '$(PROFILE)'" >&2; exit 2
+
+.PHONY: check-executor
+check-executor:
+	@for e in $(EXECUTORS); do [ "$$e" != '$(EXECUTOR)' ] || exit 0; done; \
+	  echo "make: EXECUTOR: expected one of: $(EXECUTORS); got '$(EXECUTOR)'" >&2; exit 2
 
 # Sets $python to the first usable interpreter. Each is run, not only looked up: a pyenv shim exists
 # for versions that it then refuses to start, and Debian's python3 may lack venv.

@@ -9,16 +9,24 @@ The profile and the run's folder come from the environment: DJINN_PROFILE, DJINN
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from doit.tools import config_changed
 
-from djinn_lib.profile import REPO, load_profile
+from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.profile import Cell, load_profile
 from djinn_lib.report import build_report
 from djinn_lib.systems import SYSTEMS
-from djinn_lib.tasks import is_settled, kernel_for, run_cell_notebook, run_notebook
+from djinn_lib.tasks import (
+    CellOutcome,
+    is_settled,
+    keep_outcome,
+    kernel_for,
+    run_cell_notebook,
+    run_notebook,
+)
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
 RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name)).resolve()
@@ -27,18 +35,25 @@ DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 LIB = REPO / "djinn_lib"
 ENGINE = [LIB / f"{name}.py" for name in (
     "ring", "policy", "nvml", "address_space", "address_space_cpu", "address_space_cuda", "copier",
-    "lease", "swap_pool", "pager", "checkpoint", "models", "sources", "generate", "djinn", "bench",
-    "cell", "weights",
+    "lease", "swap_pool", "pager", "checkpoint", "models", "sources", "generate", "sampling",
+    "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",
+    "served", "djinn", "bench", "cell", "weights",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",
     "plots", "plot_style", "plot_sensitivity", "plot_timeline",
+)]  # fmt: skip
+SIMULATOR = [LIB / f"{name}.py" for name in (
+    "ring", "policy", "optimal", "trace", "fleet", "cost_model", "simulation", "validation",
+    "study", "plot_study", "explore", "plot_style",
 )]  # fmt: skip
 PARAMS = REPO / "params" / f"{PROFILE.name}.yml"
 MACHINE = RUN_DIR / "machine.json"
 TRACES = [RUN_DIR / "traces" / f"{name}.jsonl" for name in PROFILE.traces]
 CELLS = PROFILE.all_cells()
 ROWS = [RUN_DIR / "requests" / f"{cell.id}.parquet" for cell in CELLS]
+# What this process has had run elsewhere, by the cell's id: its task only puts that in place.
+OUTCOMES: dict[str, CellOutcome] = {}
 BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
@@ -72,7 +87,7 @@ def task_cell() -> Iterator[dict]:
         entry = PROFILE.systems[cell.system]
         yield {
             "name": cell.id,
-            "actions": [(run_cell_notebook, [PROFILE, cell, RUN_DIR, f"cell {i} of {len(CELLS)}"])],
+            "actions": [cell_action(cell, f"cell {i} of {len(CELLS)}")],
             "file_dep": [
                 REPO / "notebooks" / "02_run_system.ipynb",
                 RUN_DIR / "traces" / f"{cell.trace}.jsonl",
@@ -96,6 +111,13 @@ def task_cell() -> Iterator[dict]:
         }
 
 
+def cell_action(cell: Cell, place: str) -> tuple[Callable[..., bool], list[Any]]:
+    """Run a cell here, or keep what it gave elsewhere."""
+    if outcome := OUTCOMES.get(cell.id):
+        return keep_outcome, [outcome, RUN_DIR]
+    return run_cell_notebook, [PROFILE, cell, RUN_DIR, place]
+
+
 def task_sensitivity() -> dict:
     """03_sensitivity: speed-up and hit share against the capacity."""
     targets = [RUN_DIR / "figures" / f"sensitivity.{ending}" for ending in ("pdf", "png")]
@@ -117,6 +139,23 @@ def task_claims() -> dict:
     return read_only("05_claims", targets, [REPO / "claims.yml"])
 
 
+def task_policies() -> dict:
+    """06_policies: the simulator beside measured rows, and policies beside the optimum."""
+    names = ("simulator_validation", "policies_distance", "policies_capacity", "policies_queue")
+    targets = [
+        RUN_DIR / "figures" / f"{name}.{ending}" for name in names for ending in ("pdf", "png")
+    ]
+    file_dep = [*SIMULATOR, REFERENCE / "engine.json", STUDY / "points.parquet"]
+    return notebook_task("06_policies", file_dep, targets, parameters={"run_dir": str(RUN_DIR)})
+
+
+def task_explore() -> dict:
+    """explore: the widgets, and the picture that they begin with."""
+    parameters = {"figures_dir": str(RUN_DIR / "figures")}
+    file_dep = [*SIMULATOR, REFERENCE / "engine.json"]
+    return notebook_task("explore", file_dep, [], parameters=parameters)
+
+
 def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = None) -> dict:
     """A task that reads rows and draws or judges."""
     file_dep = [*ROWS, *READERS, REPO / "data" / "paper" / "results.json", *(extra or [])]
@@ -125,7 +164,8 @@ def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = Non
 
 def task_report() -> dict:
     """index.html and the notebooks as HTML."""
-    notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims"]
+    notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims",
+                 "06_policies", "explore"]  # fmt: skip
     notebooks += [f"02_run_system.{cell.id}" for cell in CELLS]
     return {
         "actions": [(report, [])],
@@ -138,7 +178,7 @@ def task_report() -> dict:
             *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
         ],
         "targets": [RUN_DIR / "index.html"],
-        "task_dep": ["sensitivity", "figures", "claims"],
+        "task_dep": ["sensitivity", "figures", "claims", "policies", "explore"],
     }
 
 

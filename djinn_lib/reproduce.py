@@ -2,6 +2,13 @@
 
 The exit status is 0 when every request of every cell that can run here was served and every
 notebook went through; 1 when something failed, which the last lines then name; 2 for bad input.
+
+With `--executor ray` the cells run on a Ray cluster. doit still owns all tracking: after set-up and
+trace it says which cells are not up to date; those go to the workers, each of which executes its
+notebook in a scratch folder; and whenever an outcome comes back, doit runs that cell's task, whose
+action then only puts the files in place. So a cell that Ray ran is up to date for either executor,
+at once, and a run that is interrupted goes on where it was. What is left after the cells, doit runs
+here as always.
 """
 
 from __future__ import annotations
@@ -10,33 +17,47 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from djinn_lib.bench import ensure_writable
 from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
 from djinn_lib.notebooks import Status, read_statuses
-from djinn_lib.profile import REPO, Profile, load_profile
+from djinn_lib.profile import REPO, Cell, Profile, load_profile
+from djinn_lib.tasks import CellOutcome, Driver, cell_inputs, failed_outcome, run_cell_apart
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a profile; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.reproduce", description=__doc__)
-    parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
-    parser.add_argument("--run-dir", type=Path, help="where results go; default data/runs/PROFILE")
-    parser.add_argument("tasks", nargs="*", help="tasks of dodo.py; default all")
-    options = parser.parse_args(arguments)
+    options = _options(arguments)
+    begin_s = time.perf_counter()
     try:
         profile = load_profile(options.profile)
         _ensure_device(profile)
         run_dir = (options.run_dir or REPO / "data" / "runs" / profile.name).resolve()
         ensure_writable(run_dir)
+        code = _run(profile, run_dir, options.tasks, options.executor)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    begin_s = time.perf_counter()
-    code = _doit(profile, run_dir, options.tasks)
     print(f"finished in {time.perf_counter() - begin_s:.0f} s", flush=True)
     return max(code, _summary(run_dir))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="djinn_lib.reproduce", description=__doc__)
+    parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
+    parser.add_argument("--run-dir", type=Path, help="where results go; default data/runs/PROFILE")
+    parser.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="where cells run: here, one after the other, or on a Ray cluster (RAY_ADDRESS)",
+    )
+    parser.add_argument("tasks", nargs="*", help="tasks of dodo.py; default all")
+    return parser.parse_args(arguments)
 
 
 def _ensure_device(profile: Profile) -> None:
@@ -50,17 +71,96 @@ def _ensure_device(profile: Profile) -> None:
             )
 
 
-def _doit(profile: Profile, run_dir: Path, tasks: list[str]) -> int:
+def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str) -> int:
     os.environ["DJINN_PROFILE"], os.environ["DJINN_RUN_DIR"] = profile.name, str(run_dir)
+    sys.path.insert(0, str(REPO))
+    if executor == "ray":
+        ensure_ray()  # before the set-up, which takes a while
+        if _stale_cells(tasks):
+            if code := _doit(["setup", "trace"]):
+                return code
+            _fan_out_cells(profile, run_dir, _stale_cells(tasks))
+    return _doit(tasks)
+
+
+def _doit(arguments: list[str]) -> int:
     from doit.cmd_base import ModuleTaskLoader
     from doit.doit_cmd import DoitMain
 
-    sys.path.insert(0, str(REPO))
     import dodo
 
     return DoitMain(ModuleTaskLoader(dodo)).run(
-        ["run", "--continue", "--reporter", "error-only", *tasks]
+        ["run", "--continue", "--reporter", "error-only", *arguments]
     )
+
+
+def _stale_cells(tasks: list[str]) -> list[Cell]:
+    """Return the cells that the tasks need and that are not up to date, by doit's own records.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    from doit.cmd_base import DoitCmdBase, ModuleTaskLoader
+    from doit.control import TaskControl
+    from doit.exceptions import InvalidCommand
+
+    import dodo
+
+    stale: set[str] = set()
+
+    class Stale(DoitCmdBase):
+        def _execute(self) -> None:
+            control = TaskControl(self.task_list)
+            control.process(self.sel_tasks)
+            names = _with_needed(control.tasks, control.selected_tasks)
+            for name in names:
+                status = self.dep_manager.get_status(control.tasks[name], control.tasks)
+                stale.update([] if status.status == "up-to-date" else [name])
+            self.dep_manager.close()
+
+    try:
+        Stale(task_loader=ModuleTaskLoader(dodo)).parse_execute(tasks)
+    except InvalidCommand as error:
+        raise ConfigError(f"{error}") from error
+    return [cell for cell in dodo.CELLS if f"cell:{cell.id}" in stale]
+
+
+def _with_needed(tasks: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Return the names of tasks and of all that have to run before them."""
+    needed, open_names = set(), list(names)
+    while open_names:
+        name = open_names.pop()
+        if name not in needed:
+            needed.add(name)
+            open_names += tasks[name].task_dep
+    return needed
+
+
+def _fan_out_cells(profile: Profile, run_dir: Path, cells: list[Cell]) -> None:
+    """Run cells on Ray; each is in its place, and up to date for doit, as soon as it is back."""
+
+    def on_done(job: Job, result: Result) -> None:
+        _, cell, inputs, *_ = job.arguments
+        kind = "kernel_died" if result.lost else "other"
+        _keep(cell, result.value or failed_outcome(profile, cell, inputs, kind, result.error))
+
+    fan_out([_job(profile, run_dir, cell) for cell in cells], on_done)
+
+
+def _job(profile: Profile, run_dir: Path, cell: Cell) -> Job:
+    arguments = (profile, cell, cell_inputs(run_dir, cell), run_dir, Driver.this())
+    if profile.device == "cuda":
+        return Job(cell.id, run_cell_apart, arguments, num_gpus=1)
+    return Job(cell.id, run_cell_apart, arguments, whole_node=True)  # it computes on all cores
+
+
+def _keep(cell: Cell, outcome: CellOutcome) -> None:
+    import dodo
+
+    dodo.OUTCOMES[cell.id] = outcome
+    _doit(["--single", f"cell:{cell.id}"])
+    if outcome.status.state != "ok":
+        print(f"{outcome.status.state}: {_line(outcome.status)}", flush=True)
 
 
 def _summary(run_dir: Path) -> int:

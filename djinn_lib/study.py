@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from djinn_lib.cost_model import CostModel
 from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fan_out import Job, Result, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.fleet import fleet
 from djinn_lib.machine import git_state, versions
@@ -35,6 +36,7 @@ from djinn_lib.trace import Trace, session_trace, zipf_trace
 from djinn_lib.validation import reference_costs
 
 Traffic = Literal["independent", "sessions"]
+CHUNK = 20  # points of a job on Ray: enough to be worth handing out
 WHOLE_LRU = "whole-model lru"  # what a cache of whole models does, for contrast
 KNOWN = "known popularity"  # told how often each model is asked for, though not when
 
@@ -117,6 +119,34 @@ def run_study(
     chosen = list(points)
     results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
     return pd.DataFrame(tqdm(results, total=len(chosen), desc="study", unit="point"))
+
+
+def on_ray(
+    function: Callable[[Point], dict[str, Any]], points: list[Point]
+) -> Iterator[dict[str, Any]]:
+    """Map a function over the points on a Ray cluster, one core each; see `djinn_lib.fan_out`.
+
+    Raises:
+        ConfigError, PlatformError: no cluster can be had.
+        DjinnError: a point failed; the message has its cause.
+    """
+    results: list[Result] = []
+    chunks = [points[i : i + CHUNK] for i in range(0, len(points), CHUNK)]
+    jobs = [
+        Job(f"points {i * CHUNK} to {i * CHUNK + len(chunk) - 1}", _map_chunk, (function, chunk))
+        for i, chunk in enumerate(chunks)
+    ]
+    fan_out(jobs, lambda job, result: results.append(result))
+    for result in results:
+        if result.error:
+            raise DjinnError(f"expected every point of the study, got {result.error}")
+        yield from result.value
+
+
+def _map_chunk(
+    function: Callable[[Point], dict[str, Any]], points: list[Point]
+) -> list[dict[str, Any]]:
+    return [function(point) for point in points]
 
 
 def run_point(point: Point) -> dict[str, Any]:
@@ -256,12 +286,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Compute a grid and keep its points; returns the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "study")
     options = parser.parse_args(arguments)
     begin_s = time.perf_counter()
     try:
-        study = run_study([*GRIDS[options.grid].points(), *QUEUED])
         ensure_writable(options.out)
+        points = [*GRIDS[options.grid].points(), *QUEUED]
+        study = run_study(points, on_ray if options.executor == "ray" else None)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib.bench import Bench
 from djinn_lib.cell import close_dead_cell
-from djinn_lib.notebooks import Status, execute, has_kernel, read_statuses, write_status
+from djinn_lib.files import write_atomically, write_json
+from djinn_lib.notebooks import (
+    NOTEBOOKS_DIR,
+    Status,
+    execute,
+    has_kernel,
+    read_statuses,
+    write_status,
+)
 from djinn_lib.profile import Cell, Profile
 from djinn_lib.records import read_rows
 from djinn_lib.systems import system_class
@@ -70,6 +85,121 @@ def judge_rows(status: Status, rows: pd.DataFrame) -> Status:
     state = "unavailable" if unavailable else "failed"
     error = f"{len(failed)} of {len(rows)} requests: {first['error']}"
     return Status(status.task, state, status.seconds, first["error_kind"], error)
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What a worker has to know of the process that it works for."""
+
+    host: str
+    threads: str | None  # its OMP_NUM_THREADS
+
+    @classmethod
+    def this(cls) -> Driver:
+        """Describe this process."""
+        return cls(socket.gethostname(), os.environ.get("OMP_NUM_THREADS"))
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """All that a cell leaves behind, on its way from a worker to the run folder."""
+
+    status: Status
+    files: dict[str, bytes]  # by their path in the run folder
+
+
+def cell_inputs(run_dir: Path, cell: Cell) -> dict[str, bytes]:
+    """Return the files of the run folder that a cell reads, by their path there."""
+    paths = ("machine.json", f"traces/{cell.trace}.jsonl")
+    return {path: (run_dir / path).read_bytes() for path in paths}
+
+
+def run_cell_apart(
+    profile: Profile, cell: Cell, inputs: dict[str, bytes], run_dir: Path, driver: Driver
+) -> CellOutcome:
+    """Execute a cell in a scratch folder, for a run whose folder may be on another machine.
+
+    Args:
+        profile: of the run; its file and the models must be at the same paths on this machine.
+        cell: to be run.
+        inputs: from `cell_inputs`.
+        run_dir: the run's folder, which the notebook is to name; it is not touched.
+        driver: the process that the outcome goes to.
+    """
+    with _scratch(inputs) as folder, _environment(driver):
+        run_cell_notebook(profile, cell, folder, f"on {socket.gethostname()}")
+        _note_host(Bench.open(profile, folder).manifest_path(cell), driver.host)
+        return _outcome(folder, cell, run_dir)
+
+
+def failed_outcome(
+    profile: Profile, cell: Cell, inputs: dict[str, bytes], kind: str, error: str
+) -> CellOutcome:
+    """Return the outcome of a cell of which nothing came back: failed rows, and no outputs."""
+    task = f"02_run_system.{cell.id}"
+    with _scratch(inputs) as folder:
+        close_dead_cell(Bench.open(profile, folder), cell, kind, error)
+        (folder / "notebooks").mkdir()
+        shutil.copy(NOTEBOOKS_DIR / "02_run_system.ipynb", folder / "notebooks" / f"{task}.ipynb")
+        write_status(Status(task, "failed", 0.0, kind, error), folder / "status")
+        return _outcome(folder, cell, folder)
+
+
+def keep_outcome(outcome: CellOutcome, run_dir: Path) -> bool:
+    """Put an outcome in its place: each file whole or not at all, and the status last."""
+    for name, content in outcome.files.items():
+        write_atomically(run_dir / name, lambda path, content=content: path.write_bytes(content))
+    write_status(outcome.status, run_dir / "status")
+    return True
+
+
+@contextmanager
+def _scratch(inputs: dict[str, bytes]) -> Iterator[Path]:
+    """A run folder that holds the inputs of one cell, and goes in the end."""
+    with TemporaryDirectory(prefix="djinn-cell-") as name:
+        for path, content in inputs.items():
+            (Path(name) / path).parent.mkdir(exist_ok=True)
+            (Path(name) / path).write_bytes(content)
+        yield Path(name).resolve()
+
+
+def _outcome(folder: Path, cell: Cell, run_dir: Path) -> CellOutcome:
+    (status,) = read_statuses(folder / "status")
+    notebook = f"notebooks/02_run_system.{cell.id}.ipynb"
+    rows, manifest = f"requests/{cell.id}.parquet", f"requests/{cell.id}.manifest.json"
+    files = {path: (folder / path).read_bytes() for path in (notebook, manifest, rows)}
+    # The reader of the notebook is to find the run's folder in it, not one that is gone.
+    files[notebook] = files[notebook].replace(str(folder).encode(), str(run_dir).encode())
+    return CellOutcome(status, files)
+
+
+@contextmanager
+def _environment(driver: Driver) -> Iterator[None]:
+    """Give kernels the environment that they have without Ray.
+
+    A cell may start a Ray of its own, which must not find the one that runs the cell, and Ray sets
+    the number of threads, which the systems under test choose themselves.
+    """
+    kept = dict(os.environ)
+    for name in [name for name in kept if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0"})
+    if driver.threads:
+        os.environ["OMP_NUM_THREADS"] = driver.threads
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _note_host(manifest: Path, set_up_on: str) -> None:
+    """Say in the manifest of a cell that another machine than the one described ran it."""
+    if (host := socket.gethostname()) != set_up_on:
+        content = json.loads(manifest.read_text())
+        content["notes"].append(f"run on {host}; the machine described here is {set_up_on}")
+        write_json(manifest, content)
 
 
 def _report(status: Status, run_dir: Path) -> None:

@@ -162,6 +162,21 @@ def test_unknown_profile_is_refused_before_anything_is_built(
     assert tree.calls() == []
 
 
+@pytest.mark.parametrize("executor", ["slurm", "", "local ray"])
+def test_unknown_executor_is_refused_before_anything_is_built(tree: Tree, executor: str) -> None:
+    refused = tree.make("reproduce", "PROFILE=cpu", f"EXECUTOR={executor}")
+    assert refused.returncode == 2
+    assert "EXECUTOR: expected one of: local ray" in refused.stderr
+    assert f"'{executor}'" in refused.stderr and tree.calls() == []
+
+
+def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None:
+    command = "djinn_lib.reproduce --profile cpu --executor"
+    assert f"{command} local" in tree.make("-n", "reproduce", "PROFILE=cpu").stdout
+    assert f"{command} ray" in tree.make("-n", "reproduce", "PROFILE=cpu", "EXECUTOR=ray").stdout
+    assert "EXECUTOR=local   one of: local ray" in tree.make("help").stdout
+
+
 def test_profile_and_lock_follow_the_gpu(tree: Tree) -> None:
     assert tree.make("-s", "print-profile").stdout.strip() == "cpu"
     assert "requirements/cpu.lock" in tree.make("-n", "setup").stdout

@@ -8,7 +8,8 @@ import pytest
 
 from djinn_lib import explore, plot_study, validation
 from djinn_lib.cost_model import CostModel, fit
-from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.fan_out import Result
 from djinn_lib.paths import STUDY
 from djinn_lib.study import (
     KNOWN,
@@ -136,6 +137,31 @@ def test_order_and_executor_do_not_matter(small):
     keys = ["traffic", "share", "policy"]
     expected = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
     pd.testing.assert_frame_equal(backwards.sort_values(keys, ignore_index=True), expected)
+
+
+def test_the_study_runs_on_ray(small, monkeypatch):
+    from djinn_lib import study
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(study, "CHUNK", 8)
+    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
+    keys = ["traffic", "share", "policy"]
+    there = run_study(points, study.on_ray).sort_values(keys, ignore_index=True)
+    here = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(there, here)
+
+
+def test_a_point_that_fails_on_ray_is_named(monkeypatch):
+    from djinn_lib import study
+
+    def one_fails(jobs, on_done):
+        for i, job in enumerate(jobs):
+            on_done(job, Result(error="ConfigError: no such policy") if i else Result(value=[{}]))
+
+    monkeypatch.setattr(study, "fan_out", one_fails)
+    monkeypatch.setattr(study, "CHUNK", 1)
+    with pytest.raises(DjinnError, match="every point of the study, got ConfigError: no such"):
+        run_study([QUEUED[0], QUEUED[1]], study.on_ray)
 
 
 def test_the_kept_study_can_be_computed_again(reference):
