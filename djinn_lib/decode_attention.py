@@ -96,7 +96,12 @@ def decode_attention(
     Raises:
         NotImplementedError: the architecture asks for more than a softmax under a mask.
     """
-    more = [name for name, given in kwargs.items() if given and name not in _HARMLESS]
+    nothing = (None, False)  # by identity: a tensor has no truth value
+    more = [
+        name
+        for name, given in kwargs.items()
+        if name not in _HARMLESS and not any(given is value for value in nothing)
+    ]
     fits = query.shape[0] == query.shape[2] == 1 and key.shape[-1] == value.shape[-1]
     if more or dropout or attention_mask is None or attention_mask.dtype != torch.bool or not fits:
         raise NotImplementedError(f"attention of one token under a mask, and nothing more: {more}")

@@ -75,6 +75,7 @@ class RecordedDecoder:
                 lambda length=length: self._prefill(length), model, units
             )
         self.mode: Decode = "graph"
+        self.attention = str(model.config._attn_implementation)  # of the step
         self._manner: Callable[[], AbstractContextManager[None]] = nullcontext
         self._step = self._record_step(recorder, units, compiled, progress)
         self.cache.clear()
@@ -96,7 +97,7 @@ class RecordedDecoder:
                 self._manner = manner.in_place
                 step = recorder.record(self._decode, self.model, (), end_byte)
                 ensure_alike(self._probe(step), expected)
-                self.mode = "compiled"
+                self.mode, self.attention = "compiled", attention
                 return step
             except Exception as error:  # of any kind: it comes from the architecture's own code
                 logging.getLogger(__name__).warning(

@@ -186,6 +186,20 @@ def decode_attention():
             assert error < 2e-3, (heads, key_heads, size, filled, window, error)
 
 
+def compiled_steps_use_the_attention_of_one_token():
+    """It is not given up for torch's own, whatever the heads; and the tokens are as without it."""
+    from djinn_lib.decode_attention import NAME
+
+    with dj.Djinn(200 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+        for i, config in enumerate(CONFIGS):
+            djinn.add(f"m{i}", dj.ModelSpec(config, "float16", seed=i))
+            plain = djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True)
+            assert djinn.set_decode(f"m{i}", "compiled") == "compiled"
+            assert djinn._models[f"m{i}"].decoder.attention == NAME
+            compiled = djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True)
+            assert compiled.token_ids == plain.token_ids
+
+
 def nothing_leaks():
     """Opening, recording and closing again and again leaves device memory where it was."""
     free = []
@@ -273,6 +287,7 @@ SCENARIOS = {
         prefill_follows_the_copy,
         sampled_tokens,
         decode_attention,
+        compiled_steps_use_the_attention_of_one_token,
         nothing_leaks,
         graph_after_remapping,
         failing_copy,

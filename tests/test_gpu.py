@@ -20,6 +20,7 @@ SCENARIOS = [
     ["prefill_follows_the_copy"],
     ["sampled_tokens"],
     ["decode_attention"],
+    ["compiled_steps_use_the_attention_of_one_token"],
     ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
