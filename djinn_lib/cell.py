@@ -188,7 +188,8 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
             yield from _all_failed(begun, classify_error(error), f"could not start: {error}")
             return
         with journal.open("w") as lines:
-            for repeat, request in tqdm(list(_requests(begun)), desc=begun.cell.id, unit="req"):
+            requests = tqdm(list(_requests(begun)), desc=begun.cell.id, unit="req", mininterval=2)
+            for repeat, request in requests:
                 row = _serve(begun, system, repeat, request)
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()

@@ -92,9 +92,7 @@ class Grid:
         return found
 
 
-SMALL = Grid(
-    n_models=(3, 30), alpha=(0.0, 1.0, 1.9), share=(0.25, 0.5, 0.75, 0.95), n_requests=1500
-)
+SMALL = Grid((3, 30), alpha=(0.0, 1.0), share=(0.5, 0.97), n_requests=1000)
 FULL = Grid()
 GRIDS = {"small": SMALL, "full": FULL}
 QUEUED = tuple(
@@ -118,7 +116,8 @@ def run_study(
     """
     chosen = list(points)
     results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
-    return pd.DataFrame(tqdm(results, total=len(chosen), desc="study", unit="point"))
+    bar = tqdm(results, total=len(chosen), desc="study", unit="point", mininterval=5)
+    return pd.DataFrame(bar)
 
 
 def on_ray(
@@ -289,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "study")
     options = parser.parse_args(arguments)
-    begin_s = time.perf_counter()
+    begin_s, (commit, dirty) = time.perf_counter(), git_state(REPO)
     try:
         ensure_writable(options.out)
         points = [*GRIDS[options.grid].points(), *QUEUED]
@@ -298,7 +297,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_atomically(options.out / "points.parquet", lambda to: study.to_parquet(to, index=False))
-    commit, dirty = git_state(REPO)
     manifest = {
         "grid": asdict(GRIDS[options.grid]),
         "costs": asdict(_costs()),
