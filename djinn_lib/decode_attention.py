@@ -17,6 +17,8 @@ from torch.library import triton_op, wrap_triton
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from djinn_lib.errors import ConfigError
+
 NAME = "djinn_decode"
 # What implementations are told besides, and what the mask says already.
 _HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
@@ -94,7 +96,7 @@ def decode_attention(
     """What transformers calls in a layer; shapes as above.
 
     Raises:
-        NotImplementedError: the architecture asks for more than a softmax under a mask.
+        ConfigError: the architecture asks for more than a softmax under a mask.
     """
     nothing = (None, False)  # by identity: a tensor has no truth value
     more = [
@@ -104,7 +106,9 @@ def decode_attention(
     ]
     fits = query.shape[0] == query.shape[2] == 1 and key.shape[-1] == value.shape[-1]
     if more or dropout or attention_mask is None or attention_mask.dtype != torch.bool or not fits:
-        raise NotImplementedError(f"attention of one token under a mask, and nothing more: {more}")
+        raise ConfigError(
+            f"expected attention of one token under a bool mask, got also {more or 'other shapes'}"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attend_to_cache(query, key.contiguous(), value.contiguous(), attention_mask, scale)
     return out.transpose(1, 2), None
