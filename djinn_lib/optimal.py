@@ -101,7 +101,7 @@ def _checked_pages(
             raise TraceError(
                 f"expected a size for every model of the trace, got none for {model!r}"
             )
-        if sizes[model] < 1:
+        if not 1 <= sizes[model] < math.inf:  # nor may it be NaN
             raise CapacityError(f"expected a positive size, got {sizes[model]} for {model!r}")
         pages[model] = -(-sizes[model] // page_bytes)
         if pages[model] > capacity // page_bytes:

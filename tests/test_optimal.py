@@ -197,3 +197,9 @@ def test_least_cost_keeps_what_is_dear():
 def test_least_cost_refuses_costs_that_mean_nothing(cost):
     with pytest.raises(TraceError, match="a cost of 0 or more a byte for 'a'"):
         least_cost(["a"], {"a": 1}, 1, cost)
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -1, 0])
+def test_sizes_that_cannot_be_are_refused(size):
+    with pytest.raises(CapacityError, match=f"expected a positive size, got {size} for 'a'"):
+        optimal_bytes(["a"], {"a": size}, 10)
