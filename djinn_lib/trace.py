@@ -104,16 +104,10 @@ def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_
     """
     _check_zipf(n, alpha, models, seed, rate_per_s)
     generator = np.random.Generator(np.random.PCG64(seed))
-    weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
+    shares = _zipf_shares(alpha, len(models))
     arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
-    drawn = generator.choice(len(models), size=n, p=weights / weights.sum())
-    params = {
-        "n": n,
-        "alpha": alpha,
-        "models": list(models),
-        "seed": seed,
-        "rate_per_s": rate_per_s,
-    }
+    drawn = generator.choice(len(models), size=n, p=shares)
+    params = _zipf_params(n, alpha, models, seed, rate_per_s)
     return Trace("zipf", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
@@ -146,10 +140,8 @@ def session_trace(
             f"{visit_requests} and {n_visits}"
         )
     generator = np.random.Generator(np.random.PCG64(seed))
-    weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
-    new: Iterator[int] = iter(
-        generator.choice(len(models), size=n + n_visits, p=weights / weights.sum()).tolist()
-    )
+    shares = _zipf_shares(alpha, len(models))
+    new: Iterator[int] = iter(generator.choice(len(models), size=n + n_visits, p=shares).tolist())
     chosen = generator.integers(n_visits, size=n).tolist()
     ends = (generator.random(n) < 1 / visit_requests).tolist()
     arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
@@ -159,16 +151,27 @@ def session_trace(
         drawn.append(visits[visit])
         if over:
             visits[visit] = next(new)
-    params = {
+    params = _zipf_params(n, alpha, models, seed, rate_per_s)
+    params |= {"visit_requests": visit_requests, "n_visits": n_visits}
+    return Trace("sessions", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
+
+
+def _zipf_shares(alpha: float, n_models: int) -> np.ndarray:
+    """Share of the requests that each model gets, the most popular first."""
+    weights = np.arange(1, n_models + 1, dtype=float) ** -alpha
+    return weights / weights.sum()
+
+
+def _zipf_params(
+    n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float
+) -> dict[str, Any]:
+    return {
         "n": n,
         "alpha": alpha,
         "models": list(models),
         "seed": seed,
         "rate_per_s": rate_per_s,
-        "visit_requests": visit_requests,
-        "n_visits": n_visits,
     }
-    return Trace("sessions", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
 def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> None:
