@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, get_args
 
 from transformers import PreTrainedModel
@@ -13,6 +13,7 @@ from djinn_lib.recording import Wait
 from djinn_lib.sampling import Sampling
 
 Decode = Literal["eager", "graph", "compiled"]
+Proceed = Callable[[], None]
 
 
 class Decoder(Protocol):
@@ -41,8 +42,12 @@ class Decoder(Protocol):
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         wait: Wait = ...,
+        proceed: Proceed | None = None,
     ) -> Tokens:
-        """Continue a prompt, calling `wait(end_byte)` before weights up to there are read."""
+        """Continue a prompt, calling `wait(end_byte)` before weights up to there are read.
+
+        `proceed` is called for each token; what it raises ends the generation.
+        """
         ...
 
 
@@ -68,9 +73,10 @@ class EagerDecoder:
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         wait: Wait = lambda end_byte: None,
+        proceed: Proceed | None = None,
     ) -> Tokens:
         """Continue a prompt."""
-        return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos, sampling)
+        return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos, sampling, proceed)
 
 
 def parse_decode(decode: str) -> Decode:

@@ -6,35 +6,36 @@ model's virtual addresses once, and each unit of the model waits for its bytes b
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
-from djinn_lib.errors import ConfigError
-from djinn_lib.generate import Generation, hold_back
-from djinn_lib.models import ModelSpec, Unit, bind, pack
+from djinn_lib.catalog import Catalog, check_decoding
+from djinn_lib.decoder import Decode
+from djinn_lib.generate import Generation
+from djinn_lib.models import ModelSpec
 from djinn_lib.pager import Pager
-from djinn_lib.policy import Policy
-from djinn_lib.recorded_decoder import make_decoder
-from djinn_lib.recording import Recorder
+from djinn_lib.pending import PendingGeneration, Request
+from djinn_lib.policy import Lookahead, Oracle, Policy, make_policy
+from djinn_lib.request_queue import Order, RequestQueue
 from djinn_lib.ring import Residency
 from djinn_lib.sampling import Sampling
-from djinn_lib.served import ServedModel
+from djinn_lib.server import Server
 from djinn_lib.sources import open_source
 from djinn_lib.swap_pool import SwapPool
+from djinn_lib.turns import Ticket
 from djinn_lib.units import parse_bytes
 
 DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-DEFAULT_DECODE = {"cuda": "compiled"}
-MIN_MODEL_LEN = 8
+DEFAULT_DECODE: dict[str, Decode] = {"cuda": "compiled"}
 
 
 class Djinn:
@@ -54,6 +55,10 @@ class Djinn:
             eagerly, with a warning.
         max_model_len: tokens of a prompt and its continuation together, where decoding is not
             eager; device memory for keys and values is set aside for as many.
+        order: of requests that wait: "fifo", or "affinity", which serves the oldest one whose model
+            is resident first.
+        max_overtaken: with "affinity", by how many later requests one is overtaken at most.
+        lookahead: while one request computes, load what the next ones miss.
         progress: told what a longer step of `add` is doing.
 
     Raises:
@@ -72,28 +77,34 @@ class Djinn:
         overlap: bool = True,
         decode: Decode | None = None,
         max_model_len: int = 512,
+        order: Order = "fifo",
+        max_overtaken: int = 8,
+        lookahead: bool = True,
         progress: Callable[[str], None] = print,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if page is None:
             page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
-        self.overlap = overlap
-        self.decode: Decode = parse_decode(
-            decode or ("compiled" if self.device.type == "cuda" else "eager")
-        )
-        if max_model_len < MIN_MODEL_LEN:
-            raise ConfigError(
-                f"expected max_model_len of at least {MIN_MODEL_LEN} tokens, got {max_model_len}"
-            )
-        self.max_model_len = max_model_len
-        self._progress = progress
+        decode = decode or DEFAULT_DECODE.get(self.device.type, "eager")
+        check_decoding(decode, max_model_len)
+        queue = RequestQueue[Ticket](order, max_overtaken)
         self._pool = SwapPool(pin=self.device.type == "cuda")
+        chosen = make_policy(policy)
+        if lookahead and not isinstance(chosen, Lookahead | Oracle):
+            chosen = Lookahead(chosen)
         self._pager = Pager(
-            self._pool, parse_bytes(capacity), parse_bytes(page), self.device, policy, residency
+            self._pool, parse_bytes(capacity), parse_bytes(page), self.device, chosen, residency
         )
-        self._recorder = Recorder(self.device)
-        self._models: dict[str, ServedModel] = {}
-        self._turn = threading.RLock()  # one computation at a time
+        self._server = Server(self._pager, queue, overlap, lookahead)
+        self._models = Catalog(
+            self._pool,
+            self._pager,
+            self._server.turn,
+            self.device,
+            decode,
+            max_model_len,
+            progress,
+        )
 
     # -- models ----------------------------------------------------------------------------
 
@@ -120,27 +131,12 @@ class Djinn:
 
         Raises:
             CheckpointError: weights are missing, truncated, corrupt, pickled or quantised.
-            CapacityError: the model alone is larger than the ring, or the host is full.
+            CapacityError: the host is full, or the model is larger than the ring and so are its two
+                largest layers in a row.
             ConfigError: the name is taken, or the architecture cannot be used.
         """
-        if name in self._models:
-            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
-        opened = open_source(source, dtype, revision, trust_remote_code)
-        module = opened.module
-        layout, units = pack(module)
-        device_bytes = self._pager.add(name, layout.n_bytes)  # first: a refusal costs no reading
-        try:
-            self._pool.add(name, layout, opened.fill)
-            bind(module, layout.views(device_bytes), self.device)
-            hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
-            decoder = self._make_decoder(name, module, units, self.decode)
-        except BaseException:
-            self._pager.remove(name)
-            self._pool.discard(name)
-            raise
-        self._models[name] = ServedModel(
-            name, module, units, layout.n_bytes, opened.tokenizer, decoder
-        )
+        self._models.ensure_new(name)
+        self._models.add(name, open_source(source, dtype, revision, trust_remote_code))
 
     def set_decode(self, name: str, decode: Decode) -> Decode:
         """Change how one model decodes from now on; see the class.
@@ -148,28 +144,7 @@ class Djinn:
         Returns:
             How it does, which is a slower way where its architecture allows nothing else.
         """
-        model = self._known(name)
-        with self._turn:
-            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
-            model.decoder.close()
-            model.decoder = decoder
-        return decoder.mode
-
-    def _make_decoder(
-        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
-    ) -> Decoder:
-        if decode == "eager":
-            return EagerDecoder(module)
-        with self._turn, self._pager.lease(name):
-            self._pager.finish(name)
-            return make_decoder(
-                decode,
-                module,
-                units,
-                self.max_model_len,
-                self._recorder,
-                lambda step: self._progress(f"{name}: {step}"),
-            )
+        return self._models.set_decode(name, decode)
 
     def remove(self, name: str) -> None:
         """Forget a model and free its frames, its addresses and its master copy.
@@ -177,19 +152,7 @@ class Djinn:
         Raises:
             LeaseError: somebody is using it.
         """
-        model = self._known(name)
-        self._pager.remove(name)
-        self._pool.discard(name)
-        del self._models[name]
-        model.decoder.close()
-
-    def _known(self, name: str) -> ServedModel:
-        if name not in self._models:
-            raise ConfigError(
-                f"expected one of the models {list(self._models)}, got {name!r}: "
-                "add it with djinn.add(name, source)"
-            )
-        return self._models[name]
+        self._models.remove(name)
 
     # -- requests --------------------------------------------------------------------------
 
@@ -207,6 +170,9 @@ class Djinn:
     ) -> Generation:
         """Continue a prompt.
 
+        Safe to be called from many threads: requests wait for each other. See `submit` and
+        `agenerate` for callers that do not want to wait.
+
         Args:
             name: which model.
             prompt: text, for a model with a tokenizer, or token ids.
@@ -218,23 +184,50 @@ class Djinn:
             ConfigError: unknown model, or a prompt that it cannot take.
             DjinnError: the weights could not be copied; the request can be tried again.
         """
-        model = self._known(name)
         sampling = Sampling(temperature, top_k, top_p, seed)
-        ids = model.prompt_ids(prompt, max_new_tokens)  # first: a refusal loads nothing
+        request = self._request(name, prompt, max_new_tokens, ignore_eos, sampling)
+        return self._server.generate(self._models[name], request)
+
+    def submit(
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> PendingGeneration:
+        """Queue what `generate` does, and return at once; a thread of this object serves it.
+
+        Returns:
+            A future: `result()` waits for the `Generation`, `cancel()` gives the request up.
+        """
+        request = self._request(name, prompt, max_new_tokens, ignore_eos, Sampling(**sampling))
+        return self._server.submit(self._models[name], request)
+
+    async def agenerate(
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        **sampling: Any,
+    ) -> Generation:
+        """`generate` for asyncio; cancelling the task gives the request up."""
+        pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
+        return await asyncio.wrap_future(pending)
+
+    def _request(
+        self,
+        name: str,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        ignore_eos: bool,
+        sampling: Sampling,
+    ) -> Request:
+        """Check a request before anything waits or is loaded for it."""
         begin_s = time.perf_counter()
-        with self._turn, self._pager.lease(name) as lease:
-            if not self.overlap:
-                self._pager.wait(name, model.n_bytes)
-            lead_s = time.perf_counter() - begin_s
-            tokens = model.decoder.generate(
-                ids,
-                max_new_tokens,
-                ignore_eos,
-                sampling,
-                lambda end_byte: self._pager.wait(name, end_byte),
-            )
-        text = model.text(tokens.token_ids)
-        return Generation.of(tokens, text, lease, lead_s)
+        ids = self._models[name].prompt_ids(prompt, max_new_tokens)
+        return Request(name, ids, max_new_tokens, ignore_eos, sampling, begin_s)
 
     def tokenize(self, name: str, text: str) -> list[int]:
         """Return the token ids of `text`.
@@ -242,7 +235,7 @@ class Djinn:
         Raises:
             ConfigError: the model has no tokenizer.
         """
-        return self._known(name).tokenize(text)
+        return self._models[name].tokenize(text)
 
     @contextmanager
     def lease(self, name: str) -> Iterator[PreTrainedModel]:
@@ -250,10 +243,10 @@ class Djinn:
 
         Inside the block the model can be used in any way; outside it refuses to run.
         """
-        model = self._known(name)
-        with self._turn, self._pager.lease(name):
-            if not self.overlap:
-                self._pager.wait(name, model.n_bytes)
+        model = self._models[name]
+        with self._server.turn(name), self._pager.lease(name):
+            if not self._server.overlap:
+                self._pager.wait_whole(name)
             yield model.module
 
     def wait(self, name: str) -> None:
@@ -271,8 +264,17 @@ class Djinn:
         Raises:
             LeaseError: somebody is using it.
         """
-        self._known(name)
+        self._models[name]
         return self._pager.evict(name)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether computation starts while later layers still load; may be changed."""
+        return self._server.overlap
+
+    @overlap.setter
+    def overlap(self, overlap: bool) -> None:
+        self._server.overlap = overlap
 
     # -- state -----------------------------------------------------------------------------
 
@@ -289,7 +291,7 @@ class Djinn:
     @property
     def kv_cache_bytes(self) -> int:
         """Device memory set aside for keys and values, beside the ring."""
-        return sum(model.decoder.kv_cache_bytes for model in self._models.values())
+        return sum(model.decoder.kv_cache_bytes for model in self._models)
 
     @property
     def pool(self) -> SwapPool:
@@ -301,15 +303,15 @@ class Djinn:
         ring = self._pager.ring
         return pd.DataFrame(
             [
-                (name, model.n_bytes, self._pager.resident_bytes(name), ring.n_resident(name))
-                for name, model in self._models.items()
+                (m.name, m.n_bytes, self._pager.resident_bytes(m.name), ring.n_resident(m.name))
+                for m in self._models
             ],
             columns=["model", "bytes", "resident_bytes", "frames"],
         )
 
     def sha256(self, name: str) -> str:
         """Hash of a model's master copy in packing order."""
-        self._known(name)
+        self._models[name]
         return self._pool.sha256(name)
 
     def check(self) -> None:
@@ -321,10 +323,12 @@ class Djinn:
         self._pager.check()
 
     def close(self) -> None:
-        """Release all device and host memory; models lent before must not be used any more."""
+        """Release all device and host memory; models lent before must not be used any more.
+
+        The request that is being served comes to its end; those that wait fail.
+        """
+        self._server.close()
         self._pager.close()  # first: it waits for what the device still does
-        for model in self._models.values():
-            model.decoder.close()
         self._models.clear()
         self._pool.close()
 

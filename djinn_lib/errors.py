@@ -37,3 +37,7 @@ class PlatformError(DjinnError, RuntimeError):
 
 class LeaseError(DjinnError, RuntimeError):
     """A lease was used after its release, or a leased model was to be changed."""
+
+
+class RequestCancelled(DjinnError, RuntimeError):
+    """A request was given up while it was being served."""

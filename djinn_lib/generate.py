@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.errors import ConfigError
@@ -36,10 +37,11 @@ class Tokens:
 class Generation:
     """What one request gave and cost.
 
-    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `stall_ms` is the
-    time that the computation waited for them, `switch_ms` that and the time to evict and map.
-    `ttft_ms` and `total_ms` count from the call to the first and the last new token; `decode_ms`
-    is the time between the two. `text` is None for a model without a tokenizer.
+    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `prefetched_bytes` is
+    what was loaded before the request had its turn. `queue_ms` is the time until then; `stall_ms`
+    the time that the computation waited for weights, `switch_ms` that and the time to evict and
+    map. `ttft_ms` and `total_ms` count from the call to the first and the last new token;
+    `decode_ms` is the time between the two. `text` is None for a model without a tokenizer.
     """
 
     token_ids: tuple[int, ...]
@@ -47,6 +49,8 @@ class Generation:
     loaded_bytes: int
     evicted_bytes: int
     resident_before_bytes: int
+    prefetched_bytes: int
+    queue_ms: float
     stall_ms: float
     switch_ms: float
     ttft_ms: float
@@ -54,14 +58,18 @@ class Generation:
     total_ms: float
 
     @classmethod
-    def of(cls, tokens: Tokens, text: str | None, lease: Lease, lead_s: float) -> Generation:
-        """Add up a request: `lead_s` seconds passed before the generation of `tokens` began."""
+    def of(
+        cls, tokens: Tokens, text: str | None, lease: Lease, queue_s: float, lead_s: float
+    ) -> Generation:
+        """Add up a request: `lead_s` seconds, the queue included, passed before its computation."""
         return cls(
             tokens.token_ids,
             text,
             lease.loaded_bytes,
             lease.evicted_bytes,
             lease.resident_before_bytes,
+            lease.prefetched_bytes,
+            queue_ms=queue_s * 1e3,
             stall_ms=lease.stall_s * 1e3,
             switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
             ttft_ms=(lead_s + tokens.first_s) * 1e3,
@@ -113,6 +121,18 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_new_tokens: int)
     return ids
 
 
+class _Proceed(StoppingCriteria):
+    """Asks after each token whether to go on; whoever says no raises."""
+
+    def __init__(self, proceed: Callable[[], None]) -> None:
+        self._proceed = proceed
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Called with the sequence so far; returns which sequences have ended: none."""
+        self._proceed()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 class _FirstToken(BaseStreamer):
     """Notes when the first new token is known; `generate` reports the prompt before it."""
 
@@ -136,6 +156,7 @@ def generate_eager(
     max_new_tokens: int,
     ignore_eos: bool = False,
     sampling: Sampling | None = None,
+    proceed: Callable[[], None] | None = None,
 ) -> Tokens:
     """Decode with `model.generate`.
 
@@ -145,6 +166,7 @@ def generate_eager(
         max_new_tokens: upper limit of new tokens; with `ignore_eos` exactly as many.
         ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
         sampling: how to choose tokens; default is the most likely one.
+        proceed: called after each token; what it raises ends the generation.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
@@ -162,6 +184,7 @@ def generate_eager(
             eos_token_id=None if ignore_eos else list(eos_ids(model)) or None,
             pad_token_id=0,
             streamer=clock,
+            stopping_criteria=StoppingCriteriaList([_Proceed(proceed)] if proceed else []),
             **_options(sampling),
         )
     new_ids = tuple(output[0, len(ids) :].tolist())

@@ -5,31 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-from djinn_lib.copier import Load
-
 
 class Lease:
     """The right to use a model; while it is held, no page of the model is evicted.
 
-    `resident_before_bytes`, `loaded_bytes` and `evicted_bytes` tell what granting it took;
-    `plan_s` is the time that evicting and mapping took, in seconds. When the lease started a copy,
-    `load` is it.
+    `resident_before_bytes`, `evicted_bytes` and `loaded_bytes` tell what granting it took, what was
+    loaded ahead for it included; `prefetched_bytes` is that part. `plan_s` is the time that
+    evicting and mapping took, in seconds.
     """
 
     def __init__(self, model: str, give_back: Callable[[str], None]) -> None:
         self.model = model
         self.resident_before_bytes = 0
-        self.loaded_bytes = 0
+        self.prefetched_bytes = 0
+        self.mapped_bytes = 0
         self.evicted_bytes = 0
         self.plan_s = 0.0
-        self.load: Load | None = None
+        self.stalled_s: Callable[[], float] = lambda: 0.0
+        self.streamed_bytes: Callable[[], int] = lambda: 0
         self._give_back = give_back
         self._held = True
 
     @property
+    def loaded_bytes(self) -> int:
+        """Bytes copied for this lease: ahead of it, when it began, and for each forward pass."""
+        return self.prefetched_bytes + self.mapped_bytes + self.streamed_bytes()
+
+    @property
     def stall_s(self) -> float:
-        """Seconds that computations waited for the copy that this lease started."""
-        return self.load.stall_s if self.load else 0.0
+        """Seconds that computations under this lease waited for copies."""
+        return self.stalled_s()
 
     def release(self) -> None:
         """Give the lease back; the pages stay until somebody else needs the frames."""

@@ -11,38 +11,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from djinn_lib.address_space import AddressSpace, Range, open_address_space
-from djinn_lib.copier import Copier, Load, open_copier
+from djinn_lib.address_space import AddressSpace, open_address_space
+from djinn_lib.copier import Copier, open_copier
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
 from djinn_lib.lease import Lease
+from djinn_lib.page_source import PageSource
+from djinn_lib.paged_model import PagedModel
 from djinn_lib.policy import Policy, make_policy
 from djinn_lib.ring import Extent, Residency, Ring
+from djinn_lib.streaming import Window
 from djinn_lib.units import format_bytes
-
-LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
-
-
-class PageSource(Protocol):
-    """Where pages come from: host memory today; disk or a neighbour's GPU fit behind this."""
-
-    def page_source(self, model: str) -> torch.Tensor:
-        """The packed bytes of `model` (1-d uint8)."""
-        ...
-
-
-@dataclass
-class _Paged:
-    """What the pager knows of one model."""
-
-    n_bytes: int
-    area: Range
-    view: torch.Tensor
 
 
 class Pager:
@@ -75,38 +58,39 @@ class Pager:
         self.ring = _sized_ring(capacity_bytes, page_bytes, residency)
         self.space: AddressSpace = open_address_space(device, self.ring.n_frames, page_bytes)
         self.copier: Copier = open_copier(device)
-        self._models: dict[str, _Paged] = {}
-        self._fences: dict[str, Callable[[], None]] = {}  # the last use of each model
-        self._loads: dict[str, Load] = {}  # copies in flight, or failed and not yet rolled back
+        self._models: dict[str, PagedModel] = {}
         self._lock = threading.RLock()
+        source.when_reused(self._finish_copies)
 
     @property
     def capacity_bytes(self) -> int:
         """Size of all frames together in bytes."""
         return self.ring.n_frames * self.page_bytes
 
-    def add(self, model: str, n_bytes: int) -> torch.Tensor:
+    def add(self, model: str, n_bytes: int, unit_ends: Sequence[int] = ()) -> torch.Tensor:
         """Reserve addresses for a model and return them as a 1-d uint8 tensor, for life.
 
+        Args:
+            model: its name.
+            n_bytes: its size.
+            unit_ends: the first byte after each of its units, for a model larger than the ring.
+
         Raises:
-            CapacityError: the model alone is larger than the ring.
+            CapacityError: it is larger than the ring, and its two largest units in a row as well.
         """
-        n_pages = -(-n_bytes // self.page_bytes)
-        if n_pages > self.ring.n_frames:
-            raise CapacityError(
-                f"expected a model of at most {format_bytes(self.capacity_bytes)} (the ring's "
-                f"{self.ring.n_frames} frames), got {model!r} with {format_bytes(n_bytes)}: "
-                "raise the capacity"
-            )
+        window = None
+        if n_bytes > self.capacity_bytes:
+            window = Window.plan(unit_ends or [n_bytes], self.ring.n_frames, self.page_bytes)
         with self._lock:
+            n_pages = window.n_frames if window else -(-n_bytes // self.page_bytes)
             self.ring.add(model, n_pages)
             try:
-                area = self.space.reserve(n_pages)
+                paged = PagedModel(model, n_bytes, window, self.space, self.copier, self._source)
             except BaseException:
                 self.ring.remove(model)
                 raise
+            self._models[model] = paged
             self.policy.admit(model, n_pages, self.ring.n_frames)
-            paged = self._models[model] = _Paged(n_bytes, area, self.space.bytes_view(area))
             return paged.view
 
     def remove(self, model: str) -> None:
@@ -115,9 +99,7 @@ class Pager:
             self._settle()
             self.ring.remove(model)
             self.policy.forget(model)
-            self._fence(model)
-            self._fences.pop(model, None)
-            self.space.release(self._models.pop(model).area)
+            self._models.pop(model).release()
 
     def evict(self, model: str) -> int:
         """Unmap all pages of an unleased model; returns their bytes.
@@ -129,7 +111,9 @@ class Pager:
             self._settle()
             n_bytes = self.resident_bytes(model)
             extent = self.ring.evict(model, self.ring.n_resident(model))
-            self._unmap(model, 0, len(extent.frames))
+            self._models[model].finish_use()
+            self._models[model].unmap(0, len(extent.frames))
+            self._models[model].prefetched_bytes = 0
             return n_bytes
 
     def lease(self, model: str) -> Lease:
@@ -143,59 +127,105 @@ class Pager:
         """
         lease = Lease(model, self._release)
         begin_s = time.perf_counter()
-        with self._lock:
-            self._settle(model)
-            lease.resident_before_bytes = self.resident_bytes(model)
-            evicted = self._make_room(model)
-            lease.evicted_bytes = sum(self._extent_bytes(extent) for extent in evicted)
-            try:
-                missing = self.ring.map_missing(model)
-                if missing.frames:
-                    lease.load = self._start_load(model, missing)
-            finally:  # after the copies began: for a moment a frame has two addresses
-                for extent in evicted:
-                    area = self._models[extent.model].area
-                    self.space.unmap(area, extent.first_page, len(extent.frames))
-            lease.loaded_bytes = self._extent_bytes(missing)
+        with self._held(model):
+            paged = self._models[model]
+            lease.prefetched_bytes = paged.prefetched_bytes
+            resident_bytes = self.resident_bytes(model)
+            lease.resident_before_bytes = max(0, resident_bytes - paged.prefetched_bytes)
+            evicted = self._load(model, self.ring.n_missing(model))
+            lease.mapped_bytes = self.resident_bytes(model) - resident_bytes
+            lease.evicted_bytes = paged.evicted_for_it_bytes + evicted
+            paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
+            lease.stalled_s, lease.streamed_bytes = paged.begin_clock()
+            if paged.window:  # it reads its master as long as it runs
+                self._source.hold(model)
             self.ring.lease(model)
             self.policy.touch(model, time.monotonic())
         lease.plan_s = time.perf_counter() - begin_s
         return lease
 
+    def prefetch(self, model: str, spare: Collection[str] = ()) -> int:
+        """Load what can be loaded of a model without taking pages from leased or spared ones.
+
+        Without a lease nothing is done: then the frames are for the lease that comes next.
+
+        Args:
+            model: that will be leased soon.
+            spare: models that keep their pages, since they will be leased sooner.
+
+        Returns:
+            How many bytes are on their way.
+        """
+        spared = frozenset(spare)
+        with self._held(model):
+            paged, before = self._models[model], self.resident_bytes(model)
+            if not self.ring.any_leased:
+                return 0
+            evicted = self._load(model, self.ring.n_loadable(model, spared), spared)
+            n_bytes = self.resident_bytes(model) - before
+            paged.prefetched_bytes += n_bytes
+            paged.evicted_for_it_bytes += evicted
+            return n_bytes
+
+    def expect(self, upcoming: Sequence[str]) -> None:
+        """Tell the policy which models will be leased next, the first one first."""
+        with self._lock:
+            self.policy.expect(upcoming)
+
     def wait(self, model: str, end_byte: int) -> None:
         """Hold the caller's computation until the first `end_byte` bytes of `model` are there.
+
+        Of a model larger than the ring, until the unit is there that ends with them.
 
         Raises:
             LeaseError: the model holds no lease, so its pages may be gone.
             DjinnError: the copy failed.
         """
-        if not self.ring.is_leased(model):
-            raise LeaseError(
-                f"expected a lease on {model!r} while its weights are used, got none: "
-                "use the model inside `with djinn.lease(name) as model:`"
-            )
-        if load := self._loads.get(model):
-            load.wait(end_byte)
-        if end_byte > self.resident_bytes(model):
-            raise DjinnError(
-                f"expected {end_byte} resident bytes of {model!r}, got "
-                f"{self.resident_bytes(model)}: their copy failed; try the request again"
-            )
+        paged = self._models[model]
+        self._wait_stable(paged, end_byte)
+        if paged.streamed:
+            paged.streamed.wait(end_byte)
+
+    def wait_whole(self, model: str) -> None:
+        """Like `wait`, for all that stays on the device while the model is leased."""
+        self._wait_stable(self._models[model], self._models[model].n_bytes)
 
     def finish(self, model: str) -> None:
-        """Block the host until all of `model` is on the device; `wait` need not block it.
+        """Block the host until that is on the device; `wait` need not block it.
 
         Raises:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        if load := self._loads.get(model):
+        for load in tuple(self._models[model].loads):
             load.finish()
-        self.wait(model, self.n_bytes(model))
+        self.wait_whole(model)
+
+    def _wait_stable(self, paged: PagedModel, end_byte: int) -> None:
+        if not self.ring.is_leased(paged.name):
+            raise LeaseError(
+                f"expected a lease on {paged.name!r} while its weights are used, got none: "
+                "use the model inside `with djinn.lease(name) as model:`"
+            )
+        paged.wait(end_byte)
+        n_bytes = min(end_byte, paged.bytes_of(0, paged.n_stable_pages))
+        if n_bytes > (n_resident_bytes := self.resident_bytes(paged.name)):
+            raise DjinnError(
+                f"expected {n_bytes} resident bytes of {paged.name!r}, got {n_resident_bytes}: "
+                "their copy failed; try the request again"
+            )
+
+    def is_streamed(self, model: str) -> bool:
+        """Whether a model is larger than the ring, so that its layers take turns."""
+        return self._models[model].window is not None
+
+    def is_resident(self, model: str) -> bool:
+        """Whether a model is whole on the device or on its way; takes no lock."""
+        return model in self.ring and not self.ring.n_missing(model)
 
     def resident_bytes(self, model: str) -> int:
         """Bytes of `model` that are mapped; the last page counts what the model fills of it."""
-        return min(self.ring.n_resident(model) * self.page_bytes, self._models[model].n_bytes)
+        return self._models[model].bytes_of(0, self.ring.n_resident(model))
 
     def n_bytes(self, model: str) -> int:
         """Bytes of `model`, resident or not."""
@@ -208,16 +238,27 @@ class Pager:
             AssertionError: naming the model and the first byte that differs.
         """
         with self._lock:
-            for load in self._loads.values():
-                load.finish()
+            for paged in self._models.values():
+                paged.finish_copies()
             self._settle()
             self.ring.check()
-            for model, paged in self._models.items():
-                n_bytes = self.resident_bytes(model)
-                held, master = paged.view[:n_bytes].cpu(), self._source.page_source(model)[:n_bytes]
+            for model in self._models:
+                self._check_bytes(model)
+
+    def _check_bytes(self, model: str) -> None:
+        n_bytes, view = self.resident_bytes(model), self._models[model].view
+        if not n_bytes:
+            return
+        self._source.hold(model)
+        try:
+            for begin in range(0, n_bytes, self.page_bytes):
+                end = min(begin + self.page_bytes, n_bytes)
+                held, master = view[begin:end].cpu(), self._source.read(model, begin, end)
                 if not torch.equal(held, master):
-                    first = int((held != master).int().argmax())
+                    first = begin + int((held != master).int().argmax())
                     raise AssertionError(f"{model!r} differs from its master at byte {first}")
+        finally:
+            self._source.let_go(model)
 
     def close(self) -> None:
         """Finish copies and release all device memory. Tensors over it must not be used again."""
@@ -226,86 +267,82 @@ class Pager:
             self._models.clear()
             self.space.close()
 
-    # -- steps of a lease, under the lock --------------------------------------------------
+    # -- steps of a lease --------------------------------------------------------------------
+
+    @contextmanager
+    def _held(self, model: str) -> Iterator[None]:
+        """Take the lock, with all that is missing of a model in host memory.
+
+        Reading it from disk can take seconds, in which others must be able to use the pager; while
+        it is being read the model may lose more pages, so that is looked up again.
+        """
+        held = False
+        try:
+            while True:
+                with self._lock:
+                    self._settle(model)
+                    if held or not (self.ring.n_missing(model) or self.is_streamed(model)):
+                        yield
+                        return
+                self._source.hold(model)
+                held = True
+        finally:
+            if held:
+                self._source.let_go(model)
 
     def _settle(self, wanted: str | None = None) -> None:
-        """Bring the ring in step with the copies, so that every page it lists has its bytes.
+        """Bring the ring in step with the copies, so that every page it lists has its bytes."""
+        for model, paged in self._models.items():
+            paged.forget_ended()
+            if paged.loads and (model == wanted or not self.ring.is_leased(model)):
+                good_bytes = paged.good_bytes()
+                if good_bytes is not None:
+                    self._roll_back(model, good_bytes)
 
-        Only a copy that somebody still waits for may stay in flight: frames under a copy whose
-        lease was given up early (an exception, say) must not go to another model.
-        """
-        for model, load in list(self._loads.items()):
-            leased = self.ring.is_leased(model)
-            if not leased:
-                load.finish()
-            if load.error and (model == wanted or not leased):
-                self._roll_back(model, load.good_bytes)
-                del self._loads[model]
-            elif load.ended and not load.error:
-                del self._loads[model]
-
-    def _make_room(self, model: str) -> list[Extent]:
-        """Take frames from others, and wait until the work that read them is done."""
-        evicted = self.ring.make_room(model, self.policy)
+    def _load(self, model: str, n_pages: int, spare: frozenset[str] = frozenset()) -> int:
+        """Take frames from others, map and start to copy; returns the bytes that others lost."""
+        evicted = self.ring.make_room(model, self.policy, n_pages, spare)
         for extent in evicted:
-            self._fence(extent.model)
-        return evicted
-
-    def _fence(self, model: str) -> None:
-        """Wait for the last use of a model, which is long past as a rule."""
-        if fence := self._fences.get(model):
-            fence()
-
-    def _unmap(self, model: str, first_page: int, n_pages: int) -> None:
-        if n_pages:
-            self._fence(model)
-        self.space.unmap(self._models[model].area, first_page, n_pages)
-
-    def _start_load(self, model: str, extent: Extent) -> Load:
-        source, first_byte = self._source.page_source(model), extent.first_page * self.page_bytes
-        mapped = self._map(model, extent)
-        view = self._models[model].view
+            self._models[extent.model].finish_use()
         try:
-            load = self.copier.start(source, view, first_byte, self.page_bytes, mapped)
-        except BaseException:
-            self.ring.roll_back(model, len(extent.frames))
-            self.space.unmap(self._models[model].area, extent.first_page, len(extent.frames))
-            raise
-        self._loads[model] = load
-        return load
-
-    def _map(self, model: str, extent: Extent) -> Iterator[int]:
-        """Map the pages of an extent in batches, and give the size of each batch.
-
-        A batch is mapped while earlier ones are copied. The first is one page, so that the link is
-        idle for no longer than that; the next ones double, since a call to the driver has a price.
-        """
-        area, begin, n_pages = self._models[model].area, 0, 1
-        while begin < len(extent.frames):
-            frames = extent.frames[begin : begin + n_pages]
-            self.space.map(area, extent.first_page + begin, frames)
-            yield len(frames)
-            begin, n_pages = begin + len(frames), min(2 * n_pages, LARGEST_BATCH)
+            if n_pages:
+                missing = self.ring.map_missing(model, n_pages)
+                try:
+                    self._models[model].load(missing)
+                except BaseException:
+                    self.ring.roll_back(model, n_pages)
+                    raise
+        finally:  # after the copies began: for a moment a frame has two addresses
+            for extent in evicted:
+                self._models[extent.model].unmap(extent.first_page, len(extent.frames))
+        return sum(self._extent_bytes(extent) for extent in evicted)
 
     def _roll_back(self, model: str, good_bytes: int) -> None:
         """Take back the pages that a failed copy left without their bytes."""
-        n_good = good_bytes // self.page_bytes
-        n_bad = self.ring.n_resident(model) - n_good
+        paged, n_good = self._models[model], good_bytes // self.page_bytes
+        n_bad = max(0, self.ring.n_resident(model) - n_good)
         self.ring.roll_back(model, n_bad)
-        self._unmap(model, n_good, n_bad)
+        paged.finish_use()
+        paged.unmap(n_good, n_bad)
+        paged.loads.clear()
+        paged.prefetched_bytes = min(paged.prefetched_bytes, self.resident_bytes(model))
 
     def _release(self, model: str) -> None:
         with self._lock:
-            self._fences[model] = self.copier.fence()
+            paged = self._models[model]
+            paged.note_use(self.copier.fence())
             self.ring.release(model)
-            if model in self._loads and self._loads[model].ended:
-                self._settle()
+            if paged.window:
+                self._source.let_go(model)
+            self._settle()
+
+    def _finish_copies(self, model: str) -> None:
+        if paged := self._models.get(model):
+            paged.finish_copies()
 
     def _extent_bytes(self, extent: Extent) -> int:
         """Bytes of the model in an extent: whole pages, but for the model's last one."""
-        begin = extent.first_page * self.page_bytes
-        end = begin + len(extent.frames) * self.page_bytes
-        return max(0, min(end, self._models[extent.model].n_bytes) - begin)
+        return self._models[extent.model].bytes_of(extent.first_page, len(extent.frames))
 
 
 def _sized_ring(capacity_bytes: int, page_bytes: int, residency: Residency) -> Ring:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.compiling import CompiledUnits, attentions
-from djinn_lib.decoder import Decode, Decoder, EagerDecoder
+from djinn_lib.decoder import Decode, Decoder, EagerDecoder, Proceed
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.generate import Tokens, eos_ids
 from djinn_lib.kv_cache import KvCache
@@ -167,6 +167,7 @@ class RecordedDecoder:
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
         wait: Wait = lambda end_byte: None,
+        proceed: Proceed | None = None,
     ) -> Tokens:
         """Continue a prompt whose ids and length have been checked.
 
@@ -179,6 +180,7 @@ class RecordedDecoder:
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
             wait: called before a piece runs that needs weights up to a byte.
+            proceed: called before each step; what it raises ends the generation.
         """
         begin_s = time.perf_counter()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
@@ -188,6 +190,8 @@ class RecordedDecoder:
         with torch.no_grad():
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
+                if proceed:
+                    proceed()
                 if n_submitted == 1:
                     self._prefills[self._prefill_length(len(prompt_ids))].replay(wait)
                 else:

@@ -107,6 +107,11 @@ class Ring:
         """Whether a lease protects the pages of `model` from eviction."""
         return self._leases[self._known(model)] > 0
 
+    @property
+    def any_leased(self) -> bool:
+        """Whether any model holds a lease."""
+        return any(self._leases.values())
+
     def _known(self, model: str) -> str:
         if model not in self._n_pages:
             raise ConfigError(
@@ -156,37 +161,55 @@ class Ring:
 
     # -- eviction and mapping --------------------------------------------------------------
 
-    def n_evictable(self, model: str) -> int:
-        """Number of frames that other, unleased models hold."""
-        return sum(len(self._tables[victim]) for victim in self._candidates(model))
+    def n_evictable(self, model: str, spare: frozenset[str] = frozenset()) -> int:
+        """Number of frames that other, unleased models hold, those to `spare` left out."""
+        return sum(len(self._tables[victim]) for victim in self._candidates(model, spare))
 
     def can_load(self, model: str) -> bool:
         """Whether every missing page of `model` could be mapped, evicting if need be."""
-        return self.n_missing(model) <= self.n_free + self.n_evictable(model)
+        return self.n_missing(model) <= self.n_loadable(model)
 
-    def make_room(self, model: str, policy: VictimOrder) -> list[Extent]:
-        """Evict until every missing page of `model` has a free frame.
+    def n_loadable(self, model: str, spare: frozenset[str] = frozenset()) -> int:
+        """How many missing pages of `model` could be mapped without a page of `spare`."""
+        return min(self.n_missing(model), self.n_free + self.n_evictable(model, spare))
+
+    def make_room(
+        self,
+        model: str,
+        policy: VictimOrder,
+        n_pages: int | None = None,
+        spare: frozenset[str] = frozenset(),
+    ) -> list[Extent]:
+        """Evict until missing pages of `model` have free frames.
 
         Returns the evicted extents, each the tail of its victim. When there is not enough to
         evict, nothing changes.
 
+        Args:
+            model: to be loaded.
+            policy: orders the victims.
+            n_pages: how many of the missing pages; default all of them.
+            spare: models that keep their pages, leased or not.
+
         Raises:
             CapacityError: leases hold too many frames.
         """
-        if not self.can_load(model):
+        n_pages = self.n_missing(model) if n_pages is None else n_pages
+        n_evictable = self.n_evictable(model, spare)
+        if n_pages > self.n_free + n_evictable:
             leased = {
                 m: self.n_resident(m) for m in self.models if m != model and self.is_leased(m)
             }
             raise CapacityError(
-                f"expected {self.n_missing(model)} frames for {model!r}, got {self.n_free} free "
-                f"and {self.n_evictable(model)} evictable of {self.n_frames}; leases hold "
+                f"expected {n_pages} frames for {model!r}, got {self.n_free} free "
+                f"and {n_evictable} evictable of {self.n_frames}; leases hold "
                 f"{leased}: release one or raise the capacity"
             )
-        shortfall = self.n_missing(model) - self.n_free
+        shortfall = n_pages - self.n_free
         evicted: list[Extent] = []
         if shortfall <= 0:
             return evicted
-        for victim in policy.victims(self._candidates(model)):
+        for victim in policy.victims(self._candidates(model, spare)):
             n_taken = len(self._tables[victim])
             if self.residency == "partial":
                 n_taken = min(n_taken, shortfall)
@@ -195,12 +218,14 @@ class Ring:
             if shortfall <= 0:
                 return evicted
         raise ConfigError(
-            f"expected a policy that orders all of {sorted(self._candidates(model))}, got one "
-            f"that stopped with {shortfall} frames to go: yield every candidate"
+            f"expected a policy that orders all of {sorted(self._candidates(model, spare))}, got "
+            f"one that stopped with {shortfall} frames to go: yield every candidate"
         )
 
-    def _candidates(self, model: str) -> frozenset[str]:
-        return frozenset(m for m in self._resident if m != model and not self._leases[m])
+    def _candidates(self, model: str, spare: frozenset[str]) -> frozenset[str]:
+        return frozenset(
+            m for m in self._resident if m != model and not self._leases[m] and m not in spare
+        )
 
     def evict(self, model: str, n_pages: int) -> Extent:
         """Free the frames of the last `n_pages` resident pages of an unleased model.
@@ -228,20 +253,27 @@ class Ring:
             self._resident.discard(model)
         return extent
 
-    def map_missing(self, model: str) -> Extent:
-        """Give every missing page of `model` a free frame, in page order.
+    def map_missing(self, model: str, n_pages: int | None = None) -> Extent:
+        """Give missing pages of `model` free frames, in page order.
+
+        Args:
+            model: to be loaded.
+            n_pages: how many of the missing pages, the first ones; default all of them.
 
         Raises:
             CapacityError: too few free frames; call `make_room` first.
+            ConfigError: fewer pages are missing.
         """
         table, n_missing = self._tables[self._known(model)], self.n_missing(model)
-        if n_missing > self.n_free:
+        n_pages = n_missing if n_pages is None else n_pages
+        if not 0 <= n_pages <= n_missing:
+            raise ConfigError(f"expected 0 to {n_missing} pages of {model!r}, got {n_pages}")
+        if n_pages > self.n_free:
             raise CapacityError(
-                f"expected {n_missing} free frames for {model!r}, got {self.n_free}: "
-                "make room first"
+                f"expected {n_pages} free frames for {model!r}, got {self.n_free}: make room first"
             )
         take = self._free.popleft
-        extent = Extent(model, len(table), tuple([take() for _ in range(n_missing)]))
+        extent = Extent(model, len(table), tuple([take() for _ in range(n_pages)]))
         table.extend(extent.frames)
         if table:
             self._resident.add(model)

@@ -80,7 +80,7 @@ Fill = Callable[[Mapping[str, torch.Tensor]], None]
 class SwapPool:
     """One master per model in host memory.
 
-    A source of pages for the pager: `page_source(model)` is all it asks for.
+    A `PageSource` that holds everything in memory all the time.
 
     Args:
         pin: register masters with the CUDA driver, so that copies run at the rate of the link. A
@@ -123,9 +123,22 @@ class SwapPool:
         """How the tensors of `model` are packed."""
         return self._layouts[model]
 
-    def page_source(self, model: str) -> torch.Tensor:
+    def master(self, model: str) -> torch.Tensor:
         """The packed bytes of `model` (1-d uint8, host), to be read only."""
         return self._masters[model]
+
+    def hold(self, model: str) -> None:
+        """Nothing to do: a master is always there."""
+
+    def let_go(self, model: str) -> None:
+        """Nothing to do."""
+
+    def read(self, model: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes `begin` to `end` of `model`, to be read only."""
+        return self._masters[model][begin:end]
+
+    def when_reused(self, finish_copies: Callable[[str], None]) -> None:
+        """Masters stay where they are until they are discarded, after their models are removed."""
 
     def sha256(self, model: str) -> str:
         """Hash of the packed bytes, to compare two masters or a master with the device."""

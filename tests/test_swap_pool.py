@@ -52,7 +52,7 @@ def test_masters_have_exactly_the_models_size():
     pool, sizes = SwapPool(), [1000, 4096, 123_457]
     for n_bytes in sizes:
         pool.add(f"m{n_bytes}", layout_of(n_bytes), lambda views: views["w"].fill_(7))
-        assert pool.page_source(f"m{n_bytes}").tolist() == [7] * n_bytes
+        assert pool.master(f"m{n_bytes}").tolist() == [7] * n_bytes
     assert pool.n_bytes == sum(sizes)
 
 
@@ -78,7 +78,7 @@ def test_a_fill_that_fails_leaves_nothing_behind():
         pool.add("a", layout_of(10), broken)
     assert pool.n_bytes == 0
     pool.add("a", layout_of(10), lambda views: views["w"].fill_(3))
-    assert pool.page_source("a").tolist() == [3] * 10
+    assert pool.master("a").tolist() == [3] * 10
 
 
 def test_hash_tells_two_masters_apart():

@@ -1,0 +1,147 @@
+"""The models of a `Djinn`: read into the swap pool, bound to their addresses, ready to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
+from djinn_lib.errors import ConfigError
+from djinn_lib.generate import hold_back
+from djinn_lib.models import Unit, bind, pack
+from djinn_lib.pager import Pager
+from djinn_lib.recorded_decoder import make_decoder
+from djinn_lib.recording import Recorder
+from djinn_lib.served import ServedModel
+from djinn_lib.sources import OpenedModel
+from djinn_lib.swap_pool import SwapPool
+
+MIN_MODEL_LEN = 8
+
+
+class Catalog:
+    """Served models by name.
+
+    Args:
+        pool: gets their master copies.
+        pager: gets their pages.
+        turn: takes a turn on the device, for what needs one while a model is added.
+        device: where they run.
+        decode: how new ones decode.
+        max_model_len: tokens of a prompt and its continuation, unless decoding is eager.
+        progress: told what a longer step is doing.
+    """
+
+    def __init__(
+        self,
+        pool: SwapPool,
+        pager: Pager,
+        turn: Callable[[str], AbstractContextManager[None]],
+        device: torch.device,
+        decode: Decode,
+        max_model_len: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._pool, self._pager, self._turn, self._device = pool, pager, turn, device
+        self.decode = decode
+        self._max_model_len = max_model_len
+        self._progress = progress
+        self._recorder = Recorder(device)
+        self._models: dict[str, ServedModel] = {}
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Every model, in order of addition."""
+        return iter(tuple(self._models.values()))
+
+    def __getitem__(self, name: str) -> ServedModel:
+        """The model of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name not in self._models:
+            raise ConfigError(
+                f"expected one of the models {list(self._models)}, got {name!r}: "
+                "add it with djinn.add(name, source)"
+            )
+        return self._models[name]
+
+    def ensure_new(self, name: str) -> None:
+        """Refuse a name that is taken with a `ConfigError`."""
+        if name in self._models:
+            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
+
+    def add(self, name: str, opened: OpenedModel) -> None:
+        """Read a model and prepare to decode with it; see `Djinn.add`. A failure leaves nothing."""
+        module = opened.module
+        layout, units = pack(module)
+        # First, since a refusal costs no reading.
+        device_bytes = self._pager.add(name, layout.n_bytes, [unit.end_byte for unit in units])
+        try:
+            self._pool.add(name, layout, opened.fill)
+            bind(module, layout.views(device_bytes), self._device)
+            hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
+            decoder = self._make_decoder(name, module, units, self.decode)
+        except BaseException:
+            self._pager.remove(name)
+            self._pool.discard(name)
+            raise
+        self._models[name] = ServedModel(
+            name, module, units, layout.n_bytes, opened.tokenizer, decoder
+        )
+
+    def set_decode(self, name: str, decode: str) -> Decode:
+        """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
+        model = self[name]
+        with self._turn(name):
+            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            model.decoder.close()
+            model.decoder = decoder
+        return decoder.mode
+
+    def _make_decoder(
+        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+    ) -> Decoder:
+        # The step of a model whose layers take turns is bound by the link, recorded or not.
+        if decode == "eager" or self._pager.is_streamed(name):
+            return EagerDecoder(module)
+        with self._turn(name), self._pager.lease(name):
+            self._pager.finish(name)
+            return make_decoder(
+                decode,
+                module,
+                units,
+                self._max_model_len,
+                self._recorder,
+                lambda step: self._progress(f"{name}: {step}"),
+            )
+
+    def remove(self, name: str) -> None:
+        """Forget a model and free all that it holds; see `Djinn.remove`."""
+        model = self[name]
+        self._pager.remove(name)
+        self._pool.discard(name)
+        del self._models[name]
+        model.decoder.close()
+
+    def clear(self) -> None:
+        """Release what decoders hold, and forget all models."""
+        for model in self:
+            model.decoder.close()
+        self._models.clear()
+
+
+def check_decoding(decode: str, max_model_len: int) -> None:
+    """Refuse what no `Catalog` can do.
+
+    Raises:
+        ConfigError: no such way to decode, or too few tokens.
+    """
+    parse_decode(decode)
+    if max_model_len < MIN_MODEL_LEN:
+        raise ConfigError(
+            f"expected max_model_len of at least {MIN_MODEL_LEN} tokens, got {max_model_len}"
+        )

@@ -1,0 +1,190 @@
+"""One model as the pager sees it: its addresses, its copies in flight, its last use.
+
+Pages of the ring are pages of the model, one to one, unless the model is larger than the ring: then
+the last few stand for the slots of its `Window`, each of which is mapped wherever it is at home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from djinn_lib.address_space import AddressSpace, Range
+from djinn_lib.copier import Copier, Load, Stalls
+from djinn_lib.page_source import PageSource
+from djinn_lib.ring import Extent
+from djinn_lib.streaming import Streamed, Window
+
+LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
+
+
+class PagedModel:
+    """Maps pages of one model and starts their copies; the pager decides which.
+
+    Attributes:
+        n_bytes: of the model.
+        window: how it runs, when it is larger than the ring.
+        streamed: its pages on their way through the window.
+        view: its range of addresses (1-d uint8).
+        loads: copies in flight, or failed and not yet rolled back, in page order.
+        prefetched_bytes, evicted_for_it_bytes: ahead of the next lease, and because of that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_bytes: int,
+        window: Window | None,
+        space: AddressSpace,
+        copier: Copier,
+        source: PageSource,
+    ) -> None:
+        self.name, self.n_bytes, self.window = name, n_bytes, window
+        self._space, self._copier, self._source = space, copier, source
+        self.page_bytes = space.page_bytes
+        self.area: Range = space.reserve(-(-n_bytes // self.page_bytes))
+        self.view: torch.Tensor = space.bytes_view(self.area)
+        self.streamed: Streamed | None = None
+        if window:
+            self.streamed = Streamed(window, n_bytes, self.view, self._read, copier)
+        self.loads: list[Load] = []
+        self.prefetched_bytes = self.evicted_for_it_bytes = 0
+        self._last_use: Callable[[], None] = lambda: None
+
+    @property
+    def n_ring_pages(self) -> int:
+        """How many frames of the ring it takes to run."""
+        return self.window.n_frames if self.window else self.area.n_pages
+
+    @property
+    def n_stable_pages(self) -> int:
+        """How many pages stay as long as nobody evicts them; they are the first ones."""
+        return self.window.n_prefix if self.window else self.area.n_pages
+
+    def bytes_of(self, first_page: int, n_pages: int) -> int:
+        """Bytes of the model in consecutive pages of the ring; a window counts for none."""
+        begin = min(first_page, self.n_stable_pages) * self.page_bytes
+        end = min(first_page + n_pages, self.n_stable_pages) * self.page_bytes
+        return max(0, min(end, self.n_bytes) - begin)
+
+    def _read(self, begin: int, end: int) -> torch.Tensor:
+        return self._source.read(self.name, begin, end)
+
+    # -- mapping ---------------------------------------------------------------------------
+
+    def load(self, extent: Extent) -> None:
+        """Map missing pages and start to copy them.
+
+        Raises:
+            DjinnError: mapping failed; nothing of the extent is mapped or in flight any more.
+        """
+        n_stable = max(0, min(len(extent.frames), self.n_stable_pages - extent.first_page))
+        try:
+            self._map_window(extent, n_stable)
+            if n_stable:
+                first_byte = extent.first_page * self.page_bytes
+                self.loads.append(
+                    self._copier.start(
+                        self._read,
+                        self.view,
+                        first_byte,
+                        first_byte + self.bytes_of(extent.first_page, n_stable),
+                        self.page_bytes,
+                        self._map_stable(extent.first_page, extent.frames[:n_stable]),
+                    )
+                )
+        except BaseException:
+            self.unmap(extent.first_page, len(extent.frames))
+            raise
+
+    def _map_stable(self, first_page: int, frames: tuple[int, ...]) -> Iterator[int]:
+        """Map pages in batches, and give the size of each batch.
+
+        A batch is mapped while earlier ones are copied. The first is one page, so that the link is
+        idle for no longer than that; the next ones double, since a call to the driver has a price.
+        """
+        begin, n_pages = 0, 1
+        while begin < len(frames):
+            batch = frames[begin : begin + n_pages]
+            self._space.map(self.area, first_page + begin, batch)
+            yield len(batch)
+            begin, n_pages = begin + len(batch), min(2 * n_pages, LARGEST_BATCH)
+
+    def _map_window(self, extent: Extent, n_stable: int) -> None:
+        frames = extent.frames[n_stable:]
+        if self.window and frames:
+            slot = extent.first_page + n_stable - self.window.n_prefix
+            for page, n_pages in self.window.homes(slot, len(frames)):
+                self._space.map(self.area, page, frames[:n_pages])
+
+    def unmap(self, first_page: int, n_pages: int) -> None:
+        """Unmap pages of the ring, wherever they are mapped; nobody may use them any more."""
+        n_stable = max(0, min(n_pages, self.n_stable_pages - first_page))
+        self._space.unmap(self.area, first_page, n_stable)
+        if self.window and self.streamed and n_pages > n_stable:
+            slot = first_page + n_stable - self.window.n_prefix
+            for page, n_homes in self.window.homes(slot, n_pages - n_stable):
+                self._space.unmap(self.area, page, n_homes)
+
+    def release(self) -> None:
+        """Give the addresses back; tensors over them must not be used any more."""
+        self.finish_use()
+        self._space.release(self.area)
+
+    # -- copies and computations in flight ---------------------------------------------------
+
+    def wait(self, end_byte: int) -> None:
+        """Hold the caller's computation until bytes up to `end_byte` are there."""
+        for load in tuple(self.loads):
+            if load.first_byte < end_byte:
+                load.wait(end_byte)
+
+    def finish_copies(self) -> None:
+        """Block until no copy of this model is in flight."""
+        for load in tuple(self.loads):
+            load.finish()
+        if self.streamed:
+            self.streamed.finish()
+
+    def finish_use(self) -> None:
+        """Block until its frames may get other content: nothing writes or reads them any more."""
+        self.finish_copies()
+        if self.streamed:
+            self.streamed.reset()
+        self._last_use()
+
+    def note_use(self, fence: Callable[[], None]) -> None:
+        """Remember how to wait for the last computation that reads it."""
+        self._last_use = fence
+
+    def good_bytes(self) -> int | None:
+        """Bytes from its start that are there for sure, when a copy failed; None if none did.
+
+        Blocks until no copy is in flight, if one failed: what comes after the gap is of no use.
+        """
+        failed = next((load for load in self.loads if load.error), None)
+        if failed is None:
+            return None
+        self.finish_copies()
+        return failed.good_bytes
+
+    def forget_ended(self) -> None:
+        """Drop the loads that went well."""
+        self.loads = [load for load in self.loads if load.error or not load.ended]
+
+    def begin_clock(self) -> tuple[Callable[[], float], Callable[[], int]]:
+        """Return what tells, from now on: seconds of hold-ups, and bytes through the window."""
+        loads = tuple(self.loads)
+        before_s = sum(load.stall_s for load in loads)
+        stalls, before_bytes = Stalls(), 0
+        if self.streamed:
+            self.streamed.stalls, before_bytes = stalls, self.streamed.loaded_bytes
+
+        def stall_s() -> float:
+            return sum(load.stall_s for load in loads) - before_s + stalls.total_s
+
+        def streamed_bytes() -> int:
+            return self.streamed.loaded_bytes - before_bytes if self.streamed else 0
+
+        return stall_s, streamed_bytes

@@ -1,0 +1,57 @@
+"""A request that was submitted and is served in its turn."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from djinn_lib.errors import RequestCancelled
+from djinn_lib.generate import Generation
+from djinn_lib.sampling import Sampling
+
+
+@dataclass(slots=True)
+class Request:
+    """What is asked of a model: a prompt that has been checked, and how to continue it.
+
+    Attributes:
+        begin_s: when it was made, by `time.perf_counter`.
+        cancelled: set to end it after the token that is being computed.
+    """
+
+    model: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    ignore_eos: bool
+    sampling: Sampling
+    begin_s: float
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def proceed(self) -> None:
+        """Go on, or raise `RequestCancelled`."""
+        if self.cancelled.is_set():
+            raise RequestCancelled(
+                f"expected a request for {self.model!r} to be served to its end, got one that was "
+                "cancelled: submit it again if it was not meant to be"
+            )
+
+
+class PendingGeneration(Future[Generation]):
+    """The `Generation` of a request that waits or is being served.
+
+    `cancel()` takes a request that waits out of the queue and returns True. One that is being
+    served ends after the token that is being computed, and gives its lease back; `cancel()` returns
+    False, and `result()` raises `RequestCancelled`.
+    """
+
+    def __init__(self, request: Request, withdraw: Callable[[], bool]) -> None:
+        super().__init__()
+        self.request = request
+        self._withdraw = withdraw
+
+    def cancel(self) -> bool:
+        """Give the request up; returns whether nothing of it was computed."""
+        self.request.cancelled.set()
+        return self.cancelled() or (self._withdraw() and super().cancel())

@@ -1,0 +1,114 @@
+"""Serves requests in turns: waits, leases, computes, and looks ahead at what waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+from djinn_lib.generate import Generation
+from djinn_lib.lookahead import LoadAhead
+from djinn_lib.pager import Pager
+from djinn_lib.pending import PendingGeneration, Request
+from djinn_lib.request_queue import RequestQueue
+from djinn_lib.served import ServedModel
+from djinn_lib.turns import Ticket, Turns
+
+
+class Server:
+    """Computes one request at a time, whatever threads they come from.
+
+    Args:
+        pager: of the models.
+        queue: for the requests that wait.
+        overlap: start computing while later layers still load.
+        lookahead: load what the next requests miss while one computes.
+    """
+
+    def __init__(
+        self, pager: Pager, queue: RequestQueue[Ticket], overlap: bool, lookahead: bool
+    ) -> None:
+        self._pager, self.overlap = pager, overlap
+        self._turns = Turns(queue, pager.is_resident, self._look_ahead)
+        self._ahead = LoadAhead(pager, self._turns.upcoming) if lookahead else None
+        self._thread: ThreadPoolExecutor | None = None  # serves what was submitted
+        self._starting = threading.Lock()
+
+    def turn(self, name: str) -> AbstractContextManager[None]:
+        """Wait for a turn to compute with a model, and hold it for the block."""
+        return self._turns.turn(name)
+
+    def generate(self, model: ServedModel, request: Request) -> Generation:
+        """Serve a request in the calling thread."""
+        with self._turns.turn(model.name):
+            return self._serve(model, request)
+
+    def submit(self, model: ServedModel, request: Request) -> PendingGeneration:
+        """Queue a request, and serve it in a thread of the server when its turn comes."""
+        thread = self._started()
+        ticket = self._turns.join(model.name)
+        pending = PendingGeneration(request, lambda: self._turns.withdraw(ticket))
+
+        def on_turn(_: object) -> None:
+            if ticket.cancelled():
+                return
+            if error := ticket.exception():
+                if pending.set_running_or_notify_cancel():
+                    pending.set_exception(error)
+                return
+            thread.submit(self._run, model, ticket, pending)
+
+        ticket.add_done_callback(on_turn)
+        return pending
+
+    def _run(self, model: ServedModel, ticket: Ticket, pending: PendingGeneration) -> None:
+        error: BaseException | None = None
+        generation: Generation | None = None
+        with self._turns.take(ticket):
+            if not pending.set_running_or_notify_cancel():
+                return
+            try:
+                generation = self._serve(model, pending.request)
+            except BaseException as raised:
+                error = raised
+        if generation:  # after the turn: whoever waits may count on the lease being free
+            pending.set_result(generation)
+        else:
+            pending.set_exception(error)
+
+    def _serve(self, model: ServedModel, request: Request) -> Generation:
+        request.proceed()
+        queue_s = time.perf_counter() - request.begin_s
+        with self._pager.lease(model.name) as lease:
+            self._look_ahead()
+            if not self.overlap:
+                self._pager.wait_whole(model.name)
+            lead_s = time.perf_counter() - request.begin_s
+            tokens = model.decoder.generate(
+                request.prompt_ids,
+                request.max_new_tokens,
+                request.ignore_eos,
+                request.sampling,
+                lambda end_byte: self._pager.wait(model.name, end_byte),
+                request.proceed,
+            )
+            text = model.text(tokens.token_ids)
+            return Generation.of(tokens, text, lease, queue_s, lead_s)
+
+    def _look_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.nudge(self._turns.n_waiting)
+
+    def _started(self) -> ThreadPoolExecutor:
+        with self._starting:
+            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server")
+            return self._thread
+
+    def close(self) -> None:
+        """Refuse what waits, and let the request that is being served come to its end."""
+        self._turns.close()
+        if self._thread:
+            self._thread.shutdown()
+        if self._ahead:
+            self._ahead.close()

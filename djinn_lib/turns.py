@@ -1,0 +1,149 @@
+"""Turns: one computation at a time, in the order of a `RequestQueue`.
+
+Whoever computes with a model takes a turn first. A thread waits for its turn; others (an event
+loop, say) join the queue with a `Ticket` and are called when it is granted. Nothing here starts a
+thread: the one that ends its turn grants the next.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+from djinn_lib.errors import DjinnError
+from djinn_lib.request_queue import RequestQueue
+
+
+class Ticket(Future[None]):
+    """A place in the queue; done when its turn has come, cancelled when it was withdrawn."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Turns:
+    """Grants turns to whoever joins; safe to use from many threads.
+
+    Args:
+        queue: decides the order.
+        is_resident: whether a model could be used without loading anything; called under the lock
+            of the turns, so it must take no lock under which turns are asked for.
+        on_change: called after the queue has changed, without any lock.
+    """
+
+    def __init__(
+        self,
+        queue: RequestQueue[Ticket],
+        is_resident: Callable[[str], bool],
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._queue = queue
+        self._is_resident = is_resident
+        self._on_change = on_change
+        self._lock = threading.Condition(threading.Lock())  # notified when a turn ends
+        self._current: Ticket | None = None
+        self._owner: int | None = None  # the thread that computes
+        self._closed = False
+
+    def join(self, model: str) -> Ticket:
+        """Take a place in the queue; the ticket may be granted at once.
+
+        A granted ticket must be taken with `take`, or nobody else will ever have a turn.
+
+        Raises:
+            DjinnError: closed.
+        """
+        ticket = Ticket(model)
+        with self._lock:
+            if self._closed:
+                raise DjinnError(f"expected an open Djinn for {model!r}, got one that was closed")
+            self._queue.push(ticket, model)
+        self._grant()
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Take a ticket out of the queue; False when it is too late, since it was granted."""
+        with self._lock:
+            waited = self._queue.withdraw(ticket)
+        if waited:
+            ticket.cancel()
+            self._on_change()
+        return waited
+
+    @contextmanager
+    def take(self, ticket: Ticket) -> Iterator[None]:
+        """Compute in the calling thread under a granted ticket; its turn ends with the block."""
+        self._owner = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._owner = None
+            self._end(ticket)
+
+    @contextmanager
+    def turn(self, model: str) -> Iterator[None]:
+        """Wait for a turn and hold it; within a turn of the same thread this is no new one."""
+        if self._owner == threading.get_ident():
+            yield
+            return
+        ticket = self.join(model)
+        try:
+            ticket.result()
+        except BaseException:  # an interrupt, for example
+            if not self.withdraw(ticket):
+                self._end(ticket)
+            raise
+        with self.take(ticket):
+            yield
+
+    def upcoming(self, n: int) -> list[str]:
+        """Return the models whose turns come next, as far as can be told."""
+        with self._lock:
+            return self._queue.upcoming(self._is_resident, n)
+
+    @property
+    def n_waiting(self) -> int:
+        """How many tickets wait."""
+        return len(self._queue)
+
+    def close(self) -> None:
+        """Refuse what waits and what comes, and wait for the turn that is being taken.
+
+        Whoever waits for a ticket gets a `DjinnError`. Closing twice is harmless.
+        """
+        refused: list[Ticket] = []
+        with self._lock:
+            self._closed = True
+            while self._queue:
+                refused.append(self._queue.pop(lambda model: False))
+        for ticket in refused:
+            if ticket.set_running_or_notify_cancel():
+                ticket.set_exception(
+                    DjinnError(f"expected an open Djinn for {ticket.model!r}, got one that closed")
+                )
+        with self._lock:
+            self._lock.wait_for(
+                lambda: self._current is None or self._owner == threading.get_ident()
+            )
+
+    def _grant(self) -> None:
+        granted: Ticket | None = None
+        with self._lock:
+            while self._current is None and self._queue:
+                ticket = self._queue.pop(self._is_resident)
+                if ticket.set_running_or_notify_cancel():
+                    self._current = granted = ticket
+        if granted:
+            granted.set_result(None)  # without the lock: it calls whoever waits
+        self._on_change()
+
+    def _end(self, ticket: Ticket) -> None:
+        with self._lock:
+            if self._current is not ticket:
+                return
+            self._current = None
+            self._lock.notify_all()
+        self._grant()

@@ -1,0 +1,154 @@
+"""Turns among threads: one at a time, in order, none lost."""
+
+import threading
+import time
+
+import pytest
+
+from djinn_lib.errors import DjinnError
+from djinn_lib.request_queue import RequestQueue
+from djinn_lib.turns import Turns
+
+
+def make(order="fifo", resident="", **options):
+    return Turns(RequestQueue(order, **options), resident.__contains__)
+
+
+def wait_until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("did not happen within 2 s")
+
+
+def test_one_at_a_time_in_order_of_arrival():
+    turns, served, inside = make(), [], []
+
+    def serve(i):
+        with turns.turn("a"):
+            inside.append(i)
+            assert len(inside) == 1
+            time.sleep(0.001)
+            served.append(i)
+            inside.remove(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(8)]
+    with turns.turn("a"):
+        for n, thread in enumerate(threads, start=1):
+            thread.start()
+            wait_until(lambda n=n: turns.n_waiting == n)
+    for thread in threads:
+        thread.join(10)
+    assert served == list(range(8))
+
+
+def test_a_turn_within_a_turn_of_the_same_thread_is_no_new_one():
+    turns = make()
+    with turns.turn("a"), turns.turn("b"):
+        ticket = turns.join("c")
+        assert not ticket.done()
+    assert ticket.done()
+    with turns.take(ticket):
+        pass
+
+
+def test_a_withdrawn_ticket_lets_the_next_one_in():
+    turns = make()
+    with turns.turn("a"):
+        first, second = turns.join("b"), turns.join("c")
+        assert turns.upcoming(5) == ["b", "c"]
+        assert turns.withdraw(first)
+        assert first.cancelled()
+    assert second.done() and not second.cancelled()
+    assert not turns.withdraw(second)  # too late: it has the turn
+    with turns.take(second):
+        pass
+
+
+def test_an_interrupted_wait_leaves_the_queue(monkeypatch):
+    turns = make()
+    with turns.turn("a"):
+        caught = []
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        def ask():
+            try:
+                with turns.turn("b"):
+                    raise AssertionError("expected no turn")
+            except KeyboardInterrupt as error:
+                caught.append(error)
+
+        monkeypatch.setattr("djinn_lib.turns.Ticket.result", interrupted)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(10)
+        assert len(caught) == 1 and turns.n_waiting == 0
+    # Interrupted just when the turn was granted: it is passed on.
+    with pytest.raises(KeyboardInterrupt), turns.turn("b"):
+        pass
+    monkeypatch.undo()
+    with turns.turn("c"):
+        pass
+
+
+def test_an_error_in_a_turn_ends_it():
+    turns = make()
+    with pytest.raises(ZeroDivisionError), turns.turn("a"):
+        _ = 1 / 0
+    with turns.turn("a"):
+        pass
+
+
+def test_affinity_serves_the_resident_model_first():
+    turns = make("affinity", resident="b")
+    with turns.turn("a"):
+        tickets = [turns.join(model) for model in "aab"]
+    assert [ticket.done() for ticket in tickets] == [False, False, True]
+    with turns.take(tickets[2]):
+        pass
+    assert tickets[0].done()
+
+
+def test_close_refuses_who_waits_and_waits_for_who_computes():
+    turns, order = make(), []
+    entered, leave = threading.Event(), threading.Event()
+
+    def compute():
+        with turns.turn("a"):
+            entered.set()
+            leave.wait(10)
+            order.append("computed")
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    entered.wait(10)
+    ticket = turns.join("b")
+    threading.Timer(0.05, leave.set).start()
+    turns.close()
+    order.append("closed")
+    assert order == ["computed", "closed"]
+    with pytest.raises(DjinnError, match="one that closed"):
+        ticket.result(10)
+    with pytest.raises(DjinnError, match="one that was closed"):
+        turns.join("c")
+    turns.close()
+    thread.join(10)
+
+
+def test_whoever_has_the_turn_may_close():
+    turns = make()
+    with turns.turn("a"):
+        turns.close()
+
+
+def test_changes_are_told():
+    changes = []
+    turns = Turns(RequestQueue(), lambda model: False, lambda: changes.append(1))
+    with turns.turn("a"):
+        n = len(changes)
+        ticket = turns.join("b")
+        turns.withdraw(ticket)
+        assert len(changes) == n + 2
