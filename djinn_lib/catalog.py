@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
+from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import hold_back
 from djinn_lib.models import Unit, bind, pack
@@ -17,7 +18,6 @@ from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
-from djinn_lib.swap_pool import SwapPool
 
 MIN_MODEL_LEN = 8
 
@@ -37,7 +37,7 @@ class Catalog:
 
     def __init__(
         self,
-        pool: SwapPool,
+        pool: Masters,
         pager: Pager,
         turn: Callable[[str], AbstractContextManager[None]],
         device: torch.device,
@@ -46,7 +46,7 @@ class Catalog:
         progress: Callable[[str], None],
     ) -> None:
         self._pool, self._pager, self._turn, self._device = pool, pager, turn, device
-        self.decode = decode
+        self.decode: Decode = decode
         self._max_model_len = max_model_len
         self._progress = progress
         self._recorder = Recorder(device)

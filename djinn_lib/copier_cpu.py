@@ -98,12 +98,15 @@ class ThreadCopier(Copier):
         """Map all pages, queue the copy and return."""
         deque(mapped, maxlen=0)
         load = ThreadLoad(first_byte, end_byte)
+        begins = range(first_byte, end_byte, page_bytes)
+        ends = [min(begin + page_bytes, end_byte) for begin in begins]
+        # Looked up now: the source may give its frames away as soon as no copy reads them.
+        sources = [read(begin, end) for begin, end in zip(begins, ends, strict=True)]
 
         def run() -> None:
             try:
-                for begin in range(first_byte, end_byte, page_bytes):
-                    end = min(begin + page_bytes, end_byte)
-                    copier.copy_page(target[begin:end], read(begin, end))
+                for begin, end, source in zip(begins, ends, sources, strict=True):
+                    copier.copy_page(target[begin:end], source)
                     load.advance(end)
             except BaseException as error:
                 load.fail(error)

@@ -1,8 +1,4 @@
-"""`Djinn`: several models behind one ring of device memory.
-
-The object that users hold. It ties a transformers model to the pager: parameters are bound to the
-model's virtual addresses once, and each unit of the model waits for its bytes before it runs.
-"""
+"""`Djinn`: several models behind one ring of device memory. The object that users hold."""
 
 from __future__ import annotations
 
@@ -20,6 +16,7 @@ from transformers import PreTrainedModel
 
 from djinn_lib.catalog import Catalog, check_decoding
 from djinn_lib.decoder import Decode
+from djinn_lib.disk_tier import Masters, open_masters
 from djinn_lib.generate import Generation
 from djinn_lib.models import ModelSpec
 from djinn_lib.pager import Pager
@@ -30,7 +27,6 @@ from djinn_lib.ring import Residency
 from djinn_lib.sampling import Sampling
 from djinn_lib.server import Server
 from djinn_lib.sources import open_source
-from djinn_lib.swap_pool import SwapPool
 from djinn_lib.turns import Ticket
 from djinn_lib.units import parse_bytes
 
@@ -59,6 +55,9 @@ class Djinn:
             is resident first.
         max_overtaken: with "affinity", by how many later requests one is overtaken at most.
         lookahead: while one request computes, load what the next ones miss.
+        host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
+            and read when it is needed. Default is as much as all models need.
+        swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
         progress: told what a longer step of `add` is doing.
 
     Raises:
@@ -80,6 +79,8 @@ class Djinn:
         order: Order = "fifo",
         max_overtaken: int = 8,
         lookahead: bool = True,
+        host_capacity: int | str | None = None,
+        swap_dir: str | Path | None = None,
         progress: Callable[[str], None] = print,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -88,13 +89,16 @@ class Djinn:
         decode = decode or DEFAULT_DECODE.get(self.device.type, "eager")
         check_decoding(decode, max_model_len)
         queue = RequestQueue[Ticket](order, max_overtaken)
-        self._pool = SwapPool(pin=self.device.type == "cuda")
         chosen = make_policy(policy)
         if lookahead and not isinstance(chosen, Lookahead | Oracle):
             chosen = Lookahead(chosen)
-        self._pager = Pager(
-            self._pool, parse_bytes(capacity), parse_bytes(page), self.device, chosen, residency
-        )
+        n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
+        self._pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
+        try:
+            self._pager = Pager(self._pool, n_bytes, page_bytes, self.device, chosen, residency)
+        except BaseException:
+            self._pool.close()
+            raise
         self._server = Server(self._pager, queue, overlap, lookahead)
         self._models = Catalog(
             self._pool,
@@ -294,8 +298,8 @@ class Djinn:
         return sum(model.decoder.kv_cache_bytes for model in self._models)
 
     @property
-    def pool(self) -> SwapPool:
-        """The master copies in host memory; to be read only."""
+    def pool(self) -> Masters:
+        """The master copies; to be read only."""
         return self._pool
 
     def residency(self) -> pd.DataFrame:

@@ -62,7 +62,7 @@ class LoadAhead:
             try:
                 self.look()
             except DjinnError as error:  # the request itself will say so when its turn comes
-                logging.getLogger(__name__).warning("could not load ahead: %s", error)
+                logging.getLogger(__name__).debug("could not load ahead: %s", error)
 
     def look(self) -> None:
         """Load what the next requests miss, as far as there is room."""

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 
-from djinn_lib.errors import CapacityError, ConfigError
-from djinn_lib.units import format_bytes
+from djinn_lib import host_memory
+from djinn_lib.errors import ConfigError
 
 ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own allocator, count on
 
@@ -105,10 +101,10 @@ class SwapPool:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
         if not layout.n_bytes:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
-        master = _host_buffer(layout.n_bytes)
+        master = host_memory.allocate(layout.n_bytes)
         fill(layout.views(master))
         if self._pin:
-            _register(master)
+            host_memory.pin(master)
         self._masters[model], self._layouts[model] = master, layout
 
     def discard(self, model: str) -> None:
@@ -116,8 +112,7 @@ class SwapPool:
         master = self._masters.pop(model, None)
         self._layouts.pop(model, None)
         if master is not None and self._pin:
-            torch.cuda.synchronize()  # no copy may still read it
-            _cudart().cudaHostUnregister(master.data_ptr())
+            host_memory.unpin(master)
 
     def layout(self, model: str) -> Layout:
         """How the tensors of `model` are packed."""
@@ -153,54 +148,3 @@ class SwapPool:
     def n_bytes(self) -> int:
         """Host memory of all masters in bytes."""
         return sum(master.numel() for master in self._masters.values())
-
-
-def _register(master: torch.Tensor) -> None:
-    """Pin memory for the GPU's copy engine (`cudaHostRegister`)."""
-    status = _cudart().cudaHostRegister(master.data_ptr(), master.numel(), 0)
-    if int(status) != 0:
-        raise CapacityError(
-            f"expected {format_bytes(master.numel())} of host memory that can be pinned, got CUDA "
-            f"error {int(status)}: free host memory, raise `ulimit -l`, or add fewer models"
-        )
-
-
-def _cudart() -> Any:
-    """The CUDA runtime, which torch has loaded."""
-    return torch.cuda.cudart()
-
-
-def _host_buffer(n_bytes: int) -> torch.Tensor:
-    """Exactly `n_bytes` of zeroed host memory; freed with the last tensor that views it.
-
-    Linux promises memory that it does not have, and ends the process that then uses it; so what is
-    available is looked up first.
-    """
-    if n_bytes > (available_bytes := host_bytes_available()):
-        raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
-            f"{format_bytes(available_bytes)} available: free memory or add fewer models"
-        )
-    try:
-        return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
-    except OSError as error:
-        raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
-            f"{error.strerror}: free memory or add fewer models"
-        ) from error
-
-
-def host_bytes_available(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory that can be had, also by the rules of a container.
-
-    Args:
-        group: folder of the control group; the file cache that counts there can be given back.
-    """
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(stat["file"]) - int(stat["shmem"])  # masters are shared memory, and stay
-        return min(available, int(limit) - int(used) + cached)
-    except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
-        return available

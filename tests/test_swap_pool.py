@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn_lib import swap_pool
+from djinn_lib import host_memory
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.swap_pool import ALIGNMENT_BYTES, Layout, SwapPool
 
@@ -106,7 +106,7 @@ def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch)
         def cudaHostRegister(self, address, n_bytes, flags):
             return 2
 
-    monkeypatch.setattr(swap_pool, "_cudart", Runtime)
+    monkeypatch.setattr(host_memory, "_cudart", Runtime)
     pool = SwapPool(pin=True)
     with pytest.raises(CapacityError, match=r"host memory that can be pinned, got CUDA error 2"):
         pool.add("m", Layout.pack([("w", (10,), torch.float32)]), lambda views: None)
@@ -115,7 +115,7 @@ def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch)
 
 
 def test_more_than_the_host_has_is_refused_before_it_is_touched(monkeypatch):
-    monkeypatch.setattr(swap_pool, "host_bytes_available", lambda: 100)
+    monkeypatch.setattr(host_memory, "host_bytes_available", lambda: 100)
     filled = []
     pool = SwapPool()
     with pytest.raises(CapacityError, match=r"expected 400 B of host memory.*got 100 B available"):
@@ -124,11 +124,11 @@ def test_more_than_the_host_has_is_refused_before_it_is_touched(monkeypatch):
 
 
 def test_a_container_may_have_less_than_the_machine(tmp_path):
-    everything = swap_pool.host_bytes_available(tmp_path / "no-such-group")
+    everything = host_memory.host_bytes_available(tmp_path / "no-such-group")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\nfile 270\nshmem 20\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert swap_pool.host_bytes_available(tmp_path) == 550
+    assert host_memory.host_bytes_available(tmp_path) == 550
     (tmp_path / "memory.max").write_text("max\n")
-    now = swap_pool.host_bytes_available(tmp_path)
+    now = host_memory.host_bytes_available(tmp_path)
     assert abs(now - everything) < 1 << 30

@@ -1,0 +1,328 @@
+"""Master copies on disk, of which host memory holds as many pages as it may.
+
+The number of models is then bounded by the disk alone. What the swap pool is to the device, the
+disk is to the pool: a `Ring` of host frames decides which pages of which master are in memory, a
+model that loses some loses its tail, and nothing is written back.
+
+Each master has a file of its own in packed order, written once. Its name is removed as soon as it
+is open, so that nothing is left behind whatever happens to the process, and nobody can replace it.
+Pages are read past the page cache (`O_DIRECT`) straight into their frames, several at a time, and
+their checksums are compared. Loaders of whole files (fastsafetensors, the Run:ai Model Streamer)
+bring all tensors of a checkpoint into memory of their own; here single pages go to given frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from djinn_lib import host_memory
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError
+from djinn_lib.policy import LRU
+from djinn_lib.ring import Extent, Ring
+from djinn_lib.swap_pool import Fill, Layout, SwapPool
+from djinn_lib.units import format_bytes, parse_bytes
+
+BLOCK_BYTES = 4096  # what O_DIRECT asks offsets, lengths and addresses to be multiples of
+READ_BYTES = 16 << 20  # at a time and thread: enough to keep a disk busy
+N_READERS = 8
+
+
+class DiskTier:
+    """A `PageSource` with masters on disk and a host memory of `capacity_bytes` before it.
+
+    Args:
+        capacity_bytes: host memory for pages of masters; rounded down to whole pages.
+        page_bytes: size of a page, that of the pager; a multiple of `BLOCK_BYTES`.
+        folder: where the files go; it must be on a disk, not in memory.
+        pin: register the host memory with the CUDA driver.
+
+    Raises:
+        CapacityError: less than one page, or the host has not as much memory.
+        ConfigError: the page size cannot be read directly, or the folder cannot be written to.
+    """
+
+    def __init__(
+        self, capacity_bytes: int, page_bytes: int, folder: str | Path, pin: bool = False
+    ) -> None:
+        if page_bytes % BLOCK_BYTES:
+            raise ConfigError(
+                f"expected pages of a multiple of {BLOCK_BYTES} bytes with host_capacity, got "
+                f"{page_bytes}: choose another page size"
+            )
+        if capacity_bytes < page_bytes:
+            raise CapacityError(
+                f"expected host_capacity of at least one page ({format_bytes(page_bytes)}), got "
+                f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
+            )
+        self._page_bytes, self._folder, self._pin = page_bytes, Path(folder), pin
+        self.ring = Ring(capacity_bytes // page_bytes)
+        self._frames = host_memory.allocate(self.ring.n_frames * page_bytes)
+        if pin:
+            host_memory.pin(self._frames)
+        self._policy = LRU()
+        self._files: dict[str, SwapFile] = {}
+        self._reading: set[str] = set()
+        self._changed = threading.Condition()
+        self._readers = ThreadPoolExecutor(N_READERS, "djinn-reader")
+        self._finish_copies: Callable[[str], None] = lambda model: None
+        self.bytes_read = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory for masters in bytes."""
+        return self._frames.numel()
+
+    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+        """Write the master of `model`: `fill` gets its tensors by name and writes all of them.
+
+        A `fill` that raises leaves nothing behind.
+
+        Raises:
+            ConfigError: the name is taken, the layout is empty, or the folder cannot be used.
+            CapacityError: the master is larger than the host memory, or the disk is full.
+        """
+        if model in self._files:
+            raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
+        if not layout.n_bytes:
+            raise ConfigError(f"expected a model with weights, got none for {model!r}")
+        n_pages = -(-layout.n_bytes // self._page_bytes)
+        if n_pages > self.ring.n_frames:
+            raise CapacityError(
+                f"expected host_capacity of at least {format_bytes(n_pages * self._page_bytes)} "
+                f"for {model!r}, got {format_bytes(self.n_bytes)}: raise it"
+            )
+        file = SwapFile(self._folder, layout, self._page_bytes, fill)
+        with self._changed:
+            self._files[model] = file
+            self.ring.add(model, n_pages)
+
+    def discard(self, model: str) -> None:
+        """Delete the master of `model`, if there is one; it must not be held."""
+        with self._changed:
+            if file := self._files.pop(model, None):
+                self._finish_copies(model)
+                self.ring.remove(model)
+                self._policy.forget(model)
+                file.close()
+
+    def layout(self, model: str) -> Layout:
+        """How the tensors of `model` are packed."""
+        return self._files[model].layout
+
+    def hold(self, model: str) -> None:
+        """Have all bytes of `model` in host memory, and keep them there until `let_go`.
+
+        Raises:
+            CapacityError: other models are held in too much of the host memory.
+            DjinnError: pages cannot be read, or are not what was written.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: model not in self._reading)
+            self.ring.lease(model)
+            try:
+                missing = self._take_frames(model)
+            except BaseException:
+                self.ring.release(model)
+                raise
+        if missing.frames:
+            self._fill_frames(missing)
+
+    def _take_frames(self, model: str) -> Extent:
+        for extent in self.ring.make_room(model, self._policy):
+            self._finish_copies(extent.model)
+        missing = self.ring.map_missing(model)
+        self._policy.touch(model, 0.0)
+        if missing.frames:
+            self._reading.add(model)
+        return missing
+
+    def _fill_frames(self, missing: Extent) -> None:
+        """Read pages without the lock: others may use theirs meanwhile."""
+        model, error = missing.model, None
+        try:
+            file = self._files[model]
+            list(self._readers.map(lambda run: self._read(file, *run), self._runs(missing)))
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._reading.discard(model)
+            self.bytes_read += len(missing.frames) * self._page_bytes
+            if error:
+                self.ring.roll_back(model, len(missing.frames))
+                self.ring.release(model)
+            self._changed.notify_all()
+        if error:
+            raise DjinnError(
+                f"expected {len(missing.frames)} pages of {model!r} from its swap file in "
+                f"{self._folder}, got: {error}; try the request again, or add the model again"
+            ) from error
+
+    def _runs(self, extent: Extent) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Consecutive pages to be read at a time: the first of them, and their frames."""
+        n_pages = max(1, READ_BYTES // self._page_bytes)
+        for i in range(0, len(extent.frames), n_pages):
+            yield extent.first_page + i, extent.frames[i : i + n_pages]
+
+    def _read(self, file: SwapFile, first_page: int, frames: tuple[int, ...]) -> None:
+        file.read(first_page, [self._frame(frame) for frame in frames])
+
+    def _frame(self, frame: int) -> torch.Tensor:
+        return self._frames[frame * self._page_bytes : (frame + 1) * self._page_bytes]
+
+    def let_go(self, model: str) -> None:
+        """Undo one `hold`."""
+        with self._changed:
+            self.ring.release(model)
+
+    def read(self, model: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes `begin` to `end` of a held model, within one page; to be read only."""
+        page = begin // self._page_bytes
+        offset = begin - page * self._page_bytes
+        return self._frame(self.ring.frames(model)[page])[offset : offset + end - begin]
+
+    def when_reused(self, finish_copies: Callable[[str], None]) -> None:
+        """Have `finish_copies(model)` called before frames of a model get other content."""
+        self._finish_copies = finish_copies
+
+    def sha256(self, model: str) -> str:
+        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        digest, n_bytes = hashlib.sha256(), self.layout(model).n_bytes
+        self.hold(model)
+        try:
+            for begin in range(0, n_bytes, self._page_bytes):
+                end = min(begin + self._page_bytes, n_bytes)
+                digest.update(self.read(model, begin, end).numpy().data)
+        finally:
+            self.let_go(model)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Delete all masters and free the host memory; closing twice is harmless."""
+        for model in list(self._files):
+            self.discard(model)
+        self._readers.shutdown()
+        if self._pin and self._frames.numel():
+            host_memory.unpin(self._frames)
+        self._frames = self._frames[:0].clone()
+
+
+Masters = SwapPool | DiskTier
+
+
+def open_masters(
+    host_capacity: int | str | None,
+    page_bytes: int,
+    swap_dir: str | Path | None = None,
+    pin: bool = False,
+) -> Masters:
+    """Return where master copies are kept: all in host memory, or on disk behind as much of it.
+
+    Args:
+        host_capacity: host memory for masters, in bytes or as text; None for as much as they need.
+        page_bytes: size of a page.
+        swap_dir: folder of the files on disk; default DJINN_SWAP_DIR, or the user's cache.
+        pin: register host memory with the CUDA driver.
+
+    Raises:
+        CapacityError, ConfigError: see `DiskTier`.
+    """
+    if host_capacity is None:
+        return SwapPool(pin)
+    default = os.environ.get("DJINN_SWAP_DIR") or Path.home() / ".cache" / "djinn" / "swap"
+    return DiskTier(parse_bytes(host_capacity), page_bytes, swap_dir or default, pin)
+
+
+class SwapFile:
+    """A master on disk, without a name; its pages can be read and nothing else.
+
+    Args:
+        folder: where it is written.
+        layout: how the tensors are packed.
+        page_bytes: size of a page; the last one is padded.
+        fill: writes all tensors.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+        CapacityError: the disk is full.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, page_bytes: int, fill: Fill) -> None:
+        self.layout, self._page_bytes = layout, page_bytes
+        n_pages = -(-layout.n_bytes // page_bytes)
+        path = _new_file(folder)
+        try:
+            _allocate(path, n_pages * page_bytes)
+            packed = torch.from_file(
+                str(path), shared=True, size=n_pages * page_bytes, dtype=torch.uint8
+            )
+            fill(layout.views(packed))
+            self._checksums = [
+                zlib.crc32(page.numpy().data) for page in packed.view(n_pages, page_bytes)
+            ]
+            del packed
+            self._fd = _open_direct(path)
+        finally:
+            path.unlink()
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or it would stay in memory
+
+    def read(self, first_page: int, frames: list[torch.Tensor]) -> None:
+        """Read consecutive pages into frames of their size.
+
+        Raises:
+            OSError: they cannot be read, or are cut short.
+            ValueError: they are not what was written.
+        """
+        buffers = [frame.numpy().data for frame in frames]
+        got = os.preadv(self._fd, buffers, first_page * self._page_bytes)
+        if got != len(frames) * self._page_bytes:
+            raise OSError(f"expected {len(frames) * self._page_bytes} bytes, got {got}")
+        for page, buffer in enumerate(buffers, start=first_page):
+            if zlib.crc32(buffer) != self._checksums[page]:
+                raise ValueError(f"page {page} has changed on disk (its checksum differs)")
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        os.close(self._fd)
+
+
+def _new_file(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix="djinn-", suffix=".swap", dir=folder)
+    except OSError as error:
+        raise ConfigError(
+            f"expected a swap folder that can be written to, got {folder} ({error.strerror}): "
+            "choose another one with swap_dir="
+        ) from error
+    os.close(fd)
+    return Path(name)
+
+
+def _allocate(path: Path, n_bytes: int) -> None:
+    """Reserve the disk space now: writing through a mapping to a full disk ends the process."""
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of disk space in {path.parent}, got "
+            f"{error.strerror}: free space or choose another folder with swap_dir="
+        ) from error
+
+
+def _open_direct(path: Path) -> int:
+    """Open for reading past the page cache; through it where the file system cannot do that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY)

@@ -1,0 +1,261 @@
+"""Many requests at once: the same tokens, no deadlock, nobody starved, nothing left behind."""
+
+import asyncio
+import random
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+import psutil
+import pytest
+from tiny import PROMPT, VOCAB, ordinary_tokens, spec
+
+import djinn_lib as dj
+from djinn_lib import copier
+from djinn_lib.errors import ConfigError, DjinnError, RequestCancelled
+
+NAMES = ["llama", "phi", "opt", "qwen2-tied"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        spec(name).build().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    return {name: ordinary_tokens(folders / name, 6) for name in NAMES}
+
+
+@pytest.fixture
+def opened(folders):
+    """Opens a `Djinn` that two of the four models fill."""
+    objects = []
+
+    def open_djinn(**options):
+        djinn = dj.Djinn("1200KiB", "cpu", "16KiB", **options)
+        objects.append(djinn)
+        for name in NAMES:
+            djinn.add(name, folders / name)
+        return djinn
+
+    yield open_djinn
+    for djinn in objects:
+        djinn.check()
+        assert not djinn._pager.ring.any_leased
+        djinn.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "affinity"}, {"lookahead": False}, {"residency": "whole"}, {"overlap": False}],
+    ids=str,
+)
+def test_requests_from_many_threads(opened, expected, options):
+    djinn, failures = opened(**options), []
+
+    def client(seed):
+        rng = random.Random(seed)
+        for _ in range(12):
+            name = rng.choice(NAMES)
+            g = djinn.generate(name, PROMPT, 6, ignore_eos=True)
+            if g.token_ids != expected[name] or g.total_ms < g.queue_ms:
+                failures.append((name, g))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not failures
+
+
+def test_requests_from_asyncio(opened, expected):
+    djinn = opened(order="affinity")
+    models = random.Random(0).choices(NAMES, k=40)
+
+    async def ask():
+        return await asyncio.gather(
+            *(djinn.agenerate(name, PROMPT, 6, ignore_eos=True) for name in models)
+        )
+
+    for name, g in zip(models, asyncio.run(ask()), strict=True):
+        assert g.token_ids == expected[name]
+
+
+def test_sampled_requests_do_not_disturb_each_other(opened):
+    djinn = opened()
+    alone = djinn.generate("llama", PROMPT, 8, temperature=0.8, seed=3).token_ids
+    pending = [
+        djinn.submit("llama", PROMPT, 8, temperature=0.8, seed=seed) for seed in (1, 3, 2, 3)
+    ]
+    tokens = [future.result(60).token_ids for future in pending]
+    assert tokens[1] == tokens[3] == alone
+    assert tokens[0] != alone
+
+
+def test_a_request_that_waits_can_be_cancelled(opened, expected):
+    djinn = opened()
+    with djinn.lease("llama"):
+        first, second = (djinn.submit(name, PROMPT, 6, True) for name in ("phi", "opt"))
+        assert first.cancel() and first.cancelled()
+        assert first.cancel()  # twice is harmless
+    with pytest.raises(CancelledError):
+        first.result(60)
+    assert second.result(60).token_ids == expected["opt"]
+    assert not second.cancel()
+
+
+def test_a_request_that_is_served_ends_and_gives_its_lease_back(opened, expected):
+    djinn = opened()
+    pending = djinn.submit("llama", PROMPT, 400, ignore_eos=True)
+    while not djinn._pager.ring.is_leased("llama"):
+        time.sleep(0.001)
+    assert not pending.cancel()
+    with pytest.raises(RequestCancelled, match="cancelled"):
+        pending.result(60)
+    assert not djinn._pager.ring.is_leased("llama")
+    assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected["llama"]
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_cancelling_a_task_frees_its_lease(folders, decode):
+    with dj.Djinn("1200KiB", "cpu", "16KiB", decode=decode, max_model_len=500) as djinn:
+        djinn.add("llama", folders / "llama")
+
+        async def give_up(after_s):
+            task = asyncio.create_task(djinn.agenerate("llama", PROMPT, 400, ignore_eos=True))
+            await asyncio.sleep(after_s)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return await djinn.agenerate("llama", PROMPT, 2, ignore_eos=True)
+
+        for after_s in (0.0, 0.05):
+            assert len(asyncio.run(give_up(after_s)).token_ids) == 2
+
+
+def test_an_old_request_is_overtaken_only_so_often(opened):
+    djinn = opened(order="affinity", max_overtaken=3, lookahead=False)
+    done = []
+    for name in NAMES[1:]:
+        djinn.evict(name)
+    with djinn.lease("llama"):
+        old = djinn.submit("phi", PROMPT, 2)
+        hits = [djinn.submit("llama", PROMPT, 2) for _ in range(8)]
+        for i, future in enumerate([old, *hits]):
+            future.add_done_callback(lambda _, i=i: done.append(i))
+    wait([old, *hits], 60)
+    assert done == [1, 2, 3, 0, 4, 5, 6, 7, 8]
+
+
+def test_what_waits_is_loaded_behind_what_computes(opened, expected):
+    djinn = opened()
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("opt"):
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        for _ in range(5000):
+            if djinn._pager.is_resident("phi"):
+                break
+            time.sleep(0.001)
+    g = pending.result(60)
+    assert g.token_ids == expected["phi"]
+    n_bytes = djinn.residency().set_index("model").bytes["phi"]
+    assert (g.prefetched_bytes, g.loaded_bytes, g.resident_before_bytes) == (n_bytes, n_bytes, 0)
+    assert djinn.generate("phi", PROMPT, 2).loaded_bytes == 0
+
+
+def test_looking_ahead_takes_nothing_from_who_computes_or_comes_sooner(opened, expected):
+    djinn = opened()
+    sizes = djinn.residency().set_index("model").bytes
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("llama"):
+        djinn.wait("llama")
+        pending = [djinn.submit(name, PROMPT, 6, True) for name in ("phi", "opt", "qwen2-tied")]
+        djinn._server._ahead.look()  # beside the thread that does so anyway
+        resident = djinn.residency().set_index("model").resident_bytes
+        assert resident["llama"] == sizes["llama"]
+        assert resident["phi"] > 0
+        assert resident["phi"] == sizes["phi"] or resident["opt"] == resident["qwen2-tied"] == 0
+    for name, future in zip(("phi", "opt", "qwen2-tied"), pending, strict=True):
+        assert future.result(60).token_ids == expected[name]
+
+
+def test_without_lookahead_nothing_is_loaded_ahead(opened):
+    djinn = opened(lookahead=False)
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("opt"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        time.sleep(0.05)
+        assert djinn.residency().set_index("model").resident_bytes["phi"] == 0
+    assert pending.result(60).prefetched_bytes == 0
+
+
+def test_a_copy_ahead_that_fails_costs_nobody_a_request(opened, expected, monkeypatch):
+    djinn, real = opened(), copier.copy_page
+    for name in NAMES:
+        djinn.evict(name)
+    failing = threading.Event()
+
+    def copy_page(target, source):
+        if failing.is_set():
+            raise OSError(5, "Input/output error")
+        real(target, source)
+
+    monkeypatch.setattr(copier, "copy_page", copy_page)
+    with djinn.lease("opt"):
+        djinn.wait("opt")
+        failing.set()
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        while not djinn._pager._models["phi"].loads:
+            time.sleep(0.001)
+        djinn._pager._models["phi"].finish_copies()
+        failing.clear()
+    assert pending.result(60).token_ids == expected["phi"]
+
+
+def test_bad_requests_are_refused_before_they_wait(opened):
+    djinn = opened()
+    with pytest.raises(ConfigError, match="expected one of the models"):
+        djinn.submit("unknown", PROMPT)
+    with pytest.raises(ConfigError, match="token ids from 0"):
+        djinn.submit("llama", [VOCAB])
+    with pytest.raises(ConfigError, match="order to be one of"):
+        dj.Djinn("1MiB", "cpu", "16KiB", order="lifo")
+
+
+def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected):
+    process = psutil.Process()
+
+    def held():
+        names = [t.name for t in threading.enumerate() if t.name.startswith("djinn")]
+        return process.num_fds(), sorted(names)
+
+    def cycle():
+        djinn = dj.Djinn("1200KiB", "cpu", "16KiB")
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+        pending = [djinn.submit(name, PROMPT, 6, True) for name in ("llama", "phi", "phi")]
+        while not (djinn._pager.ring.any_leased or pending[0].done()):
+            time.sleep(0.001)
+        djinn.close()
+        assert pending[0].result(60).token_ids == expected["llama"]
+        for future in pending[1:]:
+            if future.exception(60):
+                with pytest.raises(DjinnError, match="closed"):
+                    future.result(0)
+        with pytest.raises(DjinnError):
+            djinn.generate("llama", PROMPT, 2)
+
+    cycle()
+    before = held()
+    for _ in range(3):
+        cycle()
+    assert held() == before
