@@ -71,6 +71,7 @@ class DiskTier:
         self._policy = LRU()
         self._files: dict[str, SwapFile] = {}
         self._reading: set[str] = set()
+        self._n_brief = 0  # holds that are not lasting
         self._changed = threading.Condition()
         self._readers = ThreadPoolExecutor(N_READERS, "djinn-reader")
         self._finish_copies: Callable[[str], None] = lambda model: None
@@ -106,8 +107,15 @@ class DiskTier:
             self.ring.add(model, n_pages)
 
     def discard(self, model: str) -> None:
-        """Delete the master of `model`, if there is one; it must not be held."""
+        """Delete the master of `model`, if there is one; waits for brief holds of it.
+
+        Raises:
+            LeaseError: it is held for longer.
+        """
         with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._n_brief and model in self.ring and self.ring.is_leased(model))
+            )
             if file := self._files.pop(model, None):
                 self._finish_copies(model)
                 self.ring.remove(model)
@@ -118,23 +126,30 @@ class DiskTier:
         """How the tensors of `model` are packed."""
         return self._files[model].layout
 
-    def hold(self, model: str) -> None:
+    def hold(self, model: str, lasting: bool = False) -> None:
         """Have all bytes of `model` in host memory, and keep them there until `let_go`.
+
+        Waits for others to let go, but for lasting holds, which may outlast the caller.
 
         Raises:
             CapacityError: other models are held in too much of the host memory.
             DjinnError: pages cannot be read, or are not what was written.
         """
         with self._changed:
-            self._changed.wait_for(lambda: model not in self._reading)
+            self._changed.wait_for(lambda: model not in self._reading and self._has_room(model))
             self.ring.lease(model)
+            self._n_brief += not lasting
             try:
                 missing = self._take_frames(model)
             except BaseException:
-                self.ring.release(model)
+                self._release(model, lasting)
                 raise
         if missing.frames:
-            self._fill_frames(missing)
+            self._fill_frames(missing, lasting)
+
+    def _has_room(self, model: str) -> bool:
+        """Whether the pages of a model fit, or waiting would not make them fit."""
+        return self.ring.can_load(model) or not self._n_brief
 
     def _take_frames(self, model: str) -> Extent:
         for extent in self.ring.make_room(model, self._policy):
@@ -145,7 +160,7 @@ class DiskTier:
             self._reading.add(model)
         return missing
 
-    def _fill_frames(self, missing: Extent) -> None:
+    def _fill_frames(self, missing: Extent, lasting: bool) -> None:
         """Read pages without the lock: others may use theirs meanwhile."""
         model, error = missing.model, None
         try:
@@ -158,7 +173,7 @@ class DiskTier:
             self.bytes_read += len(missing.frames) * self._page_bytes
             if error:
                 self.ring.roll_back(model, len(missing.frames))
-                self.ring.release(model)
+                self._release(model, lasting)
             self._changed.notify_all()
         if error:
             raise DjinnError(
@@ -178,10 +193,15 @@ class DiskTier:
     def _frame(self, frame: int) -> torch.Tensor:
         return self._frames[frame * self._page_bytes : (frame + 1) * self._page_bytes]
 
-    def let_go(self, model: str) -> None:
-        """Undo one `hold`."""
+    def let_go(self, model: str, lasting: bool = False) -> None:
+        """Undo one `hold` of the same kind."""
         with self._changed:
-            self.ring.release(model)
+            self._release(model, lasting)
+
+    def _release(self, model: str, lasting: bool) -> None:
+        self.ring.release(model)
+        self._n_brief -= not lasting
+        self._changed.notify_all()
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
         """Bytes `begin` to `end` of a held model, within one page; to be read only."""

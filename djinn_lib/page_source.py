@@ -11,10 +11,11 @@ import torch
 class PageSource(Protocol):
     """Master copies of packed models: in host memory (`SwapPool`), or on disk behind it."""
 
-    def hold(self, model: str) -> None:
+    def hold(self, model: str, lasting: bool = False) -> None:
         """Have all bytes of `model` in host memory, and keep them there until `let_go`.
 
-        May take as long as reading them from disk does. Every call needs a `let_go`.
+        May take as long as reading them from disk does. Every call needs a `let_go`. `lasting` says
+        that it will come at somebody else's will, not as soon as the caller is done.
 
         Raises:
             CapacityError: host memory does not allow it.
@@ -22,8 +23,11 @@ class PageSource(Protocol):
         """
         ...
 
-    def let_go(self, model: str) -> None:
-        """Undo one `hold`. Bytes that a copy still reads are guarded by `when_reused`."""
+    def let_go(self, model: str, lasting: bool = False) -> None:
+        """Undo one `hold` of the same kind.
+
+        Bytes that a copy still reads are guarded by `when_reused`.
+        """
         ...
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:

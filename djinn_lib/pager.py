@@ -138,7 +138,7 @@ class Pager:
             paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
             lease.stalled_s, lease.streamed_bytes = paged.begin_clock()
             if paged.window:  # it reads its master as long as it runs
-                self._source.hold(model)
+                self._source.hold(model, lasting=True)
             self.ring.lease(model)
             self.policy.touch(model, time.monotonic())
         lease.plan_s = time.perf_counter() - begin_s
@@ -333,7 +333,7 @@ class Pager:
             paged.note_use(self.copier.fence())
             self.ring.release(model)
             if paged.window:
-                self._source.let_go(model)
+                self._source.let_go(model, lasting=True)
             self._settle()
 
     def _finish_copies(self, model: str) -> None:

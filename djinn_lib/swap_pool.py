@@ -122,10 +122,10 @@ class SwapPool:
         """The packed bytes of `model` (1-d uint8, host), to be read only."""
         return self._masters[model]
 
-    def hold(self, model: str) -> None:
+    def hold(self, model: str, lasting: bool = False) -> None:
         """Nothing to do: a master is always there."""
 
-    def let_go(self, model: str) -> None:
+    def let_go(self, model: str, lasting: bool = False) -> None:
         """Nothing to do."""
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:

@@ -70,15 +70,22 @@ def test_a_model_that_lost_its_tail_reads_only_that(tier):
 
 
 def test_held_pages_stay(tier):
-    tier.hold("a")
-    tier.hold("c") if tier.ring.can_load("c") else None
+    tier.hold("a", lasting=True)
     with pytest.raises(CapacityError, match="leases hold"):
         tier.hold("b")
     assert torch.equal(read_all(tier, "a"), contents("a"))
-    tier.let_go("a")
-    if tier.ring.is_leased("c"):
-        tier.let_go("c")
+    tier.let_go("a", lasting=True)
     tier.hold("b")
+    assert torch.equal(read_all(tier, "b"), contents("b"))
+    tier.let_go("b")
+    assert not tier.ring.any_leased
+
+
+def test_brief_holds_are_waited_for(tier):
+    tier.hold("a")
+    threading.Timer(0.05, tier.let_go, ["a"]).start()
+    tier.hold("b")  # does not fit beside a
+    assert torch.equal(read_all(tier, "b"), contents("b"))
     tier.let_go("b")
 
 

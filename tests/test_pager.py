@@ -6,13 +6,11 @@ import time
 import psutil
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from djinn_lib import copier as copier_module
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
 from djinn_lib.pager import Pager
+from djinn_lib.policy import Lookahead
 from djinn_lib.swap_pool import Layout, SwapPool
 
 PAGE = 16 << 10
@@ -277,89 +275,49 @@ def test_nothing_leaks():
     assert held() == before
 
 
-class PagerMachine(RuleBasedStateMachine):
-    """Random requests, leases and copy failures; after each step all bytes are right."""
-
-    @initialize(
-        n_frames=st.integers(6, 20),
-        sizes=st.lists(st.integers(1, 6 * PAGE), min_size=2, max_size=5),
-        residency=st.sampled_from(["partial", "whole"]),
-    )
-    def start(self, n_frames, sizes, residency):
-        self.sizes = {f"m{i}": n for i, n in enumerate(sizes)}
-        self.pager, self.pool, self.views = make_pager(self.sizes, n_frames, residency)
-        self.patch = pytest.MonkeyPatch()
-        self.flaky = Flaky(self.patch)
-        self.held = []
-
-    def acquire(self, model):
-        try:
-            return self.pager.lease(model)
-        except CapacityError:
-            assert not self.pager.ring.can_load(model)
-            return None
-
-    @rule(data=st.data(), hold=st.booleans())
-    def request(self, data, hold):
-        model = data.draw(st.sampled_from(sorted(self.sizes)))
-        resident = self.pager.resident_bytes(model)
-        if (lease := self.acquire(model)) is None:
-            return
-        self.pager.wait(model, self.sizes[model])
-        assert lease.resident_before_bytes == resident
-        assert lease.resident_before_bytes + lease.loaded_bytes == self.sizes[model]
-        assert torch.equal(self.views[model][: self.sizes[model]], self.pool.master(model))
-        if hold:
-            self.held.append(lease)
-        else:
-            lease.release()
-
-    @rule(data=st.data(), fail_at=st.integers(1, 6))
-    def request_with_a_failing_copy(self, data, fail_at):
-        model = data.draw(st.sampled_from(sorted(self.sizes)))
-        n_missing = self.pager.ring.n_missing(model)
-        self.flaky.n_copied, self.flaky.fail_at = 0, fail_at
-        if lease := self.acquire(model):
-            if fail_at <= n_missing:
-                with pytest.raises(DjinnError):
-                    self.pager.wait(model, self.sizes[model])
-            else:
-                self.pager.wait(model, self.sizes[model])
-            lease.release()
-        self.flaky.fail_at = None
-
-    @rule(data=st.data())
-    def abandon(self, data):
-        if lease := self.acquire(data.draw(st.sampled_from(sorted(self.sizes)))):
-            lease.release()
-
-    @precondition(lambda self: self.held)
-    @rule(data=st.data())
-    def release(self, data):
-        self.held.pop(data.draw(st.integers(0, len(self.held) - 1))).release()
-
-    @rule(data=st.data())
-    def evict(self, data):
-        model = data.draw(st.sampled_from(sorted(self.sizes)))
-        if not self.pager.ring.is_leased(model):
-            self.pager.evict(model)
-            assert self.pager.resident_bytes(model) == 0
-
-    @invariant()
-    def bytes_equal_masters(self):
-        if hasattr(self, "pager"):
-            self.pager.check()
-
-    def teardown(self):
-        if hasattr(self, "pager"):
-            self.patch.undo()
-            self.pager.close()
+def test_ahead_only_what_nobody_else_needs_and_only_beside_a_lease(three):
+    pager, pool, views = three
+    assert pager.prefetch("a") == 0  # without a lease the frames are for the next one
+    with pager.lease("c"):
+        pager.wait("c", 4 * PAGE + 1)
+        assert pager.prefetch("b") == 9 * PAGE
+        assert pager.prefetch("a", spare=["b"]) == 2 * PAGE  # 16 frames: 5 leased, 9 spared
+        assert pager.prefetch("a") == 8 * PAGE - 7  # now b loses what is missing
+        assert pager.resident_bytes("b") == PAGE
+    with pager.lease("a") as lease:
+        pager.wait("a", 10 * PAGE - 7)
+        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.master("a"))
+    assert (lease.prefetched_bytes, lease.resident_before_bytes) == (10 * PAGE - 7, 0)
+    assert lease.loaded_bytes == 10 * PAGE - 7
+    assert lease.evicted_bytes == 8 * PAGE
+    with pager.lease("a") as lease:
+        pass
+    assert (lease.prefetched_bytes, lease.loaded_bytes) == (0, 0)
+    pager.check()
 
 
-PagerMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestPager = PagerMachine.TestCase
+def test_a_copy_ahead_that_failed_is_made_good_by_the_lease(three, monkeypatch):
+    pager, pool, views = three
+    flaky = Flaky(monkeypatch)
+    with pager.lease("c"):
+        pager.finish("c")
+        flaky.n_copied, flaky.fail_at = 0, 3
+        assert pager.prefetch("b") == 9 * PAGE
+        pager._models["b"].finish_copies()
+    with pager.lease("b") as lease:
+        pager.wait("b", 9 * PAGE)
+        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+        assert (lease.prefetched_bytes, lease.loaded_bytes) == (2 * PAGE, 9 * PAGE)
+    pager.check()
+
+
+def test_what_waits_is_spared_by_a_policy_that_listens(three):
+    pager, _, _ = three
+    pager.policy = Lookahead()
+    for name in ("c", "a"):
+        with pager.lease(name):
+            pass
+    pager.expect(["c"])
+    with pager.lease("b") as lease:
+        assert lease.evicted_bytes == 8 * PAGE - 7  # of a, although c is older
+    assert pager.resident_bytes("c") == 4 * PAGE + 1
