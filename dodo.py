@@ -35,7 +35,9 @@ DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 LIB = REPO / "djinn_lib"
 ENGINE = [LIB / f"{name}.py" for name in (
     "ring", "policy", "nvml", "address_space", "address_space_cpu", "address_space_cuda", "copier",
-    "lease", "swap_pool", "pager", "checkpoint", "models", "sources", "generate", "sampling",
+    "copier_cpu", "copier_cuda", "lease", "host_memory", "page_source", "swap_pool", "disk_tier",
+    "streaming", "paged_model", "pager", "lookahead", "request_queue", "turns", "pending", "server",
+    "catalog", "checkpoint", "models", "sources", "generate", "sampling",
     "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",
     "served", "djinn", "bench", "cell", "weights",
 )]  # fmt: skip
@@ -149,6 +151,14 @@ def task_policies() -> dict:
     return notebook_task("06_policies", file_dep, targets, parameters={"run_dir": str(RUN_DIR)})
 
 
+def task_large_models() -> dict:
+    """07_large_models: a model in a ring that is too small for it."""
+    targets = [RUN_DIR / "large_models.parquet"]
+    targets += [RUN_DIR / "figures" / f"large_models.{ending}" for ending in ("pdf", "png")]
+    file_dep = [*ENGINE, LIB / "large_models.py", LIB / "plot_large.py", LIB / "plot_style.py"]
+    return notebook_task("07_large_models", file_dep, targets, task_dep=["setup"])
+
+
 def task_explore() -> dict:
     """explore: the widgets, and the picture that they begin with."""
     parameters = {"figures_dir": str(RUN_DIR / "figures")}
@@ -165,7 +175,7 @@ def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = Non
 def task_report() -> dict:
     """index.html and the notebooks as HTML."""
     notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims",
-                 "06_policies", "explore"]  # fmt: skip
+                 "06_policies", "07_large_models", "explore"]  # fmt: skip
     notebooks += [f"02_run_system.{cell.id}" for cell in CELLS]
     return {
         "actions": [(report, [])],
@@ -178,7 +188,7 @@ def task_report() -> dict:
             *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
         ],
         "targets": [RUN_DIR / "index.html"],
-        "task_dep": ["sensitivity", "figures", "claims", "policies", "explore"],
+        "task_dep": ["sensitivity", "figures", "claims", "policies", "large_models", "explore"],
     }
 
 

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -47,11 +47,15 @@ class ModelSpec:
         config: a transformers configuration, or a mapping with ``model_type`` and its fields.
         dtype: "float32", "float16" or "bfloat16".
         seed: the same seed gives the same weights on the same device type and torch version.
+        init: "transformers" initialises the whole model as transformers does, beside the copy that
+            is kept; "plain" tensor by tensor, for models that host memory holds only once: normal
+            with the configuration's initializer_range, ones for the weights of norms, else zeros.
     """
 
     config: PretrainedConfig | Mapping[str, Any]
     dtype: str = "float32"
     seed: int = 0
+    init: Literal["transformers", "plain"] = "transformers"
 
     def resolve_config(self) -> PretrainedConfig:
         """Return the configuration as transformers' own object.

@@ -80,6 +80,21 @@ class CellsEntry(_Strict):
     repeats: int | None = Field(default=None, ge=1)
 
 
+class LargeEntry(_Strict):
+    """A model that is run in a ring too small for it: one of the profile's, or one of its own."""
+
+    capacity: str
+    model: str | None = None
+    config: dict[str, Any] | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LargeEntry:
+        if (self.model is None) == (self.config is None):
+            raise ValueError("expected either model, of the profile, or config")
+        return self
+
+
 class Cell(_Strict):
     """One system on one trace at one capacity."""
 
@@ -109,6 +124,7 @@ class Profile(_Strict):
     traces: dict[Label, TraceEntry] = Field(min_length=1)
     systems: dict[Label, SystemEntry] = Field(min_length=1)
     cells: list[CellsEntry] = Field(min_length=1)
+    large: dict[Name, LargeEntry] = {}
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
@@ -118,8 +134,12 @@ class Profile(_Strict):
             _ensure_known("trace", entry.traces, self.traces)
             _ensure_known("capacity", entry.capacities, self.capacities)
             _ensure_known("system", entry.systems, self.systems)
+        for entry in self.large.values():
+            if entry.model:
+                _ensure_known("model of large", [entry.model], self.models)
         parse_bytes(self.page)
-        for text in self.capacities.values():
+        large = [entry.capacity for entry in self.large.values()]
+        for text in [*self.capacities.values(), *large]:
             parse_capacity(text, total_bytes=1 << 40)
         return self
 

@@ -64,7 +64,18 @@ def _fill_from_spec(spec: ModelSpec) -> Fill:
         for name, view in views.items():
             view.copy_(parameters[name].detach())
 
-    return fill
+    def fill_plainly(views: Mapping[str, torch.Tensor]) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator(device).manual_seed(spec.seed)
+        deviation = float(getattr(spec.resolve_config(), "initializer_range", 0.02))
+        for name, view in views.items():
+            if view.dim() > 1:
+                drawn = torch.empty(view.shape, dtype=view.dtype, device=device)
+                view.copy_(drawn.normal_(0.0, deviation, generator=generator))
+            else:
+                view.fill_(1.0 if name.endswith("weight") else 0.0)
+
+    return fill if spec.init == "transformers" else fill_plainly
 
 
 def _fill_from_folder(module: PreTrainedModel, folder: Path, trust_remote_code: bool) -> Fill:

@@ -1,0 +1,296 @@
+"""One model larger than the ring: how fast its layers can take turns, and how others do it.
+
+Every forward pass has to bring in what does not stay on the device, so a token takes at least as
+long as these bytes take through the link, and at least as long as it takes to compute. Compared
+with accelerate's offloading, given the same device memory for the same first layers, the same
+master copies, and hooks that bring each other layer in when it is called and drop it afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import cpu_offload
+from transformers import PreTrainedModel
+
+from djinn_lib.bench import Bench
+from djinn_lib.djinn import Djinn
+from djinn_lib.errors import ConfigError
+from djinn_lib.files import write_atomically
+from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.models import ModelSpec, Unit, pack
+from djinn_lib.profile import parse_capacity
+from djinn_lib.records import token_sha
+from djinn_lib.sources import open_source
+from djinn_lib.swap_pool import SwapPool
+from djinn_lib.units import format_bytes
+
+COLUMNS = (
+    "model", "system", "repeat", "model_bytes", "capacity_bytes", "n_tokens", "ms_per_token",
+    "ttft_ms", "loaded_bytes_per_token", "stall_ms_per_token", "token_sha", "ok", "error",
+)  # fmt: skip
+Outcome = tuple[Tokens, int, float]  # tokens, bytes loaded, seconds of stalls
+Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]
+SYSTEMS = ("resident", "djinn", "accelerate")
+
+
+@dataclass(frozen=True)
+class LargeCase:
+    """A model and a ring that does not hold it.
+
+    Args:
+        name: of the model.
+        source: a checkpoint's folder, or a `ModelSpec`.
+        dtype: of the weights.
+        capacity_bytes: device memory for weights.
+        resident: also measure it with a ring that holds it, which says what computing alone takes.
+    """
+
+    name: str
+    source: Path | ModelSpec
+    dtype: str
+    capacity_bytes: int
+    resident: bool
+
+
+def cases_of(bench: Bench) -> list[LargeCase]:
+    """Return the cases that a profile lists."""
+    cases = []
+    for name, entry in bench.profile.large.items():
+        dtype = bench.profile.dtype
+        if entry.model:
+            files = bench.models[entry.model]
+            capacity_bytes = parse_capacity(entry.capacity, files.n_bytes)
+            cases.append(LargeCase(name, files.folder, dtype, capacity_bytes, resident=True))
+        else:
+            spec = ModelSpec(entry.config or {}, dtype, entry.seed, init="plain")
+            n_bytes = pack(open_source(spec).module)[0].n_bytes
+            capacity_bytes = parse_capacity(entry.capacity, n_bytes)
+            cases.append(LargeCase(name, spec, dtype, capacity_bytes, resident=False))
+    return cases
+
+
+def measure_all(
+    bench: Bench, n_tokens: int, repeats: int, progress: Callable[[str], None] = print
+) -> pd.DataFrame:
+    """Measure every case of a profile, write the rows to the run's folder and return them.
+
+    Raises:
+        ConfigError: the profile has no such case, or too few tokens are asked for.
+    """
+    if n_tokens < 2:
+        raise ConfigError(f"expected at least 2 tokens, to time one, got {n_tokens}")
+    if not (cases := cases_of(bench)):
+        raise ConfigError(
+            f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
+        )
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, 1000, (bench.profile.prompt_tokens,), generator=generator).tolist()
+    rows = pd.concat(
+        [
+            measure(
+                case, bench.profile.device, bench.profile.page, prompt, n_tokens, repeats, progress
+            )
+            for case in cases
+        ],
+        ignore_index=True,
+    )
+    write_atomically(
+        bench.run_dir / "large_models.parquet", lambda path: rows.to_parquet(path, index=False)
+    )
+    return rows
+
+
+def measure(
+    case: LargeCase,
+    device: str,
+    page: str,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+    progress: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Generate with each system in turn and return a row for each repeat; see `COLUMNS`.
+
+    Raises:
+        ConfigError: the model fits into the ring.
+        CapacityError: two of its layers in a row do not.
+    """
+    rows: list[dict[str, Any]] = []
+    opened = open_source(case.source, case.dtype)
+    n_bytes = pack(opened.module)[0].n_bytes
+    if n_bytes <= case.capacity_bytes:
+        raise ConfigError(
+            f"expected a ring smaller than {case.name!r} ({format_bytes(n_bytes)}), got "
+            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
+        )
+    facts = {"model": case.name, "model_bytes": n_bytes, "capacity_bytes": case.capacity_bytes}
+    for system, run in _systems(case, device, page):
+        progress(f"{case.name}: {system}")
+        try:
+            outcomes = list(run(prompt_ids, n_tokens, repeats))
+            rows += [
+                {**facts, "system": system, "repeat": i, **_row(outcome, n_tokens)}
+                for i, outcome in enumerate(outcomes)
+            ]
+        except Exception as error:  # of one system: the others go on
+            failed = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            rows.append({**facts, "system": system, "repeat": 0, **failed})
+        gc.collect()
+    return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+
+
+def shares(rows: pd.DataFrame, link_bytes_per_s: float) -> pd.DataFrame:
+    """Return, for each model and system, medians and the share of the ceiling that is reached.
+
+    Columns: model, system, n, ms_per_token, gib_per_token, link_ms (what these bytes take at the
+    rate of the link), compute_ms (a token where everything is resident), share_of_ceiling: the
+    longer of the two over what a token takes. Failed systems have their error and no numbers.
+    """
+    medians = (
+        rows.groupby(["model", "system"], sort=False)
+        .agg(
+            n=("ok", "sum"),
+            ms_per_token=("ms_per_token", "median"),
+            gib_per_token=("loaded_bytes_per_token", lambda b: b.median() / 2**30),
+            error=("error", "max"),
+        )
+        .reset_index()
+    )
+    resident = medians[medians.system == "resident"].set_index("model").ms_per_token
+    medians["link_ms"] = medians.gib_per_token * 2**30 / link_bytes_per_s * 1e3
+    medians["compute_ms"] = medians.model.map(resident)
+    ceiling_ms = medians[["link_ms", "compute_ms"]].max(axis=1)
+    medians["share_of_ceiling"] = ceiling_ms / medians.ms_per_token
+    return medians
+
+
+def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:
+    tokens, loaded_bytes, stall_s = outcome
+    return {
+        "n_tokens": len(tokens.token_ids),
+        "ms_per_token": (tokens.last_s - tokens.first_s) / (n_tokens - 1) * 1e3,
+        "ttft_ms": tokens.first_s * 1e3,
+        "loaded_bytes_per_token": loaded_bytes / n_tokens,
+        "stall_ms_per_token": stall_s / n_tokens * 1e3,
+        "token_sha": token_sha(tokens.token_ids),
+        "ok": True,
+        "error": "",
+    }
+
+
+def _systems(case: LargeCase, device: str, page: str) -> Iterator[tuple[str, Run]]:
+    if case.resident:
+        yield "resident", lambda *request: _djinn(case, device, page, None, *request)
+    yield "djinn", lambda *request: _djinn(case, device, page, case.capacity_bytes, *request)
+    yield "accelerate", lambda *request: _accelerate(case, device, page, *request)
+
+
+def _djinn(
+    case: LargeCase,
+    device: str,
+    page: str,
+    capacity_bytes: int | None,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+) -> Iterator[Outcome]:
+    if capacity_bytes is None:
+        opened = open_source(case.source, case.dtype)
+        capacity_bytes = pack(opened.module)[0].n_bytes + (256 << 20)
+    with Djinn(capacity_bytes, device, page, decode="eager") as djinn:
+        djinn.add(case.name, case.source, dtype=case.dtype)
+        djinn.generate(case.name, prompt_ids, 2, ignore_eos=True)  # warm-up
+        for _ in range(repeats):
+            g = djinn.generate(case.name, prompt_ids, n_tokens, ignore_eos=True)
+            tokens = Tokens(g.token_ids, g.ttft_ms / 1e3, g.total_ms / 1e3)
+            yield tokens, g.loaded_bytes, g.stall_ms / 1e3
+
+
+def _accelerate(
+    case: LargeCase,
+    device: str,
+    page: str,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+) -> Iterator[Outcome]:
+    pool = SwapPool(pin=device == "cuda")
+    try:
+        opened = open_source(case.source, case.dtype)
+        layout, units = pack(opened.module)
+        pool.add(case.name, layout, opened.fill)
+        weights = layout.views(pool.master(case.name))
+        model, bytes_per_pass = offload(opened.module, units, weights, case.capacity_bytes, device)
+        generate_eager(model, prompt_ids, 2, ignore_eos=True)  # warm-up
+        for _ in range(repeats):
+            tokens = generate_eager(model, prompt_ids, n_tokens, ignore_eos=True)
+            yield tokens, bytes_per_pass * n_tokens, math.nan
+    finally:
+        pool.close()
+
+
+def offload(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    weights: Mapping[str, torch.Tensor],
+    capacity_bytes: int,
+    device: str,
+) -> tuple[PreTrainedModel, int]:
+    """Give a skeleton accelerate's hooks; returns it, and the bytes that each forward pass copies.
+
+    The first units stay on the device, as many as leave room for the largest of the others.
+
+    Args:
+        model: a skeleton (see `models.skeleton`).
+        units: of the model, in the order of execution.
+        weights: its master copies on the host, by name.
+        capacity_bytes: device memory for weights.
+        device: where it runs.
+    """
+    ends = sorted({unit.end_byte for unit in units})
+    sizes = {end: end - begin for begin, end in pairwise([0, *ends])}
+    stays_up_to = max((e for e in ends if e + max(sizes.values()) <= capacity_bytes), default=0)
+    going = {unit.module for unit in units if unit.end_byte > stays_up_to}
+    moved = {name: w for name, w in weights.items() if _owner(name, going) is None}
+    model.load_state_dict(
+        {name: _on_device(w, device) for name, w in moved.items()}, assign=True, strict=False
+    )
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for unit in going:
+        own = {n.removeprefix(f"{unit}."): w for n, w in weights.items() if _owner(n, {unit})}
+        cpu_offload(model.get_submodule(unit), torch.device(device), state_dict=_Masters(own))
+    return model.requires_grad_(False), sum(
+        size for end, size in sizes.items() if end > stays_up_to
+    )
+
+
+def _owner(name: str, units: set[str]) -> str | None:
+    return next((unit for unit in units if name.startswith(f"{unit}.")), None)
+
+
+def _on_device(weight: torch.Tensor, device: str) -> torch.Tensor:
+    return weight.clone() if device == "cpu" else weight.to(device)
+
+
+class _Masters(dict[str, torch.Tensor]):
+    """Master copies as accelerate's hooks look them up.
+
+    On the CPU a weight that is looked up is copied, as on its way to any other device; the hooks
+    would use the master itself.
+    """
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = super().__getitem__(name)
+        return weight if weight.is_pinned() else weight.clone()

@@ -1,0 +1,63 @@
+"""Pictures of models that are larger than the ring."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from djinn_lib.large_models import SYSTEMS, shares
+from djinn_lib.plot_style import COLUMN_IN, SMALL_PT, footnote, require_rows, styled
+
+_LABELS = {
+    "resident": "everything resident",
+    "djinn": "djinn, layers in turns",
+    "accelerate": "accelerate, offloaded",
+}
+_COLORS = {"resident": "#7F7F7F", "djinn": "#0072B2", "accelerate": "#E69F00"}
+
+
+@styled
+def time_per_token(rows: pd.DataFrame, link_bytes_per_s: float) -> Figure:
+    """Draw what a token takes in each system, a panel a model, with what the link alone takes.
+
+    Bars are medians, dots are repeats.
+
+    Raises:
+        RecordError: there are no rows.
+    """
+    require_rows(rows, "models larger than the ring")
+    table, models = shares(rows, link_bytes_per_s), list(rows["model"].unique())
+    figure, grid = plt.subplots(
+        len(models), 1, figsize=(COLUMN_IN, 0.35 + 1.15 * len(models)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    notes = []
+    for model, axes in zip(models, grid[:, 0], strict=True):
+        part = table[table.model == model].set_index("system")
+        shown = [system for system in SYSTEMS if system in part.index]
+        for y, system in enumerate(shown):
+            values = rows[(rows.model == model) & (rows.system == system)].ms_per_token.dropna()
+            if values.empty:
+                notes.append(f"{model}, {_LABELS[system]}: {part.error[system]}")
+                continue
+            axes.barh(y, values.median(), color=_COLORS[system], height=0.62)
+            axes.plot(values, [y] * len(values), ".", color="black", markersize=2.5)
+            axes.annotate(
+                f"{values.median():.3g} ms", (values.median(), y), (3, 0), va="center",
+                textcoords="offset points", fontsize=SMALL_PT,
+            )  # fmt: skip
+        link_ms = part.link_ms.get("djinn", float("nan"))
+        axes.axvline(link_ms, color="#D55E00", linewidth=1.0, linestyle="--")
+        axes.set_yticks(range(len(shown)), [_LABELS[system] for system in shown])
+        axes.invert_yaxis()
+        axes.margins(x=0.22)
+        axes.set_xlim(left=0)
+        case = rows[rows.model == model].iloc[0]
+        axes.set_title(
+            f"{model}: {case.model_bytes / 2**30:.2g} GiB in a ring of "
+            f"{case.capacity_bytes / 2**30:.2g} GiB"
+        )
+    grid[-1, 0].set_xlabel("ms per token")
+    footnote(figure, ["dashed: djinn's bytes per token at the rate of the link", *notes])
+    return figure
