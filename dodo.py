@@ -39,7 +39,7 @@ ENGINE = [LIB / f"{name}.py" for name in (
     "streaming", "paged_model", "pager", "lookahead", "request_queue", "turns", "pending", "server",
     "catalog", "checkpoint", "models", "sources", "generate", "sampling",
     "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",
-    "served", "djinn", "bench", "cell", "weights",
+    "served", "djinn", "bench", "cell", "weights", "integrity",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",
@@ -73,7 +73,7 @@ def notebook_task(notebook: str, file_dep: list[Path], targets: list[Path], **ta
 
 def task_setup() -> dict:
     """00_setup: measure this machine, prepare the weights."""
-    sources = [LIB / "machine.py", LIB / "weights.py", LIB / "bench.py"]
+    sources = [LIB / f"{name}.py" for name in ("machine", "weights", "integrity", "bench")]
     return notebook_task("00_setup", sources, [MACHINE])
 
 

@@ -42,7 +42,9 @@ class Bench:
         try:
             state = json.loads(path.read_text())
             models = {
-                name: ModelFiles(**{**files, "folder": Path(files["folder"])})
+                name: ModelFiles(
+                    **{**files, "folder": Path(files["folder"]), "digests": files["digests"]}
+                )
                 for name, files in state["models"].items()
             }
         except (OSError, ValueError, KeyError, TypeError) as error:

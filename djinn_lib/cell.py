@@ -3,6 +3,10 @@
 A failed request is a row with its cause, and the cell goes on. Rows are noted one by one in a
 journal, so that a process that dies loses nothing but the request it died on; `close_dead_cell`
 turns the journal of such a cell into rows.
+
+A cell that was interrupted by its user is run again from its first request instead: half of it in
+one process and half in another would not be the cold start and the sequence that the rows tell of.
+Until then its journal stays where it is, for whoever wants to look at it.
 """
 
 from __future__ import annotations
@@ -12,14 +16,19 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from djinn_lib import machine
 from djinn_lib.bench import Bench
+from djinn_lib.errors import TraceError, in_words
+from djinn_lib.files import ensure_writable
+from djinn_lib.integrity import WeightsWatch, weights_digest
 from djinn_lib.profile import REPO, Cell
 from djinn_lib.records import (
     classify_error,
@@ -32,18 +41,21 @@ from djinn_lib.records import (
 from djinn_lib.systems import SystemUnderTest, system_class
 from djinn_lib.trace import Request, Trace, check_models, read_trace
 from djinn_lib.units import parse_bytes
-from djinn_lib.weights import files_sha256, prompt_ids
+from djinn_lib.weights import prompt_ids
 
 
 def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
     """Run a cell, write its rows and manifest, and return the rows.
 
     Raises:
-        TraceError: the trace names a model that the profile lacks.
+        TraceError: the trace is broken, empty, or names a model that the profile lacks.
+        ConfigError: the run's folder cannot be written to.
         RecordError: the rows break the schema, which is a bug of the system.
+        OSError: the disk is full; the rows so far are in the journal, if they could be written.
     """
-    trace = read_trace(bench.trace_path(cell.trace))
+    trace = _read_trace(bench, cell)
     check_models(trace, bench.models)
+    ensure_writable(bench.rows_path(cell).parent)  # before minutes are spent
     begun = _Start(bench, cell, trace)
     rows = list(_rows(begun))
     frame = rows_frame(rows)
@@ -61,8 +73,12 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
         cell: that died.
         kind: an error kind, such as "kernel_died".
         error: what is known of the cause.
+
+    Raises:
+        TraceError: the trace is broken or empty, so that nobody knows what to write.
+        OSError: the rows cannot be written either; the journal is still there then.
     """
-    trace = read_trace(bench.trace_path(cell.trace))
+    trace = _read_trace(bench, cell)
     begun = _Start(bench, cell, trace)
     begun.notes.append(f"the process of this cell died: {error}")
     journal = bench.journal_path(cell)
@@ -78,6 +94,16 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
     write_manifest(begun.manifest(), bench.manifest_path(cell))
     journal.unlink(missing_ok=True)
     return frame
+
+
+def _read_trace(bench: Bench, cell: Cell) -> Trace:
+    trace = read_trace(bench.trace_path(cell.trace))
+    if not trace.requests:
+        raise TraceError(
+            f"expected a trace of at least 1 request, got none in {bench.trace_path(cell.trace)}: "
+            "make the trace anew"
+        )
+    return trace
 
 
 def _whole_row(line: str) -> dict[str, Any] | None:
@@ -100,6 +126,8 @@ class _Start:
         self.begin_s = time.perf_counter()
         self.setup_s = 0.0
         self.notes: list[str] = []
+        self.watch: WeightsWatch  # from the start of the system on
+        self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = machine.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
 
@@ -140,7 +168,7 @@ class _Start:
             "machine": self.bench.machine,
             "trace_sha256": self.trace.sha256,
             "models": {
-                name: {"bytes": f.n_bytes, "dtype": f.dtype, "sha256": files_sha256(f)}
+                name: {"bytes": f.n_bytes, "dtype": f.dtype, "sha256": weights_digest(f.digests)}
                 for name, f in self.bench.models.items()
             },
             "parameters": {
@@ -176,16 +204,14 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
         yield from _all_failed(begun, "unavailable", reason)
         return
     journal = begun.bench.journal_path(begun.cell)
-    journal.parent.mkdir(parents=True, exist_ok=True)
     journal.unlink(missing_ok=True)
-    system = begun.make_system()
-    begun.notes.extend(system.notes())
-    try:
+    with ExitStack() as running:
         try:
-            _start(begun, system)
+            system = _start(begun, running)
         except Exception as error:
             traceback.print_exc()
-            yield from _all_failed(begun, classify_error(error), f"could not start: {error}")
+            reason = f"could not start: {in_words(error)}"
+            yield from _all_failed(begun, classify_error(error), reason)
             return
         with journal.open("w") as lines:
             requests = tqdm(list(_requests(begun)), desc=begun.cell.id, unit="req", mininterval=2)
@@ -194,10 +220,8 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 yield row
-    finally:
-        system.close()
-        del system
-        gc.collect()
+                if row["error_kind"] == "oom":
+                    _free_unused_memory()
 
 
 def _all_failed(begun: _Start, kind: str, error: str) -> Iterator[dict[str, Any]]:
@@ -212,27 +236,53 @@ def _requests(begun: _Start) -> Iterator[tuple[int, Request]]:
             yield repeat, request
 
 
-def _start(begun: _Start, system: SystemUnderTest) -> None:
+def _start(begun: _Start, running: ExitStack) -> SystemUnderTest:
+    """Start and warm up the system, which is closed with `running` whatever happens."""
     begin_s = time.perf_counter()
+    watch = begun.watch = WeightsWatch(begun.bench.models)
+    # Read now, so that a system that needs no files while it serves goes on without them.
+    begun.prompts = {(r.model, r.request): _prompt(begun, r) for r in begun.trace.requests}
+    system = begun.make_system()
+    running.callback(gc.collect)
+    running.callback(system.close)
+    begun.notes.extend(system.notes())
     system.start(progress=lambda step: print(f"{begun.cell.id}: {step}", flush=True))
     for name in begun.bench.models:
-        system.warm_up(name, _prompt(begun, name, 0))
+        watch.ensure_unchanged(name)
+        system.warm_up(name, _prompt(begun, Request(0, 0.0, name)))
     begun.setup_s = time.perf_counter() - begin_s
+    return system
 
 
-def _prompt(begun: _Start, model: str, request: int) -> list[int]:
-    return prompt_ids(begun.bench.models[model], begun.bench.profile.prompt_tokens, request)
+def _prompt(begun: _Start, request: Request) -> list[int]:
+    files = begun.bench.models[request.model]
+    return prompt_ids(files, begun.bench.profile.prompt_tokens, request.request)
+
+
+def _free_unused_memory() -> None:
+    """After a request ran out of memory: what it left behind goes before the next one comes.
+
+    torch empties its cache by itself before it gives up, but what the failed request still held
+    then is unused only now, and other allocators (the driver's, another process) may want it.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _serve(begun: _Start, system: SystemUnderTest, repeat: int, request: Request) -> dict[str, Any]:
-    if request.request == 0:
-        system.reset()  # every repeat starts cold
-    prompt = _prompt(begun, request.model, request.request)
-    keys = begun.keys(repeat, request)
+    keys = None
     try:
+        if request.request == 0:
+            system.reset()  # every repeat starts cold
+        if system.reads_files_while_serving:
+            begun.watch.ensure_unchanged(request.model)
+        prompt = begun.prompts[request.model, request.request]
+        keys = begun.keys(repeat, request)
         served = system.serve(request.model, prompt, begun.bench.profile.new_tokens)
-    except Exception as error:
-        return failed_row(**keys, error_kind=classify_error(error), error=f"{error}")
+    except (Exception, SystemExit) as error:  # a library that exits must not end the cell
+        keys = keys or begun.keys(repeat, request)
+        return failed_row(**keys, error_kind=classify_error(error), error=in_words(error))
     return {
         **keys,
         "queue_ms": 0.0,

@@ -18,7 +18,7 @@ from typing import Any
 
 from djinn_lib.errors import DjinnError
 
-_STOP_S = 30.0
+_STOP_S, _DIE_S = 30.0, 5.0
 
 
 class EngineDied(DjinnError, RuntimeError):
@@ -81,12 +81,16 @@ class EngineProcess:
             ok, value = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             raise self._dead(what) from error
+        except BaseException:
+            self._end()  # interrupted: the answer would be taken for that of the next call
+            raise
         if not ok:
             raise DjinnError(f"{what} failed in the engine's process:\n{value}")
         return value
 
     def _dead(self, what: str) -> EngineDied:
-        self._process.join(_STOP_S)
+        self._process.join(_DIE_S)  # its pipe is closed, so as a rule it is gone already
+        self._end()
         return EngineDied(
             f"expected an answer to {what}, but the engine's process ended "
             f"(exit status {self._process.exitcode})"

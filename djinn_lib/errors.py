@@ -11,6 +11,12 @@ class DjinnError(Exception):
     """Base of every error that djinn_lib raises on purpose."""
 
 
+def in_words(error: BaseException) -> str:
+    """Return what an error says; of those that others raise, also what it is."""
+    said = str(error)
+    return said if isinstance(error, DjinnError) and said else f"{type(error).__name__}: {said}"
+
+
 class ConfigError(DjinnError, ValueError):
     """A parameter, profile, model name or system name that cannot be used."""
 

@@ -44,6 +44,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def path_below(folder: Path, name: str) -> Path:
+    """Return the path of a file in a folder or in one of its folders.
+
+    Raises:
+        ConfigError: the name leads out of the folder, or is none.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ConfigError(f"expected the name of a file below {folder}, got {name!r}")
+    return folder / name
+
+
 def ensure_writable(folder: Path) -> None:
     """Create a folder, if need be, and make sure that files can be written there.
 

@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.lease import Lease
-from djinn_lib.models import Unit
+from djinn_lib.models import Unit, check_positions
 from djinn_lib.sampling import Sampling
 
 
@@ -173,6 +173,7 @@ def generate_eager(
     """
     begin_s = time.perf_counter()
     ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
+    check_positions(model.config, len(ids), max_new_tokens)
     inputs = torch.tensor([ids], device=model.device)
     clock = _FirstToken()
     generate: Any = model.generate  # its signature is wider than its annotations say

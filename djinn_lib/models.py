@@ -128,6 +128,23 @@ def skeleton(
     return model.eval()
 
 
+def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int) -> None:
+    """Make sure that a model has a position for each token of a prompt and its continuation.
+
+    Beyond its last position a model that learned them reads outside a table, which on a GPU ends
+    not just the request but all use of the device by this process.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and n_prompt + max_new_tokens > limit:
+        raise ConfigError(
+            f"expected at most {limit} tokens of prompt and continuation together (the model's "
+            f"positions), got {n_prompt} + {max_new_tokens}: shorten the prompt or ask for less"
+        )
+
+
 @dataclass(frozen=True)
 class Unit:
     """A module that may run once the first `end_byte` bytes of the packed model are there."""
@@ -161,7 +178,8 @@ def _executed_modules(model: PreTrainedModel) -> list[str]:
         with FakeTensorMode(), torch.no_grad():
             # bfloat16 whatever the weights are: the order is the same, and every operator of a
             # mixture of experts has a fake implementation for it.
-            twin = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
+            # The class is at hand: to look it up again would ask the user to trust its code again.
+            twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
             for name, module in twin.named_modules():
                 module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
             twin(input_ids=torch.zeros((1, 4), dtype=torch.long), use_cache=False)

@@ -24,9 +24,15 @@ from papermill.exceptions import PapermillExecutionError
 from djinn_lib.errors import ConfigError
 from djinn_lib.files import write_json
 from djinn_lib.profile import REPO
+from djinn_lib.records import classify_error
 
 NOTEBOOKS_DIR = REPO / "notebooks"
 State = Literal["ok", "failed", "unavailable"]
+_NAMED_KINDS = {
+    **dict.fromkeys(("MemoryError", "CapacityError", "OutOfMemoryError"), "oom"),
+    **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
+    "TimeoutError": "timeout",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,15 @@ class Status:
     error: str = ""
 
 
+_TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Make sure that a notebook has every parameter it is to be given.
+    """Make sure that a notebook has every parameter it is to be given, and of that type.
 
     Raises:
-        ConfigError: there is no such notebook, or it lacks one of the parameters.
+        ConfigError: there is no such notebook, or it lacks one of the parameters, or annotates it
+            with another type than that of the value.
     """
     if not notebook.exists():
         known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
@@ -54,6 +64,13 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"expected parameters of {notebook.name} out of {sorted(known)}, got {unknown}"
         )
+    for name, value in parameters.items():
+        kind = known[name]["inferred_type_name"]
+        if not isinstance(value, _TYPES.get(kind, object)):
+            raise ConfigError(
+                f"expected parameter {name!r} of {notebook.name} to be of type {kind}, got "
+                f"{value!r} ({type(value).__name__})"
+            )
 
 
 def has_kernel(name: str) -> bool:
@@ -76,28 +93,43 @@ def execute(
         kernel: a Jupyter kernel; default is the one that the notebook names.
 
     Returns:
-        How it ended. A failing or dying notebook is a status, not an exception.
+        How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
+        that cannot be written.
 
     Raises:
         ConfigError: notebook or parameters are unknown; nothing has been run then.
+        KeyboardInterrupt: the kernel has been ended, and no copy is left.
     """
     source = NOTEBOOKS_DIR / f"{notebook}.ipynb"
     check_parameters(source, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.unlink(missing_ok=True)
     partial = output.with_suffix(".partial.ipynb")
     begin_s, kind, error = time.perf_counter(), "", ""
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)
         _papermill(source, partial, parameters, kernel)
     except PapermillExecutionError as failure:
-        kind, error = "other", f"{failure.ename}: {failure.evalue}"
+        kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
         kind, error = "kernel_died", "the kernel's process ended (killed, out of memory or crashed)"
-    finally:
-        with suppress(FileNotFoundError):  # a kernel that never started leaves no copy
-            os.replace(partial, output)
+    except OSError as failure:
+        kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # a kernel that never started leaves no copy
+        os.replace(partial, output)
     seconds = time.perf_counter() - begin_s
     return Status(output.stem, "failed" if kind else "ok", seconds, kind, error)
+
+
+def _kind(failure: PapermillExecutionError) -> str:
+    """The kind of an error of which only the name and the words came out of the kernel."""
+    kind = classify_error(RuntimeError(failure.evalue))
+    if kind == "other" and failure.ename in _NAMED_KINDS:
+        return _NAMED_KINDS[failure.ename]
+    return kind
 
 
 def _papermill(

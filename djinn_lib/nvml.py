@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ T = TypeVar("T")
 
 
 def ask(read: Callable[[Any], T]) -> T | None:
-    """Return what `read` gets from the library, None where there is no driver."""
+    """Return what `read` gets from the library, None where there is no driver or no such GPU."""
     import pynvml  # the module of nvidia-ml-py
 
     try:
@@ -21,7 +22,7 @@ def ask(read: Callable[[Any], T]) -> T | None:
         return None
     try:
         return read(pynvml)
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, StopIteration):
         return None
     finally:
         pynvml.nvmlShutdown()
@@ -32,11 +33,38 @@ def driver_version() -> str | None:
     return ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
 
+def first_gpu() -> str:
+    """Return the UUID of the GPU that CUDA shows this process first, or "gpu0" and the like.
+
+    The driver is asked, not CUDA, which would take device memory for the answer. Where no UUID is
+    to be had, the place in the driver's list stands for it.
+    """
+    visible = _first_visible()
+    if visible.startswith("MIG-"):
+        return visible  # a part of a GPU: no index leads to it
+    uuid = ask(lambda nvml: nvml.nvmlDeviceGetUUID(_first_handle(nvml)))
+    return uuid or (f"gpu{visible}" if visible.isdigit() else visible)
+
+
+def _first_visible() -> str:
+    """The first entry of CUDA_VISIBLE_DEVICES: an index, or a UUID as far as it was written."""
+    entry = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    return entry if re.fullmatch(r"\d+|(GPU|MIG)-[0-9A-Za-z-]+", entry) else "0"
+
+
+def _first_handle(nvml: Any) -> Any:
+    visible = _first_visible()
+    if visible.startswith("GPU-"):
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return next(h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(visible))
+    return nvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+
+
 def gpu_processes(with_this_one: bool = True) -> list[str]:
     """Return "pid name bytes" for each process that holds memory of the first GPU."""
 
     def read(nvml: Any) -> list[str]:
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+        handle = _first_handle(nvml)
         return [
             f"{p.pid} {_name(p.pid)} {p.usedGpuMemory or 0}"
             for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)

@@ -15,8 +15,9 @@ from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, paper_trace, zipf_trace
 from djinn_lib.units import parse_bytes
 
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$")]  # becomes part of file names
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # becomes a folder's name
+# Parts of names of files, of which a file system takes 255 characters, and of folders.
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
 
 class _Strict(BaseModel):

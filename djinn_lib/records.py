@@ -138,7 +138,9 @@ def classify_error(error: BaseException) -> str:
         return "oom"
     if isinstance(error, TimeoutError):
         return "timeout"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk_full"
+    if "no space left on device" in str(error).lower():  # from libraries that lose the number
         return "disk_full"
     if isinstance(error, (EOFError, BrokenPipeError, ConnectionError)):
         return "engine_died"

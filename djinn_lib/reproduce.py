@@ -1,7 +1,8 @@
 """`make reproduce`: runs the tasks of `dodo.py` for one profile and says how it went.
 
 The exit status is 0 when every request of every cell that can run here was served and every
-notebook went through; 1 when something failed, which the last lines then name; 2 for bad input.
+notebook went through; 1 when something failed, which the last lines then name; 2 for bad input and
+for a run folder or GPU that another run uses; 130 when it was interrupted (Ctrl-C).
 
 With `--executor ray` the cells run on a Ray cluster. doit still owns all tracking: after set-up and
 trace it says which cells are not up to date; those go to the workers, each of which executes its
@@ -24,6 +25,7 @@ from typing import Any
 from djinn_lib.bench import ensure_writable
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
+from djinn_lib.locks import run_locks
 from djinn_lib.notebooks import Status, read_statuses
 from djinn_lib.profile import REPO, Cell, Profile, load_profile
 from djinn_lib.tasks import CellOutcome, Driver, cell_inputs, failed_outcome, run_cell_apart
@@ -38,10 +40,16 @@ def main(arguments: list[str] | None = None) -> int:
         _ensure_device(profile)
         run_dir = (options.run_dir or REPO / "data" / "runs" / profile.name).resolve()
         ensure_writable(run_dir)
-        code = _run(profile, run_dir, options.tasks, options.executor)
+        with run_locks(run_dir, profile.device if options.executor == "local" else "cpu"):
+            code = _run(profile, run_dir, options.tasks, options.executor)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            "interrupted: the same command goes on with the first unfinished cell", file=sys.stderr
+        )
+        return 130
     print(f"finished in {time.perf_counter() - begin_s:.0f} s", flush=True)
     return max(code, _summary(run_dir))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import check_prompt
-from djinn_lib.models import Unit
+from djinn_lib.models import Unit, check_positions
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class ServedModel:
             self.module.config.get_text_config().vocab_size,
             max_new_tokens,
         )
+        check_positions(self.module.config, len(ids), max_new_tokens)
         self.decoder.check_length(len(ids), max_new_tokens)
         return ids
 

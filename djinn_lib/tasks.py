@@ -7,8 +7,8 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,9 @@ import pandas as pd
 
 from djinn_lib.bench import Bench
 from djinn_lib.cell import close_dead_cell
-from djinn_lib.files import write_atomically, write_json
+from djinn_lib.errors import DjinnError
+from djinn_lib.files import path_below, write_atomically, write_json
+from djinn_lib.locks import gpu_lock
 from djinn_lib.notebooks import (
     NOTEBOOKS_DIR,
     Status,
@@ -27,7 +29,7 @@ from djinn_lib.notebooks import (
     write_status,
 )
 from djinn_lib.profile import Cell, Profile
-from djinn_lib.records import read_rows
+from djinn_lib.records import classify_error, read_rows
 from djinn_lib.systems import system_class
 
 
@@ -47,12 +49,17 @@ def run_notebook(
     """
     print(f"{notebook} ...", flush=True)
     status = execute(notebook, run_dir / "notebooks" / f"{notebook}.ipynb", parameters)
-    _report(status, run_dir)
-    return status.state == "ok" or not needs_success
+    kept = _report(status, run_dir)
+    return kept and (status.state == "ok" or not needs_success)
 
 
 def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -> bool:
-    """Execute 02_run_system for one cell; a failure becomes rows, and the run goes on."""
+    """Execute 02_run_system for one cell; a failure becomes rows, and the run goes on.
+
+    Returns:
+        False when not even the failure could be written down (the disk is full, say); the tasks
+        that read rows cannot run then, but other cells can.
+    """
     print(f"02_run_system.{cell.id} ({place}) ...", flush=True)
     status = execute(
         "02_run_system",
@@ -66,13 +73,23 @@ def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -
         },
         kernel=kernel_for(profile, cell),
     )
-    bench = Bench.open(profile, run_dir)
+    try:
+        status = _settle(Bench.open(profile, run_dir), cell, status)
+        whole = True
+    except (OSError, DjinnError) as error:
+        kind = status.error_kind or classify_error(error)
+        said = f"{status.error} (its rows cannot be kept: {error})".strip()
+        status = replace(status, state="failed", error_kind=kind, error=said)
+        whole = False
+    return _report(status, run_dir) and whole
+
+
+def _settle(bench: Bench, cell: Cell, status: Status) -> Status:
+    """See to it that a cell has rows, and return what they make of its notebook's status."""
     if status.state == "failed":
         close_dead_cell(bench, cell, status.error_kind, status.error)
-    else:
-        status = judge_rows(status, read_rows(bench.rows_path(cell)))
-    _report(status, run_dir)
-    return True
+        return status
+    return judge_rows(status, read_rows(bench.rows_path(cell)))
 
 
 def judge_rows(status: Status, rows: pd.DataFrame) -> Status:
@@ -125,8 +142,12 @@ def run_cell_apart(
         inputs: from `cell_inputs`.
         run_dir: the run's folder, which the notebook is to name; it is not touched.
         driver: the process that the outcome goes to.
+
+    Raises:
+        ConfigError: another run uses the GPU of this machine that Ray has given to the cell.
     """
-    with _scratch(inputs) as folder, _environment(driver):
+    lock = gpu_lock(run_dir) if profile.device == "cuda" else nullcontext()
+    with lock, _scratch(inputs) as folder, _environment(driver):
         run_cell_notebook(profile, cell, folder, f"on {socket.gethostname()}")
         _note_host(Bench.open(profile, folder).manifest_path(cell), driver.host)
         return _outcome(folder, cell, run_dir)
@@ -148,7 +169,8 @@ def failed_outcome(
 def keep_outcome(outcome: CellOutcome, run_dir: Path) -> bool:
     """Put an outcome in its place: each file whole or not at all, and the status last."""
     for name, content in outcome.files.items():
-        write_atomically(run_dir / name, lambda path, content=content: path.write_bytes(content))
+        target = path_below(run_dir, name)
+        write_atomically(target, lambda path, content=content: path.write_bytes(content))
     write_status(outcome.status, run_dir / "status")
     return True
 
@@ -202,10 +224,16 @@ def _note_host(manifest: Path, set_up_on: str) -> None:
         write_json(manifest, content)
 
 
-def _report(status: Status, run_dir: Path) -> None:
-    write_status(status, run_dir / "status")
+def _report(status: Status, run_dir: Path) -> bool:
+    """Print a status and keep it; returns False if it cannot be kept."""
     detail = f" ({status.error_kind}: {status.error})" if status.error else ""
     print(f"{status.task}: {status.state} in {status.seconds:.1f} s{detail}", flush=True)
+    try:
+        write_status(status, run_dir / "status")
+    except OSError as error:
+        print(f"{status.task}: its status cannot be kept: {error}", flush=True)
+        return False
+    return True
 
 
 def is_settled(run_dir: Path, task: str) -> bool:

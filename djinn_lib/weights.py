@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from djinn_lib.checkpoint import resolve_folder, weight_files
+from djinn_lib.checkpoint import resolve_folder
 from djinn_lib.errors import CheckpointError
+from djinn_lib.files import write_json
+from djinn_lib.integrity import ensure_same_files, file_digests, weights_digest
 from djinn_lib.models import ModelSpec, folder_config, pack, parse_dtype, skeleton
 from djinn_lib.profile import ModelEntry, Profile
 from djinn_lib.systems.base import ModelFiles
@@ -52,8 +54,23 @@ def prepare_models(
         if not target.exists():
             progress(f"preparing {name}")
             _prepare(entry, profile.dtype, target)
-        files[name] = describe(name, _source_folder(entry, target))
+        source = _source_folder(entry, target)
+        digests = _checked_digests(source, target)  # before anything is read from there
+        files[name] = replace(describe(name, source), digests=digests)
     return files
+
+
+def _checked_digests(folder: Path, target: Path) -> dict[str, str]:
+    """Digests of a model's files; those made here must still be as they were made.
+
+    A folder of the user's own may change between two set-ups.
+    """
+    record = target / "prepared.json"
+    if folder == target and record.exists():
+        digests = json.loads(record.read_text())
+        ensure_same_files(folder, digests, f"delete {target} and run notebook 00_setup again")
+        return digests
+    return file_digests(folder)
 
 
 def describe(name: str, folder: Path) -> ModelFiles:
@@ -65,21 +82,8 @@ def describe(name: str, folder: Path) -> ModelFiles:
 
 
 def files_sha256(files: ModelFiles) -> str:
-    """Hash of the weights files, in order of their names; cached beside them while unchanged."""
-    weights = weight_files(files.folder)
-    stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]
-    cache = files.folder / "weights.sha256.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # no usable cache: hash again
-        if (known := json.loads(cache.read_text()))["stamp"] == stamp:
-            return known["sha256"]
-    digest = hashlib.sha256()
-    for path in weights:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    with suppress(OSError):  # a folder of the user's own may be read-only
-        cache.write_text(json.dumps({"stamp": stamp, "sha256": digest.hexdigest()}))
-    return digest.hexdigest()
+    """Digest of the weights files as they are now, which all are read for."""
+    return weights_digest(file_digests(files.folder))
 
 
 def prompt_ids(files: ModelFiles, n_tokens: int, request: int) -> list[int]:
@@ -99,7 +103,7 @@ def prompt_ids(files: ModelFiles, n_tokens: int, request: int) -> list[int]:
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> Any:
     """Read once a process: reading one takes longer than many a request."""
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _cut(ids: Sequence[int], n_tokens: int) -> list[int]:
@@ -134,6 +138,8 @@ def _prepare(entry: ModelEntry, dtype: str, target: Path) -> None:
     else:
         spec = ModelSpec(entry.config or {}, dtype, entry.seed)
         spec.build("cuda" if torch.cuda.is_available() else "cpu").save_pretrained(partial)
+    if (partial / "config.json").exists():
+        write_json(partial / "prepared.json", file_digests(partial))
     partial.rename(target)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 # Read when torch, huggingface_hub and Ray are first imported, in this process and its children.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -13,6 +19,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import numpy as np
+import psutil
 import pytest
 
 
@@ -44,3 +51,32 @@ def fixed_seeds() -> None:
 def rng() -> np.random.Generator:
     """A seeded generator for tests that draw their own data."""
     return np.random.default_rng(0)
+
+
+def held_by_this_process() -> dict[str, object]:
+    """What a fault may leave behind: descriptors, threads, child processes, mapped files."""
+    gc.collect()
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    children = psutil.Process().children(recursive=True)
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "children": [p.pid for p in children if "resource_tracker" not in " ".join(p.cmdline())],
+        "mappings": sum("memfd:" in line or ".safetensors" in line for line in maps),
+    }
+
+
+@pytest.fixture
+def nothing_leaks() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which nothing may be gained; what ends by itself has two seconds for it."""
+
+    @contextmanager
+    def watched() -> Iterator[None]:
+        before = held_by_this_process()
+        yield
+        until_s = time.perf_counter() + 2
+        while held_by_this_process() != before and time.perf_counter() < until_s:
+            time.sleep(0.05)
+        assert held_by_this_process() == before
+
+    return watched

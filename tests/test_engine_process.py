@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from djinn_lib import engine_process
 from djinn_lib.engine_process import EngineDied, EngineProcess
 from djinn_lib.errors import DjinnError
 
@@ -37,6 +38,13 @@ class Counter:
 
     def die(self):
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def fall_silent(self):
+        """Close the connection and live on."""
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if os.path.realpath(f"/proc/self/fd/{descriptor}").rpartition("/")[2][:6] == "socket":
+                os.close(descriptor)
+        time.sleep(60)
 
 
 TARGET = f"{__name__}:Counter"
@@ -79,6 +87,37 @@ def test_silence_ends_the_process(engine):
     with pytest.raises(TimeoutError, match="got no answer"):
         engine.call("hang", timeout_s=0.3)
     assert not engine.is_alive
+
+
+def test_a_process_that_lives_on_without_its_pipe_is_ended(engine, monkeypatch):
+    monkeypatch.setattr(engine_process, "_DIE_S", 0.2)
+    process = psutil.Process(engine.pid)
+    with pytest.raises(EngineDied):
+        engine.call("fall_silent")
+    assert not process.is_running()
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(engine, monkeypatch):
+    def interrupt(_timeout_s):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._pipe, "poll", interrupt, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        engine.call("add", 1)
+    monkeypatch.undo()
+    with pytest.raises(EngineDied):
+        engine.call("add", 100)
+    assert not engine.is_alive
+
+
+@pytest.mark.parametrize("end", ["die", "hang", "fail"])
+def test_however_an_engine_ends_nothing_is_left(end, nothing_leaks):
+    with nothing_leaks():
+        engine = EngineProcess(TARGET, 5)
+        with pytest.raises((DjinnError, TimeoutError)):
+            engine.call(end, timeout_s=0.3 if end == "hang" else 60)
+        engine.close()
+        del engine
 
 
 def test_a_failing_start_leaves_no_process():

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.models import ModelSpec
+from djinn_lib.records import classify_error
 from djinn_lib.systems import SYSTEMS, system_class
 from djinn_lib.systems.serverless import drop_page_cache
 from djinn_lib.weights import describe
@@ -162,13 +164,16 @@ def test_pinning_is_noted_as_a_no_op_without_cuda(models):
 def test_a_killed_actor_fails_one_request(system, expected):
     if system.name != "ray_actors":
         pytest.skip("only Ray has actors")
-    import ray
-
     system.serve("phi", PROMPT, 1)
-    ray.kill(system.actors["phi"])
-    with pytest.raises(ray.exceptions.RayActorError):
+    killed = psutil.Process(system.pids["phi"])
+    killed.kill()
+    with pytest.raises(Exception, match="died") as caught:
         system.serve("phi", PROMPT, 1)
-    assert system.serve("phi", PROMPT, N_NEW).token_ids == expected["phi"]
+    assert classify_error(caught.value) == "engine_died"
+    assert "phi" not in {**system.actors, **system.pids} and not killed.is_running()
+    served = system.serve("phi", PROMPT, N_NEW)
+    assert (served.token_ids, served.resident_before_bytes) == (expected["phi"], 0)
+    assert system.pids["phi"] != killed.pid
 
 
 def test_cold_really_drops_the_page_cache(models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from profile_factory import GPT2, LLAMA, entry, tiny_profile
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_profile import SMOLLM2_PARAMETERS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import djinn_lib as dj
-from djinn_lib import weights
+from djinn_lib import integrity, weights
 from djinn_lib.errors import CheckpointError
 from djinn_lib.models import ModelSpec
 from djinn_lib.systems import ModelFiles
@@ -216,42 +217,65 @@ def test_the_hash_is_of_the_weights(tmp_path, files):
     assert files_sha256(files["llama"]) == files_sha256(same) != files_sha256(other)
 
 
-def test_the_hash_is_worked_out_once(files, monkeypatch):
-    expected = files_sha256(files["llama"])
-    monkeypatch.setattr(weights.hashlib, "sha256", None)
-    assert files_sha256(files["llama"]) == expected
+def flip_a_bit(path: Path) -> None:
+    """Change one bit in the middle of a file, and neither its size nor its time."""
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def test_the_hash_follows_the_file(files):
+def test_the_hash_follows_the_content_alone(files):
     path = files["llama"].folder / "model.safetensors"
-    before, tensors = files_sha256(files["llama"]), load_file(path)
-    stamp_ns = path.stat().st_mtime_ns
-    tensors["model.norm.weight"] += 1
-    save_file(tensors, path, metadata={"format": "pt"})
-    os.utime(path, ns=(stamp_ns + 1, stamp_ns + 1))  # however coarse the clock of the disk
-    changed = files_sha256(files["llama"])
-    assert changed != before
+    before = files_sha256(files["llama"])
     path.rename(path.with_name("renamed.safetensors"))
-    assert files_sha256(files["llama"]) == changed  # the content did not change
+    assert files_sha256(files["llama"]) == before
+    flip_a_bit(path.with_name("renamed.safetensors"))
+    assert files_sha256(files["llama"]) != before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"stamp": 5}', "null"])
-def test_a_broken_cache_of_the_hash_is_of_no_consequence(files, content):
-    expected = files_sha256(files["llama"])
-    cache = files["llama"].folder / "weights.sha256.json"
-    cache.write_text(content)
-    assert files_sha256(files["llama"]) == expected and expected in cache.read_text()
+def test_a_file_is_hashed_by_blocks(files, monkeypatch):
+    folder = files["llama"].folder
+    content = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(integrity, "_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(integrity, "_READ_BYTES", 3_000)
+    blocks = [content[i : i + 10_000] for i in range(0, len(content), 10_000)]
+    joined = b"".join(hashlib.sha256(block).digest() for block in blocks)
+    assert len(blocks) > 3
+    digests = integrity.file_digests(folder)
+    assert digests["model.safetensors"] == hashlib.sha256(joined).hexdigest()
+    assert list(digests) == ["config.json", "model.safetensors"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_hashed_all_the_same(files, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise PermissionError("read-only")
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_prepared_folder_that_was_damaged_is_refused(tmp_path, files, name):
+    flip_a_bit(files["llama"].folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} with digest .*damaged; delete .*llama-"):
+        prepare_models(tiny_profile(), tmp_path / "models", silent)
+    shutil.rmtree(files["llama"].folder)
+    assert prepare_models(tiny_profile(), tmp_path / "models", silent) == files
 
-    expected = files_sha256(files["llama"])
-    (files["llama"].folder / "weights.sha256.json").unlink()
-    monkeypatch.setattr(Path, "write_text", refuse)
-    assert files_sha256(files["llama"]) == expected
-    assert "weights.sha256.json" not in names(files["llama"].folder)
+
+def test_a_folder_of_one_s_own_may_change_between_set_ups(tmp_path, files):
+    own = files["llama"].folder.rename(tmp_path / "own")
+    profile = tiny_profile({"mine": {"stands_for": "phi-2", "folder": str(own)}})
+    first = prepare_models(profile, tmp_path / "models", silent)["mine"]
+    flip_a_bit(own / "model.safetensors")
+    second = prepare_models(profile, tmp_path / "models", silent)["mine"]
+    assert first.digests != second.digests and first.digests.keys() == second.digests.keys()
+
+
+def test_a_revision_of_the_hub_is_asked_for(tmp_path, files, monkeypatch):
+    asked = []
+
+    def resolve(source: object, revision: str | None = None) -> Path:
+        asked.append((str(source), revision))
+        return files["llama"].folder
+
+    monkeypatch.setattr(weights, "resolve_folder", resolve)
+    entry = {"stands_for": "phi-2", "hub_id": "someone/model", "revision": "abc123"}
+    prepare_models(tiny_profile({"m": entry}), tmp_path / "other", silent)
+    assert asked[0] == ("someone/model", "abc123")
 
 
 def test_weights_that_are_not_there_have_no_hash(files):

@@ -15,19 +15,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk: `folder` holds config.json and safetensors of `n_bytes` of weights."""
+    """A model on disk: `folder` holds config.json and safetensors of `n_bytes` of weights.
+
+    `digests` are those of its files by name (`integrity.file_digests`), as the set-up saw them.
+    """
 
     name: str
     folder: Path
     n_bytes: int
     dtype: str
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -64,6 +69,7 @@ class SystemUnderTest(ABC):
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     kernel: ClassVar[str | None] = None  # a Jupyter kernel of its own, if it needs one
+    reads_files_while_serving: ClassVar[bool] = False  # else the start has read all there is
 
     def __init__(
         self,
@@ -140,10 +146,19 @@ def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> Pr
 
     On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
     that without the copy the first forward pass would read the weights, and loading cost nothing.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or corrupt.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        files.folder, dtype=files.dtype, use_safetensors=True
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=files.dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"expected a whole checkpoint of {files.name!r} in {files.folder}, got "
+            f"{type(error).__name__}: {error}: restore it, or run notebook 00_setup again"
+        ) from error
     model = model.eval().requires_grad_(False).to(device)
     if model.device.type == "cpu":
         for parameter in model.parameters():

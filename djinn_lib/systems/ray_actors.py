@@ -20,6 +20,7 @@ from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ord
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
 _LOAD_S = 600.0  # an actor that Ray cannot place would be waited for for ever
+_GENERATE_S = 600.0
 _KILL_S = 30.0
 
 
@@ -44,6 +45,8 @@ class ModelActor:
 
 class RayActors(SystemUnderTest):
     """A model is resident while its actor lives; the least recently used actors are killed."""
+
+    reads_files_while_serving = True
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
@@ -81,7 +84,7 @@ class RayActors(SystemUnderTest):
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Have the model's actor generate, creating it if it does not live."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         files = self.known(model)
         begin_s = time.perf_counter()
@@ -95,10 +98,10 @@ class RayActors(SystemUnderTest):
             self.actors.move_to_end(model)
             loaded_s = time.perf_counter()
             call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
-            generate_s, tokens = ray.get(call)
+            generate_s, tokens = ray.get(call, timeout=_GENERATE_S)
         except RayTaskError as error:  # the request's fault: the actor lives on
             raise error.as_instanceof_cause() from error
-        except (RayActorError, GetTimeoutError):
+        except (RayError, TimeoutError):  # the actor died, or nobody knows what it does
             self._kill(model)
             raise
         return Served(

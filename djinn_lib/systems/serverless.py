@@ -29,6 +29,7 @@ class Serverless(SystemUnderTest):
     """
 
     option_names = frozenset({"page_cache"})
+    reads_files_while_serving = True
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Check the option; a cold start has nothing to prepare."""

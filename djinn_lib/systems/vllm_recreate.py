@@ -33,6 +33,7 @@ class VllmRecreate(SystemUnderTest):
     """
 
     option_names = frozenset({"enforce_eager", "max_model_len", "gpu_memory_utilization"})
+    reads_files_while_serving = True
     kernel: ClassVar[str | None] = "djinn-vllm"
 
     @classmethod

@@ -65,6 +65,7 @@ class VllmSleep(SystemUnderTest):
     """
 
     option_names = frozenset({"naive", "enforce_eager", "max_model_len", "gpu_memory_utilization"})
+    reads_files_while_serving = True  # an engine that died is started anew
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
