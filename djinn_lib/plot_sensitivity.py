@@ -106,10 +106,12 @@ def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:
     require_rows(rows, "the sensitivity to the capacity")
-    if len(traces := sorted(rows["trace"].unique())) > 1:
-        raise RecordError(
-            f"expected rows of one trace to draw the sensitivity from, got {traces}: filter them"
-        )
+    for column in ("trace", "mode"):
+        if len(values := sorted(rows[column].unique())) > 1:
+            raise RecordError(
+                f"expected rows of one {column} to draw the sensitivity from, got {values}: "
+                "filter them"
+            )
     if baseline not in set(rows["system"]):
         raise RecordError(
             f"expected rows of the baseline {baseline!r}, got systems "

@@ -147,13 +147,13 @@ def require_rows(rows: pd.DataFrame, what: str) -> None:
 
 
 def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
-    """Make sure that systems are compared on one trace at one capacity.
+    """Make sure that systems are compared on one trace at one capacity in one mode.
 
     Raises:
-        RecordError: there are no rows, or they mix traces or capacities.
+        RecordError: there are no rows, or they mix traces, capacities or modes.
     """
     require_rows(rows, what)
-    for column in ("trace", "capacity_label"):
+    for column in ("trace", "capacity_label", "mode"):
         values = sorted(rows[column].unique())
         if len(values) > 1:
             raise RecordError(

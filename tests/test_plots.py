@@ -60,6 +60,15 @@ def texts(figure: Figure) -> str:
     return " ".join(" ".join(text.get_text().split()) for text in found)
 
 
+def test_modes_are_not_mixed():
+    both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
+    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+        with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
+            draw(both)
+    with pytest.raises(RecordError, match="rows of one mode"):
+        plots.sensitivity(both, "djinn")
+
+
 def test_no_two_systems_look_alike():
     looks = [(look.color, look.linestyle) for look in SYSTEM_STYLE.values()]
     assert len(set(looks)) == len(looks)
