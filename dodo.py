@@ -40,7 +40,8 @@ ENGINE = [LIB / f"{name}.py" for name in (
     "served", "djinn", "bench", "cell", "weights",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
-    "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",
+    "files", "records", "metrics", "optimal", "claims", "evidence",
+    "claim_metrics", "claim_times", "analysis", "tables",
     "plots", "plot_style", "plot_sensitivity", "plot_timeline",
 )]  # fmt: skip
 SIMULATOR = [LIB / f"{name}.py" for name in (
