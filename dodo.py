@@ -55,6 +55,8 @@ CELLS = PROFILE.all_cells()
 ROWS = [RUN_DIR / "requests" / f"{cell.id}.parquet" for cell in CELLS]
 # What this process has had run elsewhere, by the cell's id: its task only puts that in place.
 OUTCOMES: dict[str, CellOutcome] = {}
+# Cells that this process has run: it does not run them twice, whatever came of them.
+TRIED: set[str] = set()
 BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
@@ -106,7 +108,7 @@ def task_cell() -> Iterator[dict]:
                         "kernel": kernel_for(PROFILE, cell),
                     }
                 ),
-                lambda name=name: is_settled(RUN_DIR, name),
+                lambda name=name, cell=cell: cell.id in TRIED or is_settled(RUN_DIR, name),
             ],
             "task_dep": ["setup", "trace"],
         }
