@@ -41,7 +41,7 @@ ENGINE = [LIB / f"{name}.py" for name in (
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "evidence",
-    "claim_metrics", "claim_times", "analysis", "tables",
+    "claim_metrics", "claim_times", "analysis", "tables", "decomposition", "explanations",
     "plots", "plot_style", "plot_sensitivity", "plot_timeline",
 )]  # fmt: skip
 SIMULATOR = [LIB / f"{name}.py" for name in (
