@@ -16,6 +16,7 @@ PROFILE ?= $(if $(HAVE_GPU),gpu,cpu)
 PROFILES := $(patsubst params/%.yml,%,$(wildcard params/*.yml))
 EXECUTOR ?= local
 TIME_LIMIT ?=
+FROM ?=
 EXECUTORS := local ray
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
@@ -64,8 +65,8 @@ reproduce: check-profile check-executor $(READY) ## run the whole experiment, or
 	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE) --executor $(EXECUTOR) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
 
 .PHONY: figures
-figures: check-profile $(READY) ## redraw the figures of PROFILE from the rows of its last run
-	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE) sensitivity figures
+figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu
+	$(RUN) -m djinn_lib.redraw $(if $(FROM),"$(FROM)")
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study

@@ -87,9 +87,9 @@ def _pinned_baseline(run: Run, paper: Paper) -> str:
     computing_s = float((prefill_ms(rows) + rows["decode_ms"]).mean()) / 1e3
     sentences = [
         f"On this link ({link / 1e9:.1f} GB/s) a copy of {name} ({size / _GIB:.2f} GiB) from "
-        f"pinned memory takes {size / link:.2f} s. The paper's PyTorch pinned takes {said_s:.1f} s in the "
-        f"median, as 'transfer cost'; here it takes {rows['total_ms'].median() / 1e3:.2f} s, of "
-        f"which in the mean {rows['switch_ms'].mean() / 1e3:.2f} s are the switch, copy back "
+        f"pinned memory takes {size / link:.2f} s. The paper's PyTorch pinned takes {said_s:.1f} s "
+        f"in the median, as 'transfer cost'; here it takes {rows['total_ms'].median() / 1e3:.2f} s, "
+        f"of which in the mean {rows['switch_ms'].mean() / 1e3:.2f} s are the switch, copy back "
         f"included, and {computing_s:.2f} s prefill and decode.",
     ]
     if said_s > computing_s:
