@@ -88,7 +88,7 @@ def _pinned_baseline(run: Run, paper: Paper) -> str:
     sentences = [
         f"On this link ({link / 1e9:.1f} GB/s) a copy of {name} ({size / _GIB:.2f} GiB) from "
         f"pinned memory takes {size / link:.2f} s. The paper's PyTorch pinned takes {said_s:.1f} s "
-        f"in the median, as 'transfer cost'; here it takes {rows['total_ms'].median() / 1e3:.2f} s, "
+        f"in the median, as 'transfer cost'; here {rows['total_ms'].median() / 1e3:.2f} s, "
         f"of which in the mean {rows['switch_ms'].mean() / 1e3:.2f} s are the switch, copy back "
         f"included, and {computing_s:.2f} s prefill and decode.",
     ]
