@@ -88,7 +88,7 @@ def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
             name: {"bytes": size, "dtype": "float32", "sha256": "0" * 64}
             for name, size in SIZES.items()
         },
-        "parameters": {"page_bytes": MIB},
+        "parameters": {"page_bytes": MIB, "repeats": 1},
         "started_at_utc": "2026-11-23T06:00:00+00:00",
         "wall_s": 10.0,
         "setup_s": 1.0,
