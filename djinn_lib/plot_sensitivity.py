@@ -22,6 +22,7 @@ from djinn_lib.plot_style import (
     footnote,
     order_systems,
     require_rows,
+    sample_note,
     split_unavailable,
     styled,
     system_look,
@@ -69,7 +70,7 @@ def sensitivity(
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles) if len(handles) <= 5 else 4
     )
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 

@@ -178,6 +178,24 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
         figure.supxlabel("\n".join(lines), fontsize=SMALL_PT, color="0.3", x=0.01, ha="left")
 
 
+def sample_note(rows: pd.DataFrame) -> str:
+    """Return how many requests each system's part of a figure rests on; empty without rows.
+
+    Of rows at several capacities it is the number at each.
+    """
+    sizes = rows.groupby(["system", "capacity_label"]).size()
+    groups: dict[str, list[str]] = {}
+    for system in order_systems(rows["system"]):
+        found = sorted(set(sizes.loc[system]))
+        n = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        groups.setdefault(n, []).append(system_look(system).label)
+    where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
+    if len(groups) == 1:
+        return f"n = {next(iter(groups))} requests of each system{where}."
+    texts = "; ".join(f"{n} of {', '.join(labels)}" for n, labels in groups.items())
+    return f"n, requests{where}: {texts}." if texts else ""
+
+
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:
     """Return one note for each system that cannot run here."""
     return [

@@ -29,6 +29,7 @@ from djinn_lib.plot_style import (
     footnote,
     order_systems,
     require_one_cell_each,
+    sample_note,
     save_figure,
     split_unavailable,
     styled,
@@ -79,7 +80,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
         handles.append(_hollow("black", label="published P50 and P99\n(another machine)"))
     if handles:
         figure.legend(handles=handles, loc="outside right upper")
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 
@@ -154,7 +155,7 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
         for name, color in PHASE_COLORS.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 
@@ -227,7 +228,7 @@ def bytes_loaded(
     axes.invert_yaxis()
     axes.set_xlabel(f"weights moved for the whole trace ({unit})")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 

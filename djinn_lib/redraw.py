@@ -2,7 +2,7 @@
 
 The notebooks that only read rows are the one definition of every figure, so they are what runs
 here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
-again; with one it is a run of your own, whose figures, claims and notebooks are made anew in place.
+again; with one it is a run of your own, whose figures, claims, notebooks and page are made anew.
 It takes about a minute and needs no GPU.
 """
 
@@ -18,6 +18,7 @@ from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.notebooks import Status, execute, write_status
 from djinn_lib.paths import FIGURES, REFERENCE
+from djinn_lib.report import build_report
 
 READING = ("03_sensitivity", "04_figures", "05_claims", "06_policies", "explore")
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.run_dir:
             failed = [s for s in read_again(options.run_dir.resolve()) if s.state != "ok"]
-            print(f"figures: {options.run_dir / 'figures'}", flush=True)
+            print(f"results: {build_report(options.run_dir)}", flush=True)
         else:
             failed = redraw_published()
     except DjinnError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from run_factory import write_run
 from djinn_lib import redraw
 from djinn_lib.errors import RecordError
 from djinn_lib.notebooks import Status, check_parameters, read_statuses
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.redraw import READING, copy_figures, read_again, redraw_published
 
 
@@ -102,6 +103,7 @@ def test_a_folder_without_figures_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_published_figures_are_those_of_the_notebooks(reference, tmp_path):
+    shutil.copy(REFERENCE / "engine.json", reference)
     assert redraw_published(reference, tmp_path / "figures") == []
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.pdf")}
     assert {"latency_cdf", "sensitivity", "residency_over_time", "simulator_validation"} <= drawn
