@@ -192,8 +192,9 @@ def sample_note(rows: pd.DataFrame) -> str:
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
     if len(groups) == 1:
         return f"n = {next(iter(groups))} requests of each system{where}."
-    texts = "; ".join(f"{n} of {', '.join(labels)}" for n, labels in groups.items())
-    return f"n, requests{where}: {texts}." if texts else ""
+    most = max(groups, key=lambda n: len(groups[n]), default="")  # need not be listed
+    texts = [f"{n} of {', '.join(labels)}" for n, labels in groups.items() if n != most]
+    return f"n, requests{where}: {'; '.join([*texts, f'{most} of the others'])}." if most else ""
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:

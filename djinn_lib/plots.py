@@ -65,8 +65,10 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     """
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
-    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 3.0), layout="constrained")
-    for system in order_systems(rows["system"]):
+    systems = order_systems(rows["system"])
+    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # the legend stands beside, the notes below
+    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+    for system in systems:
         _draw_cdf(axes, rows[rows["system"] == system], system)
         if paper:
             _draw_published(axes, paper, system)
