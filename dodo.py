@@ -42,7 +42,8 @@ ENGINE = [LIB / f"{name}.py" for name in (
     "served", "djinn", "bench", "cell", "weights", "integrity",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
-    "files", "records", "metrics", "optimal", "claims", "claim_metrics", "analysis", "tables",
+    "files", "records", "metrics", "optimal", "claims", "evidence",
+    "claim_metrics", "claim_times", "analysis", "tables", "decomposition", "explanations",
     "plots", "plot_style", "plot_sensitivity", "plot_timeline",
 )]  # fmt: skip
 SIMULATOR = [LIB / f"{name}.py" for name in (
@@ -56,6 +57,8 @@ CELLS = PROFILE.all_cells()
 ROWS = [RUN_DIR / "requests" / f"{cell.id}.parquet" for cell in CELLS]
 # What this process has had run elsewhere, by the cell's id: its task only puts that in place.
 OUTCOMES: dict[str, CellOutcome] = {}
+# Cells that this process has run: it does not run them twice, whatever came of them.
+TRIED: set[str] = set()
 BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
@@ -107,7 +110,7 @@ def task_cell() -> Iterator[dict]:
                         "kernel": kernel_for(PROFILE, cell),
                     }
                 ),
-                lambda name=name: is_settled(RUN_DIR, name),
+                lambda name=name, cell=cell: cell.id in TRIED or is_settled(RUN_DIR, name),
             ],
             "task_dep": ["setup", "trace"],
         }

@@ -15,6 +15,7 @@ from pandas.io.formats.style import Styler
 from djinn_lib.claim_metrics import Evidence
 from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.errors import RecordError
+from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import read_manifest, read_run
 from djinn_lib.trace import Trace, read_trace
@@ -72,12 +73,13 @@ class Run:
         return self.rows[~self.rows["ok"] & (self.rows["error_kind"] != "unavailable")]
 
     def cells(self, trace: str = "paper", capacity_label: str | None = None) -> pd.DataFrame:
-        """Return the rows of one trace, at one capacity or at all of them.
+        """Return the rows of one trace, at one capacity or at all of them, served in sequence.
 
         Raises:
             RecordError: there are none.
         """
-        rows = self.rows[self.rows["trace"] == trace]
+        rows = sequential(self.rows)
+        rows = rows[rows["trace"] == trace]
         if capacity_label is not None:
             rows = rows[rows["capacity_label"] == capacity_label]
         if rows.empty:

@@ -6,6 +6,7 @@ Rows of systems that cannot run on this machine (error_kind "unavailable") are n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,15 @@ import pandas as pd
 from scipy import stats
 
 HIT_MS = 10.0  # the paper's bound for a switch that costs nearly nothing
-CELL = ["system", "trace", "capacity_label"]
+CELL = ["system", "trace", "capacity_label", "mode"]
 Interval = tuple[float, float, float]  # value, low, high
+STATISTICS: dict[str, Callable[..., Any]] = {
+    "p50": np.median,
+    "p90": partial(np.quantile, q=0.9),
+    "p99": partial(np.quantile, q=0.99),
+    "mean": np.mean,
+    "max": np.max,
+}
 _NOTHING: Interval = (float("nan"), float("nan"), float("nan"))
 
 
@@ -28,6 +36,24 @@ def served(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["ok"]]
 
 
+def sequential(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of requests that were served one after another."""
+    return rows[rows["mode"] == "sequential"]
+
+
+def later_switches(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of requests for another model than the one before, first touches left out.
+
+    The first request of a repeat for a model must load it in every system. Failed requests stay in,
+    because what was asked for before a request counts, served or not.
+    """
+    rows = rows.sort_values([*CELL, "repeat", "request"])
+    repeats = rows.groupby([*CELL, "repeat"], sort=False)
+    changed = rows["model"] != repeats["model"].shift()
+    again = rows.groupby([*CELL, "repeat", "model"], sort=False).cumcount() > 0
+    return rows[changed & again]
+
+
 def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     """Time of the prompt's forward pass: what is left of the total beside its other parts."""
     parts = rows["queue_ms"] + rows["switch_ms"] + rows["decode_ms"]
@@ -35,7 +61,7 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per cell (system, trace, capacity_label).
+    """Return one row per cell (system, trace, capacity_label, mode).
 
     Columns: n, completed, failed, repeats, p50/p90/p99/mean/max of total_ms and ttft_ms,
     mean_switch_ms, hit_share (switch below `HIT_MS`), zero_load_share (nothing loaded), and
@@ -136,15 +162,29 @@ def ratio_of_medians(
     n_resamples: int = 2000,
 ) -> Interval:
     """Return the ratio of two medians and its interval, resampling both sides independently."""
+    return ratio_interval(numerator, denominator, "p50", seed, n_resamples)
+
+
+def ratio_interval(
+    numerator: Sequence[float] | pd.Series,
+    denominator: Sequence[float] | pd.Series,
+    statistic: str,
+    seed: int = 0,
+    n_resamples: int = 2000,
+) -> Interval:
+    """Return the ratio of a statistic of two samples and its interval by the percentile bootstrap.
+
+    Both sides are resampled independently. `statistic` is a key of `STATISTICS`.
+    """
     top, bottom = np.asarray(numerator, float), np.asarray(denominator, float)
     if top.size == 0 or bottom.size == 0:
         return _NOTHING
-    rng = np.random.default_rng(seed)
-    ratios = np.median(rng.choice(top, (n_resamples, top.size)), axis=1) / np.median(
+    rng, reduce = np.random.default_rng(seed), STATISTICS[statistic]
+    ratios = reduce(rng.choice(top, (n_resamples, top.size)), axis=1) / reduce(
         rng.choice(bottom, (n_resamples, bottom.size)), axis=1
     )
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(np.median(top) / np.median(bottom)), float(low), float(high)
+    return float(reduce(top) / reduce(bottom)), float(low), float(high)
 
 
 def comparison_summary(rows: pd.DataFrame, capacity_label: str = "25") -> dict[str, dict]:

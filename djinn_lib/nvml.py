@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -58,6 +59,40 @@ def _first_handle(nvml: Any) -> Any:
         handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
         return next(h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(visible))
     return nvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+
+
+def used_bytes() -> int | None:
+    """Bytes of the first GPU's memory in use, by whomever; None where there is no driver."""
+
+    def read(nvml: Any) -> int:
+        return int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).used)
+
+    return ask(read)
+
+
+def await_memory(
+    base_bytes: int | None, patience_s: float = 60.0, slack_bytes: int = 64 << 20
+) -> str:
+    """Wait until no more of the first GPU's memory is in use than before.
+
+    Args:
+        base_bytes: from `used_bytes`, before; None: there is nothing to wait for.
+        patience_s: how long (s) to wait.
+        slack_bytes: what the driver itself may need more.
+
+    Returns:
+        "" when it is; else what is left in use, for people.
+    """
+    deadline_s = time.monotonic() + patience_s
+    while base_bytes is not None and (used := used_bytes() or 0) > base_bytes + slack_bytes:
+        if time.monotonic() > deadline_s:
+            held = ", ".join(gpu_processes(with_this_one=False)) or "no process that it names"
+            return (
+                f"expected {base_bytes:,} bytes of GPU memory in use as before, got {used:,} "
+                f"after {patience_s:.0f} s, held by {held}"
+            )
+        time.sleep(0.5)
+    return ""
 
 
 def gpu_processes(with_this_one: bool = True) -> list[str]:

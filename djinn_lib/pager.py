@@ -227,10 +227,6 @@ class Pager:
         """Bytes of `model` that are mapped; the last page counts what the model fills of it."""
         return self._models[model].bytes_of(0, self.ring.n_resident(model))
 
-    def n_bytes(self, model: str) -> int:
-        """Bytes of `model`, resident or not."""
-        return self._models[model].n_bytes
-
     def check(self) -> None:
         """Audit the ring, and that all resident bytes equal their masters.
 
@@ -247,8 +243,6 @@ class Pager:
 
     def _check_bytes(self, model: str) -> None:
         n_bytes, view = self.resident_bytes(model), self._models[model].view
-        if not n_bytes:
-            return
         self._source.hold(model)
         try:
             for begin in range(0, n_bytes, self.page_bytes):

@@ -6,4 +6,5 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our own run
+FIGURES = REPO / "figures"  # as published
 STUDY = REPO / "data" / "reference" / "study"  # points of the study of policies

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from djinn_lib.large_models import SYSTEMS, shares
-from djinn_lib.plot_style import COLUMN_IN, SMALL_PT, footnote, require_rows, styled
+from djinn_lib.plot_style import COLUMN_IN, SMALL_PT, byte_scale, footnote, require_rows, styled
 
 _LABELS = {
     "resident": "everything resident",
@@ -44,20 +44,19 @@ def time_per_token(rows: pd.DataFrame, link_bytes_per_s: float) -> Figure:
             axes.barh(y, values.median(), color=_COLORS[system], height=0.62)
             axes.plot(values, [y] * len(values), ".", color="black", markersize=2.5)
             axes.annotate(
-                f"{values.median():.3g} ms", (values.median(), y), (3, 0), va="center",
+                f"{values.median():.3g} ms", (values.max(), y), (4, 0), va="center",
                 textcoords="offset points", fontsize=SMALL_PT,
             )  # fmt: skip
         link_ms = part.link_ms.get("djinn", float("nan"))
         axes.axvline(link_ms, color="#D55E00", linewidth=1.0, linestyle="--")
         axes.set_yticks(range(len(shown)), [_LABELS[system] for system in shown])
-        axes.invert_yaxis()
-        axes.margins(x=0.22)
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.margins(x=0.25)
         axes.set_xlim(left=0)
         case = rows[rows.model == model].iloc[0]
-        axes.set_title(
-            f"{model}: {case.model_bytes / 2**30:.2g} GiB in a ring of "
-            f"{case.capacity_bytes / 2**30:.2g} GiB"
-        )
+        scale, unit = byte_scale(case.model_bytes)
+        sizes = (case.model_bytes / scale, case.capacity_bytes / scale)
+        axes.set_title(f"{model}: {sizes[0]:.3g} {unit} in {sizes[1]:.3g} {unit}")
     grid[-1, 0].set_xlabel("ms per token")
     footnote(figure, ["dashed: djinn's bytes per token at the rate of the link", *notes])
     return figure

@@ -22,6 +22,7 @@ from djinn_lib.plot_style import (
     footnote,
     order_systems,
     require_rows,
+    sample_note,
     split_unavailable,
     styled,
     system_look,
@@ -69,7 +70,7 @@ def sensitivity(
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles) if len(handles) <= 5 else 4
     )
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 
@@ -106,10 +107,12 @@ def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:
     require_rows(rows, "the sensitivity to the capacity")
-    if len(traces := sorted(rows["trace"].unique())) > 1:
-        raise RecordError(
-            f"expected rows of one trace to draw the sensitivity from, got {traces}: filter them"
-        )
+    for column in ("trace", "mode"):
+        if len(values := sorted(rows[column].unique())) > 1:
+            raise RecordError(
+                f"expected rows of one {column} to draw the sensitivity from, got {values}: "
+                "filter them"
+            )
     if baseline not in set(rows["system"]):
         raise RecordError(
             f"expected rows of the baseline {baseline!r}, got systems "

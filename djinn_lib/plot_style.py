@@ -147,13 +147,13 @@ def require_rows(rows: pd.DataFrame, what: str) -> None:
 
 
 def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
-    """Make sure that systems are compared on one trace at one capacity.
+    """Make sure that systems are compared on one trace at one capacity in one mode.
 
     Raises:
-        RecordError: there are no rows, or they mix traces or capacities.
+        RecordError: there are no rows, or they mix traces, capacities or modes.
     """
     require_rows(rows, what)
-    for column in ("trace", "capacity_label"):
+    for column in ("trace", "capacity_label", "mode"):
         values = sorted(rows[column].unique())
         if len(values) > 1:
             raise RecordError(
@@ -176,6 +176,25 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
     lines = [line for note in notes for line in textwrap.wrap(note, characters)]
     if lines:
         figure.supxlabel("\n".join(lines), fontsize=SMALL_PT, color="0.3", x=0.01, ha="left")
+
+
+def sample_note(rows: pd.DataFrame) -> str:
+    """Return how many requests each system's part of a figure rests on; empty without rows.
+
+    Of rows at several capacities it is the number at each.
+    """
+    sizes = rows.groupby(["system", "capacity_label"]).size()
+    groups: dict[str, list[str]] = {}
+    for system in order_systems(rows["system"]):
+        found = sorted(set(sizes.loc[system]))
+        n = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        groups.setdefault(n, []).append(system_look(system).label)
+    where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
+    if len(groups) == 1:
+        return f"n = {next(iter(groups))} requests of each system{where}."
+    most = max(groups, key=lambda n: len(groups[n]), default="")  # need not be listed
+    texts = [f"{n} of {', '.join(labels)}" for n, labels in groups.items() if n != most]
+    return f"n, requests{where}: {'; '.join([*texts, f'{most} of the others'])}." if most else ""
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:

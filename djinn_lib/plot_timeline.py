@@ -123,7 +123,7 @@ def _draw_held(
             )  # fmt: skip
         base += height
     axes.set_xlim(-0.6, len(resident) - 0.4)
-    axes.set_ylim(0, base.max())
+    axes.set_ylim(0, max(float(base.max()), 1e-9))
 
 
 def _draw_capacity(axes: Axes, capacity: float, unit: str) -> None:

@@ -29,6 +29,7 @@ from djinn_lib.plot_style import (
     footnote,
     order_systems,
     require_one_cell_each,
+    sample_note,
     save_figure,
     split_unavailable,
     styled,
@@ -64,8 +65,10 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     """
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
-    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 3.0), layout="constrained")
-    for system in order_systems(rows["system"]):
+    systems = order_systems(rows["system"])
+    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # the legend stands beside, the notes below
+    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+    for system in systems:
         _draw_cdf(axes, rows[rows["system"] == system], system)
         if paper:
             _draw_published(axes, paper, system)
@@ -79,7 +82,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
         handles.append(_hollow("black", label="published P50 and P99\n(another machine)"))
     if handles:
         figure.legend(handles=handles, loc="outside right upper")
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 
@@ -154,7 +157,7 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
         for name, color in PHASE_COLORS.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 
@@ -227,7 +230,7 @@ def bytes_loaded(
     axes.invert_yaxis()
     axes.set_xlabel(f"weights moved for the whole trace ({unit})")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, unavailable_notes(unavailable))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
 

@@ -79,6 +79,7 @@ class CellsEntry(_Strict):
     capacities: list[str]
     systems: list[str]
     repeats: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)  # a hint: what one of these cells takes
 
 
 class LargeEntry(_Strict):

@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from djinn_lib.analysis import Run, load_run, published
+from djinn_lib.claims import Claim, judge, load_claims
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.result_tables import (
+    ablation_table,
+    claims_summary,
+    sweep_table,
+    systems_table,
+)
 
 ENGINE = REFERENCE / "engine.json"
+NOT_YET = "Not measured yet: the reference run on an H100 has no rows so far.\n"
 
 
 def main() -> None:
@@ -101,7 +113,78 @@ def policies() -> str:
     return _table(["policy", "independent requests", "sessions", "all"], rows)
 
 
+def reference_run(reference: Path = REFERENCE) -> Run | None:
+    """Return the reference run, None while it has no rows."""
+    return _load(reference) if any((reference / "requests").glob("*.parquet")) else None
+
+
+@cache
+def _load(reference: Path) -> Run:
+    return load_run(reference)
+
+
+def results(reference: Path = REFERENCE) -> str:
+    """Every system on the paper's trace."""
+    run = reference_run(reference)
+    return systems_table(run, published()).markdown() if run else NOT_YET
+
+
+def sweep(reference: Path = REFERENCE) -> str:
+    """The systems that were run at several capacities."""
+    run = reference_run(reference)
+    return sweep_table(run).markdown() if run else NOT_YET
+
+
+def zipf(reference: Path = REFERENCE) -> str:
+    """Every system that was run on the Zipfian trace."""
+    run = reference_run(reference)
+    if run is None or "zipf" not in set(run.rows["trace"]):
+        return NOT_YET
+    return systems_table(run, {}, trace="zipf").markdown()
+
+
+def ablation(reference: Path = REFERENCE) -> str:
+    """What each step from whole models to Djinn is worth."""
+    run = reference_run(reference)
+    return ablation_table(run).markdown() if run else NOT_YET
+
+
+def claims(reference: Path = REFERENCE) -> str:
+    """Every claim with its verdict; while there are no rows, what is expected."""
+    listed, run = load_claims(), reference_run(reference)
+    by_source = Counter(claim.source for claim in listed)
+    count = (
+        f"`claims.yml` holds {len(listed)} claims: {by_source['paper']} of the paper, "
+        f"{by_source['ours']} of ours."
+    )
+    if run is None:
+        return f"{count} {NOT_YET}\n{_expectations(listed)}"
+    verdicts = judge(listed, run.evidence)
+    found = Counter(verdict.verdict for verdict in verdicts)
+    said = ", ".join(f"{number} {verdict}" for verdict, number in found.most_common())
+    table = claims_summary(verdicts, _without_gpu(reference)).markdown()
+    return f"{count} On {run.machine['device_name']}: {said}.\n\n{table}"
+
+
+def _expectations(listed: list[Claim]) -> str:
+    rows = [[claim.quote.replace("|", "\\|"), str(claim.expected), "not measured yet"]
+            for claim in listed]  # fmt: skip
+    return _table(["claim", "expected", "measured"], rows)
+
+
+def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
+    """Verdicts of a run without a GPU, by the claim's id, where they are kept."""
+    path = reference.parent / "cpu" / "claims.json"
+    entries = json.loads(path.read_text()) if path.exists() else []
+    return {entry["id"]: entry for entry in entries}
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "claims": claims,
+    "results": results,
+    "sweep": sweep,
+    "zipf": zipf,
+    "ablation": ablation,
     "engine targets": engine_targets,
     "engine cases": engine_cases,
     "engine pages": engine_pages,

@@ -20,7 +20,7 @@ from djinn_lib.analysis import Run, load_run
 from djinn_lib.claims import format_value
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_text
-from djinn_lib.metrics import summarise
+from djinn_lib.metrics import sequential, summarise
 from djinn_lib.notebook_html import Page, convert_notebooks
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
 from djinn_lib.tables import facts_table
@@ -137,7 +137,8 @@ def _origins(manifests: Any) -> Iterator[str]:
 
 def _summary(rows: pd.DataFrame) -> Markup | None:
     """The main cells side by side as an HTML table."""
-    main = rows[(rows["trace"] == MAIN_TRACE) & (rows["capacity_label"] == MAIN_CAPACITY)]
+    main = sequential(rows)
+    main = main[(main["trace"] == MAIN_TRACE) & (main["capacity_label"] == MAIN_CAPACITY)]
     main, _ = split_unavailable(main)
     if main.empty:
         return None

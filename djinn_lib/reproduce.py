@@ -2,7 +2,12 @@
 
 The exit status is 0 when every request of every cell that can run here was served and every
 notebook went through; 1 when something failed, which the last lines then name; 2 for bad input and
-for a run folder or GPU that another run uses; 130 when it was interrupted (Ctrl-C).
+for a run folder or GPU that another run uses; 75 (of sysexits.h: try again later) when cells were
+left over because of `--time-limit`; 130 when it was interrupted (Ctrl-C) or told to stop. After 75
+and 130 the same command goes on where it was.
+
+With `--time-limit` no cell begins that is not expected to end in time. doit keeps its records cell
+by cell, so that whatever ends the process, even a kill, costs no more than the cell that it runs.
 
 With `--executor ray` the cells run on a Ray cluster. doit still owns all tracking: after set-up and
 trace it says which cells are not up to date; those go to the workers, each of which executes its
@@ -16,32 +21,40 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from djinn_lib import nvml
 from djinn_lib.bench import ensure_writable
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
 from djinn_lib.locks import run_locks
 from djinn_lib.notebooks import Status, read_statuses
 from djinn_lib.profile import REPO, Cell, Profile, load_profile
+from djinn_lib.schedule import Limit, estimate_s, left_over_lines, run_within, span
 from djinn_lib.tasks import CellOutcome, Driver, cell_inputs, failed_outcome, run_cell_apart
+
+INCOMPLETE = 75  # EX_TEMPFAIL
+READING_S = 90.0  # what the notebooks that only read rows and the report take, all together
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a profile; returns the exit status."""
     options = _options(arguments)
-    begin_s = time.perf_counter()
+    begin_s, limit = time.perf_counter(), Limit(options.time_limit)
     try:
         profile = load_profile(options.profile)
         _ensure_device(profile)
         run_dir = (options.run_dir or REPO / "data" / "runs" / profile.name).resolve()
         ensure_writable(run_dir)
-        with run_locks(run_dir, profile.device if options.executor == "local" else "cpu"):
-            code = _run(profile, run_dir, options.tasks, options.executor)
+        locked = run_locks(run_dir, profile.device if options.executor == "local" else "cpu")
+        with locked, _told_to_stop():
+            code = _run(profile, run_dir, options.tasks, options.executor, limit)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,8 +77,37 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         default="local",
         help="where cells run: here, one after the other, or on a Ray cluster (RAY_ADDRESS)",
     )
+    parser.add_argument(
+        "--time-limit",
+        type=_seconds,
+        metavar="SECONDS",
+        help="begin no cell that is not expected to end in time; exit status 75 if some are left",
+    )
     parser.add_argument("tasks", nargs="*", help="tasks of dodo.py; default all")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.time_limit is not None and options.executor == "ray":
+        parser.error("--time-limit: expected the local executor, which runs one cell after another")
+    return options
+
+
+def _seconds(text: str) -> float:
+    if (seconds := float(text)) <= 0:
+        raise ValueError(f"expected more than 0 seconds, got {text}")
+    return seconds
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[None]:
+    """Take SIGTERM, which `timeout` and batch systems send, for an interrupt: kernels end too."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _ensure_device(profile: Profile) -> None:
@@ -79,16 +121,49 @@ def _ensure_device(profile: Profile) -> None:
             )
 
 
-def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str) -> int:
+def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str, limit: Limit) -> int:
     os.environ["DJINN_PROFILE"], os.environ["DJINN_RUN_DIR"] = profile.name, str(run_dir)
     sys.path.insert(0, str(REPO))
     if executor == "ray":
         ensure_ray()  # before the set-up, which takes a while
-        if _stale_cells(tasks):
-            if code := _doit(["setup", "trace"]):
-                return code
-            _fan_out_cells(profile, run_dir, _stale_cells(tasks))
+    if _stale_cells(tasks):
+        if code := _doit(["setup", "trace"]):
+            return code
+        cells = _stale_cells(tasks)
+        if executor == "ray":
+            _fan_out_cells(profile, run_dir, cells)
+        elif _run_cells(profile, run_dir, cells, limit):
+            return INCOMPLETE
+    if not limit.allows(None if tasks else READING_S):
+        print(f"the limit of {span(limit.seconds or 0)} is near: what only reads rows is left")
+        return INCOMPLETE
     return _doit(tasks)
+
+
+def _run_cells(profile: Profile, run_dir: Path, cells: list[Cell], limit: Limit) -> list[Cell]:
+    """Run cells here, one after the other; returns those for which there was no time.
+
+    Those that failed before come last: others have not had their turn.
+    """
+    import dodo
+
+    def estimate(cell: Cell) -> float | None:
+        return estimate_s(cell, profile, run_dir)
+
+    def begin(cell: Cell) -> None:
+        dodo.TRIED.discard(cell.id)
+        _doit(["--single", f"cell:{cell.id}"])
+        dodo.TRIED.add(cell.id)
+        if left := nvml.await_memory(base_bytes):
+            print(f"warning: {left}", flush=True)
+
+    base_bytes = nvml.used_bytes() if profile.device == "cuda" else None
+    tried = {status.task for status in read_statuses(run_dir / "status")}
+    in_order = sorted(cells, key=lambda cell: f"02_run_system.{cell.id}" in tried)
+    left_over = run_within(in_order, begin, estimate, limit)
+    if left_over:
+        print("\n".join(left_over_lines(left_over, estimate, limit)), flush=True)
+    return left_over
 
 
 def _doit(arguments: list[str]) -> int:

@@ -31,6 +31,21 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(facts, columns=["fact", "value"]).set_index("fact")
 
 
+def machines_table(manifests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """One row a machine that ran cells of a run: its device, its rates in GB/s, how many cells."""
+    rates = ["link_rate", "d2h_rate", "hbm_read_rate"]
+    rows = []
+    for manifest in manifests.values():
+        machine = manifest["machine"]
+        found = {name: machine.get(f"{name}_bytes_per_s") for name in rates}
+        rows.append(
+            {"device": machine["device_name"]}
+            | {f"{name} (GB/s)": round(v / 1e9, 1) if v else None for name, v in found.items()}
+        )
+    table = pd.DataFrame(rows).groupby(list(rows[0]), dropna=False, sort=False).size()
+    return table.rename("cells").reset_index()
+
+
 def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
     """One row a trace: requests, switches, how often each model is asked for, and the hash."""
     rows = []

@@ -32,6 +32,12 @@ SYSTEMS = {
     "ray_actors": ("whole", 2500.0, 0.0),
     "vllm_recreate": ("none", 6000.0, 0.27),
 }
+GPU_SYSTEMS = {  # what a run on a GPU has beside them
+    "djinn_graph": ("partial", 2.0, 0.0),
+    "djinn_eager": ("partial", 6.0, 0.0),
+    "vllm_sleep": ("whole", 300.0, 0.0),
+    "vllm_sleep_naive": ("none", 300.0, 0.0),
+}
 UNAVAILABLE = {"vllm_sleep": "sleep mode needs CUDA, and this machine has no GPU"}
 
 
@@ -61,22 +67,28 @@ class Cache:
 
 
 def cell_rows(
-    system: str, capacity_label: str = "25", trace: str = "paper", repeats: int = 1
+    system: str,
+    capacity_label: str = "25",
+    trace: str = "paper",
+    repeats: int = 1,
+    gpu: bool = False,
 ) -> pd.DataFrame:
-    """Return the rows of one cell."""
-    return pd.DataFrame(_cell(system, capacity_label, trace, repeats))
+    """Return the rows of one cell; `gpu` says whether the machine has one."""
+    return pd.DataFrame(_cell(system, capacity_label, trace, repeats, gpu))
 
 
-def run_rows() -> pd.DataFrame:
+def run_rows(gpu: bool = False) -> pd.DataFrame:
     """Return the rows of a whole run: every system at "25", three systems at every capacity."""
-    cells = [cell_rows(system) for system in [*SYSTEMS, *UNAVAILABLE]]
+    more = GPU_SYSTEMS if gpu else UNAVAILABLE
+    cells = [cell_rows(system, gpu=gpu) for system in [*SYSTEMS, *more]]
     for label in ("20", "32", "40"):
         cells += [cell_rows(s, label) for s in ("djinn", "pytorch_lru", "pytorch_pinned")]
     return pd.concat(cells, ignore_index=True)
 
 
-def _cell(system: str, label: str, trace: str, repeats: int) -> Iterator[dict[str, Any]]:
-    kind, extra_ms, failing = SYSTEMS.get(system, ("none", 0.0, 0.0))
+def _cell(system: str, label: str, trace: str, repeats: int, gpu: bool) -> Iterator[dict[str, Any]]:
+    known = {**SYSTEMS, **GPU_SYSTEMS}
+    kind, extra_ms, failing = known.get(system, ("none", 0.0, 0.0))
     rng = np.random.default_rng(len(system) + int(label))
     for repeat in range(repeats):
         cache, at_s = Cache(kind, CAPACITIES[label]), 0.0
@@ -95,7 +107,7 @@ def _cell(system: str, label: str, trace: str, repeats: int) -> Iterator[dict[st
                 "arrival_s": 2.0 * request,
                 "start_s": at_s,
             }
-            if system in UNAVAILABLE:
+            if system in UNAVAILABLE and not gpu:
                 yield {**keys, **_failed("unavailable", UNAVAILABLE[system])}
             elif request < round(failing * len(SEQUENCE)):
                 yield {**keys, **_failed("oom", "out of memory")}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
-from row_factory import MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
+from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
 from djinn_lib.records import rows_frame, write_manifest, write_rows
 from djinn_lib.trace import paper_trace, write_trace
@@ -24,28 +24,40 @@ MACHINE = {
     "d2h_rate_bytes_per_s": None,
     "hbm_rate_bytes_per_s": None,
 }
+GPU_MACHINE = {
+    **MACHINE,
+    "device": "cuda",
+    "device_name": "Test GPU",
+    "device_bytes": 80 << 30,
+    "versions": {**MACHINE["versions"], "vllm": "0.24.0", "driver": "580.159.04"},
+    "link_rate_bytes_per_s": 8e9,
+    "d2h_rate_bytes_per_s": 6e9,
+    "hbm_rate_bytes_per_s": 2.9e12,
+    "hbm_read_rate_bytes_per_s": 2.8e12,
+}
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, gpu: bool = False) -> Path:
     """Write rows, manifests, the trace, the machine's facts and statuses; returns the folder."""
+    machine, more = (GPU_MACHINE, GPU_SYSTEMS) if gpu else (MACHINE, UNAVAILABLE)
     for name in ("requests", "traces", "notebooks", "figures", "status"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    state = {"machine": MACHINE, "models": dict.fromkeys(SIZES, "unused")}
+    state = {"machine": machine, "models": dict.fromkeys(SIZES, "unused")}
     (folder / "machine.json").write_text(json.dumps(state))
     write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
     sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
     for label in ("20", "25", "32", "40"):
-        for system in [*SYSTEMS, *UNAVAILABLE] if label == "25" else sweep:
-            write_cell(folder, cell_rows(system, label))
+        for system in [*SYSTEMS, *more] if label == "25" else sweep:
+            write_cell(folder, cell_rows(system, label, gpu=gpu), machine)
     return folder
 
 
-def write_cell(folder: Path, rows: pd.DataFrame) -> None:
+def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> None:
     """Write the rows of one cell, its manifest and its status."""
     first = rows.iloc[0]
     cell = f"{first['trace']}-{first['capacity_label']}-{first['system']}"
     write_rows(rows_frame(rows.to_dict("records")), folder / "requests" / f"{cell}.parquet")
-    write_manifest(_manifest(cell, first), folder / "requests" / f"{cell}.manifest.json")
+    write_manifest(_manifest(cell, first, machine), folder / "requests" / f"{cell}.manifest.json")
     n_failed = int((~rows["ok"]).sum())
     kind = rows["error_kind"].max()
     state = "ok" if not n_failed else "unavailable" if kind == "unavailable" else "failed"
@@ -59,24 +71,24 @@ def write_cell(folder: Path, rows: pd.DataFrame) -> None:
     (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
 
 
-def _manifest(cell: str, row: pd.Series) -> dict:
+def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
     return {
         "run_id": row["run_id"],
         "cell": cell,
         "system": row["system"],
         "options": {},
-        "profile": "cpu",
+        "profile": "gpu" if machine["device"] == "cuda" else "cpu",
         "git_commit": "0123456789abcdef",
         "git_dirty": False,
         "other_gpu_processes": [],
-        "versions": MACHINE["versions"],
-        "machine": MACHINE,
+        "versions": machine["versions"],
+        "machine": machine,
         "trace_sha256": "0" * 64,
         "models": {
             name: {"bytes": size, "dtype": "float32", "sha256": "0" * 64}
             for name, size in SIZES.items()
         },
-        "parameters": {"page_bytes": MIB},
+        "parameters": {"page_bytes": MIB, "repeats": 1},
         "started_at_utc": "2026-11-23T06:00:00+00:00",
         "wall_s": 10.0,
         "setup_s": 1.0,

@@ -70,6 +70,17 @@ def test_sweep_of_a_run_at_one_capacity_is_all_of_it(tmp_path: Path):
     assert set(load_run(tmp_path).sweep()["capacity_label"]) == {"25"}
 
 
+def test_concurrent_rows_are_in_no_cell_or_sweep(tmp_path: Path):
+    write_run(tmp_path)
+    alone = load_run(tmp_path)
+    write_cell(tmp_path, cell_rows("djinn").assign(system="djinn_queue", mode="concurrent"))
+    both = load_run(tmp_path)
+    assert len(both.rows) == len(alone.rows) + 30
+    for rows, same in ((both.cells("paper", "25"), alone.cells("paper", "25")),
+                       (both.sweep(), alone.sweep())):  # fmt: skip
+        assert rows.reset_index(drop=True).equals(same.reset_index(drop=True))
+
+
 def test_cells_that_were_not_run_are_refused(run: Run):
     with pytest.raises(RecordError, match=r"capacity 99, got rows of .*\('paper', '20'\)"):
         run.cells("paper", "99")

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, cell_rows, run_rows
+from row_factory import CAPACITIES, GPU_SYSTEMS, SIZES, TOTAL_BYTES, cell_rows, run_rows
 
 from djinn_lib.claim_metrics import METRICS, TIMED, Evidence, Measurement, NotMeasured
 from djinn_lib.claims import (
@@ -108,11 +108,12 @@ def test_what_we_claim_is_there(claims):
 
 
 def test_the_claims_name_what_exists(claims):
-    systems = set(run_rows()["system"]) | {None}
+    systems = set(run_rows()["system"]) | GPU_SYSTEMS.keys() | {None}
     for claim in claims:
         assert (REPO / "notebooks" / f"{claim.notebook}.ipynb").exists(), claim.id
-        named = {claim.arguments.get(key) for key in ("system", "to", "baseline")}
-        assert named <= systems, claim.id
+        for key in ("system", "to", "baseline"):
+            named = claim.arguments.get(key)
+            assert ({*named} if isinstance(named, list) else {named}) <= systems, claim.id
         assert claim.arguments.get("capacity_label") in {*CAPACITIES, None}, claim.id
         assert claim.quote and claim.quote == claim.quote.strip()
 
@@ -200,6 +201,8 @@ def test_the_metrics_that_need_clocks_are_known():
         "latency",
         "statistic_ratio",
         "switch_share",
+        "switch_cost_ratio",
+        "maximum_to_least",
         "speedup_over_capacities",
         "runtime_s",
     }
@@ -256,6 +259,72 @@ def test_speedup_over_capacities():
 def test_runtime_is_that_of_one_repeat():
     rows = [served("a", [500.0, 1500.0 + 1000 * r], repeat=r) for r in (0, 1)]
     assert measure("runtime_s", pd.concat(rows), system="a").value == 2.5
+
+
+def test_of_several_systems_the_best_is_compared_with():
+    rows = pd.concat(
+        [served(name, times) for name, times in
+         (("a", [9.0, 9.0, 1.0]), ("b", [8.0, 8.0, 20.0]), ("djinn", [2.0, 2.0, 2.0]))]
+    )  # fmt: skip
+    median = measure("statistic_ratio", rows, system=["a", "b"], to="djinn", statistic="p50")
+    assert (median.value, median.remark) == (4.0, "against b")
+    mean = measure("statistic_ratio", rows, system=["a", "b", "c"], to="djinn", statistic="mean")
+    assert mean.value == pytest.approx(19 / 6) and mean.remark == "against a"
+    assert mean.low <= mean.value <= mean.high
+    with pytest.raises(NotMeasured, match="no rows of system 'c'"):
+        measure("statistic_ratio", rows, system=["c", "d"], to="djinn", statistic="p50")
+
+
+def test_the_cost_of_a_switch_leaves_out_first_touches_and_repetitions():
+    models = ["x", "x", "y", "x", "y", "y"]  # switches back: requests 3 and 4
+    fast = served("djinn", [9.0] * 6, model=models, switch_ms=[90, 1, 80, 2.0, 4.0, 3])
+    slow = served("slow", [900.0] * 6, model=models, switch_ms=[0, 0, 0, 30.0, 60.0, 0])
+    slower = served("slower", [900.0] * 6, model=models, switch_ms=[0, 0, 0, 90.0, 60.0, 0])
+    rows = pd.concat([fast, slow, slower, fast.assign(repeat=1)])
+    cost = measure("switch_cost_ratio", rows, system=["slower", "slow", "none"], to="djinn")
+    assert (cost.value, cost.n) == (15.0, 6)
+    assert cost.remark == "slow: 45.0 ms, djinn: 3.00 ms"
+    broken = failed(fast.iloc[[2]], "oom", "out of memory")
+    rows = pd.concat([fast.iloc[:2], broken, fast.iloc[3:], slow])  # failed, yet asked for
+    assert measure("switch_cost_ratio", rows, system="slow", to="djinn").value == 15.0
+    with pytest.raises(NotMeasured, match="changes back"):
+        measure("switch_cost_ratio", rows[rows["request"] < 3], system="slow", to="djinn")
+
+
+def test_the_maximum_is_compared_with_the_least_of_all_baselines():
+    rows = [served("djinn", [1.0, 6.0]), served("djinn_whole", [1.0, 1.0])]
+    rows += [served("b", [1.0, 9.0]), served("c", [3.0, 4.0])]
+    least = measure("maximum_to_least", pd.concat(rows), system="djinn")
+    assert (least.value, least.n) == (1.5, 8)
+    assert least.remark == "6 ms; the least of 2 baselines: c, 4 ms"
+    with pytest.raises(NotMeasured, match="no baseline served"):
+        measure("maximum_to_least", pd.concat(rows[:2]), system="djinn")
+
+
+def test_bytes_at_the_worst_capacity():
+    rows = pd.concat([cell_rows("djinn", label) for label in ("20", "25", "40")])
+    worst = measure("worst_bytes_to_optimum", rows, system="djinn")
+    each = [
+        measure("bytes_to_optimum", rows, system="djinn", capacity_label=label).value
+        for label in ("20", "25", "40")
+    ]
+    assert worst.value == max(each) and worst.low == min(each)
+    assert worst.remark.count(" at ") == 3 and worst.n == 90
+
+
+def test_concurrent_rows_never_mix_into_sequential_ones():
+    rows = pd.concat([cell_rows("djinn"), cell_rows("pytorch_lru"), cell_rows("pytorch_pinned")])
+    late = cell_rows("djinn").assign(mode="concurrent", total_ms=1e6, loaded_bytes=7, token_sha="?")
+    for name, arguments in {
+        "latency": {"system": "djinn", "statistic": "max"},
+        "switch_cost_ratio": {"system": "pytorch_lru", "to": "djinn"},
+        "maximum_to_least": {"system": "djinn"},
+        "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
+        "worst_bytes_to_optimum": {"system": "djinn"},
+        "token_agreement": {"without": []},
+    }.items():
+        alone = measure(name, rows, **arguments)
+        assert measure(name, pd.concat([rows, late]), **arguments) == alone, name
 
 
 def test_zero_load_share_counts_served_requests():
@@ -353,6 +422,7 @@ def test_what_was_not_run_is_not_measured(name):
         "median_ratio": {"system": "a", "to": "b"},
         "latency": {"system": "a", "statistic": "p50"},
         "statistic_ratio": {"system": "a", "to": "b", "statistic": "p50"},
+        "switch_cost_ratio": {"system": "a", "to": "b"},
         "switch_share": {"system": "a", "low_ms": 0},
         "speedup_over_capacities": {"system": "a", "baseline": "b"},
         "capacity_share": {"capacity_label": "33"},
@@ -466,8 +536,8 @@ def test_an_unavailable_system_is_not_judged_and_its_row_says_why():
 
 
 def test_a_whole_run_is_judged(claims):
-    on_gpu = {v.id: v for v in judge(claims, evidence_of(run_rows(), GPU))}
-    on_cpu = {v.id: v for v in judge(claims, evidence_of(run_rows(), CPU))}
+    on_gpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), GPU))}
+    on_cpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), CPU))}
     assert list(on_gpu) == list(on_cpu) == [claim.id for claim in claims]
     assert on_gpu["paper-vllm-fails"].verdict == "reproduced"
     assert on_gpu["paper-djinn-reliable"].verdict == "reproduced"
@@ -475,6 +545,8 @@ def test_a_whole_run_is_judged(claims):
     assert on_gpu["paper-p50-djinn"].verdict == "exceeded"
     assert on_gpu["ours-near-optimal"].verdict == "reproduced"
     assert on_gpu["ours-no-writeback"].verdict == "reproduced"
+    assert on_gpu["ours-switch-vs-sleep"].verdict == "reproduced"
+    assert on_gpu["ours-mean-vs-sleep"].why.endswith("against vllm_sleep")
     assert on_gpu["paper-concurrent"].verdict == "not judged"
     assert "'concurrent'" in on_gpu["paper-concurrent"].why
     timed = {claim.id for claim in claims if claim.metric in TIMED}

@@ -151,7 +151,7 @@ def test_other_platform_is_one_clear_error(tree: Tree) -> None:
     assert tree.calls() == []
 
 
-@pytest.mark.parametrize("target", ["reproduce", "figures", "clean"])
+@pytest.mark.parametrize("target", ["reproduce", "clean"])
 @pytest.mark.parametrize("profile", ["nope", "", "../data/reference", "cpu gpu"])
 def test_unknown_profile_is_refused_before_anything_is_built(
     tree: Tree, target: str, profile: str
@@ -175,6 +175,17 @@ def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None
     assert f"{command} local" in tree.make("-n", "reproduce", "PROFILE=cpu").stdout
     assert f"{command} ray" in tree.make("-n", "reproduce", "PROFILE=cpu", "EXECUTOR=ray").stdout
     assert "EXECUTOR=local   one of: local ray" in tree.make("help").stdout
+
+
+def test_a_limit_of_time_is_passed_on(tree: Tree) -> None:
+    assert "--time-limit 540" in tree.make("-n", "reproduce", "TIME_LIMIT=540").stdout
+    assert "--time-limit" not in tree.make("-n", "reproduce").stdout
+
+
+def test_figures_are_the_published_ones_or_those_of_a_run(tree: Tree) -> None:
+    assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.redraw")
+    own = tree.make("-n", "figures", "FROM=data/runs/cpu").stdout
+    assert '-m djinn_lib.redraw "data/runs/cpu"' in own
 
 
 def test_profile_and_lock_follow_the_gpu(tree: Tree) -> None:

@@ -56,7 +56,7 @@ def rows_of(
 
 def test_a_summary_worked_out_by_hand():
     rows = rows_of([10, 40, 20, 30], [0, 12, 9.99, 10], [0, 7, 0, 5], n_failed=1)
-    summary = summarise(rows).loc[("a", "paper", "25")]
+    summary = summarise(rows).loc[("a", "paper", "25", "sequential")]
     expected = {
         "n": 5,
         "completed": 4,
@@ -115,7 +115,7 @@ def test_cells_keep_their_order_and_types():
     rows = run_rows()
     table = summarise(rows)
     cells = rows[~rows["system"].isin(UNAVAILABLE)]
-    keys = ["system", "trace", "capacity_label"]
+    keys = ["system", "trace", "capacity_label", "mode"]
     expected = list(cells[keys].drop_duplicates().itertuples(index=False, name=None))
     assert list(table.index) == expected and list(table.index.names) == keys
     assert table["n"].dtype == table["completed"].dtype == int

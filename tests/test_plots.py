@@ -19,6 +19,7 @@ from djinn_lib.plot_style import (
     byte_scale,
     model_colors,
     order_systems,
+    sample_note,
     system_look,
 )
 from djinn_lib.plot_timeline import resident_bytes
@@ -58,6 +59,30 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
 def texts(figure: Figure) -> str:
     found = figure.findobj(mpl.text.Text)
     return " ".join(" ".join(text.get_text().split()) for text in found)
+
+
+def test_figures_say_how_many_requests_they_rest_on():
+    assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
+    both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
+    both = pd.concat([both, cell_rows("pytorch_pinned")])
+    assert sample_note(both) == "n, requests: 150 of Djinn; 30 of the others."
+    sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
+    assert sample_note(sweep) == (
+        "n, requests at each capacity: 30 to 150 of Djinn; 30 of the others."
+    )
+    assert sample_note(both.iloc[:0]) == ""
+    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+        assert "n, requests: 150 of Djinn" in draw(both).get_supxlabel()
+    assert "at each capacity" in plots.sensitivity(sweep, "pytorch_lru").get_supxlabel()
+
+
+def test_modes_are_not_mixed():
+    both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
+    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+        with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
+            draw(both)
+    with pytest.raises(RecordError, match="rows of one mode"):
+        plots.sensitivity(both, "djinn")
 
 
 def test_no_two_systems_look_alike():

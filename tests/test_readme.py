@@ -1,10 +1,21 @@
 """README.md says what the reference rows say."""
 
+from __future__ import annotations
+
+import json
 from pathlib import Path
 
+import pytest
+from row_factory import CAPACITIES, cell_rows
+from run_factory import GPU_MACHINE, write_cell, write_run
+
 from djinn_lib import readme
+from djinn_lib.analysis import load_run
+from djinn_lib.claims import judge, load_claims
+from djinn_lib.paths import REFERENCE
 
 README = Path(__file__).parent.parent / "README.md"
+OF_ROWS = {"claims", "results", "sweep", "zipf", "ablation"}
 
 
 def test_tables_are_those_of_the_reference():
@@ -23,3 +34,109 @@ def test_a_stale_table_is_made_anew():
     made = readme.render(stale)
     assert "| old |" not in made and made.startswith("before\n") and made.endswith("after\n")
     assert readme.engine_pages() in made
+
+
+def test_the_published_verdicts_are_those_of_the_published_rows():
+    path = REFERENCE / "claims.json"
+    if not path.exists():
+        assert readme.reference_run() is None, "rows without verdicts: publish again"
+        return
+    kept = {entry["id"]: entry["verdict"] for entry in json.loads(path.read_text())}
+    judged = judge(load_claims(), load_run(REFERENCE).evidence)
+    assert kept == {verdict.id: verdict.verdict for verdict in judged}
+
+
+# -- the tables of a run ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a GPU: every system, a sweep, a Zipfian trace, and three repeats of one cell."""
+    folder = write_run(tmp_path_factory.mktemp("readme") / "h100", gpu=True)
+    write_cell(folder, cell_rows("djinn", repeats=3), GPU_MACHINE)
+    for system in ("djinn", "pytorch_lru"):
+        write_cell(folder, cell_rows(system, trace="zipf"), GPU_MACHINE)
+    return folder
+
+
+def lines(markdown: str) -> list[list[str]]:
+    """The cells of a Markdown table, its head first and without the rule below it."""
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in row.strip("|").split(" | ")] for row in [rows[0], *rows[2:]]]
+
+
+def line_of(markdown: str, first: str) -> dict[str, str]:
+    head, *rows = lines(markdown)
+    (found,) = [row for row in rows if row[0] == first]
+    return dict(zip(head, found, strict=True))
+
+
+def test_without_rows_every_table_says_so_and_claims_keep_what_is_expected(tmp_path):
+    for name in OF_ROWS:
+        text = readme.TABLES[name](tmp_path)
+        assert "Not measured yet" in text, name
+    text = readme.claims(tmp_path)
+    assert len(lines(text)) == 1 + len(load_claims())
+    assert {row[-1] for row in lines(text)[1:]} == {"not measured yet"}
+
+
+def test_the_number_of_claims_is_that_of_the_file(tmp_path, reference):
+    said = f"`claims.yml` holds {len(load_claims())} claims"
+    assert said in readme.claims(tmp_path) and said in readme.claims(reference)
+
+
+def test_results_are_those_of_the_rows(reference):
+    rows = cell_rows("djinn", repeats=3)
+    line = line_of(readme.results(reference), "Djinn")
+    assert line["served"] == "90 of 90 (3 repeats)"
+    assert float(line["P50, ms"]) == pytest.approx(rows["total_ms"].median(), rel=0.01)
+    assert float(line["max, ms"]) == pytest.approx(rows["total_ms"].max(), rel=0.01)
+    assert float(line["GiB loaded"]) == pytest.approx(
+        rows["loaded_bytes"].sum() / 3 / 2**30, rel=0.01
+    )
+    assert line_of(readme.results(reference), "vLLM re-created")["served"] == "22 of 30"
+    link = rows["loaded_bytes"].mean() / GPU_MACHINE["link_rate_bytes_per_s"] * 1e3
+    assert line["link share"] == f"{link / rows['switch_ms'].mean():.0%}"
+
+
+def test_the_zipfian_trace_has_its_own_table(reference):
+    assert [row[0] for row in lines(readme.zipf(reference))[1:]] == ["Djinn", "PyTorch LRU"]
+
+
+def test_the_sweep_has_every_capacity_of_the_systems_swept(reference):
+    head, *rows = lines(readme.sweep(reference))
+    assert len(rows) == 3 * len(CAPACITIES)
+    fast = [row[head.index("bytes / optimum")] for row in rows if row[1] == "Djinn"]
+    assert len(fast) == 4 and all(1 <= float(ratio) <= 1.25 for ratio in fast)
+    gain = head.index("speed-up of the P50 (95%)")
+    assert {row[gain] for row in rows if row[1] == "PyTorch pinned"} == {"1"}
+
+
+def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference):
+    head, *rows = lines(readme.ablation(reference))
+    assert [row[0].split("`")[1] for row in rows] == [
+        "djinn_whole", "djinn_partial_no_overlap", "djinn_eager", "djinn_graph", "djinn"
+    ]  # fmt: skip
+    means = [float(row[head.index("mean, ms")].replace(",", "")) for row in rows]
+    saved = [row[-1] for row in rows]
+    assert saved[0] == "-" and int(saved[1]) == pytest.approx(means[0] - means[1], abs=1.5)
+
+
+def test_claims_have_their_verdicts(reference):
+    text = readme.claims(reference)
+    line = line_of(text, "Evictions copy nothing back to the host")
+    assert (line["measured"], line["verdict"]) == ("0 bytes", "reproduced")
+    assert line_of(text, "3 models totaling 31.3GB")["verdict"] == "**not reproduced**"
+    assert "On Test GPU: " in text and "Not judged, 1 of them: no rows of system 'djinn'" in text
+
+
+def test_verdicts_of_a_run_without_a_gpu_stand_beside(reference):
+    folder = reference.parent / "cpu"
+    folder.mkdir()
+    kept = [{"id": "ours-near-optimal", "measured": 1.08, "verdict": "reproduced"},
+            {"id": "paper-p50-djinn", "measured": 5.0, "verdict": "not judged"}]  # fmt: skip
+    (folder / "claims.json").write_text(json.dumps(kept))
+    head, *rows = lines(readme.claims(reference))
+    assert head[-1] == "without a GPU"
+    assert sorted({row[-1] for row in rows}) == ["-", "1.08 x, reproduced"]
+    (folder / "claims.json").unlink()

@@ -142,7 +142,7 @@ def test_a_plain_sequence_and_a_policy_of_ones_own():
 
 def test_every_metric_and_figure_takes_simulated_rows():
     rows = simulate(paper_trace(), SIZES, "25GiB", capacity_label="25")
-    assert summarise(rows).loc[("djinn", "paper", "25"), "completed"] == 30
+    assert summarise(rows).loc[("djinn", "paper", "25", "sequential"), "completed"] == 30
     assert comparison_summary(rows)["djinn_sequential"]["completed"] == 30
     assert residency_over_time(rows).axes
 

@@ -29,9 +29,7 @@ def test_a_short_soak(tmp_path):
 
 def test_growth_is_seen():
     def samples(rss_of):
-        return [
-            {"request": i, "rss_bytes": rss_of(i), "fds": 20, "threads": 30} for i in range(50)
-        ]
+        return [{"request": i, "rss_bytes": rss_of(i), "fds": 20, "threads": 30} for i in range(50)]
 
     assert soak.judge(samples(lambda i: 1e9 + (i < 5) * -5e8))[1]
     growth, flat = soak.judge(samples(lambda i: 1e9 + i * 2e6))

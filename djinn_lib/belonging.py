@@ -1,0 +1,60 @@
+"""Whether cells of several machines may stand in one table: what must be equal, and is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+# Of the parameters, these belong to a cell, not to a run.
+_OF_A_CELL = ("repeats", "page_bytes")
+_OF_A_MACHINE = ("device", "device_name")
+Origin = tuple[str, str, Mapping[str, Any]]  # where a cell comes from, its name, its manifest
+
+
+def differences(origins: Sequence[Origin], allow_commits: bool = False) -> list[str]:
+    """Return a line for each thing in which cells differ that must not; none: they fit together.
+
+    Compared are the profile, its parameters, the weights (bytes, dtype, hash), the kind of device,
+    the versions of the set-up's packages and driver, the commit and whether the tree was changed;
+    the versions of packages among the cells of a system, which may have an environment of its own;
+    and a trace's hash among the cells that use it.
+    """
+    lines: dict[str, None] = {}  # in order, each once
+    first: dict[str, tuple[str, Any]] = {}
+    for where, cell, manifest in origins:
+        for what, value in _facts(cell, manifest, allow_commits):
+            known_where, known = first.setdefault(what, (where, value))
+            if value != known:
+                lines[f"{what}: {_short(known, value)} in {known_where}, "
+                      f"{_short(value, known)} in {where}"] = None  # fmt: skip
+    return list(lines)
+
+
+def _facts(
+    cell: str, manifest: Mapping[str, Any], allow_commits: bool
+) -> Iterator[tuple[str, Any]]:
+    """What must be equal, under a name that says among which cells."""
+    machine, parameters = manifest["machine"], manifest["parameters"]
+    yield "profile", manifest["profile"]
+    for name, value in parameters.items():
+        if name not in _OF_A_CELL:
+            yield f"parameter {name}", value
+    for model, facts in manifest["models"].items():
+        for name, value in facts.items():
+            yield f"{name} of the weights of {model}", value
+    for name in _OF_A_MACHINE:
+        yield name, machine.get(name)
+    yield "versions of the set-up", machine["versions"]
+    yield f"versions of {manifest['system']}", manifest["versions"]
+    yield f"sha256 of the trace {cell.split('-', 1)[0]}", manifest["trace_sha256"]
+    if not allow_commits:
+        yield "commit", manifest["git_commit"]
+        yield "changes beside the commit", manifest["git_dirty"]
+
+
+def _short(value: Any, other: Any) -> str:
+    """A value for a message; of two mappings only what differs."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        keys = [k for k in {**value, **other} if value.get(k) != other.get(k)]
+        return ", ".join(f"{key} {value.get(key, 'absent')}" for key in keys)
+    return str(value)

@@ -1,0 +1,128 @@
+"""What claims rest on: a run's evidence, the rows that a metric asks for, and the metrics by name.
+
+A metric that cannot be measured raises `NotMeasured` with the reason; nothing is made up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.metrics import Interval
+from djinn_lib.trace import Trace
+
+MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
+STATISTICS = ("p50", "p90", "p99", "mean", "max")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a run shows.
+
+    Attributes:
+        rows: of every cell.
+        machine: facts; `device` says whether times can be judged.
+        sizes: bytes of each model.
+        page_bytes: size of a page of the ring.
+        traces: by name.
+    """
+
+    rows: pd.DataFrame
+    machine: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    page_bytes: int
+    traces: Mapping[str, Trace]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A value with its 95% interval, and how many requests it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    remark: str = ""
+
+
+class NotMeasured(Exception):
+    """The run does not say; the message says why."""
+
+
+Metric = Callable[..., Measurement]
+METRICS: dict[str, Metric] = {}
+TIMED: set[str] = set()  # metrics that rest on clocks, which a shared CPU does not keep
+
+
+def metric(timed: bool = False) -> Callable[[Metric], Metric]:
+    """Register a metric under its function's name."""
+
+    def register(function: Metric) -> Metric:
+        METRICS[function.__name__] = function
+        if timed:
+            TIMED.add(function.__name__)
+        return function
+
+    return register
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Make sure that a metric takes these arguments.
+
+    Raises:
+        TypeError: it does not; the message says which.
+    """
+    bound = inspect.signature(METRICS[name]).bind(None, **arguments).arguments
+    inspect.signature(select).bind(None, None, **bound.get("where", {}))
+    if (statistic := bound.get("statistic", "p50")) not in STATISTICS:
+        raise TypeError(f"expected a statistic out of {STATISTICS}, got {statistic!r}")
+
+
+def select(
+    evidence: Evidence,
+    system: str | None,
+    trace: str | None = MAIN_TRACE,
+    capacity_label: str | None = MAIN_CAPACITY,
+    mode: str = "sequential",
+) -> pd.DataFrame:
+    """Return the attempted rows of a system; None stands for all.
+
+    Raises:
+        NotMeasured: there are none, or the system cannot run on this machine.
+    """
+    rows = evidence.rows[evidence.rows["mode"] == mode]
+    wanted = {"system": system, "trace": trace, "capacity_label": capacity_label}
+    for column, value in wanted.items():
+        if value is not None:
+            rows = rows[rows[column] == value]
+    attempted = rows[rows["error_kind"] != "unavailable"]
+    if attempted.empty:
+        where = ", ".join(f"{k} {v!r}" for k, v in {**wanted, "mode": mode}.items() if v)
+        raise NotMeasured(rows["error"].iloc[0] if len(rows) else f"no rows of {where} in this run")
+    return attempted
+
+
+def served(evidence: Evidence, system: str, **where: Any) -> pd.DataFrame:
+    """Return the rows of the requests that a system served.
+
+    Raises:
+        NotMeasured: it served none.
+    """
+    rows = select(evidence, system, **where)
+    if not rows["ok"].any():
+        raise NotMeasured(f"{system} served no request: {rows['error'].iloc[0]}")
+    return rows[rows["ok"]]
+
+
+def measured(interval: Interval, n: int, remark: str = "") -> Measurement:
+    """Return a value with its interval."""
+    return Measurement(*interval, n=n, remark=remark)
+
+
+def exact(value: float, n: int, remark: str = "") -> Measurement:
+    """Return a value that has no interval: a sum or a maximum."""
+    return Measurement(value, value, value, n, remark)

@@ -1,0 +1,224 @@
+"""Cells of several run folders put into one: `python -m djinn_lib.merge RUN_DIR PART...`.
+
+A run may be done in parts, on machines of one kind that are lent one after another. Parts belong
+together when their cells had the same profile and parameters, traces, weights, packages, driver,
+GPU and commit; anything else is refused, and said. `--allow-commits` takes different commits, and
+the notes of each cell then tell its own. What differs from machine to machine, the measured rates,
+is kept: `machine.json` lists all machines with their cells, and each manifest has those of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from djinn_lib.analysis import read_machine
+from djinn_lib.belonging import differences
+from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.files import write_json
+from djinn_lib.metrics import attempted
+from djinn_lib.profile import Profile, load_profile
+from djinn_lib.records import read_manifest, read_rows, write_manifest
+
+_PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Merge; returns the exit status: 0 when all cells are there, 1 when some miss, 2: refused."""
+    parser = argparse.ArgumentParser(prog="djinn_lib.merge", description=__doc__)
+    parser.add_argument("run_dir", type=Path, help="the folder to make")
+    parser.add_argument("parts", type=Path, nargs="+", help="run folders, in any order")
+    parser.add_argument(
+        "--allow-commits", action="store_true", help="parts may come from different commits"
+    )
+    parser.add_argument("--replace", action="store_true", help="replace RUN_DIR, if it is there")
+    options = parser.parse_args(arguments)
+    try:
+        cells = merge(options.run_dir, options.parts, options.allow_commits, options.replace)
+        missing = missing_cells(load_profile(cells[0].manifest["profile"]), options.run_dir)
+    except DjinnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(cells)} cells of {len(options.parts)} parts in {options.run_dir}", flush=True)
+    if missing:
+        print("still to be run: " + " ".join(f"cell:{name}" for name in missing))
+    return 1 if missing else 0
+
+
+@dataclass(frozen=True)
+class PartCell:
+    """A cell in one part, with what is needed to choose among several of the same name."""
+
+    part: str
+    folder: Path
+    name: str
+    manifest: dict[str, Any]
+    n_rows: int
+    n_failed: int
+
+    @property
+    def rank(self) -> tuple[bool, bool, str]:
+        """What could run before what could not, whole ones before others, later before earlier."""
+        return self.n_rows > 0, self.n_failed == 0, self.manifest["started_at_utc"]
+
+    def __str__(self) -> str:
+        failed = f", {self.n_failed} of {self.n_rows} requests failed" if self.n_failed else ""
+        return f"{self.part} ({self.manifest['started_at_utc'][:16]}{failed})"
+
+
+def merge(
+    run_dir: Path, parts: Sequence[Path], allow_commits: bool = False, replace: bool = False
+) -> list[PartCell]:
+    """Make a run folder out of the cells of several; returns the cells that are in it.
+
+    Of a cell that several parts have, the later one is taken, whole ones before those with failed
+    requests; which ones were left out is printed, and noted in the manifest of the one taken.
+
+    Raises:
+        ConfigError: the folder is there already, or is itself one of the parts.
+        RecordError: the parts do not belong together, or one of them cannot be read.
+    """
+    run_dir, parts = run_dir.resolve(), [part.resolve() for part in parts]
+    if run_dir in parts or len(set(parts)) < len(parts):
+        raise ConfigError(
+            f"expected the folder to make and parts that all differ, got {run_dir} and "
+            f"{', '.join(map(str, parts))}: name each part once, and another folder for the result"
+        )
+    if run_dir.exists() and any(run_dir.iterdir()) and not replace:
+        raise ConfigError(
+            f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "
+            "replace it with --replace"
+        )
+    found = [cell for label, part in _labels(parts).items() for cell in read_part(part, label)]
+    if problems := differences([(str(c), c.name, c.manifest) for c in found], allow_commits):
+        raise RecordError(
+            "expected parts that belong together, got:\n  " + "\n  ".join(problems)
+            + "\nrun the cells again that differ, or leave their part out"
+        )  # fmt: skip
+    chosen = _choose(found)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
+        made = Path(scratch) / "run"
+        _write(made, chosen, found)
+        if run_dir.exists():
+            shutil.rmtree(run_dir)
+        os.replace(made, run_dir)
+    return chosen
+
+
+def read_part(folder: Path, label: str) -> list[PartCell]:
+    """Read every cell of a run folder.
+
+    Raises:
+        RecordError: it has none, or rows, a manifest or machine.json are missing or broken.
+    """
+    read_machine(folder)
+    cells = []
+    for path in sorted((folder / "requests").glob("*.parquet")):
+        rows = attempted(read_rows(path))
+        manifest = read_manifest(path.with_suffix(".manifest.json"))
+        cells.append(
+            PartCell(label, folder, path.stem, manifest, len(rows), int((~rows["ok"]).sum()))
+        )
+    if not cells:
+        raise RecordError(
+            f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
+            "least one cell"
+        )
+    return cells
+
+
+def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
+    """Return the cells of a profile that a run folder lacks, in the profile's order."""
+    present = {path.stem for path in (run_dir / "requests").glob("*.parquet")}
+    return [cell.id for cell in profile.all_cells() if cell.id not in present]
+
+
+def _labels(parts: Sequence[Path]) -> dict[str, Path]:
+    """Short names of folders: what differs in their paths, so that no machine's path is kept."""
+    if len(parts) == 1:
+        return {parts[0].name: parts[0]}
+    common = Path(os.path.commonpath(parts))
+    return {part.relative_to(common).as_posix(): part for part in parts}
+
+
+def _choose(found: Sequence[PartCell]) -> list[PartCell]:
+    """Return the one to take of each cell, and say which were left out."""
+    chosen = []
+    for name in sorted({cell.name for cell in found}):
+        *others, best = sorted((c for c in found if c.name == name), key=lambda cell: cell.rank)
+        if others:
+            note = f"also run, and left out: {'; '.join(map(str, others))}"
+            print(f"{name}: taken from {best}; {note}", flush=True)
+            best.manifest["notes"].append(note)
+        chosen.append(best)
+    return chosen
+
+
+def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) -> None:
+    for name in ("requests", "traces", "notebooks", "status", "figures"):
+        (folder / name).mkdir(parents=True)
+    commits = {cell.manifest["git_commit"] for cell in chosen}
+    for cell in chosen:
+        shutil.copy(cell.folder / "requests" / f"{cell.name}.parquet", folder / "requests")
+        notes = [f"ran in the part {cell.part}"]
+        if len(commits) > 1:
+            notes.append(f"ran at the commit {cell.manifest['git_commit'][:12]}, others did not")
+        manifest = {**cell.manifest, "notes": [*cell.manifest["notes"], *notes]}
+        write_manifest(manifest, folder / "requests" / f"{cell.name}.manifest.json")
+        _copy_notebook(cell.folder, f"02_run_system.{cell.name}", folder)
+    parts = {cell.part: cell.folder for cell in found}
+    newest = max(found, key=lambda cell: cell.manifest["started_at_utc"]).part
+    for label, part in parts.items():
+        for path in (part / "traces").glob("*.jsonl"):
+            shutil.copy(path, folder / "traces")
+        for name in _PER_PART:
+            suffix = "" if label == newest else "." + label.replace("/", "-")
+            _copy_notebook(part, name, folder, suffix)
+    write_json(folder / "machine.json", _machines(parts, chosen, newest))
+
+
+def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> None:
+    """Copy an executed notebook and its status, where a part has them."""
+    notebook = source / "notebooks" / f"{name}.ipynb"
+    if notebook.exists():
+        shutil.copy(notebook, target / "notebooks" / f"{name}{suffix}.ipynb")
+    status = source / "status" / f"{name}.json"
+    if status.exists():
+        content = {**json.loads(status.read_text()), "task": f"{name}{suffix}"}
+        write_json(target / "status" / f"{name}{suffix}.json", content)
+
+
+def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -> dict[str, Any]:
+    """machine.json of all: the newest part's facts with the median of each rate, then each machine.
+
+    A machine is listed with its part, its rates and the cells that were run on it. A part that was
+    merged itself brings those that it lists.
+    """
+    states = {
+        label: json.loads((part / "machine.json").read_text()) for label, part in parts.items()
+    }
+    machines = []
+    for label, state in states.items():
+        cells = [cell.name for cell in chosen if cell.part == label]
+        alone = [{"part": label, "cells": cells, "machine": state["machine"]}]
+        for entry in state.get("machines", alone):
+            machines.append({**entry, "cells": [c for c in entry["cells"] if c in cells]})
+    facts = dict(states[newest]["machine"])
+    for name in [name for name in facts if name.endswith("_rate_bytes_per_s")]:
+        rates = [r for entry in machines if (r := entry["machine"].get(name)) is not None]
+        facts[name] = statistics.median(rates) if rates else None
+    return {"machine": facts, "models": states[newest]["models"], "machines": machines}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

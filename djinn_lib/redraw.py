@@ -1,0 +1,106 @@
+"""Figures drawn again from rows: `make figures`, `python -m djinn_lib.redraw`.
+
+The notebooks that only read rows are the one definition of every figure, so they are what runs
+here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
+again; with one it is a run of your own, whose figures, claims, notebooks and page are made anew.
+It takes about a minute and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from djinn_lib.analysis import load_run
+from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.notebooks import Status, execute, write_status
+from djinn_lib.paths import FIGURES, REFERENCE
+from djinn_lib.report import build_report
+
+READING = ("03_sensitivity", "04_figures", "05_claims", "06_policies", "explore")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw; returns the exit status: 1 when a notebook failed, 2 when there is nothing to draw."""
+    parser = argparse.ArgumentParser(prog="djinn_lib.redraw", description=__doc__)
+    parser.add_argument("run_dir", type=Path, nargs="?", help="default: the reference run")
+    options = parser.parse_args(arguments)
+    try:
+        if options.run_dir:
+            failed = [s for s in read_again(options.run_dir.resolve()) if s.state != "ok"]
+            print(f"results: {build_report(options.run_dir)}", flush=True)
+        else:
+            failed = redraw_published()
+    except DjinnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
+    """Execute every notebook that only reads rows, into a run's folder; returns how each ended.
+
+    Args:
+        run_dir: with rows, traces and machine.json; gets figures, claims, notebooks and statuses.
+        reference_dir: of the rows that the simulator's clock is fitted to.
+
+    Raises:
+        RecordError: the folder holds no run that can be read.
+    """
+    load_run(run_dir)
+    (run_dir / "figures").mkdir(exist_ok=True)
+    parameters = {name: {"run_dir": str(run_dir)} for name in READING}
+    parameters["06_policies"]["reference_dir"] = str(reference_dir)
+    parameters["explore"] = {"figures_dir": str(run_dir / "figures")}
+    statuses = []
+    for name in READING:
+        print(f"{name} ...", flush=True)
+        status = execute(name, run_dir / "notebooks" / f"{name}.ipynb", parameters[name])
+        write_status(status, run_dir / "status")
+        print(f"{name}: {status.state} in {status.seconds:.1f} s {status.error}".rstrip())
+        statuses.append(status)
+    return statuses
+
+
+def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> list[Status]:
+    """Draw the published figures again from the reference rows; returns what failed.
+
+    Nothing in the reference's folder is touched, and a figure is replaced only when all are drawn.
+
+    Raises:
+        ConfigError: there are no reference rows.
+    """
+    if not any((reference / "requests").glob("*.parquet")):
+        raise ConfigError(
+            f"expected rows of the reference run in {reference / 'requests'}, got none: to draw "
+            "the figures of a run of your own, name its folder (make figures FROM=data/runs/cpu)"
+        )
+    with TemporaryDirectory(prefix="djinn-figures-") as name:
+        scratch = Path(name).resolve()
+        for part in ("requests", "traces", "machine.json"):
+            (scratch / part).symlink_to(reference / part)
+        failed = [s for s in read_again(scratch, reference) if s.state != "ok"]
+        if not failed:
+            copy_figures(scratch / "figures", figures)
+            print(f"figures: {figures}", flush=True)
+        return failed
+
+
+def copy_figures(source: Path, target: Path) -> list[Path]:
+    """Copy PDFs and PNGs of one folder into another; returns the copies.
+
+    Raises:
+        RecordError: there are none.
+    """
+    found = sorted(path for path in source.glob("*") if path.suffix in (".pdf", ".png"))
+    if not found:
+        raise RecordError(f"expected figures in {source}, got none: draw them first")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(path, target / path.name)) for path in found]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

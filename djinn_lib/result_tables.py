@@ -1,0 +1,207 @@
+"""Results of a run as short tables of text: systems, capacities, steps of the ablation, claims."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.analysis import Run
+from djinn_lib.claims import Verdict, format_value
+from djinn_lib.decomposition import decomposition
+from djinn_lib.metrics import summarise
+from djinn_lib.optimal import optimal_bytes
+from djinn_lib.plot_sensitivity import speedup_table
+from djinn_lib.plot_style import order_systems, split_unavailable, system_look
+
+_GIB = 2**30
+# From whole models to Djinn, one thing at a time: system, and what it adds to the one before.
+STEPS = (
+    ("djinn_whole", "whole models, nothing else"),
+    ("djinn_partial_no_overlap", "partial residency"),
+    ("djinn_eager", "loading behind the prefill"),
+    ("djinn_graph", "decoding from CUDA graphs"),
+    ("djinn", "a compiled step"),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Texts in rows under a head; `notes` stand below."""
+
+    head: list[str]
+    rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """The table in Markdown, its notes below it."""
+        lines = [self.head, ["---"] * len(self.head), *self.rows]
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+        return text + "".join(f"\n{note}\n" for note in self.notes)
+
+
+def systems_table(
+    run: Run, paper: Mapping[str, Any], trace: str = "paper", capacity_label: str = "25"
+) -> Table:
+    """One line a system: requests served, latencies, switches, bytes, and the share of physics.
+
+    Raises:
+        RecordError: there are no rows of that trace and capacity.
+    """
+    rows, unavailable = split_unavailable(run.cells(trace, capacity_label))
+    cells = _summaries(rows)
+    parts = decomposition(run, paper, trace, capacity_label)
+    lines = []
+    for system, cell in cells.items():
+        part = parts.loc[system] if system in parts.index else None
+        lines.append(
+            [
+                system_look(system).label,
+                _served(cell),
+                *(_ms(cell[f"{name}_total_ms"]) for name in ("p50", "p90", "max", "mean")),
+                _ms(cell["mean_switch_ms"]),
+                _ms(cell["loaded_bytes"] / _GIB),
+                _percent(float("nan") if part is None else _link_share(part)),
+                _percent(float("nan") if part is None else part["reached"] / 100),
+            ]
+        )
+    head = ["system", "served", "P50, ms", "P90, ms", "max, ms", "mean, ms", "mean switch, ms",
+            "GiB loaded", "link share", "ceiling reached"]  # fmt: skip
+    notes = tuple(
+        f"Not run: {system_look(name).label} ({why})." for name, why in unavailable.items()
+    )
+    return Table(head, lines, notes)
+
+
+def _link_share(part: pd.Series) -> float:
+    """Time that the moved bytes need at the link's rates, as a share of the time of switches."""
+    moving = part["copy_ms"] + part["writeback_ms"]
+    switch = moving + part["rest_ms"]
+    return moving / switch if switch > 0 else float("nan")
+
+
+def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper") -> Table:
+    """One line a capacity and system: speed-up, requests that loaded nothing, bytes to the optimum.
+
+    Raises:
+        RecordError: there are no rows of that trace.
+    """
+    rows, _ = split_unavailable(run.sweep(trace))
+    gains = speedup_table(rows, baseline).set_index(["capacity_label", "system"])
+    lines = []
+    sizes = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
+    for label, n_bytes in sizes.items():
+        least = optimal_bytes(run.traces[trace], run.sizes, int(n_bytes))
+        for system, cell in _summaries(rows[rows["capacity_label"] == label]).items():
+            gain = gains.loc[(label, system)] if (label, system) in gains.index else None
+            lines.append(
+                [
+                    f"{n_bytes / _GIB:.4g} GiB",
+                    system_look(system).label,
+                    _served(cell),
+                    _ms(cell["p50_total_ms"]),
+                    "1" if system == baseline else "-" if gain is None else
+                    f"{gain['speedup']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})",
+                    _percent(cell["zero_load_share"]),
+                    f"{cell['loaded_bytes'] / least:.2f}",
+                ]
+            )  # fmt: skip
+    head = ["capacity", "system", "served", "P50, ms", "speed-up of the P50 (95%)",
+            "loaded nothing", "bytes / optimum"]  # fmt: skip
+    return Table(head, lines)
+
+
+def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
+    """One line a step from whole models to Djinn, and what it takes off the mean latency.
+
+    Raises:
+        RecordError: there are no rows of that trace and capacity.
+    """
+    cells = _summaries(split_unavailable(run.cells(trace, capacity_label))[0])
+    lines, before = [], None
+    for system, what in STEPS:
+        if system not in cells:
+            continue
+        cell = cells[system]
+        mean = cell["mean_total_ms"]
+        lines.append(
+            [
+                f"{'' if before is None else '+ '}{what} (`{system}`)",
+                _served(cell),
+                _ms(cell["p50_total_ms"]),
+                _ms(mean),
+                _ms(cell["mean_switch_ms"]),
+                _ms(cell["loaded_bytes"] / _GIB),
+                "-" if before is None else f"{before - mean:+,.0f}",
+            ]
+        )
+        before = mean
+    head = ["step", "served", "P50, ms", "mean, ms", "mean switch, ms", "GiB loaded",
+            "mean saved, ms"]  # fmt: skip
+    return Table(head, lines)
+
+
+def claims_summary(
+    verdicts: Sequence[Verdict], elsewhere: Mapping[str, Mapping[str, Any]] | None = None
+) -> Table:
+    """One line a claim: what is expected, what was measured, the verdict.
+
+    Args:
+        verdicts: of the reference run.
+        elsewhere: entries of another run's claims.json by id, e.g. of one without a GPU.
+    """
+    head = ["claim", "expected", "measured", "95% interval", "n", "verdict"]
+    lines = []
+    for v in verdicts:
+        exact = v.low is None or v.low == v.high
+        verdict = f"**{v.verdict}**" if v.verdict == "not reproduced" else v.verdict
+        line = [
+            textwrap.shorten(v.quote, 110, placeholder=" ..."),
+            v.expected,
+            format_value(v.measured, v.unit) or "-",
+            "-" if exact else f"{format_value(v.low, v.unit)} to {format_value(v.high, v.unit)}",
+            str(v.n) if v.n else "-",
+            verdict,
+        ]
+        if elsewhere:
+            line.append(_elsewhere(elsewhere.get(v.id), v.unit))
+        lines.append(line)
+    reasons = Counter(v.why for v in verdicts if v.verdict == "not judged")
+    notes = [f"Not judged, {count} of them: {why}." for why, count in reasons.items()]
+    return Table([*head, "without a GPU"] if elsewhere else head, lines, tuple(notes))
+
+
+def _elsewhere(entry: Mapping[str, Any] | None, unit: str) -> str:
+    if entry is None or entry["verdict"] == "not judged":
+        return "-"
+    return f"{format_value(entry['measured'], unit)}, {entry['verdict']}"
+
+
+def _summaries(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """The summary of each system's cell, in the figures' order; rows are of one capacity."""
+    if rows.empty:
+        return {}
+    table = summarise(rows).reset_index().set_index("system")
+    return {system: table.loc[system] for system in order_systems(table.index)}
+
+
+def _served(cell: pd.Series) -> str:
+    repeats = f" ({cell['repeats']} repeats)" if cell["repeats"] > 1 else ""
+    return f"{cell['completed']} of {cell['n']}{repeats}"
+
+
+def _ms(value: float) -> str:
+    """A number with three digits, or all those before the point."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.0%}"

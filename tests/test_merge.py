@@ -1,0 +1,192 @@
+"""Parts of a run put together: what belongs together, which cell is taken, what is kept of each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from row_factory import SIZES, cell_rows
+from run_factory import GPU_MACHINE, write_cell
+
+from djinn_lib import merge as merge_module
+from djinn_lib.analysis import load_run
+from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.files import write_json
+from djinn_lib.merge import main, merge
+from djinn_lib.notebooks import read_statuses
+from djinn_lib.records import read_manifest, read_rows
+from djinn_lib.tables import machines_table
+from djinn_lib.trace import paper_trace, write_trace
+
+FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9}
+
+
+def part_of(folder: Path, systems: dict[str, int], machine: dict[str, Any] = GPU_MACHINE) -> Path:
+    """A run folder with cells of these systems, each with so many failed requests."""
+    for name in ("requests", "traces", "notebooks", "status"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    models = {name: {"folder": f"/home/me/models/{name}"} for name in SIZES}
+    write_json(folder / "machine.json", {"machine": machine, "models": models})
+    write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
+    (folder / "notebooks" / "00_setup.ipynb").write_text(json.dumps({"of": folder.name}))
+    for system, n_failed in systems.items():
+        rows = cell_rows(system, gpu=True)
+        rows.loc[: n_failed - 1, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
+        times = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
+        rows.loc[: n_failed - 1, times] = float("nan")
+        write_cell(folder, rows, machine)
+        task = f"02_run_system.paper-25-{system}"
+        (folder / "notebooks" / f"{task}.ipynb").write_text(json.dumps({"of": folder.name}))
+    return folder
+
+
+def change_manifest(part: Path, system: str, **fields: Any) -> None:
+    path = part / "requests" / f"paper-25-{system}.manifest.json"
+    write_json(path, {**read_manifest(path), **fields})
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    one = part_of(tmp_path / "one", {"djinn": 0, "pytorch_lru": 0})
+    two = part_of(tmp_path / "two", {"vllm_sleep": 0}, FASTER)
+    change_manifest(two, "vllm_sleep", started_at_utc="2026-11-24T06:00:00+00:00")
+    return [one, two]
+
+
+def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
+    merge(tmp_path / "run", parts)
+    run = load_run(tmp_path / "run")
+    assert set(run.manifests) == {"paper-25-djinn", "paper-25-pytorch_lru", "paper-25-vllm_sleep"}
+    for part in parts:
+        for path in (part / "requests").glob("*.parquet"):
+            pd.testing.assert_frame_equal(
+                read_rows(path), read_rows(tmp_path / "run" / "requests" / path.name)
+            )
+    assert run.manifests["paper-25-djinn"]["notes"] == ["ran in the part one"]
+    tasks = {status.task: status.state for status in read_statuses(tmp_path / "run" / "status")}
+    assert tasks["02_run_system.paper-25-djinn"] == "ok" and len(tasks) == 3
+    notebooks = {path.name for path in (tmp_path / "run" / "notebooks").iterdir()}
+    assert {"00_setup.ipynb", "00_setup.one.ipynb"} <= notebooks and len(notebooks) == 5
+    assert json.loads((tmp_path / "run" / "notebooks" / "00_setup.ipynb").read_text()) == {
+        "of": "two"  # the newest
+    }
+
+
+def test_machine_json_tells_of_every_machine(parts, tmp_path):
+    merge(tmp_path / "run", parts)
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert state["machine"]["link_rate_bytes_per_s"] == 9e9  # between 8 and 10
+    assert [(m["part"], len(m["cells"])) for m in state["machines"]] == [("one", 2), ("two", 1)]
+    assert state["machines"][1]["machine"]["link_rate_bytes_per_s"] == 10e9
+    table = machines_table(load_run(tmp_path / "run").manifests)
+    assert list(table["link_rate (GB/s)"]) == [8.0, 10.0] and list(table["cells"]) == [2, 1]
+
+
+def test_a_merged_run_can_be_a_part(parts, tmp_path):
+    merge(tmp_path / "half", parts)
+    third = part_of(tmp_path / "three", {"pytorch_pinned": 0}, FASTER)
+    merge(tmp_path / "run", [tmp_path / "half", third])
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    cells = {m["part"]: len(m["cells"]) for m in state["machines"]}
+    assert cells == {"one": 2, "two": 1, "three": 1}
+
+
+@pytest.mark.parametrize(
+    ("failed", "taken"), [({"djinn": 0}, "later"), ({"djinn": 3}, "early")], ids=["whole", "broken"]
+)
+def test_of_a_cell_in_two_parts_the_later_whole_one_is_taken(tmp_path, capsys, failed, taken):
+    early = part_of(tmp_path / "early", {"djinn": 0})
+    later = part_of(tmp_path / "later", failed)
+    change_manifest(later, "djinn", started_at_utc="2026-11-25T06:00:00+00:00")
+    (cell,) = merge(tmp_path / "run", [early, later])
+    assert cell.part == taken
+    said = capsys.readouterr().out
+    other = "early" if taken == "later" else "later (2026-11-25T06:00, 3 of 30 requests failed)"
+    assert f"taken from {taken}" in said and f"left out: {other}" in said
+    notes = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")["notes"]
+    assert any(f"left out: {other}" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"profile": "smoke"}, "profile: gpu in one .*smoke in two"),
+        ({"parameters": {"page_bytes": 1 << 20, "new_tokens": 7}}, "parameter new_tokens"),
+        ({"trace_sha256": "f" * 64}, "sha256 of the trace paper"),
+        ({"git_commit": "fedcba98"}, "commit: 0123456789abcdef in one .*fedcba98 in two"),
+        ({"git_dirty": True}, "changes beside the commit"),
+        ({"machine": {**GPU_MACHINE, "device_name": "Other GPU"}}, "device_name: Test GPU"),
+        (
+            {"machine": {**GPU_MACHINE, "versions": {**GPU_MACHINE["versions"], "driver": "590"}}},
+            "versions of the set-up: driver 580.159.04 in one .*driver 590 in two",
+        ),
+        (
+            {"models": {name: {"bytes": size, "dtype": "float16", "sha256": "0" * 64}
+                        for name, size in SIZES.items()}},
+            "dtype of the weights of phi-mini: float32",
+        ),
+        (
+            {"models": {name: {"bytes": size, "dtype": "float32", "sha256": "1" * 64}
+                        for name, size in SIZES.items()}},
+            "sha256 of the weights",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_does_not_belong_together_is_refused(parts, tmp_path, fields, message):
+    if message.startswith("parameter"):
+        change_manifest(parts[0], "djinn", parameters={"page_bytes": 1 << 20, "new_tokens": 50})
+    change_manifest(parts[1], "vllm_sleep", **fields)
+    with pytest.raises(RecordError, match=f"(?s)expected parts that belong together.*{message}"):
+        merge(tmp_path / "run", parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_commits_can_be_allowed_and_are_noted(parts, tmp_path):
+    change_manifest(parts[1], "vllm_sleep", git_commit="fedcba9876543210")
+    merge(tmp_path / "run", parts, allow_commits=True)
+    manifests = load_run(tmp_path / "run").manifests
+    assert (
+        "ran at the commit fedcba987654, others did not"
+        in (manifests["paper-25-vllm_sleep"]["notes"])
+    )
+    change_manifest(parts[1], "vllm_sleep", profile="smoke")
+    with pytest.raises(RecordError, match="profile"):
+        merge(tmp_path / "run2", parts, allow_commits=True)
+
+
+def test_nothing_is_overwritten_unless_told(parts, tmp_path):
+    merge(tmp_path / "run", parts[:1])
+    with pytest.raises(ConfigError, match="replace it with --replace"):
+        merge(tmp_path / "run", parts)
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+    with pytest.raises(ConfigError, match="name each part once"):
+        merge(tmp_path / "run", [tmp_path / "run", *parts], replace=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_folder_without_cells_is_no_part(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordError, match="run notebook 00_setup first"):
+        merge(tmp_path / "run", [*parts, tmp_path / "empty"])
+    bare = part_of(tmp_path / "bare", {})
+    with pytest.raises(RecordError, match="at least one cell"):
+        merge(tmp_path / "run", [*parts, bare])
+
+
+def test_the_command_says_what_is_still_to_be_run(parts, tmp_path, capsys):
+    assert main([str(tmp_path / "run"), *map(str, parts)]) == 1
+    said = capsys.readouterr().out
+    assert "3 cells of 2 parts" in said
+    assert "cell:paper-25-djinn_graph" in said and "cell:paper-25-djinn " not in said
+    assert main([str(tmp_path / "run"), str(parts[0])]) == 2
+    assert "--replace" in capsys.readouterr().err
+
+
+def test_a_complete_run_ends_with_status_0(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module, "missing_cells", lambda profile, folder: [])
+    assert main([str(tmp_path / "run"), *map(str, parts)]) == 0

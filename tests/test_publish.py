@@ -1,0 +1,215 @@
+"""A run published as the reference: what is refused, what is copied, and that no path is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from profile_factory import tiny_profile
+from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
+from run_factory import GPU_MACHINE, write_run
+
+from djinn_lib import publish as publish_module
+from djinn_lib.analysis import load_run
+from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.files import write_json
+from djinn_lib.notebooks import Status
+from djinn_lib.paths import REFERENCE
+from djinn_lib.publish import publish
+from djinn_lib.records import read_manifest, read_rows, rows_frame, write_rows
+from djinn_lib.scrub import scrub, scrub_notebook, scrub_text
+
+HOME = "/home/me/djinn"
+
+
+@pytest.fixture(autouse=True)
+def profile(monkeypatch) -> None:
+    """The profile whose run the factory writes."""
+    systems = [*SYSTEMS, *GPU_SYSTEMS]
+    sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
+    made = tiny_profile(
+        traces={"paper": {"kind": "paper"}},
+        capacities={label: f"{size}B" for label, size in CAPACITIES.items()},
+        systems={name: {"system": "djinn"} for name in systems},
+        cells=[
+            {"traces": ["paper"], "capacities": ["25"], "systems": systems},
+            {"traces": ["paper"], "capacities": ["20", "32", "40"], "systems": sweep},
+        ],
+    )
+    monkeypatch.setattr(publish_module, "load_profile", lambda name: made)
+
+
+@pytest.fixture
+def reading(monkeypatch) -> None:
+    """Stands for the notebooks that read rows."""
+
+    def read_again(run_dir: Path, reference_dir: Path) -> list[Status]:
+        assert (reference_dir / "engine.json").exists()
+        load_run(run_dir)
+        (run_dir / "figures").mkdir()
+        for name in ("latency_cdf.png", "latency_cdf.pdf"):
+            (run_dir / "figures" / name).write_bytes(b"picture")
+        notebook = {"metadata": {"papermill": {"parameters": {"run_dir": str(run_dir)}}},
+                    "cells": [{"source": [f"run_dir = '{run_dir}'\n"]}]}  # fmt: skip
+        (run_dir / "notebooks" / "05_claims.ipynb").write_text(json.dumps(notebook))
+        write_json(run_dir / "claims.json", [])
+        write_json(run_dir / "comparison_summary.json", {})
+        return [Status("05_claims", "ok", 1.0)]
+
+    monkeypatch.setattr(publish_module, "read_again", read_again)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run, with paths of the machine that ran it in every place that may hold one."""
+    folder = write_run(tmp_path / "run", gpu=True)
+    models = {"llama": {"folder": f"{HOME}/data/models/llama", "n_bytes": 5}}
+    write_json(folder / "machine.json", {"machine": GPU_MACHINE, "models": models})
+    notebook = {
+        "metadata": {"papermill": {
+            "parameters": {"run_dir": f"{HOME}/data/runs/gpu"},
+            "input_path": f"{HOME}/notebooks/02_run_system.ipynb",
+        }},
+        "cells": [{"source": [f'run_dir = "{HOME}/data/runs/gpu"\n'], "outputs": [
+            {"text": [f"{HOME}/djinn_lib/cell.py:3: UserWarning\n"],
+             "data": {"image/png": "iVBOR/home/me/w0KGgo/AAAA"}}]}],
+    }  # fmt: skip
+    for name in ("00_setup", "01_trace", "02_run_system.paper-25-djinn"):
+        (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps(notebook))
+    (folder / "notebooks" / "02_run_system.x.partial.ipynb").write_text("cut")
+    rows = cell_rows("vllm_recreate")
+    rows.loc[~rows["ok"], "error"] = "could not start: /opt/venv/lib/python3.12/vllm/x.py died"
+    path = folder / "requests" / "paper-25-vllm_recreate.parquet"
+    write_rows(rows_frame(rows.to_dict("records")), path)
+    return folder
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    folder = tmp_path / "reference" / "h100"
+    folder.mkdir(parents=True)
+    shutil.copy(REFERENCE / "engine.json", folder)
+    return folder
+
+
+def change(run_dir: Path, **fields) -> None:
+    path = run_dir / "requests" / "paper-25-djinn.manifest.json"
+    write_json(path, {**read_manifest(path), **fields})
+
+
+def test_a_finished_run_is_copied_and_nothing_else_is_lost(run_dir, reference, tmp_path, reading):
+    publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    run = load_run(reference)
+    assert run.rows["total_ms"].equals(load_run(run_dir).rows["total_ms"])
+    assert {path.name for path in reference.iterdir()} == {
+        "engine.json", "requests", "traces", "notebooks", "figures", "machine.json",
+        "claims.json", "comparison_summary.json",
+    }  # fmt: skip
+    assert {path.name for path in (reference / "notebooks").iterdir()} == {
+        "00_setup.ipynb", "01_trace.ipynb", "02_run_system.paper-25-djinn.ipynb",
+        "05_claims.ipynb",
+    }  # fmt: skip
+    assert (tmp_path / "figures" / "latency_cdf.pdf").read_bytes() == b"picture"
+    assert [path.name for path in reference.parent.iterdir()] == ["h100"]
+
+
+def test_no_path_of_the_machine_is_published(run_dir, reference, tmp_path, reading):
+    publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    for path in reference.rglob("*.json"):
+        if path.name != "engine.json":
+            assert "/home/" not in path.read_text() and str(tmp_path) not in path.read_text()
+    state = json.loads((reference / "machine.json").read_text())
+    assert state["models"]["llama"] == {"folder": "data/models/llama", "n_bytes": 5}
+    errors = read_rows(reference / "requests" / "paper-25-vllm_recreate.parquet")["error"]
+    assert set(errors) == {"", "could not start: x.py died"}
+    text = (reference / "notebooks" / "02_run_system.paper-25-djinn.ipynb").read_text()
+    cell = json.loads(text)["cells"][0]
+    assert cell["source"] == ['run_dir = "../data/reference/h100"\n']
+    assert cell["outputs"][0]["text"] == ["./djinn_lib/cell.py:3: UserWarning\n"]
+    assert cell["outputs"][0]["data"]["image/png"] == "iVBOR/home/me/w0KGgo/AAAA"
+    claims = (reference / "notebooks" / "05_claims.ipynb").read_text()
+    assert "run_dir = '../data/reference/h100'" in claims and ".publish-" not in claims
+
+
+def test_what_is_published_stays_unless_told(run_dir, reference, tmp_path, reading):
+    publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    with pytest.raises(ConfigError, match=r"got requests, traces, .*--replace"):
+        publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    (reference / "requests" / "old.parquet").touch()
+    publish(run_dir, replace=True, reference=reference, figures=tmp_path / "figures")
+    assert not (reference / "requests" / "old.parquet").exists()
+    assert (reference / "engine.json").exists()
+
+
+def test_an_unfinished_run_is_refused_and_all_that_is_missing_named(run_dir, reference, tmp_path):
+    (run_dir / "requests" / "paper-40-djinn.parquet").unlink()
+    (run_dir / "requests" / "paper-20-djinn.journal.jsonl").touch()
+    manifest = read_manifest(run_dir / "requests" / "paper-25-djinn.manifest.json")
+    change(run_dir, git_dirty=True, parameters={**manifest["parameters"], "repeats": 5})
+    with pytest.raises(RecordError) as refused:
+        publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    said = str(refused.value)
+    assert "1 cells missing: cell:paper-40-djinn" in said
+    assert "5 repeats of paper-25-djinn, the profile asks for 1" in said
+    assert "not ended: paper-20-djinn.journal.jsonl" in said and "changed working tree" in said
+    assert [path.name for path in reference.iterdir()] == ["engine.json"]
+
+
+def test_a_changed_tree_can_be_allowed(run_dir, reference, tmp_path, reading):
+    change(run_dir, git_dirty=True)
+    publish(run_dir, allow_dirty=True, reference=reference, figures=tmp_path / "figures")
+    assert (reference / "claims.json").exists()
+
+
+def test_a_cpu_run_is_refused(tmp_path, reference):
+    folder = write_run(tmp_path / "cpu")
+    with pytest.raises(RecordError, match="a run on the device 'cpu'"):
+        publish(folder, reference=reference, figures=tmp_path / "figures")
+
+
+def test_a_notebook_that_fails_or_is_huge_publishes_nothing(
+    run_dir, reference, tmp_path, reading, monkeypatch
+):
+    monkeypatch.setattr(publish_module, "NOTEBOOK_BYTES", 10)
+    with pytest.raises(RecordError, match="which code hosts render"):
+        publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    broken = Status("04_figures", "failed", 1.0, "other", "boom")
+    monkeypatch.setattr(publish_module, "read_again", lambda *_: [broken])
+    with pytest.raises(RecordError, match="04_figures: boom"):
+        publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    assert [path.name for path in reference.iterdir()] == ["engine.json"]
+
+
+def test_the_command_says_why_it_refuses(tmp_path, capsys):
+    assert publish_module.main([str(tmp_path / "none")]) == 2
+    assert "error: expected rows in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("at /root/x/y.py line 3", "at y.py line 3"),
+        ("file:///srv/x/y.py", "y.py"),
+        ("('/a/b/', 3)", "('b', 3)"),
+        ("/run/me/djinn/figures", "out/figures"),
+        ("/run/me/djinn2/figures", "figures"),
+        ("https://a.org/b/c/d", "https://a.org/b/c/d"),
+        ("54 GB/s, host/device, </td></tr>, data/runs/cpu, 3 / 4", None),
+    ],
+)
+def test_paths_in_texts(text, left):
+    assert scrub_text(text, {"/run/me/djinn": "out"}) == (left or text)
+
+
+def test_data_of_any_depth_is_scrubbed():
+    assert scrub({"a": [{"b": "/x/y/z"}, 3, None]}) == {"a": [{"b": "z"}, 3, None]}
+
+
+def test_a_notebook_that_papermill_did_not_execute_is_scrubbed_too(tmp_path):
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps({"cells": [{"source": ["open('/root/a/b')"]}], "metadata": {}}))
+    scrub_notebook(path, "run", {})
+    assert not re.search("/root", path.read_text())
