@@ -39,7 +39,7 @@ ENGINE = [LIB / f"{name}.py" for name in (
     "streaming", "paged_model", "pager", "lookahead", "request_queue", "turns", "pending", "server",
     "catalog", "checkpoint", "models", "sources", "generate", "sampling",
     "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",
-    "served", "djinn", "bench", "cell", "weights", "integrity",
+    "served", "djinn", "bench", "cell", "cell_record", "arrivals", "weights", "integrity",
 )]  # fmt: skip
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "evidence",

@@ -16,20 +16,21 @@ import json
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from typing import Any
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from djinn_lib import machine
+from djinn_lib.arrivals import send
 from djinn_lib.bench import Bench
-from djinn_lib.errors import TraceError, in_words
+from djinn_lib.cell_record import CellRecord
+from djinn_lib.errors import DjinnError, TraceError, in_words
 from djinn_lib.files import ensure_writable
-from djinn_lib.integrity import WeightsWatch, weights_digest
-from djinn_lib.profile import REPO, Cell
+from djinn_lib.integrity import WeightsWatch
+from djinn_lib.profile import Cell
 from djinn_lib.records import (
     classify_error,
     failed_row,
@@ -39,8 +40,8 @@ from djinn_lib.records import (
     write_rows,
 )
 from djinn_lib.systems import SystemUnderTest, system_class
+from djinn_lib.systems.base import Served
 from djinn_lib.trace import Request, Trace, check_models, read_trace
-from djinn_lib.units import parse_bytes
 from djinn_lib.weights import prompt_ids
 
 
@@ -56,7 +57,7 @@ def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
     trace = _read_trace(bench, cell)
     check_models(trace, bench.models)
     ensure_writable(bench.rows_path(cell).parent)  # before minutes are spent
-    begun = _Start(bench, cell, trace)
+    begun = CellRecord(bench, cell, trace)
     rows = list(_rows(begun))
     frame = rows_frame(rows)
     write_rows(frame, bench.rows_path(cell))
@@ -79,7 +80,7 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
         OSError: the rows cannot be written either; the journal is still there then.
     """
     trace = _read_trace(bench, cell)
-    begun = _Start(bench, cell, trace)
+    begun = CellRecord(bench, cell, trace)
     begun.notes.append(f"the process of this cell died: {error}")
     journal = bench.journal_path(cell)
     lines = journal.read_text().splitlines() if journal.exists() else []
@@ -114,90 +115,7 @@ def _whole_row(line: str) -> dict[str, Any] | None:
         return None
 
 
-class _Start:
-    """A cell at its start: everything its rows and manifest repeat."""
-
-    def __init__(self, bench: Bench, cell: Cell, trace: Trace) -> None:
-        self.bench, self.cell, self.trace = bench, cell, trace
-        self.entry = bench.profile.systems[cell.system]
-        self.capacity_bytes = bench.capacity_bytes(cell.capacity_label)
-        self.started = datetime.now(UTC)
-        self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
-        self.begin_s = time.perf_counter()
-        self.setup_s = 0.0
-        self.notes: list[str] = []
-        self.watch: WeightsWatch  # from the start of the system on
-        self.prompts: dict[tuple[str, int], list[int]] = {}
-        self.commit, self.dirty = machine.git_state(REPO)
-        self.other_gpu_processes = machine.other_gpu_processes()
-
-    def keys(self, repeat: int, request: Request) -> dict[str, Any]:
-        """The columns that say which request a row is about."""
-        return {
-            "run_id": self.run_id,
-            "system": self.cell.system,
-            "mode": "sequential",
-            "capacity_bytes": self.capacity_bytes,
-            "capacity_label": self.cell.capacity_label,
-            "trace": self.cell.trace,
-            "repeat": repeat,
-            "request": request.request,
-            "model": request.model,
-            "arrival_s": request.arrival_s,
-            "start_s": time.perf_counter() - self.begin_s,
-            "note": "; ".join(self.notes),
-        }
-
-    def manifest(self) -> dict[str, Any]:
-        """Where the rows come from."""
-        profile = self.bench.profile
-        if self.dirty:
-            self.notes.append("the working tree differed from the commit")
-        if self.other_gpu_processes:
-            self.notes.append("other processes held memory of the GPU")
-        return {
-            "run_id": self.run_id,
-            "cell": self.cell.id,
-            "system": self.entry.system,
-            "options": self.entry.options,
-            "profile": profile.name,
-            "git_commit": self.commit,
-            "git_dirty": self.dirty,
-            "other_gpu_processes": self.other_gpu_processes,
-            "versions": machine.versions(),
-            "machine": self.bench.machine,
-            "trace_sha256": self.trace.sha256,
-            "models": {
-                name: {"bytes": f.n_bytes, "dtype": f.dtype, "sha256": weights_digest(f.digests)}
-                for name, f in self.bench.models.items()
-            },
-            "parameters": {
-                **profile.model_dump(exclude={"cells", "systems"}),
-                "page_bytes": self.page_bytes,
-                "repeats": self.cell.repeats,
-            },
-            "started_at_utc": self.started.isoformat(),
-            "wall_s": time.perf_counter() - self.begin_s,
-            "setup_s": self.setup_s,
-            "notes": self.notes,
-        }
-
-    @property
-    def page_bytes(self) -> int:
-        """Size of a page in bytes."""
-        return parse_bytes(str(self.entry.options.get("page", self.bench.profile.page)))
-
-    def make_system(self) -> SystemUnderTest:
-        """The system, not started yet."""
-        options = dict(self.entry.options)
-        cls = system_class(self.entry.system)
-        if "page" in cls.option_names:
-            options.setdefault("page", self.bench.profile.page)
-        device = self.bench.profile.device
-        return cls(self.bench.models, self.capacity_bytes, device, **options)
-
-
-def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
+def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
     """Yield a row per request; each is in the journal before it is yielded."""
     cls, profile = system_class(begun.entry.system), begun.bench.profile
     if reason := cls.unavailable(profile.device):
@@ -213,10 +131,14 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
             reason = f"could not start: {in_words(error)}"
             yield from _all_failed(begun, classify_error(error), reason)
             return
-        with journal.open("w") as lines:
-            requests = tqdm(list(_requests(begun)), desc=begun.cell.id, unit="req", mininterval=2)
-            for repeat, request in requests:
-                row = _serve(begun, system, repeat, request)
+        serve = _serve_one_by_one if begun.cell.mode == "sequential" else _serve_as_they_arrive
+        n_requests = len(begun.trace.requests) * begun.cell.repeats
+        with (
+            journal.open("w") as lines,
+            tqdm(desc=begun.cell.id, unit="req", total=n_requests, mininterval=2) as progress,
+        ):
+            for row in serve(begun, system):
+                progress.update()
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 yield row
@@ -224,19 +146,19 @@ def _rows(begun: _Start) -> Iterator[dict[str, Any]]:
                     _free_unused_memory()
 
 
-def _all_failed(begun: _Start, kind: str, error: str) -> Iterator[dict[str, Any]]:
+def _all_failed(begun: CellRecord, kind: str, error: str) -> Iterator[dict[str, Any]]:
     """A failed row for every request of the cell, for one and the same reason."""
     for repeat, request in _requests(begun):
         yield failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
 
 
-def _requests(begun: _Start) -> Iterator[tuple[int, Request]]:
+def _requests(begun: CellRecord) -> Iterator[tuple[int, Request]]:
     for repeat in range(begun.cell.repeats):
         for request in begun.trace.requests:
             yield repeat, request
 
 
-def _start(begun: _Start, running: ExitStack) -> SystemUnderTest:
+def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
     """Start and warm up the system, which is closed with `running` whatever happens."""
     begin_s = time.perf_counter()
     watch = begun.watch = WeightsWatch(begun.bench.models)
@@ -254,7 +176,7 @@ def _start(begun: _Start, running: ExitStack) -> SystemUnderTest:
     return system
 
 
-def _prompt(begun: _Start, request: Request) -> list[int]:
+def _prompt(begun: CellRecord, request: Request) -> list[int]:
     files = begun.bench.models[request.model]
     return prompt_ids(files, begun.bench.profile.prompt_tokens, request.request)
 
@@ -270,30 +192,68 @@ def _free_unused_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _serve(begun: _Start, system: SystemUnderTest, repeat: int, request: Request) -> dict[str, Any]:
-    keys = None
-    try:
-        if request.request == 0:
-            system.reset()  # every repeat starts cold
-        if system.reads_files_while_serving:
-            begun.watch.ensure_unchanged(request.model)
-        prompt = begun.prompts[request.model, request.request]
-        keys = begun.keys(repeat, request)
-        served = system.serve(request.model, prompt, begun.bench.profile.new_tokens)
-    except (Exception, SystemExit) as error:  # a library that exits must not end the cell
-        keys = keys or begun.keys(repeat, request)
-        return failed_row(**keys, error_kind=classify_error(error), error=in_words(error))
+def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
+    """Each request when the one before is done; a row each."""
+    for repeat, request in _requests(begun):
+        keys = None
+        try:
+            if request.request == 0:
+                system.reset()  # every repeat starts cold
+            prompt = _checked_prompt(begun, system, request)
+            keys = begun.keys(repeat, request)
+            served = system.serve(request.model, prompt, begun.bench.profile.new_tokens)
+        except (Exception, SystemExit) as error:  # a library that exits must not end the cell
+            yield _failed(keys or begun.keys(repeat, request), error)
+            continue
+        yield _row(keys, served, queue_ms=0.0)
+
+
+def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
+    """Each request when it arrives; a row each, in the order in which they are done."""
+
+    def submit(request: Request) -> Future[Served]:
+        prompt = _checked_prompt(begun, system, request)
+        return system.submit(worker, request.model, prompt, begun.bench.profile.new_tokens)
+
+    with ThreadPoolExecutor(1, "djinn-system") as worker:
+        for repeat in range(begun.cell.repeats):
+            try:
+                system.reset()  # every repeat starts cold
+            except (Exception, SystemExit) as error:
+                yield from (_failed(begun.keys(repeat, r), error) for r in begun.trace.requests)
+                continue
+            for arrived in send(begun.trace.requests, begun.cell.speed, submit):
+                keys = begun.keys(repeat, arrived.request)
+                if arrived.served is None:
+                    yield _failed(keys, arrived.error or DjinnError("no result"))
+                    continue
+                queue_ms = max(0.0, arrived.total_s * 1e3 - arrived.served.total_ms)
+                keys["start_s"] = max(0.0, keys["start_s"] - arrived.served.total_ms / 1e3)
+                yield _row(keys, arrived.served, queue_ms)
+
+
+def _checked_prompt(begun: CellRecord, system: SystemUnderTest, request: Request) -> list[int]:
+    if system.reads_files_while_serving:
+        begun.watch.ensure_unchanged(request.model)
+    return begun.prompts[request.model, request.request]
+
+
+def _failed(keys: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    return failed_row(**keys, error_kind=classify_error(error), error=in_words(error))
+
+
+def _row(keys: dict[str, Any], served: Served, queue_ms: float) -> dict[str, Any]:
     return {
         **keys,
-        "queue_ms": 0.0,
+        "queue_ms": queue_ms,
         "loaded_bytes": served.loaded_bytes,
         "evicted_bytes": served.evicted_bytes,
         "writeback_bytes": served.writeback_bytes,
         "resident_before_bytes": served.resident_before_bytes,
         "switch_ms": served.switch_ms,
-        "ttft_ms": served.ttft_ms,
+        "ttft_ms": queue_ms + served.ttft_ms,
         "decode_ms": served.decode_ms,
-        "total_ms": served.total_ms,
+        "total_ms": queue_ms + served.total_ms,
         "n_tokens": len(served.token_ids),
         "token_sha": token_sha(served.token_ids),
         "ok": True,

@@ -33,7 +33,7 @@ class Stalls:
         """Make the current stream wait for an event, and time that; the host goes on."""
         if arrival.query():
             return
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(arrival.device)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(stream)
         stream.wait_event(arrival)

@@ -103,7 +103,7 @@ class StreamCopier(Copier):
 
     def mark(self) -> torch.cuda.Event:
         """Mark the current stream."""
-        return _event(torch.cuda.current_stream())
+        return _event(torch.cuda.current_stream(self._stream.device))
 
     def fence(self) -> Callable[[], None]:
         """Mark the current stream."""

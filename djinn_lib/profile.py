@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,8 @@ from djinn_lib.units import parse_bytes
 # Parts of names of files, of which a file system takes 255 characters, and of folders.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+Mode = Literal["sequential", "concurrent"]
 
 
 class _Strict(BaseModel):
@@ -73,11 +75,17 @@ class SystemEntry(_Strict):
 
 
 class CellsEntry(_Strict):
-    """Every combination of the listed traces, capacities and systems."""
+    """Every combination of the listed traces, capacities and systems.
+
+    In `mode` "sequential" a request is sent when the one before is done, in "concurrent" when it
+    arrives by its trace, `speed` times as fast; infinity sends all at once.
+    """
 
     traces: list[str]
     capacities: list[str]
     systems: list[str]
+    mode: Mode = "sequential"
+    speed: float = Field(default=1.0, gt=0)
     repeats: int | None = Field(default=None, ge=1)
     minutes: float | None = Field(default=None, gt=0)  # a hint: what one of these cells takes
 
@@ -104,11 +112,14 @@ class Cell(_Strict):
     capacity_label: str
     system: str
     repeats: int
+    mode: Mode = "sequential"
+    speed: float = 1.0
 
     @property
     def id(self) -> str:
         """Name of the cell, and the stem of its files."""
-        return f"{self.trace}-{self.capacity_label}-{self.system}"
+        suffix = "" if self.mode == "sequential" else f"-{self.mode}"
+        return f"{self.trace}-{self.capacity_label}-{self.system}{suffix}"
 
 
 class Profile(_Strict):
@@ -157,11 +168,13 @@ class Profile(_Strict):
                             capacity_label=label,
                             system=system,
                             repeats=entry.repeats or self.repeats,
+                            mode=entry.mode,
+                            speed=entry.speed,
                         )
                         cells.setdefault(cell.id, cell)
         return list(cells.values())
 
-    def cell(self, trace: str, capacity_label: str, system: str) -> Cell:
+    def cell(self, trace: str, capacity_label: str, system: str, mode: str = "sequential") -> Cell:
         """Return a cell by its names, whether or not the profile lists it.
 
         Raises:
@@ -171,10 +184,12 @@ class Profile(_Strict):
             _ensure_known("trace", [trace], self.traces)
             _ensure_known("capacity", [capacity_label], self.capacities)
             _ensure_known("system", [system], self.systems)
+            _ensure_known("mode", [mode], get_args(Mode))
         except ValueError as error:
             raise ConfigError(f"profile {self.name!r}: {error}") from error
         listed = {cell.id: cell for cell in self.all_cells()}
-        cell = Cell(trace=trace, capacity_label=capacity_label, system=system, repeats=self.repeats)
+        names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode}
+        cell = Cell.model_validate({**names, "repeats": self.repeats})
         return listed.get(cell.id, cell)
 
     def make_trace(self, name: str) -> Trace:

@@ -89,7 +89,9 @@ def _by_journal(path: Path, cell: Cell, run_dir: Path) -> float | None:
 def _by_hint(cell: Cell, profile: Profile) -> float | None:
     for entry in profile.cells:
         named = (entry.traces, entry.capacities, entry.systems)
-        if all(value in names for value, names in zip(_names(cell), named, strict=True)):
+        if cell.mode == entry.mode and all(
+            value in names for value, names in zip(_names(cell), named, strict=True)
+        ):
             return None if entry.minutes is None else 60 * entry.minutes
     return None
 

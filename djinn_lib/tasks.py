@@ -70,6 +70,7 @@ def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -
             "system": cell.system,
             "trace": cell.trace,
             "capacity_label": cell.capacity_label,
+            "mode": cell.mode,
         },
         kernel=kernel_for(profile, cell),
     )

@@ -232,7 +232,7 @@ def graph_after_remapping():
         djinn.evict("a")
         djinn.generate("b", PROMPT, 1)
         with djinn.lease("a"):
-            djinn._pager.wait("a", djinn._pager.n_bytes("a"))
+            djinn._pager.wait("a", djinn.residency().set_index("model").bytes["a"])
             logits.zero_()
             graph.replay()
             torch.cuda.synchronize()

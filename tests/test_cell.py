@@ -6,7 +6,7 @@ import math
 import pytest
 from profile_factory import tiny_profile
 
-from djinn_lib import cell as cell_module
+from djinn_lib import machine
 from djinn_lib.bench import Bench, set_up
 from djinn_lib.cell import close_dead_cell, run_cell
 from djinn_lib.errors import TraceError
@@ -53,6 +53,40 @@ def test_rows_and_manifest(bench):
         name: files.n_bytes for name, files in bench.models.items()
     }
     assert manifest["setup_s"] > 0
+
+
+@pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
+def test_requests_that_arrive_together_wait_for_each_other(bench, system):
+    one_by_one = run_cell(bench, cell_of(bench, system))
+    cell = bench.profile.cell("zipf", "half", system, "concurrent")
+    cell = cell.model_copy(update={"speed": math.inf})
+    rows = run_cell(bench, cell)
+    assert cell.id == f"zipf-half-{system}-concurrent"
+    assert rows["ok"].all() and set(rows["mode"]) == {"concurrent"}
+    assert len(rows) == len(one_by_one)
+    assert rows.groupby("repeat").queue_ms.max().gt(rows.groupby("repeat").queue_ms.min()).all()
+    last = rows.groupby("repeat").total_ms.max()
+    assert (last >= rows.groupby("repeat").decode_ms.sum()).all()  # one after the other
+    keys = ["repeat", "request"]
+    tokens = rows.set_index(keys).token_sha.sort_index()
+    assert tokens.equals(one_by_one.set_index(keys).token_sha.sort_index())
+    assert read_manifest(bench.manifest_path(cell))["parameters"]["mode"] == "concurrent"
+
+
+def test_a_request_that_fails_beside_others_fails_alone(bench, monkeypatch):
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 7:  # after warming up three models
+            raise MemoryError("no room")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    cell = bench.profile.cell("zipf", "half", "pytorch_pinned", "concurrent")
+    rows = run_cell(bench, cell.model_copy(update={"speed": math.inf}))
+    assert (~rows["ok"]).sum() == 1
+    assert rows[~rows["ok"]].error_kind.tolist() == ["oom"]
 
 
 def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
@@ -170,8 +204,8 @@ def test_a_trace_over_other_models_is_refused(bench, tmp_path):
 
 
 def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):
-    monkeypatch.setattr(cell_module.machine, "git_state", lambda repo: ("abc", True))
-    monkeypatch.setattr(cell_module.machine, "other_gpu_processes", lambda: ["12 python 5"])
+    monkeypatch.setattr(machine, "git_state", lambda repo: ("abc", True))
+    monkeypatch.setattr(machine, "other_gpu_processes", lambda: ["12 python 5"])
     cell = cell_of(bench, "djinn")
     run_cell(bench, cell)
     manifest = read_manifest(bench.manifest_path(cell))

@@ -19,7 +19,7 @@ from tiny_run import SYSTEMS, cell_of, copied, prepare
 
 import djinn_lib as dj
 from djinn_lib import cell as cell_module
-from djinn_lib import copier, swap_pool
+from djinn_lib import copier, host_memory
 from djinn_lib.bench import Bench
 from djinn_lib.cell import run_cell
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
@@ -243,14 +243,14 @@ class FakeRuntime:
 @pytest.mark.parametrize("fails", ["nothing", "pinning", "reading", "binding"])
 def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
     runtime = FakeRuntime(refuse=fails == "pinning")
-    monkeypatch.setattr(swap_pool, "_cudart", lambda: runtime)
+    monkeypatch.setattr(host_memory, "_cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with dj.Djinn("1MiB", page="16KiB") as djinn:
         djinn._pool._pin = True
         if fails == "reading":
             monkeypatch.setattr(torch.Tensor, "copy_", run_out)
         if fails == "binding":
-            monkeypatch.setattr("djinn_lib.djinn.bind", run_out)
+            monkeypatch.setattr("djinn_lib.catalog.bind", run_out)
         if fails == "nothing":
             djinn.add("m", spec("llama"))
             assert len(runtime.pinned) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,11 +110,12 @@ def test_every_parameter_has_a_type_that_is_checked(name):
     notebook = NOTEBOOKS_DIR / f"{name}.ipynb"
     cells = json.loads(notebook.read_text())["cells"]
     tagged = next(c for c in cells if c["metadata"].get("tags") == ["parameters"])
-    names = [line.split(":")[0] for line in tagged["source"]]
-    assert names
-    for parameter in names:
-        for value in (25, None, ["a"]):
-            with pytest.raises(ConfigError, match=f"{parameter!r} of {name}.* to be of type str"):
+    kinds = dict(re.match(r"(\w+): (str|int) = ", line).groups() for line in tagged["source"])
+    assert kinds
+    for parameter, kind in kinds.items():
+        for value in ({"str": 25, "int": "25"}[kind], None, ["a"]):
+            message = f"{parameter!r} of {name}.* to be of type {kind}"
+            with pytest.raises(ConfigError, match=message):
                 check_parameters(notebook, {parameter: value})
 
 

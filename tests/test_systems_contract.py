@@ -1,10 +1,12 @@
 """One contract for every system under test, on tiny models."""
 
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -12,11 +14,13 @@ import pytest
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
+from djinn_lib.arrivals import send
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.models import ModelSpec
 from djinn_lib.records import classify_error
 from djinn_lib.systems import SYSTEMS, system_class
 from djinn_lib.systems.serverless import drop_page_cache
+from djinn_lib.trace import Request
 from djinn_lib.weights import describe
 
 N_NEW = 5
@@ -24,6 +28,7 @@ VARIANTS = [
     ("djinn", {"page": "16KiB"}),
     ("djinn", {"page": "16KiB", "overlap": False}),
     ("djinn", {"page": "16KiB", "residency": "whole"}),
+    ("djinn", {"page": "16KiB", "order": "affinity"}),
     ("pytorch_pinned", {}),
     ("pytorch_pinned_readonly", {}),
     ("pytorch_lru", {}),
@@ -94,6 +99,22 @@ def sequence(system, models):
 def test_tokens_never_depend_on_what_was_served_before(system, models, expected):
     for name in sequence(system, models):
         assert system.serve(name, PROMPT, N_NEW).token_ids == expected[name]
+
+
+def test_requests_that_arrive_together_give_the_same_tokens(system, models, expected):
+    system.reset()
+    names = sequence(system, models)
+    requests = [Request(i, 0.0, name) for i, name in enumerate(names)]
+    with ThreadPoolExecutor(1) as worker:
+        arrived = list(
+            send(requests, math.inf, lambda r: system.submit(worker, r.model, PROMPT, N_NEW))
+        )
+    assert sorted(a.request.request for a in arrived) == list(range(len(names)))
+    for a in arrived:
+        assert a.error is None
+        assert a.served.token_ids == expected[a.request.model]
+        assert a.served.switch_ms + a.served.decode_ms <= a.served.total_ms + 0.5
+        assert a.served.total_ms <= a.total_s * 1e3 + 0.5
 
 
 def test_accounting(system, models, capacity_bytes):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,6 +105,16 @@ class SystemUnderTest(ABC):
     @abstractmethod
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Serve one request with exactly `max_new_tokens` greedy tokens."""
+
+    def submit(
+        self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
+    ) -> Future[Served]:
+        """Queue one request beside others; by default `worker`, of one thread, serves them in turn.
+
+        A system that queues requests by itself overrides this. `total_ms` and `ttft_ms` of the
+        result count from the moment that the request is taken up, not from its arrival.
+        """
+        return worker.submit(self.serve, model, prompt_ids, max_new_tokens)
 
     def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
         """Take what only the first use of a model costs (allocations, caches, compilation).

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 from djinn_lib.djinn import Djinn
+from djinn_lib.generate import Generation
 from djinn_lib.systems.base import Served, SystemUnderTest
 
 
@@ -19,9 +21,14 @@ class DjinnRing(SystemUnderTest):
         policy: who loses pages (default "lru").
         decode: "eager", "graph" or "compiled" (default: the fastest that the device has).
         max_model_len: room for a prompt and its continuation, in tokens.
+        order, max_overtaken, lookahead: of requests that wait for others.
+        host_capacity, swap_dir: keep master copies on disk behind as much host memory.
     """
 
-    option_names = frozenset({"residency", "overlap", "page", "policy", "decode", "max_model_len"})
+    option_names = frozenset(
+        {"residency", "overlap", "page", "policy", "decode", "max_model_len", "order",
+         "max_overtaken", "lookahead", "host_capacity", "swap_dir"}
+    )  # fmt: skip
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Create the frames and read every model into the host swap pool."""
@@ -35,14 +42,33 @@ class DjinnRing(SystemUnderTest):
         """Serve one request through a lease."""
         begin_s = self.clock_s()
         g = self.djinn.generate(model, prompt_ids, max_new_tokens, ignore_eos=True)
-        end_s = self.clock_s()
+        return self._served(g, (self.clock_s() - begin_s) * 1e3)
+
+    def submit(
+        self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
+    ) -> Future[Served]:
+        """Queue a request in `Djinn`, which chooses the order and loads ahead."""
+        result: Future[Served] = Future()
+
+        def finish(pending: Future[Generation]) -> None:
+            if error := pending.exception():
+                result.set_exception(error)
+            else:
+                g = pending.result()
+                result.set_result(self._served(g, g.total_ms - g.queue_ms))
+
+        pending = self.djinn.submit(model, prompt_ids, max_new_tokens, ignore_eos=True)
+        pending.add_done_callback(finish)
+        return result
+
+    def _served(self, g: Generation, total_ms: float) -> Served:
         residency = self.djinn.residency()
         return Served(
             g.token_ids,
             switch_ms=g.switch_ms,
-            ttft_ms=g.ttft_ms,
+            ttft_ms=g.ttft_ms - g.queue_ms,
             decode_ms=g.decode_ms,
-            total_ms=(end_s - begin_s) * 1e3,
+            total_ms=total_ms,
             loaded_bytes=g.loaded_bytes,
             evicted_bytes=g.evicted_bytes,
             resident_before_bytes=g.resident_before_bytes,
