@@ -21,7 +21,7 @@ EXECUTORS := local ray
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PYTHON ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 LAB_ARGS ?=
 TORCH_PIP_ARGS ?=
 

@@ -18,8 +18,7 @@ from tiny import PROMPT, ordinary_tokens, spec
 from tiny_run import SYSTEMS, cell_of, copied, prepare
 
 import djinn_lib as dj
-from djinn_lib import cell as cell_module
-from djinn_lib import copier, host_memory
+from djinn_lib import cell_record, copier, host_memory
 from djinn_lib.bench import Bench
 from djinn_lib.cell import run_cell
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
@@ -385,7 +384,7 @@ def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
 
     monkeypatch.setattr(time, "time", Jumping.time)
     monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(cell_module, "datetime", Jumping)
+    monkeypatch.setattr(cell_record, "datetime", Jumping)
     begin_s = time.perf_counter()
     rows = run_cell(bench, cell_of(bench, "djinn"))
     wall_s = time.perf_counter() - begin_s

@@ -330,7 +330,7 @@ def test_ctrl_c_ends_all_processes_and_keeps_the_journal(smoke):
     """To the whole process group, as a terminal sends it."""
     cell = smoke.profile.cell("paper", "25", "pytorch_lru")
     command = [sys.executable, "-m", "djinn_lib.reproduce", "--profile", "smoke", "--run-dir",
-               str(smoke.run_dir), "--", "--single", f"cell:{cell.id}"]  # fmt: skip
+               str(smoke.run_dir), f"cell:{cell.id}"]  # fmt: skip
     run = subprocess.Popen(
         command, cwd=REPO, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
