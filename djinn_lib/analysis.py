@@ -90,6 +90,14 @@ class Run:
             )
         return rows
 
+    def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
+        """Return the rows of one trace at one capacity whose requests were sent as they arrived.
+
+        They are empty where a run has none.
+        """
+        rows = self.rows[self.rows["mode"] == "concurrent"]
+        return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
+
     def sweep(self, trace: str = "paper") -> pd.DataFrame:
         """Return the rows of the systems that were run at more than one capacity, if any were.
 

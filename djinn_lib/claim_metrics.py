@@ -136,3 +136,15 @@ def token_agreement(evidence: Evidence, without: list[str]) -> Measurement:
     agree = rows.groupby(["trace", "request"])["token_sha"].nunique() == 1
     remark = f"{rows['system'].nunique()} systems, {len(agree)} different requests"
     return measured(share_interval(agree), len(rows), remark)
+
+
+@metric()
+def token_agreement_when_concurrent(evidence: Evidence, system: str) -> Measurement:
+    """Share of requests sent as they arrived that gave the tokens of the same one served alone."""
+    keys = ["trace", "request"]
+    alone = served(evidence, system, capacity_label=None, trace=None).groupby(keys)["token_sha"]
+    rows = served(evidence, system, capacity_label=None, trace=None, mode="concurrent")
+    rows = rows.join(alone.first().rename("expected_sha"), on=keys).dropna(subset="expected_sha")
+    if rows.empty:
+        raise NotMeasured("no request was served both alone and beside others")
+    return measured(share_interval(rows["token_sha"] == rows["expected_sha"]), len(rows))

@@ -109,6 +109,16 @@ def switch_cost_ratio(
     return measured(ratio_interval(known[best], bottom, "mean"), n, remark)
 
 
+@metric(timed=True)
+def exposed_switch_ms(evidence: Evidence, system: str, **where: Any) -> Measurement:
+    """Mean time that switches cost requests, the first for each model of a repeat left out."""
+    rows = metrics.later_touches(select(evidence, system, **where))
+    costs = rows.loc[rows["ok"], "switch_ms"]
+    if costs.empty:
+        raise NotMeasured(f"no model is asked for twice, or {system} served no such request")
+    return measured(metrics.bootstrap_interval(costs, np.mean), len(costs))
+
+
 def _switch_costs(evidence: Evidence, system: str, **where: Any) -> pd.Series:
     """Milliseconds of each later switch of a system; empty where it was not run."""
     try:

@@ -54,6 +54,12 @@ def later_switches(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[changed & again]
 
 
+def later_touches(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of requests for a model that was asked for before in the same repeat."""
+    rows = rows.sort_values([*CELL, "repeat", "request"])
+    return rows[rows.groupby([*CELL, "repeat", "model"], sort=False).cumcount() > 0]
+
+
 def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     """Time of the prompt's forward pass: what is left of the total beside its other parts."""
     parts = rows["queue_ms"] + rows["switch_ms"] + rows["decode_ms"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pandas as pd
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claims import Claim, judge, load_claims
 from djinn_lib.files import write_text
-from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
 from djinn_lib.result_tables import (
     ablation_table,
     claims_summary,
@@ -179,6 +179,30 @@ def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for entry in entries}
 
 
+def soaks(kept: Mapping[str, Path] = SOAKS) -> str:
+    """What happened to many requests at once."""
+    rows = []
+    for where, path in kept.items():
+        if not path.exists():
+            rows.append([where, *["not measured yet"] * 6])
+            continue
+        result = json.loads(path.read_text())
+        n_of = result["outcomes"].get
+        rows.append(
+            [
+                where,
+                f"{result['requests']:,}",
+                f"{n_of('ok', 0):,}",
+                f"{n_of('cancelled', 0):,}",
+                f"{n_of('failed', 0):,}",
+                f"{n_of('mismatched', 0):,}",
+                "yes" if result["flat"] else "**no**",
+            ]
+        )
+    head = ["machine", "requests", "served", "given up", "failed", "with other tokens", "flat"]
+    return _table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "results": results,
@@ -189,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine cases": engine_cases,
     "engine pages": engine_pages,
     "policies": policies,
+    "soaks": soaks,
 }
 
 

@@ -51,6 +51,14 @@ CAPTIONS = {
         "Bytes moved",
         "Weights moved for the whole trace, beside the least that was possible.",
     ),
+    "concurrent": (
+        "Requests that wait for each other",
+        "What switches cost, and how long requests take, when all are sent at once.",
+    ),
+    "large_models": (
+        "A model larger than the ring",
+        "Time per token when layers take turns, beside accelerate's offloading.",
+    ),
 }
 
 

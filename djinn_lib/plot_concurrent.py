@@ -1,0 +1,72 @@
+"""Pictures of requests that arrive while others are served."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from djinn_lib.metrics import attempted, later_touches
+from djinn_lib.plot_style import (
+    DOUBLE_COLUMN_IN,
+    footnote,
+    order_systems,
+    sample_note,
+    split_unavailable,
+    styled,
+    system_look,
+    unavailable_notes,
+)
+
+_LEAST_MS = 0.01  # where a logarithmic axis begins; what is less is drawn there
+
+
+@styled
+def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) -> Figure:
+    """Draw what switches still cost when requests wait, and how long requests take altogether.
+
+    Left: the share of requests whose switch cost no more than a time, the first for each model left
+    out. Right: the share that was done within a time of its arrival. Grey: one after the other.
+
+    Args:
+        concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
+        sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
+    """
+    rows, unavailable = split_unavailable(concurrent)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.6), sharey=True, layout="constrained"
+    )
+    for system in order_systems(rows["system"]):
+        part, look = rows[rows["system"] == system], system_look(system)
+        style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
+        _steps(left, later_touches(part), "switch_ms", **style)
+        _steps(right, part, "total_ms", **style)
+    before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
+    _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
+    left.set_xlabel("cost of the switch (ms, log scale)")
+    right.set_xlabel("from arrival to the last token (ms, log scale)")
+    left.set_ylabel("share of requests")
+    left.yaxis.set_major_formatter(PercentFormatter())
+    for axes in (left, right):
+        axes.set(xscale="log", ylim=(0, 103))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+        axes.grid(which="major")
+    handles = left.get_legend_handles_labels()[0]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    notes = [sample_note(rows)] if len(rows) else ["this run has no concurrent cells here"]
+    footnote(figure, [*notes, *unavailable_notes(unavailable)])
+    return figure
+
+
+def _steps(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
+    """A cumulative share; failed requests count in the denominator."""
+    times = np.sort(rows.loc[rows["ok"], column].clip(lower=_LEAST_MS).to_numpy())
+    if len(times):
+        share = 100.0 * np.arange(len(times) + 1) / len(rows)
+        axes.step([times[0], *times], share, where="post", **style)
