@@ -31,7 +31,7 @@ from djinn_lib.profile import parse_capacity
 from djinn_lib.records import token_sha
 from djinn_lib.sources import open_source
 from djinn_lib.swap_pool import SwapPool
-from djinn_lib.units import format_bytes
+from djinn_lib.units import format_bytes, parse_bytes
 
 COLUMNS = (
     "model", "system", "repeat", "model_bytes", "capacity_bytes", "n_tokens", "ms_per_token",
@@ -92,13 +92,10 @@ def measure_all(
         raise ConfigError(
             f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
         )
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(3, 1000, (bench.profile.prompt_tokens,), generator=generator).tolist()
+    n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
     rows = pd.concat(
         [
-            measure(
-                case, bench.profile.device, bench.profile.page, prompt, n_tokens, repeats, progress
-            )
+            measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
             for case in cases
         ],
         ignore_index=True,
@@ -107,6 +104,13 @@ def measure_all(
         bench.run_dir / "large_models.parquet", lambda path: rows.to_parquet(path, index=False)
     )
     return rows
+
+
+def _prompt(case: LargeCase, n_tokens: int) -> list[int]:
+    """Seeded random ids of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    config = open_source(case.source, case.dtype).module.config.get_text_config()
+    return torch.randint(0, config.vocab_size, (n_tokens,), generator=generator).tolist()
 
 
 def measure(
@@ -205,7 +209,7 @@ def _djinn(
 ) -> Iterator[Outcome]:
     if capacity_bytes is None:
         opened = open_source(case.source, case.dtype)
-        capacity_bytes = pack(opened.module)[0].n_bytes + (256 << 20)
+        capacity_bytes = pack(opened.module)[0].n_bytes + parse_bytes(page)  # whole pages
     with Djinn(capacity_bytes, device, page, decode="eager") as djinn:
         djinn.add(case.name, case.source, dtype=case.dtype)
         djinn.generate(case.name, prompt_ids, 2, ignore_eos=True)  # warm-up
