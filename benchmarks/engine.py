@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from djinn_lib.decoder import Decode
 from djinn_lib.djinn import Djinn
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_json
+from djinn_lib.locks import gpu_lock
 from djinn_lib.paths import REPO
 from djinn_lib.profile import Profile, load_profile, parse_capacity
 from djinn_lib.units import parse_bytes
@@ -58,7 +60,9 @@ def main() -> int:
     begun_at = datetime.now(UTC)
     try:
         profile = load_profile(options.profile)
-        result, manifest = measure(profile, options)
+        alone = gpu_lock(options.out.parent) if profile.device == "cuda" else nullcontext()
+        with alone:
+            result, manifest = measure(profile, options)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
