@@ -39,7 +39,9 @@ class CudaAddressSpace(AddressSpace):
         torch.cuda.init()
         self.device = torch.device("cuda", torch.cuda.current_device()
                                    if device.index is None else device.index)  # fmt: skip
-        torch.empty(1, device=self.device)  # makes torch's context, which the driver then uses
+        with torch.cuda.device(self.device):
+            torch.empty(1, device=self.device)  # makes torch's context, which the driver then uses
+            self._context = _call(driver.cuCtxGetCurrent)
         _require_virtual_memory(self.device)
         self._kind = _allocation_kind(self.device)
         super().__init__(n_frames, page_bytes)
@@ -72,8 +74,14 @@ class CudaAddressSpace(AddressSpace):
         flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         return int(_call(driver.cuMemGetAllocationGranularity, self._kind, flag))
 
+    def _enter_context(self) -> None:
+        """Make torch's context current, which a thread has none of until it first uses CUDA."""
+        if not int(_call(driver.cuCtxGetCurrent)):
+            _call(driver.cuCtxSetCurrent, self._context)
+
     def reserve(self, n_pages: int) -> Range:
         """Reserve addresses; nothing is mapped."""
+        self._enter_context()
         n_bytes = n_pages * self.page_bytes
         address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
         area = self._areas[address] = Range(address, n_pages)
@@ -83,6 +91,7 @@ class CudaAddressSpace(AddressSpace):
     def release(self, area: Range) -> None:
         """Unmap what is mapped and give the addresses back."""
         if self._areas.pop(area.address, None):
+            self._enter_context()
             for address in sorted(self._mapped.pop(area.address)):
                 _call(driver.cuMemUnmap, address, self.page_bytes)
             _call(driver.cuMemAddressFree, area.address, area.n_pages * self.page_bytes)
@@ -91,6 +100,7 @@ class CudaAddressSpace(AddressSpace):
         """Map frames one by one, then allow access to all of them at once."""
         if not frames:
             return
+        self._enter_context()
         begin = area.address + first_page * self.page_bytes
         mapped, n_before = self._mapped[area.address], len(self._mapped[area.address])
         try:
@@ -106,6 +116,7 @@ class CudaAddressSpace(AddressSpace):
 
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
         """Unmap pages one by one: a mapping can only be taken back whole."""
+        self._enter_context()
         for page in range(first_page, first_page + n_pages):
             address = area.address + page * self.page_bytes
             if address in self._mapped[area.address]:
@@ -126,6 +137,7 @@ class CudaAddressSpace(AddressSpace):
     def close(self) -> None:
         """Wait for the device, then release every range and frame."""
         if self._areas or self._frames:
+            self._enter_context()
             torch.cuda.synchronize(self.device)
         for area in list(self._areas.values()):
             self.release(area)

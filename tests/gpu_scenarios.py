@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import threading
 
 import torch
 from transformers import LlamaConfig, MistralConfig, PhiConfig
@@ -86,6 +87,22 @@ def map_does_not_stall():
     assert not end.query(), "mapping waited for the kernel"
     torch.cuda.synchronize()
     space.close()
+
+
+def map_from_a_new_thread():
+    """A thread that has never used CUDA may be the first to load a model."""
+    with dj.Djinn(64 << 20, "cuda", page=PAGE, decode="eager") as djinn:
+        djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
+        expected = djinn.generate("a", PROMPT, 4, ignore_eos=True).token_ids
+        djinn.evict("a")
+        got = []
+        ask = threading.Thread(
+            target=lambda: got.append(djinn.generate("a", PROMPT, 4, ignore_eos=True).token_ids)
+        )
+        ask.start()
+        ask.join()
+        djinn.check()
+    assert got == [expected]
 
 
 def switches(n_models="3", n_switches="200", decode="eager"):
@@ -283,6 +300,7 @@ SCENARIOS = {
         address_space,
         time_to_first_token_counts_the_wait,
         map_does_not_stall,
+        map_from_a_new_thread,
         switches,
         prefill_follows_the_copy,
         sampled_tokens,

@@ -12,6 +12,7 @@ SCENARIOS = [
     ["address_space"],
     ["time_to_first_token_counts_the_wait"],
     ["map_does_not_stall"],
+    ["map_from_a_new_thread"],
     ["switches", "3", "1000"],
     ["switches", "12", "1000"],
     ["switches", "3", "1000", "graph"],
@@ -26,13 +27,24 @@ SCENARIOS = [
     ["failing_copy"],
     ["too_much"],
 ]
+SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scenario", SCENARIOS, ids="-".join)
 def test_on_a_gpu(scenario):
+    run("gpu_scenarios.py", scenario)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scenario", SERVING, ids="-".join)
+def test_serving_on_a_gpu(scenario):
+    run("gpu_serving.py", scenario)
+
+
+def run(script, scenario):
     done = subprocess.run(
-        [sys.executable, REPO / "tests" / "gpu_scenarios.py", *scenario],
+        [sys.executable, REPO / "tests" / script, *scenario],
         env={**os.environ, "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
