@@ -77,6 +77,14 @@ test: lint ## check the style and the types, then run the tests
 	@echo "==> tests"
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
+# Ring, pager, policies and address space: what all residency rests on.
+CORE := ring pager paged_model policy address_space streaming request_queue turns
+.PHONY: coverage
+coverage: $(READY) ## test the core and ask for 95% of its branches
+	$(RUN) -m pytest tests/test_ring.py tests/test_pager.py tests/test_pager_machine.py tests/test_policy.py \
+	  tests/test_address_space.py tests/test_streaming.py tests/test_request_queue.py tests/test_turns.py \
+	  $(foreach m,$(CORE),--cov=djinn_lib.$(m)) --cov-branch --cov-report=term-missing --cov-fail-under=95
+
 .PHONY: lint
 lint: $(READY) ## check the style (ruff), the types (pyright) and that notebooks are stripped
 	@echo "==> style"

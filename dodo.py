@@ -35,7 +35,8 @@ DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 LIB = REPO / "djinn_lib"
 ENGINE = [LIB / f"{name}.py" for name in (
     "ring", "policy", "nvml", "address_space", "address_space_cpu", "address_space_cuda", "copier",
-    "copier_cpu", "copier_cuda", "lease", "host_memory", "page_source", "swap_pool", "disk_tier",
+    "copier_cpu", "copier_cuda", "lease", "host_memory", "page_source", "swap_pool", "swap_file",
+    "disk_tier",
     "streaming", "paged_model", "pager", "lookahead", "request_queue", "turns", "pending", "server",
     "catalog", "checkpoint", "models", "sources", "generate", "sampling",
     "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",

@@ -29,6 +29,7 @@ Mode = Literal["sequential", "concurrent"]
 PAGE_BYTES = 64 << 20
 MAX_FRAMES = 10_000_000
 MAX_SIZE_BYTES = 1 << 60
+DEPTH = 4  # requests that are looked at ahead, as `lookahead.DEPTH`
 RESIDENCY_UP_TO = 200_000  # requests times models; beyond, rows do not tell what was resident
 
 _FLOATS = ("arrival_s", "start_s", "queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms")
@@ -46,6 +47,7 @@ def simulate(
     residency: Residency = "partial",
     costs: CostModel | None = None,
     mode: Mode = "sequential",
+    lookahead: bool = False,
     system: str = "djinn",
     capacity_label: str | None = None,
 ) -> pd.DataFrame:
@@ -63,6 +65,9 @@ def simulate(
         mode: "sequential" starts a request when the one before it is done; "concurrent" lets
             requests arrive as the trace says and wait in a queue for the one GPU, first come first
             served.
+        lookahead: in mode "concurrent", load what waiting requests miss while one computes, as
+            `Djinn` does: what the link can bring in that time, without pages of who computes or
+            comes sooner. `loaded_bytes` count it, `switch_ms` only what is left.
         system: label of the rows.
         capacity_label: of the rows; default is the capacity in GiB.
 
@@ -83,7 +88,11 @@ def simulate(
         costs = CostModel(link_bytes_per_s=bandwidth)
     chooser = Oracle(models) if policy == "oracle" else make_policy(policy)
     memory = _Memory(sizes, models, capacity_bytes, page_bytes, residency, chooser)
-    served = _serve(memory, models, arrivals_s, costs, mode)
+    if lookahead and mode != "concurrent":
+        raise ConfigError(
+            "expected mode 'concurrent' with lookahead, got 'sequential': nobody waits"
+        )
+    served = _serve(memory, models, arrivals_s, costs, mode, lookahead)
     label = capacity_label or f"{capacity_bytes / 2**30:g}"
     return _frame(served, models, trace, costs, mode, system, capacity_bytes, label)
 
@@ -109,6 +118,7 @@ class _Step:
     resident_before: int
     loaded: int
     evicted: int
+    ahead: int = 0  # of the loaded bytes, those that came before the request had its turn
 
 
 class _Memory:
@@ -139,6 +149,7 @@ class _Memory:
                     f"got {model!r} with {format_bytes(n_bytes)}: raise the capacity"
                 )
         self.ring = Ring(n_frames, residency)
+        self._ahead: dict[str, tuple[int, int]] = {}  # loaded ahead and evicted for it, by model
         for model, n_bytes in self.sizes.items():
             n_pages = -(-n_bytes // page_bytes)
             self.ring.add(model, n_pages)
@@ -146,20 +157,37 @@ class _Memory:
 
     def request(self, model: str, now_s: float) -> _Step:
         """Make a model resident, as the pager does."""
-        ring = self.ring
-        before = self._resident_bytes(model)
-        n_bytes = self.sizes[model]
-        if before == n_bytes:
-            self.policy.touch(model, now_s)
-            return _Step(before, 0, 0)
+        before, n_bytes = self._resident_bytes(model), self.sizes[model]
+        ahead, evicted = self._ahead.pop(model, (0, 0))
+        if before < n_bytes:
+            evicted += self._load(model, self.ring.n_missing(model))
+        self.policy.touch(model, now_s)
+        return _Step(max(0, before - ahead), n_bytes - before + ahead, evicted, ahead)
+
+    def load_ahead(self, model: str, waiting: Sequence[str], n_bytes: int) -> None:
+        """While `model` computes, load up to `n_bytes` of the models that wait, as Djinn does."""
+        self.ring.lease(model)
+        names = list(dict.fromkeys(waiting[:DEPTH]))
+        for i, name in enumerate(names):
+            spare = frozenset(names[:i])
+            n_pages = min(self.ring.n_loadable(name, spare), n_bytes // self.page_bytes)
+            if n_pages:
+                before = self._resident_bytes(name)
+                evicted = self._load(name, n_pages, spare)
+                loaded = self._resident_bytes(name) - before
+                ahead, for_it = self._ahead.get(name, (0, 0))
+                self._ahead[name] = (ahead + loaded, for_it + evicted)
+                n_bytes -= loaded
+        self.ring.release(model)
+
+    def _load(self, model: str, n_pages: int, spare: frozenset[str] = frozenset()) -> int:
         evicted = 0
-        for extent in ring.make_room(model, self.policy):
+        for extent in self.ring.make_room(model, self.policy, n_pages, spare):
             begin = extent.first_page * self.page_bytes
             end = begin + len(extent.frames) * self.page_bytes
             evicted += min(end, self.sizes[extent.model]) - begin
-        ring.map_missing(model)
-        self.policy.touch(model, now_s)
-        return _Step(before, n_bytes - before, evicted)
+        self.ring.map_missing(model, n_pages)
+        return evicted
 
     def _resident_bytes(self, model: str) -> int:
         return min(self.ring.n_resident(model) * self.page_bytes, self.sizes[model])
@@ -196,6 +224,7 @@ def _serve(
     arrivals_s: Sequence[float],
     costs: CostModel,
     mode: Mode,
+    lookahead: bool,
 ) -> _Served:
     served = _Served(len(models) * len(memory.sizes) <= RESIDENCY_UP_TO)
     floats, ints = served.floats, served.ints
@@ -205,13 +234,18 @@ def _serve(
     queue = _Queue(models, arrivals_s) if mode == "concurrent" else None
     for model, arrival_s in zip(models, arrivals_s, strict=True):
         start_s = free_at_s if queue is None else max(free_at_s, arrival_s)
+        waiting = [] if queue is None else queue.after_next(start_s)
         if queue is not None:
-            memory.policy.expect(queue.after_next(start_s))
+            memory.policy.expect(waiting)
         step = memory.request(model, start_s)
-        switch_s = costs.switch_of(step.loaded, prefills_s[model])
+        on_demand = step.loaded - step.ahead
+        switch_s = costs.switch_of(on_demand, prefills_s[model])
         first_s = switch_s + prefills_s[model]
         busy_s = first_s + decodes_s[model]
         free_at_s = start_s + busy_s
+        if lookahead and waiting:
+            idle_s = busy_s - on_demand / costs.link_bytes_per_s  # of the link, while it computes
+            memory.load_ahead(model, waiting, int(idle_s * costs.link_bytes_per_s))
         queued_s = 0.0 if queue is None else start_s - arrival_s
         values = (arrival_s, start_s, queued_s * 1e3, switch_s * 1e3, (queued_s + first_s) * 1e3,
                   decodes_s[model] * 1e3, (queued_s + busy_s) * 1e3)  # fmt: skip

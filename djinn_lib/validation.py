@@ -16,9 +16,11 @@ import pandas as pd
 
 from djinn_lib.cost_model import CostModel, fit
 from djinn_lib.errors import ConfigError
+from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.records import read_manifest, read_rows
 from djinn_lib.simulation import simulate
+from djinn_lib.trace import paper_trace
 
 STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
 
@@ -120,6 +122,34 @@ def compared(reference: Path = REFERENCE) -> pd.DataFrame:
     """Return requests measured and simulated: of cells where there are any, else of the engine."""
     found = cells(reference)
     return pairs(reference) if found.empty else found
+
+
+def looking_ahead(
+    reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
+) -> pd.DataFrame:
+    """Foretell what loading ahead is worth on the paper's trace, all requests sent at once.
+
+    Columns, a row for each of "one after the other", "waiting", "waiting, loading ahead": mean and
+    greatest `switch_ms` after the first touch of each model, GiB loaded, seconds until all is done.
+    """
+    sizes, costs = engine(reference)["sizes"], reference_costs(reference, n_tokens)
+    models = [request.model for request in paper_trace(tuple(sizes)).requests]
+    ways: dict[str, dict[str, Any]] = {
+        "one after the other": {"mode": "sequential"},
+        "waiting": {"mode": "concurrent"},
+        "waiting, loading ahead": {"mode": "concurrent", "lookahead": True},
+    }
+    table = {}
+    for name, options in ways.items():
+        rows = simulate(models, sizes, capacity, costs=costs, **options)
+        exposed_ms = later_touches(rows).switch_ms
+        table[name] = {
+            "mean_exposed_ms": exposed_ms.mean(),
+            "max_exposed_ms": exposed_ms.max(),
+            "loaded_gib": rows.loaded_bytes.sum() / 2**30,
+            "done_s": (rows.start_s + (rows.total_ms - rows.queue_ms) / 1e3).max(),
+        }
+    return pd.DataFrame(table).T
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
