@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from djinn_lib.errors import RequestCancelled
+from djinn_lib.errors import LeaseError, RequestCancelled
 from djinn_lib.generate import Generation
 from djinn_lib.sampling import Sampling
 
@@ -46,10 +46,28 @@ class PendingGeneration(Future[Generation]):
     False, and `result()` raises `RequestCancelled`.
     """
 
-    def __init__(self, request: Request, withdraw: Callable[[], bool]) -> None:
+    def __init__(
+        self, request: Request, withdraw: Callable[[], bool], is_blocked: Callable[[], bool]
+    ) -> None:
         super().__init__()
         self.request = request
         self._withdraw = withdraw
+        self._is_blocked = is_blocked
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the `Generation`, at most `timeout` seconds.
+
+        Raises:
+            LeaseError: the calling thread holds a lease, and would wait for itself.
+            TimeoutError, CancelledError, RequestCancelled, DjinnError: there is none.
+        """
+        if not self.done() and self._is_blocked():
+            raise LeaseError(
+                f"expected no lease in the thread that waits for a request for "
+                f"{self.request.model!r}, got one: the request would wait for the lease and the "
+                "lease for the request; call generate(), or leave the lease first"
+            )
+        return super().result(timeout)
 
     def cancel(self) -> bool:
         """Give the request up; returns whether nothing of it was computed."""

@@ -48,7 +48,9 @@ class Server:
         """Queue a request, and serve it in a thread of the server when its turn comes."""
         thread = self._started()
         ticket = self._turns.join(model.name)
-        pending = PendingGeneration(request, lambda: self._turns.withdraw(ticket))
+        pending = PendingGeneration(
+            request, lambda: self._turns.withdraw(ticket), lambda: self._turns.is_mine
+        )
 
         def on_turn(_: object) -> None:
             if ticket.cancelled():

@@ -86,7 +86,7 @@ class Turns:
     @contextmanager
     def turn(self, model: str) -> Iterator[None]:
         """Wait for a turn and hold it; within a turn of the same thread this is no new one."""
-        if self._owner == threading.get_ident():
+        if self.is_mine:
             yield
             return
         ticket = self.join(model)
@@ -98,6 +98,11 @@ class Turns:
             raise
         with self.take(ticket):
             yield
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether the calling thread has the turn."""
+        return self._owner == threading.get_ident()
 
     def upcoming(self, n: int) -> list[str]:
         """Return the models whose turns come next, as far as can be told."""
@@ -125,9 +130,7 @@ class Turns:
                     DjinnError(f"expected an open Djinn for {ticket.model!r}, got one that closed")
                 )
         with self._lock:
-            self._lock.wait_for(
-                lambda: self._current is None or self._owner == threading.get_ident()
-            )
+            self._lock.wait_for(lambda: self._current is None or self.is_mine)
 
     def _grant(self) -> None:
         granted: Ticket | None = None

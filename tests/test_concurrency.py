@@ -12,7 +12,7 @@ from tiny import PROMPT, VOCAB, ordinary_tokens, spec
 
 import djinn_lib as dj
 from djinn_lib import copier
-from djinn_lib.errors import ConfigError, DjinnError, RequestCancelled
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
 
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
@@ -218,6 +218,16 @@ def test_a_copy_ahead_that_fails_costs_nobody_a_request(opened, expected, monkey
             time.sleep(0.001)
         djinn._pager._models["phi"].finish_copies()
         failing.clear()
+    assert pending.result(60).token_ids == expected["phi"]
+
+
+def test_who_holds_a_lease_cannot_wait_for_a_request(opened, expected):
+    djinn = opened()
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        with pytest.raises(LeaseError, match="would wait for the lease"):
+            pending.result()
+        assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
     assert pending.result(60).token_ids == expected["phi"]
 
 
