@@ -334,6 +334,8 @@ def test_ctrl_c_ends_all_processes_and_keeps_the_journal(smoke):
     run = subprocess.Popen(
         command, cwd=REPO, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
+        # Tests that a shell runs in the background ignore SIGINT, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     wait_for_rows(smoke.journal_path(cell), 3)
     started = psutil.Process(run.pid).children(recursive=True)
