@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import papermill
 from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -115,6 +116,8 @@ def execute(
     except OSError as failure:
         kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
     except BaseException:
+        # What still listened to the kernel will find it dead; nobody is left who wants to know.
+        ensure_event_loop().set_exception_handler(lambda *_: None)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise

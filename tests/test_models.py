@@ -96,10 +96,9 @@ def test_the_first_layer_runs_before_the_last_has_arrived(monkeypatch):
             model.model.layers[0].register_forward_hook(lambda *_: first_layer_done.set())
         djinn.evict("m")
         monkeypatch.setattr(copier, "copy_page", hold_the_last_page)
-        g = djinn.generate("m", PROMPT, 2, ignore_eos=True)
-        assert len(pages) == n_pages
+        djinn.generate("m", PROMPT, 2, ignore_eos=True)
+        assert len(pages) == n_pages and first_layer_done.is_set()
         djinn.check()
-    assert g.stall_ms > 0
 
 
 def test_without_overlap_nothing_runs_before_everything_is_there(monkeypatch):
