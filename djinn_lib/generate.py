@@ -157,6 +157,7 @@ def generate_eager(
     ignore_eos: bool = False,
     sampling: Sampling | None = None,
     proceed: Callable[[], None] | None = None,
+    device: str | torch.device | None = None,
 ) -> Tokens:
     """Decode with `model.generate`.
 
@@ -167,6 +168,7 @@ def generate_eager(
         ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
         sampling: how to choose tokens; default is the most likely one.
         proceed: called after each token; what it raises ends the generation.
+        device: where it computes; default is where its first parameter is.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
@@ -174,10 +176,10 @@ def generate_eager(
     begin_s = time.perf_counter()
     ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
     check_positions(model.config, len(ids), max_new_tokens)
-    inputs = torch.tensor([ids], device=model.device)
+    inputs = torch.tensor([ids], device=device or model.device)
     clock = _FirstToken()
     generate: Any = model.generate  # its signature is wider than its annotations say
-    with torch.no_grad(), _seeded(sampling, model.device):
+    with torch.no_grad(), _seeded(sampling, inputs.device):
         output: Any = generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

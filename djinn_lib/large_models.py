@@ -234,9 +234,10 @@ def _accelerate(
         pool.add(case.name, layout, opened.fill)
         weights = layout.views(pool.master(case.name))
         model, bytes_per_pass = offload(opened.module, units, weights, case.capacity_bytes, device)
-        generate_eager(model, prompt_ids, 2, ignore_eos=True)  # warm-up
+        # Where it computes cannot be read off a model of which nothing stays.
+        generate_eager(model, prompt_ids, 2, ignore_eos=True, device=device)  # warm-up
         for _ in range(repeats):
-            tokens = generate_eager(model, prompt_ids, n_tokens, ignore_eos=True)
+            tokens = generate_eager(model, prompt_ids, n_tokens, ignore_eos=True, device=device)
             yield tokens, bytes_per_pass * n_tokens, math.nan
     finally:
         pool.close()

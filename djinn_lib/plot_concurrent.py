@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from djinn_lib.metrics import attempted, later_touches
 from djinn_lib.plot_style import (
@@ -54,7 +54,7 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
     left.yaxis.set_major_formatter(PercentFormatter())
     for axes in (left, right):
         axes.set(xscale="log", ylim=(0, 103))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+        _label_times(axes)
         axes.grid(which="major")
     handles = left.get_legend_handles_labels()[0]
     if handles:
@@ -62,6 +62,14 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
     notes = [sample_note(rows)] if len(rows) else ["this run has no concurrent cells here"]
     footnote(figure, [*notes, *unavailable_notes(unavailable)])
     return figure
+
+
+def _label_times(axes: Axes) -> None:
+    """Label powers of ten, and 2 and 5 between them where there are few."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _steps(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis import Run, load_run, published
-from djinn_lib.claims import Claim, judge, load_claims
+from djinn_lib.claims import Claim, format_value, judge, load_claims
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
 from djinn_lib.result_tables import (
@@ -180,6 +180,24 @@ def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
     return {entry["id"]: entry for entry in entries}
 
 
+def claims_without_gpu(reference: Path = REFERENCE) -> str:
+    """Every claim that a run without a GPU could judge."""
+    judged = [e for e in _without_gpu(reference).values() if e["verdict"] != "not judged"]
+    rows = [
+        [
+            entry["quote"].replace("|", "\\|"),
+            entry["expected"],
+            format_value(entry["measured"], entry["unit"]),
+            str(entry["n"]) if entry["n"] else "-",
+            f"**{entry['verdict']}**"
+            if entry["verdict"] == "not reproduced"
+            else str(entry["verdict"]),
+        ]
+        for entry in judged
+    ]
+    return _table(["claim", "expected", "measured without a GPU", "n", "verdict"], rows)
+
+
 def soaks(kept: Mapping[str, Path] = SOAKS) -> str:
     """What happened to many requests at once."""
     rows = []
@@ -231,6 +249,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "engine cases": engine_cases,
     "engine pages": engine_pages,
     "policies": policies,
+    "claims without a GPU": claims_without_gpu,
     "soaks": soaks,
     "ahead": ahead,
 }

@@ -23,6 +23,7 @@ N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes
 def rows():
     cases = [
         LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=True),
+        LargeCase("phi", spec("phi"), "float32", 250 << 10, resident=False),  # nothing stays
         LargeCase("qwen2-tied", spec("qwen2-tied"), "float32", 260 << 10, resident=False),
     ]
     measured = [measure(case, "cpu", "4KiB", PROMPT, 5, 2, lambda step: None) for case in cases]
@@ -107,7 +108,7 @@ def test_plain_weights_are_seeded_and_need_no_second_copy():
 
 def test_figures_of_large_models_and_of_waiting_requests(rows):
     figure = plot_large.time_per_token(rows, 1e9)
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
     with pytest.raises(RecordError, match="models larger than the ring"):
         plot_large.time_per_token(rows.iloc[:0], 1e9)
     alone = cell_rows("djinn")
