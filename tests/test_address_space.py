@@ -177,3 +177,11 @@ def test_a_platform_without_memfd_is_refused(monkeypatch):
 def test_an_unknown_device_is_refused():
     with pytest.raises(ConfigError, match="expected device"):
         open_address_space(torch.device("meta"), 4, PAGE)
+
+
+def test_a_gpu_that_cannot_be_used_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlatformError, match="device 'cuda'"):
+        open_address_space(torch.device("cuda"), 2, 2 << 20)
+    with pytest.raises(ConfigError, match="'cpu' or 'cuda'"):
+        open_address_space(torch.device("meta"), 2, 4096)
