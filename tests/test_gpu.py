@@ -33,13 +33,13 @@ SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
 @pytest.mark.gpu
 @pytest.mark.parametrize("scenario", SCENARIOS, ids="-".join)
 def test_on_a_gpu(scenario):
-    run("gpu_scenarios.py", scenario)
+    assert f"{scenario[0]}: ok" in run("gpu_scenarios.py", scenario)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scenario", SERVING, ids="-".join)
 def test_serving_on_a_gpu(scenario):
-    run("gpu_serving.py", scenario)
+    assert f"{scenario[0]}: ok" in run("gpu_serving.py", scenario)
 
 
 def run(script, scenario):
@@ -50,4 +50,4 @@ def run(script, scenario):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert f"{scenario[0]}: ok" in done.stdout
+    return done.stdout

@@ -47,13 +47,16 @@ def test_the_longest_names_make_files_that_can_be_made(tmp_path):
         traces={label: {"kind": "zipf", "n": 1, "alpha": 1.0, "seed": 1, "rate_per_s": 1.0}},
         capacities={label: "64MiB"},
         systems={label: {"system": "djinn"}},
-        cells=[{"traces": [label], "capacities": [label], "systems": [label]}],
+        cells=[
+            {"traces": [label], "capacities": [label], "systems": [label], "mode": "concurrent"}
+        ],
     )
     (cell,) = profile.all_cells()
     bench = Bench(profile, tmp_path, {}, {})
     longest = [f"02_run_system.{cell.id}.partial.ipynb", f"02_run_system.{cell.id}.json.partial"]
     for name in [*longest, f"{bench.manifest_path(cell).name}.partial"]:
         (tmp_path / name).touch()
+        assert (tmp_path / name).is_file()
 
 
 def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):

@@ -142,6 +142,9 @@ def test_whoever_has_the_turn_may_close():
     turns = make()
     with turns.turn("a"):
         turns.close()
+        assert turns.is_mine
+    with pytest.raises(DjinnError, match="was closed"):
+        turns.join("a")
 
 
 def test_changes_are_told():
