@@ -44,7 +44,7 @@ WAYS: dict[str, tuple[Decode, ...]] = {
     "cpu": ("eager", "graph"),
 }
 COLUMNS = ["case", "model", "decode", "loaded_bytes", "load_ms", "switch_ms", "stall_ms", "ttft_ms"]
-PAGE_FACTORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the profile's page
+PAGE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the profile's page
 
 
 def main() -> int:
