@@ -138,6 +138,8 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     ):
         for name, spec in specs.items():
             djinn.add(name, spec)
+        for question in questions:  # allocators have seen every length then
+            djinn.generate(question.model, question.prompt, len(question.tokens), ignore_eos=True)
         begin_s = time.perf_counter()
         serve(djinn, questions, tally, n_requests, options)
         seconds = time.perf_counter() - begin_s

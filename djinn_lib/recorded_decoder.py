@@ -67,6 +67,9 @@ class RecordedDecoder:
         self._last = torch.zeros(1, dtype=torch.long, device=self.device)
         self._token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         self._logits: torch.Tensor = self._forward_prompt(1)
+        self._manner: Callable[[], AbstractContextManager[None]] = nullcontext
+        for function in (lambda: self._prefill(min(max_model_len, SHORTEST_PREFILL)), self._decode):
+            recorder.ensure_recordable(function)
         self._mailbox = _Mailbox(max_model_len, self.device)
         self._prefills: dict[int, Recording] = {}
         for length in prefill_lengths(max_model_len):
@@ -76,7 +79,6 @@ class RecordedDecoder:
             )
         self.mode: Decode = "graph"
         self.attention = str(model.config._attn_implementation)  # of the step
-        self._manner: Callable[[], AbstractContextManager[None]] = nullcontext
         self._step = self._record_step(recorder, units, compiled, progress)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes

@@ -8,12 +8,15 @@ weights change their frames under their addresses in between makes no difference
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from djinn_lib.errors import ConfigError
 from djinn_lib.models import Unit
 
 Wait = Callable[[int], None]
@@ -52,6 +55,34 @@ class GraphRecording:
             graph.replay()
 
 
+class NoLookingAtValues(TorchDispatchMode):
+    """Refuses what the host cannot do while a computation is recorded: look at a tensor's values.
+
+    A capture that meets such an operation is lost, and with it memory of the allocator; so this is
+    found out before.
+
+    Raises:
+        ConfigError: inside, at the first such operation.
+    """
+
+    _TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+    @classmethod
+    def _looks(cls, func: Any, args: tuple[Any, ...]) -> bool:
+        if func is torch.ops.aten.index.Tensor:  # by position it does not, by a mask it does
+            return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return bool(cls._TAGS & set(func.tags))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._looks(func, args):
+            raise ConfigError(
+                f"expected a forward pass that does not depend on values on the host, got {func}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 class Recorder:
     """Records computations on a device.
 
@@ -64,6 +95,16 @@ class Recorder:
         if self._on_gpu:
             self._stream = _capture_stream(device)
             self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def ensure_recordable(self, function: Callable[[], None]) -> None:
+        """Run a function once to see whether it can be recorded; where it need not be, do nothing.
+
+        Raises:
+            ConfigError: it looks at values on the host.
+        """
+        if self._on_gpu:
+            with torch.no_grad(), NoLookingAtValues():
+                function()
 
     def record(
         self,
@@ -82,6 +123,9 @@ class Recorder:
             model: calls of its units mark where pieces begin.
             units: in the order of execution; none to record a single piece.
             end_byte: the first piece needs weights up to there.
+
+        Raises:
+            Exception: whatever the function raises; later recordings are none the worse for it.
         """
         if not self._on_gpu:
             return Repeated(function)
@@ -101,8 +145,12 @@ class Recorder:
             try:
                 capture.begin()
                 function()
-            finally:
                 capture.end()
+            except BaseException:
+                capture.abandon()
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
+            finally:
                 for hook in hooks:
                     hook.remove()
         current.wait_stream(self._stream)
@@ -113,6 +161,10 @@ class Recorder:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
+
+
+# Graphs whose capture failed: torch's allocator of pinned memory may still refer to them.
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class _Capture:
@@ -131,6 +183,18 @@ class _Capture:
     def end(self) -> None:
         self._graph.capture_end()
         self.pieces.append((self._end_byte, self._graph))
+
+    def abandon(self) -> None:
+        """Take back what has begun, after an error.
+
+        When a capture fails, torch ends the stream's part of it but not the allocator's: without
+        this, memory would go on being taken from the pool of a graph that does not exist.
+        """
+        with suppress(RuntimeError):
+            self._graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        _ABANDONED.append(self._graph)
 
     def need(self, end_byte: int) -> None:
         """What comes next reads weights up to `end_byte`."""

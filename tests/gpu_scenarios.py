@@ -8,7 +8,7 @@ import sys
 import threading
 
 import torch
-from transformers import LlamaConfig, MistralConfig, PhiConfig
+from transformers import LlamaConfig, MistralConfig, OPTConfig, PhiConfig
 
 import djinn_lib as dj
 from djinn_lib import copier
@@ -118,7 +118,7 @@ def switches(n_models="3", n_switches="200", decode="eager"):
         djinn.add(name, spec)
         with djinn.lease(name) as model:
             pointers[name] = [p.data_ptr() for p in model.parameters()]
-    assert {model.decoder.mode for model in djinn._models.values()} == {decode}
+    assert {model.decoder.mode for model in djinn._models} == {decode}
     partial = 0
     for i in range(int(n_switches)):
         name = rng.choice(sorted(specs))
@@ -217,6 +217,35 @@ def compiled_steps_use_the_attention_of_one_token():
             assert compiled.token_ids == plain.token_ids
 
 
+def failed_recordings():
+    """A model that cannot be recorded is served eagerly, and harms no recording after it."""
+    from djinn_lib.recording import Recorder
+
+    opt = OPTConfig(**{**_SHAPE, "ffn_dim": 1536, "word_embed_proj_dim": 512, "init_std": 0.1})
+    specs = [dj.ModelSpec(config, "float16", seed=1) for config in (opt, CONFIGS[0], CONFIGS[1])]
+    expected = [undisturbed_tokens(spec) for spec in specs]
+    with dj.Djinn(200 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+        for i, spec in enumerate(specs):
+            djinn.add(f"m{i}", spec)
+        assert [m.decoder.mode for m in djinn._models] == ["eager", "graph", "graph"]
+        for i, tokens in enumerate(expected):
+            assert djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True).token_ids == tokens
+        module = djinn._models["m1"].module
+        recorder, x = Recorder(CUDA), torch.zeros(4, device=CUDA)
+        for _ in range(3):  # what only the capture itself finds out
+            try:
+                recorder.record(lambda: (x.add_(1), torch.cuda.synchronize()), module, ())
+                raise AssertionError("expected the recording to fail")
+            except RuntimeError as error:
+                assert "captur" in str(error), error
+            x.zero_()
+            recording = recorder.record(lambda: x.add_(1), module, ())
+            x.zero_()
+            for _ in range(5):
+                recording.replay(lambda end_byte: None)
+            assert x.tolist() == [5.0] * 4
+
+
 def nothing_leaks():
     """Opening, recording and closing again and again leaves device memory where it was."""
     free = []
@@ -306,6 +335,7 @@ SCENARIOS = {
         sampled_tokens,
         decode_attention,
         compiled_steps_use_the_attention_of_one_token,
+        failed_recordings,
         nothing_leaks,
         graph_after_remapping,
         failing_copy,

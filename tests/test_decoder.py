@@ -190,6 +190,28 @@ def test_a_model_that_cannot_be_recorded_decodes_eagerly(caplog):
     assert "a mamba cannot be recorded" in caplog.text
 
 
+class StrictRecorder(Recorder):
+    """Records as on the CPU, and asks as on a GPU whether that could be done."""
+
+    def ensure_recordable(self, function):
+        self._on_gpu = True
+        try:
+            super().ensure_recordable(function)
+        finally:
+            self._on_gpu = False
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_looking_at_values_is_found_before_anything_is_recorded(name):
+    model = spec(name).build()
+    arguments = model, pack(model)[1], 40, StrictRecorder(CPU)
+    if name == "opt":  # takes its position from the cache by `item`
+        with pytest.raises(ConfigError, match="_local_scalar_dense"):
+            RecordedDecoder(*arguments)
+    else:
+        assert RecordedDecoder(*arguments).mode == "graph"
+
+
 def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, caplog, traced_only):
     real = compiling._LayerOfCache.update
 

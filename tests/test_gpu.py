@@ -22,6 +22,7 @@ SCENARIOS = [
     ["sampled_tokens"],
     ["decode_attention"],
     ["compiled_steps_use_the_attention_of_one_token"],
+    ["failed_recordings"],
     ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
