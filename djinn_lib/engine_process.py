@@ -96,11 +96,15 @@ class EngineProcess:
             f"(exit status {self._process.exitcode})"
         )
 
+    def ask_to_end(self) -> None:
+        """Ask the process to end and go on, so that several can end at the same time."""
+        with contextlib.suppress(BrokenPipeError, OSError):
+            self._pipe.send(None)
+
     def close(self) -> None:
         """Ask the process to end, and make sure that it does; closing twice is harmless."""
         atexit.unregister(self.close)
-        with contextlib.suppress(BrokenPipeError, OSError):
-            self._pipe.send(None)
+        self.ask_to_end()
         self._process.join(_STOP_S)
         self._end()
         self._pipe.close()

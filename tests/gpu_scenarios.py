@@ -73,7 +73,8 @@ def address_space():
 
 def time_to_first_token_counts_the_wait():
     """Without overlap the copy comes before the prefill, and the clock sees both."""
-    with dj.Djinn(2 << 30, "cuda", page=PAGE, decode="eager", overlap=False) as djinn:
+    # Large pages: mapping many small ones takes as long as copying them, and nobody would wait.
+    with dj.Djinn(2 << 30, "cuda", page=16 * PAGE, decode="eager", overlap=False) as djinn:
         big = {**_SHAPE, "vocab_size": 200_000, "hidden_size": 1024}
         djinn.add("a", dj.ModelSpec(LlamaConfig(**big), "float16", seed=1))
         djinn.generate("a", PROMPT, 2)
@@ -163,7 +164,7 @@ def prefill_follows_the_copy():
     """A recorded prefill starts before its last layers are there, and gives the same tokens."""
     big = LlamaConfig(**{**_SHAPE, "vocab_size": 100_000, "hidden_size": 1024})
     spec = dj.ModelSpec(big, "float16", seed=1)
-    with dj.Djinn(2 << 30, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
+    with dj.Djinn(2 << 30, "cuda", page=16 * PAGE, decode="graph", max_model_len=64) as djinn:
         djinn.add("m", spec)
         hit = djinn.generate("m", PROMPT, 6, ignore_eos=True)
         assert hit.loaded_bytes == 0 and hit.stall_ms == 0, hit

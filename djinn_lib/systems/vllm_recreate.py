@@ -146,6 +146,7 @@ def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: 
         enable_prefix_caching=False,
         max_model_len=options.get("max_model_len", MAX_MODEL_LEN),
         gpu_memory_utilization=options.get("gpu_memory_utilization", 0.6),
+        kv_cache_memory_bytes=options.get("kv_cache_memory_bytes"),
         enforce_eager=options.get("enforce_eager", True),
         disable_log_stats=True,
         **more,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -23,6 +24,11 @@ from djinn_lib.systems.vllm_recreate import (
     generate_stepwise,
     set_environment,
 )
+
+ENGINE = "djinn_lib.systems.vllm_sleep:SleepingEngine"
+# For 4,000 tokens of a model without grouped heads. vLLM would take all that it may, and spend time
+# on giving it back and taking it again at every switch.
+KV_CACHE_BYTES = 2 << 30
 
 
 class SleepingEngine:
@@ -61,10 +67,15 @@ class VllmSleep(SystemUnderTest):
     Options:
         naive: let every other engine sleep at each change of the model (default False).
         enforce_eager: no CUDA graphs (default False: vLLM at its best).
-        max_model_len, gpu_memory_utilization: of each engine (defaults 512 and 0.3).
+        max_model_len, gpu_memory_utilization: of each engine (defaults 512 and 0.3). As many
+            engines are started at once as their shares of the GPU allow.
+        kv_cache_memory_bytes: of each engine (default 2 GiB).
     """
 
-    option_names = frozenset({"naive", "enforce_eager", "max_model_len", "gpu_memory_utilization"})
+    option_names = frozenset(
+        {"naive", "enforce_eager", "max_model_len", "gpu_memory_utilization",
+         "kv_cache_memory_bytes"}
+    )  # fmt: skip
     reads_files_while_serving = True  # an engine that died is started anew
 
     @classmethod
@@ -75,10 +86,16 @@ class VllmSleep(SystemUnderTest):
         return None if find_spec("vllm") else "vLLM is not installed: pip install vllm==0.24.0"
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
-        """Start each engine and let it sleep before the next one starts."""
+        """Start the engines, and let each sleep as soon as it runs."""
         self.engines: dict[str, EngineProcess] = {}
         self.awake: OrderedDict[str, None] = OrderedDict()
         self.vocab_sizes: dict[str, int] = {}
+        self.engine_options = {
+            "enforce_eager": False,
+            "gpu_memory_utilization": 0.3,
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            **{name: value for name, value in self.options.items() if name != "naive"},
+        }
         for name, files in self.models.items():
             if files.n_bytes > self.capacity_bytes:
                 raise CapacityError(
@@ -86,16 +103,19 @@ class VllmSleep(SystemUnderTest):
                     f"{files.n_bytes}: raise the capacity"
                 )
             self.vocab_sizes[name] = folder_config(files.folder).get_text_config().vocab_size
+
+        def start_one(name: str) -> None:
             progress(f"starting vLLM's engine of {name}")
             self._start_asleep(name)
+
+        n_at_once = int(0.95 / float(self.engine_options["gpu_memory_utilization"]))
+        with ThreadPoolExecutor(max(1, n_at_once)) as threads:
+            list(threads.map(start_one, self.models))
 
     def _start_asleep(self, name: str) -> None:
         """Start the engine of a model, unless it runs, and let it sleep."""
         if name not in self.engines:
-            options = {"enforce_eager": False, "gpu_memory_utilization": 0.3, **self.options}
-            options.pop("naive", None)
-            target = "djinn_lib.systems.vllm_sleep:SleepingEngine"
-            self.engines[name] = EngineProcess(target, self.models[name], options)
+            self.engines[name] = EngineProcess(ENGINE, self.models[name], self.engine_options)
             self._call(name, "sleep")
 
     def _call(self, name: str, method: str, *arguments: Any) -> Any:
@@ -159,6 +179,9 @@ class VllmSleep(SystemUnderTest):
 
     def close(self) -> None:
         """End all engines."""
-        for engine in getattr(self, "engines", {}).values():
+        engines = list(getattr(self, "engines", {}).values())
+        for engine in engines:
+            engine.ask_to_end()
+        for engine in engines:
             engine.close()
         self.engines = {}
