@@ -69,7 +69,8 @@ def main() -> int:
     if profile.name == "gpu":
         result["targets"] = targets(result)
     write_json(options.out, result)
-    parameters = {key: str(value) for key, value in vars(options).items()}
+    places = ("models_dir", "out")  # of this machine, and of no use to a reader
+    parameters = {key: str(value) for key, value in vars(options).items() if key not in places}
     ended = {"started_at_utc": begun_at.isoformat(timespec="seconds"), "parameters": parameters}
     write_json(options.out.with_suffix(".manifest.json"), manifest | ended)
     print_tables(result)

@@ -85,8 +85,9 @@ class CostModel:
 def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
     """Return the cost model of the machine that `benchmarks/engine.py` measured.
 
-    Fitted from hits, full misses with overlap and bare loads of single models; the cases of one
-    model after another are left alone, so that they can be predicted.
+    Fitted from hits, full misses with overlap and bare loads, of whole models and of the part that
+    the curve of page sizes loads; requests for one model after another are left alone, so that they
+    can be predicted.
 
     Args:
         engine: content of ``engine.json``.
@@ -103,9 +104,13 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
             "expected hits and full misses of at least 2 models in the engine's rows, got "
             f"{len(hits)} hits and {len(loads)} misses: run benchmarks/engine.py"
         )
-    start_s, per_byte_s = _line(
-        (c["loaded_bytes"], c.get("load_ms", c.get("ttft_ms"))) for c in loads
-    )
+    points = [(c["loaded_bytes"], c.get("load_ms", c.get("ttft_ms"))) for c in loads]
+    points += [
+        (c["partial_loaded_bytes"], c["partial_ms"])
+        for c in engine.get("page_curve", [])
+        if c["page_bytes"] == engine["page_bytes"]
+    ]
+    start_s, per_byte_s = _line(points)
     prefill_s = {m: (c["ttft_ms"] - c["switch_ms"]) / 1e3 for m, c in hits.items()}
     token_s = {m: c["ms_per_token"] / 1e3 for m, c in hits.items()}
     return CostModel(
@@ -121,9 +126,9 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
 
 
 def _line(points: Iterable[tuple[float, float]]) -> Line:
-    """Least squares over (bytes, milliseconds), neither part below 0."""
+    """Least squares of relative errors over (bytes, milliseconds), neither part below 0."""
     x, y = np.array(list(points), float).T
-    slope, intercept = np.polyfit(x, y / 1e3, 1)
+    slope, intercept = np.polyfit(x, y / 1e3, 1, w=1 / y)
     if intercept < 0:  # through the origin then
-        slope, intercept = float((x * y).sum() / (x * x).sum()) / 1e3, 0.0
+        slope, intercept = float((x / y).sum() / (x * x / y / y).sum()) / 1e3, 0.0
     return max(0.0, float(intercept)), max(0.0, float(slope))

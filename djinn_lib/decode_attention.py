@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 from djinn_lib.errors import ConfigError
 
 NAME = "djinn_decode"
+BLOCK, N_WARPS = 64, 8  # positions at a time, and who loads them
 # What implementations are told besides, and what the mask says already.
 _HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
 
@@ -78,7 +79,7 @@ def attend_to_cache(
     width = triton.next_power_of_2(head_size)
     wrap_triton(_attend)[(n_heads,)](
         query.contiguous(), keys, values, mask.contiguous(), out, scale, length, head_size,
-        GROUP=n_heads // n_key_heads, BLOCK=64, WIDTH=width, num_warps=8,
+        GROUP=n_heads // n_key_heads, BLOCK=BLOCK, WIDTH=width, num_warps=N_WARPS,
     )  # fmt: skip
     return out
 
