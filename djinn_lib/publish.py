@@ -5,8 +5,9 @@ everything that is made from rows is made anew from the copies: the notebooks th
 figures (also in `figures/`), claims.json and comparison_summary.json. So what is published cannot
 disagree with its rows. No path of the machine that ran it is left in.
 
-Refused are runs that miss cells, ran without a GPU, or came from a changed working tree
-(`--allow-dirty` takes the last). What is published already stays, unless `--replace` is given.
+Refused are runs that miss cells (`--unfinished` takes those: what they would tell is then said to
+be not measured), ran without a GPU, or came from a changed working tree (`--allow-dirty` takes it).
+What is published already stays, unless `--replace` is given.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--replace", action="store_true", help="replace what is published")
     parser.add_argument("--allow-dirty", action="store_true", help="take a changed working tree")
+    parser.add_argument("--unfinished", action="store_true", help="take a run that misses cells")
     options = parser.parse_args(arguments)
     try:
-        publish(options.run_dir.resolve(), options.replace, options.allow_dirty)
+        publish(options.run_dir.resolve(), options.replace, options.allow_dirty, options.unfinished)
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +59,7 @@ def publish(
     run_dir: Path,
     replace: bool = False,
     allow_dirty: bool = False,
+    unfinished: bool = False,
     reference: Path = REFERENCE,
     figures: Path = FIGURES,
 ) -> None:
@@ -73,7 +76,7 @@ def publish(
             "--replace, or keep it"
         )
     run = load_run(run_dir)
-    if problems := list(_problems(run, allow_dirty)):
+    if problems := list(_problems(run, allow_dirty, unfinished)):
         raise RecordError(
             f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
         )
@@ -90,7 +93,7 @@ def publish(
     copy_figures(reference / "figures", figures)
 
 
-def _problems(run: Run, allow_dirty: bool) -> Iterator[str]:
+def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
     """What speaks against publishing a run."""
     if run.machine.get("device") != "cuda":
         yield f"a run on the device {run.machine.get('device')!r}"
@@ -99,7 +102,7 @@ def _problems(run: Run, allow_dirty: bool) -> Iterator[str]:
         yield f"cells of the profiles {profiles}"
         return
     profile = load_profile(profiles[0])
-    if missing := missing_cells(profile, run.folder):
+    if not unfinished and (missing := missing_cells(profile, run.folder)):
         yield f"{len(missing)} cells missing: {' '.join(f'cell:{name}' for name in missing)}"
     for cell in profile.all_cells():
         repeats = run.manifests.get(cell.id, {}).get("parameters", {}).get("repeats", cell.repeats)

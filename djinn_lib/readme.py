@@ -19,7 +19,9 @@ import pandas as pd
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claims import Claim, format_value, judge, load_claims
 from djinn_lib.files import write_text
+from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
+from djinn_lib.profile import load_profile
 from djinn_lib.result_tables import (
     ablation_table,
     claims_summary,
@@ -127,7 +129,20 @@ def _load(reference: Path) -> Run:
 def results(reference: Path = REFERENCE) -> str:
     """Every system on the paper's trace."""
     run = reference_run(reference)
-    return systems_table(run, published()).markdown() if run else NOT_YET
+    return _so_far(run) + systems_table(run, published()).markdown() if run else NOT_YET
+
+
+def _so_far(run: Run) -> str:
+    """A sentence on what misses of an unfinished run; "" for a finished one."""
+    profile = load_profile(next(iter(run.manifests.values()))["profile"])
+    missing, n_cells = missing_cells(profile, run.folder), len(profile.all_cells())
+    if not missing:
+        return ""
+    return (
+        f"Measured so far: {n_cells - len(missing)} of {n_cells} cells of the profile "
+        f"`{profile.name}`. Claims about every system or capacity are judged on those that are "
+        "there.\n\n"
+    )
 
 
 def sweep(reference: Path = REFERENCE) -> str:

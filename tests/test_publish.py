@@ -158,6 +158,14 @@ def test_an_unfinished_run_is_refused_and_all_that_is_missing_named(run_dir, ref
     assert [path.name for path in reference.iterdir()] == ["engine.json"]
 
 
+def test_an_unfinished_run_can_be_allowed(run_dir, reference, tmp_path, reading):
+    for ending in ("parquet", "manifest.json"):
+        (run_dir / "requests" / f"paper-40-djinn.{ending}").unlink()
+    publish(run_dir, unfinished=True, reference=reference, figures=tmp_path / "figures")
+    cells = {path.stem for path in (reference / "requests").glob("*.parquet")}
+    assert "paper-25-djinn" in cells and "paper-40-djinn" not in cells
+
+
 def test_a_changed_tree_can_be_allowed(run_dir, reference, tmp_path, reading):
     change(run_dir, git_dirty=True)
     publish(run_dir, allow_dirty=True, reference=reference, figures=tmp_path / "figures")

@@ -12,7 +12,9 @@ from run_factory import GPU_MACHINE, write_cell, write_run
 from djinn_lib import readme
 from djinn_lib.analysis import load_run
 from djinn_lib.claims import judge, load_claims
+from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE
+from djinn_lib.profile import load_profile
 
 README = Path(__file__).parent.parent / "README.md"
 OF_ROWS = {"claims", "results", "sweep", "zipf", "ablation"}
@@ -97,6 +99,15 @@ def test_results_are_those_of_the_rows(reference):
     assert line_of(readme.results(reference), "vLLM re-created")["served"] == "22 of 30"
     link = rows["loaded_bytes"].mean() / GPU_MACHINE["link_rate_bytes_per_s"] * 1e3
     assert line["link share"] == f"{link / rows['switch_ms'].mean():.0%}"
+
+
+def test_an_unfinished_run_says_how_far_it_got(reference, monkeypatch):
+    profile = load_profile("gpu")
+    said = readme.results(reference)
+    n_there = len(profile.all_cells()) - len(missing_cells(profile, reference))
+    assert said.startswith(f"Measured so far: {n_there} of {len(profile.all_cells())} cells")
+    monkeypatch.setattr(readme, "missing_cells", lambda *_: [])
+    assert readme.results(reference).startswith("| system |")
 
 
 def test_the_zipfian_trace_has_its_own_table(reference):
