@@ -146,6 +146,9 @@ class FakeEngine:
             raise DjinnError(f"{method} failed")
         return (tuple(range(arguments[1])), 0.0, 0.0) if method == "generate" else None
 
+    def ask_to_end(self):
+        self.log.append(("ask_to_end", self.name))
+
     def close(self):
         self.log.append(("close", self.name))
 
@@ -165,46 +168,12 @@ def sleeping(models, monkeypatch):
     return make
 
 
-def test_engines_start_one_by_one_and_asleep(sleeping):
-    system = sleeping()
-    assert FakeEngine.log == [(m, n) for n in ARCHITECTURES for m in ("start", "sleep")]
-    system.close()
-    system.close()
-    assert FakeEngine.log[6:] == [("close", n) for n in ARCHITECTURES]
-
-
-def test_the_least_recently_used_engine_sleeps_first(sleeping, models):
-    system = sleeping()
-    system.serve("llama", PROMPT, 2)
-    system.serve("phi", PROMPT, 2)
-    assert system.serve("llama", PROMPT, 2).loaded_bytes == 0
-    FakeEngine.log.clear()
-    served = system.serve("qwen2-tied", PROMPT, 2)
-    assert FakeEngine.log == [
-        ("sleep", "phi"), ("wake_up", "qwen2-tied"), ("generate", "qwen2-tied")
-    ]  # fmt: skip
-    assert served.evicted_bytes == served.writeback_bytes == models["phi"].n_bytes
-    assert served.loaded_bytes == models["qwen2-tied"].n_bytes
-    assert sum(served.resident_bytes.values()) <= system.capacity_bytes
-    assert [n for n, resident in served.resident_bytes.items() if resident] == [
-        "llama", "qwen2-tied"
-    ]  # fmt: skip
-
-
 def test_an_answer_that_would_be_cut_short_is_refused(sleeping):
     system = sleeping(max_model_len=len(PROMPT) + 2)
     assert len(system.serve("llama", PROMPT, 2).token_ids) == 2
     with pytest.raises(ConfigError, match="raise the option max_model_len"):
         system.serve("llama", PROMPT, 3)
     assert ("close", "llama") not in FakeEngine.log
-
-
-def test_naive_lets_all_others_sleep(sleeping):
-    system = sleeping(naive=True)
-    system.serve("llama", PROMPT, 1)
-    FakeEngine.log.clear()
-    system.serve("phi", PROMPT, 1)
-    assert FakeEngine.log[:2] == [("sleep", "llama"), ("wake_up", "phi")]
 
 
 @pytest.mark.parametrize("fails", ["wake_up", "generate"])
