@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import clear_output, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -29,6 +29,7 @@ from djinn_lib.validation import reference_costs
 
 GIB = 2**30
 N_REQUESTS = 300
+SCREEN_DPI = 110
 TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
 CHOICES = [*POLICIES, "oracle"]
 LABELS = {
@@ -138,16 +139,19 @@ def explorer(folder: Path = REPO / "figures") -> Any:
     }
     for control in controls.values():
         control.continuous_update = False
-    canvas = widgets.Output()
+    # No Output widget: whoever executes a notebook that has one may wait for its end for ever
+    # (jupyter/nbclient#312).
+    canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     keep = widgets.Button(description="keep this picture", icon="save")
 
     def shown() -> Figure:
         return picture(**{name: control.value for name, control in controls.items()})
 
     def redraw(_change: Any = None) -> None:
-        with canvas:
-            clear_output(wait=True)
-            display(shown())
+        png, figure = BytesIO(), shown()
+        figure.savefig(png, format="png", dpi=SCREEN_DPI)
+        plt.close(figure)  # or the notebook shows it once more below the cell
+        canvas.value = png.getvalue()
 
     for control in controls.values():
         control.observe(redraw, names="value")

@@ -252,9 +252,24 @@ def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     assert set(sliders) == set(explore.LABELS.values())
     assert drawn == [{"capacity_gib": 25, "n_models": 3, "alpha": 1.0, "link_gb_per_s": 54,
                       "policy": "lru", "traffic": explore.TRAFFIC[0]}]  # fmt: skip
+    canvas = box.children[1]
+    first = bytes(canvas.value)
+    assert first.startswith(b"\x89PNG")
     sliders["capacity, GiB"].value = 40
+    assert bytes(canvas.value).startswith(b"\x89PNG") and bytes(canvas.value) != first
     sliders["models"].value = 10
     assert [(how["capacity_gib"], how["n_models"]) for how in drawn[1:]] == [(40, 3), (40, 10)]
     assert not (tmp_path / "explore.png").exists()
     keep.click()
     assert (tmp_path / "explore.png").stat().st_size > 10_000
+
+
+def test_the_explorer_can_be_executed_without_a_screen(tmp_path):
+    """To an Output widget the executing client answers, and may then miss the kernel's reply."""
+    box = explore.explorer(tmp_path)
+    waiting, kinds = [box], set()
+    while waiting:
+        widget = waiting.pop()
+        kinds.add(type(widget).__name__)
+        waiting += getattr(widget, "children", ())
+    assert "Image" in kinds and "Output" not in kinds
