@@ -19,7 +19,7 @@ import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import psutil
@@ -34,6 +34,7 @@ from djinn_lib.djinn import Djinn
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_json
 from djinn_lib.locks import gpu_lock
+from djinn_lib.models import Embeddings
 from djinn_lib.paths import REPO
 from djinn_lib.profile import Profile, load_profile, parse_capacity
 from djinn_lib.units import parse_bytes
@@ -54,6 +55,7 @@ def main() -> int:
     parser.add_argument("--capacity", default="25", help="a label of the profile's capacities")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, default=512)
+    parser.add_argument("--embeddings", choices=get_args(Embeddings), default="host")
     parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
     parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "engine.json")
     options = parser.parse_args()
@@ -82,19 +84,22 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
     say("measuring this machine")
     facts = machine.describe_machine(profile.device)
     files = prepare_models(profile, options.models_dir)
-    sizes = {name: f.n_bytes for name, f in files.items()}
-    capacity_bytes = parse_capacity(profile.capacities[options.capacity], sum(sizes.values()))
+    model_bytes = {name: f.n_bytes for name, f in files.items()}
+    capacity_bytes = parse_capacity(profile.capacities[options.capacity], sum(model_bytes.values()))
     prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
     ways = WAYS[profile.device]
     device_before_bytes, host_before_bytes = device_bytes_used(profile.device), host_bytes_used()
     with Djinn(capacity_bytes, profile.device, page=profile.page, decode="eager",
-               max_model_len=options.max_model_len, progress=say) as djinn:  # fmt: skip
+               max_model_len=options.max_model_len, embeddings=options.embeddings,
+               progress=say) as djinn:  # fmt: skip
         setup: list[dict[str, Any]] = []
         for name, f in files.items():
             say(f"{name}: reading and pinning {f.n_bytes / 2**30:.2f} GiB")
             seconds = timed(lambda f=f: djinn.add(f.name, f.folder))
             setup.append({"step": "read and pin", "model": name, "seconds": seconds})
         host_growth_bytes = host_bytes_used() - host_before_bytes
+        residency = djinn.residency()
+        sizes = dict(zip(residency.model, residency.bytes.tolist(), strict=True))
         cases = Cases(djinn, prompts, profile.new_tokens, options.repeats)
         rows, decode = [], {}
         for way in ways:
@@ -139,6 +144,8 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
         "repeats": options.repeats,
         "capacity_bytes": capacity_bytes,
         "page_bytes": parse_bytes(profile.page),
+        "embeddings": options.embeddings,
+        "model_bytes": model_bytes,
         "sizes": sizes,
         "bytes_per_token": per_token,
         "setup": setup,
@@ -179,9 +186,10 @@ def bytes_per_token(djinn: Djinn, name: str) -> int:
     with djinn.lease(name) as model:
         lent: Any = model
         embedding, head = lent.get_input_embeddings().weight, lent.get_output_embeddings().weight
-        tied = embedding.data_ptr() == head.data_ptr()
-        n_bytes = djinn.pool.layout(name).n_bytes
-        return n_bytes if tied else n_bytes - embedding.numel() * embedding.itemsize
+        layout = djinn.pool.layout(name)
+        whole = layout.n_tables or embedding.data_ptr() == head.data_ptr()
+        n_bytes = layout.paged_bytes
+        return n_bytes if whole else n_bytes - embedding.numel() * embedding.itemsize
 
 
 def smallest_page(device: str) -> int:

@@ -75,7 +75,7 @@ class Cases:
             yield summary(f"full miss, overlap {'on' if overlap else 'off'}", model, decode, done)
         self.djinn.overlap = True
         loads_ms = [self.load_ms(model) for _ in range(self.repeats)]
-        n_bytes = self.djinn.pool.layout(model).n_bytes
+        n_bytes = self.djinn.pool.layout(model).paged_bytes
         yield {"case": "load", "model": model, "loaded_bytes": n_bytes} | spread(
             "load_ms", loads_ms
         )
@@ -109,7 +109,7 @@ class Cases:
                 resident_bytes = self.djinn.residency().set_index("model").resident_bytes[model]
                 with self.djinn.lease(model):
                     self.djinn.wait(model)
-                requested += self.djinn.pool.layout(model).n_bytes - int(resident_bytes)
+                requested += self.djinn.pool.layout(model).paged_bytes - int(resident_bytes)
             self.empty()
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +158,7 @@ def _page_row(
 ) -> dict[str, Any]:
     pager = Pager(pool, capacity_bytes, page_bytes, device)
     for model in models:
-        pager.add(model, pool.layout(model).n_bytes)
+        pager.add(model, pool.layout(model).paged_bytes)
 
     def switch(model: str) -> tuple[float, float, int]:
         begin_s = time.perf_counter()

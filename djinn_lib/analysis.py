@@ -59,6 +59,25 @@ class Run:
         return sizes
 
     @cached_property
+    def device_sizes(self) -> dict[str, dict[str, int]]:
+        """Bytes of each model that are on the device when nothing of it is missing, by system."""
+        of_run = {manifest["run_id"]: manifest["models"] for manifest in self.manifests.values()}
+        systems = self.rows.drop_duplicates("run_id").set_index("run_id")["system"]
+        return {
+            str(system): {
+                model: int(facts.get("device_bytes", facts["bytes"]))
+                for model, facts in of_run.get(run_id, {}).items()
+            }
+            for run_id, system in systems.items()
+        }
+
+    @cached_property
+    def needed_sizes(self) -> dict[str, int]:
+        """Bytes of each model that any system needs on the device: the least of all."""
+        every = [self.sizes, *filter(None, self.device_sizes.values())]
+        return {model: min(sizes[model] for sizes in every) for model in self.sizes}
+
+    @cached_property
     def page_bytes(self) -> int:
         """Size of a page of the ring; of the cells of the system "djinn" if there are any."""
         by_system = {cell.rpartition("-")[2]: m for cell, m in self.manifests.items()}
@@ -115,16 +134,18 @@ class Run:
             RecordError: there are no rows of that trace and capacity.
         """
         capacity_bytes = int(self.cells(trace, capacity_label)["capacity_bytes"].iloc[0])
-        return optimal_bytes(self.traces[trace], self.sizes, capacity_bytes)
+        return optimal_bytes(self.traces[trace], self.needed_sizes, capacity_bytes)
 
     def compulsory_bytes(self, trace: str) -> int:
-        """Return the bytes of every model that a trace asks for, each once."""
-        return sum(self.sizes[model] for model in self.traces[trace].models)
+        """Return the bytes that are needed of every model that a trace asks for, each once."""
+        return sum(self.needed_sizes[model] for model in self.traces[trace].models)
 
     @property
     def evidence(self) -> Evidence:
         """What claims are judged by."""
-        return Evidence(self.rows, self.machine, self.sizes, self.page_bytes, self.traces)
+        return Evidence(
+            self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes
+        )
 
     def link_floor(self) -> pd.DataFrame:
         """One row a model: its size, and the least milliseconds that loading it whole can take."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
 from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import hold_back
-from djinn_lib.models import Unit, bind, pack
+from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
 from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
@@ -32,6 +33,7 @@ class Catalog:
         device: where they run.
         decode: how new ones decode.
         max_model_len: tokens of a prompt and its continuation, unless decoding is eager.
+        embeddings: where lookup tables are.
         progress: told what a longer step is doing.
     """
 
@@ -43,11 +45,13 @@ class Catalog:
         device: torch.device,
         decode: Decode,
         max_model_len: int,
+        embeddings: Embeddings,
         progress: Callable[[str], None],
     ) -> None:
         self._pool, self._pager, self._turn, self._device = pool, pager, turn, device
         self.decode: Decode = decode
         self._max_model_len = max_model_len
+        self._embeddings: Embeddings = embeddings
         self._progress = progress
         self._recorder = Recorder(device)
         self._models: dict[str, ServedModel] = {}
@@ -77,12 +81,13 @@ class Catalog:
     def add(self, name: str, opened: OpenedModel) -> None:
         """Read a model and prepare to decode with it; see `Djinn.add`. A failure leaves nothing."""
         module = opened.module
-        layout, units = pack(module)
+        layout, units = pack(module, self._embeddings)
         # First, since a refusal costs no reading.
-        device_bytes = self._pager.add(name, layout.n_bytes, [unit.end_byte for unit in units])
+        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.end_byte for unit in units])
         try:
             self._pool.add(name, layout, opened.fill)
-            bind(module, layout.views(device_bytes), self._device)
+            tables = self._pool.tables(name, self._device)
+            bind(module, layout.paged_views(device_bytes) | tables, self._device)
             hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
             decoder = self._make_decoder(name, module, units, self.decode)
         except BaseException:
@@ -90,7 +95,7 @@ class Catalog:
             self._pool.discard(name)
             raise
         self._models[name] = ServedModel(
-            name, module, units, layout.n_bytes, opened.tokenizer, decoder
+            name, module, units, layout.paged_bytes, opened.tokenizer, decoder
         )
 
     def set_decode(self, name: str, decode: str) -> Decode:
@@ -126,6 +131,17 @@ class Catalog:
         self._pool.discard(name)
         del self._models[name]
         model.decoder.close()
+
+    def residency(self) -> pd.DataFrame:
+        """What of each model is on the device; see `Djinn.residency`."""
+        ring = self._pager.ring
+        return pd.DataFrame(
+            [
+                (m.name, m.n_bytes, self._pager.resident_bytes(m.name), ring.n_resident(m.name))
+                for m in self
+            ],
+            columns=["model", "bytes", "resident_bytes", "frames"],
+        )
 
     def clear(self) -> None:
         """Release what decoders hold, and forget all models."""

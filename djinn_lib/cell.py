@@ -169,6 +169,7 @@ def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
     running.callback(system.close)
     begun.notes.extend(system.notes())
     system.start(progress=lambda step: print(f"{begun.cell.id}: {step}", flush=True))
+    begun.device_bytes = system.device_bytes()
     for name in begun.bench.models:
         watch.ensure_unchanged(name)
         system.warm_up(name, _prompt(begun, Request(0, 0.0, name)))

@@ -27,6 +27,7 @@ class CellRecord:
         self.begin_s = time.perf_counter()
         self.setup_s = 0.0
         self.notes: list[str] = []
+        self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
         self.watch: WeightsWatch  # from the start of the system on
         self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = machine.git_state(REPO)
@@ -69,7 +70,12 @@ class CellRecord:
             "machine": self.bench.machine,
             "trace_sha256": self.trace.sha256,
             "models": {
-                name: {"bytes": f.n_bytes, "dtype": f.dtype, "sha256": weights_digest(f.digests)}
+                name: {
+                    "bytes": f.n_bytes,
+                    "device_bytes": self.device_bytes[name],
+                    "dtype": f.dtype,
+                    "sha256": weights_digest(f.digests),
+                }
                 for name, f in self.bench.models.items()
             },
             "parameters": {

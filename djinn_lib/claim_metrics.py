@@ -87,12 +87,16 @@ def _bytes_per_repeat(rows: pd.DataFrame, column: str) -> float:
 def bytes_to_optimum(
     evidence: Evidence, system: str, capacity_label: str, trace: str = MAIN_TRACE
 ) -> Measurement:
-    """Bytes loaded divided by the least that any schedule must load in that capacity."""
+    """Bytes loaded divided by the least that any schedule must load in that capacity.
+
+    Of what the system keeps on the device: tables that stay in the host are no part of either.
+    """
     rows = served(evidence, system, trace=trace, capacity_label=capacity_label)
     if trace not in evidence.traces:
         raise NotMeasured(f"no trace {trace!r} in this run")
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
-    least = optimal_bytes(evidence.traces[trace], evidence.sizes, capacity_bytes)
+    sizes = evidence.device_sizes.get(system) or evidence.sizes
+    least = optimal_bytes(evidence.traces[trace], sizes, capacity_bytes)
     return exact(_bytes_per_repeat(rows, "loaded_bytes") / least, len(rows))
 
 

@@ -82,7 +82,7 @@ def _means(rows: pd.DataFrame, rates: Mapping[str, Any], run: Run) -> dict[str, 
     copy_ms = (rows["loaded_bytes"] / link * 1e3).mean()
     writeback_ms = (rows["writeback_bytes"] / back * 1e3).mean()
     total_ms = rows["total_ms"].mean()
-    n_read = rows["model"].map(run.sizes) * (rows["n_tokens"] - 1)
+    n_read = rows["model"].map(run.needed_sizes) * (rows["n_tokens"] - 1)
     decode_floor_ms = (n_read / float(memory) * 1e3).mean() if memory else 0.0
     ceiling_ms = copy_ms + decode_floor_ms
     return {

@@ -205,6 +205,19 @@ class DiskTier:
         offset = begin - page * self._page_bytes
         return self._frame(self.ring.frames(model)[page])[offset : offset + end - begin]
 
+    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """None: what stays in host memory for ever is no part of a tier.
+
+        Raises:
+            ConfigError: the model was packed with lookup tables.
+        """
+        if self.layout(model).n_tables:
+            raise ConfigError(
+                f"expected all of {model!r} to be paged with host_capacity, got lookup tables: "
+                "use embeddings='ring'"
+            )
+        return {}
+
     def when_reused(self, finish_copies: Callable[[str], None]) -> None:
         """Have `finish_copies(model)` called before frames of a model get other content."""
         self._finish_copies = finish_copies

@@ -18,7 +18,7 @@ from djinn_lib.catalog import Catalog, check_decoding
 from djinn_lib.decoder import Decode
 from djinn_lib.disk_tier import Masters, open_masters
 from djinn_lib.generate import Generation
-from djinn_lib.models import ModelSpec
+from djinn_lib.models import Embeddings, ModelSpec, choose_embeddings
 from djinn_lib.pager import Pager
 from djinn_lib.pending import PendingGeneration, Request
 from djinn_lib.policy import Lookahead, Oracle, Policy, make_policy
@@ -55,6 +55,9 @@ class Djinn:
             is resident first.
         max_overtaken: with "affinity", by how many later requests one is overtaken at most.
         lookahead: while one request computes, load what the next ones miss.
+        embeddings: "host" leaves lookup tables (embeddings that are not tied to the head) in host
+            memory, from where the device reads a row a token; "ring" pages them like all else.
+            Default is "host", but "ring" with `host_capacity`.
         host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
             and read when it is needed. Default is as much as all models need.
         swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
@@ -79,6 +82,7 @@ class Djinn:
         order: Order = "fifo",
         max_overtaken: int = 8,
         lookahead: bool = True,
+        embeddings: Embeddings | None = None,
         host_capacity: int | str | None = None,
         swap_dir: str | Path | None = None,
         progress: Callable[[str], None] = print,
@@ -92,6 +96,7 @@ class Djinn:
         chosen = make_policy(policy)
         if lookahead and not isinstance(chosen, Lookahead | Oracle):
             chosen = Lookahead(chosen)
+        place = choose_embeddings(embeddings, host_capacity is None)
         n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
         self._pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
         try:
@@ -107,6 +112,7 @@ class Djinn:
             self.device,
             decode,
             max_model_len,
+            place,
             progress,
         )
 
@@ -303,15 +309,11 @@ class Djinn:
         return self._pool
 
     def residency(self) -> pd.DataFrame:
-        """One row a model: model, bytes, resident_bytes, frames (how many it holds)."""
-        ring = self._pager.ring
-        return pd.DataFrame(
-            [
-                (m.name, m.n_bytes, self._pager.resident_bytes(m.name), ring.n_resident(m.name))
-                for m in self._models
-            ],
-            columns=["model", "bytes", "resident_bytes", "frames"],
-        )
+        """One row a model: model, bytes, resident_bytes, frames (how many it holds).
+
+        Bytes are those that it takes on the device; lookup tables in the host do not count.
+        """
+        return self._models.residency()
 
     def sha256(self, name: str) -> str:
         """Hash of a model's master copy in packing order."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -29,6 +29,8 @@ class Evidence:
         sizes: bytes of each model.
         page_bytes: size of a page of the ring.
         traces: by name.
+        device_sizes: by system, bytes of each model on the device when nothing is missing; all of
+            its weights where a system is not listed.
     """
 
     rows: pd.DataFrame
@@ -36,6 +38,7 @@ class Evidence:
     sizes: Mapping[str, int]
     page_bytes: int
     traces: Mapping[str, Trace]
+    device_sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from djinn_lib.errors import CapacityError
+from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
 
 
@@ -25,6 +25,38 @@ def pin(master: torch.Tensor) -> None:
             f"expected {format_bytes(master.numel())} of host memory that can be pinned, got CUDA "
             f"error {int(status)}: free host memory, raise `ulimit -l`, or add fewer models"
         )
+
+
+def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return pinned memory as a tensor of a GPU, which reads it over the link; on the CPU itself.
+
+    Pinned memory has the same address on the device (unified virtual addressing).
+
+    Raises:
+        PlatformError: the device has another address for it.
+    """
+    if device.type == "cpu":
+        return master
+    seen = torch.as_tensor(_Pinned(master), device=device)
+    if seen.data_ptr() != master.data_ptr():
+        raise PlatformError(
+            f"expected {device} to read host memory at the host's addresses, got a copy: "
+            "use embeddings='ring'"
+        )
+    return seen
+
+
+class _Pinned:
+    """Host memory as the CUDA array interface describes it; kept by the tensors over it."""
+
+    def __init__(self, master: torch.Tensor) -> None:
+        self._master = master
+        self.__cuda_array_interface__ = {
+            "shape": (master.numel(),),
+            "typestr": "|u1",
+            "data": (master.data_ptr(), False),
+            "version": 3,
+        }
 
 
 def unpin(master: torch.Tensor) -> None:

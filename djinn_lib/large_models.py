@@ -130,10 +130,11 @@ def measure(
     """
     rows: list[dict[str, Any]] = []
     opened = open_source(case.source, case.dtype)
-    n_bytes = pack(opened.module)[0].n_bytes
-    if n_bytes <= case.capacity_bytes:
+    layout = pack(opened.module, "host")[0]
+    n_bytes = layout.n_bytes
+    if layout.paged_bytes <= case.capacity_bytes:
         raise ConfigError(
-            f"expected a ring smaller than {case.name!r} ({format_bytes(n_bytes)}), got "
+            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
             f"{format_bytes(case.capacity_bytes)}: lower the capacity"
         )
     facts = {"model": case.name, "model_bytes": n_bytes, "capacity_bytes": case.capacity_bytes}

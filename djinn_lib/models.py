@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -153,22 +153,73 @@ class Unit:
     end_byte: int
 
 
-def pack(model: PreTrainedModel) -> tuple[Layout, tuple[Unit, ...]]:
+Embeddings = Literal["host", "ring"]
+
+
+def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embeddings:
+    """Return where lookup tables are to be: as asked for, or what suits the host.
+
+    Raises:
+        ConfigError: there is no such place, or the host does not keep all master copies.
+    """
+    chosen = embeddings or ("host" if host_keeps_all else "ring")
+    if chosen not in get_args(Embeddings):
+        raise ConfigError(
+            f"expected embeddings to be one of {get_args(Embeddings)}, got {embeddings!r}"
+        )
+    if chosen == "host" and not host_keeps_all:
+        raise ConfigError(
+            "expected embeddings='ring' with host_capacity, got 'host': leave one of them out"
+        )
+    return cast("Embeddings", chosen)
+
+
+def pack(
+    model: PreTrainedModel, embeddings: Embeddings = "ring"
+) -> tuple[Layout, tuple[Unit, ...]]:
     """Return how to pack a model's parameters in execution order, and its units.
 
-    Tied parameters are packed once, where they are first used.
+    Tied parameters are packed once, where they are first used. With embeddings in the host, lookup
+    tables come last and belong to no unit: nobody waits for them.
     """
     owners = _executed_modules(model)
     layers = _decoder_layers(model)
     rank = {name: i for i, name in reversed(list(enumerate(owners)))}
+    in_host = _lookup_tables(model, layers) if embeddings == "host" else set()
     parameters = []
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
         unit = _unit(module, layers, rank)
-        parameters.append((rank.get(unit, -1), rank.get(module, -1), unit, name, parameter))
-    parameters.sort(key=lambda entry: entry[:2])
-    layout = Layout.pack((name, tuple(p.shape), p.dtype) for *_, name, p in parameters)
+        order = rank.get(unit, -1), rank.get(module, -1)
+        parameters.append((order, (name, tuple(parameter.shape), parameter.dtype)))
+    parameters.sort(key=lambda entry: entry[0])
+    layout = Layout.pack(
+        [shaped for _, shaped in parameters if shaped[0] not in in_host],
+        [shaped for _, shaped in parameters if shaped[0] in in_host],
+    )
     return layout, _units(model, layout, layers, rank)
+
+
+def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
+    """Names of parameters of which a forward pass reads single rows, and only those.
+
+    They belong to embeddings alone: tied to the head, say, a table is read whole.
+    """
+    readers: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            readers.setdefault(id(parameter), []).append((name, module))
+
+    def looks_up(name: str, module: nn.Module) -> bool:
+        inside = any(name.startswith(f"{layer}.") for layer in layers)
+        # With max_norm it would write: rows are scaled where they are.
+        return isinstance(module, nn.Embedding) and module.max_norm is None and not inside
+
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if all(looks_up(*reader) for reader in readers[id(parameter)])
+    }
 
 
 def _executed_modules(model: PreTrainedModel) -> list[str]:
@@ -219,7 +270,8 @@ def _units(
     for name, parameter in model.named_parameters(remove_duplicate=False):
         unit = _unit(name.rpartition(".")[0], layers, rank)
         end = ends[first_name[id(parameter)]]
-        end_of_unit[unit] = max(end, end_of_unit.get(unit, 0))
+        if end <= layout.paged_bytes:
+            end_of_unit[unit] = max(end, end_of_unit.get(unit, 0))
     return tuple(Unit(unit, end) for unit, end in end_of_unit.items())
 
 

@@ -70,6 +70,7 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "djinn": Look("Djinn", _BLUE),
     "djinn_affinity": Look("Djinn, by affinity", _BLUE, "-.", "h"),
     "djinn_no_lookahead": Look("Djinn, no lookahead", _SKY, "-.", "X"),
+    "djinn_compiled": Look("Djinn, tables in the ring", _SKY, "-", "o"),
     "djinn_graph": Look("Djinn, not compiled", _SKY, ":", "d"),
     "djinn_eager": Look("Djinn, eager decode", _BLUE, ":", "p"),
     "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),

@@ -26,7 +26,8 @@ STEPS = (
     ("djinn_partial_no_overlap", "partial residency"),
     ("djinn_eager", "loading behind the prefill"),
     ("djinn_graph", "decoding from CUDA graphs"),
-    ("djinn", "a compiled step"),
+    ("djinn_compiled", "a compiled step"),
+    ("djinn", "lookup tables in the host"),
 )
 
 
@@ -97,8 +98,9 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
     lines = []
     sizes = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
     for label, n_bytes in sizes.items():
-        least = optimal_bytes(run.traces[trace], run.sizes, int(n_bytes))
         for system, cell in _summaries(rows[rows["capacity_label"] == label]).items():
+            own_sizes = run.device_sizes.get(system) or run.sizes
+            least = optimal_bytes(run.traces[trace], own_sizes, int(n_bytes))
             gain = gains.loc[(label, system)] if (label, system) in gains.index else None
             lines.append(
                 [

@@ -16,7 +16,10 @@ from djinn_lib.models import Unit, check_positions
 
 @dataclass(slots=True)
 class ServedModel:
-    """A module bound to its addresses, its units, and how text becomes tokens and tokens more."""
+    """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
+
+    `n_bytes` are those that are paged.
+    """
 
     name: str
     module: PreTrainedModel

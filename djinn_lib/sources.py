@@ -68,7 +68,7 @@ def _fill_from_spec(spec: ModelSpec) -> Fill:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(spec.seed)
         deviation = float(getattr(spec.resolve_config(), "initializer_range", 0.02))
-        for name, view in views.items():
+        for name, view in sorted(views.items()):  # the same weights, however they are packed
             if view.dim() > 1:
                 drawn = torch.empty(view.shape, dtype=view.dtype, device=device)
                 view.copy_(drawn.normal_(0.0, deviation, generator=generator))

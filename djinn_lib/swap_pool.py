@@ -3,6 +3,10 @@
 A master is one buffer of exactly the model's size, tensors back to back in execution order, so that
 loading the first pages is loading the first layers. Masters are filled once and only read after
 that; an eviction has nothing to save.
+
+Lookup tables can be an exception. Of a table of embeddings a token needs one row of some kilobytes,
+while the table takes a quarter of a gigabyte of every 7B model; so it can stay where it is: it lies
+behind the pages, is never loaded, and the device fetches the rows that it needs over the link.
 """
 
 from __future__ import annotations
@@ -46,30 +50,48 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The slots of a packed model, in order of their offsets."""
+    """The slots of a packed model, in order of their offsets; the last `n_tables` are not paged."""
 
     slots: tuple[Slot, ...]
+    n_tables: int = 0
 
     @classmethod
-    def pack(cls, tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> Layout:
-        """Lay (name, shape, dtype) out in the given order, aligned to `ALIGNMENT_BYTES`."""
-        slots, offset = [], 0
-        for name, shape, dtype in tensors:
+    def pack(cls, tensors: Iterable[Shaped], tables: Iterable[Shaped] = ()) -> Layout:
+        """Lay tensors out in the given order, aligned to `ALIGNMENT_BYTES`, then lookup tables."""
+        slots, offset, behind = [], 0, list(tables)
+        for name, shape, dtype in [*tensors, *behind]:
             slot = Slot(name, tuple(shape), dtype, offset)
             slots.append(slot)
             offset = -(-slot.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(tuple(slots))
+        return cls(tuple(slots), len(behind))
 
     @property
     def n_bytes(self) -> int:
         """Size of the packed model in bytes."""
         return self.slots[-1].end if self.slots else 0
 
+    @property
+    def paged_bytes(self) -> int:
+        """Size of what is paged, which comes first, in bytes."""
+        paged = self.slots[: len(self.slots) - self.n_tables]
+        return paged[-1].end if paged else 0
+
     def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every tensor by name, as views of `packed` (1-d uint8 of at least `n_bytes`)."""
         return {slot.name: slot.view(packed) for slot in self.slots}
 
+    def paged_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every tensor but the lookup tables, as views of at least `paged_bytes`."""
+        paged = self.slots[: len(self.slots) - self.n_tables]
+        return {slot.name: slot.view(packed) for slot in paged}
 
+    def table_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The lookup tables, as views of at least `n_bytes`."""
+        tables = self.slots[len(self.slots) - self.n_tables :]
+        return {slot.name: slot.view(packed) for slot in tables}
+
+
+Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
 Fill = Callable[[Mapping[str, torch.Tensor]], None]
 
 
@@ -131,6 +153,17 @@ class SwapPool:
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
         """Bytes `begin` to `end` of `model`, to be read only."""
         return self._masters[model][begin:end]
+
+    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The lookup tables of `model`, in host memory, as tensors that `device` can read.
+
+        Raises:
+            PlatformError: it cannot.
+        """
+        layout = self._layouts[model]
+        if not layout.n_tables:
+            return {}
+        return layout.table_views(host_memory.seen_from(self._masters[model], device))
 
     def when_reused(self, finish_copies: Callable[[str], None]) -> None:
         """Masters stay where they are until they are discarded, after their models are removed."""

@@ -93,7 +93,10 @@ def cells(reference: Path = REFERENCE, system: str = "djinn") -> pd.DataFrame:
     for path in sorted((reference / "requests").glob(f"*-{system}.parquet")):
         rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
         rows = rows[rows["ok"]]
-        sizes = {name: model["bytes"] for name, model in manifest["models"].items()}
+        sizes = {
+            name: model.get("device_bytes", model["bytes"])
+            for name, model in manifest["models"].items()
+        }
         first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
         simulated = simulate(
             first["model"].tolist(),

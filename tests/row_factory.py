@@ -33,6 +33,7 @@ SYSTEMS = {
     "vllm_recreate": ("none", 6000.0, 0.27),
 }
 GPU_SYSTEMS = {  # what a run on a GPU has beside them
+    "djinn_compiled": ("partial", 1.0, 0.0),
     "djinn_graph": ("partial", 2.0, 0.0),
     "djinn_eager": ("partial", 6.0, 0.0),
     "vllm_sleep": ("whole", 300.0, 0.0),

@@ -15,6 +15,7 @@ from djinn_lib.analysis import (
     verdict_reasons,
     verdict_table,
 )
+from djinn_lib.claim_metrics import METRICS
 from djinn_lib.claims import judge, load_claims
 from djinn_lib.errors import RecordError
 
@@ -90,6 +91,28 @@ def test_bounds_on_bytes(run: Run):
     assert run.compulsory_bytes("paper") == TOTAL_BYTES
     assert run.least_bytes("paper", "40") == TOTAL_BYTES  # all of it fits
     assert TOTAL_BYTES < run.least_bytes("paper", "25") < run.least_bytes("paper", "20")
+
+
+def test_bounds_count_what_must_be_on_the_device(tmp_path: Path):
+    """Of a system that leaves tables in the host only the rest is bound to be loaded."""
+    write_run(tmp_path)
+    before = load_run(tmp_path)
+    for path in (tmp_path / "requests").glob("*-djinn.manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["models"]["phi-mini"]["device_bytes"] = SIZES["phi-mini"] // 2
+        path.write_text(json.dumps(manifest))
+    run = load_run(tmp_path)
+    assert run.sizes == before.sizes == before.needed_sizes == before.device_sizes["djinn"]
+    assert run.needed_sizes == {**SIZES, "phi-mini": SIZES["phi-mini"] // 2}
+    assert run.device_sizes["djinn"] == run.needed_sizes
+    assert run.device_sizes["pytorch_lru"] == SIZES
+    assert run.least_bytes("paper", "20") < before.least_bytes("paper", "20")
+    assert run.compulsory_bytes("paper") == TOTAL_BYTES - SIZES["phi-mini"] // 2
+    ratio = METRICS["bytes_to_optimum"]
+    where = {"system": "djinn", "capacity_label": "20"}
+    assert ratio(run.evidence, **where).value > ratio(before.evidence, **where).value
+    where["system"] = "pytorch_lru"
+    assert ratio(run.evidence, **where).value == ratio(before.evidence, **where).value
 
 
 def test_link_floor_is_size_over_rate(run: Run):

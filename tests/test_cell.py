@@ -49,6 +49,8 @@ def test_rows_and_manifest(bench):
     manifest = read_manifest(bench.manifest_path(cell))
     assert manifest["run_id"] == rows["run_id"][0]
     assert manifest["parameters"]["page_bytes"] == 4096
+    facts = manifest["models"].values()
+    assert all(0 < f["device_bytes"] < f["bytes"] for f in facts)  # tables stay in the host
     assert {m: f["bytes"] for m, f in manifest["models"].items()} == {
         name: files.n_bytes for name, files in bench.models.items()
     }
@@ -98,10 +100,12 @@ def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
 
 
 def test_residency_after_each_request_is_kept(bench):
-    rows = run_cell(bench, cell_of(bench, "djinn"))
+    cell = cell_of(bench, "djinn")
+    rows = run_cell(bench, cell)
+    models = read_manifest(bench.manifest_path(cell))["models"]
     for row in rows.itertuples():
         resident = json.loads(row.resident_bytes)
-        assert resident[row.model] == bench.models[row.model].n_bytes
+        assert resident[row.model] == models[row.model]["device_bytes"]
         assert sum(resident.values()) <= row.capacity_bytes
 
 

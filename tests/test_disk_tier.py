@@ -189,6 +189,14 @@ def test_a_swap_file_that_is_cut_short_is_noticed(tier):
         tier.hold("a")
 
 
+def test_no_table_stays_in_host_memory(tier):
+    assert tier.tables("a", torch.device("cpu")) == {}
+    layout = Layout.pack([("w", (9,), torch.uint8)], [("t", (9,), torch.uint8)])
+    tier.add("with a table", layout, lambda views: None)
+    with pytest.raises(ConfigError, match="embeddings='ring'"):
+        tier.tables("with a table", torch.device("cpu"))
+
+
 def test_bad_input(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="multiple of 4096"):
         DiskTier(8 * PAGE, 1000, tmp_path)

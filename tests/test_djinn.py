@@ -10,7 +10,7 @@ from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, spec
 from transformers import AutoModelForCausalLM
 
 import djinn_lib as dj
-from djinn_lib import copier
+from djinn_lib import ModelSpec, copier
 from djinn_lib.errors import (
     CapacityError,
     CheckpointError,
@@ -18,6 +18,7 @@ from djinn_lib.errors import (
     DjinnError,
     LeaseError,
 )
+from djinn_lib.swap_pool import ALIGNMENT_BYTES
 
 PAGE = "16KiB"
 
@@ -37,7 +38,13 @@ def addresses(module):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"overlap": False}, {"residency": "whole"}, {"decode": "graph", "max_model_len": 40}],
+    [
+        {},
+        {"overlap": False},
+        {"residency": "whole"},
+        {"decode": "graph", "max_model_len": 40},
+        {"embeddings": "ring"},
+    ],
     ids=str,
 )
 def test_tokens_and_bytes_after_any_evictions(folders, options):
@@ -91,6 +98,52 @@ def test_tied_weights_are_stored_once(folders):
             assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
             n_bytes = sum(p.numel() * 4 for p in model.parameters())
         assert abs(int(djinn.residency().bytes[0]) - n_bytes) < 256 * 50
+
+
+def test_lookup_tables_stay_in_the_host(folders):
+    """Nobody loads them, they are read where the master has them, and it makes no difference."""
+    table_bytes = VOCAB * 64 * 4
+    with (
+        dj.Djinn("2MiB", page=PAGE) as host,
+        dj.Djinn("2MiB", page=PAGE, embeddings="ring") as ring,
+    ):
+        for djinn in (host, ring):
+            djinn.add("m", folders / "phi")
+        less = int(ring.residency().bytes[0]) - int(host.residency().bytes[0])
+        assert table_bytes <= less < table_bytes + 256
+        expected = ordinary_tokens(folders / "phi", 8)
+        for djinn in (host, ring):
+            g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
+            assert g.token_ids == expected
+            assert g.loaded_bytes == int(djinn.residency().resident_bytes[0])
+        with host.lease("m") as model:
+            table = model.get_input_embeddings().weight
+            master = host.pool.layout("m").views(host.pool.master("m"))
+            assert table.data_ptr() == master["model.embed_tokens.weight"].data_ptr()
+            assert model.lm_head.weight.data_ptr() != master["lm_head.weight"].data_ptr()
+        assert abs(host.pool.n_bytes - ring.pool.n_bytes) < ALIGNMENT_BYTES
+
+
+def test_places_of_lookup_tables(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"one of \('host', 'ring'\), got 'disk'"):
+        dj.Djinn("2MiB", page=PAGE, embeddings="disk")
+    with pytest.raises(ConfigError, match="embeddings='ring' with host_capacity"):
+        dj.Djinn("2MiB", page=PAGE, embeddings="host", host_capacity="2MiB", swap_dir=tmp_path)
+    with dj.Djinn("2MiB", page=PAGE, host_capacity="2MiB", swap_dir=tmp_path) as djinn:
+        djinn.add("m", folders / "phi")
+        n_bytes = sum(p.numel() * 4 for p in spec("phi").build().parameters())
+        assert int(djinn.residency().bytes[0]) >= n_bytes
+
+
+def test_plain_weights_do_not_depend_on_where_tables_are():
+    plain = ModelSpec(CONFIGS["phi"], seed=3, init="plain")
+    logits = []
+    for embeddings in ("host", "ring"):
+        with dj.Djinn("2MiB", page=PAGE, embeddings=embeddings) as djinn:
+            djinn.add("m", plain)
+            with djinn.lease("m") as model, torch.no_grad():
+                logits.append(model(torch.tensor([PROMPT])).logits)
+    assert torch.equal(*logits)
 
 
 def test_a_spec_gives_the_same_model_as_its_saved_folder(folders):

@@ -50,7 +50,8 @@ def test_bytes_are_those_of_the_models(result):
             assert c["loaded_bytes"] == result["sizes"][c["model"]]
         elif c["case"].startswith("after"):
             assert c["loaded_bytes"] < result["sizes"][c["model"]]
-    assert result["host_master_bytes"] == sum(result["sizes"].values())
+    assert all(result["sizes"][m] < n for m, n in result["model_bytes"].items())  # less tables
+    assert 0 <= result["host_master_bytes"] - sum(result["model_bytes"].values()) < 3 * 256
     assert [row["page_bytes"] for row in result["page_curve"]] == sorted(
         row["page_bytes"] for row in result["page_curve"]
     )

@@ -48,6 +48,49 @@ def test_units_need_no_more_than_what_runs_up_to_them(name):
     assert max(unit.end_byte for unit in units) == layout.n_bytes
 
 
+TABLES = {
+    "llama": ["model.embed_tokens.weight"],
+    "mistral": ["model.embed_tokens.weight"],
+    "phi": ["model.embed_tokens.weight"],
+    "gpt2": ["transformer.wpe.weight"],  # wte is tied to the head
+    "gpt-neox": ["gpt_neox.embed_in.weight"],
+    "opt": ["model.decoder.embed_positions.weight"],
+    "qwen2-tied": [],
+    "gemma": [],
+}
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_lookup_tables_come_last_and_nobody_waits_for_them(name):
+    model, layout, units = packed(name)
+    model = skeleton(CONFIGS[name], torch.float32)
+    apart, waiting = pack(model, "host")
+    assert [slot.name for slot in apart.slots[len(apart.slots) - apart.n_tables :]] == TABLES[name]
+    paged = [slot.name for slot in layout.slots if slot.name not in TABLES[name]]
+    assert [slot.name for slot in apart.slots[: len(paged)]] == paged
+    owners = {table.rpartition(".")[0] for table in TABLES[name]}
+    assert [u.module for u in waiting] == [u.module for u in units if u.module not in owners]
+    assert max(unit.end_byte for unit in waiting) == apart.paged_bytes
+    assert apart.paged_bytes <= layout.n_bytes - sum(
+        slot.n_bytes for slot in layout.slots if slot.name in TABLES[name]
+    )
+
+
+def test_a_table_that_is_not_only_looked_up_is_paged():
+    """One that is scaled where it is, one of a layer, and one that something else reads as well."""
+    model = skeleton(CONFIGS["phi"], torch.float32)
+    model.model.embed_tokens.max_norm = 1.0
+    assert pack(model, "host")[0].n_tables == 0
+    model = skeleton(CONFIGS["phi"], torch.float32)
+    model.model.layers[0].mlp.table = nn.Embedding(3, 4, device="meta")
+    layout, _ = pack(model, "host")
+    assert [slot.name for slot in layout.slots[-1:]] == ["model.embed_tokens.weight"]
+    assert layout.n_tables == 1
+    model.model.also = nn.Linear(64, 500, bias=False, device="meta")
+    model.model.also.weight = model.model.embed_tokens.weight
+    assert pack(model, "host")[0].n_tables == 0
+
+
 def models_layer(model, units):
     return next(
         model.get_submodule(u.module) for u in units if u.module.rpartition(".")[2].isdigit()

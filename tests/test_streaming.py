@@ -9,7 +9,9 @@ from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
 
 import djinn_lib as dj
 from djinn_lib.errors import CapacityError, DjinnError
+from djinn_lib.models import pack
 from djinn_lib.pager import Pager
+from djinn_lib.sources import open_source
 from djinn_lib.streaming import Rotation, Window
 from djinn_lib.swap_pool import Layout, SwapPool
 
@@ -158,7 +160,7 @@ def test_tokens_of_a_model_larger_than_the_ring(tmp_path, name):
     """Every architecture, tied weights included, beside one that fits."""
     for n in {name, "llama"}:
         spec(n).build().save_pretrained(tmp_path / n)
-    n_bytes = sum(p.numel() * 4 for p in spec(name).build().parameters())
+    n_bytes = pack(open_source(spec(name)).module, "host")[0].paged_bytes
     with dj.Djinn(int(n_bytes * 0.8), "cpu", "4KiB", decode="graph", max_model_len=64) as djinn:
         djinn.add("large", tmp_path / name)
         assert djinn.set_decode("large", "graph") == "eager"

@@ -44,6 +44,32 @@ def test_views_read_back_what_was_written(tensors):
         assert bool((view == i + 1).all())
 
 
+@given(TENSORS, TENSORS)
+def test_tables_lie_behind_what_is_paged(tensors, tables):
+    named = [(f"t{i}", *tensor) for i, tensor in enumerate(tensors)]
+    behind = [(f"table{i}", *tensor) for i, tensor in enumerate(tables)]
+    layout, paged = Layout.pack(named, behind), Layout.pack(named)
+    assert layout.paged_bytes == paged.n_bytes == paged.paged_bytes < layout.n_bytes
+    packed = torch.zeros(layout.n_bytes, dtype=torch.uint8)
+    views = layout.paged_views(packed) | layout.table_views(packed)
+    assert views.keys() == layout.views(packed).keys()
+    assert [*layout.table_views(packed)] == [name for name, *_ in behind]
+    for view in layout.table_views(packed).values():
+        view.fill_(1)
+    assert not packed[: layout.paged_bytes].any()
+
+
+def test_tables_are_those_of_the_master():
+    pool = SwapPool()
+    layout = Layout.pack([("w", (10,), torch.uint8)], [("t", (3, 4), torch.float32)])
+    pool.add("m", layout, lambda views: (views["w"].fill_(1), views["t"].fill_(2.0)))
+    (table,) = pool.tables("m", torch.device("cpu")).values()
+    assert table.tolist() == [[2.0] * 4] * 3
+    assert table.data_ptr() == pool.master("m").data_ptr() + ALIGNMENT_BYTES
+    pool.add("none", layout_of(10), lambda views: None)
+    assert pool.tables("none", torch.device("cpu")) == {}
+
+
 def layout_of(n_bytes):
     return Layout.pack([("w", (n_bytes,), torch.uint8)])
 

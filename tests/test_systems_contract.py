@@ -18,6 +18,7 @@ from djinn_lib.arrivals import send
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.models import ModelSpec
 from djinn_lib.records import classify_error
+from djinn_lib.swap_pool import ALIGNMENT_BYTES
 from djinn_lib.systems import SYSTEMS, system_class
 from djinn_lib.systems.serverless import drop_page_cache
 from djinn_lib.trace import Request
@@ -29,6 +30,7 @@ VARIANTS = [
     ("djinn", {"page": "16KiB", "overlap": False}),
     ("djinn", {"page": "16KiB", "residency": "whole"}),
     ("djinn", {"page": "16KiB", "order": "affinity"}),
+    ("djinn", {"page": "16KiB", "embeddings": "ring"}),
     ("pytorch_pinned", {}),
     ("pytorch_pinned_readonly", {}),
     ("pytorch_lru", {}),
@@ -121,7 +123,7 @@ def test_accounting(system, models, capacity_bytes):
     system.reset()
     resident = dict.fromkeys(models, 0)
     for name in sequence(system, models):
-        served, n_bytes = system.serve(name, PROMPT, N_NEW), models[name].n_bytes
+        served, n_bytes = system.serve(name, PROMPT, N_NEW), system.device_bytes()[name]
         assert len(served.token_ids) == N_NEW
         assert 0 <= served.switch_ms <= served.total_ms
         assert 0 < served.decode_ms < served.total_ms
@@ -143,7 +145,16 @@ def test_reset_makes_it_cold(system, models):
     system.serve("phi", PROMPT, 1)
     system.reset()
     served = system.serve("phi", PROMPT, 1)
-    assert (served.resident_before_bytes, served.loaded_bytes) == (0, models["phi"].n_bytes)
+    assert (served.resident_before_bytes, served.loaded_bytes) == (0, system.device_bytes()["phi"])
+
+
+def test_all_weights_are_on_the_device_but_tables_that_may_stay_behind(system, models):
+    table_bytes = VOCAB * 64 * 4
+    in_host = system.name == "djinn" and system.options.get("embeddings") != "ring"
+    for name, files in models.items():
+        less = files.n_bytes - system.device_bytes()[name]
+        expected = table_bytes if in_host else 0
+        assert expected <= less < expected + ALIGNMENT_BYTES
 
 
 @pytest.mark.parametrize("bad", [("nobody", PROMPT), ("phi", [VOCAB]), ("phi", [])], ids=str)

@@ -116,6 +116,13 @@ class SystemUnderTest(ABC):
         """
         return worker.submit(self.serve, model, prompt_ids, max_new_tokens)
 
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes of each model that are on the device when nothing of it is missing.
+
+        All of its weights, unless a system can leave some of them elsewhere. After `start`.
+        """
+        return {name: files.n_bytes for name, files in self.models.items()}
+
     def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
         """Take what only the first use of a model costs (allocations, caches, compilation).
 

@@ -22,12 +22,13 @@ class DjinnRing(SystemUnderTest):
         decode: "eager", "graph" or "compiled" (default: the fastest that the device has).
         max_model_len: room for a prompt and its continuation, in tokens.
         order, max_overtaken, lookahead: of requests that wait for others.
+        embeddings: "host" (default) or "ring": where lookup tables are.
         host_capacity, swap_dir: keep master copies on disk behind as much host memory.
     """
 
     option_names = frozenset(
         {"residency", "overlap", "page", "policy", "decode", "max_model_len", "order",
-         "max_overtaken", "lookahead", "host_capacity", "swap_dir"}
+         "max_overtaken", "lookahead", "embeddings", "host_capacity", "swap_dir"}
     )  # fmt: skip
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -76,6 +77,11 @@ class DjinnRing(SystemUnderTest):
                 zip(residency.model, residency.resident_bytes.tolist(), strict=True)
             ),
         )
+
+    def device_bytes(self) -> dict[str, int]:
+        """All weights, but for lookup tables that stay in the host."""
+        residency = self.djinn.residency()
+        return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
 
     def reset(self) -> None:
         """Evict everything."""
