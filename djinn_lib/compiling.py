@@ -60,9 +60,14 @@ def options() -> dict[str, Any]:
     return chosen
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels written in Triton run on a device."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 def attentions(device: torch.device) -> list[str]:
     """Implementations of attention to try in a compiled step, the fastest first."""
-    if device.type != "cuda" or find_spec("triton") is None:
+    if not has_triton(device):
         return ["sdpa"]
     from djinn_lib.decode_attention import NAME  # needs triton
 
@@ -113,21 +118,31 @@ class CompiledUnits:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let the model use the stand-ins meanwhile."""
-        before = self._model.config._attn_implementation or "sdpa"
         # Each kind of unit, of each model, is one more variant of the same function.
         limits = torch._dynamo.config.patch(
             recompile_limit=1 << 20, fail_on_recompile_limit_hit=True
         )
-        self._model.set_attn_implementation(self._attention)
-        for module, forward in self._stand_ins:
-            module.forward = forward
-        try:
-            with limits:
-                yield
-        finally:
-            for module, _ in self._stand_ins:
-                del module.forward  # its class has one
-            self._model.set_attn_implementation(before)
+        with standing_in(self._model, self._stand_ins, self._attention), limits:
+            yield
+
+
+@contextmanager
+def standing_in(
+    model: PreTrainedModel,
+    stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]],
+    attention: str,
+) -> Iterator[None]:
+    """Let a model use other forward functions of its modules meanwhile, and another attention."""
+    before = model.config._attn_implementation or "sdpa"
+    model.set_attn_implementation(attention)
+    for module, forward in stand_ins:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in stand_ins:
+            del module.forward  # its class has one
+        model.set_attn_implementation(before)
 
 
 class _SharedCode:

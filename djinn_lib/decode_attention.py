@@ -12,50 +12,17 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch.library import triton_op, wrap_triton
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from djinn_lib import decode_kernels as kernels
 from djinn_lib.errors import ConfigError
 
 NAME = "djinn_decode"
 BLOCK, N_WARPS = 64, 8  # positions at a time, and who loads them
 # What implementations are told besides, and what the mask says already.
 _HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
-
-
-@triton.jit
-def _attend(
-    query, keys, values, mask, out, scale, length, head_size,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """One program a query head: a softmax over blocks of positions, kept up to date as it goes."""
-    head = tl.program_id(0)
-    column = tl.arange(0, WIDTH)
-    inside = column < head_size
-    q = tl.load(query + head * head_size + column, mask=inside, other=0.0).to(tl.float32) * scale
-    base = (head // GROUP) * length * head_size
-    top = tl.full([], -float("inf"), tl.float32)
-    total = tl.full([], 0.0, tl.float32)
-    mixed = tl.zeros([WIDTH], dtype=tl.float32)
-    for begin in range(0, length, BLOCK):
-        position = begin + tl.arange(0, BLOCK)
-        seen = tl.load(mask + position, mask=position < length, other=0) != 0
-        if tl.max(seen.to(tl.int32), axis=0) > 0:
-            at = base + position[:, None] * head_size + column[None, :]
-            wanted = seen[:, None] & inside[None, :]
-            k = tl.load(keys + at, mask=wanted, other=0.0).to(tl.float32)
-            v = tl.load(values + at, mask=wanted, other=0.0).to(tl.float32)
-            score = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
-            new_top = tl.maximum(top, tl.max(score, axis=0))
-            shrink = tl.exp(top - new_top)
-            weight = tl.exp(score - new_top)
-            total = total * shrink + tl.sum(weight, axis=0)
-            mixed = mixed * shrink + tl.sum(weight[:, None] * v, axis=0)
-            top = new_top
-    result = (mixed / total).to(out.dtype.element_ty)
-    tl.store(out + head * head_size + column, result, mask=inside)
 
 
 @triton_op("djinn::attend_to_cache", mutates_args={})
@@ -77,9 +44,9 @@ def attend_to_cache(
     n_key_heads, length = keys.shape[1], keys.shape[2]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     width = triton.next_power_of_2(head_size)
-    wrap_triton(_attend)[(n_heads,)](
+    wrap_triton(kernels.attend_kernel)[(n_heads,)](
         query.contiguous(), keys, values, mask.contiguous(), out, scale, length, head_size,
-        GROUP=n_heads // n_key_heads, BLOCK=BLOCK, WIDTH=width, num_warps=N_WARPS,
+        GROUP=n_heads // n_key_heads, BLOCK=BLOCK, WIDTH=width, PDL=False, num_warps=N_WARPS,
     )  # fmt: skip
     return out
 

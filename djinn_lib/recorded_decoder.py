@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.compiling import CompiledUnits, attentions
+from djinn_lib.compiling import CompiledUnits, attentions, has_triton
 from djinn_lib.decoder import Decode, Decoder, EagerDecoder, Proceed
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.generate import Tokens, eos_ids
@@ -27,6 +27,8 @@ from djinn_lib.models import Unit
 from djinn_lib.recording import Recorder, Recording, Repeated, Wait
 from djinn_lib.sampling import Sampler, Sampling
 
+Manner = Callable[[], AbstractContextManager[None]]  # in which the step runs
+FUSED = "fused layers"
 SHORTEST_PREFILL = 32
 PROBE_STEPS = 4
 # How far the logits of compiled code may be from the others', which round elsewhere, as a share of
@@ -67,7 +69,7 @@ class RecordedDecoder:
         self._last = torch.zeros(1, dtype=torch.long, device=self.device)
         self._token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         self._logits: torch.Tensor = self._forward_prompt(1)
-        self._manner: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._manner: Manner = nullcontext
         for function in (lambda: self._prefill(min(max_model_len, SHORTEST_PREFILL)), self._decode):
             recorder.ensure_recordable(function)
         self._mailbox = _Mailbox(max_model_len, self.device)
@@ -78,7 +80,7 @@ class RecordedDecoder:
                 lambda length=length: self._prefill(length), model, units
             )
         self.mode: Decode = "graph"
-        self.attention = str(model.config._attn_implementation)  # of the step
+        self.way = "plain"
         self._step = self._record_step(recorder, units, compiled, progress)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes
@@ -92,26 +94,41 @@ class RecordedDecoder:
     ) -> Recording:
         end_byte = max(unit.end_byte for unit in units)
         expected = self._probe(Repeated(self._decode))
-        for attention in attentions(self.device) if compiled else ():
-            progress("compiling the decode step (kept on disk, so sooner the next time)")
+        for way, make in self._faster_ways(units) if compiled else ():
+            progress(f"making a faster decode step: {way}")
             try:
-                manner = CompiledUnits(self.model, units, self.cache, attention)
-                self._manner = manner.in_place
+                self._manner = make()
                 step = recorder.record(self._decode, self.model, (), end_byte)
                 ensure_alike(self._probe(step), expected)
-                self.mode, self.attention = "compiled", attention
+                self.mode, self.way = "compiled", way
                 return step
             except Exception as error:  # of any kind: it comes from the architecture's own code
-                logging.getLogger(__name__).warning(
-                    "the decode step of a %s cannot be compiled with attention %r (%s: %s)",
+                refused = way == FUSED and isinstance(error, ConfigError)
+                logging.getLogger(__name__).log(
+                    logging.INFO if refused else logging.WARNING,
+                    "the decode step of a %s cannot be made with %s (%s: %s)",
                     self.model.config.model_type,
-                    attention,
+                    way,
                     type(error).__name__,
                     str(error).strip().split("\n")[0],
                 )
                 self._manner = nullcontext
         progress("recording the decode step")
         return recorder.record(self._decode, self.model, (), end_byte)
+
+    def _faster_ways(self, units: Sequence[Unit]) -> Iterator[tuple[str, Callable[[], Manner]]]:
+        """Ways to make the step faster than transformers' own code is, the fastest first."""
+        if has_triton(self.device):
+            from djinn_lib.fused_layers import FusedUnits  # needs triton
+
+            yield FUSED, lambda: FusedUnits(self.model, units, self.cache).in_place
+        for attention in attentions(self.device):
+            yield (
+                f"torch.compile, attention {attention}",
+                lambda attention=attention: (
+                    CompiledUnits(self.model, units, self.cache, attention).in_place
+                ),
+            )
 
     def _probe(self, step: Recording) -> torch.Tensor:
         """Logits (1, vocabulary) that a few steps give after some prompt, the tokens being set."""

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 from contextlib import suppress
+from unittest import mock
 
 import pynvml
 import torch
@@ -215,18 +216,47 @@ def decode_attention():
             assert error < 2e-3, (heads, key_heads, size, filled, window, error)
 
 
-def compiled_steps_use_the_attention_of_one_token():
-    """It is not given up for torch's own, whatever the heads; and the tokens are as without it."""
+def faster_steps():
+    """Neither fused nor compiled layers are given up, and the tokens are as without them."""
+    from djinn_lib import fused_layers
     from djinn_lib.decode_attention import NAME
 
+    ways = {"fused layers": {}, f"torch.compile, attention {NAME}": {"clear": True}}
     with dj.Djinn(200 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
         for i, config in enumerate(CONFIGS):
             djinn.add(f"m{i}", dj.ModelSpec(config, "float16", seed=i))
-            plain = djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True)
-            assert djinn.set_decode(f"m{i}", "compiled") == "compiled"
-            assert djinn._models[f"m{i}"].decoder.attention == NAME
-            compiled = djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True)
-            assert compiled.token_ids == plain.token_ids
+            plain = djinn.generate(f"m{i}", PROMPT, 20, ignore_eos=True)
+            for way, known_layers in ways.items():
+                with mock.patch.dict(fused_layers._LAYERS, **known_layers):
+                    assert djinn.set_decode(f"m{i}", "compiled") == "compiled"
+                assert djinn._models[f"m{i}"].decoder.way == way
+                for _ in range(3):
+                    faster = djinn.generate(f"m{i}", PROMPT, 20, ignore_eos=True)
+                    assert faster.token_ids == plain.token_ids, (i, way)
+
+
+def tables_in_the_host():
+    """The device looks embeddings up at the host's addresses, and they are no part of the ring."""
+    spec, ids = dj.ModelSpec(CONFIGS[0], "float16", seed=1), [5, 3999, 0]
+    tokens, sizes = {}, {}
+    for place in ("ring", "host"):
+        with dj.Djinn(64 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64,
+                      embeddings=place) as djinn:  # fmt: skip
+            djinn.add("a", spec)
+            tokens[place] = djinn.generate("a", PROMPT, 20, ignore_eos=True).token_ids
+            djinn.evict("a")
+            assert djinn.generate("a", PROMPT, 20, ignore_eos=True).token_ids == tokens[place]
+            master = djinn.pool.layout("a").views(djinn.pool.master("a"))
+            with djinn.lease("a") as model:
+                table = model.get_input_embeddings().weight
+                rows = table[torch.tensor(ids, device=CUDA)].cpu()
+            expected = master["model.embed_tokens.weight"]
+            assert table.is_cuda and torch.equal(rows, expected[ids])
+            assert (table.data_ptr() == expected.data_ptr()) == (place == "host")
+            sizes[place] = int(djinn.residency().bytes[0])
+            djinn.check()
+    assert tokens["host"] == tokens["ring"]
+    assert sizes["ring"] - sizes["host"] >= 4000 * 512 * 2
 
 
 def failed_recordings():
@@ -354,7 +384,8 @@ SCENARIOS = {
         prefill_follows_the_copy,
         sampled_tokens,
         decode_attention,
-        compiled_steps_use_the_attention_of_one_token,
+        faster_steps,
+        tables_in_the_host,
         failed_recordings,
         nothing_leaks,
         graph_after_remapping,

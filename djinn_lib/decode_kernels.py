@@ -1,0 +1,201 @@
+"""The kernels of a decode step of batch 1, in Triton.
+
+Such a step reads every weight once, so it is bound by device memory, and every microsecond in which
+no weight is on its way is lost. So there are few kernels, five or four a layer: what comes before
+and after a product (norm, bias, rotation, activation, residual) is done by the kernel that computes
+it. A norm is computed again by each program, from a vector that is in its cache anyway. And each
+kernel asks for its weights before it waits for the kernel before it (programmatic dependent launch,
+on GPUs that have it), which closes the gap between the two.
+
+Sums are in single precision, and values are rounded where transformers rounds them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normed(x, inside, weight, bias, column, width, epsilon, KIND: tl.constexpr):
+    """The norm of a vector of which this program holds all."""
+    if KIND == 0:
+        return x.to(tl.float32)
+    values = x.to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    if KIND == 1:
+        values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + epsilon)
+        return (scale * values.to(x.dtype)).to(tl.float32)
+    else:
+        values = tl.where(inside, values - tl.sum(values, axis=0) / width, 0.0)
+        values = values / tl.sqrt(tl.sum(values * values, axis=0) / width + epsilon)
+        values = values * scale.to(tl.float32)
+        values += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        return values.to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def _activated(x, KIND: tl.constexpr):
+    """An activation, in the precision of `x`."""
+    values = x.to(tl.float32)
+    if KIND == 1:
+        values = values / (1.0 + tl.exp(-values))
+    if KIND == 2:
+        inner = 0.7978845608028654 * (values + 0.044715 * values * values * values)
+        values = values * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))
+    return values.to(x.dtype)
+
+
+@triton.jit
+def project_kernel(
+    x, norm_weight, norm_bias, epsilon,
+    query_matrix, key_matrix, value_matrix, query_bias, key_bias, value_bias,
+    cos, sin, position, queries, keys, values,
+    n_heads, n_key_heads, n_rotated, capacity, width: tl.constexpr, head_size: tl.constexpr,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Queries, and keys and values in their places; two rows a program, which turn together."""
+    half, program = head_size // 2, tl.program_id(0)
+    is_query = program < n_heads * half
+    is_value = program >= (n_heads + n_key_heads) * half
+    matrix, bias = key_matrix, key_bias
+    if is_query:
+        matrix, bias = query_matrix, query_bias
+    if is_value:
+        matrix, bias = value_matrix, value_bias
+    head, pair = program // half, program % half  # of all, then of its kind
+    head -= tl.where(is_query, 0, tl.where(is_value, n_heads + n_key_heads, n_heads))
+    turns = (pair < n_rotated // 2) & (program < (n_heads + n_key_heads) * half)
+    first = tl.where(turns, pair, 2 * pair)
+    second = tl.where(turns, pair + n_rotated // 2, 2 * pair + 1)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    row = (head * head_size).to(tl.int64)
+    a = tl.load(matrix + (row + first) * width + column, mask=inside, other=0.0)
+    b = tl.load(matrix + (row + second) * width + column, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    vector = tl.load(x + column, mask=inside, other=0.0)
+    normed = _normed(vector, inside, norm_weight, norm_bias, column, width, epsilon, NORM)
+    sum_a = tl.sum(a.to(tl.float32) * normed, axis=0)
+    sum_b = tl.sum(b.to(tl.float32) * normed, axis=0)
+    if HAS_BIAS:
+        sum_a += tl.load(bias + row + first).to(tl.float32)
+        sum_b += tl.load(bias + row + second).to(tl.float32)
+    y_a, y_b = sum_a.to(vector.dtype), sum_b.to(vector.dtype)
+    out_a = y_a * tl.load(cos + first, mask=turns, other=1.0)
+    out_a -= y_b * tl.load(sin + first, mask=turns, other=0.0)
+    out_b = y_b * tl.load(cos + second, mask=turns, other=1.0)
+    out_b += y_a * tl.load(sin + second, mask=turns, other=0.0)
+    if is_query:
+        tl.store(queries + row + first, out_a)
+        tl.store(queries + row + second, out_b)
+    else:
+        place = (head.to(tl.int64) * capacity + tl.load(position)) * head_size
+        if is_value:
+            tl.store(values + place + first, out_a)
+            tl.store(values + place + second, out_b)
+        else:
+            tl.store(keys + place + first, out_a)
+            tl.store(keys + place + second, out_b)
+
+
+@triton.jit
+def attend_kernel(
+    query, keys, values, mask, out, scale, length, head_size,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a query head: a softmax over blocks of positions, kept up to date as it goes.
+
+    The mask is looked at first, and what nobody may attend to is not read.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    inside = column < head_size
+    q = tl.load(query + head * head_size + column, mask=inside, other=0.0).to(tl.float32) * scale
+    base = (head // GROUP) * length * head_size
+    top = tl.full([], -float("inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    mixed = tl.zeros([WIDTH], dtype=tl.float32)
+    for begin in range(0, length, BLOCK):
+        position = begin + tl.arange(0, BLOCK)
+        seen = tl.load(mask + position, mask=position < length, other=0) != 0
+        if tl.max(seen.to(tl.int32), axis=0) > 0:
+            at = base + position[:, None] * head_size + column[None, :]
+            wanted = seen[:, None] & inside[None, :]
+            k = tl.load(keys + at, mask=wanted, other=0.0).to(tl.float32)
+            v = tl.load(values + at, mask=wanted, other=0.0).to(tl.float32)
+            score = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+            new_top = tl.maximum(top, tl.max(score, axis=0))
+            shrink = tl.exp(top - new_top)
+            weight = tl.exp(score - new_top)
+            total = total * shrink + tl.sum(weight, axis=0)
+            mixed = mixed * shrink + tl.sum(weight[:, None] * v, axis=0)
+            top = new_top
+    result = (mixed / total).to(out.dtype.element_ty)
+    tl.store(out + head * head_size + column, result, mask=inside)
+
+
+@triton.jit
+def multiply_kernel(
+    x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
+    other_x, other_matrix, other_bias, residual, out, n_rows,
+    width: tl.constexpr, other_width: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_OTHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of a product, and what becomes of them."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < n_rows
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    w = tl.load(matrix + at, mask=there[:, None] & inside[None, :], other=0.0)
+    if HAS_GATE:
+        g = tl.load(gate + at, mask=there[:, None] & inside[None, :], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    vector = tl.load(x + column, mask=inside, other=0.0)
+    normed = _normed(vector, inside, norm_weight, norm_bias, column, width, epsilon, NORM)
+    total = w.to(tl.float32) * normed[None, :]
+    if HAS_GATE:
+        gated = g.to(tl.float32) * normed[None, :]
+    for begin in tl.static_range(BLOCK, width, BLOCK):  # never with a norm
+        inside = column < width - begin
+        w = tl.load(matrix + at + begin, mask=there[:, None] & inside[None, :], other=0.0)
+        v = tl.load(x + begin + column, mask=inside, other=0.0).to(tl.float32)
+        total += w.to(tl.float32) * v[None, :]
+        if HAS_GATE:
+            g = tl.load(gate + at + begin, mask=there[:, None] & inside[None, :], other=0.0)
+            gated += g.to(tl.float32) * v[None, :]
+    summed = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        summed += tl.load(bias + row, mask=there, other=0.0).to(tl.float32)
+    y = summed.to(vector.dtype)
+    if HAS_GATE:
+        y = y * _activated(tl.sum(gated, axis=1).to(vector.dtype), ACTIVATION)
+    else:
+        y = _activated(y, ACTIVATION)
+    if HAS_OTHER:
+        other = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        other_at = row.to(tl.int64)[:, None] * other_width + column[None, :]
+        for begin in tl.static_range(0, other_width, BLOCK):
+            inside = column < other_width - begin
+            w = tl.load(
+                other_matrix + other_at + begin, mask=there[:, None] & inside[None, :], other=0.0
+            )
+            v = tl.load(other_x + begin + column, mask=inside, other=0.0).to(tl.float32)
+            other += w.to(tl.float32) * v[None, :]
+        other_sum = tl.sum(other, axis=1)
+        if HAS_BIAS:
+            other_sum += tl.load(other_bias + row, mask=there, other=0.0).to(tl.float32)
+        y += other_sum.to(vector.dtype)
+    if HAS_RESIDUAL:
+        y += tl.load(residual + row, mask=there, other=0.0)
+    tl.store(out + row, y, mask=there)
