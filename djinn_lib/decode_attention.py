@@ -45,8 +45,9 @@ def attend_to_cache(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     width = triton.next_power_of_2(head_size)
     wrap_triton(kernels.attend_kernel)[(n_heads,)](
-        query.contiguous(), keys, values, mask.contiguous(), out, scale, length, head_size,
-        GROUP=n_heads // n_key_heads, BLOCK=BLOCK, WIDTH=width, PDL=False, num_warps=N_WARPS,
+        query.contiguous(), keys, values, mask.contiguous(), mask, out, scale, length, head_size,
+        HAS_MASK=True, GROUP=n_heads // n_key_heads, BLOCK=BLOCK, WIDTH=width, PDL=False,
+        num_warps=N_WARPS,
     )  # fmt: skip
     return out
 

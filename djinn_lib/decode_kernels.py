@@ -52,7 +52,8 @@ def project_kernel(
     query_matrix, key_matrix, value_matrix, query_bias, key_bias, value_bias,
     cos, sin, position, queries, keys, values,
     n_heads, n_key_heads, n_rotated, capacity, width: tl.constexpr, head_size: tl.constexpr,
-    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLES: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Queries, and keys and values in their places; two rows a program, which turn together."""
     half, program = head_size // 2, tl.program_id(0)
@@ -71,11 +72,17 @@ def project_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     row = (head * head_size).to(tl.int64)
-    a = tl.load(matrix + (row + first) * width + column, mask=inside, other=0.0)
-    b = tl.load(matrix + (row + second) * width + column, mask=inside, other=0.0)
+    # Which of three addresses it is, the compiler does not know, nor that all allow wide loads.
+    at = tl.multiple_of(matrix, 16) + row * width + column
+    a = tl.load(at + first * width, mask=inside, other=0.0, eviction_policy="evict_first")
+    b = tl.load(at + second * width, mask=inside, other=0.0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    now = tl.load(position)
+    if HAS_TABLES:
+        cos += now * n_rotated
+        sin += now * n_rotated
     vector = tl.load(x + column, mask=inside, other=0.0)
     normed = _normed(vector, inside, norm_weight, norm_bias, column, width, epsilon, NORM)
     sum_a = tl.sum(a.to(tl.float32) * normed, axis=0)
@@ -92,7 +99,7 @@ def project_kernel(
         tl.store(queries + row + first, out_a)
         tl.store(queries + row + second, out_b)
     else:
-        place = (head.to(tl.int64) * capacity + tl.load(position)) * head_size
+        place = (head.to(tl.int64) * capacity + now) * head_size
         if is_value:
             tl.store(values + place + first, out_a)
             tl.store(values + place + second, out_b)
@@ -103,12 +110,13 @@ def project_kernel(
 
 @triton.jit
 def attend_kernel(
-    query, keys, values, mask, out, scale, length, head_size,
+    query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a query head: a softmax over blocks of positions, kept up to date as it goes.
 
-    The mask is looked at first, and what nobody may attend to is not read.
+    The mask is looked at first, and what nobody may attend to is not read. Without one it is all
+    positions up to the last.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -121,9 +129,14 @@ def attend_kernel(
     top = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     mixed = tl.zeros([WIDTH], dtype=tl.float32)
-    for begin in range(0, length, BLOCK):
+    end = length
+    if not HAS_MASK:
+        end = tl.load(last).to(tl.int32) + 1
+    for begin in range(0, end, BLOCK):
         position = begin + tl.arange(0, BLOCK)
-        seen = tl.load(mask + position, mask=position < length, other=0) != 0
+        seen = position < end
+        if HAS_MASK:
+            seen = tl.load(mask + position, mask=seen, other=0) != 0
         if tl.max(seen.to(tl.int32), axis=0) > 0:
             at = base + position[:, None] * head_size + column[None, :]
             wanted = seen[:, None] & inside[None, :]
@@ -155,9 +168,16 @@ def multiply_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row.to(tl.int64)[:, None] * width + column[None, :]
-    w = tl.load(matrix + at, mask=there[:, None] & inside[None, :], other=0.0)
+    w = tl.load(
+        matrix + at, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
+    )
     if HAS_GATE:
-        g = tl.load(gate + at, mask=there[:, None] & inside[None, :], other=0.0)
+        g = tl.load(
+            gate + at,
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -168,11 +188,21 @@ def multiply_kernel(
         gated = g.to(tl.float32) * normed[None, :]
     for begin in tl.static_range(BLOCK, width, BLOCK):  # never with a norm
         inside = column < width - begin
-        w = tl.load(matrix + at + begin, mask=there[:, None] & inside[None, :], other=0.0)
+        w = tl.load(
+            matrix + at + begin,
+            mask=there[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
         v = tl.load(x + begin + column, mask=inside, other=0.0).to(tl.float32)
         total += w.to(tl.float32) * v[None, :]
         if HAS_GATE:
-            g = tl.load(gate + at + begin, mask=there[:, None] & inside[None, :], other=0.0)
+            g = tl.load(
+                gate + at + begin,
+                mask=there[:, None] & inside[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            )
             gated += g.to(tl.float32) * v[None, :]
     summed = tl.sum(total, axis=1)
     if HAS_BIAS:
@@ -188,7 +218,10 @@ def multiply_kernel(
         for begin in tl.static_range(0, other_width, BLOCK):
             inside = column < other_width - begin
             w = tl.load(
-                other_matrix + other_at + begin, mask=there[:, None] & inside[None, :], other=0.0
+                other_matrix + other_at + begin,
+                mask=there[:, None] & inside[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
             )
             v = tl.load(other_x + begin + column, mask=inside, other=0.0).to(tl.float32)
             other += w.to(tl.float32) * v[None, :]

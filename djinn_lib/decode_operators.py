@@ -58,7 +58,8 @@ def project(
         x: (1, 1, width).
         norm: of x.
         query, key, value: the projections; all have a bias, or none has.
-        cos, sin: (1, 1, rotated), of the position; the first of each head are turned, in halves.
+        cos, sin: (1, 1, rotated), of the position, or (1, capacity, rotated), of every position;
+            the first values of each head are turned, in halves.
         position: (1,), int64, where the token goes.
         keys, values: (1, key heads, capacity, head size), contiguous; written to at the position.
 
@@ -75,7 +76,8 @@ def project(
         _or(query.bias, x), _or(key.bias, x), _or(value.bias, x),
         cos, sin, position, queries, keys, values,
         n_heads, n_key_heads, cos.shape[-1], capacity, width, head_size,
-        NORM=norm.kind, HAS_BIAS=query.bias is not None, BLOCK=triton.next_power_of_2(width),
+        NORM=norm.kind, HAS_BIAS=query.bias is not None, HAS_TABLES=cos.shape[1] > 1,
+        BLOCK=triton.next_power_of_2(width),
         **_launch(x, WARPS),
     )  # fmt: skip
     return queries
@@ -85,16 +87,18 @@ def attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor,
     scale: float,
+    mask: torch.Tensor | None = None,
+    last: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return softmax(query @ keys.T * scale) @ values over the positions that the mask allows.
+    """Return softmax(query @ keys.T * scale) @ values over some positions.
 
     Args:
         query: (heads * head size,).
         keys, values: (1, key heads, capacity, head size), contiguous.
-        mask: (1, 1, 1, capacity), bool, contiguous; at least one position is True.
         scale: of the scores.
+        mask: (1, 1, 1, capacity), bool, contiguous: which positions, at least one.
+        last: (1,), int64: without a mask, up to which position.
 
     Returns:
         (heads * head size,).
@@ -103,7 +107,8 @@ def attend(
     n_heads = query.numel() // head_size
     out = torch.empty_like(query)
     _kernels.attend_kernel[(n_heads,)](
-        query, keys, values, mask, out, scale, length, head_size,
+        query, keys, values, _or(mask, query), _or(last, query), out, scale, length, head_size,
+        HAS_MASK=mask is not None,
         GROUP=n_heads // n_key_heads, BLOCK=POSITIONS, WIDTH=triton.next_power_of_2(head_size),
         **_launch(query, ATTENTION_WARPS),
     )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from djinn_lib.compiling import standing_in
 from djinn_lib.decode_attention import NAME
@@ -33,11 +33,13 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.kv_cache import KvCache
 from djinn_lib.models import Unit
 
+UNMASKED = "djinn_fused"  # an attention that never runs, since layers are replaced whole
 WIDEST = 8192  # of a vector that a program holds whole
 Forward = Callable[..., torch.Tensor]
 
 _ACTIVATIONS = {"SiLU": SILU, "SiLUActivation": SILU, "NewGELUActivation": GELU_TANH,
                 "GELUTanh": GELU_TANH}  # fmt: skip
+_FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # others depend on the length as well
 _ROOT_MEAN_SQUARE = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"}
 
 
@@ -63,15 +65,39 @@ class FusedUnits:
                 f"expected decoder layers out of {sorted(_LAYERS)}, a norm and a head, got "
                 f"{sorted({type(module).__name__ for module in modules})}"
             )
-        self._stand_ins: list[tuple[nn.Module, Forward]] = [
+        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
             (layer, _LAYERS[type(layer).__name__](layer, cache)) for layer in layers
         ]
         norm, head = rest
         self._stand_ins += [(norm, lambda x: x), (head, _head(norm, head))]
+        self._stand_ins += _rotations(model, cache.kv_layers[0].max_cache_len)
+        self._attention = _mask_of(model, cache.kv_layers[0].max_cache_len)
 
     def in_place(self) -> AbstractContextManager[None]:
         """Let the model use the stand-ins meanwhile."""
-        return standing_in(self._model, self._stand_ins, NAME)
+        return standing_in(self._model, self._stand_ins, self._attention)
+
+
+def _rotations(
+    model: PreTrainedModel, capacity: int
+) -> list[tuple[nn.Module, Callable[..., tuple[torch.Tensor, torch.Tensor]]]]:
+    """A stand-in that knows the cosines and sines of all positions, computed by the module itself.
+
+    Where they depend on more than the position, they are left to be computed.
+    """
+    rotary: Any = getattr(model.base_model, "rotary_emb", None)
+    if getattr(rotary, "rope_type", None) not in _FIXED_ROTATIONS:
+        return []
+    positions = torch.arange(capacity, device=model.device)[None]
+    with torch.no_grad():
+        tables = rotary(torch.empty(1, dtype=model.dtype, device=model.device), positions)
+    return [(rotary, lambda *given, **named: tables)]
+
+
+def _mask_of(model: PreTrainedModel, capacity: int) -> str:
+    """The attention whose mask the model makes: none, where all that came before is attended to."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return NAME if window is not None and window < capacity else UNMASKED
 
 
 def _head(norm: nn.Module, head: nn.Module) -> Forward:
@@ -140,21 +166,21 @@ def _attention(layer: Any, cache: KvCache) -> Forward:
         past_key_values: Any = None,
         **given: Any,
     ) -> torch.Tensor:
+        mask = attention_mask
+        fits = mask is None or (mask.dtype == torch.bool and mask.is_contiguous())
         if (
             past_key_values is not cache
             or hidden_states.shape[:2] != (1, 1)
             or position_embeddings is None
-            or attention_mask is None
-            or attention_mask.dtype != torch.bool
-            or not attention_mask.is_contiguous()
+            or not fits
         ):
-            raise ConfigError("expected one token, under a bool mask, with the cache of the model")
+            raise ConfigError("expected one token, a bool mask or none, and the cache of the model")
         assert kept.keys is not None and kept.values is not None
         cos, sin = position_embeddings
         queries = project(
             hidden_states, norm, query, key, value, cos, sin, kept.position, kept.keys, kept.values
         )
-        return attend(queries, kept.keys, kept.values, attention_mask, scale)
+        return attend(queries, kept.keys, kept.values, scale, mask, kept.position)
 
     return forward
 
@@ -177,8 +203,16 @@ def _product(module: Any) -> Product:
     return Product(module.weight.detach(), bias)
 
 
+def _never(*_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+    raise ConfigError("expected fused layers, got one that computes its attention by itself")
+
+
 def _activation(module: nn.Module) -> int:
     name = type(module).__name__
     if name not in _ACTIVATIONS:
         raise ConfigError(f"expected an activation out of {sorted(_ACTIVATIONS)}, got {name}")
     return _ACTIVATIONS[name]
+
+
+# Known as an attention but not as one that needs a mask, so that the model makes none.
+AttentionInterface.register(UNMASKED, _never)

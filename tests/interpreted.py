@@ -33,6 +33,9 @@ SHAPE = {
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
     "llama-biased-attention": LlamaConfig(**SHAPE, attention_bias=True),
+    "llama-dynamic": LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    ),
     "mistral": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=None),
     "mistral-sliding": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=6),
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1),
@@ -104,11 +107,19 @@ def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
     mask = torch.rand((1, 1, 1, 37), generator=generator) < 0.4
     mask[..., :20] = False  # whole blocks of nothing come first
     mask[..., 30] = True
-    expected = scaled_dot_product_attention(query, keys, values, mask, enable_gqa=True)
+    attend, flat, scale = decode_operators.attend, query.flatten(), head_size**-0.5
+    last = torch.tensor([33])
+    upto = torch.arange(37).view(1, 1, 1, 37) <= last
+    results = []
     with mock.patch.object(decode_operators, "POSITIONS", 16):
-        keys[..., :20, :] = values[..., :20, :] = torch.nan  # what is masked is not looked at
-        got = decode_operators.attend(query.flatten(), keys, values, mask, head_size**-0.5)
-    return {"distance": distance(got, expected.flatten())}
+        for seen, how in ((upto, {"last": last}), (mask, {"mask": mask})):
+            expected = scaled_dot_product_attention(query, keys, values, seen, enable_gqa=True)
+            unseen = ~seen[0, 0, 0]
+            dirty = [t.clone() for t in (keys, values)]
+            for tensor in dirty:
+                tensor[:, :, unseen] = torch.nan  # what is not attended to is not looked at
+            results.append(distance(attend(flat, *dirty, scale, **how), expected.flatten()))
+    return {"distance": max(results)}
 
 
 def refused(name: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parent.parent
-LAYERS = ["llama", "llama-biased-attention", "mistral", "mistral-sliding", "qwen2", "qwen2-tied",
-          "phi"]  # fmt: skip
+LAYERS = ["llama", "llama-biased-attention", "llama-dynamic", "mistral", "mistral-sliding", "qwen2",
+          "qwen2-tied", "phi"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
