@@ -45,8 +45,8 @@ class Djinn:
         residency: "partial" evicts only what is needed; "whole" evicts entire models.
         overlap: start computing while later layers still load; else wait for all of them first.
         decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
-            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also lets
-            `torch.compile` make the step's kernels, which takes minutes the first time. Default
+            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
+            kernels of its own for the step, or those of `torch.compile`, once made. Default
             is "compiled" on a GPU, "eager" on the CPU. A model that cannot be recorded is served
             eagerly, with a warning.
         max_model_len: tokens of a prompt and its continuation together, where decoding is not

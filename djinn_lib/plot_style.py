@@ -65,12 +65,13 @@ class Look:
 
 _BLUE, _SKY, _GREEN, _ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
 _RED, _PINK, _BLACK, _GREY = "#D55E00", "#CC79A7", "#000000", "#7F7F7F"
+_NAVY = "#003F7F"
 
 SYSTEM_STYLE: dict[Any, Any] = {
     "djinn": Look("Djinn", _BLUE),
     "djinn_affinity": Look("Djinn, by affinity", _BLUE, "-.", "h"),
     "djinn_no_lookahead": Look("Djinn, no lookahead", _SKY, "-.", "X"),
-    "djinn_compiled": Look("Djinn, tables in the ring", _SKY, "-", "o"),
+    "djinn_compiled": Look("Djinn, tables in the ring", _NAVY, "--", "o"),
     "djinn_graph": Look("Djinn, not compiled", _SKY, ":", "d"),
     "djinn_eager": Look("Djinn, eager decode", _BLUE, ":", "p"),
     "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),

@@ -44,7 +44,7 @@ class RecordedDecoder:
         units: of the model, in the order of execution.
         max_model_len: tokens of a prompt and its continuation together.
         recorder: makes the recordings.
-        compiled: compile the step with `torch.compile` before it is recorded.
+        compiled: make the step faster than transformers' code is, before it is recorded.
         progress: told what begins.
 
     Raises:
