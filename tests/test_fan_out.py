@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import die, double, leave, make_a_lock, note_and_sleep, refuse, span
 from profile_factory import tiny_profile
 
 from djinn_lib import fan_out as fan_out_module
@@ -30,41 +30,6 @@ ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402  (only where there is Ray)
 
 REPO = Path(__file__).resolve().parent.parent
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-def refuse(x: int) -> int:
-    raise ValueError(f"expected an even number, got {x}")
-
-
-def leave() -> None:
-    sys.exit("giving up")
-
-
-def note_and_sleep(folder: str, name: str, seconds: float) -> str:
-    """Leave a file a try, which says where it ran, and take some time."""
-    node = ray.get_runtime_context().get_node_id()
-    (Path(folder) / f"{name}.{time.time_ns()}").write_text(node)
-    time.sleep(seconds)
-    return node
-
-
-def make_a_lock() -> Any:
-    return threading.Lock()
-
-
-def die(folder: str) -> None:
-    (Path(folder) / f"try.{time.time_ns()}").touch()
-    os.kill(os.getpid(), 9)
-
-
-def span(seconds: float) -> tuple[float, float]:
-    begin_s = time.time()
-    time.sleep(seconds)
-    return begin_s, time.time()
 
 
 @pytest.fixture(autouse=True)
