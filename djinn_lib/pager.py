@@ -247,8 +247,10 @@ class Pager:
         try:
             for begin in range(0, n_bytes, self.page_bytes):
                 end = min(begin + self.page_bytes, n_bytes)
-                held, master = view[begin:end].cpu(), self._source.read(model, begin, end)
-                if not torch.equal(held, master):
+                # Compared on the device: pinned memory comes there thirty times faster than pages
+                # come into memory that is not.
+                held, master = view[begin:end], self._source.read(model, begin, end)
+                if not torch.equal(held, master := master.to(view.device)):
                     first = begin + int((held != master).int().argmax())
                     raise AssertionError(f"{model!r} differs from its master at byte {first}")
         finally:

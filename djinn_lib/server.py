@@ -1,10 +1,15 @@
-"""Serves requests in turns: waits, leases, computes, and looks ahead at what waits."""
+"""Serves requests in turns: waits, leases, computes, and looks ahead at what waits.
+
+Whatever number of threads ask, two compute at most: the first that asked, and one of the server.
+Libraries keep something for each thread that has computed, and for as long as it lives: cuBLAS some
+80 MB of device memory, OpenMP a team of threads.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 
 from djinn_lib.generate import Generation
@@ -34,15 +39,25 @@ class Server:
         self._ahead = LoadAhead(pager, self._turns.upcoming) if lookahead else None
         self._thread: ThreadPoolExecutor | None = None  # serves what was submitted
         self._starting = threading.Lock()
+        self._first_ident: int | None = None  # of the thread that asked first
+        self._own_ident: int | None = None
 
     def turn(self, name: str) -> AbstractContextManager[None]:
         """Wait for a turn to compute with a model, and hold it for the block."""
         return self._turns.turn(name)
 
     def generate(self, model: ServedModel, request: Request) -> Generation:
-        """Serve a request in the calling thread."""
-        with self._turns.turn(model.name):
-            return self._serve(model, request)
+        """Serve a request and wait for it: in the calling thread, if none asked before it did."""
+        if self._turns.is_mine or self._may_compute():
+            with self._turns.turn(model.name):
+                return self._serve(model, request)
+        pending = self.submit(model, request)
+        try:
+            return pending.result()
+        except BaseException:  # an interrupt of the caller, for example
+            pending.cancel()
+            wait([pending])
+            raise
 
     def submit(self, model: ServedModel, request: Request) -> PendingGeneration:
         """Queue a request, and serve it in a thread of the server when its turn comes."""
@@ -102,9 +117,19 @@ class Server:
         if self._ahead:
             self._ahead.nudge(self._turns.n_waiting)
 
-    def _started(self) -> ThreadPoolExecutor:
+    def _may_compute(self) -> bool:
+        """Whether the calling thread is one of the two."""
+        ident = threading.get_ident()
         with self._starting:
-            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server")
+            self._first_ident = self._first_ident or ident
+        return ident in (self._first_ident, self._own_ident)
+
+    def _started(self) -> ThreadPoolExecutor:
+        def note() -> None:
+            self._own_ident = threading.get_ident()
+
+        with self._starting:
+            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server", note)
             return self._thread
 
     def close(self) -> None:

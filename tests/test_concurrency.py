@@ -13,6 +13,7 @@ from tiny import PROMPT, VOCAB, ordinary_tokens, spec
 import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
+from djinn_lib.pending import PendingGeneration
 
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
@@ -72,6 +73,64 @@ def test_requests_from_many_threads(opened, expected, options):
         thread.join(120)
         assert not thread.is_alive()
     assert not failures
+
+
+def test_two_threads_compute_at_most_whoever_asks(opened, expected, monkeypatch):
+    djinn, idents = opened(), []
+    decoder = type(djinn._models["phi"].decoder)
+    generate = decoder.generate
+
+    def noting(*args, **options):
+        idents.append(threading.get_ident())
+        return generate(*args, **options)
+
+    monkeypatch.setattr(decoder, "generate", noting)
+    djinn.generate("phi", PROMPT, 6, ignore_eos=True)
+    assert idents == [threading.get_ident()]  # who asks first is served in its own thread
+    threads = [threading.Thread(target=djinn.generate, args=("phi", PROMPT, 6)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    djinn.submit("phi", PROMPT, 6).result(60)
+    assert len(idents) == 8 and len(set(idents)) == 2
+
+
+def test_what_is_called_when_a_request_ends_may_ask_again(opened, expected):
+    djinn, again = opened(), []
+    djinn.generate("phi", PROMPT, 6)
+
+    def ask(_):
+        again.append(djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids)
+
+    pending = djinn.submit("llama", PROMPT, 6)
+    pending.add_done_callback(ask)
+    pending.result(60)
+    djinn.submit("llama", PROMPT, 6).result(60)
+    assert again == [expected["opt"]]
+
+
+def test_an_interrupted_caller_gives_its_request_up(opened, expected, monkeypatch):
+    djinn, interrupted = opened(), []
+    djinn.generate("phi", PROMPT, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingGeneration, "result", _interrupt)
+
+        def ask():
+            try:
+                djinn.generate("llama", PROMPT, 80)
+            except KeyboardInterrupt:
+                interrupted.append(djinn._pager.ring.any_leased)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(60)
+    assert interrupted == [False]  # it waited until nothing was computed any more
+    assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
+
+
+def _interrupt(pending, timeout=None):
+    raise KeyboardInterrupt
 
 
 def test_requests_from_asyncio(opened, expected):
