@@ -1,9 +1,9 @@
 """What a request costs, as a function of bytes: the clock of the simulator.
 
-Four numbers describe a machine and a model well: the rate of the link, what a copy costs before its
-first byte, the time of a prefill and of a token. `fit` takes them from the rows of
-`benchmarks/engine.py`; for models that were not measured they follow from the bytes, since at
-batch 1 both prefill and decode are bound by reading the weights once.
+A few numbers describe a machine and a model well: the rate of the link, what a copy costs before
+its first byte and the host for its pages, the time of a prefill and of a token. `fit` takes them
+from the rows of `benchmarks/engine.py`; for models that were not measured they follow from the
+bytes, since at batch 1 both prefill and decode are bound by reading the weights once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class CostModel:
         prefill_s: time of a prompt by model; others follow from `prefill_line`.
         token_s: time of a further token by model; others follow from `token_line`.
         prefill_line, token_line: seconds as a line over the bytes of a model.
+        plan_line: seconds as a line over missing bytes, in which the host evicts and maps, and
+            nothing is computed yet.
         n_tokens: new tokens of a request.
         overlap: whether the prefill runs behind the copy.
 
@@ -45,6 +47,7 @@ class CostModel:
     token_s: Mapping[str, float] = field(default_factory=dict)
     prefill_line: Line = (0.0, 0.0)
     token_line: Line = (0.0, 0.0)
+    plan_line: Line = (0.0, 0.0)
     n_tokens: int = 1
     overlap: bool = True
 
@@ -55,7 +58,7 @@ class CostModel:
                 f"{self.link_bytes_per_s}"
             )
         times = [self.load_start_s, self.hit_s, *self.prefill_s.values(), *self.token_s.values(),
-                 *self.prefill_line, *self.token_line]  # fmt: skip
+                 *self.prefill_line, *self.token_line, *self.plan_line]  # fmt: skip
         if wrong := [t for t in times if not (math.isfinite(t) and t >= 0)]:
             raise ConfigError(f"expected times of 0 or more seconds, got {wrong[0]}")
         if self.n_tokens < 1:
@@ -74,12 +77,15 @@ class CostModel:
     def switch_of(self, loaded_bytes: int, prefill_s: float) -> float:
         """Seconds that missing bytes add to the time to the first token.
 
-        With overlap, layers follow the copy: whichever takes longer, copy or prefill, counts.
+        With overlap, layers follow the copy: whichever takes longer, copy or prefill, counts. The
+        prefill begins when all is mapped, which the copy does not wait for.
         """
         if not loaded_bytes:
             return self.hit_s
         load_s = self.load_start_s + loaded_bytes / self.link_bytes_per_s
-        return max(self.hit_s, load_s - prefill_s) if self.overlap else load_s
+        start_s, per_byte_s = self.plan_line
+        plan_s = start_s + per_byte_s * loaded_bytes
+        return max(self.hit_s, plan_s, load_s - prefill_s) if self.overlap else load_s
 
 
 def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
@@ -105,12 +111,14 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
             f"{len(hits)} hits and {len(loads)} misses: run benchmarks/engine.py"
         )
     points = [(c["loaded_bytes"], c.get("load_ms", c.get("ttft_ms"))) for c in loads]
-    points += [
-        (c["partial_loaded_bytes"], c["partial_ms"])
-        for c in engine.get("page_curve", [])
-        if c["page_bytes"] == engine["page_bytes"]
-    ]
+    curve = [c for c in engine.get("page_curve", []) if c["page_bytes"] == engine["page_bytes"]]
+    points += [(c["partial_loaded_bytes"], c["partial_ms"]) for c in curve]
     start_s, per_byte_s = _line(points)
+    plans = [
+        (c[f"{part}_loaded_bytes"], c[f"{part}_plan_ms"])
+        for c in curve
+        for part in ("full", "partial")
+    ]
     prefill_s = {m: (c["ttft_ms"] - c["switch_ms"]) / 1e3 for m, c in hits.items()}
     token_s = {m: c["ms_per_token"] / 1e3 for m, c in hits.items()}
     return CostModel(
@@ -121,6 +129,7 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
         token_s=token_s,
         prefill_line=_line((sizes[m], s * 1e3) for m, s in prefill_s.items()),
         token_line=_line((sizes[m], s * 1e3) for m, s in token_s.items()),
+        plan_line=_line(plans) if plans else (0.0, 0.0),
         n_tokens=n_tokens,
     )
 

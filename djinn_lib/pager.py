@@ -247,8 +247,8 @@ class Pager:
         try:
             for begin in range(0, n_bytes, self.page_bytes):
                 end = min(begin + self.page_bytes, n_bytes)
-                # Compared on the device: pinned memory comes there thirty times faster than pages
-                # come into memory that is not.
+                # Compared on the device: masters go there at the rate of the link, while pages
+                # would come slowly into memory that is not pinned.
                 held, master = view[begin:end], self._source.read(model, begin, end)
                 if not torch.equal(held, master := master.to(view.device)):
                     first = begin + int((held != master).int().argmax())

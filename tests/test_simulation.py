@@ -100,6 +100,9 @@ def test_times_are_those_of_the_cost_model():
         ["a"], sizes, 2**30, costs=CostModel(1e9, prefill_s={"a": 0.5}, overlap=False)
     )
     assert serial["ttft_ms"].tolist() == pytest.approx([1500])
+    mapped = CostModel(1e12, prefill_s={"a": 0.5}, plan_line=(0.002, 1e-12))
+    # the copy hides behind the prefill, but the prefill begins when all is mapped
+    assert simulate(["a"], sizes, 2**30, costs=mapped)["switch_ms"].tolist() == pytest.approx([3])
 
 
 def test_requests_that_arrive_by_themselves_wait_for_each_other():

@@ -51,7 +51,13 @@ def made_up_engine(link=50e9, start_s=0.002):
              "switch_ms": 0.5, "ms_per_token": 3.0 + i, "loaded_bytes": 0},
             {"case": "load", "model": model, "load_ms": load_ms, "loaded_bytes": n},
         ]  # fmt: skip
-    return {"sizes": sizes, "cases": cases}
+    curve = [
+        {"page_bytes": page, "full_loaded_bytes": 8 * 10**9, "full_plan_ms": 1 + 8 * slow,
+         "partial_loaded_bytes": 10**9, "partial_plan_ms": 1 + slow,
+         "partial_ms": (start_s + 10**9 / link) * 1e3}
+        for page, slow in ((1, 9.0), (64, 0.5))
+    ]  # fmt: skip
+    return {"sizes": sizes, "cases": cases, "page_bytes": 64, "page_curve": curve}
 
 
 def test_the_fit_finds_what_the_rows_were_made_from():
@@ -62,6 +68,7 @@ def test_the_fit_finds_what_the_rows_were_made_from():
     assert costs.prefill_of("large", 0) == pytest.approx(0.0105)
     assert costs.decode_of("small", 0) == pytest.approx(6 * 0.003)
     assert costs.prefill_of("unknown", 8 * 10**9) == pytest.approx(0.0105)  # by its bytes
+    assert costs.plan_line == pytest.approx((0.001, 0.5e-12))  # of pages of the same size
     assert costs.n_tokens == 7
 
 
@@ -75,7 +82,8 @@ def test_a_fit_needs_hits_and_misses():
 @pytest.mark.parametrize(
     "wrong",
     [{"link_bytes_per_s": 0}, {"link_bytes_per_s": float("nan")}, {"load_start_s": -1},
-     {"prefill_s": {"a": float("inf")}}, {"token_line": (0.0, -1.0)}, {"n_tokens": 0}],
+     {"prefill_s": {"a": float("inf")}}, {"token_line": (0.0, -1.0)},
+     {"plan_line": (-1.0, 0.0)}, {"n_tokens": 0}],
 )  # fmt: skip
 def test_a_clock_that_cannot_be(wrong):
     with pytest.raises(ConfigError, match="expected"):
