@@ -53,10 +53,13 @@ def project_kernel(
     cos, sin, position, queries, keys, values,
     n_heads, n_key_heads, n_rotated, capacity, width: tl.constexpr, head_size: tl.constexpr,
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLES: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries, and keys and values in their places; two rows a program, which turn together."""
-    half, program = head_size // 2, tl.program_id(0)
+    """Queries, and keys and values in their places; a program has pairs of rows that turn together.
+
+    Its pairs are of one head.
+    """
+    half, program = head_size // 2, tl.program_id(0) * PAIRS
     is_query = program < n_heads * half
     is_value = program >= (n_heads + n_key_heads) * half
     matrix, bias = key_matrix, key_bias
@@ -64,7 +67,8 @@ def project_kernel(
         matrix, bias = query_matrix, query_bias
     if is_value:
         matrix, bias = value_matrix, value_bias
-    head, pair = program // half, program % half  # of all, then of its kind
+    pair = program % half + tl.arange(0, PAIRS)
+    head = program // half  # of all, then of its kind
     head -= tl.where(is_query, 0, tl.where(is_value, n_heads + n_key_heads, n_heads))
     turns = (pair < n_rotated // 2) & (program < (n_heads + n_key_heads) * half)
     first = tl.where(turns, pair, 2 * pair)
@@ -73,9 +77,10 @@ def project_kernel(
     inside = column < width
     row = (head * head_size).to(tl.int64)
     # Which of three addresses it is, the compiler does not know, nor that all allow wide loads.
-    at = tl.multiple_of(matrix, 16) + row * width + column
-    a = tl.load(at + first * width, mask=inside, other=0.0, eviction_policy="evict_first")
-    b = tl.load(at + second * width, mask=inside, other=0.0, eviction_policy="evict_first")
+    at = tl.multiple_of(matrix, 16) + row * width + column[None, :]
+    there = (pair < half)[:, None] & inside[None, :]  # which is to say where inside
+    a = tl.load(at + first[:, None] * width, mask=there, other=0.0, eviction_policy="evict_first")
+    b = tl.load(at + second[:, None] * width, mask=there, other=0.0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -85,8 +90,8 @@ def project_kernel(
         sin += now * n_rotated
     vector = tl.load(x + column, mask=inside, other=0.0)
     normed = _normed(vector, inside, norm_weight, norm_bias, column, width, epsilon, NORM)
-    sum_a = tl.sum(a.to(tl.float32) * normed, axis=0)
-    sum_b = tl.sum(b.to(tl.float32) * normed, axis=0)
+    sum_a = tl.sum(a.to(tl.float32) * normed[None, :], axis=1)
+    sum_b = tl.sum(b.to(tl.float32) * normed[None, :], axis=1)
     if HAS_BIAS:
         sum_a += tl.load(bias + row + first).to(tl.float32)
         sum_b += tl.load(bias + row + second).to(tl.float32)
@@ -109,11 +114,11 @@ def project_kernel(
 
 
 @triton.jit
-def attend_kernel(
-    query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
+def _attend(
+    head, query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a query head: a softmax over blocks of positions, kept up to date as it goes.
+    """What a query head attends to: a softmax over blocks of positions, kept up to date as it goes.
 
     The mask is looked at first, and what nobody may attend to is not read. Without one it is all
     positions up to the last.
@@ -121,7 +126,6 @@ def attend_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    head = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     inside = column < head_size
     q = tl.load(query + head * head_size + column, mask=inside, other=0.0).to(tl.float32) * scale
@@ -154,8 +158,8 @@ def attend_kernel(
 
 
 @triton.jit
-def multiply_kernel(
-    x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
+def _multiply(
+    program, x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
     other_x, other_matrix, other_bias, residual, out, n_rows,
     width: tl.constexpr, other_width: tl.constexpr,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -163,7 +167,7 @@ def multiply_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a product, and what becomes of them."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = program * ROWS + tl.arange(0, ROWS)
     there = row < n_rows
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -232,3 +236,54 @@ def multiply_kernel(
     if HAS_RESIDUAL:
         y += tl.load(residual + row, mask=there, other=0.0)
     tl.store(out + row, y, mask=there)
+
+
+@triton.jit
+def attend_kernel(
+    query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a query head."""
+    _attend(
+        tl.program_id(0), query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK,
+        GROUP, BLOCK, WIDTH, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def multiply_kernel(
+    x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
+    other_x, other_matrix, other_bias, residual, out, n_rows,
+    width: tl.constexpr, other_width: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_OTHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program for every few rows."""
+    _multiply(
+        tl.program_id(0), x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
+        other_x, other_matrix, other_bias, residual, out, n_rows, width, other_width,
+        NORM, ACTIVATION, HAS_GATE, HAS_BIAS, HAS_OTHER, HAS_RESIDUAL, ROWS, BLOCK, PDL,
+    )  # fmt: skip
+
+
+@triton.jit
+def attend_beside_kernel(
+    query, keys, values, mask, last, attended, scale, length, head_size, n_heads,
+    x, norm_weight, norm_bias, epsilon, matrix, bias, out, n_rows, width: tl.constexpr,
+    HAS_MASK: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Attention and a product that does not depend on it: the one waits, while the other reads."""
+    if tl.program_id(0) < n_heads:
+        _attend(
+            tl.program_id(0), query, keys, values, mask, last, attended, scale, length, head_size,
+            HAS_MASK, GROUP, POSITIONS, WIDTH, PDL,
+        )  # fmt: skip
+    else:
+        _multiply(
+            tl.program_id(0) - n_heads, x, norm_weight, norm_bias, epsilon, matrix, x, bias,
+            x, matrix, bias, x, out, n_rows, width, width,
+            NORM, ACTIVATION, False, HAS_BIAS, False, False, ROWS, BLOCK, PDL,
+        )  # fmt: skip

@@ -20,6 +20,8 @@ NO_ACTIVATION, SILU, GELU_TANH = 0, 1, 2
 # parameters: enough loads in flight for each program, and enough programs for each multiprocessor.
 ROWS, WARPS, COLUMNS = 2, 4, 4096
 POSITIONS, ATTENTION_WARPS = 256, 8
+POSITIONS_BESIDE = 64  # by half the warps, which have as many registers for a product
+PROJECTED_BYTES = 16 << 10  # of weights that a program of `project` asks for at least
 _kernels: Any = decode_kernels
 
 
@@ -69,17 +71,17 @@ def project(
     """
     _, n_key_heads, capacity, head_size = keys.shape
     n_rows, width = query.weight.shape
-    n_heads = n_rows // head_size
+    n_heads, half = n_rows // head_size, head_size // 2
+    pairs = 2 if half % 2 == 0 and 2 * width * x.element_size() < PROJECTED_BYTES else 1
     queries = torch.empty(n_rows, dtype=x.dtype, device=x.device)
-    _kernels.project_kernel[((n_heads + 2 * n_key_heads) * (head_size // 2),)](
+    _kernels.project_kernel[((n_heads + 2 * n_key_heads) * half // pairs,)](
         x, norm.weight, _or(norm.bias, x), norm.epsilon,
         query.weight, key.weight, value.weight,
         _or(query.bias, x), _or(key.bias, x), _or(value.bias, x),
         cos, sin, position, queries, keys, values,
         n_heads, n_key_heads, cos.shape[-1], capacity, width, head_size,
         NORM=norm.kind, HAS_BIAS=query.bias is not None, HAS_TABLES=cos.shape[1] > 1,
-        BLOCK=triton.next_power_of_2(width),
-        **_launch(x, WARPS),
+        PAIRS=pairs, BLOCK=triton.next_power_of_2(width), **_launch(x, WARPS),
     )  # fmt: skip
     return queries
 
@@ -114,6 +116,44 @@ def attend(
         **_launch(query, ATTENTION_WARPS),
     )  # fmt: skip
     return out
+
+
+def attend_beside(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    last: torch.Tensor,
+    x: torch.Tensor,
+    product: Product,
+    norm: Norm,
+    activation: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `attend` does, and activation(product(norm(x))), computed at the same time.
+
+    Args:
+        query, keys, values, scale, mask, last: see `attend`.
+        x, product, norm, activation: see `multiply`.
+
+    Returns:
+        (heads * head size,) and (rows,).
+    """
+    _, n_key_heads, length, head_size = keys.shape
+    n_heads = query.numel() // head_size
+    n_rows, width = product.weight.shape
+    attended = torch.empty_like(query)
+    out = torch.empty(n_rows, dtype=x.dtype, device=x.device)
+    _kernels.attend_beside_kernel[(n_heads + triton.cdiv(n_rows, 2 * ROWS),)](
+        query, keys, values, _or(mask, query), last, attended, scale, length, head_size, n_heads,
+        x, norm.weight, _or(norm.bias, x), norm.epsilon,
+        product.weight, _or(product.bias, x), out, n_rows, width,
+        HAS_MASK=mask is not None, GROUP=n_heads // n_key_heads, POSITIONS=POSITIONS_BESIDE,
+        WIDTH=triton.next_power_of_2(head_size),
+        NORM=norm.kind, ACTIVATION=activation, HAS_BIAS=product.bias is not None,
+        ROWS=2 * ROWS, BLOCK=triton.next_power_of_2(width), **_launch(x, WARPS),
+    )  # fmt: skip
+    return attended, out
 
 
 def multiply(

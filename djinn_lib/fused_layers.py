@@ -26,6 +26,7 @@ from djinn_lib.decode_operators import (
     Norm,
     Product,
     attend,
+    attend_beside,
     multiply,
     project,
 )
@@ -36,6 +37,8 @@ from djinn_lib.models import Unit
 UNMASKED = "djinn_fused"  # an attention that never runs, since layers are replaced whole
 WIDEST = 8192  # of a vector that a program holds whole
 Forward = Callable[..., torch.Tensor]
+# What `attend` is given: queries, keys, values, scale, mask, position.
+Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor]
 
 _ACTIVATIONS = {"SiLU": SILU, "SiLUActivation": SILU, "NewGELUActivation": GELU_TANH,
                 "GELUTanh": GELU_TANH}  # fmt: skip
@@ -107,7 +110,7 @@ def _head(norm: nn.Module, head: nn.Module) -> Forward:
 
 def _sequential(layer: Any, cache: KvCache) -> Forward:
     """Attention, then a gated network, each after a norm and added to what came in."""
-    attention, after = _attention(layer, cache), _norm(layer.post_attention_layernorm)
+    seen, after = _seen(layer, cache), _norm(layer.post_attention_layernorm)
     out, mlp = _product(layer.self_attn.o_proj), layer.mlp
     up, gate, down = (_product(p) for p in (mlp.up_proj, mlp.gate_proj, mlp.down_proj))
     activation = _activation(mlp.act_fn)
@@ -115,7 +118,7 @@ def _sequential(layer: Any, cache: KvCache) -> Forward:
         raise ConfigError("expected a gated network without biases")
 
     def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        attended = attention(hidden_states, **given)
+        attended = attend(*seen(hidden_states, **given))
         x = multiply(attended, out, residual=hidden_states)
         inner = multiply(x, up, after, gate=gate, activation=activation)
         return multiply(inner, down, residual=x).view_as(hidden_states)
@@ -125,7 +128,7 @@ def _sequential(layer: Any, cache: KvCache) -> Forward:
 
 def _parallel(layer: Any, cache: KvCache) -> Forward:
     """Attention and a network side by side, after one norm, both added to what came in."""
-    attention, norm = _attention(layer, cache), _norm(layer.input_layernorm)
+    seen, norm = _seen(layer, cache), _norm(layer.input_layernorm)
     out, mlp = _product(layer.self_attn.dense), layer.mlp
     up, down = _product(mlp.fc1), _product(mlp.fc2)
     activation = _activation(mlp.activation_fn)
@@ -135,8 +138,9 @@ def _parallel(layer: Any, cache: KvCache) -> Forward:
         raise ConfigError("expected a bias in both of the last products or in none")
 
     def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        attended = attention(hidden_states, **given)
-        inner = multiply(hidden_states, up, norm, activation=activation)
+        attended, inner = attend_beside(
+            *seen(hidden_states, **given), hidden_states, up, norm, activation
+        )
         y = multiply(inner, down, other=(attended, out), residual=hidden_states)
         return y.view_as(hidden_states)
 
@@ -151,8 +155,8 @@ _LAYERS: dict[str, Callable[[Any, KvCache], Forward]] = {
 }
 
 
-def _attention(layer: Any, cache: KvCache) -> Forward:
-    """From what comes into a layer to the values attended to, before they are mixed."""
+def _seen(layer: Any, cache: KvCache) -> Callable[..., Seen]:
+    """From what comes into a layer to its queries, with its keys and values in the cache."""
     norm, own = _norm(layer.input_layernorm), layer.self_attn
     query, key, value = (_product(p) for p in (own.q_proj, own.k_proj, own.v_proj))
     if len({product.bias is None for product in (query, key, value)}) == 2:
@@ -165,7 +169,7 @@ def _attention(layer: Any, cache: KvCache) -> Forward:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Any = None,
         **given: Any,
-    ) -> torch.Tensor:
+    ) -> Seen:
         mask = attention_mask
         fits = mask is None or (mask.dtype == torch.bool and mask.is_contiguous())
         if (
@@ -180,7 +184,7 @@ def _attention(layer: Any, cache: KvCache) -> Forward:
         queries = project(
             hidden_states, norm, query, key, value, cos, sin, kept.position, kept.keys, kept.values
         )
-        return attend(queries, kept.keys, kept.values, scale, mask, kept.position)
+        return queries, kept.keys, kept.values, scale, mask, kept.position
 
     return forward
 

@@ -12,10 +12,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
 from djinn_lib import decode_operators, fused_layers, recorded_decoder
+from djinn_lib.decode_operators import RMS_NORM, SILU, Norm, Product
 from djinn_lib.errors import ConfigError
 from djinn_lib.fused_layers import FusedUnits
 from djinn_lib.generate import generate_eager
@@ -99,8 +100,14 @@ def layers(name: str, dtype: str) -> dict[str, Any]:
     }
 
 
+def row_by_row(name: str) -> dict[str, Any]:
+    """The same with one pair of rows for each program that projects, as in wide models."""
+    with mock.patch.object(decode_operators, "PROJECTED_BYTES", 0):
+        return layers(name, "float32")
+
+
 def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
-    """Attention under masks with holes, of heads of any size."""
+    """Attention under masks with holes, of heads of any size; by itself and beside a product."""
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn((2, 1, n_key_heads, 37, head_size), generator=generator)
     query = torch.randn((1, n_heads, 1, head_size), generator=generator)
@@ -110,8 +117,14 @@ def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
     attend, flat, scale = decode_operators.attend, query.flatten(), head_size**-0.5
     last = torch.tensor([33])
     upto = torch.arange(37).view(1, 1, 1, 37) <= last
+    x, matrix = (
+        torch.randn((1, 1, 24), generator=generator),
+        torch.randn((19, 24), generator=generator),
+    )
+    norm = Norm(RMS_NORM, torch.rand(24, generator=generator), None, 1e-6)
+    product = silu(matrix @ rms_norm(x[0, 0], (24,), norm.weight, 1e-6))
     results = []
-    with mock.patch.object(decode_operators, "POSITIONS", 16):
+    with mock.patch.multiple(decode_operators, POSITIONS=16, POSITIONS_BESIDE=16):
         for seen, how in ((upto, {"last": last}), (mask, {"mask": mask})):
             expected = scaled_dot_product_attention(query, keys, values, seen, enable_gqa=True)
             unseen = ~seen[0, 0, 0]
@@ -119,6 +132,11 @@ def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
             for tensor in dirty:
                 tensor[:, :, unseen] = torch.nan  # what is not attended to is not looked at
             results.append(distance(attend(flat, *dirty, scale, **how), expected.flatten()))
+            attended, multiplied = decode_operators.attend_beside(
+                flat, *dirty, scale, how.get("mask"), last, x, Product(matrix), norm, SILU
+            )
+            results.append(distance(attended, expected.flatten()))
+            results.append(distance(multiplied, product))
     return {"distance": max(results)}
 
 
@@ -154,6 +172,7 @@ def main() -> None:
     cases: dict[str, Any] = {
         **{f"layers {n} float32": lambda n=n: layers(n, "float32") for n in CONFIGS},
         **{f"layers {n} float16": lambda n=n: layers(n, "float16") for n in ("qwen2", "phi")},
+        **{f"layers {n} row by row": lambda n=n: row_by_row(n) for n in ("mistral", "phi")},
         "attention 16": lambda: attention(16, 4, 4),
         "attention 20 grouped": lambda: attention(20, 6, 2),
         **{f"refused {name}": lambda name=name: refused(name) for name in REFUSED},

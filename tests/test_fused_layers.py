@@ -33,6 +33,12 @@ def test_layers_are_those_of_transformers(found, name):
     assert case["itself_again"]
 
 
+@pytest.mark.parametrize("name", ["mistral", "phi"])
+def test_wide_layers(found, name):
+    case = found[f"layers {name} row by row"]
+    assert case["distance"] < 2e-6 and case["differs"]
+
+
 @pytest.mark.parametrize("name", ["qwen2", "phi"])
 def test_layers_in_half_precision(found, name):
     assert found[f"layers {name} float16"]["distance"] < 5e-3
