@@ -162,5 +162,16 @@ def write_status(status: Status, folder: Path) -> None:
 
 
 def read_statuses(folder: Path) -> list[Status]:
-    """Return every status kept in a folder, by task name."""
-    return [Status(**json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    """Return every status kept in a folder, by task name.
+
+    One that cannot be read says that its task failed, so that it runs again.
+    """
+    return [_read_status(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _read_status(path: Path) -> Status:
+    try:
+        return Status(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        said = f"expected a status in {path.name}, got {error!r}: run the task again"
+        return Status(path.stem, "failed", 0.0, "other", said)

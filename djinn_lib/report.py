@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_text
 from djinn_lib.metrics import sequential, summarise
 from djinn_lib.notebook_html import Page, convert_notebooks
+from djinn_lib.notebooks import read_statuses
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
 from djinn_lib.tables import facts_table
 from djinn_lib.units import format_bytes
@@ -230,8 +232,7 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _statuses(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted((folder / "status").glob("*.json"))
-    return {path.stem: json.loads(path.read_text()) for path in files}
+    return {status.task: asdict(status) for status in read_statuses(folder / "status")}
 
 
 def _notebook(page: Page, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -95,6 +95,12 @@ def test_statuses_round_trip(tmp_path):
     for status in statuses:
         write_status(status, tmp_path)
     assert read_statuses(tmp_path) == statuses
+    (tmp_path / "a.json").write_text('{"task": "a", "sta')
+    (tmp_path / "c.json").write_text('{"task": "c", "colour": 1}')
+    torn, whole, other = read_statuses(tmp_path)
+    assert whole == statuses[1]
+    assert (torn.task, torn.state, other.task, other.state) == ("a", "failed", "c", "failed")
+    assert "run the task again" in torn.error and "colour" in other.error
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from djinn_lib.analysis import load_run
 from djinn_lib.claims import judge, load_claims, write_claims_json
 from djinn_lib.metrics import summarise
 from djinn_lib.notebook_html import convert_notebooks
+from djinn_lib.notebooks import Status, write_status
 from djinn_lib.report import build_report, summary_table
 
 PIXEL = (
@@ -151,16 +152,12 @@ def test_broken_claims_are_a_problem_not_a_crash(tmp_path: Path):
 
 
 def test_a_failed_notebook_without_a_copy_is_listed(tmp_path: Path):
-    (tmp_path / "status").mkdir()
-    status = '{"state": "failed", "error_kind": "kernel_died", "error": "killed", "seconds": 1}'
-    (tmp_path / "status" / "00_setup.json").write_text(status)
+    write_status(Status("00_setup", "failed", 1.0, "kernel_died", "killed"), tmp_path / "status")
     assert "00_setup: kernel_died: killed" in build_report(tmp_path).read_text()
 
 
 def test_errors_are_escaped(tmp_path: Path):
-    (tmp_path / "status").mkdir()
-    status = '{"state": "failed", "error_kind": "other", "error": "<b>&", "seconds": 1}'
-    (tmp_path / "status" / "00_setup.json").write_text(status)
+    write_status(Status("00_setup", "failed", 1.0, "other", "<b>&"), tmp_path / "status")
     assert "&lt;b&gt;&amp;" in build_report(tmp_path).read_text()
 
 
