@@ -1,7 +1,7 @@
 """The kernels of a decode step of batch 1, in Triton.
 
 Such a step reads every weight once, so it is bound by device memory, and every microsecond in which
-no weight is on its way is lost. So there are few kernels, five or four a layer: what comes before
+no weight is on its way is lost. So there are few kernels, five or three a layer: what comes before
 and after a product (norm, bias, rotation, activation, residual) is done by the kernel that computes
 it. A norm is computed again by each program, from a vector that is in its cache anyway. And each
 kernel asks for its weights before it waits for the kernel before it (programmatic dependent launch,
@@ -114,11 +114,11 @@ def project_kernel(
 
 
 @triton.jit
-def _attend(
-    head, query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
+def attend_kernel(
+    query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What a query head attends to: a softmax over blocks of positions, kept up to date as it goes.
+    """One program a query head: a softmax over blocks of positions, kept up to date as it goes.
 
     The mask is looked at first, and what nobody may attend to is not read. Without one it is all
     positions up to the last.
@@ -126,6 +126,7 @@ def _attend(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    head = tl.program_id(0)
     column = tl.arange(0, WIDTH)
     inside = column < head_size
     q = tl.load(query + head * head_size + column, mask=inside, other=0.0).to(tl.float32) * scale
@@ -158,16 +159,16 @@ def _attend(
 
 
 @triton.jit
-def _multiply(
-    program, x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
+def multiply_kernel(
+    x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
     other_x, other_matrix, other_bias, residual, out, n_rows,
     width: tl.constexpr, other_width: tl.constexpr,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_OTHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, BEFORE: tl.constexpr = 0,
 ):  # fmt: skip
-    """Rows of a product, and what becomes of them."""
-    row = program * ROWS + tl.arange(0, ROWS)
+    """Rows of a product, and what becomes of them; its programs come after `BEFORE` others."""
+    row = (tl.program_id(0) - BEFORE) * ROWS + tl.arange(0, ROWS)
     there = row < n_rows
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -239,37 +240,8 @@ def _multiply(
 
 
 @triton.jit
-def attend_kernel(
-    query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program a query head."""
-    _attend(
-        tl.program_id(0), query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK,
-        GROUP, BLOCK, WIDTH, PDL,
-    )  # fmt: skip
-
-
-@triton.jit
-def multiply_kernel(
-    x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
-    other_x, other_matrix, other_bias, residual, out, n_rows,
-    width: tl.constexpr, other_width: tl.constexpr,
-    NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_OTHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program for every few rows."""
-    _multiply(
-        tl.program_id(0), x, norm_weight, norm_bias, epsilon, matrix, gate, bias,
-        other_x, other_matrix, other_bias, residual, out, n_rows, width, other_width,
-        NORM, ACTIVATION, HAS_GATE, HAS_BIAS, HAS_OTHER, HAS_RESIDUAL, ROWS, BLOCK, PDL,
-    )  # fmt: skip
-
-
-@triton.jit
 def attend_beside_kernel(
-    query, keys, values, mask, last, attended, scale, length, head_size, n_heads,
+    query, keys, values, mask, last, attended, scale, length, head_size, n_heads: tl.constexpr,
     x, norm_weight, norm_bias, epsilon, matrix, bias, out, n_rows, width: tl.constexpr,
     HAS_MASK: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -277,13 +249,13 @@ def attend_beside_kernel(
 ):  # fmt: skip
     """Attention and a product that does not depend on it: the one waits, while the other reads."""
     if tl.program_id(0) < n_heads:
-        _attend(
-            tl.program_id(0), query, keys, values, mask, last, attended, scale, length, head_size,
-            HAS_MASK, GROUP, POSITIONS, WIDTH, PDL,
+        attend_kernel(
+            query, keys, values, mask, last, attended, scale, length, head_size, HAS_MASK,
+            GROUP, POSITIONS, WIDTH, PDL,
         )  # fmt: skip
     else:
-        _multiply(
-            tl.program_id(0) - n_heads, x, norm_weight, norm_bias, epsilon, matrix, x, bias,
+        multiply_kernel(
+            x, norm_weight, norm_bias, epsilon, matrix, x, bias,
             x, matrix, bias, x, out, n_rows, width, width,
-            NORM, ACTIVATION, False, HAS_BIAS, False, False, ROWS, BLOCK, PDL,
+            NORM, ACTIVATION, False, HAS_BIAS, False, False, ROWS, BLOCK, PDL, n_heads,
         )  # fmt: skip
