@@ -1,8 +1,8 @@
 """Serves requests in turns: waits, leases, computes, and looks ahead at what waits.
 
 Whatever number of threads ask, two compute at most: the first that asked, and one of the server.
-Libraries keep something for each thread that has computed, and for as long as it lives: cuBLAS some
-80 MB of device memory, OpenMP a team of threads.
+Libraries keep something for each thread that has computed, and for as long as it lives: cuBLAS a
+handle and its workspace, tens of MB of device memory, OpenMP a team of threads.
 """
 
 from __future__ import annotations
