@@ -71,6 +71,26 @@ class PagedModel:
     def _read(self, begin: int, end: int) -> torch.Tensor:
         return self._source.read(self.name, begin, end)
 
+    def check_bytes(self, n_bytes: int) -> None:
+        """Compare its first bytes, all of them resident, with its master.
+
+        On the device: masters go there at the rate of the link, while pages would come slowly into
+        memory that is not pinned.
+
+        Raises:
+            AssertionError: naming the first byte that differs.
+        """
+        self._source.hold(self.name)
+        try:
+            for begin in range(0, n_bytes, self.page_bytes):
+                held = self.view[begin : min(begin + self.page_bytes, n_bytes)]
+                master = self._read(begin, begin + len(held)).to(held.device)
+                if not torch.equal(held, master):
+                    first = begin + int((held != master).int().argmax())
+                    raise AssertionError(f"{self.name!r} differs from its master at byte {first}")
+        finally:
+            self._source.let_go(self.name)
+
     # -- mapping ---------------------------------------------------------------------------
 
     def load(self, extent: Extent) -> None:

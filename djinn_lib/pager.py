@@ -238,23 +238,8 @@ class Pager:
                 paged.finish_copies()
             self._settle()
             self.ring.check()
-            for model in self._models:
-                self._check_bytes(model)
-
-    def _check_bytes(self, model: str) -> None:
-        n_bytes, view = self.resident_bytes(model), self._models[model].view
-        self._source.hold(model)
-        try:
-            for begin in range(0, n_bytes, self.page_bytes):
-                end = min(begin + self.page_bytes, n_bytes)
-                # Compared on the device: masters go there at the rate of the link, while pages
-                # would come slowly into memory that is not pinned.
-                held, master = view[begin:end], self._source.read(model, begin, end)
-                if not torch.equal(held, master := master.to(view.device)):
-                    first = begin + int((held != master).int().argmax())
-                    raise AssertionError(f"{model!r} differs from its master at byte {first}")
-        finally:
-            self._source.let_go(model)
+            for model, paged in self._models.items():
+                paged.check_bytes(self.resident_bytes(model))
 
     def close(self) -> None:
         """Finish copies and release all device memory. Tensors over it must not be used again."""
