@@ -17,6 +17,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _weights(at, there):
+    """Weights, which nobody reads again before they have left the cache anyway."""
+    return tl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _normed(x, inside, weight, bias, column, width, epsilon, KIND: tl.constexpr):
     """The norm of a vector of which this program holds all."""
     if KIND == 0:
@@ -79,8 +85,8 @@ def project_kernel(
     # Which of three addresses it is, the compiler does not know, nor that all allow wide loads.
     at = tl.multiple_of(matrix, 16) + row * width + column[None, :]
     there = (pair < half)[:, None] & inside[None, :]  # which is to say where inside
-    a = tl.load(at + first[:, None] * width, mask=there, other=0.0, eviction_policy="evict_first")
-    b = tl.load(at + second[:, None] * width, mask=there, other=0.0, eviction_policy="evict_first")
+    a = _weights(at + first[:, None] * width, there)
+    b = _weights(at + second[:, None] * width, there)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -173,16 +179,9 @@ def multiply_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row.to(tl.int64)[:, None] * width + column[None, :]
-    w = tl.load(
-        matrix + at, mask=there[:, None] & inside[None, :], other=0.0, eviction_policy="evict_first"
-    )
+    w = _weights(matrix + at, there[:, None] & inside[None, :])
     if HAS_GATE:
-        g = tl.load(
-            gate + at,
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        g = _weights(gate + at, there[:, None] & inside[None, :])
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -193,21 +192,11 @@ def multiply_kernel(
         gated = g.to(tl.float32) * normed[None, :]
     for begin in tl.static_range(BLOCK, width, BLOCK):  # never with a norm
         inside = column < width - begin
-        w = tl.load(
-            matrix + at + begin,
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        w = _weights(matrix + at + begin, there[:, None] & inside[None, :])
         v = tl.load(x + begin + column, mask=inside, other=0.0).to(tl.float32)
         total += w.to(tl.float32) * v[None, :]
         if HAS_GATE:
-            g = tl.load(
-                gate + at + begin,
-                mask=there[:, None] & inside[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            g = _weights(gate + at + begin, there[:, None] & inside[None, :])
             gated += g.to(tl.float32) * v[None, :]
     summed = tl.sum(total, axis=1)
     if HAS_BIAS:
@@ -222,12 +211,7 @@ def multiply_kernel(
         other_at = row.to(tl.int64)[:, None] * other_width + column[None, :]
         for begin in tl.static_range(0, other_width, BLOCK):
             inside = column < other_width - begin
-            w = tl.load(
-                other_matrix + other_at + begin,
-                mask=there[:, None] & inside[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            )
+            w = _weights(other_matrix + other_at + begin, there[:, None] & inside[None, :])
             v = tl.load(other_x + begin + column, mask=inside, other=0.0).to(tl.float32)
             other += w.to(tl.float32) * v[None, :]
         other_sum = tl.sum(other, axis=1)

@@ -16,12 +16,13 @@ from djinn_lib import decode_kernels
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 NO_ACTIVATION, SILU, GELU_TANH = 0, 1, 2
 # Rows of a matrix that a program multiplies, who does, columns at a time; positions that attention
-# looks at at a time. The best of ten choices, timed on an H100 with three models of 3 to 7 billion
-# parameters: enough loads in flight for each program, and enough programs for each multiprocessor.
+# looks at at a time. Of ten choices, timed on an H100 with the shapes of Llama-7B, Mistral-7B and
+# Phi-2, these suit all three best: enough loads in flight, and enough programs a multiprocessor.
 ROWS, WARPS, COLUMNS = 2, 4, 4096
 POSITIONS, ATTENTION_WARPS = 256, 8
-POSITIONS_BESIDE = 64  # by half the warps, which have as many registers for a product
-PROJECTED_BYTES = 16 << 10  # of weights that a program of `project` asks for at least
+# Chosen by what the compiler says of registers and by the bytes that a program asks for: positions
+# at a time beside a product, and weights below which a program projects two pairs of rows.
+POSITIONS_BESIDE, PROJECTED_BYTES = 64, 16 << 10
 _kernels: Any = decode_kernels
 
 
