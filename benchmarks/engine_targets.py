@@ -59,7 +59,7 @@ def _rows(result: Result) -> Iterator[Row]:
     yield "bytes copied to the host by evictions", 0, result["copied_bytes"]["d2h"], "bytes", False
     beyond = result["device_bytes_beyond"] / GIB
     yield "device memory beyond ring, KV cache and graphs", 1.5, beyond, "GiB", False
-    share = result["host_master_bytes"] / sum(result.get("model_bytes", result["sizes"]).values())
+    share = result["host_master_bytes"] / sum(result["model_bytes"].values())
     yield "host memory of the master copies", 1.02, share, "x bytes of the models", False
 
 
