@@ -16,8 +16,9 @@ def differences(origins: Sequence[Origin], allow_commits: bool = False) -> list[
 
     Compared are the profile, its parameters, the weights (bytes, dtype, hash), the kind of device,
     the versions of the set-up's packages and driver, the commit and whether the tree was changed;
-    the versions of packages among the cells of a system, which may have an environment of its own;
-    and a trace's hash among the cells that use it.
+    among the cells of a system the versions of packages, for it may have an environment of its own,
+    and the bytes of weights that it keeps on the device; and a trace's hash among the cells that
+    use it. A package that is not installed in one place was not used there, and is no difference.
     """
     lines: dict[str, None] = {}  # in order, each once
     first: dict[str, tuple[str, Any]] = {}
@@ -25,8 +26,7 @@ def differences(origins: Sequence[Origin], allow_commits: bool = False) -> list[
         for what, value in _facts(cell, manifest, allow_commits):
             known_where, known = first.setdefault(what, (where, value))
             if value != known:
-                lines[f"{what}: {_short(known, value)} in {known_where}, "
-                      f"{_short(value, known)} in {where}"] = None  # fmt: skip
+                lines[f"{what}: {known} in {known_where}, {value} in {where}"] = None
     return list(lines)
 
 
@@ -41,20 +41,15 @@ def _facts(
             yield f"parameter {name}", value
     for model, facts in manifest["models"].items():
         for name, value in facts.items():
-            yield f"{name} of the weights of {model}", value
+            among = f", {manifest['system']}" if name == "device_bytes" else ""
+            yield f"{name} of the weights of {model}{among}", value
     for name in _OF_A_MACHINE:
         yield name, machine.get(name)
-    yield "versions of the set-up", machine["versions"]
-    yield f"versions of {manifest['system']}", manifest["versions"]
+    for package, version in machine["versions"].items():
+        yield f"version of {package}, set-up", version
+    for package, version in manifest["versions"].items():
+        yield f"version of {package}, {manifest['system']}", version
     yield f"sha256 of the trace {cell.split('-', 1)[0]}", manifest["trace_sha256"]
     if not allow_commits:
         yield "commit", manifest["git_commit"]
         yield "changes beside the commit", manifest["git_dirty"]
-
-
-def _short(value: Any, other: Any) -> str:
-    """A value for a message; of two mappings only what differs."""
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-        keys = [k for k in {**value, **other} if value.get(k) != other.get(k)]
-        return ", ".join(f"{key} {value.get(key, 'absent')}" for key in keys)
-    return str(value)

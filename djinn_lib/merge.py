@@ -30,6 +30,7 @@ from djinn_lib.profile import Profile, load_profile
 from djinn_lib.records import read_manifest, read_rows, write_manifest
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
+_RAN_IN = "ran in the part "
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -170,10 +171,13 @@ def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) 
     commits = {cell.manifest["git_commit"] for cell in chosen}
     for cell in chosen:
         shutil.copy(cell.folder / "requests" / f"{cell.name}.parquet", folder / "requests")
-        notes = [f"ran in the part {cell.part}"]
-        if len(commits) > 1:
-            notes.append(f"ran at the commit {cell.manifest['git_commit'][:12]}, others did not")
-        manifest = {**cell.manifest, "notes": [*cell.manifest["notes"], *notes]}
+        notes = list(cell.manifest["notes"])
+        if not any(note.startswith(_RAN_IN) for note in notes):  # which a merged part has said
+            notes.append(f"{_RAN_IN}{cell.part}")
+        commit = f"ran at the commit {cell.manifest['git_commit'][:12]}, others did not"
+        if len(commits) > 1 and commit not in notes:
+            notes.append(commit)
+        manifest = {**cell.manifest, "notes": notes}
         write_manifest(manifest, folder / "requests" / f"{cell.name}.manifest.json")
         _copy_notebook(cell.folder, f"02_run_system.{cell.name}", folder)
     parts = {cell.part: cell.folder for cell in found}
@@ -182,9 +186,25 @@ def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) 
         for path in (part / "traces").glob("*.jsonl"):
             shutil.copy(path, folder / "traces")
         for name in _PER_PART:
-            suffix = "" if label == newest else "." + label.replace("/", "-")
+            suffix = "" if label == newest else "." + _own_label(label, part).replace("/", "-")
             _copy_notebook(part, name, folder, suffix)
+            for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # of a part merged before
+                _copy_notebook(part, path.stem, folder)
     write_json(folder / "machine.json", _machines(parts, chosen, newest))
+
+
+def _own_label(label: str, part: Path) -> str:
+    """What the newest of a part's machines is called: a part that was merged has several."""
+    entries = json.loads((part / "machine.json").read_text()).get("machines", [])
+    if not entries:
+        return label
+    begun = {
+        name: read_manifest(part / "requests" / f"{name}.manifest.json")["started_at_utc"]
+        for entry in entries
+        for name in entry["cells"]
+    }
+    newest = max(begun, key=lambda name: begun[name])
+    return next(entry["part"] for entry in entries if newest in entry["cells"])
 
 
 def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> None:

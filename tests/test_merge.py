@@ -88,10 +88,20 @@ def test_machine_json_tells_of_every_machine(parts, tmp_path):
 def test_a_merged_run_can_be_a_part(parts, tmp_path):
     merge(tmp_path / "half", parts)
     third = part_of(tmp_path / "three", {"pytorch_pinned": 0}, FASTER)
+    change_manifest(third, "pytorch_pinned", started_at_utc="2026-11-25T06:00:00+00:00")
     merge(tmp_path / "run", [tmp_path / "half", third])
     state = json.loads((tmp_path / "run" / "machine.json").read_text())
     cells = {m["part"]: len(m["cells"]) for m in state["machines"]}
     assert cells == {"one": 2, "two": 1, "three": 1}
+    manifest = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")
+    assert manifest["notes"] == ["ran in the part one"]
+    setups = {
+        path.name: json.loads(path.read_text())["of"]
+        for path in (tmp_path / "run" / "notebooks").glob("00_setup*")
+    }
+    assert setups == {
+        "00_setup.ipynb": "three", "00_setup.one.ipynb": "one", "00_setup.two.ipynb": "two"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -121,7 +131,7 @@ def test_of_a_cell_in_two_parts_the_later_whole_one_is_taken(tmp_path, capsys, f
         ({"machine": {**GPU_MACHINE, "device_name": "Other GPU"}}, "device_name: Test GPU"),
         (
             {"machine": {**GPU_MACHINE, "versions": {**GPU_MACHINE["versions"], "driver": "590"}}},
-            "versions of the set-up: driver 580.159.04 in one .*driver 590 in two",
+            "version of driver, set-up: 580.159.04 in one .*590 in two",
         ),
         (
             {"models": {name: {"bytes": size, "dtype": "float16", "sha256": "0" * 64}
@@ -143,6 +153,39 @@ def test_what_does_not_belong_together_is_refused(parts, tmp_path, fields, messa
     with pytest.raises(RecordError, match=f"(?s)expected parts that belong together.*{message}"):
         merge(tmp_path / "run", parts)
     assert not (tmp_path / "run").exists()
+
+
+def test_systems_may_differ_in_what_they_keep_on_the_device(parts, tmp_path):
+    kept = {name: {"device_bytes": size // 2} for name, size in SIZES.items()}
+    for part, system, factor in ((0, "djinn", 1), (1, "vllm_sleep", 2)):
+        models = read_manifest(parts[part] / "requests" / f"paper-25-{system}.manifest.json")[
+            "models"
+        ]
+        new = {
+            n: {**m, "device_bytes": kept[n]["device_bytes"] * factor} for n, m in models.items()
+        }
+        change_manifest(parts[part], system, models=new)
+    merge(tmp_path / "run", parts)
+    other = {n: {**m, "device_bytes": 1} for n, m in models.items()}
+    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
+    change_manifest(again, "djinn", models=other)
+    with pytest.raises(
+        RecordError, match=r"device_bytes of the weights of .*, djinn: .* 1 in three"
+    ):
+        merge(tmp_path / "run2", [*parts, again])
+
+
+def test_a_package_that_only_one_machine_has_is_no_difference(parts, tmp_path):
+    versions = {**GPU_MACHINE["versions"], "vllm": "0.24.0"}
+    change_manifest(parts[1], "vllm_sleep", machine={**GPU_MACHINE, "versions": versions})
+    merge(tmp_path / "run", parts)
+    change_manifest(
+        parts[0], "djinn", machine={**GPU_MACHINE, "versions": {**versions, "vllm": "0.9"}}
+    )
+    with pytest.raises(
+        RecordError, match=r"version of vllm, set-up: 0\.9 in one .*0\.24\.0 in two"
+    ):
+        merge(tmp_path / "run2", parts)
 
 
 def test_other_commits_can_be_allowed_and_are_noted(parts, tmp_path):
