@@ -29,7 +29,7 @@ from engine_targets import read_floor_ms, targets
 
 from djinn_lib import machine
 from djinn_lib.bench import MODELS_DIR
-from djinn_lib.decoder import Decode
+from djinn_lib.decode_modes import Decode
 from djinn_lib.djinn import Djinn
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_json

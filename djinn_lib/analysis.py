@@ -14,6 +14,7 @@ from pandas.io.formats.style import Styler
 
 from djinn_lib.claim_metrics import Evidence
 from djinn_lib.claims import Verdict, claims_table, format_value
+from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
@@ -70,6 +71,16 @@ class Run:
             }
             for run_id, system in systems.items()
         }
+
+    @cached_property
+    def other_steps(self) -> frozenset[str]:
+        """Systems that decode by other steps than transformers' own, by their label."""
+        cells = {manifest["run_id"]: manifest for manifest in self.manifests.values()}
+        systems = self.rows.drop_duplicates("run_id").set_index("run_id")["system"]
+        return frozenset(
+            str(label) for run_id, label in systems.items()
+            if run_id in cells and _has_other_steps(cells[run_id])
+        )  # fmt: skip
 
     @cached_property
     def needed_sizes(self) -> dict[str, int]:
@@ -144,8 +155,9 @@ class Run:
     def evidence(self) -> Evidence:
         """What claims are judged by."""
         return Evidence(
-            self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes
-        )
+            self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes,
+            self.other_steps,
+        )  # fmt: skip
 
     def link_floor(self) -> pd.DataFrame:
         """One row a model: its size, and the least milliseconds that loading it whole can take."""
@@ -153,6 +165,14 @@ class Run:
         table = pd.DataFrame({"bytes": self.sizes})
         table["ms_at_link_rate"] = table["bytes"] / rate * 1e3
         return table.rename_axis("model")
+
+
+def _has_other_steps(manifest: Mapping[str, Any]) -> bool:
+    """Whether a cell did not decode by transformers' own steps."""
+    if manifest["system"] != "djinn":
+        return manifest["system"].startswith("vllm")
+    default = default_decode(manifest["machine"]["device"])
+    return manifest["options"].get("decode", default) != "eager"
 
 
 def load_run(run_dir: Path | str) -> Run:

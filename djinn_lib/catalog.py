@@ -9,7 +9,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.decoder import Decode, Decoder, EagerDecoder, parse_decode
+from djinn_lib.decode_modes import Decode, parse_decode
+from djinn_lib.decoder import Decoder, EagerDecoder
 from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import hold_back

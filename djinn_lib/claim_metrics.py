@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from djinn_lib import claim_times  # noqa: F401  (registers its metrics)
@@ -24,7 +25,7 @@ from djinn_lib.evidence import (
     select,
     served,
 )
-from djinn_lib.metrics import share_interval
+from djinn_lib.metrics import bootstrap_interval, share_interval
 from djinn_lib.optimal import optimal_bytes
 
 __all__ = ["METRICS", "TIMED", "Evidence", "Measurement", "NotMeasured", "check_arguments"]
@@ -131,15 +132,49 @@ def writeback_bytes(evidence: Evidence, system: str) -> Measurement:
 
 
 @metric()
-def token_agreement(evidence: Evidence, without: list[str]) -> Measurement:
-    """Share of requests for which all systems gave the same tokens."""
+def token_repeatability(evidence: Evidence, system: str) -> Measurement:
+    """Share of requests that a system gave the same tokens in every repeat, at every capacity."""
+    rows = served(evidence, system, trace=None, capacity_label=None)
+    tokens = rows.groupby(["trace", "request"])["token_sha"].agg(["size", "nunique"])
+    again = tokens[tokens["size"] > 1]
+    if again.empty:
+        raise NotMeasured(f"{system} served no request twice in this run")
+    remark = f"{len(again)} different requests, {again['size'].sum()} served"
+    return measured(share_interval(again["nunique"] == 1), len(again), remark)
+
+
+@metric()
+def token_agreement(evidence: Evidence) -> Measurement:
+    """Share of requests for which all systems with transformers' own steps gave the same tokens."""
     rows = evidence.rows[evidence.rows["ok"] & (evidence.rows["mode"] == "sequential")]
-    rows = rows[~rows["system"].isin(without)]
+    rows = rows[~rows["system"].isin(evidence.other_steps)]
     if rows["system"].nunique() < 2:
-        raise NotMeasured("fewer than two systems served requests in this run")
+        raise NotMeasured("fewer than two systems with transformers' own steps served requests")
     agree = rows.groupby(["trace", "request"])["token_sha"].nunique() == 1
     remark = f"{rows['system'].nunique()} systems, {len(agree)} different requests"
-    return measured(share_interval(agree), len(rows), remark)
+    return measured(share_interval(agree), len(agree), remark)
+
+
+@metric()
+def token_agreement_lead(
+    evidence: Evidence, system: str, to: str, reference: str, **where: Any
+) -> Measurement:
+    """Share of requests for which `system` gives the tokens of `reference`, less that of `to`.
+
+    A token is chosen by its score, and in half precision some scores differ by no more than steps
+    that add in another order do; all tokens after such a one differ then.
+    """
+    first = {
+        name: served(evidence, name, **where).groupby("request")["token_sha"].first()
+        for name in (system, to, reference)
+    }
+    tokens = pd.DataFrame(first).dropna()
+    if tokens.empty:
+        raise NotMeasured(f"no request was served by {system}, {to} and {reference}")
+    agree = tokens[[system, to]].eq(tokens[reference], axis=0).astype(float)
+    remark = f"{system} {agree[system].mean():.0%}, {to} {agree[to].mean():.0%} of the requests"
+    lead = bootstrap_interval(agree[system] - agree[to], np.mean)
+    return measured(lead, len(agree), f"{remark} have the tokens of {reference}")
 
 
 @metric()

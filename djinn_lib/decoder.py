@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.decode_modes import Decode
 from djinn_lib.generate import Tokens, generate_eager
 from djinn_lib.recording import Wait
 from djinn_lib.sampling import Sampling
 
-Decode = Literal["eager", "graph", "compiled"]
 Proceed = Callable[[], None]
 
 
@@ -77,14 +76,3 @@ class EagerDecoder:
     ) -> Tokens:
         """Continue a prompt."""
         return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos, sampling, proceed)
-
-
-def parse_decode(decode: str) -> Decode:
-    """Return a way of decoding.
-
-    Raises:
-        ConfigError: there is no such way.
-    """
-    if decode not in get_args(Decode):
-        raise ConfigError(f"expected decode to be one of {get_args(Decode)}, got {decode!r}")
-    return decode  # type: ignore[return-value]

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.catalog import Catalog, check_decoding
-from djinn_lib.decoder import Decode
+from djinn_lib.decode_modes import Decode, default_decode
 from djinn_lib.disk_tier import Masters, open_masters
 from djinn_lib.generate import Generation
 from djinn_lib.models import Embeddings, ModelSpec, choose_embeddings
@@ -31,7 +31,6 @@ from djinn_lib.turns import Ticket
 from djinn_lib.units import parse_bytes
 
 DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-DEFAULT_DECODE: dict[str, Decode] = {"cuda": "compiled"}
 
 
 class Djinn:
@@ -90,7 +89,7 @@ class Djinn:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if page is None:
             page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
-        decode = decode or DEFAULT_DECODE.get(self.device.type, "eager")
+        decode = decode or default_decode(self.device.type)
         check_decoding(decode, max_model_len)
         queue = RequestQueue[Ticket](order, max_overtaken)
         chosen = make_policy(policy)

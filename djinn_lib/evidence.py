@@ -6,7 +6,7 @@ A metric that cannot be measured raises `NotMeasured` with the reason; nothing i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,8 @@ class Evidence:
         traces: by name.
         device_sizes: by system, bytes of each model on the device when nothing is missing; all of
             its weights where a system is not listed.
+        other_steps: systems that do not decode by transformers' own steps: their arithmetic rounds
+            differently, so that now and then another token is the likeliest.
     """
 
     rows: pd.DataFrame
@@ -39,6 +41,7 @@ class Evidence:
     page_bytes: int
     traces: Mapping[str, Trace]
     device_sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    other_steps: Set[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.compiling import CompiledUnits, attentions, has_triton
-from djinn_lib.decoder import Decode, Decoder, EagerDecoder, Proceed
+from djinn_lib.decode_modes import Decode
+from djinn_lib.decoder import Decoder, EagerDecoder, Proceed
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.generate import Tokens, eos_ids
 from djinn_lib.kv_cache import KvCache

@@ -322,7 +322,7 @@ def test_concurrent_rows_never_mix_into_sequential_ones():
         "maximum_to_least": {"system": "djinn"},
         "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
         "worst_bytes_to_optimum": {"system": "djinn"},
-        "token_agreement": {"without": []},
+        "token_agreement": {},
     }.items():
         alone = measure(name, rows, **arguments)
         assert measure(name, pd.concat([rows, late]), **arguments) == alone, name
@@ -406,15 +406,47 @@ def test_bytes_written_back():
 
 def test_token_agreement():
     same = pd.concat([served(s, [5.0] * 4, token_sha=list("wxyz")) for s in "ab"])
-    agreed = measure("token_agreement", same, without=[])
-    assert (agreed.value, agreed.n, agreed.remark) == (1.0, 8, "2 systems, 4 different requests")
+    agreed = measure("token_agreement", same)
+    assert (agreed.value, agreed.n, agreed.remark) == (1.0, 4, "2 systems, 4 different requests")
     other = pd.concat([same, served("c", [5.0] * 4, token_sha=list("wxy?"))])
-    assert measure("token_agreement", other, without=[]).value == 0.75
-    assert measure("token_agreement", other, without=["c"]).value == 1.0
+    assert measure("token_agreement", other).value == 0.75
+    faster = replace(evidence_of(other), other_steps={"c"})
+    assert METRICS["token_agreement"](faster).value == 1.0
     crashed = failed(served("c", [5.0] * 4), "oom", "out of memory")
-    assert measure("token_agreement", pd.concat([same, crashed]), without=[]).value == 1.0
+    assert measure("token_agreement", pd.concat([same, crashed])).value == 1.0
     with pytest.raises(NotMeasured, match="fewer than two systems"):
-        measure("token_agreement", same, without=["a"])
+        METRICS["token_agreement"](replace(evidence_of(same), other_steps={"a"}))
+
+
+def test_token_repeatability():
+    once = served("a", [5.0] * 4, token_sha=list("wxyz"))
+    with pytest.raises(NotMeasured, match="no request twice"):
+        measure("token_repeatability", once, system="a")
+    again = once.assign(repeat=1)
+    beside = served("b", [5.0] * 4, token_sha=list("????"))
+    found = measure("token_repeatability", pd.concat([once, again, beside]), system="a")
+    assert (found.value, found.n, found.remark) == (1.0, 4, "4 different requests, 8 served")
+    smaller = once.assign(capacity_label="20", token_sha=list("wx?z"))
+    found = measure("token_repeatability", pd.concat([once, again, smaller]), system="a")
+    assert (found.value, found.n) == (0.75, 4)
+
+
+def test_token_agreement_lead():
+    rows = pd.concat(
+        [
+            served("plain", [5.0] * 4, token_sha=list("wxyz")),
+            served("ours", [5.0] * 4, token_sha=list("wxy?")),
+            served("ours", [5.0] * 4, token_sha=list("wxy?")).assign(repeat=1),  # not counted twice
+            served("theirs", [5.0] * 4, token_sha=list("wx??")),
+        ]
+    )
+    asked = {"system": "ours", "to": "theirs", "reference": "plain"}
+    found = measure("token_agreement_lead", rows, **asked)
+    assert (found.value, found.n) == (0.25, 4) and found.low <= 0.25 < found.high
+    assert found.remark == "ours 75%, theirs 50% of the requests have the tokens of plain"
+    nobody = rows[(rows["system"] != "theirs") | (rows["request"] > 3)]
+    with pytest.raises(NotMeasured, match="no rows of system 'theirs'"):
+        measure("token_agreement_lead", nobody, **asked)
 
 
 @pytest.mark.parametrize("name", sorted(METRICS.keys() - {"total_gib", "popularity_ratio"}))
@@ -429,7 +461,8 @@ def test_what_was_not_run_is_not_measured(name):
         "capacity_share": {"capacity_label": "33"},
         "bytes_to_optimum": {"system": "a", "capacity_label": "25"},
         "bytes_ratio": {"system": "a", "to": "b"},
-        "token_agreement": {"without": []},
+        "token_agreement": {},
+        "token_agreement_lead": {"system": "a", "to": "b", "reference": "c"},
     }
     with pytest.raises(NotMeasured, match=r"no rows of .*('a'|'33')|fewer than two"):
         measure(name, cell_rows("djinn"), **arguments.get(name, {"system": "a"}))
