@@ -24,6 +24,7 @@ from djinn_lib.evidence import (
     metric,
     select,
     served,
+    swept,
 )
 from djinn_lib.metrics import bootstrap_interval, share_interval
 from djinn_lib.optimal import optimal_bytes
@@ -105,10 +106,7 @@ def bytes_to_optimum(
 def worst_bytes_to_optimum(evidence: Evidence, system: str, trace: str = MAIN_TRACE) -> Measurement:
     """`bytes_to_optimum` at the capacity where it is greatest."""
     rows = select(evidence, system, trace=trace, capacity_label=None)
-    found = {
-        str(label): bytes_to_optimum(evidence, system, str(label), trace).value
-        for label in rows["capacity_label"].unique()
-    }
+    found = {label: bytes_to_optimum(evidence, system, label, trace).value for label in swept(rows)}
     worst = max(found, key=lambda label: found[label])
     remark = ", ".join(f"{ratio:.3g} at {label}" for label, ratio in sorted(found.items()))
     return Measurement(found[worst], min(found.values()), found[worst], len(rows), remark)

@@ -20,6 +20,7 @@ from djinn_lib.evidence import (
     metric,
     select,
     served,
+    swept,
 )
 from djinn_lib.metrics import bootstrap_interval, p99_is_max, ratio_interval, share_interval
 
@@ -168,7 +169,7 @@ def speedup_over_capacities(evidence: Evidence, system: str, baseline: str) -> M
     rows = select(evidence, system, capacity_label=None)
     ratios = [
         median_ratio(evidence, baseline, to=system, capacity_label=label).value
-        for label in rows["capacity_label"].unique()
+        for label in swept(rows)
     ]
     remark = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} capacities"
     return Measurement(float(np.median(ratios)), min(ratios), max(ratios), len(rows), remark)

@@ -124,6 +124,18 @@ def served(evidence: Evidence, system: str, **where: Any) -> pd.DataFrame:
     return rows[rows["ok"]]
 
 
+def swept(rows: pd.DataFrame) -> list[str]:
+    """Return the capacities that rows were served at, of which a sweep has several.
+
+    Raises:
+        NotMeasured: there is only one.
+    """
+    labels = [str(label) for label in rows["capacity_label"].unique()]
+    if len(labels) < 2:
+        raise NotMeasured(f"rows of one capacity only ({labels[0]}) in this run")
+    return labels
+
+
 def measured(interval: Interval, n: int, remark: str = "") -> Measurement:
     """Return a value with its interval."""
     return Measurement(*interval, n=n, remark=remark)

@@ -255,6 +255,8 @@ def test_speedup_over_capacities():
     assert measured.remark == "3.00 to 3.40 over 3 capacities"
     with pytest.raises(NotMeasured, match=r"no rows of system 'b', .*capacity_label '40'"):
         measure("speedup_over_capacities", pd.concat(rows[:-1]), system="a", baseline="b")
+    with pytest.raises(NotMeasured, match=r"rows of one capacity only \(20\)"):
+        measure("speedup_over_capacities", pd.concat(rows[:2]), system="a", baseline="b")
 
 
 def test_runtime_is_that_of_one_repeat():
@@ -311,10 +313,13 @@ def test_bytes_at_the_worst_capacity():
     ]
     assert worst.value == max(each) and worst.low == min(each)
     assert worst.remark.count(" at ") == 3 and worst.n == 90
+    with pytest.raises(NotMeasured, match=r"rows of one capacity only \(25\)"):
+        measure("worst_bytes_to_optimum", cell_rows("djinn"), system="djinn")
 
 
 def test_concurrent_rows_never_mix_into_sequential_ones():
-    rows = pd.concat([cell_rows("djinn"), cell_rows("pytorch_lru"), cell_rows("pytorch_pinned")])
+    systems = ("djinn", "pytorch_lru", "pytorch_pinned")
+    rows = pd.concat([*map(cell_rows, systems), cell_rows("djinn", "20")])
     late = cell_rows("djinn").assign(mode="concurrent", total_ms=1e6, loaded_bytes=7, token_sha="?")
     for name, arguments in {
         "latency": {"system": "djinn", "statistic": "max"},

@@ -226,7 +226,8 @@ class FakeVllm:
 def test_a_failed_vllm_engine_is_not_used_again(models, monkeypatch):
     system = system_class("vllm_recreate")(models, 1 << 30, "cpu")
     monkeypatch.setitem(__import__("sys").modules, "vllm", FakeVllm())
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS"):
+    read = ("ENABLE_V1_MULTIPROCESSING", "CPU_KVCACHE_SPACE", "LOGGING_LEVEL")
+    for name in ("OMP_NUM_THREADS", *(f"VLLM_{name}" for name in read)):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
     system.start()
     for _ in range(2):

@@ -112,6 +112,7 @@ def set_environment() -> None:
     """What vLLM reads from the environment; what the user has set there stays."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else two lines at every sleep
     if not find_spec("flashinfer"):  # asked for even where tokens are not sampled
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
