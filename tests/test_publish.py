@@ -192,7 +192,7 @@ def test_a_notebook_that_fails_or_is_huge_publishes_nothing(
 
 
 def test_the_command_says_why_it_refuses(tmp_path, capsys):
-    assert publish_module.main([str(tmp_path / "none")]) == 2
+    assert publish_module.main([str(tmp_path / "none"), "--replace"]) == 2
     assert "error: expected rows in" in capsys.readouterr().err
 
 
