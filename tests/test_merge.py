@@ -175,6 +175,22 @@ def test_systems_may_differ_in_what_they_keep_on_the_device(parts, tmp_path):
         merge(tmp_path / "run2", [*parts, again])
 
 
+def test_cells_of_other_modes_and_options_belong_to_the_same_run(parts, tmp_path):
+    read = {"page_bytes": 1 << 20, "mode": "sequential", "speed": "1.0"}
+    change_manifest(parts[0], "djinn", parameters=read, options={"decode": "compiled"})
+    change_manifest(
+        parts[1], "vllm_sleep", parameters={**read, "mode": "concurrent", "speed": "inf"},
+        options={"naive": True},
+    )  # fmt: skip
+    merge(tmp_path / "run", parts)
+    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
+    change_manifest(again, "djinn", parameters=read, options={"decode": "eager"})
+    with pytest.raises(
+        RecordError, match=r"options of djinn: .*compiled.* in one .*eager.* in three"
+    ):
+        merge(tmp_path / "run2", [*parts, again])
+
+
 def test_a_package_that_only_one_machine_has_is_no_difference(parts, tmp_path):
     versions = {**GPU_MACHINE["versions"], "vllm": "0.24.0"}
     change_manifest(parts[1], "vllm_sleep", machine={**GPU_MACHINE, "versions": versions})
