@@ -161,7 +161,13 @@ def _tail(run: Run, paper: Paper) -> str:
 
 def _first_touches(run: Run, paper: Paper) -> str:
     rows = served_rows(run.evidence, "djinn", capacity_label=None)
-    largest = rows[rows["capacity_bytes"] == rows["capacity_bytes"].max()]
+    capacity, needed = int(rows["capacity_bytes"].max()), sum(run.device_sizes["djinn"].values())
+    if capacity < needed:
+        raise NotMeasured(
+            f"the largest capacity of this run has {capacity / _GIB:.1f} GiB for the "
+            f"{needed / _GIB:.1f} GiB of all models"
+        )
+    largest = rows[rows["capacity_bytes"] == capacity]
     repeats, models = largest["repeat"].nunique(), largest["model"].nunique()
     n = len(largest) // repeats
     hits = int((largest["loaded_bytes"] == 0).sum())

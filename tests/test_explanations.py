@@ -118,6 +118,9 @@ def test_failures_are_counted_or_said_not_to_reproduce(gpu: Run):
 def test_first_touches_bound_the_hits(gpu: Run):
     said = told(explanations(gpu, PAPER), "Hits")
     assert "at most 27 of 30 requests (90%)" in said and "27 of 30 do (90%)" in said
+    scarce = gpu.rows[gpu.rows["capacity_label"] == "25"]
+    said = told(explanations(replace(gpu, rows=scarce), PAPER), "Hits")
+    assert "Nothing can be said here: the largest capacity of this run has" in said
 
 
 def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
