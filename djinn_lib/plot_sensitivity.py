@@ -181,8 +181,7 @@ def _legend(systems: Sequence[str], baseline: str) -> list[Line2D]:
 def _mark_published(left: Axes, right: Axes, paper: Mapping[str, Any]) -> None:
     low, high = paper["sensitivity"]["speedup"]
     left.axhspan(low, high, color="0.55", alpha=0.6, linewidth=0)
-    if high > left.get_ylim()[1]:
-        left.set_ylim(0, high * 1.15)
+    left.set_ylim(0, max(left.get_ylim()[1], high * 1.15))  # room for the words above
     _write_inside(left, high, f"paper {low:g} to {high:g}x")
     low, high = (100 * share for share in paper["sensitivity"]["hit_share"])
     right.axhspan(low, high, color="0.55", alpha=0.15, linewidth=0)
