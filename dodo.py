@@ -15,6 +15,7 @@ from typing import Any
 
 from doit.tools import config_changed
 
+from djinn_lib import large_results
 from djinn_lib.paths import REFERENCE, REPO, STUDY
 from djinn_lib.profile import Cell, load_profile
 from djinn_lib.report import build_report
@@ -159,9 +160,10 @@ def task_policies() -> dict:
 
 def task_large_models() -> dict:
     """07_large_models: a model in a ring that is too small for it."""
-    targets = [RUN_DIR / "large_models.parquet"]
+    targets = [RUN_DIR / name for name in large_results.FILES]
     targets += [RUN_DIR / "figures" / f"large_models.{ending}" for ending in ("pdf", "png")]
-    file_dep = [*ENGINE, LIB / "large_models.py", LIB / "plot_large.py", LIB / "plot_style.py"]
+    names = ("large_models", "large_results", "plot_large", "plot_style")
+    file_dep = [*ENGINE, *[LIB / f"{name}.py" for name in names]]
     return notebook_task("07_large_models", file_dep, targets, task_dep=["setup"])
 
 

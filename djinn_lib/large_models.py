@@ -12,6 +12,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,25 +22,22 @@ import torch
 from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
+from djinn_lib import machine
 from djinn_lib.bench import Bench
 from djinn_lib.djinn import Djinn
 from djinn_lib.errors import ConfigError
-from djinn_lib.files import write_atomically
 from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.integrity import weights_digest
+from djinn_lib.large_results import COLUMNS, read_large, write_large
 from djinn_lib.models import ModelSpec, Unit, pack
-from djinn_lib.profile import parse_capacity
+from djinn_lib.profile import REPO, parse_capacity
 from djinn_lib.records import token_sha
 from djinn_lib.sources import open_source
 from djinn_lib.swap_pool import SwapPool
 from djinn_lib.units import format_bytes, parse_bytes
 
-COLUMNS = (
-    "model", "system", "repeat", "model_bytes", "capacity_bytes", "n_tokens", "ms_per_token",
-    "ttft_ms", "loaded_bytes_per_token", "stall_ms_per_token", "token_sha", "ok", "error",
-)  # fmt: skip
 Outcome = tuple[Tokens, int, float]  # tokens, bytes loaded, seconds of stalls
 Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]
-SYSTEMS = ("resident", "djinn", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,24 @@ def cases_of(bench: Bench) -> list[LargeCase]:
     return cases
 
 
+def rows_of(
+    bench: Bench,
+    n_tokens: int,
+    repeats: int,
+    measure: bool,
+    progress: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Return the rows of a run: measured now, or those that it has.
+
+    Raises:
+        ConfigError: nothing can be measured, see `measure_all`.
+        RecordError: the run has no rows.
+    """
+    if measure:
+        return measure_all(bench, n_tokens, repeats, progress)
+    return read_large(bench.run_dir)
+
+
 def measure_all(
     bench: Bench, n_tokens: int, repeats: int, progress: Callable[[str], None] = print
 ) -> pd.DataFrame:
@@ -93,6 +109,7 @@ def measure_all(
             f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
         )
     n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
+    manifest = _manifest(bench, n_tokens, repeats)
     rows = pd.concat(
         [
             measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
@@ -100,10 +117,31 @@ def measure_all(
         ],
         ignore_index=True,
     )
-    write_atomically(
-        bench.run_dir / "large_models.parquet", lambda path: rows.to_parquet(path, index=False)
-    )
+    write_large(rows, manifest, bench.run_dir)
     return rows
+
+
+def _manifest(bench: Bench, n_tokens: int, repeats: int) -> dict[str, Any]:
+    """Where the rows come from."""
+    commit, dirty = machine.git_state(REPO)
+    return {
+        "profile": bench.profile.name,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "other_gpu_processes": machine.other_gpu_processes(),
+        "versions": machine.versions(),
+        "machine": bench.machine,
+        "weights_sha256": {name: weights_digest(f.digests) for name, f in bench.models.items()},
+        "parameters": {
+            "large": {name: entry.model_dump() for name, entry in bench.profile.large.items()},
+            "dtype": bench.profile.dtype,
+            "page": bench.profile.page,
+            "prompt_tokens": bench.profile.prompt_tokens,
+            "n_tokens": n_tokens,
+            "repeats": repeats,
+        },
+        "started_at_utc": datetime.now(UTC).isoformat(),
+    }
 
 
 def _prompt(case: LargeCase, n_tokens: int) -> list[int]:
@@ -137,7 +175,12 @@ def measure(
             f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
             f"{format_bytes(case.capacity_bytes)}: lower the capacity"
         )
-    facts = {"model": case.name, "model_bytes": n_bytes, "capacity_bytes": case.capacity_bytes}
+    facts = {
+        "model": case.name,
+        "model_bytes": n_bytes,
+        "capacity_bytes": case.capacity_bytes,
+        "link_bytes_per_s": machine.measure_rates(device)["link_rate_bytes_per_s"],
+    }
     for system, run in _systems(case, device, page):
         progress(f"{case.name}: {system}")
         try:
@@ -151,31 +194,6 @@ def measure(
             rows.append({**facts, "system": system, "repeat": 0, **failed})
         gc.collect()
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
-
-
-def shares(rows: pd.DataFrame, link_bytes_per_s: float) -> pd.DataFrame:
-    """Return, for each model and system, medians and the share of the ceiling that is reached.
-
-    Columns: model, system, n, ms_per_token, gib_per_token, link_ms (what these bytes take at the
-    rate of the link), compute_ms (a token where everything is resident), share_of_ceiling: the
-    longer of the two over what a token takes. Failed systems have their error and no numbers.
-    """
-    medians = (
-        rows.groupby(["model", "system"], sort=False)
-        .agg(
-            n=("ok", "sum"),
-            ms_per_token=("ms_per_token", "median"),
-            gib_per_token=("loaded_bytes_per_token", lambda b: b.median() / 2**30),
-            error=("error", "max"),
-        )
-        .reset_index()
-    )
-    resident = medians[medians.system == "resident"].set_index("model").ms_per_token
-    medians["link_ms"] = medians.gib_per_token * 2**30 / link_bytes_per_s * 1e3
-    medians["compute_ms"] = medians.model.map(resident)
-    ceiling_ms = medians[["link_ms", "compute_ms"]].max(axis=1)
-    medians["share_of_ceiling"] = ceiling_ms / medians.ms_per_token
-    return medians
 
 
 def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from djinn_lib import large_results
 from djinn_lib.analysis import read_machine
 from djinn_lib.belonging import differences
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
@@ -191,6 +192,19 @@ def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) 
             for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # of a part merged before
                 _copy_notebook(part, path.stem, folder)
     write_json(folder / "machine.json", _machines(parts, chosen, newest))
+    _copy_large(list(parts.values()), folder)
+
+
+def _copy_large(parts: Sequence[Path], folder: Path) -> None:
+    """Copy the newest rows of models larger than the ring, which are measured all at once."""
+    having = [part for part in parts if (part / large_results.ROWS).exists()]
+    if not having:
+        return
+    manifests = {p: json.loads((p / large_results.MANIFEST).read_text()) for p in having}
+    newest = max(having, key=lambda part: manifests[part]["started_at_utc"])
+    for name in large_results.FILES:
+        shutil.copy(newest / name, folder / name)
+    _copy_notebook(newest, large_results.NOTEBOOK, folder)
 
 
 def _own_label(label: str, part: Path) -> str:

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn_lib.large_models import SYSTEMS, shares
+from djinn_lib.large_results import SYSTEMS, shares
 from djinn_lib.plot_style import COLUMN_IN, SMALL_PT, byte_scale, footnote, require_rows, styled
 
 _LABELS = {
@@ -18,7 +18,7 @@ _COLORS = {"resident": "#7F7F7F", "djinn": "#0072B2", "accelerate": "#E69F00"}
 
 
 @styled
-def time_per_token(rows: pd.DataFrame, link_bytes_per_s: float) -> Figure:
+def time_per_token(rows: pd.DataFrame) -> Figure:
     """Draw what a token takes in each system, a panel a model, with what the link alone takes.
 
     Bars are medians, dots are repeats.
@@ -27,7 +27,7 @@ def time_per_token(rows: pd.DataFrame, link_bytes_per_s: float) -> Figure:
         RecordError: there are no rows.
     """
     require_rows(rows, "models larger than the ring")
-    table, models = shares(rows, link_bytes_per_s), list(rows["model"].unique())
+    table, models = shares(rows), list(rows["model"].unique())
     figure, grid = plt.subplots(
         len(models), 1, figsize=(COLUMN_IN, 0.35 + 1.15 * len(models)), squeeze=False,
         layout="constrained",

@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
@@ -32,7 +33,7 @@ from djinn_lib.redraw import copy_figures, read_again
 from djinn_lib.scrub import scrub, scrub_notebook, scrub_text
 
 PUBLISHED = ("requests", "traces", "notebooks", "figures", "machine.json", "claims.json",
-             "comparison_summary.json")  # fmt: skip
+             "comparison_summary.json", *large_results.FILES)  # fmt: skip
 NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
 _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
 
@@ -129,6 +130,9 @@ def _copy(run: Run, made: Path) -> None:
     state = json.loads((run.folder / "machine.json").read_text())
     models = {name: _at_home(name, facts) for name, facts in state["models"].items()}
     write_json(made / "machine.json", scrub({**state, "models": models}))
+    if (run.folder / large_results.ROWS).exists():
+        manifest = json.loads((run.folder / large_results.MANIFEST).read_text())
+        large_results.write_large(large_results.read_large(run.folder), scrub(manifest), made)
     (made / "notebooks").mkdir()
     for stem in ("00_setup", "01_trace", "02_run_system"):
         for path in (run.folder / "notebooks").glob(f"{stem}*.ipynb"):
@@ -170,7 +174,8 @@ def _put(made: Path, reference: Path) -> None:
             shutil.rmtree(target)
         elif target.exists():
             target.unlink()
-        shutil.move(made / name, target)
+        if (made / name).exists():  # not every run has models larger than the ring
+            shutil.move(made / name, target)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from djinn_lib import large_results
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.notebooks import Status, execute, write_status
@@ -55,8 +56,12 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
     parameters = {name: {"run_dir": str(run_dir)} for name in READING}
     parameters["06_policies"]["reference_dir"] = str(reference_dir)
     parameters["explore"] = {"figures_dir": str(run_dir / "figures")}
+    if (run_dir / large_results.ROWS).exists():
+        profile = large_results.profile_of(run_dir)
+        more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
+        parameters[large_results.NOTEBOOK] = more
     statuses = []
-    for name in READING:
+    for name in parameters:
         print(f"{name} ...", flush=True)
         status = execute(name, run_dir / "notebooks" / f"{name}.ipynb", parameters[name])
         write_status(status, run_dir / "status")
@@ -80,8 +85,9 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        for part in ("requests", "traces", "machine.json"):
-            (scratch / part).symlink_to(reference / part)
+        for part in ("requests", "traces", "machine.json", *large_results.FILES):
+            if (reference / part).exists():
+                (scratch / part).symlink_to(reference / part)
         failed = [s for s in read_again(scratch, reference) if s.state != "ok"]
         if not failed:
             copy_figures(scratch / "figures", figures)

@@ -11,7 +11,8 @@ from tiny import CONFIGS, PROMPT, spec
 from djinn_lib import large_models, plot_concurrent, plot_large
 from djinn_lib.bench import set_up
 from djinn_lib.errors import ConfigError, RecordError
-from djinn_lib.large_models import LargeCase, measure, shares
+from djinn_lib.large_models import LargeCase, measure
+from djinn_lib.large_results import COLUMNS, MANIFEST, ROWS, profile_of, read_large, shares
 from djinn_lib.models import ModelSpec, pack, skeleton
 from djinn_lib.sources import open_source
 from djinn_lib.swap_pool import SwapPool
@@ -45,9 +46,11 @@ def test_what_does_not_stay_is_brought_in_for_every_token(rows):
 
 
 def test_shares_of_the_ceiling(rows):
-    table = shares(rows, link_bytes_per_s=1e9).set_index(["model", "system"])
+    table = shares(rows).set_index(["model", "system"])
     djinn = table.loc[("llama", "djinn")]
-    assert djinn.link_ms == pytest.approx(djinn.gib_per_token * 2**30 / 1e6)
+    link_bytes_per_s = rows[rows.model == "llama"].link_bytes_per_s.iloc[0]
+    assert link_bytes_per_s > 1e8  # measured, a memory bus
+    assert djinn.link_ms == pytest.approx(djinn.gib_per_token * 2**30 / link_bytes_per_s * 1e3)
     assert djinn.compute_ms == table.loc[("llama", "resident")].ms_per_token
     ceiling_ms = max(djinn.link_ms, djinn.compute_ms)
     assert djinn.share_of_ceiling == pytest.approx(ceiling_ms / djinn.ms_per_token)
@@ -64,7 +67,7 @@ def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):
     failed = rows[rows.system == "accelerate"].iloc[0]
     assert (failed.ok, failed.error) == (False, "MemoryError: no room")
     assert rows[rows.system == "djinn"].ok.all()
-    figure = plot_large.time_per_token(rows, 1e9)
+    figure = plot_large.time_per_token(rows)
     assert "no room" in figure.get_supxlabel()
 
 
@@ -85,10 +88,26 @@ def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
     rows = large_models.measure_all(bench, 3, 1, lambda step: None)
     assert rows.ok.all(), rows.error.tolist()
     assert set(rows.model) == {"shared", "own"}
-    kept = pd.read_parquet(tmp_path / "run" / "large_models.parquet")
-    pd.testing.assert_frame_equal(kept, rows)
+    pd.testing.assert_frame_equal(read_large(tmp_path / "run"), rows)
+    again = large_models.rows_of(bench, 3, 1, measure=False)
+    pd.testing.assert_frame_equal(again, rows)
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
+    assert profile_of(tmp_path / "run") == bench.profile.name
+    assert (
+        manifest["parameters"]["n_tokens"] == 3 and len(manifest["weights_sha256"]["llama"]) == 64
+    )
     with pytest.raises(ConfigError, match="at least 2 tokens"):
         large_models.measure_all(bench, 1, 1)
+
+
+def test_rows_that_are_not_there_or_of_another_form_are_refused(rows, tmp_path):
+    with pytest.raises(RecordError, match="run notebook 07_large_models first"):
+        read_large(tmp_path)
+    with pytest.raises(RecordError, match="run notebook 07_large_models again"):
+        profile_of(tmp_path)
+    rows.drop(columns=COLUMNS[-1]).to_parquet(tmp_path / ROWS)
+    with pytest.raises(RecordError, match="got none named \\['error'\\]"):
+        read_large(tmp_path)
 
 
 def test_plain_weights_are_seeded_and_need_no_second_copy():
@@ -107,10 +126,10 @@ def test_plain_weights_are_seeded_and_need_no_second_copy():
 
 
 def test_figures_of_large_models_and_of_waiting_requests(rows):
-    figure = plot_large.time_per_token(rows, 1e9)
+    figure = plot_large.time_per_token(rows)
     assert len(figure.axes) == 3
     with pytest.raises(RecordError, match="models larger than the ring"):
-        plot_large.time_per_token(rows.iloc[:0], 1e9)
+        plot_large.time_per_token(rows.iloc[:0])
     alone = cell_rows("djinn")
     waiting = alone.assign(mode="concurrent", queue_ms=5.0)
     figure = plot_concurrent.switches_beside_waiting(waiting, alone)

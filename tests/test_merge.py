@@ -9,12 +9,13 @@ from typing import Any
 import pandas as pd
 import pytest
 from row_factory import SIZES, cell_rows
-from run_factory import GPU_MACHINE, write_cell
+from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import merge as merge_module
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
+from djinn_lib.large_results import read_large
 from djinn_lib.merge import main, merge
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.records import read_manifest, read_rows
@@ -73,6 +74,18 @@ def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "notebooks" / "00_setup.ipynb").read_text()) == {
         "of": "two"  # the newest
     }
+
+
+def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_path):
+    for part, day in zip(parts, ("25", "24"), strict=True):
+        write_large_rows(part, f"2026-11-{day}T06:00:00+00:00")
+        (part / "notebooks" / "07_large_models.ipynb").write_text(json.dumps({"of": part.name}))
+    merge(tmp_path / "run", parts)
+    assert len(read_large(tmp_path / "run")) == 3
+    manifest = json.loads((tmp_path / "run" / "large_models.manifest.json").read_text())
+    assert manifest["started_at_utc"].startswith("2026-11-25")
+    notebook = tmp_path / "run" / "notebooks" / "07_large_models.ipynb"
+    assert json.loads(notebook.read_text()) == {"of": "one"}
 
 
 def test_machine_json_tells_of_every_machine(parts, tmp_path):

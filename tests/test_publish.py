@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from profile_factory import tiny_profile
 from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
-from run_factory import GPU_MACHINE, write_run
+from run_factory import GPU_MACHINE, write_large_rows, write_run
 
 from djinn_lib import publish as publish_module
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
+from djinn_lib.large_results import read_large
 from djinn_lib.notebooks import Status
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publish import publish
@@ -114,6 +115,13 @@ def test_a_finished_run_is_copied_and_nothing_else_is_lost(run_dir, reference, t
     }  # fmt: skip
     assert (tmp_path / "figures" / "latency_cdf.pdf").read_bytes() == b"picture"
     assert [path.name for path in reference.parent.iterdir()] == ["h100"]
+
+
+def test_rows_of_models_larger_than_the_ring_go_with_it(run_dir, reference, tmp_path, reading):
+    rows = write_large_rows(run_dir)
+    publish(run_dir, reference=reference, figures=tmp_path / "figures")
+    assert read_large(reference).equals(read_large(run_dir)) and len(rows) == 3
+    assert (reference / "large_models.manifest.json").exists()
 
 
 def test_no_path_of_the_machine_is_published(run_dir, reference, tmp_path, reading):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import write_run
+from run_factory import write_large_rows, write_run
 
 from djinn_lib import redraw
 from djinn_lib.errors import RecordError
@@ -72,6 +72,16 @@ def test_published_figures_are_drawn_from_the_reference_and_leave_it_alone(
     assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
     scratch = Path(papermill.given["04_figures"]["run_dir"])
     assert scratch != reference and not scratch.exists()
+
+
+def test_models_larger_than_the_ring_are_drawn_from_their_rows(reference, tmp_path, monkeypatch):
+    write_large_rows(reference)
+    papermill = Papermill()
+    monkeypatch.setattr(redraw, "execute", papermill)
+    assert redraw_published(reference, tmp_path / "figures") == []
+    given = papermill.given["07_large_models"]
+    assert (given["profile"], given["measure"]) == ("gpu", False)
+    assert {"07_large_models.pdf", "07_large_models.png"} <= names(tmp_path / "figures")
 
 
 def test_a_notebook_that_fails_leaves_the_published_figures_as_they_were(

@@ -1,0 +1,93 @@
+"""Models larger than the ring: rows that were measured, and the share of the ceiling they reach.
+
+Rows lie beside those of requests in a run's folder, as `large_models.parquet`, and have a manifest
+of their own. One row is one repeat of one system on one model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.errors import RecordError
+from djinn_lib.files import write_atomically, write_json
+
+NOTEBOOK = "07_large_models"
+ROWS, MANIFEST = FILES = "large_models.parquet", "large_models.manifest.json"
+SYSTEMS = ("resident", "djinn", "accelerate")
+# link_bytes_per_s: of the machine that ran the row, measured before it.
+COLUMNS = (
+    "model", "system", "repeat", "model_bytes", "capacity_bytes", "link_bytes_per_s", "n_tokens",
+    "ms_per_token", "ttft_ms", "loaded_bytes_per_token", "stall_ms_per_token", "token_sha", "ok",
+    "error",
+)  # fmt: skip
+
+
+def write_large(rows: pd.DataFrame, manifest: Mapping[str, Any], folder: Path) -> None:
+    """Write rows and manifest into a run's folder, each whole or not at all."""
+    write_atomically(folder / ROWS, lambda path: rows.to_parquet(path, index=False))
+    write_json(folder / MANIFEST, manifest)
+
+
+def read_large(folder: Path) -> pd.DataFrame:
+    """Read the rows of a run's folder.
+
+    Raises:
+        RecordError: there are none, or they are of another form.
+    """
+    path = folder / ROWS
+    try:
+        rows = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"expected rows of models larger than the ring in {path}, got {type(error).__name__}: "
+            f"run notebook {NOTEBOOK} first"
+        ) from error
+    if missing := [column for column in COLUMNS if column not in rows]:
+        raise RecordError(f"expected the columns {COLUMNS} in {path}, got none named {missing}")
+    return rows
+
+
+def profile_of(folder: Path) -> str:
+    """Return the name of the profile that the rows of a run's folder were measured with.
+
+    Raises:
+        RecordError: their manifest is missing or broken.
+    """
+    try:
+        return str(json.loads((folder / MANIFEST).read_text())["profile"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(
+            f"expected a manifest with a profile in {folder / MANIFEST}, got {error!r}: run "
+            f"notebook {NOTEBOOK} again"
+        ) from error
+
+
+def shares(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each model and system, medians and the share of the ceiling that is reached.
+
+    Columns: model, system, n, ms_per_token, gib_per_token, link_ms (what these bytes take at the
+    rate of the link), compute_ms (a token where everything is resident), share_of_ceiling: the
+    longer of the two over what a token takes. Failed systems have their error and no numbers.
+    """
+    medians = (
+        rows.groupby(["model", "system"], sort=False)
+        .agg(
+            n=("ok", "sum"),
+            ms_per_token=("ms_per_token", "median"),
+            gib_per_token=("loaded_bytes_per_token", lambda b: b.median() / 2**30),
+            link_bytes_per_s=("link_bytes_per_s", "median"),
+            error=("error", "max"),
+        )
+        .reset_index()
+    )
+    resident = medians[medians.system == "resident"].set_index("model").ms_per_token
+    medians["link_ms"] = medians.gib_per_token * 2**30 / medians.pop("link_bytes_per_s") * 1e3
+    medians["compute_ms"] = medians.model.map(resident)
+    ceiling_ms = medians[["link_ms", "compute_ms"]].max(axis=1)
+    medians["share_of_ceiling"] = ceiling_ms / medians.ms_per_token
+    return medians
