@@ -71,8 +71,9 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, for each model and system, medians and the share of the ceiling that is reached.
 
     Columns: model, system, n, ms_per_token, gib_per_token, link_ms (what these bytes take at the
-    rate of the link), compute_ms (a token where everything is resident), share_of_ceiling: the
-    longer of the two over what a token takes. Failed systems have their error and no numbers.
+    rate of the link, the best that was measured), compute_ms (a token where everything is
+    resident), share_of_ceiling: the longer of the two over what a token takes. Failed systems have
+    their error and no numbers.
     """
     medians = (
         rows.groupby(["model", "system"], sort=False)
@@ -80,13 +81,12 @@ def shares(rows: pd.DataFrame) -> pd.DataFrame:
             n=("ok", "sum"),
             ms_per_token=("ms_per_token", "median"),
             gib_per_token=("loaded_bytes_per_token", lambda b: b.median() / 2**30),
-            link_bytes_per_s=("link_bytes_per_s", "median"),
             error=("error", "max"),
         )
         .reset_index()
     )
     resident = medians[medians.system == "resident"].set_index("model").ms_per_token
-    medians["link_ms"] = medians.gib_per_token * 2**30 / medians.pop("link_bytes_per_s") * 1e3
+    medians["link_ms"] = medians.gib_per_token * 2**30 / rows["link_bytes_per_s"].max() * 1e3
     medians["compute_ms"] = medians.model.map(resident)
     ceiling_ms = medians[["link_ms", "compute_ms"]].max(axis=1)
     medians["share_of_ceiling"] = ceiling_ms / medians.ms_per_token

@@ -24,6 +24,7 @@ _PACKAGES = (
 _COPY_BYTES = 256 << 20
 _HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
 _IN_A_ROW = 8
+_WARM_UP_S = 0.3  # of copies or reads, until the link or the clock of the memory is awake
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -75,7 +76,11 @@ def versions() -> dict[str, str]:
 
 
 def measure_rates(device: str, repeats: int = 5) -> dict[str, float | None]:
-    """Measure the ceilings: the median rate of large copies, in bytes per second."""
+    """Measure the ceilings, in bytes per second: on a GPU the best of `repeats`, else the median.
+
+    A ceiling is what can be reached. A GPU's link takes a while to reach it, and nothing makes it
+    faster than it is; the memory of a shared CPU has good and bad moments, and its rate is typical.
+    """
     pinned = device == "cuda"
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty_like(source, device=device)
@@ -109,19 +114,27 @@ def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> floa
 
 
 def _rate(n_bytes: int, work: Callable[[], Any], on_gpu: bool, repeats: int) -> float:
-    """Bytes per second of `work`, which is about `n_bytes`: the median of `repeats`.
+    """Bytes per second of `work`, which is about `n_bytes`.
 
     On a GPU each is timed over several, so that what the host needs to start them does not count.
     """
-    seconds, n_times = [], _IN_A_ROW if on_gpu else 1
-    for _ in range(repeats + 1):  # the first one warms up
-        begin_s = time.perf_counter()
-        for _ in range(n_times):
-            work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begin_s) / n_times)
-    return n_bytes / statistics.median(seconds[1:])
+    if not on_gpu:
+        work()
+        return n_bytes / statistics.median(_seconds(work, 1) for _ in range(repeats))
+    warm_up_s = 0.0
+    while warm_up_s < _WARM_UP_S:
+        warm_up_s += _IN_A_ROW * _seconds(work, _IN_A_ROW)
+    return n_bytes / min(_seconds(work, _IN_A_ROW) for _ in range(repeats))
+
+
+def _seconds(work: Callable[[], Any], n_times: int) -> float:
+    """What `work` takes, on average over `n_times` in a row."""
+    begin_s = time.perf_counter()
+    for _ in range(n_times):
+        work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin_s) / n_times
 
 
 def git_state(repo: Path) -> tuple[str, bool]:

@@ -106,11 +106,14 @@ def merge(
             "expected parts that belong together, got:\n  " + "\n  ".join(problems)
             + "\nrun the cells again that differ, or leave their part out"
         )  # fmt: skip
+    if not found:
+        raise RecordError("expected parts with at least one cell among them, got none: add one")
     chosen = _choose(found)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
         made = Path(scratch) / "run"
         _write(made, chosen, found)
+        _copy_large(parts, made)
         if run_dir.exists():
             shutil.rmtree(run_dir)
         os.replace(made, run_dir)
@@ -118,10 +121,10 @@ def merge(
 
 
 def read_part(folder: Path, label: str) -> list[PartCell]:
-    """Read every cell of a run folder.
+    """Read every cell of a run folder; it may have none beside models larger than the ring.
 
     Raises:
-        RecordError: it has none, or rows, a manifest or machine.json are missing or broken.
+        RecordError: it has neither, or rows, a manifest or machine.json are missing or broken.
     """
     read_machine(folder)
     cells = []
@@ -131,10 +134,10 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
         cells.append(
             PartCell(label, folder, path.stem, manifest, len(rows), int((~rows["ok"]).sum()))
         )
-    if not cells:
+    if not cells and not (folder / large_results.ROWS).exists():
         raise RecordError(
             f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
-            "least one cell"
+            f"least one cell, or with {large_results.ROWS}"
         )
     return cells
 
@@ -192,7 +195,6 @@ def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) 
             for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # of a part merged before
                 _copy_notebook(part, path.stem, folder)
     write_json(folder / "machine.json", _machines(parts, chosen, newest))
-    _copy_large(list(parts.values()), folder)
 
 
 def _copy_large(parts: Sequence[Path], folder: Path) -> None:

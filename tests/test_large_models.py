@@ -48,7 +48,7 @@ def test_what_does_not_stay_is_brought_in_for_every_token(rows):
 def test_shares_of_the_ceiling(rows):
     table = shares(rows).set_index(["model", "system"])
     djinn = table.loc[("llama", "djinn")]
-    link_bytes_per_s = rows[rows.model == "llama"].link_bytes_per_s.iloc[0]
+    link_bytes_per_s = rows.link_bytes_per_s.max()
     assert link_bytes_per_s > 1e8  # measured, a memory bus
     assert djinn.link_ms == pytest.approx(djinn.gib_per_token * 2**30 / link_bytes_per_s * 1e3)
     assert djinn.compute_ms == table.loc[("llama", "resident")].ms_per_token

@@ -88,6 +88,17 @@ def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_pat
     assert json.loads(notebook.read_text()) == {"of": "one"}
 
 
+def test_a_part_may_have_nothing_but_models_larger_than_the_ring(parts, tmp_path):
+    third = part_of(tmp_path / "three", {})
+    write_large_rows(third)
+    merge(tmp_path / "run", [*parts, third])
+    assert len(read_large(tmp_path / "run")) == 3
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert [m["part"] for m in state["machines"]] == ["one", "two"]
+    with pytest.raises(RecordError, match="at least one cell among them"):
+        merge(tmp_path / "run2", [third])
+
+
 def test_machine_json_tells_of_every_machine(parts, tmp_path):
     merge(tmp_path / "run", parts)
     state = json.loads((tmp_path / "run" / "machine.json").read_text())
