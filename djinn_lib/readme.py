@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claims import Claim, format_value, judge, load_claims
 from djinn_lib.files import write_text
@@ -25,8 +26,10 @@ from djinn_lib.profile import load_profile
 from djinn_lib.result_tables import (
     ablation_table,
     claims_summary,
+    large_table,
     sweep_table,
     systems_table,
+    waiting_table,
 )
 from djinn_lib.validation import looking_ahead
 
@@ -165,6 +168,21 @@ def ablation(reference: Path = REFERENCE) -> str:
     return ablation_table(run).markdown() if run else NOT_YET
 
 
+def waiting(reference: Path = REFERENCE) -> str:
+    """What switches cost where all requests are sent at once."""
+    run = reference_run(reference)
+    if run is None or run.concurrent_cells().empty:
+        return NOT_YET
+    return waiting_table(run).markdown()
+
+
+def large(reference: Path = REFERENCE) -> str:
+    """What a token takes where a model is larger than the ring."""
+    if not (reference / large_results.ROWS).exists():
+        return NOT_YET
+    return large_table(large_results.read_large(reference)).markdown()
+
+
 def claims(reference: Path = REFERENCE) -> str:
     """Every claim with its verdict; while there are no rows, what is expected."""
     listed, run = load_claims(), reference_run(reference)
@@ -267,6 +285,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "claims without a GPU": claims_without_gpu,
     "soaks": soaks,
     "ahead": ahead,
+    "waiting": waiting,
+    "large": large,
 }
 
 

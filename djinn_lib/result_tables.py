@@ -14,7 +14,8 @@ import pandas as pd
 from djinn_lib.analysis import Run
 from djinn_lib.claims import Verdict, format_value
 from djinn_lib.decomposition import decomposition
-from djinn_lib.metrics import summarise
+from djinn_lib.large_results import shares
+from djinn_lib.metrics import attempted, later_touches, sequential, summarise
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.plot_sensitivity import speedup_table
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
@@ -146,6 +147,69 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
         before = mean
     head = ["step", "served", "P50, ms", "mean, ms", "mean switch, ms", "GiB loaded",
             "mean saved, ms"]  # fmt: skip
+    return Table(head, lines)
+
+
+def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
+    """One line a system whose requests were sent as they arrived: what switches still cost.
+
+    Switches are counted after the first touch of each model; above them, for comparison, those of
+    Djinn one after the other.
+    """
+    rows, unavailable = split_unavailable(run.concurrent_cells(trace, capacity_label))
+    alone = sequential(attempted(run.rows))
+    alone = alone[(alone["trace"] == trace) & (alone["capacity_label"] == capacity_label)]
+    alone = alone[alone["system"] == "djinn"]
+    lines = [_waiting_line("Djinn, one after the other", alone)] if len(alone) else []
+    lines += [
+        _waiting_line(system_look(system).label, rows[rows["system"] == system])
+        for system in order_systems(rows["system"])
+    ]
+    head = ["requests", "served", "mean switch, ms", "longest switch, ms", "GiB loaded",
+            "all done after, s"]  # fmt: skip
+    notes = tuple(
+        f"Not run: {system_look(name).label} ({why})." for name, why in unavailable.items()
+    )
+    return Table(head, lines, notes)
+
+
+def _waiting_line(name: str, rows: pd.DataFrame) -> list[str]:
+    (cell,) = _summaries(rows).values()
+    exposed_ms = later_touches(rows).query("ok")["switch_ms"]
+    took_ms = rows["total_ms"] - rows["queue_ms"]
+    each = pd.DataFrame({"begin": rows["start_s"], "end": rows["start_s"] + took_ms / 1e3})
+    each = each.groupby(rows["repeat"]).agg({"begin": "min", "end": "max"})
+    return [
+        name,
+        _served(cell),
+        _ms(exposed_ms.mean()),
+        _ms(exposed_ms.max()),
+        _ms(cell["loaded_bytes"] / _GIB),
+        _ms((each["end"] - each["begin"]).mean()),
+    ]
+
+
+def large_table(rows: pd.DataFrame) -> Table:
+    """One line a model and system: what a token takes where the model is larger than the ring."""
+    sizes = rows.groupby("model")[["model_bytes", "capacity_bytes"]].first()
+    lines = []
+    for row in shares(rows).itertuples():
+        size = sizes.loc[row.model]
+        failed = row.n == 0
+        lines.append(
+            [
+                f"{row.model}: {size.model_bytes / _GIB:.3g} GiB in "
+                f"{size.capacity_bytes / _GIB:.3g} GiB",
+                str(row.system),
+                str(row.n),
+                f"failed: {row.error}" if failed else _ms(row.ms_per_token),
+                _ms(row.gib_per_token),
+                _ms(row.link_ms),
+                _percent(row.share_of_ceiling),
+            ]
+        )
+    head = ["model and ring", "system", "n", "ms per token", "GiB per token",
+            "these at the link's rate, ms", "share of the ceiling"]  # fmt: skip
     return Table(head, lines)
 
 

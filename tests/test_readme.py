@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from row_factory import CAPACITIES, cell_rows
-from run_factory import GPU_MACHINE, write_cell, write_run
+from run_factory import GPU_MACHINE, write_cell, write_large_rows, write_run
 
 from djinn_lib import readme
 from djinn_lib.analysis import load_run
 from djinn_lib.claims import judge, load_claims
 from djinn_lib.merge import missing_cells
+from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.profile import load_profile
+from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
 
 README = Path(__file__).parent.parent / "README.md"
 OF_ROWS = {"claims", "results", "sweep", "zipf", "ablation"}
@@ -132,6 +135,46 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference)
     means = [float(row[head.index("mean, ms")].replace(",", "")) for row in rows]
     saved = [row[-1] for row in rows]
     assert saved[0] == "-" and int(saved[1]) == pytest.approx(means[0] - means[1], abs=1.5)
+
+
+def test_requests_that_wait_stand_beside_those_that_do_not(reference, tmp_path):
+    assert "Not measured yet" in readme.waiting(reference)
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    rows = cell_rows("djinn", repeats=2)
+    start_s = rows.groupby("repeat")["total_ms"].cumsum().sub(rows["total_ms"]) / 1e3
+    waiting = rows.assign(
+        mode="concurrent", run_id="other", start_s=5.0 + start_s, queue_ms=7.0,
+        total_ms=rows["total_ms"] + 7.0, ttft_ms=rows["ttft_ms"] + 7.0,
+        switch_ms=rows["switch_ms"] / 100,
+    )  # fmt: skip
+    write_rows(
+        rows_frame(waiting.to_dict("records")),
+        folder / "requests" / "paper-25-djinn-concurrent.parquet",
+    )
+    manifest = read_manifest(folder / "requests" / "paper-25-djinn.manifest.json")
+    write_manifest(
+        {**manifest, "run_id": "other", "cell": "paper-25-djinn-concurrent"},
+        folder / "requests" / "paper-25-djinn-concurrent.manifest.json",
+    )
+    alone = line_of(readme.waiting(folder), "Djinn, one after the other")
+    line = line_of(readme.waiting(folder), "Djinn")
+    later = later_touches(rows)["switch_ms"]
+    assert float(alone["mean switch, ms"]) == pytest.approx(later.mean(), rel=0.01)
+    assert float(line["longest switch, ms"]) == pytest.approx(later.max() / 100, rel=0.01)
+    done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
+    assert float(line["all done after, s"]) == pytest.approx(done_s, rel=0.01)
+    assert line["served"] == "60 of 60 (2 repeats)"
+
+
+def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
+    assert "Not measured yet" in readme.large(tmp_path)
+    write_large_rows(tmp_path)
+    head, *rows = lines(readme.large(tmp_path))
+    assert [row[1] for row in rows] == ["resident", "djinn", "accelerate"]
+    djinn = dict(zip(head, rows[1], strict=True))
+    link_ms = (6 << 30) / 8e9 * 1e3
+    assert float(djinn["these at the link's rate, ms"]) == pytest.approx(link_ms, rel=0.01)
+    assert djinn["share of the ceiling"] == f"{link_ms / 900:.0%}"
 
 
 def test_claims_have_their_verdicts(reference):
