@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,7 +234,9 @@ def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> N
 
 
 def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -> dict[str, Any]:
-    """machine.json of all: the newest part's facts with the median of each rate, then each machine.
+    """machine.json of all: the newest part's facts with the best of each rate, then each machine.
+
+    A rate is a ceiling: what one machine of the kind reaches is what the others are held against.
 
     A machine is listed with its part, its rates and the cells that were run on it. A part that was
     merged itself brings those that it lists.
@@ -252,7 +253,7 @@ def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -
     facts = dict(states[newest]["machine"])
     for name in [name for name in facts if name.endswith("_rate_bytes_per_s")]:
         rates = [r for entry in machines if (r := entry["machine"].get(name)) is not None]
-        facts[name] = statistics.median(rates) if rates else None
+        facts[name] = max(rates, default=None)
     return {"machine": facts, "models": states[newest]["models"], "machines": machines}
 
 

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from djinn_lib.large_results import SYSTEMS, shares
 from djinn_lib.plot_style import COLUMN_IN, SMALL_PT, byte_scale, footnote, require_rows, styled
+from djinn_lib.units import three_digits
 
 _LABELS = {
     "resident": "everything resident",
@@ -44,7 +45,7 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
             axes.barh(y, values.median(), color=_COLORS[system], height=0.62)
             axes.plot(values, [y] * len(values), ".", color="black", markersize=2.5)
             axes.annotate(
-                f"{values.median():.3g} ms", (values.max(), y), (4, 0), va="center",
+                f"{three_digits(values.median())} ms", (values.max(), y), (4, 0), va="center",
                 textcoords="offset points", fontsize=SMALL_PT,
             )  # fmt: skip
         link_ms = part.link_ms.get("djinn", float("nan"))

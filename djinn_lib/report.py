@@ -6,7 +6,6 @@ The page and the notebooks beside it are plain files: they need no network and n
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from djinn_lib.notebook_html import Page, convert_notebooks
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
 from djinn_lib.tables import facts_table
-from djinn_lib.units import format_bytes
+from djinn_lib.units import format_bytes, three_digits
 
 MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -162,20 +161,13 @@ def summary_table(summary: pd.DataFrame) -> pd.DataFrame:
     table = pd.DataFrame(index=[system_look(system).label for system in cells.index])
     table["served"] = [f"{c} of {n}" for c, n in zip(cells["completed"], cells["n"], strict=True)]
     for name in ("p50", "p90", "p99"):
-        table[f"{name.upper()} (ms)"] = cells[f"{name}_total_ms"].map(_digits).to_list()
-    table["TTFT P50 (ms)"] = cells["p50_ttft_ms"].map(_digits).to_list()
-    table["switch, mean (ms)"] = cells["mean_switch_ms"].map(_digits).to_list()
-    table["loaded nothing (%)"] = (100.0 * cells["zero_load_share"]).map(_digits).to_list()
+        table[f"{name.upper()} (ms)"] = cells[f"{name}_total_ms"].map(three_digits).to_list()
+    table["TTFT P50 (ms)"] = cells["p50_ttft_ms"].map(three_digits).to_list()
+    table["switch, mean (ms)"] = cells["mean_switch_ms"].map(three_digits).to_list()
+    table["loaded nothing (%)"] = (100.0 * cells["zero_load_share"]).map(three_digits).to_list()
     for name, title in (("loaded", "loaded"), ("writeback", "written back")):
         table[title] = [format_bytes(int(size)) for size in cells[f"{name}_bytes"]]
     return table
-
-
-def _digits(value: float) -> str:
-    """A number with three digits, or all those before the point."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:

@@ -129,7 +129,7 @@ def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str, limit
     if _stale_cells(tasks):
         if code := _doit(["setup", "trace"]):
             return code
-        cells = _stale_cells(tasks)
+        cells = _as_named(_stale_cells(tasks), tasks)
         if executor == "ray":
             _fan_out_cells(profile, run_dir, cells)
         elif _run_cells(profile, run_dir, cells, limit):
@@ -138,6 +138,12 @@ def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str, limit
         print(f"the limit of {span(limit.seconds or 0)} is near: what only reads rows is left")
         return INCOMPLETE
     return _doit(tasks)
+
+
+def _as_named(cells: list[Cell], tasks: list[str]) -> list[Cell]:
+    """Put the cells that are named themselves first, in the order of their names."""
+    place = {task: i for i, task in enumerate(tasks)}
+    return sorted(cells, key=lambda cell: place.get(f"cell:{cell.id}", len(place)))
 
 
 def _run_cells(profile: Profile, run_dir: Path, cells: list[Cell], limit: Limit) -> list[Cell]:

@@ -19,6 +19,7 @@ from djinn_lib.metrics import attempted, later_touches, sequential, summarise
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.plot_sensitivity import speedup_table
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
+from djinn_lib.units import three_digits
 
 _GIB = 2**30
 # From whole models to Djinn, one thing at a time: system, and what it adds to the one before.
@@ -66,9 +67,9 @@ def systems_table(
             [
                 system_look(system).label,
                 _served(cell),
-                *(_ms(cell[f"{name}_total_ms"]) for name in ("p50", "p90", "max", "mean")),
-                _ms(cell["mean_switch_ms"]),
-                _ms(cell["loaded_bytes"] / _GIB),
+                *(three_digits(cell[f"{name}_total_ms"]) for name in ("p50", "p90", "max", "mean")),
+                three_digits(cell["mean_switch_ms"]),
+                three_digits(cell["loaded_bytes"] / _GIB),
                 _percent(float("nan") if part is None else _link_share(part)),
                 _percent(float("nan") if part is None else part["reached"] / 100),
             ]
@@ -108,7 +109,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
                     f"{n_bytes / _GIB:.4g} GiB",
                     system_look(system).label,
                     _served(cell),
-                    _ms(cell["p50_total_ms"]),
+                    three_digits(cell["p50_total_ms"]),
                     "1" if system == baseline else "-" if gain is None else
                     f"{gain['speedup']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})",
                     _percent(cell["zero_load_share"]),
@@ -137,10 +138,10 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
             [
                 f"{'' if before is None else '+ '}{what} (`{system}`)",
                 _served(cell),
-                _ms(cell["p50_total_ms"]),
-                _ms(mean),
-                _ms(cell["mean_switch_ms"]),
-                _ms(cell["loaded_bytes"] / _GIB),
+                three_digits(cell["p50_total_ms"]),
+                three_digits(mean),
+                three_digits(cell["mean_switch_ms"]),
+                three_digits(cell["loaded_bytes"] / _GIB),
                 "-" if before is None else f"{before - mean:+,.0f}",
             ]
         )
@@ -182,10 +183,10 @@ def _waiting_line(name: str, rows: pd.DataFrame) -> list[str]:
     return [
         name,
         _served(cell),
-        _ms(exposed_ms.mean()),
-        _ms(exposed_ms.max()),
-        _ms(cell["loaded_bytes"] / _GIB),
-        _ms((each["end"] - each["begin"]).mean()),
+        three_digits(exposed_ms.mean()),
+        three_digits(exposed_ms.max()),
+        three_digits(cell["loaded_bytes"] / _GIB),
+        three_digits((each["end"] - each["begin"]).mean()),
     ]
 
 
@@ -202,9 +203,9 @@ def large_table(rows: pd.DataFrame) -> Table:
                 f"{size.capacity_bytes / _GIB:.3g} GiB",
                 str(row.system),
                 str(row.n),
-                f"failed: {row.error}" if failed else _ms(row.ms_per_token),
-                _ms(row.gib_per_token),
-                _ms(row.link_ms),
+                f"failed: {row.error}" if failed else three_digits(row.ms_per_token),
+                three_digits(row.gib_per_token),
+                three_digits(row.link_ms),
                 _percent(row.share_of_ceiling),
             ]
         )
@@ -260,13 +261,6 @@ def _summaries(rows: pd.DataFrame) -> dict[str, pd.Series]:
 def _served(cell: pd.Series) -> str:
     repeats = f" ({cell['repeats']} repeats)" if cell["repeats"] > 1 else ""
     return f"{cell['completed']} of {cell['n']}{repeats}"
-
-
-def _ms(value: float) -> str:
-    """A number with three digits, or all those before the point."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _percent(share: float) -> str:

@@ -1,7 +1,8 @@
-"""Sizes in bytes: reading them from text and printing them."""
+"""Sizes in bytes and other numbers: reading them from text, printing them for people."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from djinn_lib.errors import ConfigError
@@ -38,3 +39,10 @@ def format_bytes(n_bytes: int) -> str:
             break
         value /= 1024
     return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def three_digits(value: float) -> str:
+    """A number for people, with three digits or all those before the point; "-" for NaN."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

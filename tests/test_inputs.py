@@ -113,10 +113,10 @@ def test_every_parameter_has_a_type_that_is_checked(name):
     notebook = NOTEBOOKS_DIR / f"{name}.ipynb"
     cells = json.loads(notebook.read_text())["cells"]
     tagged = next(c for c in cells if c["metadata"].get("tags") == ["parameters"])
-    kinds = dict(re.match(r"(\w+): (str|int) = ", line).groups() for line in tagged["source"])
+    kinds = dict(re.match(r"(\w+): (str|int|bool) = ", line).groups() for line in tagged["source"])
     assert kinds
     for parameter, kind in kinds.items():
-        for value in ({"str": 25, "int": "25"}[kind], None, ["a"]):
+        for value in ({"str": 25, "int": "25", "bool": "yes"}[kind], None, ["a"]):
             message = f"{parameter!r} of {name}.* to be of type {kind}"
             with pytest.raises(ConfigError, match=message):
                 check_parameters(notebook, {parameter: value})

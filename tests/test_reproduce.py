@@ -62,6 +62,14 @@ def test_cells_are_handed_to_doit_one_by_one_and_then_the_rest(doit, tmp_path):
     assert told.told == ["setup trace", *cells, ""]
 
 
+def test_cells_that_are_named_run_in_the_order_of_their_names(doit, tmp_path):
+    told = doit({})
+    first, second, third = (f"cell:{cell.id}" for cell in CELLS[:3])
+    assert run(tmp_path, third, first) == 0
+    cells = [f"--single {cell}" for cell in (third, first, second)]
+    assert told.told == ["setup trace", *cells, f"{third} {first}"]
+
+
 def test_what_does_not_fit_is_left_over_and_the_rest_is_not_begun(doit, tmp_path, capsys):
     told = doit({f"cell:{CELLS[0].id}": 50.0, f"cell:{CELLS[1].id}": 60.0})
     assert run(tmp_path, "--time-limit", "100") == INCOMPLETE

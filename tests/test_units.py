@@ -1,7 +1,7 @@
 import pytest
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.units import format_bytes, parse_bytes
+from djinn_lib.units import format_bytes, parse_bytes, three_digits
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,12 @@ def test_parse_bytes_refuses_what_is_ambiguous_or_not_a_size(bad):
 )
 def test_format_bytes_picks_the_unit(n_bytes, text):
     assert format_bytes(n_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123456, "0.0123"), (40.58, "40.6"), (100.4, "100"), (1005.2, "1,005"), (-1234.5, "-1,234"),
+     (float("nan"), "-")],
+)  # fmt: skip
+def test_three_digits_or_all_before_the_point(value, text):
+    assert three_digits(value) == text
