@@ -168,7 +168,12 @@ def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
     running.callback(gc.collect)
     running.callback(system.close)
     begun.notes.extend(system.notes())
-    system.start(progress=lambda step: print(f"{begun.cell.id}: {step}", flush=True))
+
+    def progress(step: str) -> None:
+        elapsed_s = time.perf_counter() - begin_s
+        print(f"{begun.cell.id}, after {elapsed_s:.0f} s: {step}", flush=True)
+
+    system.start(progress)
     begun.device_bytes = system.device_bytes()
     for name in begun.bench.models:
         watch.ensure_unchanged(name)
