@@ -177,7 +177,8 @@ def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
     begun.device_bytes = system.device_bytes()
     for name in begun.bench.models:
         watch.ensure_unchanged(name)
-        system.warm_up(name, _prompt(begun, Request(0, 0.0, name)))
+        prompt = _prompt(begun, Request(0, 0.0, name))
+        system.warm_up(name, prompt, begun.bench.profile.new_tokens)
     begun.setup_s = time.perf_counter() - begin_s
     return system
 

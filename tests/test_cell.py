@@ -57,6 +57,19 @@ def test_rows_and_manifest(bench):
     assert manifest["setup_s"] > 0
 
 
+def test_each_model_warms_up_with_a_whole_request(bench, monkeypatch):
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, model, prompt_ids, max_new_tokens):
+        calls.append((model, len(prompt_ids), max_new_tokens))
+        return real(self, model, prompt_ids, max_new_tokens)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
+    sizes = bench.profile.prompt_tokens, bench.profile.new_tokens
+    assert calls[: -len(rows)] == [(model, *sizes) for model in bench.models]
+
+
 @pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
 def test_requests_that_arrive_together_wait_for_each_other(bench, system):
     one_by_one = run_cell(bench, cell_of(bench, system))

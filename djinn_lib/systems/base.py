@@ -123,12 +123,14 @@ class SystemUnderTest(ABC):
         """
         return {name: files.n_bytes for name, files in self.models.items()}
 
-    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
+    def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Take what only the first use of a model costs (allocations, caches, compilation).
 
+        A whole request of the cell's own size: kernels are loaded for each new length of the
+        sequence, so that after a shorter one the first request would decode at a third of the pace.
         Systems whose every request is a cold start override this with nothing.
         """
-        self.serve(model, prompt_ids, 2)
+        self.serve(model, prompt_ids, max_new_tokens)
 
     def reset(self) -> None:
         """Take all weights off the device, as before the first request; called before a repeat."""

@@ -77,7 +77,7 @@ class RayActors(SystemUnderTest):
         n_gpus = 1 / (len(self.models) + 1) if self.device.type == "cuda" else 0
         self.actor_class = ray.remote(num_cpus=1, num_gpus=n_gpus, max_restarts=0)(ModelActor)
 
-    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
+    def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Nothing: every new actor is a new process, which is cold by nature."""
         return
 

@@ -58,10 +58,6 @@ class VllmRecreate(SystemUnderTest):
             for name, files in self.models.items()
         }
 
-    def warm_up(self, model: str, prompt_ids: Sequence[int]) -> None:
-        """Build each engine once: vLLM keeps what it finds out of an architecture on disk."""
-        self.serve(model, prompt_ids, 1)
-
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Generate with the model's engine, built now unless it is the one at hand."""
         files = self.known(model)
