@@ -128,15 +128,17 @@ class Run:
         rows = self.rows[self.rows["mode"] == "concurrent"]
         return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
 
-    def sweep(self, trace: str = "paper") -> pd.DataFrame:
+    def sweep(self, trace: str = "paper", baseline: str = "pytorch_pinned") -> pd.DataFrame:
         """Return the rows of the systems that were run at more than one capacity, if any were.
+
+        The baseline is among them wherever it was run, so that an unfinished run can be looked at.
 
         Raises:
             RecordError: there are none.
         """
         rows = self.cells(trace)
-        n_capacities = rows.groupby("system")["capacity_label"].transform("nunique")
-        return rows[n_capacities > 1] if (n_capacities > 1).any() else rows
+        swept = rows.groupby("system")["capacity_label"].transform("nunique") > 1
+        return rows[swept | (rows["system"] == baseline)] if swept.any() else rows
 
     def least_bytes(self, trace: str, capacity_label: str) -> int:
         """Return the least bytes that any system must load for a trace at a capacity.

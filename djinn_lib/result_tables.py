@@ -95,7 +95,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
     Raises:
         RecordError: there are no rows of that trace.
     """
-    rows, _ = split_unavailable(run.sweep(trace))
+    rows, _ = split_unavailable(run.sweep(trace, baseline))
     gains = speedup_table(rows, baseline).set_index(["capacity_label", "system"])
     lines = []
     sizes = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
@@ -124,19 +124,22 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
     """One line a step from whole models to Djinn, and what it takes off the mean latency.
 
+    Steps that were not measured are counted with the next one that was.
+
     Raises:
         RecordError: there are no rows of that trace and capacity.
     """
     cells = _summaries(split_unavailable(run.cells(trace, capacity_label))[0])
-    lines, before = [], None
+    lines, before, whats = [], None, []
     for system, what in STEPS:
+        whats.append(what)
         if system not in cells:
             continue
         cell = cells[system]
         mean = cell["mean_total_ms"]
         lines.append(
             [
-                f"{'' if before is None else '+ '}{what} (`{system}`)",
+                f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
                 _served(cell),
                 three_digits(cell["p50_total_ms"]),
                 three_digits(mean),
@@ -145,7 +148,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
                 "-" if before is None else f"{before - mean:+,.0f}",
             ]
         )
-        before = mean
+        before, whats = mean, []
     head = ["step", "served", "P50, ms", "mean, ms", "mean switch, ms", "GiB loaded",
             "mean saved, ms"]  # fmt: skip
     return Table(head, lines)

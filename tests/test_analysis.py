@@ -7,6 +7,7 @@ import pytest
 from row_factory import CAPACITIES, MIB, SIZES, TOTAL_BYTES, cell_rows
 from run_factory import MACHINE, write_cell, write_run
 
+from djinn_lib import plots
 from djinn_lib.analysis import (
     Run,
     load_run,
@@ -18,6 +19,7 @@ from djinn_lib.analysis import (
 from djinn_lib.claim_metrics import METRICS
 from djinn_lib.claims import judge, load_claims
 from djinn_lib.errors import RecordError
+from djinn_lib.plot_sensitivity import speedup_table
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 TARGETS = {
@@ -69,6 +71,20 @@ def test_sweep_of_a_run_at_one_capacity_is_all_of_it(tmp_path: Path):
     for path in (tmp_path / "requests").glob("paper-[234][02]-*"):
         path.unlink()
     assert set(load_run(tmp_path).sweep()["capacity_label"]) == {"25"}
+
+
+def test_sweep_keeps_a_baseline_that_was_run_at_one_capacity(tmp_path: Path):
+    write_run(tmp_path)
+    for path in (tmp_path / "requests").glob("paper-[234][02]-pytorch_*"):
+        path.unlink()
+    rows = load_run(tmp_path).sweep()
+    assert set(rows["system"]) == {"djinn", "pytorch_pinned"}
+    assert set(load_run(tmp_path).sweep(baseline="pytorch_lru")["system"]) == {
+        "djinn", "pytorch_lru"
+    }  # fmt: skip
+    gains = speedup_table(rows, "pytorch_pinned")
+    assert gains["capacity_label"].to_list() == ["25"]
+    plots.sensitivity(rows, "pytorch_pinned")
 
 
 def test_concurrent_rows_are_in_no_cell_or_sweep(tmp_path: Path):

@@ -137,6 +137,18 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference)
     assert saved[0] == "-" and int(saved[1]) == pytest.approx(means[0] - means[1], abs=1.5)
 
 
+def test_steps_that_were_not_measured_count_with_the_next(reference, tmp_path):
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    for system in ("djinn_graph", "djinn_compiled"):
+        for path in (folder / "requests").glob(f"paper-25-{system}.*"):
+            path.unlink()
+    names = [row[0] for row in lines(readme.ablation(folder))[1:]]
+    assert names[2:] == [
+        "+ loading behind the prefill (`djinn_eager`)",
+        "+ decoding from CUDA graphs + a compiled step + lookup tables in the host (`djinn`)",
+    ]
+
+
 def test_requests_that_wait_stand_beside_those_that_do_not(reference, tmp_path):
     assert "Not measured yet" in readme.waiting(reference)
     folder = shutil.copytree(reference, tmp_path / "h100")
