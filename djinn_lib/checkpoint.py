@@ -6,7 +6,9 @@ Pickle checkpoints (``*.bin``, ``*.pt``) are refused, because loading one runs c
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from djinn_lib.errors import CheckpointError
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_BLOCK_BYTES = 16 << 20  # what one thread reads at a time
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -145,18 +149,92 @@ def _read_straight(
     views: Mapping[str, torch.Tensor], keys: Mapping[str, Path], names: Mapping[str, str]
 ) -> None:
     for file in sorted(set(keys.values())):
+        here = [(names[name], views[name]) for name in views if keys[names[name]] == file]
+        as_they_are = []
         with _open(file) as tensors:
-            for name in [name for name in views if keys[names[name]] == file]:
-                _write(views[name], tensors.get_tensor(names[name]), name, file)
+            for key, view in here:
+                if _has_same_bytes(tensors, key, view, file):
+                    as_they_are.append((key, view))
+                else:
+                    _write(view, tensors.get_tensor(key), key, file)
+        read_tensors(file, as_they_are)
+
+
+def _has_same_bytes(tensors: safe_open, key: str, view: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor's bytes can be read into a view as they are."""
+    stored = tensors.get_slice(key)
+    _check_shape(view, tuple(stored.get_shape()), key, file)
+    same_type = _DTYPES.get(stored.get_dtype()) == view.dtype
+    return same_type and view.is_contiguous() and view.device.type == "cpu"
+
+
+def read_tensors(file: Path, views: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Read tensors of a safetensors file into views, blocks of them on all cores at once.
+
+    A mapped file, as `safe_open` has it, is read page by page by whoever first touches it: with
+    one thread that gives a fraction of what memory and disk can, and a file that is cut short
+    meanwhile ends the process.
+
+    Args:
+        file: whose header has been checked, as `safe_open` does.
+        views: with their names in the file; contiguous, in host memory, of the stored type and
+            shape.
+
+    Raises:
+        CheckpointError: the file is shorter than its header says.
+    """
+    with file.open("rb", buffering=0) as opened:
+        blocks = list(_blocks(_data_offsets(file), views))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "djinn-checkpoint") as threads:
+            if not all(threads.map(lambda block: _read_block(opened.fileno(), *block), blocks)):
+                raise CheckpointError(
+                    f"expected a whole safetensors file, got {file} ({file.stat().st_size} bytes), "
+                    "which ends before its tensors do: download it again"
+                )
+
+
+def _data_offsets(file: Path) -> dict[str, int]:
+    """Where each tensor begins in a file: https://github.com/huggingface/safetensors#format."""
+    with file.open("rb") as opened:
+        n_header_bytes = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(n_header_bytes))
+    return {
+        name: 8 + n_header_bytes + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _blocks(
+    offsets: Mapping[str, int], views: Sequence[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[memoryview, int]]:
+    for name, view in views:
+        target = view.reshape(-1).view(torch.uint8).numpy().data
+        for begin in range(0, len(target), _BLOCK_BYTES):
+            yield target[begin : begin + _BLOCK_BYTES], offsets[name] + begin
+
+
+def _read_block(descriptor: int, target: memoryview, offset: int) -> bool:
+    """Fill `target` from a file; returns whether there was enough."""
+    done = 0
+    while done < len(target):
+        if not (n_bytes := os.preadv(descriptor, [target[done:]], offset + done)):
+            return False
+        done += n_bytes
+    return True
 
 
 def _write(view: torch.Tensor, tensor: torch.Tensor, name: str, file: Path) -> None:
-    if view.shape != tensor.shape:
-        raise CheckpointError(
-            f"expected {name!r} of shape {tuple(view.shape)} (from config.json), got "
-            f"{tuple(tensor.shape)} in {file}: config and weights do not belong together"
-        )
+    _check_shape(view, tuple(tensor.shape), name, file)
     view.copy_(tensor)
+
+
+def _check_shape(view: torch.Tensor, shape: tuple[int, ...], name: str, file: Path) -> None:
+    if tuple(view.shape) != shape:
+        raise CheckpointError(
+            f"expected {name!r} of shape {tuple(view.shape)} (from config.json), got {shape} in "
+            f"{file}: config and weights do not belong together"
+        )
 
 
 def _read_converted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def allocate(n_bytes: int) -> torch.Tensor:
     """Return exactly `n_bytes` of zeroed host memory (1-d uint8), aligned to the system's pages.
 
     It is freed with the last tensor that views it. Linux promises memory that it does not have, and
-    ends the process that then uses it; so what is available is looked up first.
+    ends the process that then uses it; so what is available is looked up first. Huge pages, where
+    the system has them, save most of the time that the first touch of gigabytes takes.
 
     Raises:
         CapacityError: there is not as much.
@@ -85,12 +87,16 @@ def allocate(n_bytes: int) -> torch.Tensor:
             f"{format_bytes(available_bytes)} available: free memory or add fewer models"
         )
     try:
-        return torch.frombuffer(mmap.mmap(-1, n_bytes), dtype=torch.uint8)
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise CapacityError(
             f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
             f"{error.strerror}: free memory or add fewer models"
         ) from error
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def host_bytes_available(group: Path = Path("/sys/fs/cgroup")) -> int:
@@ -103,7 +109,7 @@ def host_bytes_available(group: Path = Path("/sys/fs/cgroup")) -> int:
     try:
         limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(stat["file"]) - int(stat["shmem"])  # masters are shared memory, and stay
+        cached = int(stat["file"]) - int(stat["shmem"])  # shared memory counts there, and stays
         return min(available, int(limit) - int(used) + cached)
     except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
         return available

@@ -10,7 +10,7 @@ from tiny import CONFIGS, PROMPT, spec
 
 import djinn_lib as dj
 from djinn_lib import checkpoint
-from djinn_lib.checkpoint import resolve_folder, weight_files
+from djinn_lib.checkpoint import read_tensors, resolve_folder, weight_files
 from djinn_lib.errors import CheckpointError
 
 
@@ -24,6 +24,39 @@ def tokens_of(folder):
     with dj.Djinn("2MiB", page="16KiB") as djinn:
         djinn.add("m", folder)
         return djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids
+
+
+def test_tensors_are_read_in_blocks_by_several_threads(tmp_path, monkeypatch):
+    stored = {
+        "matrix": torch.randn(37, 113),
+        "half": torch.randn(501).to(torch.bfloat16),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 4),
+        "not asked for": torch.randn(9),
+    }
+    save_file(stored, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 1000)
+    views = {k: torch.full_like(t, -1.0) for k, t in stored.items() if k != "not asked for"}
+    read_tensors(tmp_path / "a.safetensors", list(views.items()))
+    assert all(torch.equal(view, stored[key]) for key, view in views.items())
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(5000)}, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors \(\d+ bytes\), which ends before"):
+        read_tensors(path, [("w", torch.zeros(5000))])
+
+
+def test_weights_of_another_type_are_converted(tmp_path, monkeypatch):
+    spec("llama").build().save_pretrained(tmp_path)
+    expected = tokens_of(tmp_path)
+    path = tmp_path / "model.safetensors"
+    wide = {name: tensor.double() for name, tensor in load_file(path).items()}
+    save_file(wide, path, metadata={"format": "pt"})
+    monkeypatch.setattr(checkpoint, "_read_converted", None)
+    assert tokens_of(tmp_path) == expected
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
