@@ -25,6 +25,11 @@ def fairness(run: Run, paper: Paper) -> str:
     return _said("Is the comparison with vLLM fair?", _sleep_mode, run, paper)
 
 
+def gain(run: Run, paper: Paper) -> str:
+    """Say, in Markdown, what Djinn's gain over the paper's baseline is made of."""
+    return _said("What the gain is made of", _gain, run, paper)
+
+
 def explanations(run: Run, paper: Paper) -> str:
     """Return, in Markdown, one paragraph on each thing that differs from the paper."""
     topics: dict[str, Callable[[Run, Paper], str]] = {
@@ -33,7 +38,8 @@ def explanations(run: Run, paper: Paper) -> str:
         "The slowest request": _tail,
         "Hits at the largest capacity": _first_touches,
     }
-    return "\n\n".join(_said(title, tell, run, paper) for title, tell in topics.items())
+    told = [_said(title, tell, run, paper) for title, tell in topics.items()]
+    return "\n\n".join([*told, gain(run, paper)])
 
 
 def _said(title: str, tell: Callable[[Run, Paper], str], run: Run, paper: Paper) -> str:
@@ -121,6 +127,36 @@ def _candidates(run: Run, rows: pd.DataFrame, said_s: float) -> list[str]:
         f"What could explain {said_s:.1f} s: {'; '.join(found)}; a slower link or a slower host. "
         "The paper does not give the parts, so that none of them can be excluded."
     ]
+
+
+def _gain(run: Run, paper: Paper) -> str:
+    pinned, djinn = _parts(run, "pytorch_pinned"), _parts(run, "djinn")
+    _need_clocks(run)
+    less = pinned - djinn
+    total = less.sum()
+    sentences = [
+        f"In the mean a request of Djinn takes {total:,.0f} ms less than one of PyTorch pinned: "
+        f"{less['switch']:,.0f} ms less to switch, {less['prefill']:,.0f} to the first token, "
+        f"{less['decode']:,.0f} to decode. So {less['switch'] / total:.0%} of the gain is how "
+        "weights move; the rest is how tokens are computed, for which no ring is needed. Switches "
+        f"alone cost {pinned['switch'] / djinn['switch']:.1f}x less."
+    ]
+    try:
+        eager = _parts(run, "djinn_eager")
+        sentences.append(
+            f"With transformers' own steps, those of the baseline, the ring's mean is "
+            f"{eager.sum():,.0f} ms: {pinned.sum() / eager.sum():.2f}x less than PyTorch pinned."
+        )
+    except NotMeasured:
+        pass
+    return " ".join(sentences)
+
+
+def _parts(run: Run, system: str) -> pd.Series:
+    """Mean milliseconds of the parts of a request."""
+    rows = served_rows(run.evidence, system)
+    parts = {"switch": rows["switch_ms"], "prefill": prefill_ms(rows), "decode": rows["decode_ms"]}
+    return pd.DataFrame(parts).mean()
 
 
 def _vllm_failures(run: Run, paper: Paper) -> str:

@@ -19,6 +19,7 @@ import pandas as pd
 from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claims import Claim, format_value, judge, load_claims
+from djinn_lib.explanations import fairness, gain
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
@@ -148,6 +149,18 @@ def _so_far(run: Run) -> str:
     )
 
 
+def comparison(reference: Path = REFERENCE) -> str:
+    """Whether the paper's comparison with vLLM is the one a user would make, in words."""
+    run = reference_run(reference)
+    return f"{fairness(run, published())}\n" if run else NOT_YET
+
+
+def parts_of_the_gain(reference: Path = REFERENCE) -> str:
+    """What the gain over the paper's baseline is made of, in words."""
+    run = reference_run(reference)
+    return f"{gain(run, published())}\n" if run else NOT_YET
+
+
 def sweep(reference: Path = REFERENCE) -> str:
     """The systems that were run at several capacities."""
     run = reference_run(reference)
@@ -274,7 +287,9 @@ def ahead() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
+    "comparison": comparison,
     "results": results,
+    "gain": parts_of_the_gain,
     "sweep": sweep,
     "zipf": zipf,
     "ablation": ablation,

@@ -12,7 +12,7 @@ from run_factory import GPU_MACHINE, write_run
 
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.decomposition import COLUMNS, decomposition, decomposition_table
-from djinn_lib.explanations import explanations, fairness
+from djinn_lib.explanations import explanations, fairness, gain
 
 PAPER = published()
 PARTS = ["copy_ms", "writeback_ms", "rest_ms", "prefill_ms", "decode_ms"]
@@ -105,6 +105,22 @@ def test_the_baseline_is_taken_apart(gpu: Run):
     assert "pageable" not in told(explanations(replace(gpu, rows=without), PAPER), "The baseline")
 
 
+def test_the_gain_is_taken_apart(gpu: Run):
+    said = gain(gpu, PAPER)
+    assert said in explanations(gpu, PAPER)
+    rows = {name: cell_rows(name, gpu=True) for name in ("djinn", "pytorch_pinned", "djinn_eager")}
+    mean_ms = {name: part["total_ms"].mean() for name, part in rows.items()}
+    switch_ms = {name: part["switch_ms"].mean() for name, part in rows.items()}
+    gain_ms = mean_ms["pytorch_pinned"] - mean_ms["djinn"]
+    assert f"takes {gain_ms:,.0f} ms less" in said
+    share = (switch_ms["pytorch_pinned"] - switch_ms["djinn"]) / gain_ms
+    assert f"So {share:.0%} of the gain is how weights move" in said
+    eager = mean_ms["pytorch_pinned"] / mean_ms["djinn_eager"]
+    assert f"{eager:.2f}x less than PyTorch pinned" in said
+    without = gpu.rows[gpu.rows["system"] != "djinn_eager"]
+    assert "own steps" not in gain(replace(gpu, rows=without), PAPER)
+
+
 def test_failures_are_counted_or_said_not_to_reproduce(gpu: Run):
     title = "Requests that fail"
     assert "completed 22 of 30 here (oom: 8)" in told(explanations(gpu, PAPER), title)
@@ -126,7 +142,7 @@ def test_first_touches_bound_the_hits(gpu: Run):
 def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
     assert "Nothing can be said here: sleep mode needs CUDA" in fairness(cpu, PAPER)
     text = explanations(cpu, PAPER)
-    for title in ("The baseline", "The slowest"):
+    for title in ("The baseline", "The slowest", "What the gain"):
         assert "Nothing can be said here: times on a shared CPU" in told(text, title)
     assert "90%" in told(text, "Hits")
 
@@ -134,4 +150,4 @@ def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
 def test_a_run_without_the_systems_says_so(tmp_path: Path, gpu: Run):
     rows = gpu.rows[gpu.rows["system"] == "pytorch_lru"]
     text = explanations(replace(gpu, rows=rows), PAPER)
-    assert text.count("Nothing can be said here: no rows of system") == 4
+    assert text.count("Nothing can be said here: no rows of system") == 5

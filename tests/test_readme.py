@@ -20,7 +20,7 @@ from djinn_lib.profile import load_profile
 from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
 
 README = Path(__file__).parent.parent / "README.md"
-OF_ROWS = {"claims", "results", "sweep", "zipf", "ablation"}
+OF_ROWS = {"claims", "comparison", "results", "gain", "sweep", "zipf", "ablation"}
 
 
 def test_tables_are_those_of_the_reference():
