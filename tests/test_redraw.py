@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ class Papermill:
         return Status(name, "failed" if failed else "ok", 1.0, *("other", "boom")[: 2 * failed])
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what stands for papermill be called here, where it can be looked at."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(redraw, "_processes", ThreadPoolExecutor)
+
+
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
     folder = write_run(tmp_path / "reference", gpu=True)
@@ -51,7 +60,8 @@ def test_every_reading_notebook_runs_into_the_run_s_folder(reference, tmp_path, 
     papermill = Papermill()
     monkeypatch.setattr(redraw, "execute", papermill)
     statuses = read_again(reference, tmp_path / "other")
-    assert tuple(papermill.given) == READING and len(statuses) == len(READING)
+    assert set(papermill.given) == set(READING)
+    assert [status.task for status in statuses] == sorted(READING)
     assert papermill.given["05_claims"] == {"run_dir": str(reference)}
     assert papermill.given["06_policies"]["reference_dir"] == str(tmp_path / "other")
     assert {f"{name}.ipynb" for name in READING} <= names(reference / "notebooks")
@@ -90,6 +100,33 @@ def test_a_notebook_that_fails_leaves_the_published_figures_as_they_were(
     monkeypatch.setattr(redraw, "execute", Papermill(failing="04_figures"))
     (failed,) = redraw_published(reference, tmp_path / "figures")
     assert failed.task == "04_figures" and not (tmp_path / "figures").exists()
+
+
+def test_a_process_that_is_killed_fails_its_notebook_and_no_figure_is_replaced(
+    reference, tmp_path, monkeypatch
+):
+    def killed(*_: Any) -> Status:
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+    monkeypatch.setattr(redraw, "execute", killed)
+    failed = redraw_published(reference, tmp_path / "figures")
+    assert {status.task for status in failed} == set(READING)
+    assert {status.error_kind for status in failed} == {"kernel_died"}
+    assert not (tmp_path / "figures").exists()
+
+
+def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted(name: str, *_: Any) -> Status:
+        begun.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(redraw, "_processes", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(redraw, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        redraw_published(reference, tmp_path / "figures")
+    assert len(begun) < len(READING)
 
 
 def test_without_reference_rows_it_is_said_what_to_do(tmp_path, monkeypatch, capsys):
