@@ -14,7 +14,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.machine import describe_machine
 from djinn_lib.profile import REPO, Cell, Profile, parse_capacity
-from djinn_lib.systems import ModelFiles
+from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import Trace, check_models, write_trace
 from djinn_lib.units import parse_bytes
 from djinn_lib.weights import prepare_models

@@ -39,8 +39,8 @@ from djinn_lib.records import (
     write_manifest,
     write_rows,
 )
-from djinn_lib.systems import SystemUnderTest, system_class
-from djinn_lib.systems.base import Served
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import Served, SystemUnderTest
 from djinn_lib.trace import Request, Trace, check_models, read_trace
 from djinn_lib.weights import prompt_ids
 

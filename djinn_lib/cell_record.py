@@ -10,7 +10,8 @@ from djinn_lib import machine
 from djinn_lib.bench import Bench
 from djinn_lib.integrity import WeightsWatch, weights_digest
 from djinn_lib.profile import REPO, Cell
-from djinn_lib.systems import SystemUnderTest, system_class
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import SystemUnderTest
 from djinn_lib.trace import Request, Trace
 from djinn_lib.units import parse_bytes
 

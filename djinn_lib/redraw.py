@@ -3,7 +3,7 @@
 The notebooks that only read rows are the one definition of every figure, so they are what runs
 here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
 again; with one it is a run of your own, whose figures, claims, notebooks and page are made anew.
-Notebooks run side by side, one a core: it takes less than a minute and needs no GPU.
+Notebooks run side by side, one a core: it takes about a minute and needs no GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from djinn_lib.report import build_report
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
 _processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-READING = ("03_sensitivity", "04_figures", "05_claims", "06_policies", "explore")
+# Those that take longest come first, so that none is left over for the end.
+READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from djinn_lib.systems import ModelFiles, system_class
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import ModelFiles
 
 folder = Path(sys.argv[1])
 task = json.loads((folder / "task.json").read_text())

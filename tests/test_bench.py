@@ -12,7 +12,7 @@ from profile_factory import LLAMA, entry, tiny_profile
 from djinn_lib import bench as bench_module
 from djinn_lib.bench import Bench, ensure_writable, set_up
 from djinn_lib.errors import CheckpointError, ConfigError, TraceError
-from djinn_lib.systems import ModelFiles
+from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import read_trace
 
 FACTS = {"device": "cpu", "link_rate_bytes_per_s": 8e9}

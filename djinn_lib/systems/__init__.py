@@ -1,11 +1,17 @@
-"""The systems under test, by name. A module is imported when its system is asked for."""
+"""The systems under test, by name.
+
+A module is imported when its system is asked for: whoever only needs the names needs no torch.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+
+if TYPE_CHECKING:
+    from djinn_lib.systems.base import SystemUnderTest
 
 SYSTEMS = {
     "djinn": ("djinn_ring", "DjinnRing"),
@@ -30,6 +36,3 @@ def system_class(name: str) -> type[SystemUnderTest]:
         raise ConfigError(f"expected a system out of {list(SYSTEMS)}, got {name!r}")
     module, class_name = SYSTEMS[name]
     return getattr(import_module(f"djinn_lib.systems.{module}"), class_name)
-
-
-__all__ = ["SYSTEMS", "ModelFiles", "Served", "SystemUnderTest", "system_class"]
