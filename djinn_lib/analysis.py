@@ -19,6 +19,7 @@ from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import read_manifest, read_run
+from djinn_lib.tables import machine_numbers
 from djinn_lib.trace import Trace, read_trace
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "paper" / "results.json"
@@ -97,6 +98,15 @@ class Run:
             raise RecordError(f"expected manifests in {self.folder / 'requests'}, got none")
         return int(manifest["parameters"]["page_bytes"])
 
+    @cached_property
+    def machine_numbers(self) -> dict[str, int]:
+        """Which machine ran which cell, from 1 on; more than one where parts were merged."""
+        return machine_numbers(self.manifests)
+
+    def machine_of(self, system: str, trace: str = "paper", capacity_label: str = "25") -> int:
+        """Return the number of the machine that served a cell in sequence; 0 if unknown."""
+        return self.machine_numbers.get(f"{trace}-{capacity_label}-{system}", 0)
+
     @property
     def failures(self) -> pd.DataFrame:
         """The failed requests, without those of systems that cannot run on this machine."""
@@ -119,6 +129,14 @@ class Run:
                 f"got rows of {found}"
             )
         return rows
+
+    def other_cells(self, trace: str, capacity_label: str = "25") -> pd.DataFrame:
+        """Return the rows of a trace that not every run has, served in sequence.
+
+        They are empty where a run has none.
+        """
+        rows = sequential(self.rows)
+        return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
 
     def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
         """Return the rows of one trace at one capacity whose requests were sent as they arrived.

@@ -147,6 +147,13 @@ def _gain(run: Run, paper: Paper) -> str:
             f"With transformers' own steps, those of the baseline, the ring's mean is "
             f"{eager.sum():,.0f} ms: {pinned.sum() / eager.sum():.2f}x less than PyTorch pinned."
         )
+        if run.machine_of("djinn_eager") != run.machine_of("pytorch_pinned"):
+            before = [parts["switch"] + parts["prefill"] for parts in (pinned, eager)]
+            sentences.append(
+                f"The two ran on different machines, whose hosts decode the same steps in "
+                f"{eager['decode']:,.0f} and in {pinned['decode']:,.0f} ms; without decoding it is "
+                f"{before[1]:,.0f} ms against {before[0]:,.0f}, {before[0] / before[1]:.1f}x less."
+            )
     except NotMeasured:
         pass
     return " ".join(sentences)

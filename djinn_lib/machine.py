@@ -25,6 +25,7 @@ _COPY_BYTES = 256 << 20
 _HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
 _IN_A_ROW = 8
 _WARM_UP_S = 0.3  # of copies or reads, until the link or the clock of the memory is awake
+_OPERATORS = 500  # fewer than a stream's queue holds, so that the host never waits for the device
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -33,7 +34,8 @@ def describe_machine(device: str) -> dict[str, Any]:
     `link_rate_bytes_per_s` is the rate of a large copy from host memory to the device (on the CPU,
     of a copy within host memory). None without a GPU: `hbm_rate_bytes_per_s`, bytes read plus
     written by a copy within device memory, and `hbm_read_rate_bytes_per_s`, bytes read by the
-    fastest of a few reductions.
+    fastest of a few reductions. `eager_operator_us` is what bounds eager decoding: microseconds
+    that the host needs to start one small operator.
     """
     memory = psutil.virtual_memory()
     return {
@@ -46,6 +48,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "versions": versions(),
         **measure_rates(device),
+        "eager_operator_us": eager_operator_us(device),
     }
 
 
@@ -106,6 +109,25 @@ def measure_rates(device: str, repeats: int = 5) -> dict[str, float | None]:
         del large, source, target
         torch.cuda.empty_cache()  # what was only measured with belongs to nobody
     return rates
+
+
+def eager_operator_us(device: str, repeats: int = 21) -> float:
+    """Measure the median time of the host, in microseconds, for one operator on one element.
+
+    A layer of a transformer is some tens of operators, each started by Python and each done on the
+    GPU sooner than the next one is started: eager decoding runs at the pace of one core of the
+    host, which differs more between machines of one kind than anything on the GPU does.
+    """
+    number = torch.zeros(1, device=device)
+    took_s = []
+    for _ in range(repeats):
+        begin_s = time.perf_counter()
+        for _ in range(_OPERATORS):
+            number.add_(1.0)
+        took_s.append(time.perf_counter() - begin_s)
+        if number.is_cuda:
+            torch.cuda.synchronize()
+    return statistics.median(took_s) / _OPERATORS * 1e6
 
 
 def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:

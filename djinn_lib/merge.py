@@ -3,7 +3,7 @@
 A run may be done in parts, on machines of one kind that are lent one after another. Parts belong
 together when their cells had the same profile and parameters, traces, weights, packages, driver,
 GPU and commit; anything else is refused, and said. `--allow-commits` takes different commits, and
-the notes of each cell then tell its own. What differs from machine to machine, the measured rates,
+the notes of each cell then tell its own. What differs from machine to machine, what was measured,
 is kept: `machine.json` lists all machines with their cells, and each manifest has those of its own.
 """
 
@@ -234,9 +234,9 @@ def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> N
 
 
 def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -> dict[str, Any]:
-    """machine.json of all: the newest part's facts with the best of each rate, then each machine.
+    """machine.json of all: the newest part's facts, the best of each measure, then each machine.
 
-    A rate is a ceiling: what one machine of the kind reaches is what the others are held against.
+    A measure is a ceiling: what one machine of a kind reaches is what the others are held against.
 
     A machine is listed with its part, its rates and the cells that were run on it. A part that was
     merged itself brings those that it lists.
@@ -254,6 +254,8 @@ def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -
     for name in [name for name in facts if name.endswith("_rate_bytes_per_s")]:
         rates = [r for entry in machines if (r := entry["machine"].get(name)) is not None]
         facts[name] = max(rates, default=None)
+    if found := [us for entry in machines if (us := entry["machine"].get("eager_operator_us"))]:
+        facts["eager_operator_us"] = min(found)
     return {"machine": facts, "models": states[newest]["models"], "machines": machines}
 
 

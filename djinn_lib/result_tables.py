@@ -31,6 +31,11 @@ STEPS = (
     ("djinn_compiled", "a compiled step"),
     ("djinn", "lookup tables in the host"),
 )
+_OTHER_MACHINE = " †"
+_ACROSS_MACHINES = (
+    "The step before ran on another machine of the kind. What a host needs to start eager steps "
+    "differs between them, so the difference is not that of the step alone; compare the switches."
+)
 
 
 @dataclass(frozen=True)
@@ -72,14 +77,22 @@ def systems_table(
                 three_digits(cell["loaded_bytes"] / _GIB),
                 _percent(float("nan") if part is None else _link_share(part)),
                 _percent(float("nan") if part is None else part["reached"] / 100),
+                str(run.machine_of(system, trace, capacity_label)),
             ]
         )
     head = ["system", "served", "P50, ms", "P90, ms", "max, ms", "mean, ms", "mean switch, ms",
-            "GiB loaded", "link share", "ceiling reached"]  # fmt: skip
+            "GiB loaded", "link share", "ceiling reached", "machine"]  # fmt: skip
     notes = tuple(
         f"Not run: {system_look(name).label} ({why})." for name, why in unavailable.items()
     )
-    return Table(head, lines, notes)
+    return _without_one_machine(Table(head, lines, notes))
+
+
+def _without_one_machine(table: Table) -> Table:
+    """The table without its last column, which numbers machines, if that says nothing."""
+    if len({line[-1] for line in table.rows}) > 1:
+        return table
+    return Table(table.head[:-1], [line[:-1] for line in table.rows], table.notes)
 
 
 def _link_share(part: pd.Series) -> float:
@@ -124,19 +137,21 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
     """One line a step from whole models to Djinn, and what it takes off the mean latency.
 
-    Steps that were not measured are counted with the next one that was.
+    Steps that were not measured are counted with the next one that was. A difference between two
+    machines is marked: eager steps take as long as the host needs to start them.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
     """
     cells = _summaries(split_unavailable(run.cells(trace, capacity_label))[0])
-    lines, before, whats = [], None, []
+    lines, whats = [], []
+    before: tuple[float, int] | None = None
     for system, what in STEPS:
         whats.append(what)
         if system not in cells:
             continue
         cell = cells[system]
-        mean = cell["mean_total_ms"]
+        mean, machine = cell["mean_total_ms"], run.machine_of(system, trace, capacity_label)
         lines.append(
             [
                 f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
@@ -145,13 +160,17 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
                 three_digits(mean),
                 three_digits(cell["mean_switch_ms"]),
                 three_digits(cell["loaded_bytes"] / _GIB),
-                "-" if before is None else f"{before - mean:+,.0f}",
+                "-" if before is None else
+                f"{before[0] - mean:+,.0f}{'' if before[1] == machine else _OTHER_MACHINE}",
+                str(machine),
             ]
-        )
-        before, whats = mean, []
+        )  # fmt: skip
+        before, whats = (mean, machine), []
     head = ["step", "served", "P50, ms", "mean, ms", "mean switch, ms", "GiB loaded",
-            "mean saved, ms"]  # fmt: skip
-    return Table(head, lines)
+            "mean saved, ms", "machine"]  # fmt: skip
+    marked = any(_OTHER_MACHINE in cell for line in lines for cell in line)
+    notes = (f"{_OTHER_MACHINE.strip()} {_ACROSS_MACHINES}",) if marked else ()
+    return _without_one_machine(Table(head, lines, notes))
 
 
 def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:

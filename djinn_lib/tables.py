@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,8 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
         if name.endswith("_rate_bytes_per_s"):
             name = name.removesuffix("_rate_bytes_per_s") + " rate"
             value = "not measured: no GPU" if value is None else f"{value / 1e9:.1f} GB/s"
+        elif name.endswith("_us"):
+            name, value = name.removesuffix("_us"), f"{value:.1f} µs"
         elif name.endswith("_bytes"):
             name, value = name.removesuffix("_bytes") + " memory", format_bytes(value)
         facts.append((name.replace("_", " "), str(value)))
@@ -31,19 +34,37 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(facts, columns=["fact", "value"]).set_index("fact")
 
 
+def machine_numbers(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Number the machines that ran the cells of a run, from 1 on, oldest cell first; by cell.
+
+    Machines of one kind are told apart by what their set-ups measured of them.
+    """
+    numbers: dict[str, int] = {}
+    found = {}
+    for cell, manifest in sorted(manifests.items(), key=lambda item: item[1]["started_at_utc"]):
+        facts = {name: v for name, v in manifest["machine"].items() if name != "versions"}
+        found[cell] = numbers.setdefault(json.dumps(facts, sort_keys=True), len(numbers) + 1)
+    return found
+
+
 def machines_table(manifests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a machine that ran cells of a run: its device, its rates in GB/s, how many cells."""
+    """One row a machine that ran cells of a run, by its number: its measures, how many cells.
+
+    Rates are in GB/s, the host's time to start an operator in microseconds.
+    """
     rates = ["link_rate", "d2h_rate", "hbm_read_rate"]
     rows = []
-    for manifest in manifests.values():
-        machine = manifest["machine"]
+    for cell, number in machine_numbers(manifests).items():
+        machine = manifests[cell]["machine"]
         found = {name: machine.get(f"{name}_bytes_per_s") for name in rates}
+        operator_us = machine.get("eager_operator_us")
         rows.append(
-            {"device": machine["device_name"]}
+            {"machine": number, "device": machine["device_name"]}
             | {f"{name} (GB/s)": round(v / 1e9, 1) if v else None for name, v in found.items()}
+            | {"eager operator (µs)": round(operator_us, 1) if operator_us else None}
         )
     table = pd.DataFrame(rows).groupby(list(rows[0]), dropna=False, sort=False).size()
-    return table.rename("cells").reset_index()
+    return table.rename("cells").reset_index().set_index("machine")
 
 
 def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:

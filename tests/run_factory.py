@@ -24,6 +24,7 @@ MACHINE = {
     "link_rate_bytes_per_s": 8e9,
     "d2h_rate_bytes_per_s": None,
     "hbm_rate_bytes_per_s": None,
+    "eager_operator_us": 3.5,
 }
 GPU_MACHINE = {
     **MACHINE,

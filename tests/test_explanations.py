@@ -117,6 +117,11 @@ def test_the_gain_is_taken_apart(gpu: Run):
     assert f"So {share:.0%} of the gain is how weights move" in said
     eager = mean_ms["pytorch_pinned"] / mean_ms["djinn_eager"]
     assert f"{eager:.2f}x less than PyTorch pinned" in said
+    assert "different machines" not in said
+    slower = {**GPU_MACHINE, "eager_operator_us": 9.0}
+    manifest = {**gpu.manifests["paper-25-djinn_eager"], "machine": slower}
+    apart = replace(gpu, manifests={**gpu.manifests, "paper-25-djinn_eager": manifest})
+    assert "The two ran on different machines" in gain(apart, PAPER)
     without = gpu.rows[gpu.rows["system"] != "djinn_eager"]
     assert "own steps" not in gain(replace(gpu, rows=without), PAPER)
 

@@ -17,6 +17,7 @@ import torch
 from djinn_lib import machine
 from djinn_lib.machine import (
     describe_machine,
+    eager_operator_us,
     git_state,
     measure_rates,
     other_gpu_processes,
@@ -39,6 +40,7 @@ def test_the_facts_of_a_cpu(facts):
     assert facts["system"].startswith("Linux")
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert 1e8 < facts["link_rate_bytes_per_s"] < 1e12
+    assert 0.01 < facts["eager_operator_us"] < 1000
     assert facts["hbm_rate_bytes_per_s"] is None and facts["d2h_rate_bytes_per_s"] is None
 
 
@@ -48,6 +50,12 @@ def test_a_rate_is_the_bytes_of_a_copy_by_its_median_time(monkeypatch):
     monkeypatch.setattr(machine, "_COPY_BYTES", 1 << 10)
     rates = measure_rates("cpu", repeats=3)
     assert rates["link_rate_bytes_per_s"] == (1 << 10) / 0.5
+
+
+def test_an_operator_takes_the_median_of_the_host(monkeypatch):
+    clock = iter([0.0, 0.9, 10.0, 10.5, 20.0, 20.25])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert eager_operator_us("cpu", repeats=3) == pytest.approx(0.5 / machine._OPERATORS * 1e6)
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):

@@ -22,7 +22,7 @@ from djinn_lib.records import read_manifest, read_rows
 from djinn_lib.tables import machines_table
 from djinn_lib.trace import paper_trace, write_trace
 
-FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9}
+FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5}
 
 
 def part_of(folder: Path, systems: dict[str, int], machine: dict[str, Any] = GPU_MACHINE) -> Path:
@@ -103,6 +103,7 @@ def test_machine_json_tells_of_every_machine(parts, tmp_path):
     merge(tmp_path / "run", parts)
     state = json.loads((tmp_path / "run" / "machine.json").read_text())
     assert state["machine"]["link_rate_bytes_per_s"] == 10e9  # the better one: it is a ceiling
+    assert state["machine"]["eager_operator_us"] == 2.5
     assert [(m["part"], len(m["cells"])) for m in state["machines"]] == [("one", 2), ("two", 1)]
     assert state["machines"][1]["machine"]["link_rate_bytes_per_s"] == 10e9
     table = machines_table(load_run(tmp_path / "run").manifests)

@@ -137,6 +137,28 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference)
     assert saved[0] == "-" and int(saved[1]) == pytest.approx(means[0] - means[1], abs=1.5)
 
 
+def test_a_step_from_another_machine_is_marked(reference, tmp_path):
+    assert "†" not in readme.ablation(reference)
+    assert "machine" not in [
+        *lines(readme.ablation(reference))[0],
+        *lines(readme.results(reference))[0],
+    ]
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    slower = {**GPU_MACHINE, "eager_operator_us": 9.0}
+    write_cell(folder, cell_rows("djinn_eager", gpu=True), slower)
+    text = readme.ablation(folder)
+    head, *rows = lines(text)
+    saved = head.index("mean saved, ms")
+    assert [row[0].split("`")[1] for row in rows if "†" in row[saved]] == [
+        "djinn_eager",
+        "djinn_graph",
+    ]
+    assert "another machine" in text
+    machines = {row[0]: row[-1] for row in lines(readme.results(folder))[1:]}
+    assert len(set(machines.values())) == 2 and machines["Djinn"] == machines["PyTorch pinned"]
+    assert machines["Djinn, eager decode"] not in ("0", machines["Djinn"])
+
+
 def test_steps_that_were_not_measured_count_with_the_next(reference, tmp_path):
     folder = shutil.copytree(reference, tmp_path / "h100")
     for system in ("djinn_graph", "djinn_compiled"):

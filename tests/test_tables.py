@@ -9,7 +9,14 @@ import pytest
 from row_factory import MIB, SIZES, UNAVAILABLE, cell_rows
 from run_factory import MACHINE
 
-from djinn_lib.tables import cell_table, facts_table, request_table, trace_table
+from djinn_lib.tables import (
+    cell_table,
+    facts_table,
+    machine_numbers,
+    machines_table,
+    request_table,
+    trace_table,
+)
 from djinn_lib.trace import paper_trace, zipf_trace
 
 
@@ -18,8 +25,32 @@ def test_facts_are_in_units_for_people():
     assert facts["link rate"] == "8.0 GB/s" and facts["hbm rate"] == "2880.0 GB/s"
     assert facts["d2h rate"] == "not measured: no GPU"
     assert facts["host memory"] == facts["device memory"] == "8.0 GiB"
+    assert facts["eager operator"] == "3.5 µs"
     assert facts["cores"] == "2" and facts["version of torch"] == "2.13.0"
     assert "versions" not in facts
+
+
+def manifest(started: str, **facts: object) -> dict:
+    return {"started_at_utc": started, "machine": {**MACHINE, **facts}}
+
+
+def test_machines_are_numbered_by_their_first_cell():
+    cells = {
+        "b": manifest("2026-11-24T07:00", eager_operator_us=4.9, versions={"ray": "2.60.0"}),
+        "a": manifest("2026-11-24T08:00", eager_operator_us=3.5),
+        "c": manifest("2026-11-24T09:00", eager_operator_us=4.9),
+    }
+    assert machine_numbers(cells) == {"b": 1, "a": 2, "c": 1}
+    table = machines_table(cells)
+    assert table["cells"].to_dict() == {1: 2, 2: 1}
+    assert table["eager operator (µs)"].to_dict() == {1: 4.9, 2: 3.5}
+
+
+def test_machines_of_older_runs_lack_the_operator():
+    cells = {"a": {"started_at_utc": "2026", "machine": dict(MACHINE)}}
+    del cells["a"]["machine"]["eager_operator_us"]
+    table = machines_table(cells)
+    assert table["eager operator (µs)"].isna().all() and list(table["cells"]) == [1]
 
 
 def test_a_trace_is_counted():
