@@ -46,7 +46,7 @@ ENGINE = [LIB / f"{name}.py" for name in (
 READERS = [LIB / f"{name}.py" for name in (
     "files", "records", "metrics", "optimal", "claims", "evidence",
     "claim_metrics", "claim_times", "analysis", "tables", "decomposition", "explanations",
-    "plots", "plot_style", "plot_sensitivity", "plot_timeline", "plot_concurrent",
+    "plots", "plot_style", "plot_sensitivity", "plot_timeline", "plot_switches",
 )]  # fmt: skip
 SIMULATOR = [LIB / f"{name}.py" for name in (
     "ring", "policy", "optimal", "trace", "fleet", "cost_model", "simulation", "validation",
@@ -134,7 +134,8 @@ def task_sensitivity() -> dict:
 def task_figures() -> dict:
     """04_figures: every other figure, from rows alone."""
     names = (
-        "latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded", "concurrent",
+        "latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded", "zipf",
+        "concurrent",
     )  # fmt: skip
     targets = [
         RUN_DIR / "figures" / f"{name}.{ending}" for name in names for ending in ("pdf", "png")

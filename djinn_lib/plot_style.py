@@ -69,6 +69,7 @@ _NAVY = "#003F7F"
 
 SYSTEM_STYLE: dict[Any, Any] = {
     "djinn": Look("Djinn", _BLUE),
+    "djinn_adaptive": Look("Djinn, adaptive policy", _NAVY, ":", "^"),
     "djinn_affinity": Look("Djinn, by affinity", _BLUE, "-.", "h"),
     "djinn_no_lookahead": Look("Djinn, no lookahead", _SKY, "-.", "X"),
     "djinn_compiled": Look("Djinn, tables in the ring", _NAVY, "--", "o"),
@@ -196,9 +197,11 @@ def sample_note(rows: pd.DataFrame) -> str:
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
     if len(groups) == 1:
         return f"n = {next(iter(groups))} requests of each system{where}."
-    most = max(groups, key=lambda n: len(groups[n]), default="")  # need not be listed
-    texts = [f"{n} of {', '.join(labels)}" for n, labels in groups.items() if n != most]
-    return f"n, requests{where}: {'; '.join([*texts, f'{most} of the others'])}." if most else ""
+    most = max(groups, key=lambda n: len(groups[n]), default="")  # several need not be listed
+    # Labels have commas in them.
+    texts = [f"{n} of {'; '.join(labels)}" for n, labels in groups.items() if n != most]
+    rest = "the others" if most and len(groups[most]) > 1 else "".join(groups.get(most, []))
+    return f"n, requests{where}: {'. '.join([*texts, f'{most} of {rest}'])}." if most else ""
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:

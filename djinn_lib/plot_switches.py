@@ -1,7 +1,8 @@
-"""Pictures of requests that arrive while others are served."""
+"""Pictures of what switches cost: beside requests that wait, and on a longer trace."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -37,20 +38,53 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
         concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
     """
-    rows, unavailable = split_unavailable(concurrent)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.6), sharey=True, layout="constrained"
-    )
+    figure, (left, right) = _two_panels()
+    _draw_systems(figure, left, right, concurrent, "this run has no concurrent cells here")
+    before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
+    _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
+    _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
+    return figure
+
+
+@styled
+def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
+    """Draw what switches cost, and how long requests take, on a trace that not every run has.
+
+    Left: the share of requests whose switch cost no more than a time, the first for each model left
+    out. Right: the share that was served within a time.
+
+    Args:
+        rows: of one trace and capacity, served in sequence; may be empty.
+    """
+    figure, (left, right) = _two_panels()
+    _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
+    _finish(figure, left, right, "total latency of a request (ms, log scale)")
+    return figure
+
+
+def _two_panels() -> tuple[Figure, Sequence[Axes]]:
+    size_in = (DOUBLE_COLUMN_IN, 2.6)
+    return plt.subplots(1, 2, figsize=size_in, sharey=True, layout="constrained")
+
+
+def _draw_systems(
+    figure: Figure, left: Axes, right: Axes, rows: pd.DataFrame, none_there: str
+) -> None:
+    """Both panels of every system, and below them on how many rows they rest."""
+    rows, unavailable = split_unavailable(rows)
     for system in order_systems(rows["system"]):
         part, look = rows[rows["system"] == system], system_look(system)
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
         _steps(left, later_touches(part), "switch_ms", **style)
         _steps(right, part, "total_ms", **style)
-    before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
-    _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
-    left.set_xlabel("cost of the switch (ms, log scale)")
-    right.set_xlabel("from arrival to the last token (ms, log scale)")
-    left.set_ylabel("share of requests")
+    note = sample_note(rows) if len(rows) else none_there
+    footnote(figure, [note, *unavailable_notes(unavailable)])
+
+
+def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
+    """Scales, labels and the legend."""
+    left.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests")
+    right.set_xlabel(right_label)
     left.yaxis.set_major_formatter(PercentFormatter())
     for axes in (left, right):
         axes.set(xscale="log", ylim=(0, 103))
@@ -59,9 +93,6 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
     handles = left.get_legend_handles_labels()[0]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    notes = [sample_note(rows)] if len(rows) else ["this run has no concurrent cells here"]
-    footnote(figure, [*notes, *unavailable_notes(unavailable)])
-    return figure
 
 
 def _label_times(axes: Axes) -> None:

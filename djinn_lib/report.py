@@ -52,6 +52,10 @@ CAPTIONS = {
         "Bytes moved",
         "Weights moved for the whole trace, beside the least that was possible.",
     ),
+    "zipf": (
+        "A longer trace",
+        "What switches cost, and how long requests take, when models are drawn by Zipf's law.",
+    ),
     "concurrent": (
         "Requests that wait for each other",
         "What switches cost, and how long requests take, when all are sent at once.",

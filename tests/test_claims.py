@@ -587,11 +587,14 @@ def test_a_whole_run_is_judged(claims):
     assert on_gpu["ours-switch-vs-sleep"].verdict == "reproduced"
     assert on_gpu["ours-mean-vs-sleep"].why.endswith("against vllm_sleep")
     waiting = {"paper-concurrent", *(c.id for c in claims if "concurrent" in c.id)}
-    waiting.add("ours-hidden-switches")
+    waiting |= {"ours-hidden-switches", "ours-waiting-mean-vs-sleep"}
     for name in waiting:  # these rows have no concurrent ones
         assert on_gpu[name].verdict == "not judged"
         assert "'concurrent'" in on_gpu[name].why
-    timed = {claim.id for claim in claims if claim.metric in TIMED} - waiting
+    longer = {claim.id for claim in claims if claim.arguments.get("trace") == "zipf"}
+    for name in longer:  # nor any of the longer trace
+        assert on_gpu[name].verdict == "not judged" and "trace 'zipf'" in on_gpu[name].why
+    timed = {claim.id for claim in claims if claim.metric in TIMED} - waiting - longer
     assert all(on_cpu[i].verdict == "not judged" for i in timed)
     assert all(on_cpu[i].measured == on_gpu[i].measured is not None for i in timed)
     counted = on_cpu.keys() - timed - {"paper-total-size"}

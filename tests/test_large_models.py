@@ -8,7 +8,7 @@ from profile_factory import tiny_profile
 from row_factory import cell_rows
 from tiny import CONFIGS, PROMPT, spec
 
-from djinn_lib import large_models, plot_concurrent, plot_large
+from djinn_lib import large_models, plot_large, plot_switches
 from djinn_lib.bench import set_up
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.large_models import LargeCase, measure
@@ -132,11 +132,17 @@ def test_figures_of_large_models_and_of_waiting_requests(rows):
         plot_large.time_per_token(rows.iloc[:0])
     alone = cell_rows("djinn")
     waiting = alone.assign(mode="concurrent", queue_ms=5.0)
-    figure = plot_concurrent.switches_beside_waiting(waiting, alone)
+    figure = plot_switches.switches_beside_waiting(waiting, alone)
     left, right = figure.axes
     assert [line.get_label() for line in left.lines] == ["Djinn", "Djinn, one after the other"]
     assert left.lines[0].get_ydata()[-1] == right.lines[0].get_ydata()[-1] == 100.0
     assert len(left.lines[0].get_ydata()) == 28  # three first touches are left out
-    empty = plot_concurrent.switches_beside_waiting(waiting.iloc[:0], alone)
+    empty = plot_switches.switches_beside_waiting(waiting.iloc[:0], alone)
     assert "no concurrent cells" in empty.get_supxlabel()
+    longer = plot_switches.switches_on_a_longer_trace(pd.concat([alone, cell_rows("pytorch_lru")]))
+    switches, latencies = longer.axes
+    assert [line.get_label() for line in switches.lines] == ["Djinn", "PyTorch LRU"]
+    assert len(switches.lines[0].get_ydata()) == 28 and len(latencies.lines[0].get_ydata()) == 31
+    nothing = plot_switches.switches_on_a_longer_trace(alone.iloc[:0])
+    assert "no rows of this trace" in nothing.get_supxlabel() and not nothing.axes[0].lines
     assert json.dumps([line.get_label() for line in empty.axes[0].lines])

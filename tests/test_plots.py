@@ -65,11 +65,13 @@ def test_figures_say_how_many_requests_they_rest_on():
     assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
     both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
     both = pd.concat([both, cell_rows("pytorch_pinned")])
-    assert sample_note(both) == "n, requests: 150 of Djinn; 30 of the others."
+    assert sample_note(both) == "n, requests: 150 of Djinn. 30 of the others."
     sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
     assert sample_note(sweep) == (
-        "n, requests at each capacity: 30 to 150 of Djinn; 30 of the others."
+        "n, requests at each capacity: 30 to 150 of Djinn. 30 of the others."
     )
+    two = both[both["system"] != "pytorch_pinned"]
+    assert sample_note(two) == "n, requests: 30 of PyTorch LRU. 150 of Djinn."
     assert sample_note(both.iloc[:0]) == ""
     for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
         assert "n, requests: 150 of Djinn" in draw(both).get_supxlabel()
