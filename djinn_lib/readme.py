@@ -32,7 +32,7 @@ from djinn_lib.result_tables import (
     systems_table,
     waiting_table,
 )
-from djinn_lib.validation import looking_ahead
+from djinn_lib.validation import foretold_policies, looking_ahead
 
 ENGINE = REFERENCE / "engine.json"
 NOT_YET = "Not measured yet: the reference run on an H100 has no rows so far.\n"
@@ -285,6 +285,29 @@ def ahead() -> str:
     return _table(head, rows)
 
 
+def zipf_policies(reference: Path = REFERENCE) -> str:
+    """What other policies are foretold to be worth on the Zipfian trace."""
+    cells = ("zipf-25-djinn", "paper-25-djinn")
+    if not all((reference / "requests" / f"{cell}.parquet").exists() for cell in cells):
+        return NOT_YET
+    on_zipf, on_paper = (foretold_policies(reference, cell) for cell in cells)
+    rows = [
+        [
+            str(name),
+            f"{row.loaded_gib:.0f}",
+            f"{row.to_optimum:.2f}",
+            f"{row.mean_switch_ms:.1f}",
+            f"{row.mean_ms:.0f}",
+            f"{row.p90_ms:.0f}",
+            f"{on_paper.to_optimum[name]:.2f}",
+        ]
+        for name, row in on_zipf.iterrows()
+    ]
+    head = ["policy", "GiB loaded", "bytes / optimum", "mean switch, ms", "mean, ms", "P90, ms",
+            "bytes / optimum, paper's trace"]  # fmt: skip
+    return _table(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "comparison": comparison,
@@ -292,6 +315,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gain": parts_of_the_gain,
     "sweep": sweep,
     "zipf": zipf,
+    "zipf policies": zipf_policies,
     "ablation": ablation,
     "engine targets": engine_targets,
     "engine cases": engine_cases,

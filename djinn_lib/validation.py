@@ -8,6 +8,7 @@ full misses of single models, so neither has been used for the fit.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -93,18 +94,8 @@ def cells(reference: Path = REFERENCE, system: str = "djinn") -> pd.DataFrame:
     for path in sorted((reference / "requests").glob(f"*-{system}.parquet")):
         rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
         rows = rows[rows["ok"]]
-        sizes = {
-            name: model.get("device_bytes", model["bytes"])
-            for name, model in manifest["models"].items()
-        }
         first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
-        simulated = simulate(
-            first["model"].tolist(),
-            sizes,
-            int(first["capacity_bytes"].iloc[0]),
-            costs=reference_costs(reference, int(first["n_tokens"].iloc[0])),
-            page_bytes=manifest["parameters"]["page_bytes"],
-        )
+        simulated = _again(first, manifest, reference)
         found.append(
             pd.DataFrame(
                 {
@@ -125,6 +116,51 @@ def compared(reference: Path = REFERENCE) -> pd.DataFrame:
     """Return requests measured and simulated: of cells where there are any, else of the engine."""
     found = cells(reference)
     return pairs(reference) if found.empty else found
+
+
+def foretold_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
+    """Foretell what a cell of a reference run would have been with other policies.
+
+    Columns, a row a policy, the offline optimum last: `loaded_gib`, `to_optimum` (its bytes by
+    those of the optimum), `mean_ms`, `p90_ms` and `mean_switch_ms`.
+
+    Raises:
+        RecordError: the run has no such cell.
+    """
+    path = reference / "requests" / f"{cell}.parquet"
+    rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
+    first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
+    table = {}
+    for policy in ("lru", "ewma", "lfu", "adaptive", "oracle"):
+        found = _again(first, manifest, reference, policy)
+        latency = found["total_ms"]
+        table[policy] = {
+            "loaded_gib": found["loaded_bytes"].sum() / 2**30,
+            "mean_ms": latency.mean(),
+            "p90_ms": latency.quantile(0.9),
+            "mean_switch_ms": found["switch_ms"].mean(),
+        }
+    result = pd.DataFrame(table).T
+    result.insert(1, "to_optimum", result["loaded_gib"] / result.loc["oracle", "loaded_gib"])
+    return result
+
+
+def _again(
+    rows: pd.DataFrame, manifest: Mapping[str, Any], reference: Path, policy: str = "lru"
+) -> pd.DataFrame:
+    """The requests of one repeat of a cell, simulated."""
+    sizes = {
+        name: model.get("device_bytes", model["bytes"])
+        for name, model in manifest["models"].items()
+    }
+    return simulate(
+        rows["model"].tolist(),
+        sizes,
+        int(rows["capacity_bytes"].iloc[0]),
+        policy,
+        costs=reference_costs(reference, int(rows["n_tokens"].iloc[0])),
+        page_bytes=manifest["parameters"]["page_bytes"],
+    )
 
 
 def looking_ahead(

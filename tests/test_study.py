@@ -10,7 +10,8 @@ from djinn_lib import explore, plot_study, validation
 from djinn_lib.cost_model import CostModel, fit
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.fan_out import Result
-from djinn_lib.paths import STUDY
+from djinn_lib.paths import REFERENCE, STUDY
+from djinn_lib.records import read_rows
 from djinn_lib.study import (
     KNOWN,
     QUEUED,
@@ -116,6 +117,18 @@ def test_disagreement_shows(tmp_path):
 def test_without_measured_rows_there_is_nothing_to_compare(tmp_path):
     with pytest.raises(ConfigError, match=r"run benchmarks/engine.py"):
         validation.compared(tmp_path)
+
+
+def test_other_policies_are_foretold_for_a_measured_cell():
+    table = validation.foretold_policies()
+    measured = read_rows(REFERENCE / "requests" / "zipf-25-djinn.parquet")
+    loaded = measured.groupby("repeat")["loaded_bytes"].sum() / 2**30
+    assert set(loaded) == {table.loaded_gib["lru"]}  # the policy that was measured
+    assert table.mean_ms["lru"] == pytest.approx(measured["total_ms"].mean(), rel=0.05)
+    assert table.to_optimum["oracle"] == 1 == table.to_optimum.min()
+    assert table.to_optimum["adaptive"] < table.to_optimum["lru"]  # requests are independent
+    with pytest.raises(RecordError):
+        validation.foretold_policies(cell="zipf-25-nobody")
 
 
 # -- the study -----------------------------------------------------------------------------
