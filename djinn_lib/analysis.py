@@ -118,10 +118,7 @@ class Run:
         Raises:
             RecordError: there are none.
         """
-        rows = sequential(self.rows)
-        rows = rows[rows["trace"] == trace]
-        if capacity_label is not None:
-            rows = rows[rows["capacity_label"] == capacity_label]
+        rows = self.other_cells(trace, capacity_label)
         if rows.empty:
             found = sorted(set(zip(self.rows["trace"], self.rows["capacity_label"], strict=True)))
             raise RecordError(
@@ -130,13 +127,11 @@ class Run:
             )
         return rows
 
-    def other_cells(self, trace: str, capacity_label: str = "25") -> pd.DataFrame:
-        """Return the rows of a trace that not every run has, served in sequence.
-
-        They are empty where a run has none.
-        """
+    def other_cells(self, trace: str, capacity_label: str | None = None) -> pd.DataFrame:
+        """Return what `cells` does, of a trace that not every run has: no rows instead of an error."""
         rows = sequential(self.rows)
-        return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
+        rows = rows[rows["trace"] == trace]
+        return rows if capacity_label is None else rows[rows["capacity_label"] == capacity_label]
 
     def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
         """Return the rows of one trace at one capacity whose requests were sent as they arrived.

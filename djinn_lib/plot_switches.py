@@ -93,6 +93,9 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
     handles = left.get_legend_handles_labels()[0]
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    else:  # the note below says why; axes without a curve say nothing
+        left.set_axis_off()
+        right.set_axis_off()
 
 
 def _label_times(axes: Axes) -> None:
