@@ -150,8 +150,10 @@ def _gain(run: Run, paper: Paper) -> str:
         if run.machine_of("djinn_eager") != run.machine_of("pytorch_pinned"):
             before = [parts["switch"] + parts["prefill"] for parts in (pinned, eager)]
             sentences.append(
-                f"The two ran on different machines, whose hosts decode the same steps in "
-                f"{eager['decode']:,.0f} and in {pinned['decode']:,.0f} ms; without decoding it is "
+                f"The two ran on different machines: the same steps decoded in "
+                f"{eager['decode']:,.0f} ms in the ring and in {pinned['decode']:,.0f} in PyTorch "
+                "pinned, and whether that is the machine's doing or the system's was not measured. "
+                "Without decoding it is "
                 f"{before[1]:,.0f} ms against {before[0]:,.0f}, {before[0] / before[1]:.1f}x less."
             )
     except NotMeasured:

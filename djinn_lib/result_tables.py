@@ -33,8 +33,8 @@ STEPS = (
 )
 _OTHER_MACHINE = " †"
 _ACROSS_MACHINES = (
-    "The step before ran on another machine of the kind. What a host needs to start eager steps "
-    "differs between them, so the difference is not that of the step alone; compare the switches."
+    "The step before ran on another machine of the kind, and neither on both: how much of the "
+    "difference is the step's and how much the machine's was not measured."
 )
 
 
@@ -138,7 +138,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     """One line a step from whole models to Djinn, and what it takes off the mean latency.
 
     Steps that were not measured are counted with the next one that was. A difference between two
-    machines is marked: eager steps take as long as the host needs to start them.
+    machines is marked, for it need not be that of the step.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
