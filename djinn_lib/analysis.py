@@ -128,7 +128,7 @@ class Run:
         return rows
 
     def other_cells(self, trace: str, capacity_label: str | None = None) -> pd.DataFrame:
-        """Return what `cells` does, of a trace that not every run has: no rows instead of an error."""
+        """Return what `cells` does, but no rows where a run has none instead of an error."""
         rows = sequential(self.rows)
         rows = rows[rows["trace"] == trace]
         return rows if capacity_label is None else rows[rows["capacity_label"] == capacity_label]
