@@ -26,6 +26,7 @@ class CellRecord:
         self.started = datetime.now(UTC)
         self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
         self.begin_s = time.perf_counter()
+        self.host = machine.HostClock()
         self.setup_s = 0.0
         self.notes: list[str] = []
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
@@ -89,6 +90,7 @@ class CellRecord:
             "started_at_utc": self.started.isoformat(),
             "wall_s": time.perf_counter() - self.begin_s,
             "setup_s": self.setup_s,
+            "stolen_share": self.host.stolen_share(),
             "notes": self.notes,
         }
 

@@ -130,6 +130,28 @@ def eager_operator_us(device: str, repeats: int = 21) -> float:
     return statistics.median(took_s) / _OPERATORS * 1e6
 
 
+class HostClock:
+    """Watches how much processor time others take from this machine, from its making on."""
+
+    def __init__(self) -> None:
+        self._begin = psutil.cpu_times()
+
+    def stolen_share(self) -> float | None:
+        """Return the share of the time of all cores that a hypervisor gave to others meanwhile.
+
+        A machine without a hypervisor, or with one that does not tell, says 0. None where the
+        system keeps no such count.
+        """
+        now = psutil.cpu_times()
+        if not hasattr(now, "steal"):
+            return None
+        # Time of guests is part of the user's time already.
+        names = [name for name in now._fields if not name.startswith("guest")]
+        passed = {name: getattr(now, name) - getattr(self._begin, name) for name in names}
+        total_s = sum(passed.values())
+        return passed["steal"] / total_s if total_s > 0 else 0.0
+
+
 def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:
     on_gpu = target.is_cuda or source.is_cuda
     return _rate(source.numel(), lambda: target.copy_(source), on_gpu, repeats)

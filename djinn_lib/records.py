@@ -208,6 +208,11 @@ def read_rows(path: Path) -> pd.DataFrame:
     return check_rows(frame, str(path))
 
 
+def no_rows() -> pd.DataFrame:
+    """Return a frame with every column and no row."""
+    return pd.DataFrame(columns=list(COLUMNS))
+
+
 def read_run(run_dir: Path) -> pd.DataFrame:
     """Read the rows of every cell of a run.
 
@@ -243,6 +248,7 @@ class Manifest(BaseModel):
     started_at_utc: str
     wall_s: float
     setup_s: float
+    stolen_share: float | None = None  # of the host's processor time; unknown in older manifests
     notes: list[str]
 
 

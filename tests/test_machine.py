@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from djinn_lib import machine
 from djinn_lib.machine import (
+    HostClock,
     describe_machine,
     eager_operator_us,
     git_state,
@@ -56,6 +58,20 @@ def test_an_operator_takes_the_median_of_the_host(monkeypatch):
     clock = iter([0.0, 0.9, 10.0, 10.5, 20.0, 20.25])
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
     assert eager_operator_us("cpu", repeats=3) == pytest.approx(0.5 / machine._OPERATORS * 1e6)
+
+
+def test_the_share_that_others_took_is_that_of_the_time_since(monkeypatch):
+    times = namedtuple("times", "user system idle steal guest")
+    counts = iter([times(10, 5, 100, 1, 4), times(40, 15, 140, 21, 30)])
+    monkeypatch.setattr(machine.psutil, "cpu_times", lambda: next(counts))
+    host = HostClock()
+    assert host.stolen_share() == 20 / (30 + 10 + 40 + 20)  # a guest's time is the user's already
+
+
+def test_a_system_that_keeps_no_such_count_says_nothing(monkeypatch):
+    times = namedtuple("times", "user system idle")
+    monkeypatch.setattr(machine.psutil, "cpu_times", lambda: times(1, 1, 1))
+    assert HostClock().stolen_share() is None
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):
