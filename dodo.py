@@ -134,8 +134,8 @@ def task_sensitivity() -> dict:
 def task_figures() -> dict:
     """04_figures: every other figure, from rows alone."""
     names = (
-        "latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded", "zipf",
-        "concurrent",
+        "latency_cdf", "latency_breakdown", "decode_pace", "residency_over_time", "bytes_loaded",
+        "zipf", "concurrent",
     )  # fmt: skip
     targets = [
         RUN_DIR / "figures" / f"{name}.{ending}" for name in names for ending in ("pdf", "png")

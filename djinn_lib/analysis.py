@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
-from djinn_lib.records import read_manifest, read_run
+from djinn_lib.records import no_rows, read_manifest, read_run
+from djinn_lib.replicates import read_replicates
 from djinn_lib.tables import machine_numbers
 from djinn_lib.trace import Trace, read_trace
 
@@ -35,6 +36,8 @@ class Run:
         machine: facts of `machine.json`: names, sizes, versions, measured rates.
         traces: by name.
         manifests: by cell id; where each cell's rows come from.
+        replicates: rows of what else was measured of the same cells; often none.
+        replicate_manifests: of these, by run id.
     """
 
     folder: Path
@@ -42,6 +45,8 @@ class Run:
     machine: Mapping[str, Any]
     traces: Mapping[str, Trace]
     manifests: Mapping[str, Mapping[str, Any]]
+    replicates: pd.DataFrame = field(default_factory=no_rows)
+    replicate_manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -98,10 +103,18 @@ class Run:
             raise RecordError(f"expected manifests in {self.folder / 'requests'}, got none")
         return int(manifest["parameters"]["page_bytes"])
 
+    @property
+    def all_manifests(self) -> dict[str, Mapping[str, Any]]:
+        """Manifests of the cells, by cell id, and of their replicates, by run id."""
+        return {**self.manifests, **self.replicate_manifests}
+
     @cached_property
     def machine_numbers(self) -> dict[str, int]:
-        """Which machine ran which cell, from 1 on; more than one where parts were merged."""
-        return machine_numbers(self.manifests)
+        """Which machine ran what, by the keys of `all_manifests`, from 1 on.
+
+        There is more than one where parts were merged.
+        """
+        return machine_numbers(self.all_manifests)
 
     def machine_of(self, system: str, trace: str = "paper", capacity_label: str = "25") -> int:
         """Return the number of the machine that served a cell in sequence; 0 if unknown."""
@@ -171,7 +184,8 @@ class Run:
         """What claims are judged by."""
         return Evidence(
             self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes,
-            self.other_steps,
+            self.other_steps, self.replicates,
+            {m["run_id"]: self.machine_numbers[key] for key, m in self.all_manifests.items()},
         )  # fmt: skip
 
     def link_floor(self) -> pd.DataFrame:
@@ -205,7 +219,7 @@ def load_run(run_dir: Path | str) -> Run:
         for path in sorted(requests.glob("*.manifest.json"))
     }
     traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
-    return Run(folder, rows, read_machine(folder), traces, manifests)
+    return Run(folder, rows, read_machine(folder), traces, manifests, *read_replicates(folder))
 
 
 def read_machine(run_dir: Path) -> dict[str, Any]:

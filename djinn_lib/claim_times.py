@@ -18,8 +18,10 @@ from djinn_lib.evidence import (
     exact,
     measured,
     metric,
+    ran_on,
     select,
     served,
+    side_by_side,
     swept,
 )
 from djinn_lib.metrics import bootstrap_interval, p99_is_max, ratio_interval, share_interval
@@ -76,10 +78,13 @@ def statistic_ratio(
 
     Of several systems the one that does best is taken. Maxima have no interval.
     """
-    top = _fastest(evidence, system, statistic, **where)
-    bottom = served(evidence, to, **where)
+    name = str(_fastest(evidence, system, statistic, **where)["system"].iloc[0])
+    served(evidence, to, **where)  # says why there is none, if so
+    both = side_by_side(evidence, [name, to], **where)
+    top, bottom = (metrics.served(both[label]) for label in (name, to))
     values = [metrics.latency(rows["total_ms"])[statistic] for rows in (top, bottom)]
-    remark = "" if isinstance(system, str) else f"against {top['system'].iloc[0]}"
+    against = "" if isinstance(system, str) else f"against {name}"
+    remark = ", ".join(filter(None, [against, ran_on(evidence, top, bottom)]))
     n = len(top) + len(bottom)
     if any(_is_largest(statistic, len(rows)) for rows in (top, bottom)):
         return exact(values[0] / values[1], n, remark)
@@ -105,9 +110,11 @@ def switch_cost_ratio(
         served(evidence, to if known else names[0], **where)  # says why there is none
         raise NotMeasured("no request of this run changes back to a model that was used before")
     best = min(known, key=lambda name: known[name].mean())
-    remark = f"{best}: {known[best].mean():,.1f} ms, {to}: {bottom.mean():,.2f} ms"
-    n = len(known[best]) + len(bottom)
-    return measured(ratio_interval(known[best], bottom, "mean"), n, remark)
+    both = side_by_side(evidence, [best, to], **where)
+    top, bottom = (_later_costs(both[label]) for label in (best, to))
+    remark = f"{best}: {top.mean():,.1f} ms, {to}: {bottom.mean():,.2f} ms"
+    remark = ", ".join(filter(None, [remark, ran_on(evidence, *both.values())]))
+    return measured(ratio_interval(top, bottom, "mean"), len(top) + len(bottom), remark)
 
 
 @metric(timed=True)
@@ -123,10 +130,14 @@ def exposed_switch_ms(evidence: Evidence, system: str, **where: Any) -> Measurem
 def _switch_costs(evidence: Evidence, system: str, **where: Any) -> pd.Series:
     """Milliseconds of each later switch of a system; empty where it was not run."""
     try:
-        rows = metrics.later_switches(select(evidence, system, **where))
+        return _later_costs(select(evidence, system, **where))
     except NotMeasured:
         return pd.Series(dtype=float)
-    return rows.loc[rows["ok"], "switch_ms"]
+
+
+def _later_costs(rows: pd.DataFrame) -> pd.Series:
+    later = metrics.later_switches(rows)
+    return later.loc[later["ok"], "switch_ms"]
 
 
 @metric(timed=True)

@@ -6,13 +6,14 @@ A metric that cannot be measured raises `NotMeasured` with the reason; nothing i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib.metrics import Interval
+from djinn_lib.records import no_rows
 from djinn_lib.trace import Trace
 
 MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
@@ -33,6 +34,8 @@ class Evidence:
             its weights where a system is not listed.
         other_steps: systems that do not decode by transformers' own steps: their arithmetic rounds
             differently, so that now and then another token is the likeliest.
+        replicates: rows of what else was measured of the same cells.
+        machines: numbers of the machines that ran the cells and replicates, by run id.
     """
 
     rows: pd.DataFrame
@@ -42,6 +45,8 @@ class Evidence:
     traces: Mapping[str, Trace]
     device_sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     other_steps: Set[str] = frozenset()
+    replicates: pd.DataFrame = field(default_factory=no_rows)
+    machines: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,50 @@ def served(evidence: Evidence, system: str, **where: Any) -> pd.DataFrame:
     if not rows["ok"].any():
         raise NotMeasured(f"{system} served no request: {rows['error'].iloc[0]}")
     return rows[rows["ok"]]
+
+
+def side_by_side(
+    evidence: Evidence, systems: Sequence[str], **where: Any
+) -> dict[str, pd.DataFrame]:
+    """Return the attempted rows of a cell of each system, of one machine if all of them ran on one.
+
+    Machines of one kind differ, so systems are compared on the newest machine that ran them all, be
+    it with replicates. Where there is none, they are the rows that `select` gives.
+
+    Raises:
+        NotMeasured: one of them has none, or cannot run on this machine.
+    """
+    own = {system: select(evidence, system, **where) for system in systems}
+    more = [evidence.rows, evidence.replicates] if len(evidence.replicates) else [evidence.rows]
+    every = replace(evidence, rows=pd.concat(more, ignore_index=True))
+    by_machine = {
+        system: {
+            evidence.machines.get(str(run_id), 0): rows
+            for run_id, rows in select(every, system, **where).groupby("run_id", sort=True)
+        }
+        for system in systems
+    }
+    common = set.intersection(*(set(found) for found in by_machine.values()))
+    if not common:
+        return own
+    newest = max(common)
+    return {
+        system: rows if _machines(evidence, rows := own[system]) == [newest] else found[newest]
+        for system, found in by_machine.items()
+    }
+
+
+def ran_on(evidence: Evidence, *frames: pd.DataFrame) -> str:
+    """Say which machine rows come from, where the evidence has those of several; "" otherwise."""
+    if len(set(evidence.machines.values())) < 2:
+        return ""
+    numbers = sorted({n for rows in frames for n in _machines(evidence, rows)})
+    words = " and ".join(map(str, numbers))
+    return f"on machine {words}" if len(numbers) == 1 else f"on the machines {words}"
+
+
+def _machines(evidence: Evidence, rows: pd.DataFrame) -> list[int]:
+    return sorted({evidence.machines.get(str(run_id), 0) for run_id in rows["run_id"].unique()})
 
 
 def swept(rows: pd.DataFrame) -> list[str]:

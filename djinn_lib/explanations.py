@@ -6,15 +6,16 @@ A sentence whose rows are missing says so instead. Without a GPU nothing is said
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib.analysis import Run
 from djinn_lib.claims import CPU_CLOCKS
-from djinn_lib.evidence import NotMeasured, select
+from djinn_lib.evidence import NotMeasured, ran_on, select, side_by_side
 from djinn_lib.evidence import served as served_rows
-from djinn_lib.metrics import latency, prefill_ms
+from djinn_lib.metrics import latency, prefill_ms, served
 
 Paper = Mapping[str, Any]
 _GIB = 2**30
@@ -30,6 +31,11 @@ def gain(run: Run, paper: Paper) -> str:
     return _said("What the gain is made of", _gain, run, paper)
 
 
+def pace(run: Run, paper: Paper) -> str:
+    """Say, in Markdown, how steady decoding is where the host starts every operator."""
+    return _said("How steady eager decoding is", _pace, run, paper)
+
+
 def explanations(run: Run, paper: Paper) -> str:
     """Return, in Markdown, one paragraph on each thing that differs from the paper."""
     topics: dict[str, Callable[[Run, Paper], str]] = {
@@ -39,7 +45,7 @@ def explanations(run: Run, paper: Paper) -> str:
         "Hits at the largest capacity": _first_touches,
     }
     told = [_said(title, tell, run, paper) for title, tell in topics.items()]
-    return "\n\n".join([*told, gain(run, paper)])
+    return "\n\n".join([*told, gain(run, paper), pace(run, paper)])
 
 
 def _said(title: str, tell: Callable[[Run, Paper], str], run: Run, paper: Paper) -> str:
@@ -59,7 +65,8 @@ def _times(run: Run, system: str) -> dict[str, float]:
 
 
 def _sleep_mode(run: Run, paper: Paper) -> str:
-    sleeping, djinn = _times(run, "vllm_sleep"), _times(run, "djinn")
+    together = side_by_side(run.evidence, ["vllm_sleep", "djinn"])
+    sleeping, djinn = (latency(served(rows)["total_ms"]) for rows in together.values())
     _need_clocks(run)
     recreated, published = _times(run, "vllm_recreate"), paper["systems"]
     said = published["vllm_recreate"]["p50_total_ms"] / published["djinn"]["p50_total_ms"]
@@ -130,7 +137,7 @@ def _candidates(run: Run, rows: pd.DataFrame, said_s: float) -> list[str]:
 
 
 def _gain(run: Run, paper: Paper) -> str:
-    pinned, djinn = _parts(run, "pytorch_pinned"), _parts(run, "djinn")
+    pinned, djinn = _parts(run, "pytorch_pinned", "djinn")
     _need_clocks(run)
     less = pinned - djinn
     total = less.sum()
@@ -142,30 +149,89 @@ def _gain(run: Run, paper: Paper) -> str:
         f"alone cost {pinned['switch'] / djinn['switch']:.1f}x less."
     ]
     try:
-        eager = _parts(run, "djinn_eager")
+        eager, beside = _parts(run, "djinn_eager", "pytorch_pinned")
+        where = _place(run, "djinn_eager", "pytorch_pinned")
+        before = [parts["switch"] + parts["prefill"] for parts in (beside, eager)]
         sentences.append(
             f"With transformers' own steps, those of the baseline, the ring's mean is "
-            f"{eager.sum():,.0f} ms: {pinned.sum() / eager.sum():.2f}x less than PyTorch pinned."
+            f"{eager.sum():,.0f} ms: {beside.sum() / eager.sum():.2f}x less than PyTorch pinned. "
+            f"The same steps decoded{where} in {eager['decode']:,.0f} ms in the ring and in "
+            f"{beside['decode']:,.0f} in PyTorch pinned, where the host's pace decides and neither "
+            f"of the two. Without decoding it is {before[1]:,.0f} ms against {before[0]:,.0f}, "
+            f"{before[0] / before[1]:.1f}x less."
         )
-        if run.machine_of("djinn_eager") != run.machine_of("pytorch_pinned"):
-            before = [parts["switch"] + parts["prefill"] for parts in (pinned, eager)]
-            sentences.append(
-                f"The two ran on different machines: the same steps decoded in "
-                f"{eager['decode']:,.0f} ms in the ring and in {pinned['decode']:,.0f} in PyTorch "
-                "pinned, and whether that is the machine's doing or the system's was not measured. "
-                "Without decoding it is "
-                f"{before[1]:,.0f} ms against {before[0]:,.0f}, {before[0] / before[1]:.1f}x less."
-            )
     except NotMeasured:
         pass
     return " ".join(sentences)
 
 
-def _parts(run: Run, system: str) -> pd.Series:
-    """Mean milliseconds of the parts of a request."""
-    rows = served_rows(run.evidence, system)
-    parts = {"switch": rows["switch_ms"], "prefill": prefill_ms(rows), "decode": rows["decode_ms"]}
-    return pd.DataFrame(parts).mean()
+def _parts(run: Run, *systems: str) -> list[pd.Series]:
+    """Mean milliseconds of the parts of a request, of each system, on one machine if possible."""
+    found = []
+    for attempted in side_by_side(run.evidence, systems).values():
+        rows = served(attempted)
+        parts = [rows["switch_ms"], prefill_ms(rows), rows["decode_ms"]]
+        found.append(pd.concat(parts, axis=1, keys=["switch", "prefill", "decode"]).mean())
+    return found
+
+
+def _place(run: Run, *systems: str) -> str:
+    """Words for the machines that `_parts` compares systems on, where there are several."""
+    where = ran_on(run.evidence, *side_by_side(run.evidence, systems).values())
+    return f", {where}," if where else ""
+
+
+def _pace(run: Run, paper: Paper) -> str:
+    _need_clocks(run)
+    rows = _of_one_machine(run)
+    eager = rows[~rows["system"].isin(run.other_steps)]
+    graph = rows[rows["system"] == "djinn"]
+    model = eager.groupby("model")["decode_ms"].max().idxmax()
+    slow, fast = (r[r["model"] == model]["decode_ms"] for r in (eager, graph))
+    where = ran_on(run.evidence, rows)
+    sentences = [
+        f"Eager steps are started by the host, operator by operator, and are as slow as it is. "
+        f"{where.capitalize()}{' ' if where else 'On one machine '}requests for {model} took "
+        f"{slow.min() / 1e3:.2f} to {slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
+        f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
+        "CUDA graphs: the same GPU, weights and number of tokens, so that the difference within "
+        "each is the host's. Means of two eager systems that differ by less than that tell "
+        "nothing of the systems: compare what comes before decoding, or bytes."
+    ]
+    if (pinned := eager[eager["system"] == "pytorch_pinned"]).size:
+        fastest_ms = pinned["model"].map(eager.groupby("model")["decode_ms"].min())
+        at_best = (pinned["total_ms"] - pinned["decode_ms"] + fastest_ms).median()
+        djinn = graph["total_ms"].median()
+        sentences.append(
+            "Had every request of PyTorch pinned decoded in the fastest time of its model in any "
+            f"of these systems, its median would be {at_best:,.0f} ms, {at_best / djinn:.1f}x that "
+            "of Djinn."
+        )
+    shares = [
+        m["stolen_share"] for m in run.manifests.values()
+        if m["run_id"] in set(rows["run_id"]) and m["stolen_share"] is not None
+    ]  # fmt: skip
+    if shares:
+        sentences.append(
+            f"Meanwhile the hypervisor gave {min(shares):.1%} to {max(shares):.1%} of the "
+            "processors' time to others."
+        )
+    return " ".join(sentences)
+
+
+def _of_one_machine(run: Run) -> pd.DataFrame:
+    """Served rows of the paper's trace, of the machine that ran `djinn` and most eager systems."""
+    rows = served(select(run.evidence, None))
+    if len(run.replicates):
+        more = select(replace(run.evidence, rows=run.replicates), None)
+        rows = pd.concat([rows, more], ignore_index=True)
+    machines = rows["run_id"].map(run.evidence.machines)
+    eager = ~rows["system"].isin(run.other_steps)
+    n_eager = rows[eager].groupby(machines[eager])["system"].nunique()
+    both = [n for n in n_eager.index if n in set(machines[rows["system"] == "djinn"])]
+    if not both:
+        raise NotMeasured("no machine ran both djinn and a system that decodes eagerly")
+    return rows[machines == n_eager[both].idxmax()]
 
 
 def _vllm_failures(run: Run, paper: Paper) -> str:

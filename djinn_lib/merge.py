@@ -5,6 +5,8 @@ together when their cells had the same profile and parameters, traces, weights, 
 GPU and commit; anything else is refused, and said. `--allow-commits` takes different commits, and
 the notes of each cell then tell its own. What differs from machine to machine, what was measured,
 is kept: `machine.json` lists all machines with their cells, and each manifest has those of its own.
+A cell that several parts have is in the run once, and its other measurements are kept beside it, as
+replicates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib import large_results
+from djinn_lib import large_results, replicates
 from djinn_lib.analysis import read_machine
 from djinn_lib.belonging import differences
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
@@ -57,14 +59,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class PartCell:
-    """A cell in one part, with what is needed to choose among several of the same name."""
+    """A cell in one part, with what is needed to choose among several of the same name.
+
+    `rows_path` and `notebook_path` are where its rows and its executed notebook are.
+    """
 
     part: str
     folder: Path
     name: str
+    rows_path: Path
+    notebook_path: Path
     manifest: dict[str, Any]
     n_rows: int
     n_failed: int
+
+    @property
+    def measurement(self) -> tuple[str, str]:
+        """What two cells share that are the same one, wherever they are kept."""
+        return self.manifest["run_id"], self.manifest["started_at_utc"]
 
     @property
     def rank(self) -> tuple[bool, bool, str]:
@@ -82,7 +94,8 @@ def merge(
     """Make a run folder out of the cells of several; returns the cells that are in it.
 
     Of a cell that several parts have, the later one is taken, whole ones before those with failed
-    requests; which ones were left out is printed, and noted in the manifest of the one taken.
+    requests. The others are printed, noted in the manifest of the one taken, and kept as replicates
+    if every request was served.
 
     Raises:
         ConfigError: the folder is there already, or is itself one of the parts.
@@ -107,11 +120,14 @@ def merge(
         )  # fmt: skip
     if not found:
         raise RecordError("expected parts with at least one cell among them, got none: add one")
-    chosen = _choose(found)
+    chosen, others = _choose(found)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
         made = Path(scratch) / "run"
         _write(made, chosen, found)
+        for cell in others:
+            rows, manifest = read_rows(cell.rows_path), {**cell.manifest, "notes": _notes(cell)}
+            replicates.write_replicate(rows, manifest, made, cell.notebook_path)
         _copy_large(parts, made)
         if run_dir.exists():
             shutil.rmtree(run_dir)
@@ -120,25 +136,38 @@ def merge(
 
 
 def read_part(folder: Path, label: str) -> list[PartCell]:
-    """Read every cell of a run folder; it may have none beside models larger than the ring.
+    """Read every cell of a run folder, replicates included.
+
+    It may have none beside models larger than the ring.
 
     Raises:
         RecordError: it has neither, or rows, a manifest or machine.json are missing or broken.
     """
     read_machine(folder)
-    cells = []
-    for path in sorted((folder / "requests").glob("*.parquet")):
-        rows = attempted(read_rows(path))
-        manifest = read_manifest(path.with_suffix(".manifest.json"))
-        cells.append(
-            PartCell(label, folder, path.stem, manifest, len(rows), int((~rows["ok"]).sum()))
-        )
+    cells = [
+        _part_cell(label, folder, path, notebook)
+        for path, notebook in [
+            *((path, folder / "notebooks" / f"02_run_system.{path.stem}.ipynb")
+              for path in sorted((folder / "requests").glob("*.parquet"))),
+            *((path, path.with_suffix(".ipynb"))
+              for path in sorted((folder / replicates.FOLDER).glob("*.parquet"))),
+        ]
+    ]  # fmt: skip
     if not cells and not (folder / large_results.ROWS).exists():
         raise RecordError(
             f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
             f"least one cell, or with {large_results.ROWS}"
         )
     return cells
+
+
+def _part_cell(label: str, folder: Path, rows_path: Path, notebook_path: Path) -> PartCell:
+    rows = attempted(read_rows(rows_path))
+    manifest = read_manifest(rows_path.with_suffix(".manifest.json"))
+    n_failed = int((~rows["ok"]).sum())
+    return PartCell(
+        label, folder, manifest["cell"], rows_path, notebook_path, manifest, len(rows), n_failed
+    )
 
 
 def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
@@ -155,17 +184,29 @@ def _labels(parts: Sequence[Path]) -> dict[str, Path]:
     return {part.relative_to(common).as_posix(): part for part in parts}
 
 
-def _choose(found: Sequence[PartCell]) -> list[PartCell]:
-    """Return the one to take of each cell, and say which were left out."""
-    chosen = []
+def _choose(found: Sequence[PartCell]) -> tuple[list[PartCell], list[PartCell]]:
+    """Return the one to take of each cell and the replicates to keep, and say which there are."""
+    chosen, kept = [], []
     for name in sorted({cell.name for cell in found}):
-        *others, best = sorted((c for c in found if c.name == name), key=lambda cell: cell.rank)
-        if others:
-            note = f"also run, and left out: {'; '.join(map(str, others))}"
-            print(f"{name}: taken from {best}; {note}", flush=True)
-            best.manifest["notes"].append(note)
+        # Two parts may have the very same measurement, if one was merged from the other.
+        of_name = {cell.measurement: cell for cell in found if cell.name == name}
+        *others, best = sorted(of_name.values(), key=lambda cell: cell.rank)
         chosen.append(best)
-    return chosen
+        if not others:
+            continue
+        print(f"{name}: taken from {best}; also run: {'; '.join(map(str, others))}", flush=True)
+        kept += [cell for cell in others if cell.n_rows and not cell.n_failed]
+        if left_out := [str(cell) for cell in others if cell not in kept]:
+            best.manifest["notes"].append(f"also run, and left out: {'; '.join(left_out)}")
+    return chosen, kept
+
+
+def _notes(cell: PartCell) -> list[str]:
+    """A cell's notes, which part it is from among them."""
+    notes = list(cell.manifest["notes"])
+    if not any(note.startswith(_RAN_IN) for note in notes):  # which a merged part has said
+        notes.append(f"{_RAN_IN}{cell.part}")
+    return notes
 
 
 def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) -> None:
@@ -173,10 +214,8 @@ def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) 
         (folder / name).mkdir(parents=True)
     commits = {cell.manifest["git_commit"] for cell in chosen}
     for cell in chosen:
-        shutil.copy(cell.folder / "requests" / f"{cell.name}.parquet", folder / "requests")
-        notes = list(cell.manifest["notes"])
-        if not any(note.startswith(_RAN_IN) for note in notes):  # which a merged part has said
-            notes.append(f"{_RAN_IN}{cell.part}")
+        shutil.copy(cell.rows_path, folder / "requests" / f"{cell.name}.parquet")
+        notes = _notes(cell)
         commit = f"ran at the commit {cell.manifest['git_commit'][:12]}, others did not"
         if len(commits) > 1 and commit not in notes:
             notes.append(commit)

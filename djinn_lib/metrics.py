@@ -66,6 +66,32 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     return (rows["total_ms"] - parts).clip(lower=0).rename("prefill_ms")
 
 
+def decode_spread(rows: pd.DataFrame) -> float:
+    """Return how many times longer the slowest decode of a model took than its fastest.
+
+    Of requests that gave equally many tokens; of several models, the one where it is greatest. NaN
+    where no request was served.
+    """
+    times = served(rows).groupby(["model", "n_tokens"])["decode_ms"]
+    return float((times.max() / times.min()).max())
+
+
+def difference_of_means(
+    one: Sequence[float] | pd.Series, other: Sequence[float] | pd.Series, seed: int = 0
+) -> Interval:
+    """Return the mean of one sample less that of another, with its interval.
+
+    By the percentile bootstrap, resampling both sides independently.
+    """
+    first, second = np.asarray(one, float), np.asarray(other, float)
+    if first.size == 0 or second.size == 0:
+        return _NOTHING
+    rng = np.random.default_rng(seed)
+    drawn = [rng.choice(side, (2000, side.size)).mean(axis=1) for side in (first, second)]
+    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
+    return float(first.mean() - second.mean()), float(low), float(high)
+
+
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell (system, trace, capacity_label, mode).
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib import large_results
+from djinn_lib import large_results, replicates
 from djinn_lib.analysis import Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
@@ -32,8 +32,8 @@ from djinn_lib.records import read_manifest, read_rows, write_manifest, write_ro
 from djinn_lib.redraw import copy_figures, read_again
 from djinn_lib.scrub import scrub, scrub_notebook, scrub_text
 
-PUBLISHED = ("requests", "traces", "notebooks", "figures", "machine.json", "claims.json",
-             "comparison_summary.json", *large_results.FILES)  # fmt: skip
+PUBLISHED = ("requests", replicates.FOLDER, "traces", "notebooks", "figures", "machine.json",
+             "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip
 NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
 _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
 
@@ -86,8 +86,9 @@ def publish(
         made = Path(name).resolve()
         _copy(run, made)
         _read(made, reference)
-        for path in sorted((made / "notebooks").glob("*.ipynb")):
-            _tidy(path, made)
+        for folder in ("notebooks", replicates.FOLDER):
+            for path in sorted((made / folder).glob("*.ipynb")):
+                _tidy(path, made)
         for file in ("claims.json", "comparison_summary.json"):
             write_json(made / file, scrub(json.loads((made / file).read_text())))
         _put(made, reference)
@@ -118,14 +119,16 @@ def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
 
 def _copy(run: Run, made: Path) -> None:
     """Copy what was measured, without paths of the machine that measured it."""
-    for path in sorted((run.folder / "requests").glob("*.parquet")):
-        rows = read_rows(path)
-        for column in ("error", "note"):
-            rows[column] = rows[column].map(scrub_text)
-        write_rows(rows, made / "requests" / path.name)
-        manifest = path.with_suffix(".manifest.json").name
-        content = scrub(read_manifest(path.with_name(manifest)))
-        write_manifest(content, made / "requests" / manifest)
+    for folder in ("requests", replicates.FOLDER):
+        for path in sorted((run.folder / folder).glob("*.parquet")):
+            rows = read_rows(path)
+            for column in ("error", "note"):
+                rows[column] = rows[column].map(scrub_text)
+            write_rows(rows, made / folder / path.name)
+            manifest = path.with_suffix(".manifest.json")
+            write_manifest(scrub(read_manifest(manifest)), made / folder / manifest.name)
+        for path in (run.folder / folder).glob("*.ipynb"):
+            shutil.copy(path, made / folder)
     shutil.copytree(run.folder / "traces", made / "traces")
     state = json.loads((run.folder / "machine.json").read_text())
     models = {name: _at_home(name, facts) for name, facts in state["models"].items()}

@@ -19,7 +19,7 @@ import pandas as pd
 from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claims import Claim, format_value, judge, load_claims
-from djinn_lib.explanations import fairness, gain
+from djinn_lib.explanations import fairness, gain, pace
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
@@ -28,6 +28,7 @@ from djinn_lib.result_tables import (
     ablation_table,
     claims_summary,
     large_table,
+    replicates_table,
     sweep_table,
     systems_table,
     waiting_table,
@@ -181,6 +182,20 @@ def ablation(reference: Path = REFERENCE) -> str:
     return ablation_table(run).markdown() if run else NOT_YET
 
 
+def again(reference: Path = REFERENCE) -> str:
+    """Cells that were measured on several machines."""
+    run = reference_run(reference)
+    if run is None or run.replicates.empty:
+        return NOT_YET
+    return replicates_table(run).markdown()
+
+
+def eager_pace(reference: Path = REFERENCE) -> str:
+    """How steady eager decoding is, in words."""
+    run = reference_run(reference)
+    return f"{pace(run, published())}\n" if run else NOT_YET
+
+
 def waiting(reference: Path = REFERENCE) -> str:
     """What switches cost where all requests are sent at once."""
     run = reference_run(reference)
@@ -317,6 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "zipf": zipf,
     "zipf policies": zipf_policies,
     "ablation": ablation,
+    "replicates": again,
+    "pace": eager_pace,
     "engine targets": engine_targets,
     "engine cases": engine_cases,
     "engine pages": engine_pages,

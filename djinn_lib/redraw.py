@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib import large_results
+from djinn_lib import large_results, replicates
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.notebooks import Status, execute, read_statuses, write_status
@@ -119,7 +119,8 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        for part in ("requests", "traces", "machine.json", *large_results.FILES):
+        taken = ("requests", replicates.FOLDER, "traces", "machine.json", *large_results.FILES)
+        for part in taken:
             if (reference / part).exists():
                 (scratch / part).symlink_to(reference / part)
         failed = [s for s in read_again(scratch, reference) if s.state != "ok"]

@@ -44,6 +44,10 @@ CAPTIONS = {
         "Where the time goes",
         "Mean latency of each system by phase, in milliseconds and as shares.",
     ),
+    "decode_pace": (
+        "How steady decoding is",
+        "Each request's decode as a multiple of the fastest of its model; a line is a repeat.",
+    ),
     "residency_over_time": (
         "What fills the ring",
         "Bytes of each model after each request; hatched where only a part of it is resident.",

@@ -15,7 +15,15 @@ from djinn_lib.analysis import Run
 from djinn_lib.claims import Verdict, format_value
 from djinn_lib.decomposition import decomposition
 from djinn_lib.large_results import shares
-from djinn_lib.metrics import attempted, later_touches, sequential, summarise
+from djinn_lib.metrics import (
+    attempted,
+    decode_spread,
+    difference_of_means,
+    later_touches,
+    sequential,
+    served,
+    summarise,
+)
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.plot_sensitivity import speedup_table
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
@@ -33,8 +41,8 @@ STEPS = (
 )
 _OTHER_MACHINE = " †"
 _ACROSS_MACHINES = (
-    "The step before ran on another machine of the kind, and neither on both: how much of the "
-    "difference is the step's and how much the machine's was not measured."
+    "The step before ran on another machine of the kind: part of the difference may be the "
+    "machine's."
 )
 
 
@@ -143,34 +151,76 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     Raises:
         RecordError: there are no rows of that trace and capacity.
     """
-    cells = _summaries(split_unavailable(run.cells(trace, capacity_label))[0])
+    rows = served(split_unavailable(run.cells(trace, capacity_label))[0])
+    cells = _summaries(rows)
     lines, whats = [], []
-    before: tuple[float, int] | None = None
+    before: tuple[pd.DataFrame, int] | None = None
     for system, what in STEPS:
         whats.append(what)
         if system not in cells:
             continue
-        cell = cells[system]
-        mean, machine = cell["mean_total_ms"], run.machine_of(system, trace, capacity_label)
+        cell, own = cells[system], rows[rows["system"] == system]
+        machine = run.machine_of(system, trace, capacity_label)
         lines.append(
             [
                 f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
                 _served(cell),
-                three_digits(cell["p50_total_ms"]),
-                three_digits(mean),
+                three_digits(cell["mean_total_ms"]),
+                three_digits((own["total_ms"] - own["decode_ms"]).mean()),
                 three_digits(cell["mean_switch_ms"]),
                 three_digits(cell["loaded_bytes"] / _GIB),
                 "-" if before is None else
-                f"{before[0] - mean:+,.0f}{'' if before[1] == machine else _OTHER_MACHINE}",
+                f"{_saved(before[0], own)}{'' if before[1] == machine else _OTHER_MACHINE}",
                 str(machine),
             ]
         )  # fmt: skip
-        before, whats = (mean, machine), []
-    head = ["step", "served", "P50, ms", "mean, ms", "mean switch, ms", "GiB loaded",
-            "mean saved, ms", "machine"]  # fmt: skip
+        before, whats = (own, machine), []
+    head = ["step", "served", "mean, ms", "up to decoding, ms", "mean switch, ms", "GiB loaded",
+            "mean saved, ms (95%)", "machine"]  # fmt: skip
     marked = any(_OTHER_MACHINE in cell for line in lines for cell in line)
     notes = (f"{_OTHER_MACHINE.strip()} {_ACROSS_MACHINES}",) if marked else ()
     return _without_one_machine(Table(head, lines, notes))
+
+
+def _saved(before: pd.DataFrame, after: pd.DataFrame) -> str:
+    saved, low, high = difference_of_means(before["total_ms"], after["total_ms"])
+    return f"{saved:+,.0f} ({low:+,.0f} to {high:+,.0f})"
+
+
+def replicates_table(run: Run) -> Table:
+    """One line a measurement of each cell that was measured more than once, oldest machine first.
+
+    `decode` is slowest over fastest of one model's requests: what the host's pace changes.
+    """
+    again = set(run.replicate_manifests[i]["cell"] for i in run.replicate_manifests)
+    own = {m["run_id"]: cell for cell, m in run.manifests.items() if cell in again}
+    frames = [run.rows[run.rows["run_id"].isin(own)], run.replicates]
+    measured = {str(run_id): rows for frame in frames for run_id, rows in frame.groupby("run_id")}
+    places = {m["run_id"]: (m["cell"], run.machine_numbers[key])
+              for key, m in run.all_manifests.items()}  # fmt: skip
+    names = order_systems(rows["system"].iloc[0] for rows in measured.values())
+    lines = []
+    for system in names:
+        of_system = [i for i, rows in measured.items() if rows["system"].iloc[0] == system]
+        for run_id in sorted(of_system, key=lambda i: places[i]):
+            rows, (cell_id, machine) = measured[run_id], places[run_id]
+            (cell,) = _summaries(rows).values()
+            lines.append(
+                [
+                    f"{system_look(system).label} (`{cell_id}`)",
+                    str(machine),
+                    _served(cell),
+                    three_digits(cell["p50_total_ms"]),
+                    three_digits(cell["mean_total_ms"]),
+                    three_digits(cell["mean_switch_ms"]),
+                    three_digits(served(rows)["decode_ms"].mean()),
+                    f"{decode_spread(rows):.2f}x",
+                    three_digits(cell["loaded_bytes"] / _GIB),
+                ]
+            )
+    head = ["cell", "machine", "served", "P50, ms", "mean, ms", "mean switch, ms",
+            "mean decode, ms", "decode, slowest / fastest", "GiB loaded"]  # fmt: skip
+    return Table(head, lines, () if lines else ("Every cell of this run was measured once.",))
 
 
 def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:

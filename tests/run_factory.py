@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
+from djinn_lib.analysis import Run
 from djinn_lib.large_results import write_large
 from djinn_lib.records import rows_frame, write_manifest, write_rows
 from djinn_lib.trace import paper_trace, write_trace
@@ -89,6 +92,33 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
         "error": rows["error"].max(),
     }
     (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
+
+
+def on_another_machine(
+    run: Run, system: str, cell: str = "paper-25-{}", **changed: Callable[[pd.Series], pd.Series]
+) -> Run:
+    """A run whose cell of a system was measured again, on a second machine, with columns changed.
+
+    The measurement that the run had is kept as a replicate.
+    """
+    cell = cell.format(system)
+    old = run.manifests[cell]
+    own = run.rows["run_id"] == old["run_id"]
+    again = run.rows[own].assign(run_id="again")
+    again = again.assign(**{name: change(again[name]) for name, change in changed.items()})
+    manifest = {
+        **old,
+        "run_id": "again",
+        "machine": {**old["machine"], "eager_operator_us": 9.0},
+        "started_at_utc": "2026-11-25T06:00:00+00:00",
+    }
+    return replace(
+        run,
+        rows=pd.concat([run.rows[~own], again], ignore_index=True),
+        manifests={**run.manifests, cell: manifest},
+        replicates=run.rows[own],
+        replicate_manifests={old["run_id"]: old},
+    )
 
 
 def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:

@@ -26,7 +26,13 @@ TARGETS = {
     "03_sensitivity": ["figures/sensitivity.pdf", "figures/sensitivity.png"],
     "04_figures": [
         f"figures/{name}.{ending}"
-        for name in ("latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded")
+        for name in (
+            "latency_cdf",
+            "latency_breakdown",
+            "decode_pace",
+            "residency_over_time",
+            "bytes_loaded",
+        )
         for ending in ("pdf", "png")
     ],
     "05_claims": ["claims.json", "comparison_summary.json"],

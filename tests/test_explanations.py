@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from row_factory import cell_rows
-from run_factory import GPU_MACHINE, write_run
+from run_factory import GPU_MACHINE, on_another_machine, write_run
 
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.decomposition import COLUMNS, decomposition, decomposition_table
-from djinn_lib.explanations import explanations, fairness, gain
+from djinn_lib.explanations import explanations, fairness, gain, pace
+from djinn_lib.records import no_rows
 
 PAPER = published()
 PARTS = ["copy_ms", "writeback_ms", "rest_ms", "prefill_ms", "decode_ms"]
@@ -117,13 +118,39 @@ def test_the_gain_is_taken_apart(gpu: Run):
     assert f"So {share:.0%} of the gain is how weights move" in said
     eager = mean_ms["pytorch_pinned"] / mean_ms["djinn_eager"]
     assert f"{eager:.2f}x less than PyTorch pinned" in said
-    assert "different machines" not in said
+    assert "machine" not in said.partition("own steps")[2]
     slower = {**GPU_MACHINE, "eager_operator_us": 9.0}
     manifest = {**gpu.manifests["paper-25-djinn_eager"], "machine": slower}
     apart = replace(gpu, manifests={**gpu.manifests, "paper-25-djinn_eager": manifest})
-    assert "The two ran on different machines" in gain(apart, PAPER)
+    assert "decoded, on the machines 1 and 2, in" in gain(apart, PAPER)
     without = gpu.rows[gpu.rows["system"] != "djinn_eager"]
     assert "own steps" not in gain(replace(gpu, rows=without), PAPER)
+
+
+def test_systems_are_compared_on_a_machine_that_ran_both(gpu: Run):
+    elsewhere = on_another_machine(gpu, "djinn", total_ms=lambda ms: ms / 2)
+    assert fairness(elsewhere, PAPER) == fairness(gpu, PAPER)  # where vllm_sleep ran
+    forgotten = replace(elsewhere, replicates=no_rows(), replicate_manifests={})
+    assert fairness(forgotten, PAPER) != fairness(gpu, PAPER)
+
+
+def test_the_pace_of_eager_decoding_is_that_of_one_machine(gpu: Run):
+    rows = gpu.rows.copy()
+    eager = (rows["system"] == "pytorch_lru") & (rows["capacity_label"] == "25")
+    slowest = rows[eager & (rows["model"] == "mistral-mini")].index[3]
+    rows.loc[slowest, "decode_ms"] = 9_870.0
+    n_systems = len(set(gpu.cells("paper", "25")["system"]) - gpu.other_steps)
+    said = pace(replace(gpu, rows=rows), PAPER)
+    assert "to 9.87 s to decode" in said and f"of {n_systems} systems" in said
+    assert "On one machine requests for mistral-mini" in said and "hypervisor" not in said
+    eager = rows[~rows["system"].isin(gpu.other_steps) & rows["ok"]].query("capacity_label == '25'")
+    pinned, fastest = eager.query("system == 'pytorch_pinned'"), eager.groupby("model")["decode_ms"]
+    at_best = pinned["total_ms"] - pinned["decode_ms"] + pinned["model"].map(fastest.min())
+    assert f"its median would be {at_best.median():,.0f} ms, " in said
+    stolen = {c: {**m, "stolen_share": 0.125} for c, m in gpu.manifests.items()}
+    assert "gave 12.5% to 12.5%" in pace(replace(gpu, rows=rows, manifests=stolen), PAPER)
+    graphs_only = gpu.rows[gpu.rows["system"].isin(["djinn", "vllm_sleep"])]
+    assert "no machine ran both" in pace(replace(gpu, rows=graphs_only), PAPER)
 
 
 def test_failures_are_counted_or_said_not_to_reproduce(gpu: Run):
@@ -156,3 +183,4 @@ def test_a_run_without_the_systems_says_so(tmp_path: Path, gpu: Run):
     rows = gpu.rows[gpu.rows["system"] == "pytorch_lru"]
     text = explanations(replace(gpu, rows=rows), PAPER)
     assert text.count("Nothing can be said here: no rows of system") == 5
+    assert "no machine ran both djinn" in told(text, "How steady")

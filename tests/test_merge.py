@@ -19,6 +19,7 @@ from djinn_lib.large_results import read_large
 from djinn_lib.merge import main, merge
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.records import read_manifest, read_rows
+from djinn_lib.replicates import read_replicates
 from djinn_lib.tables import machines_table
 from djinn_lib.trace import paper_trace, write_trace
 
@@ -140,9 +141,33 @@ def test_of_a_cell_in_two_parts_the_later_whole_one_is_taken(tmp_path, capsys, f
     assert cell.part == taken
     said = capsys.readouterr().out
     other = "early" if taken == "later" else "later (2026-11-25T06:00, 3 of 30 requests failed)"
-    assert f"taken from {taken}" in said and f"left out: {other}" in said
+    assert f"taken from {taken}" in said and f"also run: {other}" in said
     notes = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")["notes"]
-    assert any(f"left out: {other}" in note for note in notes)
+    rows, manifests = read_replicates(tmp_path / "run")
+    if taken == "early":  # one that failed requests is not kept, and that is said
+        assert any(f"left out: {other}" in note for note in notes) and rows.empty
+    else:
+        assert len(rows) == 30 and not any("left out" in note for note in notes)
+        (manifest,) = manifests.values()
+        assert manifest["notes"] == ["ran in the part early"]
+        (notebook,) = (tmp_path / "run" / "replicates").glob("*.ipynb")
+        assert json.loads(notebook.read_text()) == {"of": "early"}
+
+
+def test_replicates_go_on_into_the_next_merge_once(tmp_path, capsys):
+    early = part_of(tmp_path / "early", {"djinn": 0})
+    later = part_of(tmp_path / "later", {"djinn": 0}, FASTER)
+    change_manifest(later, "djinn", started_at_utc="2026-11-25T06:00:00+00:00", run_id="later")
+    merge(tmp_path / "half", [early, later])
+    last = part_of(tmp_path / "last", {"djinn": 0}, FASTER)
+    change_manifest(last, "djinn", started_at_utc="2026-11-26T06:00:00+00:00", run_id="last")
+    (cell,) = merge(tmp_path / "run", [tmp_path / "half", early, last])
+    assert cell.manifest["run_id"] == "last"
+    rows, manifests = read_replicates(tmp_path / "run")
+    assert set(manifests) == {"later", "paper-25-djinn-test"} and len(rows) == 60
+    run = load_run(tmp_path / "run")
+    assert run.machine_numbers == {"paper-25-djinn": 2, "later": 2, "paper-25-djinn-test": 1}
+    assert list(machines_table(run.all_manifests)["cells"]) == [1, 2]
 
 
 @pytest.mark.parametrize(

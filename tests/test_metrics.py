@@ -17,6 +17,8 @@ from djinn_lib.metrics import (
     attempted,
     bootstrap_interval,
     comparison_summary,
+    decode_spread,
+    difference_of_means,
     latency,
     p99_is_max,
     prefill_ms,
@@ -197,6 +199,26 @@ def test_the_share_of_hits_of_the_paper():
 def test_shares_of_none_and_all_still_have_a_width(hits, low, high):
     share, lowest, highest = share_interval(pd.Series([True] * hits + [False] * (30 - hits)))
     assert share == hits / 30 and (lowest, highest) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_spread_of_decoding_is_that_of_one_model_and_length():
+    rows = cell_rows("djinn").iloc[:6].assign(
+        model=[*"aaabbb"], decode_ms=[10.0, 12.0, 40.0, 100.0, 300.0, 900.0], n_tokens=[6] * 6
+    )  # fmt: skip
+    assert decode_spread(rows) == 9.0
+    rows.loc[rows.index[5], "n_tokens"] = 60  # of another length, so not comparable
+    assert decode_spread(rows) == 4.0
+    assert math.isnan(decode_spread(rows.assign(ok=False)))
+
+
+def test_a_difference_of_means_has_the_width_that_theory_has(rng):
+    one, other = rng.normal(50, 6, 400), rng.normal(40, 8, 400)
+    difference, low, high = difference_of_means(one, other)
+    assert difference == pytest.approx(one.mean() - other.mean())
+    width = 2 * 1.96 * math.sqrt((6**2 + 8**2) / 400)
+    assert high - low == pytest.approx(width, rel=0.15) and low < difference < high
+    assert difference_of_means(one, other) == (difference, low, high)
+    assert all(math.isnan(value) for value in difference_of_means([], other))
 
 
 def test_ratio_of_medians():

@@ -12,6 +12,7 @@ from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, UNAVAILABLE, cell_rows, 
 
 from djinn_lib import plots
 from djinn_lib.errors import RecordError
+from djinn_lib.plot_pace import decode_pace
 from djinn_lib.plot_sensitivity import hit_table, speedup_table
 from djinn_lib.plot_style import (
     MODEL_COLORS,
@@ -49,6 +50,7 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
     return {
         "latency_cdf": plots.latency_cdf(at_25, PAPER),
         "latency_breakdown": plots.latency_breakdown(at_25),
+        "decode_pace": decode_pace(at_25),
         "bytes_loaded": plots.bytes_loaded(at_25, 3e9, TOTAL_BYTES),
         "sensitivity": plots.sensitivity(sweep, paper=PAPER),
         "residency_over_time": plots.residency_over_time(at_25),
@@ -78,9 +80,25 @@ def test_figures_say_how_many_requests_they_rest_on():
     assert "at each capacity" in plots.sensitivity(sweep, "pytorch_lru").get_supxlabel()
 
 
+def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
+    rows = cell_rows("djinn", repeats=2)
+    rows["decode_ms"] = rows["model"].map({m: 100.0 * (i + 1) for i, m in enumerate(SIZES)})
+    slow = (rows["repeat"] == 1) & (rows["request"] == 4)
+    rows.loc[slow, "decode_ms"] *= 3
+    other = cell_rows("vllm_recreate")
+    image = decode_pace(pd.concat([rows, other])).axes[0].images[0].get_array()
+    grid = np.ma.filled(image, np.nan)
+    assert grid.shape == (2 + 1 + 1, 30)  # lines of the first, a gap, a line of the other
+    expected = np.ones((2, 30))
+    expected[1, 4] = 3
+    np.testing.assert_allclose(grid[:2], expected)
+    assert np.isnan(grid[2]).all()
+    assert list(np.isnan(grid[3])) == list(~other["ok"])
+
+
 def test_modes_are_not_mixed():
     both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
-    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+    for draw in (*COMPARING, decode_pace):
         with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
             draw(both)
     with pytest.raises(RecordError, match="rows of one mode"):

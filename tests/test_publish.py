@@ -21,6 +21,7 @@ from djinn_lib.notebooks import Status
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publish import publish
 from djinn_lib.records import read_manifest, read_rows, rows_frame, write_rows
+from djinn_lib.replicates import write_replicate
 from djinn_lib.scrub import scrub, scrub_notebook, scrub_text
 
 HOME = "/home/me/djinn"
@@ -125,6 +126,13 @@ def test_rows_of_models_larger_than_the_ring_go_with_it(run_dir, reference, tmp_
 
 
 def test_no_path_of_the_machine_is_published(run_dir, reference, tmp_path, reading):
+    of_cell = run_dir / "requests" / "paper-25-vllm_recreate"
+    write_replicate(
+        read_rows(of_cell.with_suffix(".parquet")),
+        read_manifest(of_cell.with_suffix(".manifest.json")) | {"run_id": "again"},
+        run_dir,
+        run_dir / "notebooks" / "02_run_system.paper-25-djinn.ipynb",
+    )
     publish(run_dir, reference=reference, figures=tmp_path / "figures")
     for path in reference.rglob("*.json"):
         if path.name != "engine.json":

@@ -18,9 +18,11 @@ from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.profile import load_profile
 from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.replicates import write_replicate
 
 README = Path(__file__).parent.parent / "README.md"
-OF_ROWS = {"claims", "comparison", "results", "gain", "sweep", "zipf", "ablation"}
+OF_ROWS = {"claims", "comparison", "results", "gain", "sweep", "zipf", "ablation", "replicates",
+           "pace"}  # fmt: skip
 
 
 def test_tables_are_those_of_the_reference():
@@ -134,7 +136,11 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference)
     ]  # fmt: skip
     means = [float(row[head.index("mean, ms")].replace(",", "")) for row in rows]
     saved = [row[-1] for row in rows]
-    assert saved[0] == "-" and int(saved[1]) == pytest.approx(means[0] - means[1], abs=1.5)
+    assert saved[0] == "-"
+    assert int(saved[1].split()[0]) == pytest.approx(means[0] - means[1], abs=1.5)
+    before = [float(row[head.index("up to decoding, ms")].replace(",", "")) for row in rows]
+    whole = cell_rows("djinn_whole", gpu=True)
+    assert before[0] == pytest.approx((whole["total_ms"] - whole["decode_ms"]).mean(), rel=0.01)
 
 
 def test_a_step_from_another_machine_is_marked(reference, tmp_path):
@@ -148,7 +154,7 @@ def test_a_step_from_another_machine_is_marked(reference, tmp_path):
     write_cell(folder, cell_rows("djinn_eager", gpu=True), slower)
     text = readme.ablation(folder)
     head, *rows = lines(text)
-    saved = head.index("mean saved, ms")
+    saved = head.index("mean saved, ms (95%)")
     assert [row[0].split("`")[1] for row in rows if "†" in row[saved]] == [
         "djinn_eager",
         "djinn_graph",
@@ -157,6 +163,24 @@ def test_a_step_from_another_machine_is_marked(reference, tmp_path):
     machines = {row[0]: row[-1] for row in lines(readme.results(folder))[1:]}
     assert len(set(machines.values())) == 2 and machines["Djinn"] == machines["PyTorch pinned"]
     assert machines["Djinn, eager decode"] not in ("0", machines["Djinn"])
+
+
+def test_cells_that_were_measured_again_stand_beside_each_other(reference, tmp_path):
+    assert readme.again(reference) == readme.NOT_YET
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    rows = cell_rows("djinn", gpu=True).assign(run_id="before")
+    rows["decode_ms"] = rows["decode_ms"].mask(rows["request"] == 3, rows["decode_ms"] / 5)
+    manifest = read_manifest(folder / "requests" / "paper-25-djinn.manifest.json")
+    slower = {**GPU_MACHINE, "eager_operator_us": 9.0}
+    started = "2026-11-01T06:00:00+00:00"
+    manifest |= {"run_id": "before", "machine": slower, "started_at_utc": started}
+    write_replicate(rows, manifest, folder)
+    head, first, second = lines(readme.again(folder))
+    assert [row[head.index("machine")] for row in (first, second)] == ["1", "2"]
+    assert first[0] == second[0] == "Djinn (`paper-25-djinn`)"
+    spread = [float(row[head.index("decode, slowest / fastest")][:-1]) for row in (first, second)]
+    assert spread[0] > 4 > 2 > spread[1] > 1
+    assert "replicates" not in readme.results(folder)  # other tables are of the run's own cells
 
 
 def test_steps_that_were_not_measured_count_with_the_next(reference, tmp_path):
