@@ -689,3 +689,23 @@ def test_tokens_beside_others_are_compared_with_those_alone():
     assert found.value == pytest.approx(29 / 30)
     with pytest.raises(NotMeasured):
         metric(evidence_of(alone), system="djinn")
+
+
+def test_a_ratio_is_that_of_the_newest_machine_that_ran_both():
+    def measured_on(run_id: str, total_ms: float) -> pd.DataFrame:
+        return served(run_id[0], [total_ms] * 8, run_id=run_id)
+
+    machines = {"a1": 1, "b1": 1, "a2": 2, "b2": 2}
+    rows = pd.concat([measured_on("a2", 20.0), measured_on("b1", 30.0)])
+    apart = replace(evidence_of(rows), machines=machines)
+    again = [measured_on("a1", 10.0), measured_on("b2", 50.0)]
+    one, both = (replace(apart, replicates=pd.concat(again[:n])) for n in (1, 2))
+    for evidence, ratio, where in (
+        (apart, 1.5, "on the machines 1 and 2"),
+        (one, 3.0, "on machine 1"),
+        (both, 2.5, "on machine 2"),
+    ):
+        found = METRICS["median_ratio"](evidence, system="b", to="a")
+        assert (found.value, found.n, found.remark) == (ratio, 16, where)
+    switches = METRICS["switch_cost_ratio"](both, system="b", to="a")
+    assert switches.remark.endswith("on machine 2") and switches.value == 1.0
