@@ -202,6 +202,7 @@ def _free_unused_memory() -> None:
 def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
     """Each request when the one before is done; a row each."""
     for repeat, request in _requests(begun):
+        begun.note_pace(repeat)
         keys = None
         try:
             if request.request == 0:

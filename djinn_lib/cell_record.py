@@ -27,6 +27,7 @@ class CellRecord:
         self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
         self.begin_s = time.perf_counter()
         self.host = machine.HostClock()
+        self.host_loop_us: list[list[float]] = []  # before each request, a list a repeat
         self.setup_s = 0.0
         self.notes: list[str] = []
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
@@ -51,6 +52,12 @@ class CellRecord:
             "start_s": time.perf_counter() - self.begin_s,
             "note": "; ".join(self.notes),
         }
+
+    def note_pace(self, repeat: int) -> None:
+        """Note the host's pace before a request of a repeat."""
+        while len(self.host_loop_us) <= repeat:
+            self.host_loop_us.append([])
+        self.host_loop_us[repeat].append(round(machine.host_loop_us(), 1))
 
     def manifest(self) -> dict[str, Any]:
         """Where the rows come from."""
@@ -91,6 +98,7 @@ class CellRecord:
             "wall_s": time.perf_counter() - self.begin_s,
             "setup_s": self.setup_s,
             "stolen_share": self.host.stolen_share(),
+            "host_loop_us": self.host_loop_us,
             "notes": self.notes,
         }
 

@@ -6,11 +6,11 @@ A sentence whose rows are missing says so instead. Without a GPU nothing is said
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
+from djinn_lib import host_pace
 from djinn_lib.analysis import Run
 from djinn_lib.claims import CPU_CLOCKS
 from djinn_lib.evidence import NotMeasured, ran_on, select, side_by_side
@@ -33,7 +33,7 @@ def gain(run: Run, paper: Paper) -> str:
 
 def pace(run: Run, paper: Paper) -> str:
     """Say, in Markdown, how steady decoding is where the host starts every operator."""
-    return _said("How steady eager decoding is", _pace, run, paper)
+    return _said("How steady eager decoding is", _steadiness, run, paper)
 
 
 def explanations(run: Run, paper: Paper) -> str:
@@ -181,57 +181,9 @@ def _place(run: Run, *systems: str) -> str:
     return f", {where}," if where else ""
 
 
-def _pace(run: Run, paper: Paper) -> str:
+def _steadiness(run: Run, paper: Paper) -> str:
     _need_clocks(run)
-    rows = _of_one_machine(run)
-    eager = rows[~rows["system"].isin(run.other_steps)]
-    graph = rows[rows["system"] == "djinn"]
-    model = eager.groupby("model")["decode_ms"].max().idxmax()
-    slow, fast = (r[r["model"] == model]["decode_ms"] for r in (eager, graph))
-    where = ran_on(run.evidence, rows)
-    sentences = [
-        f"Eager steps are started by the host, operator by operator, and are as slow as it is. "
-        f"{where.capitalize()}{' ' if where else 'On one machine '}requests for {model} took "
-        f"{slow.min() / 1e3:.2f} to {slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
-        f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
-        "CUDA graphs: the same GPU, weights and number of tokens, so that the difference within "
-        "each is the host's. Means of two eager systems that differ by less than that tell "
-        "nothing of the systems: compare what comes before decoding, or bytes."
-    ]
-    if (pinned := eager[eager["system"] == "pytorch_pinned"]).size:
-        fastest_ms = pinned["model"].map(eager.groupby("model")["decode_ms"].min())
-        at_best = (pinned["total_ms"] - pinned["decode_ms"] + fastest_ms).median()
-        djinn = graph["total_ms"].median()
-        sentences.append(
-            "Had every request of PyTorch pinned decoded in the fastest time of its model in any "
-            f"of these systems, its median would be {at_best:,.0f} ms, {at_best / djinn:.1f}x that "
-            "of Djinn."
-        )
-    shares = [
-        m["stolen_share"] for m in run.manifests.values()
-        if m["run_id"] in set(rows["run_id"]) and m["stolen_share"] is not None
-    ]  # fmt: skip
-    if shares:
-        sentences.append(
-            f"Meanwhile the hypervisor gave {min(shares):.1%} to {max(shares):.1%} of the "
-            "processors' time to others."
-        )
-    return " ".join(sentences)
-
-
-def _of_one_machine(run: Run) -> pd.DataFrame:
-    """Served rows of the paper's trace, of the machine that ran `djinn` and most eager systems."""
-    rows = served(select(run.evidence, None))
-    if len(run.replicates):
-        more = select(replace(run.evidence, rows=run.replicates), None)
-        rows = pd.concat([rows, more], ignore_index=True)
-    machines = rows["run_id"].map(run.evidence.machines)
-    eager = ~rows["system"].isin(run.other_steps)
-    n_eager = rows[eager].groupby(machines[eager])["system"].nunique()
-    both = [n for n in n_eager.index if n in set(machines[rows["system"] == "djinn"])]
-    if not both:
-        raise NotMeasured("no machine ran both djinn and a system that decodes eagerly")
-    return rows[machines == n_eager[both].idxmax()]
+    return host_pace.told(run)
 
 
 def _vllm_failures(run: Run, paper: Paper) -> str:

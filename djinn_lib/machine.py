@@ -25,6 +25,7 @@ _COPY_BYTES = 256 << 20
 _HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
 _IN_A_ROW = 8
 _WARM_UP_S = 0.3  # of copies or reads, until the link or the clock of the memory is awake
+_LOOP_STEPS = 10_000
 _OPERATORS = 500  # fewer than a stream's queue holds, so that the host never waits for the device
 
 
@@ -128,6 +129,20 @@ def eager_operator_us(device: str, repeats: int = 21) -> float:
         if number.is_cuda:
             torch.cuda.synchronize()
     return statistics.median(took_s) / _OPERATORS * 1e6
+
+
+def host_loop_us(repeats: int = 5) -> float:
+    """Measure the host's pace: the median time of a fixed loop of Python, in microseconds.
+
+    It takes about a millisecond altogether, and neither memory nor the device has a part in it.
+    """
+    took_s = []
+    for _ in range(repeats):
+        begin_s = time.perf_counter()
+        for _ in range(_LOOP_STEPS):
+            pass
+        took_s.append(time.perf_counter() - begin_s)
+    return statistics.median(took_s) * 1e6
 
 
 class HostClock:

@@ -248,7 +248,10 @@ class Manifest(BaseModel):
     started_at_utc: str
     wall_s: float
     setup_s: float
-    stolen_share: float | None = None  # of the host's processor time; unknown in older manifests
+    # Of the host, and not in older manifests: the share of its processors' time that others had,
+    # and its pace before each request, a list a repeat.
+    stolen_share: float | None = None
+    host_loop_us: list[list[float]] = []
     notes: list[str]
 
 

@@ -55,7 +55,9 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def markdown(self) -> str:
-        """The table in Markdown, its notes below it."""
+        """The table in Markdown, its notes below it; without rows its notes alone."""
+        if not self.rows:
+            return "\n".join(f"{note}\n" for note in self.notes)
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         text = "".join(f"| {' | '.join(line)} |\n" for line in escaped)

@@ -55,6 +55,9 @@ def test_rows_and_manifest(bench):
         name: files.n_bytes for name, files in bench.models.items()
     }
     assert manifest["setup_s"] > 0
+    assert [len(of_repeat) for of_repeat in manifest["host_loop_us"]] == [6, 6]
+    assert min(us for of_repeat in manifest["host_loop_us"] for us in of_repeat) > 1
+    assert 0 <= manifest["stolen_share"] < 1
 
 
 def test_each_model_warms_up_with_a_whole_request(bench, monkeypatch):
@@ -85,7 +88,9 @@ def test_requests_that_arrive_together_wait_for_each_other(bench, system):
     keys = ["repeat", "request"]
     tokens = rows.set_index(keys).token_sha.sort_index()
     assert tokens.equals(one_by_one.set_index(keys).token_sha.sort_index())
-    assert read_manifest(bench.manifest_path(cell))["parameters"]["mode"] == "concurrent"
+    manifest = read_manifest(bench.manifest_path(cell))
+    assert manifest["parameters"]["mode"] == "concurrent"
+    assert manifest["host_loop_us"] == []  # a loop beside requests would hold them up
 
 
 def test_a_request_that_fails_beside_others_fails_alone(bench, monkeypatch):

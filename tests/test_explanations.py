@@ -12,7 +12,7 @@ from run_factory import GPU_MACHINE, on_another_machine, write_run
 
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.decomposition import COLUMNS, decomposition, decomposition_table
-from djinn_lib.explanations import explanations, fairness, gain, pace
+from djinn_lib.explanations import explanations, fairness, gain
 from djinn_lib.records import no_rows
 
 PAPER = published()
@@ -132,25 +132,6 @@ def test_systems_are_compared_on_a_machine_that_ran_both(gpu: Run):
     assert fairness(elsewhere, PAPER) == fairness(gpu, PAPER)  # where vllm_sleep ran
     forgotten = replace(elsewhere, replicates=no_rows(), replicate_manifests={})
     assert fairness(forgotten, PAPER) != fairness(gpu, PAPER)
-
-
-def test_the_pace_of_eager_decoding_is_that_of_one_machine(gpu: Run):
-    rows = gpu.rows.copy()
-    eager = (rows["system"] == "pytorch_lru") & (rows["capacity_label"] == "25")
-    slowest = rows[eager & (rows["model"] == "mistral-mini")].index[3]
-    rows.loc[slowest, "decode_ms"] = 9_870.0
-    n_systems = len(set(gpu.cells("paper", "25")["system"]) - gpu.other_steps)
-    said = pace(replace(gpu, rows=rows), PAPER)
-    assert "to 9.87 s to decode" in said and f"of {n_systems} systems" in said
-    assert "On one machine requests for mistral-mini" in said and "hypervisor" not in said
-    eager = rows[~rows["system"].isin(gpu.other_steps) & rows["ok"]].query("capacity_label == '25'")
-    pinned, fastest = eager.query("system == 'pytorch_pinned'"), eager.groupby("model")["decode_ms"]
-    at_best = pinned["total_ms"] - pinned["decode_ms"] + pinned["model"].map(fastest.min())
-    assert f"its median would be {at_best.median():,.0f} ms, " in said
-    stolen = {c: {**m, "stolen_share": 0.125} for c, m in gpu.manifests.items()}
-    assert "gave 12.5% to 12.5%" in pace(replace(gpu, rows=rows, manifests=stolen), PAPER)
-    graphs_only = gpu.rows[gpu.rows["system"].isin(["djinn", "vllm_sleep"])]
-    assert "no machine ran both" in pace(replace(gpu, rows=graphs_only), PAPER)
 
 
 def test_failures_are_counted_or_said_not_to_reproduce(gpu: Run):

@@ -21,6 +21,7 @@ from djinn_lib.machine import (
     describe_machine,
     eager_operator_us,
     git_state,
+    host_loop_us,
     measure_rates,
     other_gpu_processes,
     versions,
@@ -58,6 +59,12 @@ def test_an_operator_takes_the_median_of_the_host(monkeypatch):
     clock = iter([0.0, 0.9, 10.0, 10.5, 20.0, 20.25])
     monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
     assert eager_operator_us("cpu", repeats=3) == pytest.approx(0.5 / machine._OPERATORS * 1e6)
+
+
+def test_the_pace_of_the_host_is_the_median_of_a_loop(monkeypatch):
+    clock = iter([0.0, 0.9, 10.0, 10.5, 20.0, 20.25])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    assert host_loop_us(repeats=3) == 0.5e6
 
 
 def test_the_share_that_others_took_is_that_of_the_time_since(monkeypatch):

@@ -1,0 +1,120 @@
+"""The host's pace and what hangs on it: eager steps are started by the host, one by one.
+
+Decoding moves no weights, so that the same tokens of the same model should always take as long. How
+far they do not, and whether a fixed loop of Python was slow just before, is told from the rows of
+one machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+
+from djinn_lib.analysis import Run
+from djinn_lib.evidence import NotMeasured, ran_on, select
+from djinn_lib.metrics import served
+
+_FEW = 30  # requests, below which a correlation says nothing
+
+
+def rows_of_one_machine(run: Run) -> pd.DataFrame:
+    """Return the served rows of the machine that ran `djinn` and most eager systems.
+
+    Of the paper's trace at the main capacity, in sequence, replicates included. Column `eager` says
+    whether the system decodes by transformers' own steps; `host_loop_us` is the host's pace before
+    the request, NaN where it was not noted.
+
+    Raises:
+        NotMeasured: no machine ran both `djinn` and a system that decodes eagerly.
+    """
+    rows = served(select(run.evidence, None))
+    if len(run.replicates):
+        more = select(replace(run.evidence, rows=run.replicates), None)
+        rows = pd.concat([rows, served(more)], ignore_index=True)
+    machines = rows["run_id"].map(run.evidence.machines)
+    rows = rows.assign(eager=~rows["system"].isin(run.other_steps))
+    n_eager = rows[rows["eager"]].groupby(machines[rows["eager"]])["system"].nunique()
+    both = [n for n in n_eager.index if n in set(machines[rows["system"] == "djinn"])]
+    if not both:
+        raise NotMeasured("no machine ran both djinn and a system that decodes eagerly")
+    rows = rows[machines == n_eager[both].idxmax()]
+    return rows.assign(host_loop_us=_noted(run, rows))
+
+
+def told(run: Run) -> str:
+    """Say how steady decoding is, eagerly and from CUDA graphs, and what the host did meanwhile.
+
+    Raises:
+        NotMeasured: no machine ran both.
+    """
+    rows = rows_of_one_machine(run)
+    eager, graph = rows[rows["eager"]], rows[rows["system"] == "djinn"]
+    model = eager.groupby("model")["decode_ms"].max().idxmax()
+    slow, fast = (r[r["model"] == model]["decode_ms"] for r in (eager, graph))
+    where = ran_on(run.evidence, rows) or "on one machine"
+    sentences = [
+        f"Eager steps are started by the host, operator by operator, and are as slow as it is. "
+        f"{where.capitalize()} requests for {model} took {slow.min() / 1e3:.2f} to "
+        f"{slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
+        f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
+        "CUDA graphs: the same GPU, weights and number of tokens, so that the difference within "
+        "each is the host's. Means of two eager systems that differ by less than that tell "
+        "nothing of the systems: compare what comes before decoding, or bytes."
+    ]
+    if (pinned := eager[eager["system"] == "pytorch_pinned"]).size:
+        fastest_ms = pinned["model"].map(eager.groupby("model")["decode_ms"].min())
+        at_best = (pinned["total_ms"] - pinned["decode_ms"] + fastest_ms).median()
+        djinn = graph["total_ms"].median()
+        sentences.append(
+            "Had every request of PyTorch pinned decoded in the fastest time of its model in any "
+            f"of these systems, its median would be {at_best:,.0f} ms, {at_best / djinn:.1f}x that "
+            "of Djinn."
+        )
+    return " ".join([*sentences, *_of_the_loop(eager, graph), *_of_stolen_time(run, rows)])
+
+
+def _noted(run: Run, rows: pd.DataFrame) -> list[float]:
+    """The host's pace before each row's request."""
+    noted = {m["run_id"]: m["host_loop_us"] for m in run.all_manifests.values()}
+    nothing = float("nan")
+    found = []
+    for row in rows.itertuples():
+        of_repeats = noted.get(str(row.run_id), [])
+        of_repeat = of_repeats[row.repeat] if row.repeat < len(of_repeats) else []
+        found.append(of_repeat[row.request] if row.request < len(of_repeat) else nothing)
+    return found
+
+
+def _of_the_loop(eager: pd.DataFrame, graph: pd.DataFrame) -> list[str]:
+    """How decoding goes with a fixed loop of Python on the host, where one was timed."""
+    known = eager.dropna(subset="host_loop_us")
+    if len(known) < _FEW:
+        return []
+    loop_us = known["host_loop_us"]
+    said = (
+        f"A fixed loop of Python, timed before each request, took {loop_us.min():,.0f} to "
+        f"{loop_us.max():,.0f} us; its rank correlation with the decode that followed is "
+        f"{_correlation(known):.2f} where it was eager"
+    )
+    beside = graph.dropna(subset="host_loop_us")
+    return [f"{said}, and {_correlation(beside):.2f} in Djinn." if len(beside) else f"{said}."]
+
+
+def _correlation(rows: pd.DataFrame) -> float:
+    """Spearman's, of the loop and of the decode as a multiple of the fastest of its model."""
+    fastest_ms = rows.groupby(["model", "n_tokens"])["decode_ms"].transform("min")
+    return float((rows["decode_ms"] / fastest_ms).corr(rows["host_loop_us"], method="spearman"))
+
+
+def _of_stolen_time(run: Run, rows: pd.DataFrame) -> list[str]:
+    """What a hypervisor says that it gave to others; many say nothing, which reads as none."""
+    ran = set(rows["run_id"])
+    shares = [m["stolen_share"] for m in run.all_manifests.values() if m["run_id"] in ran]
+    known = [share for share in shares if share is not None]
+    if not known or max(known) == 0:
+        return []
+    return [
+        f"Meanwhile the hypervisor gave {min(known):.1%} to {max(known):.1%} of the processors' "
+        "time to others."
+    ]

@@ -1,0 +1,98 @@
+"""How steady decoding is, and what the host did meanwhile: sentences made of rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_factory import on_another_machine, write_run
+
+from djinn_lib.analysis import Run, load_run, published
+from djinn_lib.evidence import NotMeasured
+from djinn_lib.explanations import explanations, pace
+from djinn_lib.host_pace import rows_of_one_machine, told
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return load_run(write_run(tmp_path_factory.mktemp("gpu"), gpu=True))
+
+
+def with_noted(run: Run, **fields: Any) -> Run:
+    """The run with fields of every manifest set."""
+    return replace(run, manifests={cell: {**m, **fields} for cell, m in run.manifests.items()})
+
+
+def eager_rows(run: Run) -> pd.DataFrame:
+    rows = run.cells("paper", "25")
+    return rows[rows["ok"] & ~rows["system"].isin(run.other_steps)]
+
+
+def test_the_fastest_and_the_slowest_decode_of_a_model_are_told(gpu: Run):
+    rows = gpu.rows.copy()
+    of_lru = (rows["system"] == "pytorch_lru") & (rows["capacity_label"] == "25")
+    slowest = rows[of_lru & (rows["model"] == "mistral-mini")].index[3]
+    rows.loc[slowest, "decode_ms"] = 9_870.0
+    run = replace(gpu, rows=rows)
+    said = told(run)
+    assert "On one machine requests for mistral-mini" in said and "to 9.87 s to decode" in said
+    assert f"of {eager_rows(run)['system'].nunique()} systems" in said
+    assert said in pace(run, published()) and said in explanations(run, published())
+
+
+def test_the_baseline_is_given_its_fastest_decode(gpu: Run):
+    eager = eager_rows(gpu)
+    pinned, fastest = eager.query("system == 'pytorch_pinned'"), eager.groupby("model")["decode_ms"]
+    at_best = pinned["total_ms"] - pinned["decode_ms"] + pinned["model"].map(fastest.min())
+    djinn = gpu.cells("paper", "25").query("system == 'djinn'")["total_ms"].median()
+    ratio = at_best.median() / djinn
+    assert f"its median would be {at_best.median():,.0f} ms, {ratio:.1f}x that of Djinn" in told(
+        gpu
+    )
+
+
+def test_rows_are_those_of_the_machine_with_most_eager_systems(gpu: Run):
+    assert "machine 1" not in told(gpu)
+    moved = on_another_machine(gpu, "djinn")
+    rows = rows_of_one_machine(moved)  # the replicate of djinn ran beside all others
+    assert set(rows.query("system == 'djinn'")["run_id"]) == {"paper-25-djinn-test"}
+    assert "On machine 1 requests" in told(moved)
+    forgotten = replace(moved, replicates=gpu.rows.iloc[:0], replicate_manifests={})
+    with pytest.raises(NotMeasured, match="no machine ran both"):
+        rows_of_one_machine(forgotten)
+
+
+def test_graphs_alone_tell_nothing(gpu: Run):
+    rows = gpu.rows[gpu.rows["system"].isin(["djinn", "vllm_sleep"])]
+    with pytest.raises(NotMeasured, match="no machine ran both"):
+        told(replace(gpu, rows=rows))
+
+
+def test_a_loop_on_the_host_is_set_beside_the_decode_that_followed(gpu: Run):
+    assert "loop" not in told(gpu)  # none was timed
+    rng = np.random.default_rng(1)
+    factor = pd.Series(rng.uniform(1, 3, 30))
+    factor[[0, 1, 3]] = 1.0  # each model once at its best
+    rows = gpu.rows.copy()
+    eager = rows["run_id"].isin(eager_rows(gpu)["run_id"])
+    rows.loc[eager, "decode_ms"] = 100.0 * rows.loc[eager, "request"].map(factor)
+    run = with_noted(replace(gpu, rows=rows), host_loop_us=[list(200.0 * factor)])
+    lowest, highest = 200 * factor.min(), 200 * factor.max()
+    said = told(run)
+    assert f"took {lowest:,.0f} to {highest:,.0f} us" in said
+    assert "is 1.00 where it was eager" in said and "1.00 in Djinn" not in said
+    noted = rows_of_one_machine(run).query("system == 'djinn'").sort_values("request")
+    assert list(noted["host_loop_us"]) == list(200.0 * factor)
+    shorter = with_noted(run, host_loop_us=[[1.0, 2.0]])  # of a cell that died
+    assert rows_of_one_machine(shorter)["host_loop_us"].notna().sum() == 2 * len(
+        set(rows_of_one_machine(run)["run_id"]) - {"paper-25-vllm_recreate-test"}
+    )
+
+
+def test_stolen_time_is_told_if_there_was_any(gpu: Run):
+    for share in (None, 0.0):
+        assert "hypervisor" not in told(with_noted(gpu, stolen_share=share))
+    assert "gave 12.5% to 12.5%" in told(with_noted(gpu, stolen_share=0.125))
