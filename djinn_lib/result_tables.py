@@ -153,7 +153,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     Raises:
         RecordError: there are no rows of that trace and capacity.
     """
-    rows = served(split_unavailable(run.cells(trace, capacity_label))[0])
+    rows, _ = split_unavailable(run.cells(trace, capacity_label))
     cells = _summaries(rows)
     lines, whats = [], []
     before: tuple[pd.DataFrame, int] | None = None
@@ -161,7 +161,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
         whats.append(what)
         if system not in cells:
             continue
-        cell, own = cells[system], rows[rows["system"] == system]
+        cell, own = cells[system], served(rows[rows["system"] == system])
         machine = run.machine_of(system, trace, capacity_label)
         lines.append(
             [
@@ -194,7 +194,7 @@ def replicates_table(run: Run) -> Table:
 
     `decode` is slowest over fastest of one model's requests: what the host's pace changes.
     """
-    again = set(run.replicate_manifests[i]["cell"] for i in run.replicate_manifests)
+    again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
     own = {m["run_id"]: cell for cell, m in run.manifests.items() if cell in again}
     frames = [run.rows[run.rows["run_id"].isin(own)], run.replicates]
     measured = {str(run_id): rows for frame in frames for run_id, rows in frame.groupby("run_id")}

@@ -143,6 +143,19 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference)
     assert before[0] == pytest.approx((whole["total_ms"] - whole["decode_ms"]).mean(), rel=0.01)
 
 
+def test_a_step_that_failed_requests_says_so(reference, tmp_path):
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    rows = cell_rows("djinn_eager", gpu=True)
+    mean_ms = rows["total_ms"][1:].mean()
+    rows.loc[0, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
+    rows.loc[0, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
+    write_cell(folder, rows, GPU_MACHINE)
+    row = line_of(readme.ablation(folder), "+ loading behind the prefill (`djinn_eager`)")
+    assert row["served"] == "29 of 30"
+    assert float(row["mean, ms"].replace(",", "")) == pytest.approx(mean_ms, rel=0.01)
+    assert "nan" not in readme.ablation(folder)
+
+
 def test_a_step_from_another_machine_is_marked(reference, tmp_path):
     assert "†" not in readme.ablation(reference)
     assert "machine" not in [
