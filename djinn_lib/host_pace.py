@@ -58,9 +58,10 @@ def told(run: Run) -> str:
         f"{where.capitalize()} requests for {model} took {slow.min() / 1e3:.2f} to "
         f"{slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
         f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
-        "CUDA graphs: the same GPU, weights and number of tokens, so that the difference within "
-        "each is the host's. Means of two eager systems that differ by less than that tell "
-        "nothing of the systems: compare what comes before decoding, or bytes."
+        "CUDA graphs. GPU, weights and number of tokens are the same, so that it is not they that "
+        "change from one request to the next: what is left is the host. Means of two eager systems "
+        "that differ by less than that tell nothing of the systems: compare what comes before "
+        "decoding, or bytes."
     ]
     if (pinned := eager[eager["system"] == "pytorch_pinned"]).size:
         fastest_ms = pinned["model"].map(eager.groupby("model")["decode_ms"].min())
