@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
@@ -22,9 +20,20 @@ from djinn_lib.claims import Claim, format_value, judge, load_claims
 from djinn_lib.explanations import fairness, gain, pace
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
-from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
+from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.profile import load_profile
+from djinn_lib.readme_benchmarks import (
+    NOT_YET,
+    ahead,
+    engine_cases,
+    engine_pages,
+    engine_targets,
+    policies,
+    soaks,
+    zipf_policies,
+)
 from djinn_lib.result_tables import (
+    Table,
     ablation_table,
     claims_summary,
     large_table,
@@ -33,10 +42,6 @@ from djinn_lib.result_tables import (
     systems_table,
     waiting_table,
 )
-from djinn_lib.validation import foretold_policies, looking_ahead
-
-ENGINE = REFERENCE / "engine.json"
-NOT_YET = "Not measured yet: the reference run on an H100 has no rows so far.\n"
 
 
 def main() -> None:
@@ -51,74 +56,6 @@ def render(text: str) -> str:
         block = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text = block.sub(lambda found, table=table: found[1] + table() + found[2], text)
     return text
-
-
-def engine_targets() -> str:
-    """What the engine should reach, and reaches."""
-    targets = json.loads(ENGINE.read_text())["targets"]
-    return _table(
-        ["measure", "target", "measured", "unit", "met"],
-        [
-            [t["name"], _number(t["target"]), _number(t["measured"]), t["unit"], _yes(t["met"])]
-            for t in targets
-        ],
-    )
-
-
-def engine_cases() -> str:
-    """Hits in every way of decoding, and misses."""
-    result = json.loads(ENGINE.read_text())
-    rows = [
-        [
-            case["model"],
-            case["case"],
-            case["decode"],
-            f"{case['loaded_bytes'] / 2**30:.2f}",
-            f"{case['switch_ms']:.2f}",
-            f"{case['ttft_ms']:.1f}",
-            f"{case['ms_per_token']:.2f}",
-        ]
-        for case in sorted(
-            result["cases"], key=lambda case: list(result["sizes"]).index(case["model"])
-        )
-        if "decode" in case
-    ]
-    head = [
-        "model",
-        "case",
-        "decode",
-        "GiB loaded",
-        "switch, ms",
-        "first token, ms",
-        "ms per token",
-    ]
-    return _table(head, rows)
-
-
-def engine_pages() -> str:
-    """What the size of a page changes."""
-    curve = json.loads(ENGINE.read_text())["page_curve"]
-    rows = [
-        [
-            f"{row['page_bytes'] >> 20}",
-            f"{row['full_ms']:.1f}",
-            f"{row['partial_ms']:.1f}",
-            f"{row['partial_loaded_bytes'] / 2**30:.2f}",
-        ]
-        for row in curve
-    ]
-    return _table(["page, MiB", "full load, ms", "partial load, ms", "GiB of a partial load"], rows)
-
-
-def policies() -> str:
-    """Bytes loaded over the optimum, means over the study."""
-    study = pd.read_parquet(STUDY / "points.parquet")
-    study = study[study["mode"] == "sequential"]
-    means = study.pivot_table("ratio", "policy", "traffic", margins=True, margins_name="all")
-    means = means.drop(index="all").sort_values("all")
-    columns = ["independent", "sessions", "all"]
-    rows = [[str(name), *(f"{row[c]:.2f}" for c in columns)] for name, row in means.iterrows()]
-    return _table(["policy", "independent requests", "sessions", "all"], rows)
 
 
 def reference_run(reference: Path = REFERENCE) -> Run | None:
@@ -229,9 +166,9 @@ def claims(reference: Path = REFERENCE) -> str:
 
 
 def _expectations(listed: list[Claim]) -> str:
-    rows = [[claim.quote.replace("|", "\\|"), str(claim.expected), "not measured yet"]
+    rows = [[claim.quote, str(claim.expected), "not measured yet"]
             for claim in listed]  # fmt: skip
-    return _table(["claim", "expected", "measured"], rows)
+    return Table(["claim", "expected", "measured"], rows).markdown()
 
 
 def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
@@ -246,7 +183,7 @@ def claims_without_gpu(reference: Path = REFERENCE) -> str:
     judged = [e for e in _without_gpu(reference).values() if e["verdict"] != "not judged"]
     rows = [
         [
-            entry["quote"].replace("|", "\\|"),
+            entry["quote"],
             entry["expected"],
             format_value(entry["measured"], entry["unit"]),
             str(entry["n"]) if entry["n"] else "-",
@@ -256,71 +193,7 @@ def claims_without_gpu(reference: Path = REFERENCE) -> str:
         ]
         for entry in judged
     ]
-    return _table(["claim", "expected", "measured without a GPU", "n", "verdict"], rows)
-
-
-def soaks(kept: Mapping[str, Path] = SOAKS) -> str:
-    """What happened to many requests at once."""
-    rows = []
-    for where, path in kept.items():
-        if not path.exists():
-            rows.append([where, *["not measured yet"] * 6])
-            continue
-        result = json.loads(path.read_text())
-        n_of = result["outcomes"].get
-        rows.append(
-            [
-                where,
-                f"{result['requests']:,}",
-                f"{n_of('ok', 0):,}",
-                f"{n_of('cancelled', 0):,}",
-                f"{n_of('failed', 0):,}",
-                f"{n_of('mismatched', 0):,}",
-                "yes" if result["flat"] else "**no**",
-            ]
-        )
-    head = ["machine", "requests", "served", "given up", "failed", "with other tokens", "flat"]
-    return _table(head, rows)
-
-
-def ahead() -> str:
-    """What loading ahead is foretold to be worth on the paper's trace."""
-    table = looking_ahead()
-    rows = [
-        [
-            str(name),
-            f"{row.mean_exposed_ms:.1f}",
-            f"{row.max_exposed_ms:.1f}",
-            f"{row.loaded_gib:.1f}",
-            f"{row.done_s:.2f}",
-        ]
-        for name, row in table.iterrows()
-    ]
-    head = ["requests", "mean switch, ms", "longest switch, ms", "GiB loaded", "all done after, s"]
-    return _table(head, rows)
-
-
-def zipf_policies(reference: Path = REFERENCE) -> str:
-    """What other policies are foretold to be worth on the Zipfian trace."""
-    cells = ("zipf-25-djinn", "paper-25-djinn")
-    if not all((reference / "requests" / f"{cell}.parquet").exists() for cell in cells):
-        return NOT_YET
-    on_zipf, on_paper = (foretold_policies(reference, cell) for cell in cells)
-    rows = [
-        [
-            str(name),
-            f"{row.loaded_gib:.0f}",
-            f"{row.to_optimum:.2f}",
-            f"{row.mean_switch_ms:.1f}",
-            f"{row.mean_ms:.0f}",
-            f"{row.p90_ms:.0f}",
-            f"{on_paper.to_optimum[name]:.2f}",
-        ]
-        for name, row in on_zipf.iterrows()
-    ]
-    head = ["policy", "GiB loaded", "bytes / optimum", "mean switch, ms", "mean, ms", "P90, ms",
-            "bytes / optimum, paper's trace"]  # fmt: skip
-    return _table(head, rows)
+    return Table(["claim", "expected", "measured without a GPU", "n", "verdict"], rows).markdown()
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -344,19 +217,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "waiting": waiting,
     "large": large,
 }
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.0f}" if value == int(value) else f"{value:.2f}"
-
-
-def _yes(met: bool) -> str:
-    return "yes" if met else "**no**"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from row_factory import CAPACITIES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows, write_run
 
-from djinn_lib import readme
+from djinn_lib import readme, readme_benchmarks
 from djinn_lib.analysis import load_run
 from djinn_lib.claims import judge, load_claims
 from djinn_lib.merge import missing_cells
@@ -40,7 +40,7 @@ def test_a_stale_table_is_made_anew():
     stale = "before\n<!-- begin engine pages -->\n| old |\n<!-- end engine pages -->\nafter\n"
     made = readme.render(stale)
     assert "| old |" not in made and made.startswith("before\n") and made.endswith("after\n")
-    assert readme.engine_pages() in made
+    assert readme_benchmarks.engine_pages() in made
 
 
 def test_the_published_verdicts_are_those_of_the_published_rows():
@@ -179,7 +179,7 @@ def test_a_step_from_another_machine_is_marked(reference, tmp_path):
 
 
 def test_cells_that_were_measured_again_stand_beside_each_other(reference, tmp_path):
-    assert readme.again(reference) == readme.NOT_YET
+    assert readme.again(reference) == readme_benchmarks.NOT_YET
     folder = shutil.copytree(reference, tmp_path / "h100")
     rows = cell_rows("djinn", gpu=True).assign(run_id="before")
     rows["decode_ms"] = rows["decode_ms"].mask(rows["request"] == 3, rows["decode_ms"] / 5)
