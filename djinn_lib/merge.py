@@ -94,8 +94,8 @@ def merge(
     """Make a run folder out of the cells of several; returns the cells that are in it.
 
     Of a cell that several parts have, the later one is taken, whole ones before those with failed
-    requests. The others are printed, noted in the manifest of the one taken, and kept as replicates
-    if every request was served.
+    requests. The others are printed, and kept as replicates if every request was served; else the
+    manifest of the one taken notes them.
 
     Raises:
         ConfigError: the folder is there already, or is itself one of the parts.
