@@ -13,7 +13,7 @@ import pandas as pd
 
 from djinn_lib.analysis import Run
 from djinn_lib.evidence import NotMeasured, ran_on, select
-from djinn_lib.metrics import served
+from djinn_lib.metrics import sequential, served
 
 _FEW = 30  # requests, below which a correlation says nothing
 
@@ -22,8 +22,7 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
     """Return the served rows of the machine that ran `djinn` and most eager systems.
 
     Of the paper's trace at the main capacity, in sequence, replicates included. Column `eager` says
-    whether the system decodes by transformers' own steps; `host_loop_us` is the host's pace before
-    the request, NaN where it was not noted.
+    whether the system decodes by transformers' own steps.
 
     Raises:
         NotMeasured: no machine ran both `djinn` and a system that decodes eagerly.
@@ -38,8 +37,28 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
     both = [n for n in n_eager.index if n in set(machines[rows["system"] == "djinn"])]
     if not both:
         raise NotMeasured("no machine ran both djinn and a system that decodes eagerly")
-    rows = rows[machines == n_eager[both].idxmax()]
-    return rows.assign(host_loop_us=_noted(run, rows))
+    return rows[machines == n_eager[both].idxmax()]
+
+
+def rows_with_pace(run: Run) -> pd.DataFrame:
+    """Return the served rows of every cell and replicate that noted the host's pace.
+
+    Of requests one after the other. Columns beside `eager` and `machine`: `host_loop_us`, the pace
+    just before the request; `slower`, it as a multiple of the machine's best; `longer`, the decode
+    as a multiple of the fastest of that model, decoded that way on that machine.
+    """
+    rows = pd.concat([r for r in (run.rows, run.replicates) if len(r)], ignore_index=True)
+    rows = served(sequential(rows))
+    rows = rows.assign(
+        eager=~rows["system"].isin(run.other_steps),
+        machine=rows["run_id"].map(run.evidence.machines),
+        host_loop_us=_noted(run, rows),
+    ).dropna(subset="host_loop_us")
+    best_us = rows.groupby("machine")["host_loop_us"].transform("min")
+    way = rows["system"].where(~rows["eager"], "eager")  # the others have steps of their own
+    alike = ["machine", "model", "n_tokens", way]
+    fastest_ms = rows.groupby(alike)["decode_ms"].transform("min")
+    return rows.assign(slower=rows["host_loop_us"] / best_us, longer=rows["decode_ms"] / fastest_ms)
 
 
 def told(run: Run) -> str:
@@ -72,7 +91,7 @@ def told(run: Run) -> str:
             f"of these systems, its median would be {at_best:,.0f} ms, {at_best / djinn:.1f}x that "
             "of Djinn."
         )
-    return " ".join([*sentences, *_of_the_loop(eager, graph), *_of_stolen_time(run, rows)])
+    return " ".join([*sentences, *_of_the_loop(rows_with_pace(run)), *_of_stolen_time(run)])
 
 
 def _noted(run: Run, rows: pd.DataFrame) -> list[float]:
@@ -87,35 +106,31 @@ def _noted(run: Run, rows: pd.DataFrame) -> list[float]:
     return found
 
 
-def _of_the_loop(eager: pd.DataFrame, graph: pd.DataFrame) -> list[str]:
+def _of_the_loop(rows: pd.DataFrame) -> list[str]:
     """How decoding goes with a fixed loop of Python on the host, where one was timed."""
-    known = eager.dropna(subset="host_loop_us")
-    if len(known) < _FEW:
+    eager, graph = rows[rows["eager"]], rows[rows["system"] == "djinn"]
+    if len(eager) < _FEW:
         return []
-    loop_us = known["host_loop_us"]
     said = (
-        f"A fixed loop of Python, timed before each request, took {loop_us.min():,.0f} to "
-        f"{loop_us.max():,.0f} us; its rank correlation with the decode that followed is "
-        f"{_correlation(known):.2f} where it was eager"
+        f"A fixed loop of Python, timed before each of {len(rows)} requests, took up to "
+        f"{rows['slower'].max():.2f}x its best; its rank correlation with the decode that followed "
+        f"is {_correlation(eager):.2f} where that was eager"
     )
-    beside = graph.dropna(subset="host_loop_us")
-    return [f"{said}, and {_correlation(beside):.2f} in Djinn." if len(beside) else f"{said}."]
+    return [f"{said}, and {_correlation(graph):.2f} in Djinn." if len(graph) else f"{said}."]
 
 
 def _correlation(rows: pd.DataFrame) -> float:
-    """Spearman's, of the loop and of the decode as a multiple of the fastest of its model."""
-    fastest_ms = rows.groupby(["model", "n_tokens"])["decode_ms"].transform("min")
-    return float((rows["decode_ms"] / fastest_ms).corr(rows["host_loop_us"], method="spearman"))
+    """Spearman's, of the host's pace and of the decode that followed."""
+    return float(rows["slower"].corr(rows["longer"], method="spearman"))
 
 
-def _of_stolen_time(run: Run, rows: pd.DataFrame) -> list[str]:
+def _of_stolen_time(run: Run) -> list[str]:
     """What a hypervisor says that it gave to others; many say nothing, which reads as none."""
-    ran = set(rows["run_id"])
-    shares = [m["stolen_share"] for m in run.all_manifests.values() if m["run_id"] in ran]
+    shares = [manifest["stolen_share"] for manifest in run.all_manifests.values()]
     known = [share for share in shares if share is not None]
     if not known or max(known) == 0:
         return []
     return [
-        f"Meanwhile the hypervisor gave {min(known):.1%} to {max(known):.1%} of the processors' "
-        "time to others."
+        f"While a cell ran, the hypervisor gave {min(known):.1%} to {max(known):.1%} of the "
+        "processors' time to others."
     ]

@@ -13,7 +13,7 @@ from run_factory import on_another_machine, write_run
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.evidence import NotMeasured
 from djinn_lib.explanations import explanations, pace
-from djinn_lib.host_pace import rows_of_one_machine, told
+from djinn_lib.host_pace import rows_of_one_machine, rows_with_pace, told
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +72,29 @@ def test_graphs_alone_tell_nothing(gpu: Run):
 
 
 def test_a_loop_on_the_host_is_set_beside_the_decode_that_followed(gpu: Run):
-    assert "loop" not in told(gpu)  # none was timed
-    rng = np.random.default_rng(1)
-    factor = pd.Series(rng.uniform(1, 3, 30))
+    assert rows_with_pace(gpu).empty and "loop" not in told(gpu)  # none was timed
+    factor = pd.Series(np.random.default_rng(1).uniform(1, 3, 30))
     factor[[0, 1, 3]] = 1.0  # each model once at its best
     rows = gpu.rows.copy()
-    eager = rows["run_id"].isin(eager_rows(gpu)["run_id"])
+    eager = ~rows["system"].isin(gpu.other_steps)
     rows.loc[eager, "decode_ms"] = 100.0 * rows.loc[eager, "request"].map(factor)
     run = with_noted(replace(gpu, rows=rows), host_loop_us=[list(200.0 * factor)])
-    lowest, highest = 200 * factor.min(), 200 * factor.max()
     said = told(run)
-    assert f"took {lowest:,.0f} to {highest:,.0f} us" in said
-    assert "is 1.00 where it was eager" in said and "1.00 in Djinn" not in said
-    noted = rows_of_one_machine(run).query("system == 'djinn'").sort_values("request")
-    assert list(noted["host_loop_us"]) == list(200.0 * factor)
+    assert f"took up to {factor.max():.2f}x its best" in said
+    assert "is 1.00 where that was eager" in said and "1.00 in Djinn" not in said
+    djinn = rows_with_pace(run).query("system == 'djinn' and capacity_label == '25'")
+    assert list(djinn.sort_values("request")["host_loop_us"]) == list(200.0 * factor)
     shorter = with_noted(run, host_loop_us=[[1.0, 2.0]])  # of a cell that died
-    assert rows_of_one_machine(shorter)["host_loop_us"].notna().sum() == 2 * len(
-        set(rows_of_one_machine(run)["run_id"]) - {"paper-25-vllm_recreate-test"}
-    )
+    assert rows_with_pace(shorter)["request"].max() == 1
+
+
+def test_each_machine_has_a_best_of_its_own(gpu: Run):
+    slow = {**gpu.manifests["paper-25-pytorch_lru"]["machine"], "eager_operator_us": 9.0}
+    run = with_noted(gpu, host_loop_us=[[100.0] * 30])
+    lru = {**run.manifests["paper-25-pytorch_lru"], "machine": slow, "host_loop_us": [[300.0] * 30]}
+    rows = rows_with_pace(replace(run, manifests={**run.manifests, "paper-25-pytorch_lru": lru}))
+    assert set(rows["slower"]) == {1.0} and set(rows["host_loop_us"]) == {100.0, 300.0}
+    assert rows.groupby(["machine", "eager", "model"])["longer"].min().eq(1.0).all()
 
 
 def test_stolen_time_is_told_if_there_was_any(gpu: Run):
