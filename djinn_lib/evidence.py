@@ -129,6 +129,14 @@ def served(evidence: Evidence, system: str, **where: Any) -> pd.DataFrame:
     return rows[rows["ok"]]
 
 
+def with_replicates(evidence: Evidence) -> Evidence:
+    """Return the evidence with its replicates among its rows."""
+    if evidence.replicates.empty:
+        return evidence
+    rows = pd.concat([evidence.rows, evidence.replicates], ignore_index=True)
+    return replace(evidence, rows=rows, replicates=no_rows())
+
+
 def side_by_side(
     evidence: Evidence, systems: Sequence[str], **where: Any
 ) -> dict[str, pd.DataFrame]:
@@ -141,8 +149,7 @@ def side_by_side(
         NotMeasured: one of them has none, or cannot run on this machine.
     """
     own = {system: select(evidence, system, **where) for system in systems}
-    more = [evidence.rows, evidence.replicates] if len(evidence.replicates) else [evidence.rows]
-    every = replace(evidence, rows=pd.concat(more, ignore_index=True))
+    every = with_replicates(evidence)
     by_machine = {
         system: {
             evidence.machines.get(str(run_id), 0): rows

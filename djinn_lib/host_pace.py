@@ -7,13 +7,11 @@ one machine.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pandas as pd
 
 from djinn_lib.analysis import Run
-from djinn_lib.evidence import NotMeasured, ran_on, select
-from djinn_lib.metrics import sequential, served
+from djinn_lib.evidence import NotMeasured, ran_on, select, with_replicates
+from djinn_lib.metrics import decode_multiples, sequential, served
 
 _FEW = 30  # requests, below which a correlation says nothing
 
@@ -27,10 +25,7 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
     Raises:
         NotMeasured: no machine ran both `djinn` and a system that decodes eagerly.
     """
-    rows = served(select(run.evidence, None))
-    if len(run.replicates):
-        more = select(replace(run.evidence, rows=run.replicates), None)
-        rows = pd.concat([rows, served(more)], ignore_index=True)
+    rows = served(select(with_replicates(run.evidence), None))
     machines = rows["run_id"].map(run.evidence.machines)
     rows = rows.assign(eager=~rows["system"].isin(run.other_steps))
     n_eager = rows[rows["eager"]].groupby(machines[rows["eager"]])["system"].nunique()
@@ -47,18 +42,17 @@ def rows_with_pace(run: Run) -> pd.DataFrame:
     just before the request; `slower`, it as a multiple of the machine's best; `longer`, the decode
     as a multiple of the fastest of that model, decoded that way on that machine.
     """
-    rows = pd.concat([r for r in (run.rows, run.replicates) if len(r)], ignore_index=True)
-    rows = served(sequential(rows))
+    rows = served(sequential(with_replicates(run.evidence).rows))
     rows = rows.assign(
         eager=~rows["system"].isin(run.other_steps),
         machine=rows["run_id"].map(run.evidence.machines),
         host_loop_us=_noted(run, rows),
     ).dropna(subset="host_loop_us")
     best_us = rows.groupby("machine")["host_loop_us"].transform("min")
-    way = rows["system"].where(~rows["eager"], "eager")  # the others have steps of their own
-    alike = ["machine", "model", "n_tokens", way]
-    fastest_ms = rows.groupby(alike)["decode_ms"].transform("min")
-    return rows.assign(slower=rows["host_loop_us"] / best_us, longer=rows["decode_ms"] / fastest_ms)
+    # Eager systems have the same steps; each of the others has its own.
+    rows = rows.assign(way=rows["system"].where(~rows["eager"], "eager"))
+    longer = decode_multiples(rows, "machine", "way")
+    return rows.assign(slower=rows["host_loop_us"] / best_us, longer=longer)
 
 
 def told(run: Run) -> str:
@@ -77,10 +71,9 @@ def told(run: Run) -> str:
         f"{where.capitalize()} requests for {model} took {slow.min() / 1e3:.2f} to "
         f"{slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
         f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
-        "CUDA graphs. GPU, weights and number of tokens are the same, so that it is not they that "
-        "change from one request to the next: what is left is the host. Means of two eager systems "
-        "that differ by less than that tell nothing of the systems: compare what comes before "
-        "decoding, or bytes."
+        "CUDA graphs. Means of two eager systems that differ by less than that tell nothing of the "
+        "systems: compare what comes before decoding, or bytes.",
+        *_of_the_kernels(run, model),
     ]
     if (pinned := eager[eager["system"] == "pytorch_pinned"]).size:
         fastest_ms = pinned["model"].map(eager.groupby("model")["decode_ms"].min())
@@ -92,6 +85,19 @@ def told(run: Run) -> str:
             "of Djinn."
         )
     return " ".join([*sentences, *_of_the_loop(rows_with_pace(run)), *_of_stolen_time(run)])
+
+
+def _of_the_kernels(run: Run, model: str) -> list[str]:
+    """What an eager decode's own kernels take when the host does not start each of them."""
+    try:
+        rows = served(select(run.evidence, "djinn_graph"))
+    except NotMeasured:
+        return []
+    recorded_ms = rows.loc[rows["model"] == model, "decode_ms"].median()
+    return [
+        f"Transformers' kernels, recorded and replayed, decode {model} in {recorded_ms:,.0f} ms "
+        "(`djinn_graph`), so that for the rest of an eager decode the GPU waits for the host."
+    ]
 
 
 def _noted(run: Run, rows: pd.DataFrame) -> list[float]:

@@ -66,14 +66,23 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     return (rows["total_ms"] - parts).clip(lower=0).rename("prefill_ms")
 
 
+def decode_multiples(rows: pd.DataFrame, *alike: str) -> pd.Series:
+    """Return each decode as a multiple of the fastest of its model and number of tokens.
+
+    NaN for requests that failed. Only rows with the same values in the columns `alike` are
+    compared.
+    """
+    decode_ms = rows["decode_ms"].where(rows["ok"])
+    keys = [rows[column] for column in ("model", "n_tokens", *alike)]
+    return decode_ms / decode_ms.groupby(keys).transform("min")
+
+
 def decode_spread(rows: pd.DataFrame) -> float:
     """Return how many times longer the slowest decode of a model took than its fastest.
 
-    Of requests that gave equally many tokens; of several models, the one where it is greatest. NaN
-    where no request was served.
+    Of several models, the one where it is greatest. NaN where no request was served.
     """
-    times = served(rows).groupby(["model", "n_tokens"])["decode_ms"]
-    return float((times.max() / times.min()).max())
+    return float(decode_multiples(rows).max())
 
 
 def difference_of_means(

@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from djinn_lib.metrics import served
+from djinn_lib.metrics import decode_multiples
 from djinn_lib.plot_style import (
     DOUBLE_COLUMN_IN,
     SMALL_PT,
@@ -67,14 +67,8 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
 
 def _multiples(rows: pd.DataFrame) -> np.ndarray:
     """Decode over the fastest of its model and count of tokens: a line a repeat; NaN if failed."""
-    decode_ms = rows["decode_ms"].where(rows["ok"])
-    fastest_ms = served(rows).groupby(["model", "n_tokens"])["decode_ms"].min()
-    keys = pd.MultiIndex.from_frame(rows[["model", "n_tokens"]])
-    multiples = decode_ms.to_numpy() / fastest_ms.reindex(keys).to_numpy()
-    table = rows.assign(multiple=multiples).pivot(
-        index="repeat", columns="request", values="multiple"
-    )
-    return table.to_numpy(dtype=float)
+    table = rows.assign(multiple=decode_multiples(rows))
+    return table.pivot(index="repeat", columns="request", values="multiple").to_numpy(dtype=float)
 
 
 def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:

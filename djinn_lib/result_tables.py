@@ -192,7 +192,7 @@ def _saved(before: pd.DataFrame, after: pd.DataFrame) -> str:
 def replicates_table(run: Run) -> Table:
     """One line a measurement of each cell that was measured more than once, oldest machine first.
 
-    `decode` is slowest over fastest of one model's requests: what the host's pace changes.
+    The last column but one is the slowest over the fastest decode of one model's requests.
     """
     again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
     own = {m["run_id"]: cell for cell, m in run.manifests.items() if cell in again}

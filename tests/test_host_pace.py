@@ -43,6 +43,18 @@ def test_the_fastest_and_the_slowest_decode_of_a_model_are_told(gpu: Run):
     assert said in pace(run, published()) and said in explanations(run, published())
 
 
+def test_the_same_kernels_without_the_host_are_told_where_they_were_run(gpu: Run):
+    graph = gpu.cells("paper", "25").query("system == 'djinn_graph' and model == 'phi-mini'")
+    eager = eager_rows(gpu)
+    rows = gpu.rows.copy()
+    slowest = eager[eager["model"] == "phi-mini"].index[0]
+    rows.loc[slowest, "decode_ms"] = 9_870.0
+    said = told(replace(gpu, rows=rows))
+    assert f"decode phi-mini in {graph['decode_ms'].median():,.0f} ms (`djinn_graph`)" in said
+    rows = gpu.rows[gpu.rows["system"] != "djinn_graph"]
+    assert "djinn_graph" not in told(replace(gpu, rows=rows))
+
+
 def test_the_baseline_is_given_its_fastest_decode(gpu: Run):
     eager = eager_rows(gpu)
     pinned, fastest = eager.query("system == 'pytorch_pinned'"), eager.groupby("model")["decode_ms"]

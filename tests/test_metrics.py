@@ -17,6 +17,7 @@ from djinn_lib.metrics import (
     attempted,
     bootstrap_interval,
     comparison_summary,
+    decode_multiples,
     decode_spread,
     difference_of_means,
     latency,
@@ -209,6 +210,8 @@ def test_the_spread_of_decoding_is_that_of_one_model_and_length():
     rows.loc[rows.index[5], "n_tokens"] = 60  # of another length, so not comparable
     assert decode_spread(rows) == 4.0
     assert math.isnan(decode_spread(rows.assign(ok=False)))
+    multiples = decode_multiples(rows.assign(day=[*"xyxyxx"]), "day")
+    assert list(multiples) == [1.0, 1.0, 4.0, 1.0, 1.0, 1.0]
 
 
 def test_a_difference_of_means_has_the_width_that_theory_has(rng):
