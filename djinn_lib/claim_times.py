@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,13 +178,26 @@ def switch_share(
 @metric(timed=True)
 def speedup_over_capacities(evidence: Evidence, system: str, baseline: str) -> Measurement:
     """Ratio of medians at each capacity: its middle, with its least and greatest as interval."""
+    ratios, n, remark = _speedups(evidence, system, baseline)
+    return Measurement(float(np.median(ratios)), min(ratios), max(ratios), n, remark)
+
+
+@metric(timed=True)
+def speedup_spread(evidence: Evidence, system: str, baseline: str) -> Measurement:
+    """The greatest ratio of medians over all capacities, divided by the least."""
+    ratios, n, remark = _speedups(evidence, system, baseline)
+    return Measurement(max(ratios) / min(ratios), math.nan, math.nan, n, remark)
+
+
+def _speedups(evidence: Evidence, system: str, baseline: str) -> tuple[list[float], int, str]:
+    """Ratios of medians, one a capacity, how many requests they rest on, and that in words."""
     rows = select(evidence, system, capacity_label=None)
     ratios = [
         median_ratio(evidence, baseline, to=system, capacity_label=label).value
         for label in swept(rows)
     ]
     remark = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} capacities"
-    return Measurement(float(np.median(ratios)), min(ratios), max(ratios), len(rows), remark)
+    return ratios, len(rows), remark
 
 
 @metric(timed=True)

@@ -69,6 +69,7 @@ EVERY_PAPER_CLAIM = {  # what the paper says: metric, system, least and greatest
     "reuse shown by the CDF": ("zero_load_share", "djinn", 0.3, 0.95),
     "vLLM fails 27%": ("failure_share", "vllm_recreate", 0.27, 0.27),
     "speed-up at every capacity": ("speedup_over_capacities", "djinn", 3.07, 3.13),
+    "speed-up consistent": ("speedup_spread", "djinn", -math.inf, 1.02),
     "hits where memory abounds": ("zero_load_share", "djinn", 1, 1),
     "100% reliability": ("completion_share", "djinn", 1, 1),
     "P50 1.4 s": ("latency", "djinn", 1392, 1392),
@@ -205,6 +206,7 @@ def test_the_metrics_that_need_clocks_are_known():
         "maximum_to_least",
         "exposed_switch_ms",
         "speedup_over_capacities",
+        "speedup_spread",
         "runtime_s",
     }
     assert METRICS.keys() - TIMED >= {"zero_load_share", "bytes_to_optimum", "token_agreement"}
@@ -253,6 +255,9 @@ def test_speedup_over_capacities():
     measured = measure("speedup_over_capacities", pd.concat(rows), system="a", baseline="b")
     assert (measured.value, measured.low, measured.high, measured.n) == (3.1, 3.0, 3.4, 9)
     assert measured.remark == "3.00 to 3.40 over 3 capacities"
+    spread = measure("speedup_spread", pd.concat(rows), system="a", baseline="b")
+    assert spread.value == pytest.approx(3.4 / 3.0) and spread.n == 9
+    assert math.isnan(spread.low) and spread.remark == measured.remark
     with pytest.raises(NotMeasured, match=r"no rows of system 'b', .*capacity_label '40'"):
         measure("speedup_over_capacities", pd.concat(rows[:-1]), system="a", baseline="b")
     with pytest.raises(NotMeasured, match=r"rows of one capacity only \(20\)"):
@@ -463,6 +468,7 @@ def test_what_was_not_run_is_not_measured(name):
         "switch_cost_ratio": {"system": "a", "to": "b"},
         "switch_share": {"system": "a", "low_ms": 0},
         "speedup_over_capacities": {"system": "a", "baseline": "b"},
+        "speedup_spread": {"system": "a", "baseline": "b"},
         "capacity_share": {"capacity_label": "33"},
         "bytes_to_optimum": {"system": "a", "capacity_label": "25"},
         "bytes_ratio": {"system": "a", "to": "b"},
