@@ -181,12 +181,13 @@ def _machines(evidence: Evidence, rows: pd.DataFrame) -> list[int]:
 
 
 def swept(rows: pd.DataFrame) -> list[str]:
-    """Return the capacities that rows were served at, of which a sweep has several.
+    """Return the capacities that rows were served at, the least first; a sweep has several.
 
     Raises:
         NotMeasured: there is only one.
     """
-    labels = [str(label) for label in rows["capacity_label"].unique()]
+    by_room = rows.sort_values("capacity_bytes")
+    labels = [str(label) for label in by_room["capacity_label"].unique()]
     if len(labels) < 2:
         raise NotMeasured(f"rows of one capacity only ({labels[0]}) in this run")
     return labels

@@ -66,6 +66,11 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     return (rows["total_ms"] - parts).clip(lower=0).rename("prefill_ms")
 
 
+def mean_before_decode_ms(rows: pd.DataFrame) -> float:
+    """Mean latency without the decode, which eager systems do at the pace of the host."""
+    return float((rows["total_ms"] - rows["decode_ms"]).mean())
+
+
 def decode_multiples(rows: pd.DataFrame, *alike: str) -> pd.Series:
     """Return each decode as a multiple of the fastest of its model and number of tokens.
 

@@ -20,6 +20,7 @@ from djinn_lib.metrics import (
     decode_spread,
     difference_of_means,
     later_touches,
+    mean_before_decode_ms,
     sequential,
     served,
     summarise,
@@ -115,6 +116,8 @@ def _link_share(part: pd.Series) -> float:
 def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper") -> Table:
     """One line a capacity and system: speed-up, requests that loaded nothing, bytes to the optimum.
 
+    A column tells the machines apart where there are several.
+
     Raises:
         RecordError: there are no rows of that trace.
     """
@@ -127,6 +130,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
             own_sizes = run.device_sizes.get(system) or run.sizes
             least = optimal_bytes(run.traces[trace], own_sizes, int(n_bytes))
             gain = gains.loc[(label, system)] if (label, system) in gains.index else None
+            own = served(rows[(rows["system"] == system) & (rows["capacity_label"] == label)])
             lines.append(
                 [
                     f"{n_bytes / _GIB:.4g} GiB",
@@ -135,13 +139,15 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
                     three_digits(cell["p50_total_ms"]),
                     "1" if system == baseline else "-" if gain is None else
                     f"{gain['speedup']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})",
+                    three_digits(mean_before_decode_ms(own)),
                     _percent(cell["zero_load_share"]),
                     f"{cell['loaded_bytes'] / least:.2f}",
+                    str(run.machine_of(system, trace, str(label))),
                 ]
             )  # fmt: skip
     head = ["capacity", "system", "served", "P50, ms", "speed-up of the P50 (95%)",
-            "loaded nothing", "bytes / optimum"]  # fmt: skip
-    return Table(head, lines)
+            "up to decoding, ms", "loaded nothing", "bytes / optimum", "machine"]  # fmt: skip
+    return _without_one_machine(Table(head, lines))
 
 
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
@@ -168,7 +174,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
                 f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
                 _served(cell),
                 three_digits(cell["mean_total_ms"]),
-                three_digits((own["total_ms"] - own["decode_ms"]).mean()),
+                three_digits(mean_before_decode_ms(own)),
                 three_digits(cell["mean_switch_ms"]),
                 three_digits(cell["loaded_bytes"] / _GIB),
                 "-" if before is None else

@@ -152,10 +152,30 @@ def test_first_touches_bound_the_hits(gpu: Run):
     assert "Nothing can be said here: the largest capacity of this run has" in said
 
 
+def test_what_more_room_does_is_told_before_decoding(gpu: Run):
+    title = "The same speed-up"
+    said = told(explanations(gpu, PAPER), title)
+    assert "is 3.07 to 3.13x lower" in said
+    rows = gpu.rows[(gpu.rows["trace"] == "paper") & (gpu.rows["mode"] == "sequential")]
+    before_ms = (rows["total_ms"] - rows["decode_ms"]).groupby(
+        [rows["system"], rows["capacity_label"]]
+    )
+    ratio = before_ms.mean()["pytorch_pinned"] / before_ms.mean()["djinn"]
+    told_at = [f"{ratio[label]:.1f}x at {label} GiB" for label in ("20", "25", "32", "40")]
+    assert said.endswith(f"lower by {', '.join(told_at)}.")
+    slower = gpu.rows.copy()
+    slower.loc[slower["system"] == "pytorch_pinned", ["total_ms", "decode_ms"]] += 500.0
+    again = told(explanations(replace(gpu, rows=slower), PAPER), title)
+    assert again != said and again.endswith(f"lower by {', '.join(told_at)}.")
+    alone = gpu.rows[gpu.rows["capacity_label"] == "25"]
+    said = told(explanations(replace(gpu, rows=alone), PAPER), title)
+    assert "Nothing can be said here: rows of one capacity only" in said
+
+
 def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
     assert "Nothing can be said here: sleep mode needs CUDA" in fairness(cpu, PAPER)
     text = explanations(cpu, PAPER)
-    for title in ("The baseline", "The slowest", "What the gain"):
+    for title in ("The baseline", "The slowest", "The same speed-up", "What the gain"):
         assert "Nothing can be said here: times on a shared CPU" in told(text, title)
     assert "90%" in told(text, "Hits")
 
@@ -163,5 +183,5 @@ def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
 def test_a_run_without_the_systems_says_so(tmp_path: Path, gpu: Run):
     rows = gpu.rows[gpu.rows["system"] == "pytorch_lru"]
     text = explanations(replace(gpu, rows=rows), PAPER)
-    assert text.count("Nothing can be said here: no rows of system") == 5
+    assert text.count("Nothing can be said here: no rows of system") == 6
     assert "no machine ran both djinn" in told(text, "How steady")

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 from row_factory import CAPACITIES, cell_rows
-from run_factory import GPU_MACHINE, write_cell, write_large_rows, write_run
+from run_factory import (
+    GPU_MACHINE,
+    on_another_machine,
+    write_cell,
+    write_large_rows,
+    write_run,
+)
 
 from djinn_lib import readme, readme_benchmarks
 from djinn_lib.analysis import load_run
@@ -19,6 +25,7 @@ from djinn_lib.paths import REFERENCE
 from djinn_lib.profile import load_profile
 from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
 from djinn_lib.replicates import write_replicate
+from djinn_lib.result_tables import sweep_table
 
 README = Path(__file__).parent.parent / "README.md"
 OF_ROWS = {"claims", "comparison", "results", "gain", "sweep", "zipf", "ablation", "replicates",
@@ -119,6 +126,11 @@ def test_the_zipfian_trace_has_its_own_table(reference):
     assert [row[0] for row in lines(readme.zipf(reference))[1:]] == ["Djinn", "PyTorch LRU"]
 
 
+def in_gib(label: str) -> str:
+    """A capacity as the table of the sweep writes it."""
+    return f"{CAPACITIES[label] / 2**30:.4g} GiB"
+
+
 def test_the_sweep_has_every_capacity_of_the_systems_swept(reference):
     head, *rows = lines(readme.sweep(reference))
     assert len(rows) == 3 * len(CAPACITIES)
@@ -126,6 +138,19 @@ def test_the_sweep_has_every_capacity_of_the_systems_swept(reference):
     assert len(fast) == 4 and all(1 <= float(ratio) <= 1.25 for ratio in fast)
     gain = head.index("speed-up of the P50 (95%)")
     assert {row[gain] for row in rows if row[1] == "PyTorch pinned"} == {"1"}
+    own = cell_rows("pytorch_lru", gpu=True)  # at 25 GiB
+    (lru,) = [row for row in rows if row[:2] == [in_gib("25"), "PyTorch LRU"]]
+    before_ms = (own["total_ms"] - own["decode_ms"]).mean()
+    assert float(lru[head.index("up to decoding, ms")]) == pytest.approx(before_ms, rel=0.01)
+    assert "machine" not in head  # there is one
+
+
+def test_the_sweep_tells_machines_apart(reference):
+    run = on_another_machine(load_run(reference), "djinn")
+    head, *rows = lines(sweep_table(run).markdown())
+    numbers = {(row[0], row[1]): row[head.index("machine")] for row in rows}
+    assert numbers[in_gib("25"), "Djinn"] != numbers[in_gib("25"), "PyTorch pinned"]
+    assert numbers[in_gib("20"), "Djinn"] == numbers[in_gib("20"), "PyTorch pinned"]
 
 
 def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference):
