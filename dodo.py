@@ -19,6 +19,7 @@ from djinn_lib import large_results
 from djinn_lib.paths import REFERENCE, REPO, STUDY
 from djinn_lib.profile import Cell, load_profile
 from djinn_lib.report import build_report
+from djinn_lib.source_files import imported_files
 from djinn_lib.systems import SYSTEMS
 from djinn_lib.tasks import (
     CellOutcome,
@@ -34,24 +35,6 @@ RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.
 DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 
 LIB = REPO / "djinn_lib"
-ENGINE = [LIB / f"{name}.py" for name in (
-    "ring", "policy", "nvml", "address_space", "address_space_cpu", "address_space_cuda", "copier",
-    "copier_cpu", "copier_cuda", "lease", "host_memory", "page_source", "swap_pool", "swap_file",
-    "disk_tier",
-    "streaming", "paged_model", "pager", "lookahead", "request_queue", "turns", "pending", "server",
-    "catalog", "checkpoint", "models", "sources", "generate", "sampling",
-    "kv_cache", "recording", "compiling", "decode_attention", "decoder", "recorded_decoder",
-    "served", "djinn", "bench", "cell", "cell_record", "arrivals", "weights", "integrity",
-)]  # fmt: skip
-READERS = [LIB / f"{name}.py" for name in (
-    "files", "records", "metrics", "optimal", "claims", "evidence",
-    "claim_metrics", "claim_times", "analysis", "tables", "decomposition", "explanations",
-    "plots", "plot_style", "plot_sensitivity", "plot_timeline", "plot_switches",
-)]  # fmt: skip
-SIMULATOR = [LIB / f"{name}.py" for name in (
-    "ring", "policy", "optimal", "trace", "fleet", "cost_model", "simulation", "validation",
-    "study", "plot_study", "explore", "plot_style",
-)]  # fmt: skip
 PARAMS = REPO / "params" / f"{PROFILE.name}.yml"
 MACHINE = RUN_DIR / "machine.json"
 TRACES = [RUN_DIR / "traces" / f"{name}.jsonl" for name in PROFILE.traces]
@@ -65,11 +48,15 @@ BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
 def notebook_task(notebook: str, file_dep: list[Path], targets: list[Path], **task: Any) -> dict:
-    """A task that executes one notebook of its own name."""
+    """A task that executes one notebook of its own name.
+
+    It depends on the notebook, on all of the library that it imports, and on `file_dep`.
+    """
     parameters = task.pop("parameters", BASIC)
+    source = REPO / "notebooks" / f"{notebook}.ipynb"
     return {
         "actions": [(run_notebook, [notebook, RUN_DIR, parameters])],
-        "file_dep": [REPO / "notebooks" / f"{notebook}.ipynb", PARAMS, *file_dep],
+        "file_dep": [source, PARAMS, *imported_files(source), *file_dep],
         "targets": [RUN_DIR / "notebooks" / f"{notebook}.ipynb", *targets],
         "uptodate": [lambda: is_settled(RUN_DIR, notebook)],
         **task,
@@ -78,29 +65,31 @@ def notebook_task(notebook: str, file_dep: list[Path], targets: list[Path], **ta
 
 def task_setup() -> dict:
     """00_setup: measure this machine, prepare the weights."""
-    sources = [LIB / f"{name}.py" for name in ("machine", "weights", "integrity", "bench")]
-    return notebook_task("00_setup", sources, [MACHINE])
+    return notebook_task("00_setup", [], [MACHINE])
 
 
 def task_trace() -> dict:
     """01_trace: write the request traces."""
-    return notebook_task("01_trace", [LIB / "trace.py"], TRACES, task_dep=["setup"])
+    return notebook_task("01_trace", [], TRACES, task_dep=["setup"])
 
 
 def task_cell() -> Iterator[dict]:
-    """02_run_system: one system on one trace at one capacity, a row a request."""
+    """02_run_system: one system on one trace at one capacity, a row a request.
+
+    A cell depends on what its own system imports: an edit of the ring leaves PyTorch's rows alone,
+    and one of a plot leaves all rows alone.
+    """
     for i, (cell, rows) in enumerate(zip(CELLS, ROWS, strict=True), start=1):
         name = f"02_run_system.{cell.id}"
         entry = PROFILE.systems[cell.system]
+        system = LIB / "systems" / f"{SYSTEMS[entry.system][0]}.py"
         yield {
             "name": cell.id,
             "actions": [cell_action(cell, f"cell {i} of {len(CELLS)}")],
             "file_dep": [
                 REPO / "notebooks" / "02_run_system.ipynb",
                 RUN_DIR / "traces" / f"{cell.trace}.jsonl",
-                LIB / "systems" / "base.py",
-                LIB / "systems" / f"{SYSTEMS[entry.system][0]}.py",
-                *ENGINE,
+                *imported_files(LIB / "cell.py", system),
             ],
             "targets": [rows, RUN_DIR / "notebooks" / f"{name}.ipynb"],
             "uptodate": [
@@ -155,7 +144,7 @@ def task_policies() -> dict:
     targets = [
         RUN_DIR / "figures" / f"{name}.{ending}" for name in names for ending in ("pdf", "png")
     ]
-    file_dep = [*SIMULATOR, REFERENCE / "engine.json", STUDY / "points.parquet"]
+    file_dep = [REFERENCE / "engine.json", STUDY / "points.parquet"]
     return notebook_task("06_policies", file_dep, targets, parameters={"run_dir": str(RUN_DIR)})
 
 
@@ -163,21 +152,18 @@ def task_large_models() -> dict:
     """07_large_models: a model in a ring that is too small for it."""
     targets = [RUN_DIR / name for name in large_results.FILES]
     targets += [RUN_DIR / "figures" / f"large_models.{ending}" for ending in ("pdf", "png")]
-    names = ("large_models", "large_results", "plot_large", "plot_style")
-    file_dep = [*ENGINE, *[LIB / f"{name}.py" for name in names]]
-    return notebook_task("07_large_models", file_dep, targets, task_dep=["setup"])
+    return notebook_task("07_large_models", [], targets, task_dep=["setup"])
 
 
 def task_explore() -> dict:
     """explore: the widgets, and the picture that they begin with."""
     parameters = {"figures_dir": str(RUN_DIR / "figures")}
-    file_dep = [*SIMULATOR, REFERENCE / "engine.json"]
-    return notebook_task("explore", file_dep, [], parameters=parameters)
+    return notebook_task("explore", [REFERENCE / "engine.json"], [], parameters=parameters)
 
 
 def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = None) -> dict:
     """A task that reads rows and draws or judges."""
-    file_dep = [*ROWS, *READERS, REPO / "data" / "paper" / "results.json", *(extra or [])]
+    file_dep = [*ROWS, REPO / "data" / "paper" / "results.json", *(extra or [])]
     return notebook_task(notebook, file_dep, targets, parameters={"run_dir": str(RUN_DIR)})
 
 
@@ -190,10 +176,8 @@ def task_report() -> dict:
         "actions": [(report, [])],
         "file_dep": [
             RUN_DIR / "claims.json",
-            LIB / "report.py",
-            LIB / "notebook_html.py",
-            LIB / "templates" / "index.html.j2",
-            *READERS,
+            *imported_files(LIB / "report.py"),
+            *(LIB / "templates").iterdir(),
             *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
         ],
         "targets": [RUN_DIR / "index.html"],

@@ -1,0 +1,119 @@
+"""An edit reruns what it can change, and only that."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from profile_factory import tiny_profile
+
+import dodo
+from djinn_lib.bench import set_up
+from djinn_lib.paths import REPO
+from djinn_lib.source_files import imported_files
+
+LIB = REPO / "djinn_lib"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package whose modules import one another in every way there is."""
+    files = {
+        "__init__": "import os",
+        "first": "from pack import second\nimport os.path",
+        "second": "def later():\n    import pack.inner.third",
+        "inner/__init__": "",
+        "inner/third": "ENGINE = 'pack.worker:Engine'\nPROSE = 'pack.other is not run'",
+        "worker": "from pack.loop import name, other",
+        "loop": "from pack.worker import Engine",
+        "other": "",
+    }
+    for name, text in files.items():
+        path = tmp_path / "pack" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "pack"
+
+
+def names(paths: list[Path], package: Path) -> list[str]:
+    return [path.relative_to(package).with_suffix("").as_posix() for path in paths]
+
+
+def test_imports_are_followed_wherever_they_stand(package: Path):
+    assert names(imported_files(package / "first.py", package=package), package) == [
+        "__init__", "first", "inner/__init__", "inner/third", "loop", "second", "worker",
+    ]  # fmt: skip
+    alone = imported_files(package / "other.py", package=package)
+    assert names(alone, package) == ["other"]
+
+
+def test_a_notebook_needs_what_its_cells_import(package: Path):
+    cells = [
+        {"cell_type": "markdown", "source": ["import pack.other"]},
+        {"cell_type": "code", "source": ["%matplotlib inline\n", "from pack import worker\n"]},
+    ]
+    notebook = package.parent / "a.ipynb"
+    notebook.write_text(json.dumps({"cells": cells}))
+    found = imported_files(notebook, package=package)
+    assert names(found, package) == ["__init__", "loop", "worker"]
+
+
+# -- the tasks -------------------------------------------------------------------------------
+
+
+def needed(task: dict) -> set[Path]:
+    return {path for path in task["file_dep"] if path.suffix == ".py"}
+
+
+def of_cells() -> dict[str, set[Path]]:
+    cells = {cell.id: dodo.PROFILE.systems[cell.system].system for cell in dodo.CELLS}
+    return {cells[task["name"]]: needed(task) for task in dodo.task_cell()}
+
+
+def test_a_cell_depends_on_what_makes_its_rows():
+    of = of_cells()
+    kernels = {LIB / f"{name}.py" for name in ("decode_kernels", "fused_layers", "ring", "pager")}
+    assert kernels <= of["djinn"] and not kernels & of["pytorch_lru"]
+    assert LIB / "systems" / "pytorch.py" in of["pytorch_lru"] - of["djinn"]
+    for files in of.values():
+        assert {LIB / "cell.py", LIB / "bench.py", LIB / "systems" / "base.py"} <= files
+        assert not [path for path in files if path.stem.startswith(("plot", "claim", "analysis"))]
+
+
+def test_a_notebook_depends_on_what_it_draws_and_judges_with():
+    assert {LIB / "host_pace.py", LIB / "claims.py"} <= needed(dodo.task_claims())
+    assert {LIB / "plot_pace.py", LIB / "replicates.py"} <= needed(dodo.task_figures())
+    assert LIB / "fan_out.py" in needed(dodo.task_policies())
+    assert LIB / "fused_layers.py" in needed(dodo.task_large_models())
+    assert LIB / "plots.py" not in needed(dodo.task_setup())
+
+
+RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from profile_factory import tiny_profile
+from djinn_lib.bench import Bench
+from djinn_lib.cell import run_cell
+system = sys.argv[2]
+cells = [{"traces": ["zipf"], "capacities": ["all"], "systems": [system]}]
+profile = tiny_profile(systems={system: {"system": system}}, cells=cells)
+run_cell(bench := Bench.open(profile, Path(sys.argv[1])), profile.cell("zipf", "all", system))
+files = [m.__file__ for name, m in sys.modules.items() if name.split(".")[0] == "djinn_lib"]
+print(json.dumps(files))
+"""
+
+
+@pytest.mark.parametrize("system", ["djinn", "serverless"])
+def test_nothing_that_a_cell_runs_is_overlooked(system: str, tmp_path: Path):
+    set_up(tiny_profile(), tmp_path / "run", tmp_path / "models", progress=print).write_traces()
+    arguments = [str(tmp_path / "run"), system, str(REPO / "tests")]
+    ran = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], cwd=REPO, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    loaded = {Path(path) for path in json.loads(ran.stdout.splitlines()[-1])}
+    assert len(loaded) > 15 and loaded <= of_cells()[system]
