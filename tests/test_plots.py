@@ -250,6 +250,12 @@ def test_speedup_is_a_ratio_of_medians_inside_its_interval(rows: pd.DataFrame):
         expected /= medians[row.capacity_label, row.system]
         assert row.speedup == pytest.approx(expected)
         assert row.low <= row.speedup <= row.high
+        slow, fast = (
+            rows[(rows["system"] == system) & (rows["capacity_label"] == row.capacity_label)]
+            for system in ("pytorch_pinned", row.system)
+        )
+        before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (slow, fast)]
+        assert row.up_to_decoding == pytest.approx(before[0] / before[1])
     assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
 
 
