@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from profile_factory import tiny_profile
 
-import dodo
 from djinn_lib.bench import set_up
 from djinn_lib.paths import REPO
 from djinn_lib.source_files import imported_files
@@ -64,17 +65,31 @@ def test_a_notebook_needs_what_its_cells_import(package: Path):
 # -- the tasks -------------------------------------------------------------------------------
 
 
-def needed(task: dict) -> set[Path]:
-    return {path for path in task["file_dep"] if path.suffix == ".py"}
+@pytest.fixture(scope="module")
+def dodo() -> ModuleType:
+    """The tasks of the profile `cpu`, under a name of their own: `dodo` is for a run's folder."""
+    spec = spec_from_file_location("tasks_of_the_profile_cpu", REPO / "dodo.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DJINN_PROFILE", "cpu")
+        spec.loader.exec_module(module)
+    return module
 
 
-def of_cells() -> dict[str, set[Path]]:
+@pytest.fixture(scope="module")
+def of_cells(dodo: ModuleType) -> dict[str, set[Path]]:
+    """What the cells of a system depend on."""
     cells = {cell.id: dodo.PROFILE.systems[cell.system].system for cell in dodo.CELLS}
     return {cells[task["name"]]: needed(task) for task in dodo.task_cell()}
 
 
-def test_a_cell_depends_on_what_makes_its_rows():
-    of = of_cells()
+def needed(task: dict) -> set[Path]:
+    return {path for path in task["file_dep"] if path.suffix == ".py"}
+
+
+def test_a_cell_depends_on_what_makes_its_rows(of_cells: dict[str, set[Path]]):
+    of = of_cells
     kernels = {LIB / f"{name}.py" for name in ("decode_kernels", "fused_layers", "ring", "pager")}
     assert kernels <= of["djinn"] and not kernels & of["pytorch_lru"]
     assert LIB / "systems" / "pytorch.py" in of["pytorch_lru"] - of["djinn"]
@@ -83,7 +98,7 @@ def test_a_cell_depends_on_what_makes_its_rows():
         assert not [path for path in files if path.stem.startswith(("plot", "claim", "analysis"))]
 
 
-def test_a_notebook_depends_on_what_it_draws_and_judges_with():
+def test_a_notebook_depends_on_what_it_draws_and_judges_with(dodo: ModuleType):
     assert {LIB / "host_pace.py", LIB / "claims.py"} <= needed(dodo.task_claims())
     assert {LIB / "plot_pace.py", LIB / "replicates.py"} <= needed(dodo.task_figures())
     assert LIB / "fan_out.py" in needed(dodo.task_policies())
@@ -108,7 +123,9 @@ print(json.dumps(files))
 
 
 @pytest.mark.parametrize("system", ["djinn", "serverless"])
-def test_nothing_that_a_cell_runs_is_overlooked(system: str, tmp_path: Path):
+def test_nothing_that_a_cell_runs_is_overlooked(
+    system: str, of_cells: dict[str, set[Path]], tmp_path: Path
+):
     set_up(tiny_profile(), tmp_path / "run", tmp_path / "models", progress=print).write_traces()
     arguments = [str(tmp_path / "run"), system, str(REPO / "tests")]
     ran = subprocess.run(
@@ -116,4 +133,4 @@ def test_nothing_that_a_cell_runs_is_overlooked(system: str, tmp_path: Path):
     )
     assert ran.returncode == 0, ran.stderr
     loaded = {Path(path) for path in json.loads(ran.stdout.splitlines()[-1])}
-    assert len(loaded) > 15 and loaded <= of_cells()[system]
+    assert len(loaded) > 15 and loaded <= of_cells[system]
