@@ -97,8 +97,8 @@ def test_a_clock_that_cannot_be(wrong):
 def test_simulated_and_measured_agree():
     table = validation.errors(validation.compared())
     assert table["bytes_equal"].all()
-    for statistic in ("p50", "mean", "max"):
-        assert table[f"{statistic}_error"].abs().max() <= 0.05
+    for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.1}.items():  # as README says
+        assert table[f"{statistic}_error"].abs().max() <= most, statistic
     assert (table["n"] >= 6).all()
 
 
