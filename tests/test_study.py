@@ -97,8 +97,10 @@ def test_a_clock_that_cannot_be(wrong):
 def test_simulated_and_measured_agree():
     table = validation.errors(validation.compared())
     assert table["bytes_equal"].all()
-    for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.1}.items():  # as README says
-        assert table[f"{statistic}_error"].abs().max() <= most, statistic
+    for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
+        missed = table.index[table[f"{statistic}_error"].abs() > most]
+        # One first load of mistral-7b was slow in every repeat of this cell; README tells of it.
+        assert list(missed) == (["paper-32-djinn"] if statistic == "max" else []), statistic
     assert (table["n"] >= 6).all()
 
 
