@@ -20,6 +20,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.records import read_manifest, read_rows
+from djinn_lib.replicates import FOLDER as REPLICATES
 from djinn_lib.simulation import simulate
 from djinn_lib.trace import paper_trace
 
@@ -88,10 +89,15 @@ def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
 def cells(reference: Path = REFERENCE, system: str = "djinn") -> pd.DataFrame:
     """Return measured and simulated requests of every cell of `system`, as `pairs` does.
 
-    The times are those of whole requests, medians over the repeats; empty without such cells.
+    A cell that was measured again is there again, by the name of its replicate. The times are those
+    of whole requests, medians over the repeats; empty without such cells.
     """
     found = []
-    for path in sorted((reference / "requests").glob(f"*-{system}.parquet")):
+    replicates = (reference / REPLICATES).glob(f"*-{system}-[0-9]*.parquet")
+    for path in [
+        *sorted((reference / "requests").glob(f"*-{system}.parquet")),
+        *sorted(replicates),
+    ]:
         rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
         rows = rows[rows["ok"]]
         first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
