@@ -276,6 +276,16 @@ class Djinn:
         self._models[name]
         return self._pager.evict(name)
 
+    def reset(self) -> None:
+        """Take all pages of all models off the device, and forget which were asked for.
+
+        The next requests find the ring as the first ones did; models and masters stay.
+
+        Raises:
+            LeaseError: somebody is using one of them; nothing was done.
+        """
+        self._pager.reset()
+
     @property
     def overlap(self) -> bool:
         """Whether computation starts while later layers still load; may be changed."""

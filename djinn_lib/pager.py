@@ -116,6 +116,24 @@ class Pager:
             self._models[model].prefetched_bytes = 0
             return n_bytes
 
+    def reset(self) -> None:
+        """Unmap all pages of all models, and have the policy begin anew.
+
+        What a policy learnt would otherwise go on into a repeat that is to start cold.
+
+        Raises:
+            LeaseError: a model is leased; nothing was done.
+        """
+        with self._lock:
+            for model in self._models:
+                if self.ring.is_leased(model):
+                    raise LeaseError(f"expected no leased model, got {model!r}: release it first")
+            for model in self._models:
+                self.evict(model)
+                self.policy.forget(model)
+            for model in self._models:
+                self.policy.admit(model, self.ring.n_pages(model), self.ring.n_frames)
+
     def lease(self, model: str) -> Lease:
         """Make every page of `model` resident or on its way, and protect it.
 

@@ -2,7 +2,8 @@
 
 A policy only orders victims; how many pages each of them loses is the ring's business. To add one,
 derive from `Policy`, override `touch`, `forget` and `victims`, and list it in `POLICIES`: the
-contract tests run over every entry. The same objects serve the GPU and the simulator.
+contract tests run over every entry. The same objects serve the GPU and the simulator. A policy
+that asks others passes on everything that it is told, or they decide on less than they would alone.
 
 A model loses its tail and costs what it loses, so a byte is worth the same in every model: what
 counts is when its model is asked for next, not how large that is. Under independent requests the
@@ -162,8 +163,9 @@ class Adaptive(Policy):
     def admit(self, model: str, n_pages: int, n_frames: int) -> None:
         """Add the model to the ring of every expert."""
         self._shadows = self._shadows or [Ring(n_frames) for _ in self._experts]
-        for shadow in self._shadows:
+        for shadow, expert in zip(self._shadows, self._experts, strict=True):
             shadow.add(model, n_pages)
+            expert.admit(model, n_pages, n_frames)
 
     def touch(self, model: str, now_s: float) -> None:
         """Let every expert serve the request in its own ring."""
@@ -178,12 +180,19 @@ class Adaptive(Policy):
             expert.touch(model, now_s)
 
     def forget(self, model: str) -> None:
-        """Drop the model everywhere."""
+        """Drop the model everywhere, and with the last one what the experts lost."""
         for shadow in self._shadows:
             if model in shadow:
                 shadow.remove(model)
         for expert in self._experts:
             expert.forget(model)
+        if not any(shadow.models for shadow in self._shadows):
+            self._shadows, self._lost = [], [0.0] * len(self._experts)
+
+    def expect(self, upcoming: Sequence[str]) -> None:
+        """Pass it on."""
+        for expert in self._experts:
+            expert.expect(upcoming)
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
         """Return the order of the expert that lost least."""
@@ -205,6 +214,10 @@ class Lookahead(Policy):
         self._beyond = beyond or LRU()
         self._turn: dict[str, int] = {}
 
+    def admit(self, model: str, n_pages: int, n_frames: int) -> None:
+        """Pass it on."""
+        self._beyond.admit(model, n_pages, n_frames)
+
     def touch(self, model: str, now_s: float) -> None:
         """Pass the request on."""
         self._beyond.touch(model, now_s)
@@ -215,7 +228,8 @@ class Lookahead(Policy):
         self._turn.pop(model, None)
 
     def expect(self, upcoming: Sequence[str]) -> None:
-        """Remember whose turn is when."""
+        """Remember whose turn is when, and pass it on."""
+        self._beyond.expect(upcoming)
         self._turn = {}
         for turn, model in enumerate(upcoming):
             self._turn.setdefault(model, turn)

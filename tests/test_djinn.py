@@ -18,6 +18,8 @@ from djinn_lib.errors import (
     DjinnError,
     LeaseError,
 )
+from djinn_lib.policy import POLICIES
+from djinn_lib.simulation import simulate
 from djinn_lib.swap_pool import ALIGNMENT_BYTES
 
 PAGE = "16KiB"
@@ -210,6 +212,43 @@ def test_evict_remove_and_residency(folders):
         assert djinn.residency().model.tolist() == ["phi"]
         djinn.add("llama", folders / "llama")
         assert djinn.generate("llama", PROMPT, 2).loaded_bytes > 0
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_policy_decides_as_the_simulator_foretells(folders, policy):
+    names, rng = sorted(CONFIGS), random.Random(2)
+    requests = rng.choices(names, [1 / (i + 1) for i in range(len(names))], k=80)
+    with dj.Djinn("1MiB", page=PAGE, policy=policy) as djinn:
+        for name in names:
+            djinn.add(name, folders / name)
+        table = djinn.residency().set_index("model")["bytes"]
+        foretold = {
+            p: simulate(requests, table.to_dict(), "1MiB", p, page_bytes=djinn.page_bytes)
+            for p in {policy, "lru"}
+        }
+        for model in rng.choices(names, k=20):  # that a repeat which starts cold knows nothing of
+            djinn.generate(model, PROMPT, 1)
+        for _ in range(2):
+            djinn.reset()
+            loaded = [djinn.generate(model, PROMPT, 1).loaded_bytes for model in requests]
+            assert loaded == foretold[policy]["loaded_bytes"].tolist()
+        as_lru = loaded == foretold["lru"]["loaded_bytes"].tolist()
+        assert as_lru == (policy in ("lru", "lookahead"))  # nothing waits
+        djinn.check()
+
+
+def test_reset_does_nothing_while_a_model_is_leased(folders):
+    with dj.Djinn("2MiB", page=PAGE) as djinn:
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+            djinn.generate(name, PROMPT, 1)
+        before = djinn.residency()
+        with djinn.lease("phi"), pytest.raises(LeaseError, match="'phi'"):
+            djinn.reset()
+        assert djinn.residency().equals(before)
+        djinn.reset()
+        assert djinn.residency()["resident_bytes"].sum() == 0
+        assert djinn.generate("phi", PROMPT, 1).loaded_bytes == before["bytes"][1]
 
 
 def test_a_failed_copy_fails_one_request_only(folders, monkeypatch):

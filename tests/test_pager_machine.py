@@ -189,6 +189,17 @@ class PagerMachine(RuleBasedStateMachine):
             self.pager.evict(model)
             assert self.pager.resident_bytes(model) == 0
 
+    @rule()
+    def reset(self):
+        resident = [self.pager.resident_bytes(model) for model in self.units]
+        if self.held:
+            with pytest.raises(LeaseError):
+                self.pager.reset()
+            assert resident == [self.pager.resident_bytes(model) for model in self.units]
+        else:
+            self.pager.reset()
+            assert not any(self.pager.resident_bytes(model) for model in self.units)
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def use_what_is_leased(self, data):

@@ -1,6 +1,7 @@
 """One contract for every policy, and what each of them is for."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -23,7 +24,9 @@ from djinn_lib.ring import Ring
 every_policy = pytest.mark.parametrize("name", sorted(POLICIES))
 
 
-def serve(policy: Policy, requests: str, sizes: dict[str, int], n_frames: int) -> list[int]:
+def serve(
+    policy: Policy, requests: Sequence[str], sizes: dict[str, int], n_frames: int
+) -> list[int]:
     """Pages that each request loads."""
     ring = Ring(n_frames)
     for model, n_pages in sizes.items():
@@ -161,6 +164,55 @@ def test_adaptive_is_near_the_better_of_recency_and_frequency():
         }
         assert loads["both"] <= 1.05 * min(loads["lru"], loads["lfu"])
     assert abs(loads["lru"] - loads["lfu"]) > 0.05 * loads["lru"]  # so that the choice matters
+
+
+def independent(n_models: int = 20, n: int = 2000) -> tuple[list[str], dict[str, int]]:
+    """Requests by Zipf's law, where frequency beats recency, and sizes in pages."""
+    rng = random.Random(6)
+    sizes = {f"m{i}": rng.randint(2, 6) for i in range(n_models)}
+    return rng.choices(list(sizes), [1 / (i + 1) for i in range(n_models)], k=n), sizes
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"lookahead"}))
+def test_lookahead_decides_as_the_policy_behind_it_where_nothing_waits(name):
+    requests, sizes = independent()
+    alone = serve(make_policy(name), requests, sizes, 30)
+    assert serve(Lookahead(make_policy(name)), requests, sizes, 30) == alone
+    assert (sum(alone) < 0.95 * sum(serve(LRU(), requests, sizes, 30))) == (name != "lru")
+
+
+HOOKS = [name for name in vars(Policy) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("asking", [Lookahead, lambda asked: Adaptive([asked])])
+def test_whoever_asks_another_policy_passes_on_everything(asking):
+    told = []
+
+    def note(name):
+        def hook(self, *arguments):
+            told.append(name)
+            return arguments[0] if name == "victims" else None
+
+        return hook
+
+    policy = asking(type("Asked", (Policy,), {name: note(name) for name in HOOKS})())
+    policy.admit("a", 1, 4)
+    policy.touch("a", 0.0)
+    policy.expect(["a"])
+    list(policy.victims(frozenset("ab")))
+    policy.forget("a")
+    assert set(told) == set(HOOKS)
+
+
+def test_adaptive_begins_anew_when_all_models_are_forgotten():
+    requests, sizes = independent()
+    used, fresh = Adaptive(), Adaptive()
+    serve(used, requests, sizes, 30)
+    for model in sizes:
+        used.forget(model)
+    runs = list("aabbccaabbcc" * 20)  # where the loads of before would still prefer frequency
+    few = {model: 3 for model in "abc"}
+    assert serve(used, runs, few, 7) == serve(fresh, runs, few, 7)
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,8 @@ class DjinnRing(SystemUnderTest):
         return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
 
     def reset(self) -> None:
-        """Evict everything."""
-        for name in self.models:
-            self.djinn.evict(name)
+        """Evict everything, and forget what the policy learnt."""
+        self.djinn.reset()
 
     def close(self) -> None:
         """Audit the ring, then release everything."""
