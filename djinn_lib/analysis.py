@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -81,11 +81,20 @@ class Run:
     @cached_property
     def other_steps(self) -> frozenset[str]:
         """Systems that decode by other steps than transformers' own, by their label."""
+        return self._labels(_has_other_steps)
+
+    @cached_property
+    def other_processes(self) -> frozenset[str]:
+        """Systems that decode in processes of their own, not in the cell's, by their label."""
+        return self._labels(_has_other_processes)
+
+    def _labels(self, which: Callable[[Mapping[str, Any]], bool]) -> frozenset[str]:
+        """Labels of the systems of which a cell's manifest is as asked for."""
         cells = {manifest["run_id"]: manifest for manifest in self.manifests.values()}
         systems = self.rows.drop_duplicates("run_id").set_index("run_id")["system"]
         return frozenset(
             str(label) for run_id, label in systems.items()
-            if run_id in cells and _has_other_steps(cells[run_id])
+            if run_id in cells and which(cells[run_id])
         )  # fmt: skip
 
     @cached_property
@@ -194,6 +203,11 @@ class Run:
         table = pd.DataFrame({"bytes": self.sizes})
         table["ms_at_link_rate"] = table["bytes"] / rate * 1e3
         return table.rename_axis("model")
+
+
+def _has_other_processes(manifest: Mapping[str, Any]) -> bool:
+    """Whether a cell's system starts a process for each model."""
+    return manifest["system"] == "ray_actors" or manifest["system"].startswith("vllm")
 
 
 def _has_other_steps(manifest: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ A sentence whose rows are missing says so instead. Without a GPU nothing is said
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pandas as pd
@@ -126,15 +127,25 @@ def _candidates(run: Run, rows: pd.DataFrame, said_s: float) -> list[str]:
         f"copying back on every request ({back:.2f} s here)",
         f"eager decoding ({rows['decode_ms'].mean() / 1e3:.2f} s here)",
     ]
-    try:
-        pageable = _times(run, "pytorch_pageable")["p50"] / 1e3
-        found.append(f"memory that was not pinned after all (pageable: {pageable:.2f} s here)")
-    except NotMeasured:
-        pass
+    with suppress(NotMeasured):
+        found.append(f"memory that was not pinned after all ({_pageable(run)})")
     return [
         f"What could explain {said_s:.1f} s: {'; '.join(found)}; a slower link or a slower host. "
         "The paper does not give the parts, so that none of them can be excluded."
     ]
+
+
+def _pageable(run: Run) -> str:
+    """What ordinary host memory gives, there and back."""
+    rows = served_rows(run.evidence, "pytorch_pageable")
+    there_ms = rows["ttft_ms"] - prefill_ms(rows)
+    back_ms = rows["switch_ms"] - there_ms
+    rate = rows["loaded_bytes"].sum() / there_ms.sum() * 1e3
+    p50_s = rows["total_ms"].median() / 1e3
+    return (
+        f"pageable: {rate / 1e9:.1f} GB/s to the GPU here, and {p50_s:.2f} s in the median, for "
+        f"the way back, into fresh memory, takes {back_ms.mean() / 1e3:.2f} s"
+    )
 
 
 def _gain(run: Run, paper: Paper) -> str:

@@ -1,6 +1,6 @@
 """Does the simulator tell the truth? Simulated rows beside measured ones.
 
-Measured are the rows of `djinn` in a reference run where there are any, else the cases of the
+Measured are the rows of `SYSTEMS` in a reference run where there are any, else the cases of the
 engine's benchmark in which one model follows another. The cost model is fitted from hits, loads and
 full misses of single models, so neither has been used for the fit.
 """
@@ -8,7 +8,7 @@ full misses of single models, so neither has been used for the fit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from djinn_lib.replicates import FOLDER as REPLICATES
 from djinn_lib.simulation import simulate
 from djinn_lib.trace import paper_trace
 
+SYSTEMS = ("djinn", "djinn_adaptive")  # those that differ in nothing but their policy
 STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
 
 
@@ -86,22 +87,22 @@ def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
     )
 
 
-def cells(reference: Path = REFERENCE, system: str = "djinn") -> pd.DataFrame:
-    """Return measured and simulated requests of every cell of `system`, as `pairs` does.
+def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.DataFrame:
+    """Return measured and simulated requests of every cell of `systems`, as `pairs` does.
 
     A cell that was measured again is there again, by the name of its replicate. The times are those
     of whole requests, medians over the repeats; empty without such cells.
     """
     found = []
-    replicates = (reference / REPLICATES).glob(f"*-{system}-[0-9]*.parquet")
-    for path in [
-        *sorted((reference / "requests").glob(f"*-{system}.parquet")),
-        *sorted(replicates),
-    ]:
+    patterns = [f"{folder}/*-{system}{again}.parquet"
+                for folder, again in (("requests", ""), (REPLICATES, "-[0-9]*"))
+                for system in systems]  # fmt: skip
+    for path in (path for pattern in patterns for path in sorted(reference.glob(pattern))):
         rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
         rows = rows[rows["ok"]]
         first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
-        simulated = _again(first, manifest, reference)
+        policy = manifest["options"].get("policy", "lru")
+        simulated = _again(first, manifest, reference, policy)
         found.append(
             pd.DataFrame(
                 {

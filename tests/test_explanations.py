@@ -106,6 +106,16 @@ def test_the_baseline_is_taken_apart(gpu: Run):
     assert "pageable" not in told(explanations(replace(gpu, rows=without), PAPER), "The baseline")
 
 
+def test_pageable_memory_is_told_there_and_back(gpu: Run):
+    rows = gpu.rows.copy()
+    pageable = (rows["system"] == "pytorch_pageable") & rows["ok"]
+    rows.loc[pageable, "ttft_ms"] -= 50.0  # the way back comes after the last token
+    there_ms = rows.loc[pageable, "switch_ms"] - 50.0
+    rate = rows.loc[pageable, "loaded_bytes"].sum() / there_ms.sum() / 1e6
+    said = told(explanations(replace(gpu, rows=rows), PAPER), "The baseline")
+    assert f"pageable: {rate:.1f} GB/s to the GPU" in said and "takes 0.05 s" in said
+
+
 def test_the_gain_is_taken_apart(gpu: Run):
     said = gain(gpu, PAPER)
     assert said in explanations(gpu, PAPER)

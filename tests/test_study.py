@@ -103,6 +103,14 @@ def test_simulated_and_measured_agree():
         assert list(missed) == (["paper-32-djinn"] if statistic == "max" else []), statistic
     assert (table["n"] >= 6).all()
     assert any(name.startswith("paper-32-djinn-2") for name in table.index)  # measured again
+    assert "zipf-25-djinn_adaptive" in table.index  # of which the bytes are not those of LRU
+
+
+def test_every_repeat_loads_the_same_bytes():
+    for system in validation.SYSTEMS:
+        for path in sorted((REFERENCE / "requests").glob(f"*-{system}.parquet")):
+            loaded = read_rows(path).groupby("request")["loaded_bytes"]
+            assert (loaded.nunique() == 1).all(), path.name
 
 
 def test_disagreement_shows(tmp_path):
@@ -130,6 +138,9 @@ def test_other_policies_are_foretold_for_a_measured_cell():
     assert table.mean_ms["lru"] == pytest.approx(measured["total_ms"].mean(), rel=0.05)
     assert table.to_optimum["oracle"] == 1 == table.to_optimum.min()
     assert table.to_optimum["adaptive"] < table.to_optimum["lru"]  # requests are independent
+    adaptive = read_rows(REFERENCE / "requests" / "zipf-25-djinn_adaptive.parquet")
+    loaded = adaptive.groupby("repeat")["loaded_bytes"].sum() / 2**30
+    assert set(loaded) == {table.loaded_gib["adaptive"]}
     with pytest.raises(RecordError):
         validation.foretold_policies(cell="zipf-25-nobody")
 
