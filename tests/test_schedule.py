@@ -9,7 +9,8 @@ import pytest
 from profile_factory import tiny_profile
 from row_factory import SIZES
 
-from djinn_lib.profile import Cell, Profile
+from djinn_lib.paths import REFERENCE
+from djinn_lib.profile import Cell, Profile, load_profile
 from djinn_lib.records import read_manifest, write_manifest
 from djinn_lib.schedule import AROUND_S, Limit, estimate_s, left_over_lines, run_within, span
 from djinn_lib.trace import paper_trace, write_trace
@@ -142,9 +143,16 @@ def test_the_journal_of_a_cell_that_was_cut_off_tells_its_pace(run_dir):
 
 
 def test_every_cell_of_the_gpu_profile_has_a_hint():
-    from djinn_lib.profile import load_profile
-
     profile = load_profile("gpu")
     nowhere = Path("/nonexistent")
     hints = [estimate_s(cell, profile, nowhere, nowhere) for cell in profile.all_cells()]
     assert all(hint and hint <= 540 for hint in hints)
+
+
+def test_the_hints_of_the_gpu_profile_are_near_what_was_measured(tmp_path):
+    profile = load_profile("gpu")
+    for cell in profile.all_cells():
+        manifest = read_manifest(REFERENCE / "requests" / f"{cell.id}.manifest.json")
+        expected_s = estimate_s(cell, profile, tmp_path, tmp_path)
+        assert expected_s is not None
+        assert manifest["wall_s"] / 1.3 < expected_s < 2 * manifest["wall_s"], cell.id
