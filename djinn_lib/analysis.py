@@ -16,6 +16,7 @@ from djinn_lib.claim_metrics import Evidence
 from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
+from djinn_lib.evidence import side_by_side
 from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import no_rows, read_manifest, read_run
@@ -167,13 +168,28 @@ class Run:
         """Return the rows of the systems that were run at more than one capacity, if any were.
 
         The baseline is among them wherever it was run, so that an unfinished run can be looked at.
+        At each capacity they are rows of one machine, where one ran all that were run there.
 
         Raises:
             RecordError: there are none.
         """
         rows = self.cells(trace)
         swept = rows.groupby("system")["capacity_label"].transform("nunique") > 1
-        return rows[swept | (rows["system"] == baseline)] if swept.any() else rows
+        rows = rows[swept | (rows["system"] == baseline)] if swept.any() else rows
+        return pd.concat([self._beside(rows[rows["capacity_label"] == label], trace, str(label))
+                          for label in rows["capacity_label"].unique()])  # fmt: skip
+
+    def _beside(self, rows: pd.DataFrame, trace: str, label: str) -> pd.DataFrame:
+        """Rows of one capacity, those that some machine served for all systems where there are."""
+        unavailable = rows["error_kind"] == "unavailable"
+        systems = [str(name) for name in rows.loc[~unavailable, "system"].unique()]
+        found = side_by_side(self.evidence, systems, trace=trace, capacity_label=label)
+        return pd.concat([*found.values(), rows[unavailable]])
+
+    def machines_of(self, rows: pd.DataFrame) -> str:
+        """Say which machines rows were measured on, by their numbers."""
+        known = self.evidence.machines
+        return ", ".join(map(str, sorted({known.get(str(run), 0) for run in rows["run_id"]})))
 
     def least_bytes(self, trace: str, capacity_label: str) -> int:
         """Return the least bytes that any system must load for a trace at a capacity.

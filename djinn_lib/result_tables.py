@@ -130,7 +130,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
             own_sizes = run.device_sizes.get(system) or run.sizes
             least = optimal_bytes(run.traces[trace], own_sizes, int(n_bytes))
             gain = gains.loc[(label, system)] if (label, system) in gains.index else None
-            own = served(rows[(rows["system"] == system) & (rows["capacity_label"] == label)])
+            own = rows[(rows["system"] == system) & (rows["capacity_label"] == label)]
             lines.append(
                 [
                     f"{n_bytes / _GIB:.4g} GiB",
@@ -139,10 +139,10 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
                     three_digits(cell["p50_total_ms"]),
                     "1" if system == baseline else "-" if gain is None else
                     f"{gain['speedup']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})",
-                    three_digits(mean_before_decode_ms(own)),
+                    three_digits(mean_before_decode_ms(served(own))),
                     _percent(cell["zero_load_share"]),
                     f"{cell['loaded_bytes'] / least:.2f}",
-                    str(run.machine_of(system, trace, str(label))),
+                    run.machines_of(own),
                 ]
             )  # fmt: skip
     head = ["capacity", "system", "served", "P50, ms", "speed-up of the P50 (95%)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from djinn_lib.merge import missing_cells
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.profile import load_profile
-from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.records import no_rows, read_manifest, rows_frame, write_manifest, write_rows
 from djinn_lib.replicates import write_replicate
 from djinn_lib.result_tables import sweep_table
 
@@ -146,11 +147,20 @@ def test_the_sweep_has_every_capacity_of_the_systems_swept(reference):
 
 
 def test_the_sweep_tells_machines_apart(reference):
-    run = on_another_machine(load_run(reference), "djinn")
+    again = on_another_machine(load_run(reference), "djinn")
+    run = replace(again, replicates=no_rows(), replicate_manifests={})
     head, *rows = lines(sweep_table(run).markdown())
     numbers = {(row[0], row[1]): row[head.index("machine")] for row in rows}
     assert numbers[in_gib("25"), "Djinn"] != numbers[in_gib("25"), "PyTorch pinned"]
     assert numbers[in_gib("20"), "Djinn"] == numbers[in_gib("20"), "PyTorch pinned"]
+
+
+def test_the_sweep_compares_on_one_machine_where_one_ran_all(reference):
+    first = load_run(reference)
+    slower = on_another_machine(first, "djinn", total_ms=lambda ms: 2 * ms)  # but run there before
+    assert sweep_table(slower).markdown() == sweep_table(first).markdown()
+    rows = slower.sweep()
+    assert set(rows["run_id"]) == set(first.sweep()["run_id"])
 
 
 def test_each_step_of_the_ablation_is_measured_against_the_one_before(reference):
