@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.files import write_json
@@ -34,6 +36,8 @@ _NAMED_KINDS = {
     **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
     "TimeoutError": "timeout",
 }
+_START_S = 180  # for a kernel to answer; on a machine that is busy a minute may not do
+_LONGEST_FOLDER = 70  # of the 107 characters that Linux allows the path of a socket
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def execute(
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
         kind, error = "kernel_died", "the kernel's process ended (killed, out of memory or crashed)"
+    except RuntimeError as failure:  # all that Jupyter says of a kernel that does not get ready
+        kind, error = "kernel_died", f"the kernel did not start: {failure}"
     except OSError as failure:
         kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
     except BaseException:
@@ -144,16 +150,33 @@ def _papermill(
             [str(REPO), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         )
     )
-    papermill.execute_notebook(
-        str(source),
-        str(output),
-        parameters=dict(parameters),
-        kernel_name=kernel,
-        cwd=str(NOTEBOOKS_DIR),
-        progress_bar=False,
-        shutdown_kernel="immediate",
-        extra_arguments=["--log-level=40"],  # errors only: the kernel's warnings say nothing here
-    )
+    with _sockets() as config:
+        papermill.execute_notebook(
+            str(source),
+            str(output),
+            parameters=dict(parameters),
+            kernel_name=kernel,
+            cwd=str(NOTEBOOKS_DIR),
+            progress_bar=False,
+            start_timeout=_START_S,
+            shutdown_kernel="immediate",
+            extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
+            config=config,
+        )
+
+
+@contextmanager
+def _sockets() -> Iterator[Config]:
+    """Have a kernel listen on sockets in a folder of its own, for as long as the block runs.
+
+    Jupyter's default are ports that are free when they are chosen and may be taken when the kernel
+    starts: of two that start side by side one then dies (nteract/papermill#511).
+    """
+    folder = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(
+        prefix="djinn-kernel-", dir=folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
+    ) as own:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{own}/socket"}})
 
 
 def write_status(status: Status, folder: Path) -> None:

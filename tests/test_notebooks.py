@@ -1,8 +1,10 @@
 """Headless execution, tasks and the command line: a real kernel, real deaths."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -24,6 +26,7 @@ def folder(tmp_path, monkeypatch):
     codes = {
         "good": "import djinn_lib; print(n + 1)",
         "raises": "raise ValueError('expected 1, got ' + str(n))",
+        "listens": "import json, ipykernel; print(open(ipykernel.get_connection_file()).read())",
         "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     }
     for name, code in codes.items():
@@ -65,6 +68,30 @@ def test_an_error_in_a_notebook_is_a_status(folder):
 def test_a_killed_kernel_is_a_status(folder):
     status = execute("dies", folder / "out" / "dies.ipynb", {})
     assert (status.state, status.error_kind) == ("failed", "kernel_died")
+
+
+def test_a_kernel_that_does_not_start_is_a_status(folder, monkeypatch):
+    spec = folder / "share" / "kernels" / "broken" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [sys.executable, "-c", "raise SystemExit(3)", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder / "share"))
+    status = execute("good", folder / "out" / "good.ipynb", {}, kernel="broken")
+    assert (status.state, status.error_kind) == ("failed", "kernel_died")
+    assert "did not start" in status.error
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_kernels_take_no_ports_that_others_may_take(folder, monkeypatch, long):
+    scratch = folder / ("a-folder-of-a-long-name-" * 4 if long else "tmp")
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    assert execute("listens", folder / "out" / "listens.ipynb", {}).state == "ok"
+    connection = json.loads(printed(folder / "out" / "listens.ipynb"))
+    assert connection["transport"] == "ipc"
+    own = Path(connection["ip"]).parent
+    assert own.name.startswith("djinn-kernel-") and not own.exists()  # gone with the kernel
+    assert len(str(own)) < 100 and not list(scratch.iterdir())
 
 
 def test_unknown_notebooks_and_parameters_are_refused_before_anything_runs(folder):
