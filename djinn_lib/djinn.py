@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pandas as pd
@@ -277,9 +276,7 @@ class Djinn:
         return self._pager.evict(name)
 
     def reset(self) -> None:
-        """Take all pages of all models off the device, and forget which were asked for.
-
-        The next requests find the ring as the first ones did; models and masters stay.
+        """Take all pages off the device, and forget what was asked for: a ring as it was at first.
 
         Raises:
             LeaseError: somebody is using one of them; nothing was done.
@@ -350,10 +347,5 @@ class Djinn:
     def __enter__(self) -> Djinn:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -117,17 +117,14 @@ class Pager:
             return n_bytes
 
     def reset(self) -> None:
-        """Unmap all pages of all models, and have the policy begin anew.
-
-        What a policy learnt would otherwise go on into a repeat that is to start cold.
+        """Unmap all pages, and have the policy begin anew: a repeat that starts cold knows nothing.
 
         Raises:
             LeaseError: a model is leased; nothing was done.
         """
         with self._lock:
-            for model in self._models:
-                if self.ring.is_leased(model):
-                    raise LeaseError(f"expected no leased model, got {model!r}: release it first")
+            if leased := [model for model in self._models if self.ring.is_leased(model)]:
+                raise LeaseError(f"expected no leased models, got {leased}: release them first")
             for model in self._models:
                 self.evict(model)
                 self.policy.forget(model)
