@@ -23,7 +23,7 @@ import torch
 from djinn_lib import host_memory
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.policy import LRU
-from djinn_lib.ring import Extent, Ring
+from djinn_lib.ring import Extent, Ring, n_frames_in
 from djinn_lib.swap_file import BLOCK_BYTES, SwapFile
 from djinn_lib.swap_pool import Fill, Layout, SwapPool
 from djinn_lib.units import format_bytes, parse_bytes
@@ -54,13 +54,8 @@ class DiskTier:
                 f"expected pages of a multiple of {BLOCK_BYTES} bytes with host_capacity, got "
                 f"{page_bytes}: choose another page size"
             )
-        if capacity_bytes < page_bytes:
-            raise CapacityError(
-                f"expected host_capacity of at least one page ({format_bytes(page_bytes)}), got "
-                f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
-            )
         self._page_bytes, self._folder, self._pin = page_bytes, Path(folder), pin
-        self.ring = Ring(capacity_bytes // page_bytes)
+        self.ring = Ring(n_frames_in(capacity_bytes, page_bytes, "host_capacity"))
         self._frames = host_memory.allocate(self.ring.n_frames * page_bytes)
         if pin:
             host_memory.pin(self._frames)

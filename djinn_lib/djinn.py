@@ -20,7 +20,7 @@ from djinn_lib.generate import Generation
 from djinn_lib.models import Embeddings, ModelSpec, choose_embeddings
 from djinn_lib.pager import Pager
 from djinn_lib.pending import PendingGeneration, Request
-from djinn_lib.policy import Lookahead, Oracle, Policy, make_policy
+from djinn_lib.policy import Policy, make_policy, sparing_what_waits
 from djinn_lib.request_queue import Order, RequestQueue
 from djinn_lib.ring import Residency
 from djinn_lib.sampling import Sampling
@@ -91,9 +91,7 @@ class Djinn:
         decode = decode or default_decode(self.device.type)
         check_decoding(decode, max_model_len)
         queue = RequestQueue[Ticket](order, max_overtaken)
-        chosen = make_policy(policy)
-        if lookahead and not isinstance(chosen, Lookahead | Oracle):
-            chosen = Lookahead(chosen)
+        chosen = sparing_what_waits(make_policy(policy)) if lookahead else make_policy(policy)
         place = choose_embeddings(embeddings, host_capacity is None)
         n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
         self._pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")

@@ -18,14 +18,13 @@ import torch
 
 from djinn_lib.address_space import AddressSpace, open_address_space
 from djinn_lib.copier import Copier, open_copier
-from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
+from djinn_lib.errors import DjinnError, LeaseError
 from djinn_lib.lease import Lease
 from djinn_lib.page_source import PageSource
 from djinn_lib.paged_model import PagedModel
 from djinn_lib.policy import Policy, make_policy
-from djinn_lib.ring import Extent, Residency, Ring
+from djinn_lib.ring import Extent, Residency, Ring, n_frames_in
 from djinn_lib.streaming import Window
-from djinn_lib.units import format_bytes
 
 
 class Pager:
@@ -55,7 +54,7 @@ class Pager:
         self._source = source
         self.page_bytes = page_bytes
         self.policy = make_policy(policy)
-        self.ring = _sized_ring(capacity_bytes, page_bytes, residency)
+        self.ring = Ring(n_frames_in(capacity_bytes, page_bytes), residency)
         self.space: AddressSpace = open_address_space(device, self.ring.n_frames, page_bytes)
         self.copier: Copier = open_copier(device)
         self._models: dict[str, PagedModel] = {}
@@ -339,14 +338,3 @@ class Pager:
     def _extent_bytes(self, extent: Extent) -> int:
         """Bytes of the model in an extent: whole pages, but for the model's last one."""
         return self._models[extent.model].bytes_of(extent.first_page, len(extent.frames))
-
-
-def _sized_ring(capacity_bytes: int, page_bytes: int, residency: Residency) -> Ring:
-    if page_bytes < 1:
-        raise ConfigError(f"expected a page size of at least 1 byte, got {page_bytes}")
-    if capacity_bytes < page_bytes:
-        raise CapacityError(
-            f"expected a capacity of at least one page ({format_bytes(page_bytes)}), got "
-            f"{format_bytes(capacity_bytes)}: raise the capacity or choose smaller pages"
-        )
-    return Ring(capacity_bytes // page_bytes, residency)

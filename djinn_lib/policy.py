@@ -301,6 +301,11 @@ def make_policy(policy: str | Policy) -> Policy:
     return POLICIES[policy]()
 
 
+def sparing_what_waits(policy: Policy) -> Policy:
+    """Return a policy behind `Lookahead`, or itself where it knows as much as that."""
+    return policy if isinstance(policy, Lookahead | Oracle) else Lookahead(policy)
+
+
 def next_uses(models: Sequence[str]) -> list[float]:
     """For each request, the number of the next one for the same model, or infinity."""
     following: dict[str, float] = {}

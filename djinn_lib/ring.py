@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
+from djinn_lib.units import format_bytes
 
 Residency = Literal["partial", "whole"]
 
@@ -36,6 +37,23 @@ class Extent:
     model: str
     first_page: int
     frames: tuple[int, ...]
+
+
+def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") -> int:
+    """Return how many whole frames fit into as many bytes; `what` names them in an error.
+
+    Raises:
+        ConfigError: pages have no size.
+        CapacityError: not even one fits.
+    """
+    if page_bytes < 1:
+        raise ConfigError(f"expected a page size of at least 1 byte, got {page_bytes}")
+    if capacity_bytes < page_bytes:
+        raise CapacityError(
+            f"expected {what} of at least one page ({format_bytes(page_bytes)}), got "
+            f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
+        )
+    return capacity_bytes // page_bytes
 
 
 class VictimOrder(Protocol):

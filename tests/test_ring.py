@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
 from djinn_lib.policy import LRU
-from djinn_lib.ring import Ring
+from djinn_lib.ring import Ring, n_frames_in
 
 MODELS = ["a", "b", "c", "d"]
 
@@ -228,3 +228,11 @@ def test_check_finds_damage(damage, message):
     damage(ring)
     with pytest.raises(AssertionError, match=message):
         ring.check()
+
+
+def test_frames_are_whole_pages():
+    assert n_frames_in(10, 4) == 2
+    with pytest.raises(ConfigError, match="at least 1 byte, got 0"):
+        n_frames_in(10, 0)
+    with pytest.raises(CapacityError, match=r"host_capacity of at least one page \(4 B\), got 3 B"):
+        n_frames_in(3, 4, "host_capacity")
