@@ -16,7 +16,7 @@ from djinn_lib.claim_metrics import Evidence
 from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
-from djinn_lib.evidence import side_by_side
+from djinn_lib.evidence import machines_of, side_by_side
 from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import no_rows, read_manifest, read_run
@@ -126,10 +126,6 @@ class Run:
         """
         return machine_numbers(self.all_manifests)
 
-    def machine_of(self, system: str, trace: str = "paper", capacity_label: str = "25") -> int:
-        """Return the number of the machine that served a cell in sequence; 0 if unknown."""
-        return self.machine_numbers.get(f"{trace}-{capacity_label}-{system}", 0)
-
     @property
     def failures(self) -> pd.DataFrame:
         """The failed requests, without those of systems that cannot run on this machine."""
@@ -187,9 +183,8 @@ class Run:
         return pd.concat([*found.values(), rows[unavailable]])
 
     def machines_of(self, rows: pd.DataFrame) -> str:
-        """Say which machines rows were measured on, by their numbers."""
-        known = self.evidence.machines
-        return ", ".join(map(str, sorted({known.get(str(run), 0) for run in rows["run_id"]})))
+        """Say which machines served rows, by their numbers; "0" where it is not known."""
+        return ", ".join(map(str, machines_of(self.evidence, rows)))
 
     def least_bytes(self, trace: str, capacity_label: str) -> int:
         """Return the least bytes that any system must load for a trace at a capacity.

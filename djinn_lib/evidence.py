@@ -162,7 +162,7 @@ def side_by_side(
         return own
     newest = max(common)
     return {
-        system: rows if _machines(evidence, rows := own[system]) == [newest] else found[newest]
+        system: rows if machines_of(evidence, rows := own[system]) == [newest] else found[newest]
         for system, found in by_machine.items()
     }
 
@@ -171,12 +171,13 @@ def ran_on(evidence: Evidence, *frames: pd.DataFrame) -> str:
     """Say which machine rows come from, where the evidence has those of several; "" otherwise."""
     if len(set(evidence.machines.values())) < 2:
         return ""
-    numbers = sorted({n for rows in frames for n in _machines(evidence, rows)})
+    numbers = sorted({n for rows in frames for n in machines_of(evidence, rows)})
     words = " and ".join(map(str, numbers))
     return f"on machine {words}" if len(numbers) == 1 else f"on the machines {words}"
 
 
-def _machines(evidence: Evidence, rows: pd.DataFrame) -> list[int]:
+def machines_of(evidence: Evidence, rows: pd.DataFrame) -> list[int]:
+    """Return the numbers of the machines that served rows, in order; 0 where it is not known."""
     return sorted({evidence.machines.get(str(run_id), 0) for run_id in rows["run_id"].unique()})
 
 

@@ -88,7 +88,7 @@ def systems_table(
                 three_digits(cell["loaded_bytes"] / _GIB),
                 _percent(float("nan") if part is None else _link_share(part)),
                 _percent(float("nan") if part is None else part["reached"] / 100),
-                str(run.machine_of(system, trace, capacity_label)),
+                run.machines_of(rows[rows["system"] == system]),
             ]
         )
     head = ["system", "served", "P50, ms", "P90, ms", "max, ms", "mean, ms", "mean switch, ms",
@@ -162,13 +162,13 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     rows, _ = split_unavailable(run.cells(trace, capacity_label))
     cells = _summaries(rows)
     lines, whats = [], []
-    before: tuple[pd.DataFrame, int] | None = None
+    before: tuple[pd.DataFrame, str] | None = None
     for system, what in STEPS:
         whats.append(what)
         if system not in cells:
             continue
-        cell, own = cells[system], served(rows[rows["system"] == system])
-        machine = run.machine_of(system, trace, capacity_label)
+        cell, own = cells[system], rows[rows["system"] == system]
+        machine, own = run.machines_of(own), served(own)
         lines.append(
             [
                 f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
@@ -179,7 +179,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
                 three_digits(cell["loaded_bytes"] / _GIB),
                 "-" if before is None else
                 f"{_saved(before[0], own)}{'' if before[1] == machine else _OTHER_MACHINE}",
-                str(machine),
+                machine,
             ]
         )  # fmt: skip
         before, whats = (own, machine), []
