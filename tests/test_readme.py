@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 from row_factory import CAPACITIES, cell_rows
 from run_factory import (
@@ -18,11 +19,13 @@ from run_factory import (
 )
 
 from djinn_lib import readme, readme_benchmarks
-from djinn_lib.analysis import load_run
+from djinn_lib.analysis import load_run, published
 from djinn_lib.claims import judge, load_claims
+from djinn_lib.explanations import explanations, fairness
 from djinn_lib.merge import missing_cells
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
+from djinn_lib.plot_sensitivity import speedup_table
 from djinn_lib.profile import load_profile
 from djinn_lib.records import no_rows, read_manifest, rows_frame, write_manifest, write_rows
 from djinn_lib.replicates import write_replicate
@@ -301,3 +304,20 @@ def test_verdicts_of_a_run_without_a_gpu_stand_beside(reference):
     assert head[-1] == "without a GPU"
     assert sorted({row[-1] for row in rows}) == ["-", "1.08 x, reproduced"]
     (folder / "claims.json").unlink()
+
+
+def said_in(notebook: str) -> set[str]:
+    """The texts that the cells of a published notebook put out."""
+    cells = nbformat.read(REFERENCE / "notebooks" / f"{notebook}.ipynb", as_version=4).cells
+    outputs = [o["data"] for cell in cells for o in cell.get("outputs", []) if "data" in o]
+    return {text for data in outputs for text in (data.get("text/plain"), data.get("text/markdown"))
+            if text}  # fmt: skip
+
+
+def test_the_published_notebooks_say_what_follows_from_the_rows():
+    run = load_run(REFERENCE)
+    claims = said_in("05_claims")
+    for tell in (fairness, explanations):
+        assert tell(run, published()) in claims, "python -m djinn_lib.publish was forgotten"
+    gains = speedup_table(run.sweep(), "pytorch_pinned").round(2)
+    assert repr(gains) in said_in("03_sensitivity"), "python -m djinn_lib.publish was forgotten"
