@@ -218,7 +218,12 @@ class Djinn:
         ignore_eos: bool = False,
         **sampling: Any,
     ) -> Generation:
-        """`generate` for asyncio; cancelling the task gives the request up."""
+        """`generate` for asyncio; cancelling the task gives the request up.
+
+        Raises:
+            LeaseError: the task, or one that it was started from, holds a lease.
+        """
+        self._server.ensure_may_await(name)
         pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
         return await asyncio.wrap_future(pending)
 

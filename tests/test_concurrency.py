@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 
 import psutil
 import pytest
@@ -13,7 +13,6 @@ from tiny import PROMPT, VOCAB, ordinary_tokens, spec
 import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
-from djinn_lib.pending import PendingGeneration
 
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
@@ -114,7 +113,7 @@ def test_an_interrupted_caller_gives_its_request_up(opened, expected, monkeypatc
     djinn, interrupted = opened(), []
     djinn.generate("phi", PROMPT, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(PendingGeneration, "result", _interrupt)
+        patch.setattr(Future, "result", _interrupt)
 
         def ask():
             try:
@@ -288,6 +287,113 @@ def test_who_holds_a_lease_cannot_wait_for_a_request(opened, expected):
             pending.result()
         assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
     assert pending.result(60).token_ids == expected["phi"]
+
+
+async def through_a_future(djinn):
+    return await asyncio.wrap_future(djinn.submit("phi", PROMPT, 6))
+
+
+async def through_a_task(djinn):
+    return await asyncio.wait_for(djinn.agenerate("phi", PROMPT, 6), 60)
+
+
+async def with_others(djinn):
+    return await asyncio.gather(*(djinn.agenerate(name, PROMPT, 6) for name in NAMES))
+
+
+async def in_a_thread(djinn):
+    return await asyncio.to_thread(djinn.generate, "phi", PROMPT, 6)
+
+
+async def by_a_lease_in_a_thread(djinn):
+    return await asyncio.to_thread(djinn.lease("phi").__enter__)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda djinn: djinn.agenerate("phi", PROMPT, 6), through_a_future, through_a_task,
+     with_others, in_a_thread, by_a_lease_in_a_thread],
+)  # fmt: skip
+@pytest.mark.parametrize("leased_in_the_loop", [True, False])
+def test_a_coroutine_that_would_wait_for_its_own_lease(opened, expected, ask, leased_in_the_loop):
+    djinn = opened()
+
+    async def hold():
+        with djinn.lease("llama"):
+            await ask(djinn)
+
+    with pytest.raises(LeaseError, match="would wait for the lease"):
+        if leased_in_the_loop:
+            asyncio.run(hold())
+        else:
+            with djinn.lease("llama"):
+                asyncio.run(ask(djinn))
+    assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
+
+
+def test_a_coroutine_may_wait_for_the_lease_of_another(opened, expected):
+    djinn, leased = opened(), asyncio.Event()
+
+    async def hold():
+        with djinn.lease("llama"):
+            leased.set()
+            await asyncio.sleep(0.1)
+
+    async def ask():
+        await leased.wait()
+        return await djinn.agenerate("phi", PROMPT, 6, ignore_eos=True)
+
+    async def both():
+        return await asyncio.gather(hold(), ask())
+
+    assert asyncio.run(both())[1].token_ids == expected["phi"]
+
+
+def test_a_callback_may_be_left_inside_a_lease(opened):
+    djinn, done = opened(), []
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        pending.add_done_callback(done.append)
+        with pytest.raises(LeaseError, match="would wait for the lease"):
+            pending.exception()
+    assert pending.exception(60) is None and done == [pending]
+
+
+def test_leases_of_two_coroutines_that_overlap(opened):
+    """The turn is that of their thread, and ends with the last of them."""
+    djinn = opened()
+    turns = djinn._server._turns
+
+    async def both():
+        first_has_left, second_holds = asyncio.Event(), asyncio.Event()
+
+        async def first():
+            with djinn.lease("llama"):
+                await second_holds.wait()
+            first_has_left.set()
+
+        async def second():
+            with djinn.lease("phi") as model:
+                second_holds.set()
+                await first_has_left.wait()
+                waiting = turns.join("opt")
+                assert not waiting.done()
+                assert model.lm_head.weight.isfinite().all()
+            assert waiting.done()
+            with turns.take(waiting):
+                pass
+
+        await asyncio.gather(first(), second())
+
+    asyncio.run(both())
+
+
+def test_who_gives_up_waiting_can_be_waited_for(opened):
+    djinn = opened()
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        assert pending.cancel()
+        assert wait([pending], 10).done == {pending}
 
 
 def test_bad_requests_are_refused_before_they_wait(opened):

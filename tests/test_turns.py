@@ -1,11 +1,12 @@
 """Turns among threads: one at a time, in order, none lost."""
 
+import contextvars
 import threading
 import time
 
 import pytest
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import DjinnError, LeaseError
 from djinn_lib.request_queue import RequestQueue
 from djinn_lib.turns import Turns
 
@@ -145,6 +146,46 @@ def test_whoever_has_the_turn_may_close():
         assert turns.is_mine
     with pytest.raises(DjinnError, match="was closed"):
         turns.join("a")
+
+
+def test_a_turn_ends_with_its_last_use():
+    turns = make()
+    first, second = turns.turn("a"), turns.turn("b")
+    first.__enter__()
+    second.__enter__()
+    ticket = turns.join("c")
+    first.__exit__(None, None, None)
+    assert turns.is_mine and not ticket.done()
+    second.__exit__(None, None, None)
+    assert ticket.done() and not turns.is_mine
+    with turns.take(ticket):
+        pass
+
+
+def test_nobody_waits_for_a_turn_of_their_own():
+    turns, other = make(), make()
+    with turns.turn("a"):
+        with pytest.raises(LeaseError, match="'b' cannot be waited for inside a lease"):
+            turns.ensure_may_wait("b")
+        context = contextvars.copy_context()  # what asyncio hands on to its tasks and threads
+        thread = threading.Thread(
+            target=context.run, args=(pytest.raises, LeaseError, turns.turn("b").__enter__)
+        )
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive() and not turns.n_waiting
+        other.ensure_may_wait("b")  # that of another object
+    turns.ensure_may_wait("b")
+    context.run(turns.ensure_may_wait, "b")
+
+
+def test_a_task_may_wait_for_another_of_its_thread():
+    turns = make()
+    outside = contextvars.copy_context()
+    with turns.turn("a"):
+        outside.run(turns.ensure_may_wait, "b", blocks_thread=False)
+        with pytest.raises(LeaseError):
+            outside.run(turns.ensure_may_wait, "b")
 
 
 def test_changes_are_told():
