@@ -249,16 +249,29 @@ class Djinn:
         return self._models[name].tokenize(text)
 
     @contextmanager
-    def lease(self, name: str) -> Iterator[PreTrainedModel]:
-        """Lend the transformers model itself, loading what is missing while it runs.
+    def lease(self, name: str, *, wait: bool = True) -> Iterator[PreTrainedModel]:
+        """Lend a transformers model over the same weights that requests are computed with.
 
-        Inside the block the model can be used in any way; outside it refuses to run.
+        Inside the block it can be called, and its weights can be read in any way; afterwards both
+        raise `LeaseError`, until it is leased again. Weights cannot be written to. Other changes
+        (adapters, hooks, training mode) are possible, affect no request, and are undone when the
+        block ends, with a warning; those of the contents of `generation_config` stay. To keep
+        weights, clone() them; to change them, change a copy (`copy.deepcopy(model)`).
+
+        The weights of a model larger than the ring cannot be read by hand: it can only be called.
+
+        Args:
+            name: which model.
+            wait: until every byte is on the device. Without, the model loads while it runs, layer
+                by layer, and its weights cannot be read by hand before `djinn.wait(name)`.
+
+        Raises:
+            LeaseError: weights were written to in a way that could not be refused beforehand; they
+                are loaded again.
+            DjinnError: the weights could not be copied.
         """
-        model = self._models[name]
-        with self._server.turn(name), self._pager.lease(name):
-            if not self._server.overlap:
-                self._pager.wait_whole(name)
-            yield model.module
+        with self._server.turn(name), self._models.lend(name, wait) as module:
+            yield module
 
     def wait(self, name: str) -> None:
         """Block until every byte of a leased model is on the device.
@@ -267,7 +280,7 @@ class Djinn:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        self._pager.finish(name)
+        self._models.wait(name)
 
     def evict(self, name: str) -> int:
         """Take all pages of a model off the device; returns how many bytes that freed.

@@ -30,6 +30,7 @@ SCENARIOS = [
     ["too_much"],
 ]
 SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
+LEASES = [["lent_weights"], ["written_weights"], ["lent_layers"], ["collected_objects"]]
 
 
 @pytest.mark.gpu
@@ -42,6 +43,12 @@ def test_on_a_gpu(scenario):
 @pytest.mark.parametrize("scenario", SERVING, ids="-".join)
 def test_serving_on_a_gpu(scenario):
     assert f"{scenario[0]}: ok" in run("gpu_serving.py", scenario)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scenario", LEASES, ids="-".join)
+def test_leases_on_a_gpu(scenario):
+    assert f"{scenario[0]}: ok" in run("gpu_leases.py", scenario)
 
 
 def run(script, scenario):
