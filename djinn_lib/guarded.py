@@ -25,7 +25,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch._C import DisableTorchFunctionSubclass
 
 from djinn_lib.errors import LeaseError
-from djinn_lib.guarded_operations import METADATA, written_arguments
+from djinn_lib.guarded_operations import Use, use_of, written_arguments
 from djinn_lib.place import Place
 
 _C: Any = torch._C
@@ -206,28 +206,27 @@ def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation with guarded tensors among its arguments, if their loans allow it."""
-    if func in METADATA:
+    """Run an operation with lent tensors among its arguments, if their loans allow it."""
+    use = use_of(func)
+    if use is Use.FORM:
         return func(*args, **kwargs)
-    guarded = _guarded_among((*args, *kwargs.values()))
-    for tensor in guarded:
+    lent = _lent_among(args)
+    if kwargs:
+        lent += _lent_among(kwargs.values())
+    for tensor in lent:
         tensor.loan.ensure_open()
-    for tensor in _guarded_among(written_arguments(func, args, kwargs)):
-        if not _is_same(func, tensor, args):
-            raise _refused_write(func, tensor)
-        return None
-    if func in _EXPORTS:
-        return _EXPORTS[func](func, args, kwargs)
-    before = [_version(tensor) for tensor in guarded]
-    result = func(*args, **kwargs)
-    for tensor, version in zip(guarded, before, strict=True):
-        if _version(tensor) != version:
-            raise _refused_write(func, tensor)
-    return _marked(result, guarded)
+    if use is not Use.READ or "out" in kwargs or "inplace" in kwargs:
+        for tensor in _lent_among(written_arguments(func, args, kwargs)):
+            if not _is_same(func, tensor, args):
+                raise _refused_write(func, tensor)
+            return None
+        if func in _EXPORTS:
+            return _EXPORTS[func](func, args, kwargs)
+    return _marked(func(*args, **kwargs), lent)
 
 
-def _guarded_among(values: Iterable[Any]) -> list[Any]:
-    found: list[Any] = []
+def _lent_among(values: Iterable[Any]) -> list[LentTensor]:
+    found: list[LentTensor] = []
     for value in values:
         if isinstance(value, LentTensor):
             found.append(value)
@@ -236,22 +235,17 @@ def _guarded_among(values: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts writes; tensors made in inference mode count none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _marked(result: Any, guarded: Iterable[Any]) -> Any:
-    """Have what shares memory with a guarded tensor be guarded as well."""
-    if isinstance(result, (list, tuple)):
-        for item in result:
-            _marked(item, guarded)
-    elif type(result) is Tensor and _C._has_storage(result):
-        for tensor in guarded:
-            if _C._is_alias_of(result, tensor):
+def _marked(result: Any, lent: list[LentTensor]) -> Any:
+    """Have what shares memory with a lent tensor be lent as well."""
+    if type(result) is Tensor:
+        for tensor in lent:
+            if _C._has_storage(result) and _C._is_alias_of(result, tensor):
                 result.__class__ = LentTensor
                 result.loan = tensor.loan  # type: ignore[attr-defined]
                 break
+    elif isinstance(result, (list, tuple)):
+        for item in result:
+            _marked(item, lent)
     return result
 
 

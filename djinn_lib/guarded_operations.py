@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from enum import Enum, auto
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,9 +35,11 @@ def _accessors() -> Iterable[Any]:
         yield getattr(Tensor, name).__set__
 
 
-# Operations that neither read nor write a tensor's bytes, nor return a tensor that shares them.
-METADATA: frozenset[Any] = frozenset([*_METHODS, *_accessors()])
-
+_FORM: frozenset[Any] = frozenset([*_METHODS, *_accessors()])
+_EXPORTS: frozenset[Any] = frozenset(
+    [Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage, Tensor.storage,
+     Tensor._typed_storage, cast(Any, Tensor.__cuda_array_interface__).__get__]
+)  # fmt: skip
 _IN_PLACE = frozenset(
     ["__setitem__", "__setstate__"]
     + [f"__i{name}__" for name in ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow",
@@ -44,11 +47,50 @@ _IN_PLACE = frozenset(
 )  # fmt: skip
 
 
+class Use(Enum):
+    """What an operation may do with the tensors that it is given.
+
+    FORM: neither read nor write their bytes, nor return a tensor that shares them. READ: not write
+    to them, but where it is told to (`out=`, `inplace=True`). EXPORT: hand their memory out.
+    WRITE: write to some of them.
+    """
+
+    FORM = auto()
+    READ = auto()
+    EXPORT = auto()
+    WRITE = auto()
+
+
+N_REMEMBERED = 10_000  # operations; torch has fewer, but users can make as many as they like
+_USES: dict[Any, Use] = {}
+
+
+def use_of(func: Any) -> Use:
+    """Return what an operation may do with its arguments, by name and schema."""
+    if torch.compiler.is_compiling():  # it would have to watch the table
+        return _classify(func)
+    use = _USES.get(func)
+    if use is None:
+        use = _classify(func)
+        if len(_USES) < N_REMEMBERED:
+            _USES[func] = use
+    return use
+
+
+def _classify(func: Any) -> Use:
+    if func in _FORM:
+        return Use.FORM
+    if func in _EXPORTS:
+        return Use.EXPORT
+    is_operator = isinstance(func, (OpOverload, OpOverloadPacket))
+    return Use.WRITE if is_operator or _writes_first(func) else Use.READ
+
+
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """Return the arguments (tensors, or lists of them) that an operation of torch writes to.
 
     By its schema, if it has one; else by torch's conventions: a name that ends in `_`, `out=`,
-    `inplace=True`. What does neither is noticed by the tensor's version once it has happened.
+    `inplace=True`. What does neither is noticed by the tensor's version at the end of the lease.
     """
     written = []
     if kwargs.get("out") is not None:
@@ -63,9 +105,9 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _writes_first(func: Any) -> bool:
     """Whether the first argument is written to."""
     name = getattr(func, "__name__", "").partition(".")[0]
-    if name == "__set__":
-        return True
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    return (
+        name == "__set__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    )
 
 
 def _written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
