@@ -12,10 +12,12 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -89,11 +91,12 @@ class _KeepLoaded(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = name.endswith("_") and not name.endswith("__")
-        if writes and args and getattr(args[0], "_is_hf_initialized", False):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):  # it writes to its first argument
+            target = args[0] if args else kwargs.get("tensor")
+            if getattr(target, "_is_hf_initialized", False):
+                return target
+        return func(*args, **kwargs)
 
 
 def isolated(
@@ -143,7 +146,20 @@ def isolated(
 def as_its_own(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """Give a model of an isolated class its own class back, and return it for inference."""
     model.__class__ = model_class
+    for module in model.modules():
+        if _asks_for_default_dtype(type(module)):
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.dtype == torch.get_default_dtype():
+                    setattr(module, name, buffer.to(model.dtype))
     return model.eval()
+
+
+@cache
+def _asks_for_default_dtype(kind: type[nn.Module]) -> bool:
+    """Whether a module's own code calls `torch.get_default_dtype`, which no mode can answer."""
+    functions = (getattr(member, "__func__", member) for member in vars(kind).values())
+    codes = (getattr(function, "__code__", None) for function in functions)
+    return any(code and "get_default_dtype" in code.co_names for code in codes)
 
 
 def causal_class(

@@ -9,6 +9,7 @@ cores at once.
 from __future__ import annotations
 
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from djinn_lib.errors import CheckpointError
 from djinn_lib.swap_pool import Fill
 
 _BLOCK_BYTES = 16 << 20  # what one thread reads at a time
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s*(.*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,21 @@ class Region:
 
     @classmethod
     def of_this_process(cls, files: Collection[Path]) -> list[Region]:
-        """The mapped parts of some files, by address; Linux lists them in /proc/self/maps."""
+        """The mapped parts of some files, by address, that hold what the files hold.
+
+        Linux lists them in /proc/self/smaps. Private pages that were written to are anonymous, and
+        their mapping is left out: its tensors are no longer what the file says.
+        """
         known = {os.path.realpath(file): file for file in files}
-        regions = []
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _, offset, _, _, *path = line.split(maxsplit=5)
-            if path and path[0] in known:
-                begin, end = (int(address, 16) for address in addresses.split("-"))
-                regions.append(cls(begin, end, int(offset, 16), known[path[0]]))
+        regions: list[Region] = []
+        current: Region | None = None
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if header := _MAPPING.match(line):
+                begin, end, offset = (int(number, 16) for number in header.groups()[:3])
+                file = known.get(header[4])
+                current = cls(begin, end, offset, file) if file else None
+            elif current and line.startswith("Anonymous:") and line.split()[1] == "0":
+                regions.append(current)
         return sorted(regions, key=lambda region: region.begin)
 
 
