@@ -66,6 +66,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
                      "laurel_rank": 8, "num_kv_shared_layers": 1, "altup_num_inputs": 2,
                      "layer_types": ["sliding_attention", "full_attention"] * 2,
                      "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+                    "num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
     "gpt_bigcode": {"multi_query": True},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_heads": 4, "window_size": 16},
     "gpt_neox": {"rotary_pct": 0.25},
@@ -79,6 +82,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
               "expert_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8,
               "num_local_experts": DROP, "num_experts": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     "llama-dynamic": {"max_position_embeddings": 64, "rope_parameters": {
         "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
@@ -116,7 +120,19 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "whisper": {"decoder_layers": 2, "decoder_attention_heads": 4, **_DECODER},
     "xglm": {"attention_heads": 4},
     "xlm-roberta": _DECODER,
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False,
+                 "hidden_size": 64, "feed_forward_size": 96, "num_attention_heads": 4,
+                 "attention_head_size": 16},
+    "plbart": {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_layers": 2,
+               "decoder_layers": 2, "is_encoder_decoder": False, **_DECODER},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "zamba2": {"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16,
+               "chunk_size": 16, "attention_head_dim": 32, "attention_hidden_size": 128,
+               "num_mem_blocks": 1, "use_mem_rope": False, "use_mamba_kernels": False,
+               "num_key_value_heads": 4, "head_dim": DROP,
+               "layers_block_type": ["mamba", "hybrid"] * 2},
     "xlnet": {"d_inner": 96},
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_d_state": 8,
               "n_mamba_heads": 2, "use_mamba_kernels": False, "num_hidden_layers": 6,
               "attn_layer_period": 3, "attn_layer_offset": 2, "head_dim": DROP,
@@ -147,7 +163,7 @@ def _shrunk(kind: type[PretrainedConfig], special: dict[str, Any]) -> Pretrained
     shared = {
         field: value
         for field, value in SHARED.items()
-        if hasattr(usual, field)
+        if _has(usual, field)
         and field not in special
         and field not in getattr(kind, "attribute_map", {})  # another name of a field
         and not (field == "sliding_window" and usual.sliding_window is None)
@@ -160,5 +176,18 @@ def _shrunk(kind: type[PretrainedConfig], special: dict[str, Any]) -> Pretrained
     return kind(**shared, **parts, **{k: v for k, v in special.items() if v is not DROP})
 
 
+def _has(config: PretrainedConfig, field: str) -> bool:
+    try:
+        return hasattr(config, field)
+    except Exception:  # of a field that differs from layer to layer there is no single value
+        return False
+
+
 # transformers cannot make, save or run these with the configuration that they get here.
-NOT_MADE: frozenset[str] = frozenset()
+NOT_MADE = frozenset(
+    {
+        "blt", "cohere_compass_text", "dots3_note", "dots3_note_text", "emu3", "gemma3n",
+        "gemma4_assistant", "gemma4_unified_assistant", "mllama", "musicgen",
+        "musicgen_melody", "prophetnet", "qwen4_exp", "qwen4_exp_text", "xlnet", "xlstm",
+    }
+)  # fmt: skip
