@@ -117,12 +117,13 @@ class Pager:
             LeaseError: the model is leased.
         """
         with self._lock:
+            self.ring.ensure_unleased(model)
             self._settle()
-            n_bytes = self.resident_bytes(model)
+            paged, n_bytes = self._models[model], self.resident_bytes(model)
+            paged.finish_use()
             extent = self.ring.evict(model, self.ring.n_resident(model))
-            self._models[model].finish_use()
-            self._models[model].unmap(0, len(extent.frames))
-            self._models[model].prefetched_bytes = 0
+            paged.unmap(0, len(extent.frames))
+            paged.prefetched_bytes = 0
             return n_bytes
 
     def reset(self) -> None:
@@ -161,10 +162,10 @@ class Pager:
             lease.evicted_bytes = paged.evicted_for_it_bytes + evicted
             paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
             lease.stalled_s, lease.streamed_bytes = paged.begin_clock()
+            self.policy.touch(model, time.monotonic())
             if paged.window:  # it reads its master as long as it runs
                 self._source.hold(model, lasting=True)
             self.ring.lease(model)
-            self.policy.touch(model, time.monotonic())
         lease.plan_s = time.perf_counter() - begin_s
         return lease
 
@@ -323,9 +324,9 @@ class Pager:
     def _load(self, model: str, n_pages: int, spare: frozenset[str] = frozenset()) -> int:
         """Take frames from others, map and start to copy; returns the bytes that others lost."""
         evicted = self.ring.make_room(model, self.policy, n_pages, spare)
-        for extent in evicted:
-            self._models[extent.model].finish_use()
         try:
+            for extent in evicted:
+                self._models[extent.model].finish_use()
             if n_pages:
                 missing = self.ring.map_missing(model, n_pages)
                 try:
@@ -350,11 +351,14 @@ class Pager:
 
     def _release(self, model: str) -> None:
         with self._lock:
-            paged = self._models[model]
-            paged.note_use(self.copier.fence())
-            self.ring.release(model)
-            if paged.window:
-                self._source.let_go(model, lasting=True)
+            if (paged := self._models.get(model)) is None:
+                return  # the pager was closed while the lease was held
+            try:
+                paged.note_use(self.copier.fence())
+            finally:
+                self.ring.release(model)
+                if paged.window:
+                    self._source.let_go(model, lasting=True)
             self._settle()
 
     def _finish_copies(self, model: str) -> None:
