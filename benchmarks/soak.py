@@ -33,8 +33,8 @@ from djinn_lib.djinn import Djinn
 from djinn_lib.errors import RequestCancelled
 from djinn_lib.files import write_json
 from djinn_lib.generate import Generation, generate_eager
-from djinn_lib.models import ModelSpec
 from djinn_lib.paths import REPO
+from djinn_lib.spec import ModelSpec
 
 N_REQUESTS = {"cpu": 10_000, "cuda": 1_000}
 N_PROMPTS = 4  # a model; few, so that each is asked for often

@@ -17,7 +17,7 @@ from djinn_lib.catalog import Catalog, check_decoding
 from djinn_lib.decode_modes import Decode, default_decode
 from djinn_lib.disk_tier import Masters, open_masters
 from djinn_lib.generate import Generation
-from djinn_lib.models import Embeddings, ModelSpec, choose_embeddings
+from djinn_lib.models import Embeddings, choose_embeddings
 from djinn_lib.pager import Pager
 from djinn_lib.pending import PendingGeneration, Request
 from djinn_lib.policy import Policy, make_policy, sparing_what_waits
@@ -26,6 +26,7 @@ from djinn_lib.ring import Residency
 from djinn_lib.sampling import Sampling
 from djinn_lib.server import Server
 from djinn_lib.sources import open_source
+from djinn_lib.spec import ModelSpec
 from djinn_lib.turns import Ticket
 from djinn_lib.units import parse_bytes
 

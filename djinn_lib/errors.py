@@ -17,6 +17,12 @@ def in_words(error: BaseException) -> str:
     return said if isinstance(error, DjinnError) and said else f"{type(error).__name__}: {said}"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; others' errors can be pages long."""
+    said = str(error).strip()
+    return said.splitlines()[0][:300] if said else "no message"
+
+
 class ConfigError(DjinnError, ValueError):
     """A parameter, profile, model name or system name that cannot be used."""
 

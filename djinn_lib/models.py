@@ -8,125 +8,19 @@ each module outside the layers that owns parameters.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from djinn_lib.errors import CheckpointError, ConfigError
+from djinn_lib.errors import ConfigError
 from djinn_lib.swap_pool import Extents, Layout
 from djinn_lib.tracing import Event, needs_of, observe
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point dtype that weights may have.
-
-    Raises:
-        ConfigError: any other dtype.
-    """
-    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if found is None or found not in DTYPES.values():
-        raise ConfigError(f"expected a dtype out of {list(DTYPES)}, got {dtype!r}")
-    return found
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A model with random weights: an architecture and a seed.
-
-    Args:
-        config: a transformers configuration, or a mapping with ``model_type`` and its fields.
-        dtype: "float32", "float16" or "bfloat16".
-        seed: the same seed gives the same weights on the same device type and torch version.
-        init: "transformers" initialises the whole model as transformers does, beside the copy that
-            is kept; "plain" tensor by tensor, for models that host memory holds only once: normal
-            with the configuration's initializer_range, ones for the weights of norms, else zeros.
-    """
-
-    config: PretrainedConfig | Mapping[str, Any]
-    dtype: str = "float32"
-    seed: int = 0
-    init: Literal["transformers", "plain"] = "transformers"
-
-    def resolve_config(self) -> PretrainedConfig:
-        """Return the configuration as transformers' own object.
-
-        Raises:
-            ConfigError: ``model_type`` is missing or unknown to transformers.
-        """
-        if isinstance(self.config, PretrainedConfig):
-            return copy.deepcopy(self.config)
-        fields = dict(self.config)
-        try:
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                f"expected a model_type that transformers knows, got {self.config!r} ({error})"
-            ) from error
-
-    def build(self, device: str | torch.device = "cpu") -> PreTrainedModel:
-        """Return the model with its random weights, initialised as transformers does."""
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(self.seed)
-            model = AutoModelForCausalLM.from_config(
-                self.resolve_config(), dtype=parse_dtype(self.dtype)
-            )
-        return model.eval()
-
-
-def folder_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration in a checkpoint folder.
-
-    Raises:
-        CheckpointError: it is missing, unreadable or asks for quantised weights.
-    """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"expected config.json in {folder}, got none: check the folder")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"expected a config.json that transformers can read, got {folder} "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"expected weights in float32, float16 or bfloat16, got a quantised checkpoint in "
-            f"{folder}: dequantise it first"
-        )
-    return config
-
-
-def skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Return the model with parameters on the meta device (no memory) and real buffers.
-
-    Raises:
-        ConfigError: transformers has no decoder-only model of that type.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except ValueError as error:
-        raise ConfigError(
-            f"expected a decoder-only model type, got {config.model_type!r} "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    model.tie_weights()
-    return model.eval()
 
 
 def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int) -> None:
@@ -266,21 +160,26 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Make every parameter of a skeleton a view of the packed model, for life.
+    """Make every parameter of a model a view of the packed model, for life.
+
+    Parameters stay the same objects, so that whatever is tied or refers to them sees the views.
+    Buffers get memory of their own: those of a checkpoint would keep its file mapped.
 
     Raises:
-        ConfigError: a parameter ended up elsewhere; the model would then not see its pages.
+        ConfigError: a parameter has no view; the model would then not see its pages.
     """
-    model.load_state_dict(dict(views), assign=True, strict=False)
-    model.tie_weights()
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    model.requires_grad_(False)
-    addresses = {view.data_ptr() for view in views.values()}
-    astray = [name for name, p in model.named_parameters() if p.data_ptr() not in addresses]
-    if astray:
+    parameters = dict(model.named_parameters())
+    if astray := sorted(parameters.keys() - views.keys()):
         raise ConfigError(
             f"expected every parameter of {model.config.model_type} bound to the ring, got "
-            f"{astray[:5]} elsewhere: this architecture copies parameters while it is set up"
+            f"{astray[:5]} elsewhere: this architecture makes parameters after it was packed"
         )
+    for name, parameter in parameters.items():
+        parameter.data = views[name]
+    model.requires_grad_(False)
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in moved:
+                moved[id(buffer)] = buffer.detach().to(device, copy=True)
+            setattr(module, name, moved[id(buffer)])

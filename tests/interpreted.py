@@ -21,9 +21,10 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.fused_layers import FusedUnits
 from djinn_lib.generate import generate_eager
 from djinn_lib.kv_cache import KvCache
-from djinn_lib.models import ModelSpec, pack
+from djinn_lib.models import pack
 from djinn_lib.recorded_decoder import RecordedDecoder
 from djinn_lib.recording import Recorder
+from djinn_lib.spec import ModelSpec
 
 CPU = torch.device("cpu")
 CAPACITY, PROMPT, N_STEPS = 24, [5, 3, 60, 17, 2, 44, 9, 21], 2

@@ -13,8 +13,9 @@ from djinn_lib.bench import set_up
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.large_models import LargeCase, measure
 from djinn_lib.large_results import COLUMNS, MANIFEST, ROWS, profile_of, read_large, shares
-from djinn_lib.models import ModelSpec, pack, skeleton
+from djinn_lib.models import pack
 from djinn_lib.sources import open_source
+from djinn_lib.spec import ModelSpec, skeleton
 from djinn_lib.swap_pool import SwapPool
 
 N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes

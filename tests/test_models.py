@@ -12,7 +12,8 @@ from torch import nn
 import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.errors import ConfigError
-from djinn_lib.models import ModelSpec, bind, pack, parse_dtype, skeleton
+from djinn_lib.models import bind, pack
+from djinn_lib.spec import ModelSpec, check_dtype, skeleton
 from djinn_lib.swap_pool import ALIGNMENT_BYTES
 
 
@@ -146,18 +147,25 @@ def test_without_overlap_nothing_runs_before_everything_is_there(monkeypatch):
 
 
 def test_binding_notices_a_parameter_outside_the_ring():
-    class Copies(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Linear(2, 2, bias=False)
-            self.config = CONFIGS["llama"]
+    model = skeleton(CONFIGS["llama"], torch.float32)
+    views = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
+    model.model.also = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"model\.also\.bias"):
+        bind(model, views, torch.device("cpu"))
 
-        def tie_weights(self):
-            self.inner.weight = nn.Parameter(self.inner.weight.clone())
 
-    views = {"inner.weight": torch.zeros(2, 2)}
-    with pytest.raises(ConfigError, match=r"inner\.weight"):
-        bind(Copies(), views, torch.device("cpu"))  # type: ignore[arg-type]
+def test_binding_keeps_the_parameters_and_gives_buffers_memory_of_their_own():
+    model = skeleton(CONFIGS["qwen2-tied"], torch.float32)
+    before = dict(model.named_parameters())
+    buffers = {name: b.data_ptr() for name, b in model.named_buffers()}
+    views = {name: torch.empty(p.shape) for name, p in before.items()}
+    bind(model, views, torch.device("cpu"))
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(
+        after[name] is p and p.data_ptr() == views[name].data_ptr() for name, p in before.items()
+    )
+    assert after["lm_head.weight"] is after["model.embed_tokens.weight"]
+    assert all(b.data_ptr() != buffers[name] for name, b in model.named_buffers())
 
 
 def test_specs():
@@ -169,7 +177,7 @@ def test_specs():
     assert first.dtype == torch.float16
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert parse_dtype(torch.bfloat16) is parse_dtype("bfloat16") is torch.bfloat16
+    assert check_dtype(torch.bfloat16) is check_dtype("bfloat16") is torch.bfloat16
     for bad in ("int8", "float64", torch.int8):
         with pytest.raises(ConfigError, match="expected a dtype"):
-            parse_dtype(bad)
+            check_dtype(bad)

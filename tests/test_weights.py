@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import djinn_lib as dj
 from djinn_lib import integrity, weights
 from djinn_lib.errors import CheckpointError
-from djinn_lib.models import ModelSpec
+from djinn_lib.spec import ModelSpec
 from djinn_lib.systems.base import ModelFiles
 from djinn_lib.weights import describe, files_sha256, prepare_models, prompt_ids
 

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from djinn_lib.models import ModelSpec
+from djinn_lib.spec import ModelSpec
 
 VOCAB = 500
 _SHAPE = {

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from djinn_lib.checkpoint import folder_config
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import check_prompt
-from djinn_lib.models import folder_config
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 
 MAX_MODEL_LEN = 512
