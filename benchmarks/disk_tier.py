@@ -8,7 +8,6 @@ moment; medians of several repeats.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from djinn_lib import host_memory, machine
 from djinn_lib.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
+from djinn_lib.swap_file import read_all
 from djinn_lib.swap_pool import Layout
 from djinn_lib.units import parse_bytes
 
@@ -79,7 +79,7 @@ def read_plainly(fd: int, buffer: torch.Tensor) -> None:
     view = memoryview(buffer.numpy().data)
 
     def read(begin: int) -> None:
-        os.preadv(fd, [view[begin : begin + READ_BYTES]], begin)
+        read_all(fd, [view[begin : begin + READ_BYTES]], begin)
 
     with ThreadPoolExecutor(N_READERS) as readers:
         list(readers.map(read, range(0, len(view), READ_BYTES)))

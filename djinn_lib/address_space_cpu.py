@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
+from djinn_lib import host_memory
 from djinn_lib.address_space import AddressSpace, Range
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
@@ -30,7 +30,7 @@ class CpuAddressSpace(AddressSpace):
 
     Raises:
         PlatformError: not Linux, or the kernel allows too few mappings for that many frames.
-        CapacityError: less memory is free than the frames need.
+        CapacityError: the frames need more than `host_memory.host_bytes_available`.
     """
 
     device = torch.device("cpu")
@@ -41,7 +41,7 @@ class CpuAddressSpace(AddressSpace):
         _require_memfd()
         super().__init__(n_frames, page_bytes)
         _require_mappings(n_frames)
-        _require_free_memory(n_frames * page_bytes)
+        host_memory.require(n_frames * page_bytes, "the ring", "lower the capacity")
         self._libc = _libc()
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
@@ -49,8 +49,8 @@ class CpuAddressSpace(AddressSpace):
         except OSError as error:
             self.close()
             raise CapacityError(
-                f"expected {format_bytes(n_frames * page_bytes)} of memory for the frames, "
-                f"got {error.strerror}: lower the capacity"
+                f"expected {format_bytes(n_frames * page_bytes)} of host memory for the ring, "
+                f"got {error.strerror}: free memory or lower the capacity"
             ) from error
 
     def granularity_bytes(self) -> int:
@@ -147,13 +147,4 @@ def _require_mappings(n_frames: int) -> None:
         raise PlatformError(
             f"expected at most {limit // 2} frames (half of vm.max_map_count), got {n_frames}: "
             "choose larger pages"
-        )
-
-
-def _require_free_memory(n_bytes: int) -> None:
-    available = psutil.virtual_memory().available
-    if n_bytes > available:
-        raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of free memory for the ring, got "
-            f"{format_bytes(available)}: lower the capacity or end other programs"
         )

@@ -84,12 +84,12 @@ class Catalog:
         module = opened.module
         layout, units = pack(module, self._embeddings)
         # First, since a refusal costs no reading.
-        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.end_byte for unit in units])
+        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
             self._pool.add(name, layout, opened.fill)
             tables = self._pool.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
-            hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
+            hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
             decoder = self._make_decoder(name, module, units, self.decode)
         except BaseException:
             self._pager.remove(name)

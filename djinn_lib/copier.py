@@ -1,21 +1,24 @@
 """Copying pages from a master to mapped device memory, in page order and in the background.
 
-A `Load` is the copy of consecutive pages. Whoever needs the first `n` bytes of a model waits for
-just those, so that the first layers compute while later ones are still on their way. An `Arrival`
-is the copy of a single page into a frame that is used over and over (see `streaming`).
+A `Load` is the copy of consecutive pages, queued a few at a time as they are mapped. Whoever needs
+the first `n` bytes of a model waits for just those, so that the first layers compute while later
+ones are still on their way. An `Arrival` is the copy of a single page into a frame that is used
+over and over (see `streaming`).
+
+A copy that fails is never an error of whoever queues it: all that wait for its bytes are told.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from djinn_lib.errors import DjinnError
 
-Read = Callable[[int, int], torch.Tensor]  # bytes of a master, see `PageSource.read`
+Page = tuple[torch.Tensor, torch.Tensor]  # where on the device, and from where on the host
 
 
 class Stalls:
@@ -53,7 +56,8 @@ class Load(ABC):
     """A copy in flight, of the bytes from `first_byte` to `end_byte` of a model.
 
     Attributes:
-        good_bytes: how many bytes from the start of the model are known to be on the device.
+        good_bytes: how many bytes from the start of the model are on the device, or will be as far
+            as is known.
         error: what ended the copy early, or None.
     """
 
@@ -69,10 +73,17 @@ class Load(ABC):
         return self._stalls.total_s
 
     @abstractmethod
+    def copy(self, pages: Sequence[Page]) -> None:
+        """Queue the copies of the next pages, which are mapped; returns at once.
+
+        After a page that failed no other is copied.
+        """
+
+    @abstractmethod
     def wait(self, end_byte: int) -> None:
         """Hold the caller's computation until bytes up to `end_byte` are on the device.
 
-        Bytes after this load's last one are none of its business.
+        Called when all pages are queued. Bytes past the end of this load are ignored.
 
         Raises:
             DjinnError: the copy failed before it got that far; its cause is chained.
@@ -80,7 +91,7 @@ class Load(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Block until the copy has ended, well or badly; never raises its error."""
+        """Block until what is queued has ended, well or badly; never raises its error."""
 
     @property
     @abstractmethod
@@ -108,26 +119,8 @@ class Copier(ABC):
     """Starts copies; one at a time is in flight, later ones queue behind it."""
 
     @abstractmethod
-    def start(
-        self,
-        read: Read,
-        target: torch.Tensor,
-        first_byte: int,
-        end_byte: int,
-        page_bytes: int,
-        mapped: Iterable[int],
-    ) -> Load:
-        """Copy consecutive pages of a model.
-
-        Args:
-            read: gives the bytes of the master.
-            target: its range on the device (1-d uint8).
-            first_byte: where to begin; a multiple of `page_bytes`.
-            end_byte: where to end; a multiple of `page_bytes`, or the end of the model.
-            page_bytes: size of a page in bytes.
-            mapped: maps pages from `first_byte` on as it is iterated, and gives how many there are
-                each time; a copy of pages that are mapped can run while others are being mapped.
-        """
+    def begin(self, first_byte: int, end_byte: int) -> Load:
+        """Begin the copy of consecutive bytes of a model, of which no page is queued yet."""
 
     @abstractmethod
     def submit(self, target: torch.Tensor, source: torch.Tensor, mark: Any) -> Arrival:
@@ -161,6 +154,15 @@ def incomplete(end_byte: int, load: Load) -> DjinnError:
         f"({load.error}); try the request again"
     )
     error.__cause__ = load.error
+    return error
+
+
+def no_page(cause: BaseException) -> DjinnError:
+    """The error of a caller that waits for a page that will not come."""
+    error = DjinnError(
+        f"expected a page of weights, got none: the copy failed ({cause}); try the request again"
+    )
+    error.__cause__ = cause
     return error
 
 

@@ -22,6 +22,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.lease import Lease
 from djinn_lib.models import Unit, check_positions
 from djinn_lib.sampling import Sampling
+from djinn_lib.swap_pool import Extents
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +79,21 @@ class Generation:
         )
 
 
-def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[int], None]) -> None:
-    """Call `wait(end_byte)` before each unit of `model` runs, from now on.
+def hold_back(
+    model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[Extents], None]
+) -> None:
+    """Call `wait(unit.extents)` before each unit of `model` runs, from now on.
 
     Compiled code has no such calls: whoever runs it waits for all weights first.
     """
 
-    def hook(end_byte: int) -> None:
+    def hook(extents: Extents) -> None:
         if not torch.compiler.is_compiling():
-            wait(end_byte)
+            wait(extents)
 
     for unit in units:
         model.get_submodule(unit.module).register_forward_pre_hook(
-            lambda *_, end_byte=unit.end_byte: hook(end_byte)
+            lambda *_, extents=unit.extents: hook(extents)
         )
 
 

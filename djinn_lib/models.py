@@ -1,26 +1,26 @@
 """Models without weights of their own: packing order, and binding parameters to views.
 
 Nothing here knows an architecture. The order of execution is observed by running the model once on
-fake tensors (shapes without data), so that packing follows what the model does, not how its
+weights without memory (see `tracing`), so that packing follows what the model does, not how its
 classes happen to be written. A *unit* is what waits for its bytes as one: each decoder layer, and
 each module outside the layers that owns parameters.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.swap_pool import Layout
+from djinn_lib.swap_pool import Extents, Layout
+from djinn_lib.tracing import Event, needs_of, observe
 
 
 def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int) -> None:
@@ -42,10 +42,18 @@ def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that may run once the first `end_byte` bytes of the packed model are there."""
+    """A module that may run once its bytes of the packed model are there.
+
+    `extents` are those that it owns, and those that it reads of other modules; at least one.
+    """
 
     module: str
-    end_byte: int
+    extents: Extents
+
+    @property
+    def end_byte(self) -> int:
+        """First byte after the last one that it needs."""
+        return self.extents[-1][1]
 
 
 Embeddings = Literal["host", "ring"]
@@ -74,25 +82,36 @@ def pack(
 ) -> tuple[Layout, tuple[Unit, ...]]:
     """Return how to pack a model's parameters in execution order, and its units.
 
-    Tied parameters are packed once, where they are first used. With embeddings in the host, lookup
-    tables come last and belong to no unit: nobody waits for them.
+    Each parameter is packed once. Those that several units need come first, since they stay on the
+    device when the layers of a model take turns (see `streaming`); of these, the ones that no unit
+    needs beside others come last, since they can do without. With embeddings in the host, lookup
+    tables are behind all and belong to no unit: nobody waits for them.
     """
-    owners = _executed_modules(model)
-    layers = _decoder_layers(model)
-    rank = {name: i for i, name in reversed(list(enumerate(owners)))}
-    in_host = _lookup_tables(model, layers) if embeddings == "host" else set()
-    parameters = []
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        unit = _unit(module, layers, rank)
-        order = rank.get(unit, -1), rank.get(module, -1)
-        parameters.append((order, (name, tuple(parameter.shape), parameter.dtype)))
-    parameters.sort(key=lambda entry: entry[0])
-    layout = Layout.pack(
-        [shaped for _, shaped in parameters if shaped[0] not in in_host],
-        [shaped for _, shaped in parameters if shaped[0] in in_host],
+    events, layers = _events(model), _decoder_layers(model)
+    needs = needs_of(model, layers, events)
+    calls = dict.fromkeys(name for kind, name in events if kind == "call")
+    rank = {module: i for i, module in enumerate(calls)}
+    turns = [(turn, name) for turn, names in enumerate(needs.values()) for name in names]
+    first_turn = {name: turn for turn, name in reversed(turns)}
+    n_units = Counter(name for _, name in turns)
+    not_alone = {name for names in needs.values() if len(names) > 1 for name in names}
+
+    def order(name: str) -> tuple[bool, bool, int, int]:
+        shared, called = n_units[name] > 1, rank.get(name.rpartition(".")[0], -1)
+        return not shared, shared and name not in not_alone, first_turn[name], called
+
+    tables = _lookup_tables(model, layers) if embeddings == "host" else ()
+    in_host = {name for name in tables if n_units[name] == 1}  # else something reads them whole
+    parameters = sorted(
+        ((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()),
+        key=lambda shaped: order(shaped[0]),
     )
-    return layout, _units(model, layout, layers, rank)
+    layout = Layout.pack(
+        [shaped for shaped in parameters if shaped[0] not in in_host],
+        [shaped for shaped in parameters if shaped[0] in in_host],
+    )
+    extents = {unit: layout.extents(names) for unit, names in needs.items()}
+    return layout, tuple(Unit(unit, found) for unit, found in extents.items() if found)
 
 
 def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
@@ -117,26 +136,18 @@ def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
     }
 
 
-def _executed_modules(model: PreTrainedModel) -> list[str]:
-    """Names of modules in the order of their calls in one forward pass on fake tensors."""
-    called: list[str] = []
+def _events(model: PreTrainedModel) -> list[Event]:
+    """What a forward pass calls and reads; nothing when it cannot be observed."""
     try:
-        with FakeTensorMode(), torch.no_grad():
-            # bfloat16 whatever the weights are: the order is the same, and every operator of a
-            # mixture of experts has a fake implementation for it.
-            # The class is at hand: to look it up again would ask the user to trust its code again.
-            twin = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
-            for name, module in twin.named_modules():
-                module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-            twin(input_ids=torch.zeros((1, 4), dtype=torch.long), use_cache=False)
+        return observe(model)
     except Exception as error:  # whatever custom code may raise: only the overlap is at stake
         logging.getLogger(__name__).warning(
-            "%s cannot be traced (%s): packed in order of definition, which costs overlap only",
+            "%s cannot be traced (%s): it runs when all its weights are there, and has to fit into "
+            "the ring",
             model.config.model_type,
             error,
         )
-        called = [name for name, _ in model.named_modules()]
-    return called
+        return []
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
@@ -146,28 +157,6 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
         return ()
     stack = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
     return tuple(f"{stack}.{name}" for name, _ in lists[stack].named_children())
-
-
-def _unit(module: str, layers: tuple[str, ...], rank: Mapping[str, int]) -> str:
-    """The unit that a module belongs to; the whole model when it is never called itself."""
-    for layer in layers:
-        if module == layer or module.startswith(f"{layer}."):
-            return layer
-    return module if module in rank else ""
-
-
-def _units(
-    model: PreTrainedModel, layout: Layout, layers: tuple[str, ...], rank: Mapping[str, int]
-) -> tuple[Unit, ...]:
-    ends = {slot.name: slot.end for slot in layout.slots}
-    first_name = {id(p): name for name, p in model.named_parameters()}
-    end_of_unit: dict[str, int] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        unit = _unit(name.rpartition(".")[0], layers, rank)
-        end = ends[first_name[id(parameter)]]
-        if end <= layout.paged_bytes:
-            end_of_unit[unit] = max(end, end_of_unit.get(unit, 0))
-    return tuple(Unit(unit, end) for unit, end in end_of_unit.items())
 
 
 def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torch.device) -> None:

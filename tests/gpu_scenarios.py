@@ -12,6 +12,7 @@ from unittest import mock
 
 import pynvml
 import torch
+from copier_contract import CONTRACT
 from transformers import LlamaConfig, MistralConfig, OPTConfig, PhiConfig
 
 import djinn_lib as dj
@@ -377,6 +378,14 @@ def failing_copy():
         djinn.check()
 
 
+def copier_contract():
+    """What the copier of the CPU promises, in the same words."""
+    for name, promise in CONTRACT.items():
+        promise(CUDA)
+        torch.cuda.synchronize()
+        print(name)
+
+
 def too_much():
     """A capacity above the free memory is refused with what is free; nothing stays allocated."""
     torch.empty(1, device=CUDA)
@@ -406,6 +415,7 @@ SCENARIOS = {
         nothing_leaks,
         graph_after_remapping,
         failing_copy,
+        copier_contract,
         too_much,
     )
 }

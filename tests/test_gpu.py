@@ -27,6 +27,7 @@ SCENARIOS = [
     ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
+    ["copier_contract"],
     ["too_much"],
 ]
 SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
