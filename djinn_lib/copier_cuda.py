@@ -41,7 +41,7 @@ class StreamLoad(Load):
             raise copier.incomplete(end_byte, self)
         if end_byte > self.first_byte and not self.ended:
             page = -(-(end_byte - self.first_byte) // self._page_bytes) - 1
-            self._stalls.hold(self._arrivals[page])
+            self.stalls.hold(self._arrivals[page])
 
     def finish(self) -> None:
         """Block until the last page is there."""
