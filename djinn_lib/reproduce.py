@@ -37,7 +37,14 @@ from djinn_lib.locks import run_locks
 from djinn_lib.notebooks import Status, read_statuses
 from djinn_lib.profile import REPO, Cell, Profile, load_profile
 from djinn_lib.schedule import Limit, estimate_s, left_over_lines, run_within, span
-from djinn_lib.tasks import CellOutcome, Driver, cell_inputs, failed_outcome, run_cell_apart
+from djinn_lib.tasks import (
+    CellOutcome,
+    Driver,
+    cell_inputs,
+    failed_outcome,
+    give_up,
+    run_cell_apart,
+)
 
 INCOMPLETE = 75  # EX_TEMPFAIL
 READING_S = 90.0  # what the notebooks that only read rows and the report take, all together
@@ -230,10 +237,30 @@ def _fan_out_cells(profile: Profile, run_dir: Path, cells: list[Cell]) -> None:
 
     def on_done(job: Job, result: Result) -> None:
         _, cell, inputs, *_ = job.arguments
-        kind = "kernel_died" if result.lost else "other"
-        _keep(cell, result.value or failed_outcome(profile, cell, inputs, kind, result.error))
+        try:
+            _keep(cell, _whole_outcome(profile, cell, inputs, result))
+        except Exception as error:  # of one cell, whose rows no disk has room for, say
+            give_up(cell, run_dir, error)
 
+    import dodo
+
+    for cell in cells:
+        dodo.BEGUN.note(f"cell:{cell.id}", dodo.inputs_of(cell))
     fan_out([_job(profile, run_dir, cell) for cell in cells], on_done)
+
+
+def _whole_outcome(
+    profile: Profile, cell: Cell, inputs: dict[str, bytes], result: Result
+) -> CellOutcome:
+    """What a cell came to, with rows for every request whatever came back."""
+    outcome: CellOutcome | None = result.value
+    if outcome is None:
+        kind = "kernel_died" if result.lost else "other"
+        return failed_outcome(profile, cell, inputs, kind, result.error)
+    if outcome.is_whole:
+        return outcome
+    status, came_back = outcome.status, {**inputs, **outcome.files}
+    return failed_outcome(profile, cell, came_back, status.error_kind, status.error)
 
 
 def _job(profile: Profile, run_dir: Path, cell: Cell) -> Job:
