@@ -30,6 +30,7 @@ from djinn_lib.files import write_json
 from djinn_lib.metrics import attempted
 from djinn_lib.profile import Profile, load_profile
 from djinn_lib.records import read_manifest, read_rows, write_manifest
+from djinn_lib.replacing import recover, replace_folders
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
 _RAN_IN = "ran in the part "
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cells = merge(options.run_dir, options.parts, options.allow_commits, options.replace)
         missing = missing_cells(load_profile(cells[0].manifest["profile"]), options.run_dir)
-    except DjinnError as error:
+    except (DjinnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(cells)} cells of {len(options.parts)} parts in {options.run_dir}", flush=True)
@@ -97,9 +98,12 @@ def merge(
     requests. The others are printed, and kept as replicates if every request was served; else the
     manifest of the one taken notes them.
 
+    A folder that is replaced is whole, the old one or the new one, whatever ends this on its way.
+
     Raises:
         ConfigError: the folder is there already, or is itself one of the parts.
         RecordError: the parts do not belong together, or one of them cannot be read.
+        OSError: the disk is full, or refuses; the folder is as it was.
     """
     run_dir, parts = run_dir.resolve(), [part.resolve() for part in parts]
     if run_dir in parts or len(set(parts)) < len(parts):
@@ -107,6 +111,7 @@ def merge(
             f"expected the folder to make and parts that all differ, got {run_dir} and "
             f"{', '.join(map(str, parts))}: name each part once, and another folder for the result"
         )
+    recover(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()) and not replace:
         raise ConfigError(
             f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "
@@ -129,9 +134,7 @@ def merge(
             rows, manifest = read_rows(cell.rows_path), {**cell.manifest, "notes": _notes(cell)}
             replicates.write_replicate(rows, manifest, made, cell.notebook_path)
         _copy_large(parts, made)
-        if run_dir.exists():
-            shutil.rmtree(run_dir)
-        os.replace(made, run_dir)
+        replace_folders({run_dir: made})
     return chosen
 
 
