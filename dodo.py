@@ -27,9 +27,9 @@ from djinn_lib.tasks import (
     is_settled,
     keep_outcome,
     kernel_for,
+    notebook_of,
     run_cell_notebook,
     run_notebook,
-    task_of,
 )
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
@@ -94,7 +94,7 @@ def task_cell() -> Iterator[dict]:
     and one of a plot leaves all rows alone.
     """
     for i, (cell, rows) in enumerate(zip(CELLS, ROWS, strict=True), start=1):
-        name = task_of(cell)
+        name = notebook_of(cell)
         yield {
             "name": cell.id,
             "actions": [cell_action(cell, f"cell {i} of {len(CELLS)}")],
@@ -206,7 +206,7 @@ def task_report() -> dict:
     """index.html and the notebooks as HTML."""
     notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims",
                  "06_policies", "07_large_models", "explore"]  # fmt: skip
-    notebooks += [task_of(cell) for cell in CELLS]
+    notebooks += [notebook_of(cell) for cell in CELLS]
     files = [
         RUN_DIR / "claims.json",
         *imported_files(LIB / "report.py"),

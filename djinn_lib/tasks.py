@@ -69,12 +69,12 @@ def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -
 
 def _run_cell(profile: Profile, cell: Cell, run_dir: Path, place: str) -> tuple[Status, bool]:
     """Execute a cell's notebook; returns how it ended, and whether its rows are in their place."""
-    print(f"{task_of(cell)} ({place}) ...", flush=True)
+    print(f"{notebook_of(cell)} ({place}) ...", flush=True)
     with suppress(OSError):  # an interrupted execution's, whose rows are not those of this one
         set_aside(run_dir / "requests" / f"{cell.id}.journal.jsonl")
     status = execute(
         "02_run_system",
-        run_dir / "notebooks" / f"{task_of(cell)}.ipynb",
+        run_dir / "notebooks" / f"{notebook_of(cell)}.ipynb",
         {
             "profile": profile.name,
             "run_dir": str(run_dir),
@@ -93,7 +93,7 @@ def _run_cell(profile: Profile, cell: Cell, run_dir: Path, place: str) -> tuple[
         return replace(status, state="failed", error_kind=kind, error=said), False
 
 
-def task_of(cell: Cell) -> str:
+def notebook_of(cell: Cell) -> str:
     """Name of a cell's execution: of its notebook and of its status."""
     return f"02_run_system.{cell.id}"
 
@@ -188,11 +188,11 @@ def failed_outcome(
         kind: an error kind.
         error: what is known of the cause.
     """
-    notebook = f"notebooks/{task_of(cell)}.ipynb"
+    notebook = f"notebooks/{notebook_of(cell)}.ipynb"
     source = (NOTEBOOKS_DIR / "02_run_system.ipynb").read_bytes()
     with _scratch({notebook: source, **inputs}) as folder:
         close_dead_cell(Bench.open(profile, folder), cell, kind, error)
-        return _outcome(Status(task_of(cell), "failed", 0.0, kind, error), folder, cell, folder)
+        return _outcome(Status(notebook_of(cell), "failed", 0.0, kind, error), folder, cell, folder)
 
 
 def keep_outcome(outcome: CellOutcome, run_dir: Path) -> bool:
@@ -217,7 +217,7 @@ def keep_outcome(outcome: CellOutcome, run_dir: Path) -> bool:
 def give_up(cell: Cell, run_dir: Path, error: Exception) -> None:
     """Say, here and in its status, that a cell came to nothing; others go on."""
     said = f"its rows cannot be kept: {in_words(error)}"
-    _report(Status(task_of(cell), "failed", 0.0, classify_error(error), said), run_dir)
+    _report(Status(notebook_of(cell), "failed", 0.0, classify_error(error), said), run_dir)
 
 
 @contextmanager
@@ -232,7 +232,7 @@ def _scratch(inputs: dict[str, bytes]) -> Iterator[Path]:
 
 def _outcome(status: Status, folder: Path, cell: Cell, run_dir: Path) -> CellOutcome:
     """All that there is: a kernel that did not start leaves no notebook, a full disk no rows."""
-    notebook = f"notebooks/{task_of(cell)}.ipynb"
+    notebook = f"notebooks/{notebook_of(cell)}.ipynb"
     rows = [f"requests/{cell.id}{end}" for end in (_MANIFEST, _ROWS, ".journal.jsonl")]
     paths = [path for path in (notebook, *rows) if (folder / path).exists()]
     files = {path: (folder / path).read_bytes() for path in paths}
