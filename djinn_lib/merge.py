@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from djinn_lib.analysis import read_machine
 from djinn_lib.belonging import differences
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
+from djinn_lib.locks import run_locks
 from djinn_lib.metrics import attempted
 from djinn_lib.profile import Profile, load_profile
 from djinn_lib.records import read_manifest, read_rows, write_manifest
@@ -101,7 +103,7 @@ def merge(
     A folder that is replaced is whole, the old one or the new one, whatever ends this on its way.
 
     Raises:
-        ConfigError: the folder is there already, or is itself one of the parts.
+        ConfigError: the folder is there already, or is itself one of the parts, or a run uses it.
         RecordError: the parts do not belong together, or one of them cannot be read.
         OSError: the disk is full, or refuses; the folder is as it was.
     """
@@ -117,17 +119,12 @@ def merge(
             f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "
             "replace it with --replace"
         )
-    found = [cell for label, part in _labels(parts).items() for cell in read_part(part, label)]
-    if problems := differences([(str(c), c.name, c.manifest) for c in found], allow_commits):
-        raise RecordError(
-            "expected parts that belong together, got:\n  " + "\n  ".join(problems)
-            + "\nrun the cells again that differ, or leave their part out"
-        )  # fmt: skip
-    if not found:
-        raise RecordError("expected parts with at least one cell among them, got none: add one")
+    found = _found(parts, allow_commits)
     chosen, others = _choose(found)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
+    # A run that goes on in the folder would lose what it writes from now on.
+    unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
+    with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
         made = Path(scratch) / "run"
         _write(made, chosen, found)
         for cell in others:
@@ -136,6 +133,19 @@ def merge(
         _copy_large(parts, made)
         replace_folders({run_dir: made})
     return chosen
+
+
+def _found(parts: Sequence[Path], allow_commits: bool) -> list[PartCell]:
+    """All cells of the parts, at least one, which belong together."""
+    found = [cell for label, part in _labels(parts).items() for cell in read_part(part, label)]
+    if problems := differences([(str(c), c.name, c.manifest) for c in found], allow_commits):
+        raise RecordError(
+            "expected parts that belong together, got:\n  " + "\n  ".join(problems)
+            + "\nrun the cells again that differ, or leave their part out"
+        )  # fmt: skip
+    if not found:
+        raise RecordError("expected parts with at least one cell among them, got none: add one")
+    return found
 
 
 def read_part(folder: Path, label: str) -> list[PartCell]:

@@ -6,6 +6,9 @@ for a run folder or GPU that another run uses; 75 (of sysexits.h: try again late
 left over because of `--time-limit`; 130 when it was interrupted (Ctrl-C) or told to stop. After 75
 and 130 the same command goes on where it was.
 
+A file that is edited while a task runs, be it code, profile, trace or weights, has it run again by
+the next command: what it left belongs to what it was begun with.
+
 With `--time-limit` no cell begins that is not expected to end in time. doit keeps its records cell
 by cell, so that whatever ends the process, even a kill, costs no more than the cell that it runs.
 

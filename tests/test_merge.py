@@ -19,6 +19,7 @@ from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
 from djinn_lib.large_results import read_large
+from djinn_lib.locks import run_locks
 from djinn_lib.merge import main, merge
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.records import read_manifest, read_rows
@@ -313,6 +314,17 @@ def test_a_run_whose_replacement_was_killed_is_there_again(parts, tmp_path):
     merge(tmp_path / "run", parts, replace=True)
     assert len(load_run(tmp_path / "run").manifests) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_folder_that_a_run_uses_is_not_replaced(parts, tmp_path):
+    merge(tmp_path / "run", parts[:1])
+    with run_locks(tmp_path / "run", "cpu"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(ConfigError, match=r"the run folder .* to be free"):
+            merge(tmp_path / "run", parts, replace=True)
+        assert contents(tmp_path / "run") == before
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
 
 
 def contents(folder: Path) -> dict[str, bytes]:

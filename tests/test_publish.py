@@ -293,6 +293,8 @@ def test_the_command_says_why_it_refuses(tmp_path, capsys):
         ("/run/me/djinn/figures", "out/figures"),
         ("/run/me/djinn2/figures", "figures"),
         ("https://a.org/b/c/d", "https://a.org/b/c/d"),
+        ("open('/data/{project}/[x]/y.py')", "open('y.py')"),
+        ("f'{folder}/{name}/{n}.py', rows[0]/a/b, {x}/c/d", None),
         ("54 GB/s, host/device, </td></tr>, data/runs/cpu, 3 / 4", None),
     ],
 )
