@@ -43,7 +43,9 @@ else
   PY := $(VENV)/bin/python
   READY := $(STAMP)
 endif
-RUN := "$(PY)"
+# A word for the shell, whatever characters it has: paths are taken literally.
+quoted = "$(subst `,\`,$(subst ",\",$(subst $$,\$$,$(subst \,\\,$(1)))))"
+RUN := $(call quoted,$(value PY))
 
 # Neither Ray nor vLLM is to call home while a run is timed.
 export RAY_USAGE_STATS_ENABLED := 0
@@ -66,7 +68,7 @@ reproduce: check-profile check-executor $(READY) ## run the whole experiment, or
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu
-	$(RUN) -m djinn_lib.redraw $(if $(FROM),"$(FROM)")
+	$(RUN) -m djinn_lib.redraw $(if $(FROM),$(call quoted,$(value FROM)))
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
@@ -108,7 +110,7 @@ if-installed = if ! $(RUN) -c 'from importlib.util import find_spec as f; raise 
 
 .PHONY: lab
 lab: $(READY) ## open JupyterLab in this environment
-	$(RUN) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" \
+	$(RUN) -m jupyterlab --ServerApp.root_dir=$(call quoted,$(CURDIR)) \
 	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_ARGS)
 
 .PHONY: setup

@@ -21,6 +21,9 @@ from djinn_lib.errors import DjinnError
 Page = tuple[torch.Tensor, torch.Tensor]  # where on the device, and from where on the host
 
 
+Reading = tuple[float, int]  # of `Stalls`: seconds of the host, and hold-ups of streams
+
+
 class Stalls:
     """How long computations were held up: on the host, or on a CUDA stream."""
 
@@ -43,13 +46,22 @@ class Stalls:
         after.record(stream)
         self._on_streams.append((before, after))
 
+    def reading(self) -> Reading:
+        """Return where this stands now, without waiting for streams; see `until_s`."""
+        return self._host_s, len(self._on_streams)
+
+    def until_s(self, reading: Reading) -> float:
+        """Seconds up to a reading, summed; waits for streams to get past its last hold-up."""
+        host_s, n_on_streams = reading
+        held_up = self._on_streams[:n_on_streams]
+        if held_up:
+            held_up[-1][1].synchronize()
+        return host_s + sum(before.elapsed_time(after) for before, after in held_up) / 1e3
+
     @property
     def total_s(self) -> float:
-        """Seconds, summed; waits for streams to get past the last hold-up."""
-        if self._on_streams:
-            self._on_streams[-1][1].synchronize()
-        on_streams_ms = sum(before.elapsed_time(after) for before, after in self._on_streams)
-        return self._host_s + on_streams_ms / 1e3
+        """Seconds up to now, summed; waits for streams to get past the last hold-up."""
+        return self.until_s(self.reading())
 
 
 class Load(ABC):
@@ -59,18 +71,14 @@ class Load(ABC):
         good_bytes: how many bytes from the start of the model are on the device, or will be as far
             as is known.
         error: what ended the copy early, or None.
+        stalls: how long callers of `wait` were held up.
     """
 
     def __init__(self, first_byte: int, end_byte: int) -> None:
         self.first_byte, self.end_byte = first_byte, end_byte
         self.good_bytes = first_byte
         self.error: BaseException | None = None
-        self._stalls = Stalls()
-
-    @property
-    def stall_s(self) -> float:
-        """Seconds that callers of `wait` were held up, summed."""
-        return self._stalls.total_s
+        self.stalls = Stalls()
 
     @abstractmethod
     def copy(self, pages: Sequence[Page]) -> None:

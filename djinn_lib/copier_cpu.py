@@ -58,7 +58,7 @@ class ThreadLoad(Load):
         begin_s = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self.error or self.good_bytes >= end_byte)
-            self._stalls.add(time.perf_counter() - begin_s)
+            self.stalls.add(time.perf_counter() - begin_s)
         if self.good_bytes < end_byte:
             raise copier.incomplete(end_byte, self)
 

@@ -51,7 +51,7 @@ class StreamLoad(Load):
         if end_byte > self.good_bytes:
             raise copier.incomplete(end_byte, self)
         if end_byte > self.first_byte and not self.ended:
-            self._stalls.hold(self._arrivals[bisect_left(self._ends, end_byte)])
+            self.stalls.hold(self._arrivals[bisect_left(self._ends, end_byte)])
 
     def finish(self) -> None:
         """Block until the last page is there."""

@@ -40,9 +40,10 @@ class Generation:
 
     `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `prefetched_bytes` is
     what was loaded before the request had its turn. `queue_ms` is the time until then; `stall_ms`
-    the time that the computation waited for weights, `switch_ms` that and the time to evict and
-    map. `ttft_ms` and `total_ms` count from the call to the first and the last new token;
-    `decode_ms` is the time between the two. `text` is None for a model without a tokenizer.
+    the time that the computation waited for weights; `switch_ms` the part of it before the first
+    token, and the time to evict and map. `ttft_ms` and `total_ms` count from the call to the first
+    and the last new token; `decode_ms` is the time between the two, in which a model larger than
+    the ring waits for weights again. `text` is None for a model without a tokenizer.
     """
 
     token_ids: tuple[int, ...]
@@ -72,7 +73,7 @@ class Generation:
             lease.prefetched_bytes,
             queue_ms=queue_s * 1e3,
             stall_ms=lease.stall_s * 1e3,
-            switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
+            switch_ms=(lease.plan_s + lease.stalls.first_token_s) * 1e3,
             ttft_ms=(lead_s + tokens.first_s) * 1e3,
             decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
             total_ms=(lead_s + tokens.last_s) * 1e3,

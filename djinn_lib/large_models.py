@@ -109,6 +109,8 @@ def measure_all(
         raise ConfigError(
             f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
         )
+    for case in cases:  # before minutes are spent on the first of them
+        bytes_of(case)
     n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
     manifest = _manifest(bench, n_tokens, repeats)
     rows = pd.concat(
@@ -168,17 +170,9 @@ def measure(
         CapacityError: two of its layers in a row do not.
     """
     rows: list[dict[str, Any]] = []
-    opened = open_source(case.source, case.dtype)
-    layout = pack(opened.module, "host")[0]
-    n_bytes = layout.n_bytes
-    if layout.paged_bytes <= case.capacity_bytes:
-        raise ConfigError(
-            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
-            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
-        )
     facts = {
         "model": case.name,
-        "model_bytes": n_bytes,
+        "model_bytes": bytes_of(case),
         "capacity_bytes": case.capacity_bytes,
         "link_bytes_per_s": machine.measure_rates(device)["link_rate_bytes_per_s"],
     }
@@ -195,6 +189,21 @@ def measure(
             rows.append({**facts, "system": system, "repeat": 0, **failed})
         gc.collect()
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+
+
+def bytes_of(case: LargeCase) -> int:
+    """Return the bytes of a case's model.
+
+    Raises:
+        ConfigError: the model fits into the ring.
+    """
+    layout = pack(open_source(case.source, case.dtype).module, "host")[0]
+    if layout.paged_bytes <= case.capacity_bytes:
+        raise ConfigError(
+            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
+            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
+        )
+    return layout.n_bytes
 
 
 def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from djinn_lib.address_space import AddressSpace, Range
 from djinn_lib.copier import Copier, Load, Page, Stalls
+from djinn_lib.lease import StallClock
 from djinn_lib.page_source import PageSource
 from djinn_lib.ring import Extent
 from djinn_lib.streaming import Streamed, Window
@@ -188,21 +189,16 @@ class PagedModel:
         """Drop the loads that went well."""
         self.loads = [load for load in self.loads if load.error or not load.ended]
 
-    def begin_clock(self) -> tuple[Callable[[], float], Callable[[], int]]:
+    def begin_clock(self) -> tuple[StallClock, Callable[[], int]]:
         """Return what tells, from now on: seconds of hold-ups, and bytes through the window."""
-        loads = tuple(self.loads)
-        before_s = sum(load.stall_s for load in loads)
-        stalls, before_bytes = Stalls(), 0
+        window, before_bytes = Stalls(), 0
         if self.streamed:
-            self.streamed.stalls, before_bytes = stalls, self.streamed.loaded_bytes
-
-        def stall_s() -> float:
-            return sum(load.stall_s for load in loads) - before_s + stalls.total_s
+            self.streamed.stalls, before_bytes = window, self.streamed.loaded_bytes
 
         def streamed_bytes() -> int:
             return self.streamed.loaded_bytes - before_bytes if self.streamed else 0
 
-        return stall_s, streamed_bytes
+        return StallClock([*(load.stalls for load in self.loads), window]), streamed_bytes
 
 
 def _batches(n_pages: int) -> Iterator[tuple[int, int]]:

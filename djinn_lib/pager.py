@@ -161,7 +161,7 @@ class Pager:
             lease.mapped_bytes = self.resident_bytes(model) - resident_bytes
             lease.evicted_bytes = paged.evicted_for_it_bytes + evicted
             paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
-            lease.stalled_s, lease.streamed_bytes = paged.begin_clock()
+            lease.stalls, lease.streamed_bytes = paged.begin_clock()
             self.policy.touch(model, time.monotonic())
             if paged.window:  # it reads its master as long as it runs
                 self._source.hold(model, lasting=True)

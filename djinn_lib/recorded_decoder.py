@@ -200,7 +200,7 @@ class RecordedDecoder:
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
             wait: called before a piece runs that needs weights up to a byte.
-            proceed: called before each step; what it raises ends the generation.
+            proceed: called once each token is submitted; what it raises ends the generation.
         """
         begin_s = time.perf_counter()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
@@ -210,12 +210,12 @@ class RecordedDecoder:
         with torch.no_grad():
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
-                if proceed:
-                    proceed()
                 if n_submitted == 1:
                     self._prefills[self._prefill_length(len(prompt_ids))].replay(wait)
                 else:
                     self._step.replay(wait)
+                if proceed:
+                    proceed()
                 if sampler:
                     self._token.copy_(sampler.draw(self._logits))
                 self._mailbox.send(n_submitted - 1, self._token)

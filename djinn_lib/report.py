@@ -24,6 +24,7 @@ from djinn_lib.metrics import sequential, summarise
 from djinn_lib.notebook_html import Page, convert_notebooks
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
+from djinn_lib.profile import cell_id
 from djinn_lib.tables import facts_table
 from djinn_lib.units import format_bytes, three_digits
 
@@ -104,11 +105,11 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         problems.append(str(error))
     statuses, claims = _statuses(folder), _claims(folder, problems)
     of_run = _of_run(run) if run else _no_run()
-    listed = {f"02_run_system.{failure['cell']}" for failure in of_run["failures"]}
+    listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"
         for name, status in statuses.items()
-        if status["state"] == "failed" and name not in listed
+        if status["state"] == "failed" and (name, status["error_kind"]) not in listed
     ]
     return {
         "name": folder.name,
@@ -180,15 +181,15 @@ def summary_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a cell and kind of failure."""
-    groups = failed.groupby(["trace", "capacity_label", "system", "error_kind"], sort=False)
+    cell = ["trace", "capacity_label", "system", "mode"]
     return [
         {
-            "cell": f"{trace}-{label}-{system}",
+            "cell": cell_id(*names),
             "kind": kind,
             "count": len(part),
             "error": part["error"].iloc[0],
         }
-        for (trace, label, system, kind), part in groups
+        for (*names, kind), part in failed.groupby([*cell, "error_kind"], sort=False)
     ]
 
 

@@ -102,13 +102,18 @@ class Server:
             if not self.overlap:
                 self._pager.wait_whole(model.name)
             lead_s = time.perf_counter() - request.begin_s
+
+            def proceed() -> None:
+                lease.stalls.note_first_token()
+                request.proceed()
+
             tokens = model.decoder.generate(
                 request.prompt_ids,
                 request.max_new_tokens,
                 request.ignore_eos,
                 request.sampling,
                 lambda end_byte: self._pager.wait(model.name, end_byte),
-                request.proceed,
+                proceed,
             )
             text = model.text(tokens.token_ids)
             return Generation.of(tokens, text, lease, queue_s, lead_s)

@@ -1,5 +1,7 @@
 """Models larger than the ring: the window's arithmetic, and the bytes that each layer sees."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -9,6 +11,7 @@ from test_pager import CPU, PAGE, Flaky
 from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
 
 import djinn_lib as dj
+from djinn_lib import copier
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.models import pack
 from djinn_lib.pager import Pager
@@ -223,3 +226,23 @@ def test_larger_and_smaller_models_in_turns(tmp_path):
         for n in ("llama", "phi", "llama", "llama", "phi", "phi", "llama"):
             assert djinn.generate(n, PROMPT, 8, ignore_eos=True).token_ids == expected[n]
             djinn.check()
+
+
+def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(tmp_path, monkeypatch):
+    """Every token waits for copies; a switch is what the first one waits for."""
+    spec("llama").build().save_pretrained(tmp_path / "llama")
+    real = copier.copy_page
+
+    def slow(target, source):
+        time.sleep(0.002)
+        real(target, source)
+
+    with dj.Djinn("280KiB", "cpu", "4KiB") as djinn:
+        djinn.add("m", tmp_path / "llama")
+        monkeypatch.setattr(copier, "copy_page", slow)
+        g = djinn.generate("m", PROMPT, 4, ignore_eos=True)
+        one = djinn.generate("m", PROMPT, 1, ignore_eos=True)
+    assert 50 < g.switch_ms <= g.ttft_ms
+    assert g.decode_ms > 50 and g.stall_ms > g.switch_ms + 50
+    assert g.switch_ms + g.decode_ms <= g.total_ms
+    assert one.stall_ms <= one.switch_ms <= one.total_ms
