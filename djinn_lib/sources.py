@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from djinn_lib.checkpoint import fill_views, resolve_folder
 from djinn_lib.models import ModelSpec, folder_config, parse_dtype, skeleton
 from djinn_lib.swap_pool import Fill
+from djinn_lib.tokenizer import Tokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class OpenedModel:
 
     module: PreTrainedModel
     fill: Fill
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
 
 
 def open_source(
@@ -54,7 +54,7 @@ def open_source(
     return OpenedModel(
         module,
         _fill_from_folder(module, folder, trust_remote_code),
-        _read_tokenizer(folder, trust_remote_code),
+        read_tokenizer(folder, trust_remote_code),
     )
 
 
@@ -87,10 +87,3 @@ def _fill_from_folder(module: PreTrainedModel, folder: Path, trust_remote_code: 
         fill_views({**views, **buffers}, module, folder, trust_remote_code=trust_remote_code)
 
     return fill
-
-
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
