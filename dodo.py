@@ -16,6 +16,7 @@ from typing import Any
 from doit.tools import config_changed
 
 from djinn_lib import large_results
+from djinn_lib.arguments import user_path
 from djinn_lib.paths import REFERENCE, REPO, STUDY
 from djinn_lib.profile import Cell, load_profile
 from djinn_lib.report import build_report
@@ -31,7 +32,9 @@ from djinn_lib.tasks import (
 )
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
-RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name)).resolve()
+RUN_DIR = user_path(
+    os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name), "DJINN_RUN_DIR"
+).resolve()
 DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 
 LIB = REPO / "djinn_lib"
