@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib import large_results
+from djinn_lib.arguments import user_path
 from djinn_lib.begun import Begun, Inputs, file_inputs, value_input
 from djinn_lib.integrity import files_are_as_set_up, recorded_digests
 from djinn_lib.paths import REFERENCE, REPO, STUDY
@@ -33,7 +34,9 @@ from djinn_lib.tasks import (
 )
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
-RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name)).resolve()
+RUN_DIR = user_path(
+    os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name), "DJINN_RUN_DIR"
+).resolve()
 DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 
 LIB = REPO / "djinn_lib"

@@ -12,13 +12,13 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from djinn_lib import host_memory, machine
+from djinn_lib.arguments import user_path
 from djinn_lib.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
@@ -33,8 +33,8 @@ def main() -> int:
     parser.add_argument("--size", default="2GiB", help="of the master")
     parser.add_argument("--page", default="64MiB")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=default_folder())
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "disk_tier.json")
+    parser.add_argument("--folder", type=user_path, default=default_folder())
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "disk_tier.json")
     options = parser.parse_args()
     result = measure(options)
     write_json(options.out, result)

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from djinn_lib.arguments import user_path
 from djinn_lib.claim_metrics import Evidence
 from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.decode_modes import default_decode
@@ -236,7 +237,7 @@ def load_run(run_dir: Path | str) -> Run:
         RecordError: rows, manifests or the machine's facts are missing or broken.
         TraceError: a trace is broken.
     """
-    folder = Path(run_dir).resolve()
+    folder = user_path(run_dir).resolve()
     rows = read_run(folder)
     requests = folder / "requests"
     manifests = {

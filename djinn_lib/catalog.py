@@ -9,15 +9,17 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.arguments import whole_number
 from djinn_lib.decode_modes import Decode, parse_decode
 from djinn_lib.decoder import Decoder, EagerDecoder
 from djinn_lib.disk_tier import Masters
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import hold_back
 from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
 from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
+from djinn_lib.sampling import MOST_TOKENS
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
 
@@ -67,15 +69,17 @@ class Catalog:
         Raises:
             ConfigError: there is none.
         """
-        if name not in self._models:
+        if not isinstance(name, str) or name not in self._models:
             raise ConfigError(
-                f"expected one of the models {list(self._models)}, got {name!r}: "
+                f"expected one of the models {list(self._models)}, got {shown(name)}: "
                 "add it with djinn.add(name, source)"
             )
         return self._models[name]
 
     def ensure_new(self, name: str) -> None:
-        """Refuse a name that is taken with a `ConfigError`."""
+        """Refuse what is no name, or is taken, with a `ConfigError`."""
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
         if name in self._models:
             raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
 
@@ -158,7 +162,4 @@ def check_decoding(decode: str, max_model_len: int) -> None:
         ConfigError: no such way to decode, or too few tokens.
     """
     parse_decode(decode)
-    if max_model_len < MIN_MODEL_LEN:
-        raise ConfigError(
-            f"expected max_model_len of at least {MIN_MODEL_LEN} tokens, got {max_model_len}"
-        )
+    whole_number(max_model_len, "max_model_len", MIN_MODEL_LEN, MOST_TOKENS)

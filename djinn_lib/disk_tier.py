@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from djinn_lib import host_memory
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.policy import LRU
 from djinn_lib.ring import Extent, Ring, n_frames_in
@@ -290,12 +291,13 @@ def open_masters(
     Raises:
         CapacityError, ConfigError: see `DiskTier`.
     """
+    folder = None if swap_dir is None else user_path(swap_dir, "swap_dir")
     if host_capacity is None:
         return SwapPool(pin)
-    return DiskTier(parse_bytes(host_capacity), page_bytes, swap_dir or default_folder(), pin)
+    return DiskTier(parse_bytes(host_capacity), page_bytes, folder or default_folder(), pin)
 
 
 def default_folder() -> Path:
     """DJINN_SWAP_DIR, or a folder in the user's cache."""
     named = os.environ.get("DJINN_SWAP_DIR")
-    return Path(named) if named else Path.home() / ".cache" / "djinn" / "swap"
+    return user_path(named or "~/.cache/djinn/swap", "DJINN_SWAP_DIR")

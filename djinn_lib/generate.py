@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.arguments import whole_number
+from djinn_lib.errors import ConfigError, shown
 from djinn_lib.lease import Lease
 from djinn_lib.models import Unit, check_positions
-from djinn_lib.sampling import Sampling
+from djinn_lib.prompts import read_ids
+from djinn_lib.sampling import MOST_TOKENS, Sampling
 from djinn_lib.swap_pool import Extents
 
 
@@ -106,22 +108,38 @@ def eos_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
-    """Return the prompt as a list, if it can be used.
+def n_token_ids(model: PreTrainedModel) -> int:
+    """How many token ids a model knows: the rows of its input embedding.
+
+    An id beyond them reads outside a table, which on a GPU ends all use of the device.
+    """
+    try:
+        n_rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # code that came with a checkpoint may leave it out
+        n_rows = None
+    return n_rows or model.config.get_text_config().vocab_size
+
+
+def check_prompt(prompt: Sequence[int], n_token_ids: int, max_new_tokens: int) -> list[int]:
+    """Return the token ids of a prompt, if they can be continued.
+
+    Args:
+        prompt: token ids, as `prompts.read_ids` takes them.
+        n_token_ids: ids from 0 to that, excluded, are known to the model.
+        max_new_tokens: how many are asked for.
 
     Raises:
-        ConfigError: empty, an id outside the vocabulary, or no tokens asked for.
+        ConfigError: empty, an id that the model does not know, or no tokens asked for.
     """
-    ids = [int(i) for i in token_ids]
+    ids = read_ids(prompt)
     if not ids:
         raise ConfigError("expected a prompt of at least 1 token, got none")
-    if outside := [i for i in ids if not 0 <= i < vocab_size]:
+    if outside := [i for i in ids if not 0 <= i < n_token_ids]:
         raise ConfigError(
-            f"expected token ids from 0 to {vocab_size - 1}, got {outside[0]}: the prompt was "
-            "tokenised for another model"
+            f"expected token ids from 0 to {n_token_ids - 1}, got {shown(outside[0])}: the prompt "
+            "was tokenised for another model"
         )
-    if max_new_tokens < 1:
-        raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
     return ids
 
 
@@ -178,7 +196,7 @@ def generate_eager(
         ConfigError: the prompt cannot be used with this model.
     """
     begin_s = time.perf_counter()
-    ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
+    ids = check_prompt(prompt_ids, n_token_ids(model), max_new_tokens)
     check_positions(model.config, len(ids), max_new_tokens)
     inputs = torch.tensor([ids], device=device or model.device)
     clock = _FirstToken()
@@ -217,5 +235,5 @@ def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
+        torch.manual_seed(sampling.next_seed())
         yield

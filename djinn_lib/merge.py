@@ -25,6 +25,7 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import read_machine
+from djinn_lib.arguments import user_path
 from djinn_lib.belonging import differences
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
@@ -41,8 +42,8 @@ _RAN_IN = "ran in the part "
 def main(arguments: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0 when all cells are there, 1 when some miss, 2: refused."""
     parser = argparse.ArgumentParser(prog="djinn_lib.merge", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the folder to make")
-    parser.add_argument("parts", type=Path, nargs="+", help="run folders, in any order")
+    parser.add_argument("run_dir", type=user_path, help="the folder to make")
+    parser.add_argument("parts", type=user_path, nargs="+", help="run folders, in any order")
     parser.add_argument(
         "--allow-commits", action="store_true", help="parts may come from different commits"
     )

@@ -65,7 +65,8 @@ def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embedding
     Raises:
         ConfigError: there is no such place, or the host does not keep all master copies.
     """
-    chosen = embeddings or ("host" if host_keeps_all else "ring")
+    default = "host" if host_keeps_all else "ring"
+    chosen = default if embeddings is None else embeddings
     if chosen not in get_args(Embeddings):
         raise ConfigError(
             f"expected embeddings to be one of {get_args(Embeddings)}, got {embeddings!r}"

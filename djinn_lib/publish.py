@@ -23,6 +23,7 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import Run, load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
 from djinn_lib.merge import missing_cells
@@ -42,7 +43,7 @@ _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `noteboo
 def main(arguments: list[str] | None = None) -> int:
     """Publish; returns the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publish", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=user_path)
     parser.add_argument("--replace", action="store_true", help="replace what is published")
     parser.add_argument("--allow-dirty", action="store_true", help="take a changed working tree")
     parser.add_argument("--unfinished", action="store_true", help="take a run that misses cells")

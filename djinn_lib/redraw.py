@@ -24,6 +24,7 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.notebooks import Status, execute, read_statuses, write_status
 from djinn_lib.paths import FIGURES, REFERENCE
@@ -39,7 +40,7 @@ READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore"
 def main(arguments: list[str] | None = None) -> int:
     """Draw; returns the exit status: 1 when a notebook failed, 2 when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="djinn_lib.redraw", description=__doc__)
-    parser.add_argument("run_dir", type=Path, nargs="?", help="default: the reference run")
+    parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the reference run")
     options = parser.parse_args(arguments)
     try:
         if options.run_dir:

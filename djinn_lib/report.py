@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from djinn_lib.analysis import Run, load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.claims import format_value
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_text
@@ -80,7 +81,7 @@ def build_report(run_dir: Path | str) -> Path:
     Returns:
         The page's path.
     """
-    folder = Path(run_dir).resolve()
+    folder = user_path(run_dir).resolve()
     pages = convert_notebooks(folder / "notebooks")
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined,

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib import nvml
+from djinn_lib.arguments import user_path
 from djinn_lib.bench import ensure_writable
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
@@ -80,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="djinn_lib.reproduce", description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
-    parser.add_argument("--run-dir", type=Path, help="where results go; default data/runs/PROFILE")
+    parser.add_argument(
+        "--run-dir", type=user_path, help="where results go; default data/runs/PROFILE"
+    )
     parser.add_argument(
         "--executor",
         choices=("local", "ray"),

@@ -28,6 +28,7 @@ from djinn_lib.errors import CapacityError, ConfigError, LeaseError
 from djinn_lib.units import format_bytes
 
 Residency = Literal["partial", "whole"]
+MOST_FRAMES = 1 << 24  # their tables take 1 GiB of host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") 
     """Return how many whole frames fit into as many bytes; `what` names them in an error.
 
     Raises:
-        ConfigError: pages have no size.
+        ConfigError: pages have no size, or so many fit that the tables would fill the host.
         CapacityError: not even one fits.
     """
     if page_bytes < 1:
@@ -53,7 +54,13 @@ def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") 
             f"expected {what} of at least one page ({format_bytes(page_bytes)}), got "
             f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
         )
-    return capacity_bytes // page_bytes
+    if (n_frames := capacity_bytes // page_bytes) > MOST_FRAMES:
+        raise ConfigError(
+            f"expected {what} of at most {MOST_FRAMES} pages, got {n_frames} "
+            f"({format_bytes(capacity_bytes)} in pages of {format_bytes(page_bytes)}): lower it or "
+            "choose larger pages"
+        )
+    return n_frames
 
 
 class VictimOrder(Protocol):

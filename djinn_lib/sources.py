@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from djinn_lib.checkpoint import load_pretrained, weight_files
 from djinn_lib.hub import resolve_folder
 from djinn_lib.spec import ModelSpec, check_dtype, fill_from_spec, skeleton
 from djinn_lib.swap_pool import Fill
 from djinn_lib.tensor_files import fill_from
+from djinn_lib.tokenizer import Tokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class OpenedModel:
 
     module: PreTrainedModel
     fill: Fill
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
 
 
 def open_source(
@@ -54,12 +54,5 @@ def open_source(
     return OpenedModel(
         module,
         fill_from(module, weight_files(folder)),
-        _read_tokenizer(folder, trust_remote_code),
+        read_tokenizer(folder, trust_remote_code),
     )
-
-
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -303,5 +303,5 @@ def test_pieces_begin_where_more_bytes_are_needed(monkeypatch):
 
 
 def test_room_for_no_tokens_is_refused():
-    with pytest.raises(ConfigError, match="max_model_len of at least 8 tokens, got 1"):
+    with pytest.raises(ConfigError, match="max_model_len of at least 8, got 1"):
         dj.Djinn("2MiB", "cpu", "16KiB", max_model_len=1)
