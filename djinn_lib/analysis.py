@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from djinn_lib.claim_metrics import Evidence
-from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.evidence import machines_of, side_by_side
@@ -275,52 +273,3 @@ def published(path: Path = PUBLISHED) -> dict[str, Any]:
             f"expected the paper's numbers in {path}, got {error}: restore the file from the "
             "repository"
         ) from error
-
-
-# Ink and background: dark on light, so that they read on any page.
-_VERDICT_COLORS = {
-    "reproduced": ("#14532d", "#dcfce7"),
-    "exceeded": ("#1e3a8a", "#dbeafe"),
-    "not reproduced": ("#7f1d1d", "#fee2e2"),
-    "not judged": ("#292524", "#e7e5e4"),
-}
-
-
-def verdict_table(verdicts: Sequence[Verdict]) -> Styler:
-    """Return the table of claims with coloured verdicts; the words say the same."""
-
-    def look(verdict: Any) -> str:
-        ink, back = _VERDICT_COLORS[verdict]
-        return f"color: {ink}; background-color: {back}; font-weight: bold; white-space: nowrap"
-
-    table = claims_table(verdicts).style.set_uuid("claims")  # not random: the same every time
-    return table.map(look, subset=["verdict"]).set_properties(
-        subset=None, **{"text-align": "left", "vertical-align": "top"}
-    )
-
-
-def verdict_counts(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Return how many claims of the paper's and of ours got each verdict."""
-    pairs = pd.DataFrame({"source": v.source, "verdict": v.verdict} for v in verdicts)
-    table = pd.crosstab(pairs["verdict"], pairs["source"], margins=True, margins_name="all")
-    return table.reindex([*_VERDICT_COLORS, "all"]).fillna(0).astype(int)
-
-
-def verdict_reasons(verdicts: Sequence[Verdict], judgement: str) -> str:
-    """Return, in Markdown, each reason for a judgement and the claims that it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        if verdict.verdict == judgement:
-            reasons.setdefault(verdict.why, []).append(_in_words(verdict))
-    if not reasons:
-        return f"No claim was {judgement}."
-    return "\n".join(
-        f"* **{why}**\n" + "\n".join(f"    * {words}" for words in claims)
-        for why, claims in reasons.items()
-    )
-
-
-def _in_words(verdict: Verdict) -> str:
-    measured = format_value(verdict.measured, verdict.unit)
-    found = f"measured {measured}" if measured else "not measured"
-    return f"{verdict.quote} (`{verdict.id}`): expected {verdict.expected}, {found}"

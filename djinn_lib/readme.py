@@ -16,7 +16,8 @@ from typing import Any
 
 from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
-from djinn_lib.claims import Claim, format_value, judge, load_claims
+from djinn_lib.claim_tables import claims_summary
+from djinn_lib.claims import OPEN, Claim, format_value, judge, load_claims
 from djinn_lib.explanations import fairness, gain, pace
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
@@ -35,13 +36,12 @@ from djinn_lib.readme_benchmarks import (
 from djinn_lib.result_tables import (
     Table,
     ablation_table,
-    claims_summary,
     large_table,
     replicates_table,
     sweep_table,
     systems_table,
-    waiting_table,
 )
+from djinn_lib.waiting import waiting_table
 
 
 def main() -> None:
@@ -166,8 +166,14 @@ def claims(reference: Path = REFERENCE) -> str:
 
 
 def _expectations(listed: list[Claim]) -> str:
-    rows = [[claim.quote, str(claim.expected), "not measured yet"]
-            for claim in listed]  # fmt: skip
+    rows = [
+        [
+            claim.quote,
+            str(claim.expected),
+            "not measured yet" if claim.withdrawn is None else "withdrawn",
+        ]
+        for claim in listed
+    ]
     return Table(["claim", "expected", "measured"], rows).markdown()
 
 
@@ -180,7 +186,7 @@ def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
 
 def claims_without_gpu(reference: Path = REFERENCE) -> str:
     """Every claim that a run without a GPU could judge."""
-    judged = [e for e in _without_gpu(reference).values() if e["verdict"] != "not judged"]
+    judged = [e for e in _without_gpu(reference).values() if e["verdict"] not in OPEN]
     rows = [
         [
             entry["quote"],
