@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import no_rows, read_manifest, read_run
 from djinn_lib.replicates import read_replicates
-from djinn_lib.tables import machine_numbers
+from djinn_lib.tables import machine_names, machine_numbers
 from djinn_lib.trace import Trace, read_trace
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "paper" / "results.json"
@@ -37,6 +37,8 @@ class Run:
         manifests: by cell id; where each cell's rows come from.
         replicates: rows of what else was measured of the same cells; often none.
         replicate_manifests: of these, by run id.
+        listed_machines: entries of "machines" in machine.json, which name the machines of a run
+            that was merged from parts.
     """
 
     folder: Path
@@ -46,6 +48,7 @@ class Run:
     manifests: Mapping[str, Mapping[str, Any]]
     replicates: pd.DataFrame = field(default_factory=no_rows)
     replicate_manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    listed_machines: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -124,6 +127,11 @@ class Run:
         """
         return machine_numbers(self.all_manifests)
 
+    @cached_property
+    def machine_names(self) -> dict[int, str]:
+        """What the machines are called, by number: as in machine.json, if it lists them."""
+        return machine_names(self.all_manifests, self.listed_machines)
+
     @property
     def failures(self) -> pd.DataFrame:
         """The failed requests, without those of systems that cannot run on this machine."""
@@ -181,8 +189,9 @@ class Run:
         return pd.concat([*found.values(), rows[unavailable]])
 
     def machines_of(self, rows: pd.DataFrame) -> str:
-        """Say which machines served rows, by their numbers; "0" where it is not known."""
-        return ", ".join(map(str, machines_of(self.evidence, rows)))
+        """Say which machines served rows, by their names; "0" where it is not known."""
+        numbers = machines_of(self.evidence, rows)
+        return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
 
     def least_bytes(self, trace: str, capacity_label: str) -> int:
         """Return the least bytes that any system must load for a trace at a capacity.
@@ -204,6 +213,7 @@ class Run:
             self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes,
             self.other_steps, self.replicates,
             {m["run_id"]: self.machine_numbers[key] for key, m in self.all_manifests.items()},
+            self.machine_names,
         )  # fmt: skip
 
     def link_floor(self) -> pd.DataFrame:
@@ -242,7 +252,8 @@ def load_run(run_dir: Path | str) -> Run:
         for path in sorted(requests.glob("*.manifest.json"))
     }
     traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
-    return Run(folder, rows, read_machine(folder), traces, manifests, *read_replicates(folder))
+    machine, listed = _read_machines(folder)
+    return Run(folder, rows, machine, traces, manifests, *read_replicates(folder), listed)
 
 
 def read_machine(run_dir: Path) -> dict[str, Any]:
@@ -251,9 +262,15 @@ def read_machine(run_dir: Path) -> dict[str, Any]:
     Raises:
         RecordError: the set-up has not been run, or its file is broken.
     """
+    return _read_machines(run_dir)[0]
+
+
+def _read_machines(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the facts of machine.json, and the machines that it lists: none if not merged."""
     path = run_dir / "machine.json"
     try:
-        return json.loads(path.read_text())["machine"]
+        state = json.loads(path.read_text())
+        return state["machine"], state.get("machines", [])
     except (OSError, ValueError, KeyError) as error:
         raise RecordError(
             f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup first"

@@ -210,7 +210,7 @@ def replicates_table(run: Run) -> Table:
             lines.append(
                 [
                     f"{system_look(system).label} (`{cell_id}`)",
-                    str(machine),
+                    run.machine_names[machine],
                     served_text(cell),
                     three_digits(cell["p50_total_ms"]),
                     three_digits(cell["mean_total_ms"]),
