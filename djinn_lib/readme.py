@@ -18,7 +18,8 @@ from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claim_tables import claims_summary
 from djinn_lib.claims import OPEN, Claim, format_value, judge, load_claims
-from djinn_lib.explanations import fairness, gain, pace
+from djinn_lib.comparisons import fairness, gain, like_for_like, other_tokens
+from djinn_lib.explanations import pace
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE, REPO
@@ -91,6 +92,18 @@ def comparison(reference: Path = REFERENCE) -> str:
     """Whether the paper's comparison with vLLM is the one a user would make, in words."""
     run = reference_run(reference)
     return f"{fairness(run, published())}\n" if run else NOT_YET
+
+
+def headline(reference: Path = REFERENCE) -> str:
+    """What is left of the paper's headline when both sides decode alike, in words."""
+    run = reference_run(reference)
+    return f"{like_for_like(run, published())}\n" if run else NOT_YET
+
+
+def tokens(reference: Path = REFERENCE) -> str:
+    """How many requests get other tokens than from transformers, in words."""
+    run = reference_run(reference)
+    return f"{other_tokens(run, published())}\n" if run else NOT_YET
 
 
 def parts_of_the_gain(reference: Path = REFERENCE) -> str:
@@ -204,7 +217,9 @@ def claims_without_gpu(reference: Path = REFERENCE) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
+    "headline": headline,
     "comparison": comparison,
+    "tokens": tokens,
     "results": results,
     "gain": parts_of_the_gain,
     "sweep": sweep,
