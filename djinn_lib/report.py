@@ -64,7 +64,8 @@ CAPTIONS = {
     ),
     "concurrent": (
         "Requests that wait for each other",
-        "What switches cost, and how long requests take, when all are sent at once.",
+        "What switches cost, and how long requests take, when all are sent at once. Every system "
+        "computes one request at a time; none batches.",
     ),
     "large_models": (
         "A model larger than the ring",

@@ -7,6 +7,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from row_factory import UNAVAILABLE, cell_rows
 from run_factory import write_run
@@ -62,6 +63,15 @@ def test_every_claim_is_there_with_its_verdict_in_words(page: str):
         assert f"· {claim.id}<" in page
     assert '<span class="chip not-judged">not judged</span>' in page
     assert '<span class="chip reproduced">reproduced</span>' in page
+
+
+def test_a_withdrawn_claim_is_shown_as_such_with_its_reason(page: str):
+    (claim,) = [claim for claim in load_claims() if claim.withdrawn]
+    (row,) = [row for row in page.split("<tr>") if f"· {claim.id}<" in row]
+    assert '<span class="chip withdrawn">withdrawn</span>' in row
+    assert str(escape(claim.withdrawn)) in row and '<td class="number">-' in row
+    assert '<span class="chip withdrawn">1 withdrawn</span>' in page
+    assert ".chip.withdrawn {" in page
 
 
 def test_every_link_leads_to_a_file(page: str, run_dir: Path):
