@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from djinn_lib.construction import as_its_own, causal_class, isolated
 from djinn_lib.errors import CheckpointError, ConfigError, DjinnError, first_line
+from djinn_lib.folder_kinds import explain_folder
 from djinn_lib.spec import check_dtype
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_WANTED = "a decoder-only language model in safetensors"
 # transformers' lazy imports and its registers of classes are not made for several threads.
 _LOADING = threading.RLock()
 
@@ -55,18 +56,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path) -> str:
-    wanted = f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
-    if pickles := [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]:
-        return (
-            f"{wanted}, only pickles ({', '.join(pickles)}), which can run code when loaded: "
-            "convert them with transformers' save_pretrained"
-        )
-    if others := sorted(file.name for file in folder.glob("*.safetensors")):
-        return (
-            f"{wanted}, but {', '.join(others[:5])}, which transformers does not load: rename the "
-            "file, or download the checkpoint again"
-        )
-    return f"{wanted}: check the folder"
+    """Why there are no weights that count."""
+    if said := explain_folder(folder):
+        return f"expected {_WANTED} in {folder}, got {said}"
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    remedy = "check the folder"
+    if others:
+        remedy = f"transformers does not load {', '.join(others[:5])}; rename or download it again"
+    return f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: {remedy}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,42 +101,28 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> PretrainedCo
     """Return the configuration in a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing, unreadable, of a model that is no decoder-only language
-            model, or asks for quantised weights.
+        CheckpointError: it is missing, unreadable, or of something else than a decoder-only
+            language model whose weights are not quantised.
     """
+    if said := explain_folder(folder):
+        raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}")
     fields = _read_json(folder / "config.json")
-    _check_kind(folder, fields)
     try:
         with _LOADING:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust code is no Exception
         raise CheckpointError(
             f"transformers cannot use {folder / 'config.json'} "
-            f"({type(error).__name__}: {first_line(error)}){_remedy(fields, trust_remote_code)}"
+            f"({type(error).__name__}: {first_line(error)}): {_remedy(fields, trust_remote_code)}"
         ) from error
-    return config
 
 
-def _remedy(fields: dict[str, Any], trust_remote_code: bool) -> str:
-    if "auto_map" in fields and not trust_remote_code:
-        return (
-            ": the checkpoint comes with Python code; read it, then pass trust_remote_code=True to "
-            "run it"
-        )
-    return ": correct the file or download it again"
-
-
-def _check_kind(folder: Path, fields: dict[str, Any]) -> None:
-    parts = [fields, *(part for part in fields.values() if isinstance(part, dict))]
-    if any(part.get("quantization_config") or part.get("compression_config") for part in parts):
-        raise CheckpointError(
-            f"{folder} holds a quantised checkpoint: dequantise it first, or serve it with vLLM"
-        )
-    if fields.get("is_encoder_decoder"):
-        raise CheckpointError(
-            f"{folder} holds an encoder-decoder ({fields.get('model_type')}): only decoder-only "
-            "models can be served"
-        )
+def _remedy(fields: Mapping[str, Any], trust_remote_code: bool) -> str:
+    if fields.get("auto_map") and not trust_remote_code:
+        return "it comes with Python code; read it, then pass trust_remote_code=True to run it"
+    return "correct the file or download it again"
 
 
 def load_pretrained(
@@ -172,9 +155,9 @@ def load_pretrained(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-        except DjinnError:
+        except (DjinnError, KeyboardInterrupt, SystemExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust code is no Exception
             raise CheckpointError(_why_unloadable(folder, config, error)) from error
     model, report = made
     _check_whole(folder, model, report)
@@ -187,18 +170,15 @@ def _causal_class(
 ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     try:
         return causal_class(config, trust_remote_code, count)
-    except DjinnError:
+    except (DjinnError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
-        remedy = ""
-        if getattr(config, "auto_map", None) and not trust_remote_code:
-            remedy = (
-                "; the checkpoint comes with Python code: read it, then pass trust_remote_code=True"
-            )
+    except BaseException as error:
+        if said := explain_folder(folder, refused=True):
+            raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}") from error
         raise ConfigError(
             f"transformers cannot make a decoder-only language model of type "
-            f"{config.model_type!r} from {folder} ({type(error).__name__}: {first_line(error)})"
-            f"{remedy}"
+            f"{config.model_type!r} from {folder} ({type(error).__name__}: {first_line(error)}): "
+            f"{_remedy(vars(config), trust_remote_code)}"
         ) from error
 
 
@@ -231,7 +211,7 @@ def _bound(folder: Path, files: list[Path]) -> Callable[[], None]:
     return count
 
 
-def _why_unloadable(folder: Path, config: PretrainedConfig, error: Exception) -> str:
+def _why_unloadable(folder: Path, config: PretrainedConfig, error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     misshapen = next((line for line in lines if "size mismatch" in line or "MISMATCH" in line), "")
     return (

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from djinn_lib.errors import CheckpointError, first_line
+from djinn_lib.folder_kinds import explain_folder
 
 _SMALL_FILES = [
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "tokenizer*",
@@ -38,9 +39,7 @@ def resolve_folder(
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise CheckpointError(
-            f"{folder} is a file: pass the folder that holds it next to config.json"
-        )
+        raise CheckpointError(f"expected the folder of a model, got {explain_folder(folder)}")
     looks_like_path = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
     if looks_like_path or str(source).count("/") > 1 or not str(source).strip():
         raise CheckpointError(

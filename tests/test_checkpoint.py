@@ -199,7 +199,7 @@ def test_paths_are_not_taken_for_hub_ids(path):
     ("names", "message"),
     [
         ([], "neither model.safetensors nor model.safetensors.index.json: check the folder"),
-        (["pytorch_model.bin"], r"only pickles \(pytorch_model.bin\), which can run code"),
+        (["pytorch_model.bin"], r"pickled weights \(pytorch_model.bin\), which can run"),
         (
             ["adapter_model.safetensors", "optimizer.safetensors"],
             "adapter_model.safetensors, optim",
