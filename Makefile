@@ -75,9 +75,18 @@ study: check-executor $(READY) ## compute the study of policies again, into data
 	$(RUN) -m djinn_lib.study --executor $(EXECUTOR)
 
 .PHONY: test
-test: lint ## check the style and the types, then run the tests
+test: lint ## check the style and the types, then run the tests that take minutes
 	@echo "==> tests"
+	$(RUN) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+.PHONY: test-all
+test-all: lint ## check the style and the types, then run all tests, with every architecture
+	@echo "==> all tests"
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+.PHONY: architectures
+architectures: $(READY) ## measure which architectures are served, and write docs/architectures.md
+	$(RUN) tests/architecture_matrix.py
 
 # Ring, pager, policies and address space: what all residency rests on.
 CORE := ring pager paged_model policy address_space streaming request_queue turns

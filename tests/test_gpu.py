@@ -28,6 +28,8 @@ SCENARIOS = [
     ["graph_after_remapping"],
     ["failing_copy"],
     ["copier_contract"],
+    ["weights_after_the_lease"],
+    ["positions"],
     ["too_much"],
 ]
 SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
