@@ -399,7 +399,7 @@ def too_much():
 
 
 def weights_after_the_lease():
-    """A weight, or what was made of it, that is read too late raises; the device can still be used."""
+    """A weight that is read too late raises, and the device can still be used."""
     with dj.Djinn(64 << 20, "cuda", page=PAGE, decode="graph") as djinn:
         djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
         expected = djinn.generate("a", PROMPT, 8, ignore_eos=True).token_ids
