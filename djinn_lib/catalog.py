@@ -67,12 +67,12 @@ class Catalog:
         Raises:
             ConfigError: there is none.
         """
-        if name not in self._models:
+        if (model := self._models.get(name)) is None:
             raise ConfigError(
                 f"expected one of the models {list(self._models)}, got {name!r}: "
                 "add it with djinn.add(name, source)"
             )
-        return self._models[name]
+        return model
 
     def ensure_new(self, name: str) -> None:
         """Refuse a name that is taken with a `ConfigError`."""
@@ -130,6 +130,7 @@ class Catalog:
         model = self[name]
         self._pager.remove(name)
         self._pool.discard(name)
+        model.removed = True  # before another model can have the name, and a lease
         del self._models[name]
         model.decoder.close()
 

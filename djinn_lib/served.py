@@ -18,7 +18,8 @@ from djinn_lib.models import Unit, check_positions
 class ServedModel:
     """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
 
-    `n_bytes` are those that are paged.
+    `n_bytes` are those that are paged. Once it is `removed`, its addresses are nobody's, whatever
+    model may have its name.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ServedModel:
     n_bytes: int
     tokenizer: Any | None
     decoder: Decoder
+    removed: bool = False
 
     def prompt_ids(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the token ids of a prompt that this model can continue.
