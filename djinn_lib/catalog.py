@@ -69,12 +69,13 @@ class Catalog:
         Raises:
             ConfigError: there is none.
         """
-        if not isinstance(name, str) or name not in self._models:
+        model = self._models.get(name) if isinstance(name, str) else None
+        if model is None:
             raise ConfigError(
                 f"expected one of the models {list(self._models)}, got {shown(name)}: "
                 "add it with djinn.add(name, source)"
             )
-        return self._models[name]
+        return model
 
     def ensure_new(self, name: str) -> None:
         """Refuse what is no name, or is taken, with a `ConfigError`."""
@@ -134,6 +135,7 @@ class Catalog:
         model = self[name]
         self._pager.remove(name)
         self._pool.discard(name)
+        model.removed = True  # before another model can have the name, and a lease
         del self._models[name]
         model.decoder.close()
 

@@ -44,11 +44,15 @@ def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int
 class Unit:
     """A module that may run once its bytes of the packed model are there.
 
-    `extents` are those that it owns, and those that it reads of other modules; at least one.
+    Attributes:
+        module: its name.
+        extents: of the weights that it owns, and of those that it reads of others; at least one.
+        parameters: names of these weights, each by its first name.
     """
 
     module: str
     extents: Extents
+    parameters: frozenset[str]
 
     @property
     def end_byte(self) -> int:
@@ -111,8 +115,13 @@ def pack(
         [shaped for shaped in parameters if shaped[0] not in in_host],
         [shaped for shaped in parameters if shaped[0] in in_host],
     )
-    extents = {unit: layout.extents(names) for unit, names in needs.items()}
-    return layout, tuple(Unit(unit, found) for unit, found in extents.items() if found)
+    paged = {slot.name for slot in layout.paged}
+    units = [
+        Unit(unit, layout.extents(names), frozenset(names & paged))
+        for unit, names in needs.items()
+        if names & paged
+    ]
+    return layout, tuple(units)
 
 
 def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:

@@ -24,7 +24,8 @@ from djinn_lib.tokenizer import Tokenizer
 class ServedModel:
     """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
 
-    `n_bytes` are those that are paged.
+    `n_bytes` are those that are paged. Once it is `removed`, its addresses are nobody's, whatever
+    model may have its name.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ServedModel:
     n_bytes: int
     tokenizer: Tokenizer | None
     decoder: Decoder
+    removed: bool = False
 
     def __post_init__(self) -> None:
         n_ids = n_token_ids(self.module)

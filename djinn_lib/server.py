@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 
+from djinn_lib.errors import ConfigError
 from djinn_lib.generate import Generation
 from djinn_lib.lookahead import LoadAhead
 from djinn_lib.pager import Pager
@@ -98,6 +99,11 @@ class Server:
         request.proceed()
         queue_s = time.perf_counter() - request.begin_s
         with self._pager.lease(model.name) as lease:
+            if model.removed:  # and another one was added under its name
+                raise ConfigError(
+                    f"expected {model.name!r} as it was when the request was submitted, got "
+                    "another model of that name: submit it again"
+                )
             self._look_ahead()
             if not self.overlap:
                 self._pager.wait_whole(model.name)
