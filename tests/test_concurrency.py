@@ -331,7 +331,7 @@ def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected)
 
 
 def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplog):
-    """Nobody hangs, and whoever gets tokens gets the right ones, of models removed meanwhile too."""
+    """Nobody hangs, and whoever gets tokens gets those of the model that was asked."""
     failures, stop = [], threading.Event()
     with dj.Djinn("1200KiB", "cpu", "16KiB", order="affinity", decode="eager") as djinn:
         for name in ("llama", "phi"):
