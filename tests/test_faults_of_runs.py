@@ -478,6 +478,31 @@ def test_a_kernel_killed_mid_cell_costs_the_requests_that_were_left(
 
 
 @pytest.mark.slow
+def test_a_kernel_killed_after_its_cell_was_measured_costs_no_request(smoke):
+    """While it draws what it has measured."""
+    cell = smoke.profile.cell("paper", "20", "pytorch_pinned")
+
+    def kill():
+        until_s = time.perf_counter() + 500
+        while not smoke.rows_path(cell).exists():
+            assert time.perf_counter() < until_s
+            time.sleep(0.005)
+        kernels_of(os.getpid())[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert tasks.run_cell_notebook(smoke.profile, cell, smoke.run_dir, "1 of 1")
+    killer.join()
+    rows, manifest = read_rows(smoke.rows_path(cell)), read_manifest(smoke.manifest_path(cell))
+    assert len(rows) == 60 and rows["ok"].all()
+    assert set(rows["run_id"]) == {manifest["run_id"]}
+    statuses = {status.task: status for status in read_statuses(smoke.run_dir / "status")}
+    status = statuses[f"02_run_system.{cell.id}"]
+    assert (status.state, status.error_kind) == ("failed", "kernel_died")
+    assert "60 of 60 requests had been served" in status.error
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_and_keeps_the_journal(smoke):
     """To the whole process group, as a terminal sends it."""
     cell = smoke.profile.cell("paper", "25", "pytorch_lru")
