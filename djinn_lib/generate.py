@@ -108,25 +108,31 @@ def eos_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def n_token_ids(model: PreTrainedModel) -> int:
-    """How many token ids a model knows: the rows of its input embedding.
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many token ids a model can look up.
 
-    An id beyond them reads outside a table, which on a GPU ends all use of the device.
+    That is how many rows its table of embeddings has, which may be more than the tokenizer has
+    tokens, and no more than any second table has (`vocab_size_per_layer_input`, for example). An id
+    beyond them reads outside a table, which on a GPU ends all use of the device.
     """
-    try:
-        n_rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # code that came with a checkpoint may leave it out
-        n_rows = None
-    return n_rows or model.config.get_text_config().vocab_size
+    sizes = {
+        name: size
+        for name, size in vars(model.config.get_text_config()).items()
+        if name.startswith("vocab_size") and isinstance(size, int) and size > 0
+    }
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.dim() == 2:
+        sizes["vocab_size"] = weight.shape[0]
+    return min(sizes.values())
 
 
-def check_prompt(prompt: Sequence[int], n_token_ids: int, max_new_tokens: int) -> list[int]:
+def check_prompt(prompt: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
     """Return the token ids of a prompt, if they can be continued.
 
     Args:
         prompt: token ids, as `prompts.read_ids` takes them.
-        n_token_ids: ids from 0 to that, excluded, are known to the model.
-        max_new_tokens: how many are asked for.
+        vocab_size: how many ids the model can look up.
+        max_new_tokens: how many new ones are asked for.
 
     Raises:
         ConfigError: empty, an id that the model does not know, or no tokens asked for.
@@ -134,9 +140,9 @@ def check_prompt(prompt: Sequence[int], n_token_ids: int, max_new_tokens: int) -
     ids = read_ids(prompt)
     if not ids:
         raise ConfigError("expected a prompt of at least 1 token, got none")
-    if outside := [i for i in ids if not 0 <= i < n_token_ids]:
+    if outside := [i for i in ids if not 0 <= i < vocab_size]:
         raise ConfigError(
-            f"expected token ids from 0 to {n_token_ids - 1}, got {shown(outside[0])}: the prompt "
+            f"expected token ids from 0 to {vocab_size - 1}, got {shown(outside[0])}: the prompt "
             "was tokenised for another model"
         )
     whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
@@ -196,7 +202,7 @@ def generate_eager(
         ConfigError: the prompt cannot be used with this model.
     """
     begin_s = time.perf_counter()
-    ids = check_prompt(prompt_ids, n_token_ids(model), max_new_tokens)
+    ids = check_prompt(prompt_ids, vocabulary(model), max_new_tokens)
     check_positions(model.config, len(ids), max_new_tokens)
     inputs = torch.tensor([ids], device=device or model.device)
     clock = _FirstToken()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from djinn_lib.arguments import flag, whole_number
 from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError, shown
-from djinn_lib.generate import check_prompt, n_token_ids
+from djinn_lib.generate import check_prompt, vocabulary
 from djinn_lib.models import Unit, check_positions
 from djinn_lib.pending import Request
 from djinn_lib.prompts import ReadPrompt, read_prompts
@@ -37,7 +37,7 @@ class ServedModel:
     removed: bool = False
 
     def __post_init__(self) -> None:
-        n_ids = n_token_ids(self.module)
+        n_ids = vocabulary(self.module)
         if self.tokenizer and len(self.tokenizer) > n_ids:
             logging.getLogger(__name__).warning(
                 "the tokenizer of %r knows %d ids, and the model %d: prompts with other ids are "
@@ -78,7 +78,7 @@ class ServedModel:
 
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
-        ids = check_prompt(ids, n_token_ids(self.module), max_new_tokens)
+        ids = check_prompt(ids, vocabulary(self.module), max_new_tokens)
         check_positions(self.module.config, len(ids), max_new_tokens)
         self.decoder.check_length(len(ids), max_new_tokens)
         return ids
@@ -113,7 +113,7 @@ class ServedModel:
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids that its tokenizer gave, if the model knows them."""
-        n_ids = n_token_ids(self.module)
+        n_ids = vocabulary(self.module)
         if outside := [i for i in ids if not 0 <= i < n_ids]:
             raise ConfigError(
                 f"expected a tokenizer of {self.name!r} that gives ids below {n_ids}, got "
