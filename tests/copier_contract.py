@@ -84,7 +84,7 @@ def pages_arrive_in_order(device):
             assert torch.equal(target[:end].cpu(), source[:end])
         load.finish()
         assert load.ended and load.error is None and load.good_bytes == len(source)
-        assert load.stall_s >= 0
+        assert load.stalls.total_s >= 0
 
 
 def a_load_may_begin_in_the_middle(device):
