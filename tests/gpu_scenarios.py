@@ -192,6 +192,7 @@ def prefill_follows_the_copy():
             assert miss.loaded_bytes == miss.resident_before_bytes + int(djinn.residency().bytes[0])
             assert miss.token_ids == hit.token_ids
             assert miss.stall_ms > 1, "the prefill ran before its bytes were there"
+            assert miss.stall_ms <= miss.switch_ms <= miss.ttft_ms + 0.5, miss
             djinn.check()
 
 
