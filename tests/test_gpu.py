@@ -32,7 +32,12 @@ SCENARIOS = [
     ["positions"],
     ["too_much"],
 ]
-SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
+SERVING = [
+    ["many_at_once"],
+    ["larger_than_the_ring"],
+    ["blocks_that_layers_share"],
+    ["masters_on_disk"],
+]
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from naive_window import frames_by_prefix, merged, one_after_another, pages_of
 from test_pager import CPU, PAGE, Flaky
-from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
+from tiny import CONFIGS, PROMPT, SHARING, ordinary_tokens, spec
 
 import djinn_lib as dj
 from djinn_lib import copier
@@ -212,6 +212,22 @@ def test_tokens_of_a_model_larger_than_the_ring(tmp_path, name):
             assert djinn.generate("large", PROMPT, 12, ignore_eos=True).token_ids == g.token_ids
             djinn.check()
             djinn.evict("large")
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_blocks_that_several_layers_use(tmp_path, name):
+    """Each waits for all of its pages, from the smallest window that is possible to the largest."""
+    spec(name).build().save_pretrained(tmp_path)
+    expected = ordinary_tokens(tmp_path, 6)
+    units = [unit.extents for unit in pack(spec(name).build(), "host")[1]]
+    assert any(len(extents) > 1 for extents in units)
+    frames = frames_by_prefix(units, 4096)
+    for n_frames in (min(frames.values()), len(frames) - 1):
+        with dj.Djinn(n_frames * 4096, "cpu", 4096, decode="eager") as djinn:
+            djinn.add("m", tmp_path)
+            assert djinn._pager.is_streamed("m")
+            assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
+            djinn.check()
 
 
 def test_larger_and_smaller_models_in_turns(tmp_path):
