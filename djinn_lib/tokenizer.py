@@ -62,7 +62,7 @@ class Tokenizer:
             ConfigError: the tokenizer cannot encode it.
         """
         ids = self._encode(text)
-        if not text.startswith(tuple(self.inner.all_special_tokens)):
+        if not text.startswith(tuple(map(str, self.inner.all_special_tokens))):
             return ids
         plain = self._encode(text, add_special_tokens=False)
         for n_before in range(len(ids) - len(plain), 0, -1):

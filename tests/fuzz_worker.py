@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import sys
-import time
 import traceback
 from pathlib import Path
 
@@ -56,15 +55,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print as they like
-    print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
-        begin_s = time.perf_counter()
         try:
             said = outcome(Path(line.rstrip("\n")))
         except BaseException:
             said = {"add": f"bare {traceback.format_exc()}"}
-        seconds = time.perf_counter() - begin_s
-        print(json.dumps({**said, "seconds": seconds}), file=answers, flush=True)
+        print(json.dumps(said), file=answers, flush=True)
 
 
 if __name__ == "__main__":

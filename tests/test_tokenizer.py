@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny import spec
-from tokenizer_factory import END_ID, START_ID, make_tokenizer, save_tokenizer
+from tokenizer_factory import END_ID, START_ID, TEXT, make_tokenizer, save_tokenizer
 
 import djinn_lib as dj
 from djinn_lib.errors import CheckpointError, ConfigError
@@ -43,16 +43,11 @@ def test_a_text_begins_with_one_start(text, ids):
 
 
 def test_starts_of_several_tokens_and_ends_are_known_too():
-    from tokenizers import processors
-
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> </s> $A </s>", special_tokens=[("<s>", START_ID), ("</s>", END_ID)]
-    )
+    tokenizer = Tokenizer(make_tokenizer(around=("<s>", "</s>", TEXT, "</s>")))
     start = [START_ID, END_ID]
-    assert Tokenizer(tokenizer).encode("hi") == [*start, *HI, END_ID]
-    assert Tokenizer(tokenizer).encode("<s></s>hi") == [*start, *HI, END_ID]
-    assert Tokenizer(tokenizer).encode("<s>hi") == [*start, START_ID, *HI, END_ID]
+    assert tokenizer.encode("hi") == [*start, *HI, END_ID]
+    assert tokenizer.encode("<s></s>hi") == [*start, *HI, END_ID]
+    assert tokenizer.encode("<s>hi") == [*start, START_ID, *HI, END_ID]
 
 
 def test_a_conversation_is_formatted_up_to_the_answer():
@@ -272,15 +267,14 @@ SMALL = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num
 
 
 def test_text_that_is_no_token_at_all_is_refused(tmp_path):
-    write(tmp_path, config__json={"model_type": "gpt2"})
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = None
     dj.ModelSpec({**SMALL, "vocab_size": 300}).build().save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, around=(TEXT,))
     with dj.Djinn("1MiB", "cpu", page="16KiB") as djinn:
         djinn.add("m", tmp_path)
-        with pytest.raises(ConfigError, match="at least 1 token"):
-            djinn.generate("m", "")
+        assert djinn.tokenize("m", "\t") == []
+        for text in ("", "\t"):
+            with pytest.raises(ConfigError, match="at least 1 token"):
+                djinn.generate("m", text)
 
 
 def test_a_generation_survives_a_text_that_cannot_be_written(djinn, monkeypatch):
