@@ -56,13 +56,15 @@ def _observe(model: PreTrainedModel, weight: Callable[[torch.Tensor], torch.Tens
     names = {_storage(twins[id(p)]): name for name, p in model.named_parameters()}
     buffers = {id(b): _copied(b) for b in model.buffers()}
     twin = copy.deepcopy(model, {**twins, **buffers})
+    twin.config.return_dict = True  # as in `generate`, whatever the checkpoint says
     events: list[Event] = []
     for name, module in twin.named_modules():
         _note_calls(module, name, events)
     ids = torch.zeros((1, PROMPT_LENGTH), dtype=torch.long)
     with torch.no_grad(), _NoteReads(names, events):
         output: Any = twin(input_ids=ids, use_cache=True)
-        caches = {key: output[key] for key in _CACHES if output.get(key) is not None}
+        found = {key: getattr(output, key, None) for key in _CACHES}
+        caches = {key: cache for key, cache in found.items() if cache is not None}
         with suppress(Exception):  # it needs more than a cache: then the prompt has to do
             twin(input_ids=ids[:, :1], use_cache=True, **caches)
     return events

@@ -55,6 +55,10 @@ class OddModel(PreTrainedModel):
         self.projection = nn.Linear(WIDTH, WIDTH, bias=False)
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The table, which transformers does not look for under this name."""
+        return self.embed
+
     def _init_weights(self, module: nn.Module) -> None:
         """Weights large enough that a wrong one shows."""
         for parameter in module.parameters(recurse=False):

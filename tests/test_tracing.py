@@ -48,6 +48,13 @@ def test_a_model_that_looks_at_values_is_observed_on_numbers():
     assert needs(OddConfig(n_layers=3, route=True)) == needs(OddConfig(n_layers=3))
 
 
+def test_a_config_that_asks_for_tuples_is_observed():
+    model = spec("llama").build()
+    expected = observe(model)
+    model.config.return_dict = False
+    assert {event for event in observe(model)} == set(expected)
+
+
 def test_observing_leaves_the_model_as_it_was():
     model = OddModel(OddConfig(n_layers=2, route=True))
     before = {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
