@@ -284,10 +284,12 @@ class Pager:
 
     def close(self) -> None:
         """Finish copies and release all device memory. Tensors over it must not be used again."""
-        self.copier.close()
-        with self._lock:
-            self._models.clear()
-            self.space.close()
+        try:
+            self.copier.close()
+        finally:
+            with self._lock:
+                self._models.clear()
+                self.space.close()
 
     # -- steps of a lease --------------------------------------------------------------------
 
@@ -343,8 +345,8 @@ class Pager:
         """Take back the pages that a failed copy left without their bytes."""
         paged, n_good = self._models[model], good_bytes // self.page_bytes
         n_bad = max(0, self.ring.n_resident(model) - n_good)
-        self.ring.roll_back(model, n_bad)
         paged.finish_use()
+        self.ring.roll_back(model, n_bad)
         paged.unmap(n_good, n_bad)
         paged.loads.clear()
         paged.prefetched_bytes = min(paged.prefetched_bytes, self.resident_bytes(model))

@@ -294,6 +294,20 @@ def test_a_lease_ends_whatever_marking_its_end_raises(three, monkeypatch):
     assert not pager.ring.is_leased("a")
 
 
+def test_device_memory_is_released_whatever_the_copier_raises():
+    pager, _, _ = make_pager({"a": PAGE}, 2)
+    n_fds = psutil.Process().num_fds()
+
+    def broken():
+        raise RuntimeError("CUDA error")
+
+    close, pager.copier.close = pager.copier.close, broken
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        pager.close()
+    assert psutil.Process().num_fds() == n_fds - 1
+    close()
+
+
 def test_a_lease_may_end_after_the_pager():
     pager, _, _ = make_pager({"a": PAGE}, 2)
     lease = pager.lease("a")
