@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.hooks import Hook
 from djinn_lib.lease import Lease
 from djinn_lib.models import Unit, check_positions
 from djinn_lib.sampling import Sampling
@@ -79,19 +80,10 @@ class Generation:
 
 
 def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[int], None]) -> None:
-    """Call `wait(end_byte)` before each unit of `model` runs, from now on.
-
-    Compiled code has no such calls: whoever runs it waits for all weights first.
-    """
-
-    def hook(end_byte: int) -> None:
-        if not torch.compiler.is_compiling():
-            wait(end_byte)
-
+    """Call `wait(end_byte)` before each unit of `model` runs, from now on."""
     for unit in units:
-        model.get_submodule(unit.module).register_forward_pre_hook(
-            lambda *_, end_byte=unit.end_byte: hook(end_byte)
-        )
+        hook = Hook(wait, unit.end_byte)
+        model.get_submodule(unit.module).register_forward_pre_hook(hook)
 
 
 def eos_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import check_prompt
+from djinn_lib.lending import Lending
 from djinn_lib.models import Unit, check_positions
 
 
@@ -18,7 +19,7 @@ from djinn_lib.models import Unit, check_positions
 class ServedModel:
     """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
 
-    `n_bytes` are those that are paged.
+    `n_bytes` are those that are paged. Users get the module's twin, from `lending`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ServedModel:
     n_bytes: int
     tokenizer: Any | None
     decoder: Decoder
+    lending: Lending
 
     def prompt_ids(self, prompt: str | Sequence[int], max_new_tokens: int) -> list[int]:
         """Return the token ids of a prompt that this model can continue.
