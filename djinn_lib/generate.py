@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.errors import ConfigError, shown
+from djinn_lib.hooks import Hook
 from djinn_lib.lease import Lease
 from djinn_lib.models import Unit, check_positions
 from djinn_lib.prompts import read_ids
@@ -85,19 +86,10 @@ class Generation:
 def hold_back(
     model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[Extents], None]
 ) -> None:
-    """Call `wait(unit.extents)` before each unit of `model` runs, from now on.
-
-    Compiled code has no such calls: whoever runs it waits for all weights first.
-    """
-
-    def hook(extents: Extents) -> None:
-        if not torch.compiler.is_compiling():
-            wait(extents)
-
+    """Call `wait(unit.extents)` before each unit of `model` runs, from now on."""
     for unit in units:
-        model.get_submodule(unit.module).register_forward_pre_hook(
-            lambda *_, extents=unit.extents: hook(extents)
-        )
+        hook = Hook(wait, unit.extents)
+        model.get_submodule(unit.module).register_forward_pre_hook(hook)
 
 
 def eos_ids(model: PreTrainedModel) -> frozenset[int]:
