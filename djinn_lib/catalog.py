@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pandas as pd
 import torch
@@ -11,12 +12,12 @@ from transformers import PreTrainedModel
 
 from djinn_lib.decode_modes import Decode, parse_decode
 from djinn_lib.decoder import Decoder, EagerDecoder
+from djinn_lib.decoders import make_decoder
 from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import hold_back
 from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
-from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
@@ -90,7 +91,7 @@ class Catalog:
             tables = self._pool.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
             hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
-            decoder = self._make_decoder(name, module, units, self.decode)
+            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
         except BaseException:
             self._pager.remove(name)
             self._pool.discard(name)
@@ -103,17 +104,24 @@ class Catalog:
         """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
         model = self[name]
         with self._turn(name):
-            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            decoder = self._make_decoder(
+                name, model.module, model.units, parse_decode(decode), model.tokenizer
+            )
             model.decoder.close()
             model.decoder = decoder
         return decoder.mode
 
     def _make_decoder(
-        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+        self,
+        name: str,
+        module: PreTrainedModel,
+        units: Sequence[Unit],
+        decode: Decode,
+        tokenizer: Any | None,
     ) -> Decoder:
         # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
-            return EagerDecoder(module)
+            return EagerDecoder(module, tokenizer)
         with self._turn(name), self._pager.lease(name):
             self._pager.finish(name)
             return make_decoder(
@@ -123,6 +131,7 @@ class Catalog:
                 self._max_model_len,
                 self._recorder,
                 lambda step: self._progress(f"{name}: {step}"),
+                tokenizer,
             )
 
     def remove(self, name: str) -> None:

@@ -11,17 +11,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMode
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.generation_options import ensure_generates, mode_of, request_options
 from djinn_lib.lease import Lease
-from djinn_lib.models import Unit, check_positions
+from djinn_lib.models import Unit
+from djinn_lib.positions import check_positions
+from djinn_lib.rotations import forget_lengths
 from djinn_lib.sampling import Sampling
+
+_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +105,21 @@ def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[int
         )
 
 
-def eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a sequence, as the model's generation configuration has them."""
-    ids: Any = model.generation_config.eos_token_id if model.generation_config else None
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many token ids a model can look up.
+
+    That is how many rows its table of embeddings has, which may be more than the tokenizer has
+    tokens, and no more than any second table has (`vocab_size_per_layer_input`, for example).
+    """
+    sizes = {
+        name: size
+        for name, size in vars(model.config.get_text_config()).items()
+        if name.startswith("vocab_size") and isinstance(size, int) and size > 0
+    }
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.dim() == 2:
+        sizes["vocab_size"] = weight.shape[0]
+    return min(sizes.values())
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
@@ -158,8 +178,9 @@ def generate_eager(
     sampling: Sampling | None = None,
     proceed: Callable[[], None] | None = None,
     device: str | torch.device | None = None,
+    tokenizer: Any | None = None,
 ) -> Tokens:
-    """Decode with `model.generate`.
+    """Decode with `model.generate`, as its generation_config says; see `generation_options`.
 
     Args:
         model: a transformers model, in evaluation mode.
@@ -169,41 +190,46 @@ def generate_eager(
         sampling: how to choose tokens; default is the most likely one.
         proceed: called after each token; what it raises ends the generation.
         device: where it computes; default is where its first parameter is.
+        tokenizer: of the model, where its generation_config names texts that end a sequence.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
     """
     begin_s = time.perf_counter()
-    ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
-    check_positions(model.config, len(ids), max_new_tokens)
-    inputs = torch.tensor([ids], device=device or model.device)
+    ensure_generates(model)
+    ids = check_prompt(prompt_ids, vocabulary(model), max_new_tokens)
+    check_positions(model, len(ids), max_new_tokens)
+    options = request_options(model, max_new_tokens, ignore_eos, sampling)
+    criteria = StoppingCriteriaList([_Proceed(proceed)] if proceed else [])
+    stops = model.generation_config.stop_strings
+    if tokenizer is not None and stops and not ignore_eos:
+        criteria.append(StopStringCriteria(tokenizer, stops))
+        options["stop_strings"] = None  # else `generate` would hand the tokenizer to the model
+    if model.generation_config.token_healing:
+        options["tokenizer"] = tokenizer
     clock = _FirstToken()
-    generate: Any = model.generate  # its signature is wider than its annotations say
-    with torch.no_grad(), _seeded(sampling, inputs.device):
-        output: Any = generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=None if ignore_eos else list(eos_ids(model)) or None,
-            pad_token_id=0,
-            streamer=clock,
-            stopping_criteria=StoppingCriteriaList([_Proceed(proceed)] if proceed else []),
-            **_options(sampling),
-        )
+    if mode_of(model, options) not in _BEAMS:  # no token is known before the last
+        options["streamer"] = clock
+    device = torch.device(device or model.device)
+    with _seeded(sampling, device):
+        output = call_generate(model, ids, device, stopping_criteria=criteria, **options)
     new_ids = tuple(output[0, len(ids) :].tolist())
-    return Tokens(new_ids, clock.at_s - begin_s, time.perf_counter() - begin_s)
+    last_s = time.perf_counter() - begin_s
+    return Tokens(new_ids, clock.at_s - begin_s if clock.n_puts > 1 else last_s, last_s)
 
 
-def _options(sampling: Sampling | None) -> dict[str, Any]:
-    """Arguments of transformers' `generate`; its own defaults come from the checkpoint."""
-    if sampling is None or sampling.greedy:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+def call_generate(
+    model: PreTrainedModel, ids: Sequence[int], device: torch.device, **options: Any
+) -> Any:
+    """Call transformers' `generate` for one prompt that has been checked; returns what it does."""
+    inputs = torch.tensor([ids], device=device)
+    if "attention_mask" in signature(model.forward).parameters:
+        # Else ids that happen to be that of padding would count as such.
+        options["attention_mask"] = torch.ones_like(inputs)
+    forget_lengths(model)
+    generate: Any = model.generate  # its signature is wider than its annotations say
+    with torch.no_grad():
+        return generate(inputs, **options)
 
 
 @contextmanager

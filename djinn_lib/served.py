@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError
-from djinn_lib.generate import check_prompt
-from djinn_lib.models import Unit, check_positions
+from djinn_lib.generate import check_prompt, vocabulary
+from djinn_lib.models import Unit
 
 
 @dataclass(slots=True)
@@ -36,10 +36,9 @@ class ServedModel:
         """
         ids = check_prompt(
             self.tokenize(prompt) if isinstance(prompt, str) else prompt,
-            self.module.config.get_text_config().vocab_size,
+            vocabulary(self.module),
             max_new_tokens,
         )
-        check_positions(self.module.config, len(ids), max_new_tokens)
         self.decoder.check_length(len(ids), max_new_tokens)
         return ids
 
