@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 from djinn_lib.arguments import whole_number
 from djinn_lib.decode_modes import Decode, parse_decode
 from djinn_lib.decoder import Decoder, EagerDecoder
+from djinn_lib.decoders import make_decoder
 from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import hold_back
 from djinn_lib.lending import Lending
 from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
-from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
 from djinn_lib.sampling import MOST_TOKENS
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
+from djinn_lib.tokenizer import Tokenizer
 
 MIN_MODEL_LEN = 8
 
@@ -105,7 +106,7 @@ class Catalog:
                 self._pager.is_streamed(name),
                 lambda: self._pager.is_intact(name),
             )
-            decoder = self._make_decoder(name, module, units, self.decode)
+            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
         except BaseException:
             self._pager.remove(name)
             self._pool.discard(name)
@@ -118,17 +119,25 @@ class Catalog:
         """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
         model = self[name]
         with self._turn(name):
-            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            decoder = self._make_decoder(
+                name, model.module, model.units, parse_decode(decode), model.tokenizer
+            )
             model.decoder.close()
             model.decoder = decoder
         return decoder.mode
 
     def _make_decoder(
-        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+        self,
+        name: str,
+        module: PreTrainedModel,
+        units: Sequence[Unit],
+        decode: Decode,
+        tokenizer: Tokenizer | None,
     ) -> Decoder:
+        own = tokenizer.own if tokenizer else None
         # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
-            return EagerDecoder(module)
+            return EagerDecoder(module, own)
         with self._turn(name), self._pager.lease(name):
             self._pager.finish(name)
             return make_decoder(
@@ -138,6 +147,7 @@ class Catalog:
                 self._max_model_len,
                 self._recorder,
                 lambda step: self._progress(f"{name}: {step}"),
+                own,
             )
 
     @contextmanager

@@ -14,7 +14,7 @@ from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import check_prompt, vocabulary
 from djinn_lib.lending import Lending
-from djinn_lib.models import Unit, check_positions
+from djinn_lib.models import Unit
 from djinn_lib.pending import Request
 from djinn_lib.prompts import ReadPrompt, read_prompts
 from djinn_lib.sampling import MOST_TOKENS, Sampling
@@ -81,7 +81,6 @@ class ServedModel:
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         ids = check_prompt(ids, vocabulary(self.module), max_new_tokens)
-        check_positions(self.module.config, len(ids), max_new_tokens)
         self.decoder.check_length(len(ids), max_new_tokens)
         return ids
 

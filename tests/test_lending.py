@@ -281,7 +281,10 @@ def test_a_lent_model_is_whole(djinn, plain, tmp_path, monkeypatch):
     djinn.evict("m")
     with djinn.lease("m") as model:
         torch.save(model.state_dict(), saved)
-    for read in (load_file(tmp_path / "model.safetensors"), torch.load(io.BytesIO(saved.getvalue()))):
+    for read in (
+        load_file(tmp_path / "model.safetensors"),
+        torch.load(io.BytesIO(saved.getvalue())),
+    ):
         assert read.keys() == expected.keys()
         assert all(torch.equal(read[name], expected[name]) for name in expected)
 
