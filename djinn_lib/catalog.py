@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import pandas as pd
 import torch
@@ -12,16 +12,18 @@ from transformers import PreTrainedModel
 from djinn_lib.arguments import whole_number
 from djinn_lib.decode_modes import Decode, parse_decode
 from djinn_lib.decoder import Decoder, EagerDecoder
+from djinn_lib.decoders import make_decoder
 from djinn_lib.disk_tier import Masters
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import hold_back
+from djinn_lib.lending import Lending
 from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
-from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
 from djinn_lib.sampling import MOST_TOKENS
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
+from djinn_lib.tokenizer import Tokenizer
 
 MIN_MODEL_LEN = 8
 
@@ -95,30 +97,47 @@ class Catalog:
             tables = self._pool.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
             hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
-            decoder = self._make_decoder(name, module, units, self.decode)
+            addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
+            lending = Lending(
+                name,
+                module,
+                units,
+                addresses,
+                self._pager.is_streamed(name),
+                lambda: self._pager.is_intact(name),
+            )
+            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
         except BaseException:
             self._pager.remove(name)
             self._pool.discard(name)
             raise
         self._models[name] = ServedModel(
-            name, module, units, layout.paged_bytes, opened.tokenizer, decoder
+            name, module, units, layout.paged_bytes, opened.tokenizer, decoder, lending
         )
 
     def set_decode(self, name: str, decode: str) -> Decode:
         """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
         model = self[name]
         with self._turn(name):
-            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            decoder = self._make_decoder(
+                name, model.module, model.units, parse_decode(decode), model.tokenizer
+            )
             model.decoder.close()
             model.decoder = decoder
         return decoder.mode
 
     def _make_decoder(
-        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+        self,
+        name: str,
+        module: PreTrainedModel,
+        units: Sequence[Unit],
+        decode: Decode,
+        tokenizer: Tokenizer | None,
     ) -> Decoder:
+        own = tokenizer.own if tokenizer else None
         # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
-            return EagerDecoder(module)
+            return EagerDecoder(module, own)
         with self._turn(name), self._pager.lease(name):
             self._pager.finish(name)
             return make_decoder(
@@ -128,7 +147,27 @@ class Catalog:
                 self._max_model_len,
                 self._recorder,
                 lambda step: self._progress(f"{name}: {step}"),
+                own,
             )
+
+    @contextmanager
+    def lend(self, name: str, wait: bool) -> Iterator[PreTrainedModel]:
+        """Lend a model to a user, who has a turn; see `Djinn.lease`."""
+        lending = self[name].lending
+        try:
+            with self._pager.lease(name), lending.lend() as module:
+                if wait:
+                    self.wait(name)
+                yield module
+        finally:
+            if lending.take_stale():
+                self._pager.evict(name)  # the next lease loads it from its master
+
+    def wait(self, name: str) -> None:
+        """Block until a leased model is on the device; see `Djinn.wait`."""
+        lending = self[name].lending
+        self._pager.finish(name)
+        lending.now_whole()
 
     def remove(self, name: str) -> None:
         """Forget a model and free all that it holds; see `Djinn.remove`."""
@@ -137,6 +176,7 @@ class Catalog:
         self._pool.discard(name)
         model.removed = True  # before another model can have the name, and a lease
         del self._models[name]
+        model.lending.retire("it was removed")
         model.decoder.close()
 
     def residency(self) -> pd.DataFrame:
@@ -153,6 +193,7 @@ class Catalog:
     def clear(self) -> None:
         """Release what decoders hold, and forget all models."""
         for model in self:
+            model.lending.retire("its Djinn was closed")
             model.decoder.close()
         self._models.clear()
 

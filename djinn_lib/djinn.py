@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +18,9 @@ from djinn_lib.catalog import Catalog, check_decoding
 from djinn_lib.decode_modes import Decode, default_decode
 from djinn_lib.device import parse_device
 from djinn_lib.disk_tier import Masters, open_masters
+from djinn_lib.errors import DjinnError
 from djinn_lib.generate import Generation
+from djinn_lib.holdings import Holdings
 from djinn_lib.models import Embeddings, choose_embeddings
 from djinn_lib.pager import Pager
 from djinn_lib.pending import PendingGeneration, for_each
@@ -99,22 +102,41 @@ class Djinn:
         chosen = sparing_what_waits(make_policy(policy)) if lookahead else make_policy(policy)
         place = choose_embeddings(embeddings, host_capacity is None)
         n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
-        self._pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
-        try:
-            self._pager = Pager(self._pool, n_bytes, page_bytes, self.device, chosen, residency)
-        except BaseException:
-            self._pool.close()
-            raise
-        self._server = Server(self._pager, queue, overlap, lookahead)
-        self._models = Catalog(
-            self._pool,
-            self._pager,
-            self._server.turn,
-            self.device,
-            decode,
-            int(max_model_len),
-            place,
-            progress,
+        with ExitStack() as undo:  # what was made, should the next step fail
+            pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
+            undo.callback(pool.close)
+            pager = Pager(pool, n_bytes, page_bytes, self.device, chosen, residency)
+            undo.callback(pager.close)
+            server = Server(pager, queue, overlap, lookahead)
+            models = Catalog(
+                pool, pager, server.turn, self.device, decode, int(max_model_len), place, progress
+            )
+            undo.pop_all()
+        self._holdings = Holdings(server, pager, models, pool)
+        # At the end of the process the system frees everything, and waits for nobody.
+        weakref.finalize(self, self._holdings.collect).atexit = False
+
+    @property
+    def _server(self) -> Server:
+        return self._holdings.ensure_open().server
+
+    @property
+    def _pager(self) -> Pager:
+        return self._holdings.ensure_open().pager
+
+    @property
+    def _models(self) -> Catalog:
+        return self._holdings.ensure_open().models
+
+    @property
+    def _pool(self) -> Masters:
+        return self._holdings.ensure_open().pool
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be copied, pickled or sent to another process."""
+        raise DjinnError(
+            "a Djinn cannot be copied or pickled, since it holds device memory and threads of this "
+            "process: make one in each process, and send names and token ids"
         )
 
     # -- models ----------------------------------------------------------------------------
@@ -254,7 +276,12 @@ class Djinn:
         ignore_eos: bool = False,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | Any:  # Any: see `generate`
-        """`generate` for asyncio; cancelling the task gives the request up."""
+        """`generate` for asyncio; cancelling the task gives the request up.
+
+        Raises:
+            LeaseError: the task, or one that it was started from, holds a lease.
+        """
+        self._server.ensure_may_await(name)
         pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
         if not isinstance(pending, list):
             return await asyncio.wrap_future(pending)
@@ -275,16 +302,29 @@ class Djinn:
         return self._models[name].tokenize(text)
 
     @contextmanager
-    def lease(self, name: str) -> Iterator[PreTrainedModel]:
-        """Lend the transformers model itself, loading what is missing while it runs.
+    def lease(self, name: str, *, wait: bool = True) -> Iterator[PreTrainedModel]:
+        """Lend a transformers model over the same weights that requests are computed with.
 
-        Inside the block the model can be used in any way; outside it refuses to run.
+        Inside the block it can be called, and its weights can be read in any way; afterwards both
+        raise `LeaseError`, until it is leased again. Weights cannot be written to. Other changes
+        (adapters, hooks, training mode) are possible, affect no request, and are undone when the
+        block ends, with a warning; those of the contents of `generation_config` stay. To keep
+        weights, clone() them; to change them, change a copy (`copy.deepcopy(model)`).
+
+        The weights of a model larger than the ring cannot be read by hand: it can only be called.
+
+        Args:
+            name: which model.
+            wait: until every byte is on the device. Without, the model loads while it runs, layer
+                by layer, and its weights cannot be read by hand before `djinn.wait(name)`.
+
+        Raises:
+            LeaseError: weights were written to in a way that could not be refused beforehand; they
+                are loaded again.
+            DjinnError: the weights could not be copied.
         """
-        model = self._models[name]
-        with self._server.turn(name), self._pager.lease(name):
-            if not self._server.overlap:
-                self._pager.wait_whole(name)
-            yield model.module
+        with self._server.turn(name), self._models.lend(name, wait) as module:
+            yield module
 
     def wait(self, name: str) -> None:
         """Block until every byte of a leased model is on the device.
@@ -293,7 +333,7 @@ class Djinn:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        self._pager.finish(name)
+        self._models.wait(name)
 
     def evict(self, name: str) -> int:
         """Take all pages of a model off the device; returns how many bytes that freed.
@@ -364,17 +404,20 @@ class Djinn:
         self._pager.check()
 
     def close(self) -> None:
-        """Release all device and host memory; models lent before must not be used any more.
+        """Release all device and host memory; models lent before can no longer be used.
 
-        The request that is being served comes to its end; those that wait fail.
+        The request that is being served comes to its end; those that wait fail. A `Djinn` that is
+        collected does the same. Closing twice is harmless.
+
+        Raises:
+            LeaseError: called inside a lease.
+            DjinnError: called in a forked child, which this does not belong to.
         """
-        self._server.close()
-        self._pager.close()  # first: it waits for what the device still does
-        self._models.clear()
-        self._pool.close()
+        self._holdings.close()
 
     def __enter__(self) -> Djinn:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._holdings.is_of_this_process:  # a child that ends leaves its parent's as it is
+            self.close()

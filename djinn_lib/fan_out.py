@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from djinn_lib.errors import ConfigError, PlatformError
+from djinn_lib.errors import ConfigError, PlatformError, in_words
 from djinn_lib.paths import python_path
 from djinn_lib.sockets import ray_folder
 
@@ -162,7 +162,7 @@ def _connect(joined: str | None) -> None:
             else "try again when the machine is less busy, or use the local executor"
         )
         raise PlatformError(
-            f"expected to use Ray at {joined or 'this machine'}, got {error}: {remedy}"
+            f"expected to use Ray at {joined or 'this machine'}, got {in_words(error)}: {remedy}"
         ) from error
 
 

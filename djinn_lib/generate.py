@@ -11,20 +11,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.stopping_criteria import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMode
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.errors import ConfigError, shown
+from djinn_lib.generation_options import ensure_generates, mode_of, request_options
+from djinn_lib.hooks import Hook
 from djinn_lib.lease import Lease
-from djinn_lib.models import Unit, check_positions
+from djinn_lib.models import Unit
+from djinn_lib.positions import check_positions
 from djinn_lib.prompts import read_ids
+from djinn_lib.rotations import forget_lengths
 from djinn_lib.sampling import MOST_TOKENS, Sampling
 from djinn_lib.swap_pool import Extents
+
+_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,27 +97,10 @@ class Generation:
 def hold_back(
     model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[Extents], None]
 ) -> None:
-    """Call `wait(unit.extents)` before each unit of `model` runs, from now on.
-
-    Compiled code has no such calls: whoever runs it waits for all weights first.
-    """
-
-    def hook(extents: Extents) -> None:
-        if not torch.compiler.is_compiling():
-            wait(extents)
-
+    """Call `wait(unit.extents)` before each unit of `model` runs, from now on."""
     for unit in units:
-        model.get_submodule(unit.module).register_forward_pre_hook(
-            lambda *_, extents=unit.extents: hook(extents)
-        )
-
-
-def eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a sequence, as the model's generation configuration has them."""
-    ids: Any = model.generation_config.eos_token_id if model.generation_config else None
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+        hook = Hook(wait, unit.extents)
+        model.get_submodule(unit.module).register_forward_pre_hook(hook)
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -186,8 +181,9 @@ def generate_eager(
     sampling: Sampling | None = None,
     proceed: Callable[[], None] | None = None,
     device: str | torch.device | None = None,
+    tokenizer: Any | None = None,
 ) -> Tokens:
-    """Decode with `model.generate`.
+    """Decode with `model.generate`, as its generation_config says; see `generation_options`.
 
     Args:
         model: a transformers model, in evaluation mode.
@@ -197,41 +193,46 @@ def generate_eager(
         sampling: how to choose tokens; default is the most likely one.
         proceed: called after each token; what it raises ends the generation.
         device: where it computes; default is where its first parameter is.
+        tokenizer: of the model, where its generation_config names texts that end a sequence.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
     """
     begin_s = time.perf_counter()
+    ensure_generates(model)
     ids = check_prompt(prompt_ids, vocabulary(model), max_new_tokens)
-    check_positions(model.config, len(ids), max_new_tokens)
-    inputs = torch.tensor([ids], device=device or model.device)
+    check_positions(model, len(ids), max_new_tokens)
+    options = request_options(model, max_new_tokens, ignore_eos, sampling)
+    criteria = StoppingCriteriaList([_Proceed(proceed)] if proceed else [])
+    stops = model.generation_config.stop_strings
+    if tokenizer is not None and stops and not ignore_eos:
+        criteria.append(StopStringCriteria(tokenizer, stops))
+        options["stop_strings"] = None  # else `generate` would hand the tokenizer to the model
+    if model.generation_config.token_healing:
+        options["tokenizer"] = tokenizer
     clock = _FirstToken()
-    generate: Any = model.generate  # its signature is wider than its annotations say
-    with torch.no_grad(), _seeded(sampling, inputs.device):
-        output: Any = generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=None if ignore_eos else list(eos_ids(model)) or None,
-            pad_token_id=0,
-            streamer=clock,
-            stopping_criteria=StoppingCriteriaList([_Proceed(proceed)] if proceed else []),
-            **_options(sampling),
-        )
+    if mode_of(model, options) not in _BEAMS:  # no token is known before the last
+        options["streamer"] = clock
+    device = torch.device(device or model.device)
+    with _seeded(sampling, device):
+        output = call_generate(model, ids, device, stopping_criteria=criteria, **options)
     new_ids = tuple(output[0, len(ids) :].tolist())
-    return Tokens(new_ids, clock.at_s - begin_s, time.perf_counter() - begin_s)
+    last_s = time.perf_counter() - begin_s
+    return Tokens(new_ids, clock.at_s - begin_s if clock.n_puts > 1 else last_s, last_s)
 
 
-def _options(sampling: Sampling | None) -> dict[str, Any]:
-    """Arguments of transformers' `generate`; its own defaults come from the checkpoint."""
-    if sampling is None or sampling.greedy:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+def call_generate(
+    model: PreTrainedModel, ids: Sequence[int], device: torch.device, **options: Any
+) -> Any:
+    """Call transformers' `generate` for one prompt that has been checked; returns what it does."""
+    inputs = torch.tensor([ids], device=device)
+    if "attention_mask" in signature(model.forward).parameters:
+        # Else ids that happen to be that of padding would count as such.
+        options["attention_mask"] = torch.ones_like(inputs)
+    forget_lengths(model)
+    generate: Any = model.generate  # its signature is wider than its annotations say
+    with torch.no_grad():
+        return generate(inputs, **options)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from djinn_lib.copier import Reading, Stalls
@@ -55,7 +56,7 @@ class Lease:
         self.stalls = StallClock()
         self.streamed_bytes: Callable[[], int] = lambda: 0
         self._give_back = give_back
-        self._held = True
+        self._holder: int | None = os.getpid()
 
     @property
     def loaded_bytes(self) -> int:
@@ -68,9 +69,12 @@ class Lease:
         return self.stalls.total_s
 
     def release(self) -> None:
-        """Give the lease back; the pages stay until somebody else needs the frames."""
-        if self._held:
-            self._held = False
+        """Give the lease back; the pages stay until somebody else needs the frames.
+
+        In a forked child this does nothing: the lease is its parent's.
+        """
+        holder, self._holder = self._holder, None
+        if holder == os.getpid():
             self._give_back(self.model)
 
     def __enter__(self) -> Lease:

@@ -50,7 +50,7 @@ class LoadAhead:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread:
+        if self._thread and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _run(self) -> None:

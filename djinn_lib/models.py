@@ -16,28 +16,11 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.swap_pool import Extents, Layout
 from djinn_lib.tracing import Event, needs_of, observe
-
-
-def check_positions(config: PretrainedConfig, n_prompt: int, max_new_tokens: int) -> None:
-    """Make sure that a model has a position for each token of a prompt and its continuation.
-
-    Beyond its last position a model that learned them reads outside a table, which on a GPU ends
-    not just the request but all use of the device by this process.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and n_prompt + max_new_tokens > limit:
-        raise ConfigError(
-            f"expected at most {limit} tokens of prompt and continuation together (the model's "
-            f"positions), got {n_prompt} + {max_new_tokens}: shorten the prompt or ask for less"
-        )
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,17 @@ class Pager:
             for model, paged in self._models.items():
                 paged.check_bytes(self.resident_bytes(model))
 
+    def is_intact(self, model: str) -> bool:
+        """Whether the resident bytes of a model equal their master; takes as long as loading it."""
+        with self._lock:
+            self._models[model].finish_copies()
+            self._settle()
+            try:
+                self._models[model].check_bytes(self.resident_bytes(model))
+            except AssertionError:
+                return False
+            return True
+
     def close(self) -> None:
         """Finish copies and release all device memory. Tensors over it must not be used again."""
         try:

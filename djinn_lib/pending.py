@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from djinn_lib.errors import LeaseError, RequestCancelled
+from djinn_lib.errors import RequestCancelled
 from djinn_lib.generate import Generation
 from djinn_lib.sampling import Sampling
 
@@ -51,33 +52,71 @@ class PendingGeneration(Future[Generation]):
 
     `cancel()` takes a request that waits out of the queue and returns True. One that is being
     served ends after the token that is being computed, and gives its lease back; `cancel()` returns
-    False, and `result()` raises `RequestCancelled`.
+    False, and `result()` raises `RequestCancelled`. Inside a lease the request cannot be waited for
+    with `result`, `exception` or asyncio; nor may it be with `concurrent.futures.wait`, which
+    cannot be refused and would wait for ever.
     """
 
     def __init__(
-        self, request: Request, withdraw: Callable[[], bool], is_blocked: Callable[[], bool]
+        self,
+        request: Request,
+        withdraw: Callable[[], bool],
+        ensure_may_wait: Callable[[str, bool], None],
     ) -> None:
         super().__init__()
         self.request = request
         self._withdraw = withdraw
-        self._is_blocked = is_blocked
+        self._ensure_may_wait = ensure_may_wait
 
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the `Generation`, at most `timeout` seconds.
 
+        An interrupt (Ctrl-C) gives the request up, and is raised when nothing of it computes.
+
         Raises:
-            LeaseError: the calling thread holds a lease, and would wait for itself.
+            LeaseError: the caller holds a lease, and would wait for itself.
             TimeoutError, CancelledError, RequestCancelled, DjinnError: there is none.
         """
-        if not self.done() and self._is_blocked():
-            raise LeaseError(
-                f"expected no lease in the thread that waits for a request for "
-                f"{self.request.model!r}, got one: the request would wait for the lease and the "
-                "lease for the request; call generate(), or leave the lease first"
-            )
-        return super().result(timeout)
+        with self._waiting():
+            return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Like `result`, for the error of a request that failed; None if it did not."""
+        with self._waiting():
+            return super().exception(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[Generation]], object]) -> None:
+        """Call a function with this object when the request is done.
+
+        Raises:
+            LeaseError: it is asyncio that wants to know, for a coroutine that would wait for
+                itself.
+        """
+        if not self.done() and getattr(fn, "__module__", None) == "asyncio.futures":
+            self._ensure_may_wait(self.request.model, False)
+        super().add_done_callback(fn)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Wait in the block, unless for oneself; an interrupt gives the request up."""
+        if not self.done():
+            self._ensure_may_wait(self.request.model, True)
+        try:
+            yield
+        except TimeoutError:
+            raise
+        except BaseException:
+            if not self.done():
+                self.cancel()
+                wait([self])
+            raise
 
     def cancel(self) -> bool:
         """Give the request up; returns whether nothing of it was computed."""
         self.request.cancelled.set()
-        return self.cancelled() or (self._withdraw() and super().cancel())
+        if self.cancelled():
+            return True
+        if not (self._withdraw() and super().cancel()):
+            return False
+        self.set_running_or_notify_cancel()  # before that, `concurrent.futures.wait` waits for it
+        return True

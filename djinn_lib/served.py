@@ -13,7 +13,8 @@ from djinn_lib.arguments import flag, whole_number
 from djinn_lib.decoder import Decoder
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import check_prompt, vocabulary
-from djinn_lib.models import Unit, check_positions
+from djinn_lib.lending import Lending
+from djinn_lib.models import Unit
 from djinn_lib.pending import Request
 from djinn_lib.prompts import ReadPrompt, read_prompts
 from djinn_lib.sampling import MOST_TOKENS, Sampling
@@ -24,8 +25,8 @@ from djinn_lib.tokenizer import Tokenizer
 class ServedModel:
     """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
 
-    `n_bytes` are those that are paged. Once it is `removed`, its addresses are nobody's, whatever
-    model may have its name.
+    `n_bytes` are those that are paged. Users get the module's twin, from `lending`. Once it is
+    `removed`, its addresses are nobody's, whatever model may have its name.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServedModel:
     n_bytes: int
     tokenizer: Tokenizer | None
     decoder: Decoder
+    lending: Lending
     removed: bool = False
 
     def __post_init__(self) -> None:
@@ -79,7 +81,6 @@ class ServedModel:
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
         ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
         ids = check_prompt(ids, vocabulary(self.module), max_new_tokens)
-        check_positions(self.module.config, len(ids), max_new_tokens)
         self.decoder.check_length(len(ids), max_new_tokens)
         return ids
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 from djinn_lib.generate import Generation
 from djinn_lib.lookahead import LoadAhead
 from djinn_lib.pager import Pager
@@ -47,25 +47,24 @@ class Server:
         """Wait for a turn to compute with a model, and hold it for the block."""
         return self._turns.turn(name)
 
+    def ensure_may_await(self, name: str) -> None:
+        """Raise `LeaseError` when a coroutine that awaits a request would wait for itself."""
+        self._turns.ensure_may_wait(name, blocks_thread=False)
+
     def generate(self, model: ServedModel, request: Request) -> Generation:
         """Serve a request and wait for it: in the calling thread, if none asked before it did."""
         if self._turns.is_mine or self._may_compute():
             with self._turns.turn(model.name):
                 return self._serve(model, request)
-        pending = self.submit(model, request)
-        try:
-            return pending.result()
-        except BaseException:  # an interrupt of the caller, for example
-            pending.cancel()
-            wait([pending])
-            raise
+        self._turns.ensure_may_wait(model.name)
+        return self.submit(model, request).result()
 
     def submit(self, model: ServedModel, request: Request) -> PendingGeneration:
         """Queue a request, and serve it in a thread of the server when its turn comes."""
         thread = self._started()
         ticket = self._turns.join(model.name)
         pending = PendingGeneration(
-            request, lambda: self._turns.withdraw(ticket), lambda: self._turns.is_mine
+            request, lambda: self._turns.withdraw(ticket), self._turns.ensure_may_wait
         )
 
         def on_turn(_: object) -> None:
@@ -75,7 +74,12 @@ class Server:
                 if pending.set_running_or_notify_cancel():
                     pending.set_exception(error)
                 return
-            thread.submit(self._run, model, ticket, pending)
+            try:
+                thread.submit(self._run, model, ticket, pending)
+            except RuntimeError as error:  # the interpreter ends: no thread takes work any more
+                with self._turns.take(ticket):
+                    if pending.set_running_or_notify_cancel():
+                        pending.set_exception(_too_late(request, error))
 
         ticket.add_done_callback(on_turn)
         return pending
@@ -143,10 +147,32 @@ class Server:
             self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server", note)
             return self._thread
 
-    def close(self) -> None:
-        """Refuse what waits, and let the request that is being served come to its end."""
-        self._turns.close()
-        if self._thread:
-            self._thread.shutdown()
+    def ensure_no_turn(self, action: str) -> None:
+        """Refuse what cannot be done in a thread that holds a lease.
+
+        Raises:
+            LeaseError: the calling thread holds one.
+        """
+        if self._turns.is_mine:
+            raise LeaseError(f"{action} cannot be called inside a lease: leave the lease first")
+
+    def close(self, is_collected: bool = False) -> None:
+        """Refuse what waits, and let the request that is being served come to its end.
+
+        Args:
+            is_collected: nobody is left who could hold a lease, so only requests are waited for.
+        """
+        self._turns.close({None, self._own_ident} if is_collected else None)
+        if self._thread:  # in its own thread, in a callback of a request: it ends after this
+            self._thread.shutdown(wait=threading.get_ident() != self._own_ident)
         if self._ahead:
             self._ahead.close()
+
+
+def _too_late(request: Request, error: BaseException) -> DjinnError:
+    failed = DjinnError(
+        f"a request for {request.model!r} cannot be served any more, since the interpreter ends: "
+        "wait for requests with result() before that"
+    )
+    failed.__cause__ = error
+    return failed

@@ -5,17 +5,21 @@ loop, say) join the queue with a `Ticket` and are called when it is granted. Not
 thread: the one that ends its turn grants the next.
 
 What is asked or told on the way may fail, whoever's code that is. Nobody's wait depends on it.
+Whoever waits for a turn while holding one waits for itself. So a turn is known to its thread and to
+its context (`contextvars`), which asyncio hands on to tasks and threads that are started meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import DjinnError, LeaseError
 from djinn_lib.request_queue import RequestQueue
 
 _log = logging.getLogger(__name__)
@@ -27,6 +31,10 @@ class Ticket(Future[None]):
     def __init__(self, model: str) -> None:
         super().__init__()
         self.model = model
+        self.has_ended = False
+
+
+_TAKEN: ContextVar[tuple[Ticket, ...]] = ContextVar("djinn_turns", default=())
 
 
 class Turns:
@@ -53,6 +61,8 @@ class Turns:
         self._lock = threading.Condition(threading.Lock())  # notified when a turn ends
         self._current: Ticket | None = None
         self._owner: int | None = None  # the thread that computes
+        self._n_users = 0  # of the current turn: that thread may enter it several times
+        self._process = os.getpid()
         self._closed = False
 
     def join(self, model: str) -> Ticket:
@@ -76,7 +86,9 @@ class Turns:
         return ticket
 
     def withdraw(self, ticket: Ticket) -> bool:
-        """Take a ticket out of the queue; False when it is too late, since it was granted."""
+        """Take a ticket out of the queue; False when it was granted, or in a forked child."""
+        if os.getpid() != self._process:
+            return False
         with self._lock:
             waited = self._queue.withdraw(ticket)
         if waited:
@@ -88,18 +100,41 @@ class Turns:
     def take(self, ticket: Ticket) -> Iterator[None]:
         """Compute in the calling thread under a granted ticket; its turn ends with the block."""
         self._owner = threading.get_ident()
+        _TAKEN.set((*(taken for taken in _TAKEN.get() if not taken.has_ended), ticket))
+        with self._used(ticket):
+            yield
+
+    @contextmanager
+    def _used(self, ticket: Ticket) -> Iterator[None]:
+        """Use the current turn; it ends with its last use, which need not be its first."""
+        with self._lock:
+            self._n_users += 1
         try:
             yield
         finally:
-            self._owner = None
-            self._end(ticket)
+            if os.getpid() == self._process:  # in a forked child the turn is its parent's
+                with self._lock:
+                    self._n_users -= 1
+                    is_last = not self._n_users
+                    if is_last:
+                        self._owner = None
+                if is_last:
+                    self._end(ticket)
 
     @contextmanager
     def turn(self, model: str) -> Iterator[None]:
-        """Wait for a turn and hold it; within a turn of the same thread this is no new one."""
-        if self.is_mine:
-            yield
+        """Wait for a turn and hold it; within a turn of the same thread this is no new one.
+
+        Raises:
+            LeaseError: the caller would wait for itself.
+            DjinnError: closed.
+        """
+        current = self._current
+        if self.is_mine and current:
+            with self._used(current):
+                yield
             return
+        self.ensure_may_wait(model)
         ticket = self.join(model)
         try:
             ticket.result()
@@ -114,6 +149,30 @@ class Turns:
         """Whether the calling thread has the turn."""
         return self._owner == threading.get_ident()
 
+    def ensure_may_wait(self, model: str, blocks_thread: bool = True) -> None:
+        """Refuse to let the caller wait for a turn, or for a request that waits for one.
+
+        Args:
+            model: that the turn is for.
+            blocks_thread: other tasks of the thread cannot go on meanwhile.
+
+        Raises:
+            LeaseError: the caller has the turn, which ends only when the caller goes on.
+            DjinnError: the caller is a forked child, in which nobody serves requests.
+        """
+        if os.getpid() != self._process:
+            raise DjinnError(
+                f"a request for {model!r} belongs to process {self._process}, and this is a forked "
+                "child of it: wait for it there"
+            )
+        holds_turn = any(ticket is self._current for ticket in _TAKEN.get())
+        if holds_turn or (blocks_thread and self.is_mine):
+            raise LeaseError(
+                f"a request for {model!r} cannot be waited for inside a lease: the request would "
+                "wait for the lease, and the lease for the request; call generate() in the thread "
+                "of the lease, or leave the lease first"
+            )
+
     def upcoming(self, n: int) -> list[str]:
         """Return the models whose turns come next, as far as can be told."""
         with self._lock:
@@ -124,10 +183,14 @@ class Turns:
         """How many tickets wait."""
         return len(self._queue)
 
-    def close(self) -> None:
+    def close(self, only_for: Collection[int | None] | None = None) -> None:
         """Refuse what waits and what comes, and wait for the turn that is being taken.
 
         Whoever waits for a ticket gets a `DjinnError`. Closing twice is harmless.
+
+        Args:
+            only_for: the threads to wait for; None among them stands for whoever has been granted
+                a ticket and has not taken it yet. Default is any.
         """
         refused: list[Ticket] = []
         with self._lock:
@@ -140,7 +203,13 @@ class Turns:
                     DjinnError(f"expected an open Djinn for {ticket.model!r}, got one that closed")
                 )
         with self._lock:
-            self._lock.wait_for(lambda: self._current is None or self.is_mine)
+            self._lock.wait_for(
+                lambda: (
+                    self._current is None
+                    or self.is_mine
+                    or (only_for is not None and self._owner not in only_for)
+                )
+            )
 
     def _grant(self) -> None:
         try:
@@ -174,6 +243,7 @@ class Turns:
             self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:
+        ticket.has_ended = True
         with self._lock:
             if self._current is not ticket:
                 return

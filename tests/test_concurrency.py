@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 
 import psutil
 import pytest
@@ -13,7 +13,6 @@ from tiny import PROMPT, VOCAB, ordinary_tokens, spec
 import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
-from djinn_lib.pending import PendingGeneration
 
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
@@ -114,7 +113,7 @@ def test_an_interrupted_caller_gives_its_request_up(opened, expected, monkeypatc
     djinn, interrupted = opened(), []
     djinn.generate("phi", PROMPT, 6)
     with monkeypatch.context() as patch:
-        patch.setattr(PendingGeneration, "result", _interrupt)
+        patch.setattr(Future, "result", _interrupt)
 
         def ask():
             try:

@@ -123,9 +123,8 @@ def test_the_first_layer_runs_before_the_last_has_arrived(monkeypatch):
     with dj.Djinn("1MiB", page="16KiB") as djinn:
         djinn.add("m", spec("llama"))
         n_pages = -(-int(djinn.residency().bytes[0]) // djinn.page_bytes)
-        with djinn.lease("m") as model:  # so that the hook is in place before the load
-            model.model.layers[0].register_forward_hook(lambda *_: first_layer_done.set())
-        djinn.evict("m")
+        model = djinn._models["m"].module
+        model.model.layers[0].register_forward_hook(lambda *_: first_layer_done.set())
         monkeypatch.setattr(copier, "copy_page", hold_the_last_page)
         djinn.generate("m", PROMPT, 2, ignore_eos=True)
         assert len(pages) == n_pages and first_layer_done.is_set()
@@ -138,10 +137,8 @@ def test_without_overlap_nothing_runs_before_everything_is_there(monkeypatch):
     monkeypatch.setattr(copier, "copy_page", lambda t, s: (real(t, s), n_copied.append(1)))
     with dj.Djinn("1MiB", page="16KiB", overlap=False) as djinn:
         djinn.add("m", spec("llama"))
-        with djinn.lease("m") as model:
-            model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(len(n_copied)))
-        djinn.evict("m")
-        n_copied.clear()
+        model = djinn._models["m"].module
+        model.model.embed_tokens.register_forward_hook(lambda *_: seen.append(len(n_copied)))
         djinn.generate("m", PROMPT, 1)
         assert seen[0] == -(-int(djinn.residency().bytes[0]) // djinn.page_bytes)
 

@@ -6,6 +6,8 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import BatchEncoding
 
 from djinn_lib.errors import ConfigError
@@ -141,3 +143,37 @@ def test_conversations():
 def test_what_is_no_conversation(messages):
     with pytest.raises(ConfigError, match="expected"):
         read_messages(messages)
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(),
+    st.complex_numbers(), st.sampled_from([np.int64(5), np.float32(5), np.bool_(1), "input_ids"]),
+)  # fmt: skip
+OBJECTS = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.tuples(inner, inner),
+        st.dictionaries(
+            st.sampled_from(["input_ids", "attention_mask", "role", "content"]), inner, max_size=3
+        ),
+        st.lists(st.integers(0, 9), max_size=4).map(np.array),
+        st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), max_size=3).map(torch.tensor),
+    ),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(OBJECTS)
+def test_any_object_is_a_prompt_or_refused(thing):
+    for read in (read_prompts, read_messages):
+        try:
+            taken = read(thing)
+        except ConfigError:
+            continue
+        if read is read_prompts:
+            prompts, several = taken
+            assert several or len(prompts) == 1
+            for prompt in prompts:
+                assert isinstance(prompt, str) or all(type(i) is int for i in prompt)

@@ -1,0 +1,153 @@
+"""A module tree as it was at first, to compare with and to put back.
+
+Users of a lent model may replace its parameters and modules (adapters do), register hooks, switch
+to training. What was changed belongs to their lease and ends with it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+_SAID = ("forward", "config", "generation_config")  # attributes; beside what is registered
+_ABSENT = object()
+
+
+class Pristine:
+    """The state of a module and all modules in it, without its parameters' bytes.
+
+    Kept are the attributes of modules and of configurations, and what the containers among them
+    hold (parameters, buffers, modules and hooks are registered in such), the types of modules, and
+    the bytes of buffers.
+
+    Args:
+        root: the module, as it shall be restored.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._kept = [_Kept(module, name) for name, module in root.named_modules()]
+        self._kept += [
+            _Kept(config, "config") for config in _configs(getattr(root, "config", None))
+        ]
+        self._buffers = [
+            (name, buffer, buffer.detach().clone()) for name, buffer in root.named_buffers()
+        ]
+
+    def restore(self) -> list[str]:
+        """Put everything back; returns the names of what a user must have changed.
+
+        What a model may change by itself when it runs is put back without a word: attributes that
+        are not registered, and buffers that it replaces and that no checkpoint holds.
+        """
+        changed = [item for kept in self._kept if kept.differs() for item in kept.restore()]
+        with torch.inference_mode(False):
+            for name, buffer, original in self._buffers:
+                if not _same_bytes(buffer, original):
+                    buffer.data = original.clone()
+                    changed.append(name)
+        return changed
+
+
+class _Kept:
+    """The attributes of one object."""
+
+    def __init__(self, thing: object, name: str) -> None:
+        self._thing, self._name, self._kind = thing, name, type(thing)
+        self._attributes = dict(vars(thing))
+        held = [(value, _items(value)) for value in self._attributes.values()]
+        self._empty = [value for value, items in held if items == []]
+        self._filled = [(value, items) for value, items in held if items]
+
+    def differs(self) -> bool:
+        """Whether anything has changed; fast, since most often nothing has."""
+        present, attributes = vars(self._thing), self._attributes
+        return (
+            type(self._thing) is not self._kind
+            or present.keys() != attributes.keys()
+            or not _are_same(list(map(present.__getitem__, attributes)), list(attributes.values()))
+            or any(map(len, self._empty))
+            or not all(_are_same(_items(value) or [], items) for value, items in self._filled)
+        )
+
+    def restore(self) -> Iterator[str]:
+        """Put the object back; yields what of it is to be mentioned."""
+        present = vars(self._thing)
+        if type(self._thing) is not self._kind:
+            self._thing.__class__ = self._kind
+            yield f"the class of {self._name or 'the model'}"
+        for key in dict.fromkeys([*present, *self._attributes]):
+            value = self._attributes.get(key, _ABSENT)
+            if present.get(key, _ABSENT) is value:
+                continue
+            if value is _ABSENT:
+                del present[key]
+            else:
+                present[key] = value
+            if key in _SAID:
+                yield self._path(key)
+        for container, items in [*self._filled, *((empty, []) for empty in self._empty)]:
+            now = _items(container) or []
+            if not _are_same(now, items):
+                _refill(container, items)
+                yield from self._mentioned(container, now, items)
+
+    def _mentioned(self, container: Any, now: list[Any], then: list[Any]) -> Iterator[str]:
+        """What to say of a container that held other objects than it should."""
+        key = next(key for key, value in self._attributes.items() if value is container)
+        if key in _REGISTERED:
+            by_itself = self._attributes["_non_persistent_buffers_set"]
+            before, after = (
+                dict(zip(items[::2], items[1::2], strict=True)) for items in (then, now)
+            )
+            for item in dict.fromkeys([*before, *after]):
+                is_same = before.get(item, _ABSENT) is after.get(item, _ABSENT)
+                if not is_same and item not in by_itself:
+                    yield self._path(item)
+        elif key.endswith("_hooks"):
+            yield f"hooks of {self._name or 'the model'}"
+
+    def _path(self, attribute: str) -> str:
+        return f"{self._name}.{attribute}" if self._name else attribute
+
+
+def _configs(config: Any) -> list[PretrainedConfig]:
+    """A configuration and those in it, such as that of a model's text part."""
+    if not isinstance(config, PretrainedConfig):
+        return []
+    return [config, *(inner for value in vars(config).values() for inner in _configs(value))]
+
+
+def _items(value: Any) -> list[Any] | None:
+    """What a container holds, keys and values in turn; None for anything else."""
+    if isinstance(value, dict):
+        return [item for pair in value.items() for item in pair]
+    return list(value) if isinstance(value, (list, set)) else None
+
+
+def _are_same(now: list[Any], then: list[Any]) -> bool:
+    """Whether these are the very same objects, in the same order."""
+    return len(now) == len(then) and all(map(operator.is_, now, then))
+
+
+def _refill(container: Any, items: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(zip(items[::2], items[1::2], strict=True))
+    elif isinstance(container, set):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the bit: a NaN equals itself here."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    bits = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*bits)
