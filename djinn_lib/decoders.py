@@ -52,7 +52,9 @@ def _why_not_recorded(model: PreTrainedModel, eager: EagerDecoder) -> str | None
     """What is known beforehand to go beyond a recorded step."""
     if eager.beyond_greedy:
         return f"its generation_config asks for {eager.beyond_greedy}"
-    if type(model).generate is not GenerationMixin.generate or "generate" in vars(model):
+    own: Any = type(model)
+    shared: Any = GenerationMixin
+    if own.generate is not shared.generate or "generate" in vars(model):
         return "it has a generate of its own"
     if getattr(model, "_is_stateful", False):  # how transformers marks them
         return "it keeps a state, not only keys and values"

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
     StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerationMode
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.errors import ConfigError, shown

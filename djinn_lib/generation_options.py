@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerationMode
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.sampling import Sampling

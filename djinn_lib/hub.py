@@ -103,8 +103,9 @@ def _weight_names(folder: Path) -> list[str]:
 def _shards(folder: Path) -> list[str]:
     named = _fields(folder / "config.json").get("transformers_weights")
     weight_map = _fields(folder / str(named or SAFE_WEIGHTS_INDEX_NAME)).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
     # Nothing to fetch is an error of whoever looks for the weights, which says what is missing.
-    return sorted({str(name) for name in dict(weight_map or {}).values()}) or ["config.json"]
+    return sorted({str(name) for name in shards}) or ["config.json"]
 
 
 def _fields(path: Path) -> dict[str, object]:

@@ -53,11 +53,6 @@ class Tokenizer:
         """How many ids it knows."""
         return len(self.inner)
 
-    @property
-    def own(self) -> Any:
-        """transformers' own, for its `generate`; not to be used from several threads."""
-        return self._tokenizer
-
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the model begins with.
 
