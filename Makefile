@@ -43,7 +43,9 @@ else
   PY := $(VENV)/bin/python
   READY := $(STAMP)
 endif
-RUN := "$(PY)"
+# A word for the shell, whatever characters it has: paths are taken literally.
+quoted = "$(subst `,\`,$(subst ",\",$(subst $$,\$$,$(subst \,\\,$(1)))))"
+RUN := $(call quoted,$(value PY))
 
 # Neither Ray nor vLLM is to call home while a run is timed.
 export RAY_USAGE_STATS_ENABLED := 0
@@ -66,16 +68,25 @@ reproduce: check-profile check-executor $(READY) ## run the whole experiment, or
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu
-	$(RUN) -m djinn_lib.redraw $(if $(FROM),"$(FROM)")
+	$(RUN) -m djinn_lib.redraw $(if $(FROM),$(call quoted,$(value FROM)))
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
 	$(RUN) -m djinn_lib.study --executor $(EXECUTOR)
 
 .PHONY: test
-test: lint ## check the style and the types, then run the tests
+test: lint ## check the style and the types, then run the tests that take minutes
 	@echo "==> tests"
+	$(RUN) -m pytest $(PYTEST_ARGS) -m "not slow"
+
+.PHONY: test-all
+test-all: lint ## check the style and the types, then run all tests, with every architecture
+	@echo "==> all tests"
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+.PHONY: architectures
+architectures: $(READY) ## measure which architectures are served, and write docs/architectures.md
+	$(RUN) tests/architecture_matrix.py
 
 # Ring, pager, policies and address space: what all residency rests on.
 CORE := ring pager paged_model policy address_space streaming request_queue turns
@@ -108,7 +119,7 @@ if-installed = if ! $(RUN) -c 'from importlib.util import find_spec as f; raise 
 
 .PHONY: lab
 lab: $(READY) ## open JupyterLab in this environment
-	$(RUN) -m jupyterlab --ServerApp.root_dir="$(CURDIR)" \
+	$(RUN) -m jupyterlab --ServerApp.root_dir=$(call quoted,$(CURDIR)) \
 	  $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LAB_ARGS)
 
 .PHONY: setup

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from doit.tools import config_changed
-
 from djinn_lib import large_results
+from djinn_lib.arguments import user_path
+from djinn_lib.begun import Begun, Inputs, file_inputs, value_input
+from djinn_lib.integrity import files_are_as_set_up, recorded_digests
 from djinn_lib.paths import REFERENCE, REPO, STUDY
-from djinn_lib.profile import Cell, load_profile
+from djinn_lib.profile import Cell, Profile, load_profile
 from djinn_lib.report import build_report
 from djinn_lib.source_files import imported_files
 from djinn_lib.systems import SYSTEMS
@@ -26,12 +28,15 @@ from djinn_lib.tasks import (
     is_settled,
     keep_outcome,
     kernel_for,
+    notebook_of,
     run_cell_notebook,
     run_notebook,
 )
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
-RUN_DIR = Path(os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name)).resolve()
+RUN_DIR = user_path(
+    os.environ.get("DJINN_RUN_DIR", REPO / "data" / "runs" / PROFILE.name), "DJINN_RUN_DIR"
+).resolve()
 DOIT_CONFIG = {"dep_file": str(RUN_DIR / ".doit.db"), "verbosity": 2}
 
 LIB = REPO / "djinn_lib"
@@ -44,28 +49,40 @@ ROWS = [RUN_DIR / "requests" / f"{cell.id}.parquet" for cell in CELLS]
 OUTCOMES: dict[str, CellOutcome] = {}
 # Cells that this process has run: it does not run them twice, whatever came of them.
 TRIED: set[str] = set()
+# What tasks are begun with, so that an edit while one runs does not pass for what it ran.
+BEGUN = Begun()
+LOADED = file_inputs(imported_files(LIB / "report.py"))  # the page is made in this process
 BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
 def notebook_task(notebook: str, file_dep: list[Path], targets: list[Path], **task: Any) -> dict:
     """A task that executes one notebook of its own name.
 
-    It depends on the notebook, on all of the library that it imports, and on `file_dep`.
+    It depends on the notebook, on all of the library that it imports, and on `file_dep`; with
+    `reads_weights` also on the weights that the set-up saw.
     """
-    parameters = task.pop("parameters", BASIC)
+    parameters, checks = task.pop("parameters", BASIC), task.pop("uptodate", [])
+    read = with_weights if task.pop("reads_weights", False) else file_inputs
     source = REPO / "notebooks" / f"{notebook}.ipynb"
+    files = [source, PARAMS, *imported_files(source), *file_dep]
+    inputs = partial(read, files)
     return {
-        "actions": [(run_notebook, [notebook, RUN_DIR, parameters])],
-        "file_dep": [source, PARAMS, *imported_files(source), *file_dep],
+        "actions": [(BEGUN.action(run_notebook, inputs), [notebook, RUN_DIR, parameters])],
+        "file_dep": files,
         "targets": [RUN_DIR / "notebooks" / f"{notebook}.ipynb", *targets],
-        "uptodate": [lambda: is_settled(RUN_DIR, notebook)],
+        "uptodate": [lambda: is_settled(RUN_DIR, notebook), BEGUN.still(inputs), *checks],
         **task,
     }
 
 
+def with_weights(files: list[Path]) -> Inputs:
+    """Return what a task is begun with that reads files and the models' weights."""
+    return {**file_inputs(files), "weights": value_input(recorded_digests(MACHINE))}
+
+
 def task_setup() -> dict:
     """00_setup: measure this machine, prepare the weights."""
-    return notebook_task("00_setup", [], [MACHINE])
+    return notebook_task("00_setup", [], [MACHINE], uptodate=[lambda: files_are_as_set_up(MACHINE)])
 
 
 def task_trace() -> dict:
@@ -80,38 +97,59 @@ def task_cell() -> Iterator[dict]:
     and one of a plot leaves all rows alone.
     """
     for i, (cell, rows) in enumerate(zip(CELLS, ROWS, strict=True), start=1):
-        name = f"02_run_system.{cell.id}"
-        entry = PROFILE.systems[cell.system]
-        system = LIB / "systems" / f"{SYSTEMS[entry.system][0]}.py"
+        name = notebook_of(cell)
         yield {
             "name": cell.id,
             "actions": [cell_action(cell, f"cell {i} of {len(CELLS)}")],
-            "file_dep": [
-                REPO / "notebooks" / "02_run_system.ipynb",
-                RUN_DIR / "traces" / f"{cell.trace}.jsonl",
-                *imported_files(LIB / "cell.py", system),
-            ],
+            "file_dep": cell_files(cell),
             "targets": [rows, RUN_DIR / "notebooks" / f"{name}.ipynb"],
             "uptodate": [
-                config_changed(
-                    {
-                        "cell": cell.model_dump(),
-                        "system": entry.model_dump(),
-                        "profile": PROFILE.model_dump(exclude={"cells", "systems"}),
-                        "kernel": kernel_for(PROFILE, cell),
-                    }
-                ),
+                BEGUN.still(partial(inputs_of, cell, PROFILE)),
                 lambda name=name, cell=cell: cell.id in TRIED or is_settled(RUN_DIR, name),
             ],
             "task_dep": ["setup", "trace"],
         }
 
 
-def cell_action(cell: Cell, place: str) -> tuple[Callable[..., bool], list[Any]]:
+def cell_files(cell: Cell) -> list[Path]:
+    """The files that make a cell's rows, but for those of the profile and of the weights."""
+    system = LIB / "systems" / f"{SYSTEMS[PROFILE.systems[cell.system].system][0]}.py"
+    return [
+        REPO / "notebooks" / "02_run_system.ipynb",
+        RUN_DIR / "traces" / f"{cell.trace}.jsonl",
+        *imported_files(LIB / "cell.py", system),
+    ]
+
+
+def inputs_of(cell: Cell, profile: Profile | None = None) -> Inputs:
+    """Return what a cell is begun with: its files, its part of the profile, and the weights.
+
+    The cell's process reads the profile's file itself, so the default is what that says now.
+    """
+    inputs = with_weights(cell_files(cell))
+    try:
+        profile = profile or load_profile(PROFILE.name)
+        inputs[str(PARAMS)] = value_input(
+            {
+                "cell": profile.cell(
+                    cell.trace, cell.capacity_label, cell.system, cell.mode
+                ).model_dump(),
+                "system": profile.systems[cell.system].model_dump(),
+                "profile": profile.model_dump(exclude={"cells", "systems"}),
+                "kernel": kernel_for(profile, cell),
+            }
+        )
+    except (OSError, ValueError) as error:  # which the cell's process finds out as well
+        inputs[str(PARAMS)] = str(error)
+    return inputs
+
+
+def cell_action(cell: Cell, place: str) -> tuple[Callable[..., Any], list[Any]]:
     """Run a cell here, or keep what it gave elsewhere."""
+    act, arguments = run_cell_notebook, [PROFILE, cell, RUN_DIR, place]
     if outcome := OUTCOMES.get(cell.id):
-        return keep_outcome, [outcome, RUN_DIR]
-    return run_cell_notebook, [PROFILE, cell, RUN_DIR, place]
+        act, arguments = keep_outcome, [outcome, RUN_DIR]
+    return BEGUN.action(act, partial(inputs_of, cell)), arguments
 
 
 def task_sensitivity() -> dict:
@@ -152,7 +190,7 @@ def task_large_models() -> dict:
     """07_large_models: a model in a ring that is too small for it."""
     targets = [RUN_DIR / name for name in large_results.FILES]
     targets += [RUN_DIR / "figures" / f"large_models.{ending}" for ending in ("pdf", "png")]
-    return notebook_task("07_large_models", [], targets, task_dep=["setup"])
+    return notebook_task("07_large_models", [], targets, task_dep=["setup"], reads_weights=True)
 
 
 def task_explore() -> dict:
@@ -171,17 +209,23 @@ def task_report() -> dict:
     """index.html and the notebooks as HTML."""
     notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims",
                  "06_policies", "07_large_models", "explore"]  # fmt: skip
-    notebooks += [f"02_run_system.{cell.id}" for cell in CELLS]
+    notebooks += [notebook_of(cell) for cell in CELLS]
+    files = [
+        RUN_DIR / "claims.json",
+        *imported_files(LIB / "report.py"),
+        *(LIB / "templates").iterdir(),
+        *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
+    ]
+
+    def loaded() -> Inputs:
+        return {**file_inputs(files), **LOADED}
+
     return {
-        "actions": [(report, [])],
-        "file_dep": [
-            RUN_DIR / "claims.json",
-            *imported_files(LIB / "report.py"),
-            *(LIB / "templates").iterdir(),
-            *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
-        ],
+        "actions": [(BEGUN.action(report, loaded), [])],
+        "file_dep": files,
         "targets": [RUN_DIR / "index.html"],
         "task_dep": ["sensitivity", "figures", "claims", "policies", "large_models", "explore"],
+        "uptodate": [BEGUN.still(lambda: file_inputs(files))],
     }
 
 

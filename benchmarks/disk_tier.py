@@ -8,21 +8,21 @@ moment; medians of several repeats.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from djinn_lib import host_memory, machine
+from djinn_lib.arguments import user_path
 from djinn_lib.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
+from djinn_lib.swap_file import read_all
 from djinn_lib.swap_pool import Layout
 from djinn_lib.units import parse_bytes
 
@@ -33,8 +33,8 @@ def main() -> int:
     parser.add_argument("--size", default="2GiB", help="of the master")
     parser.add_argument("--page", default="64MiB")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=default_folder())
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "disk_tier.json")
+    parser.add_argument("--folder", type=user_path, default=default_folder())
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "disk_tier.json")
     options = parser.parse_args()
     result = measure(options)
     write_json(options.out, result)
@@ -79,7 +79,7 @@ def read_plainly(fd: int, buffer: torch.Tensor) -> None:
     view = memoryview(buffer.numpy().data)
 
     def read(begin: int) -> None:
-        os.preadv(fd, [view[begin : begin + READ_BYTES]], begin)
+        read_all(fd, [view[begin : begin + READ_BYTES]], begin)
 
     with ThreadPoolExecutor(N_READERS) as readers:
         list(readers.map(read, range(0, len(view), READ_BYTES)))

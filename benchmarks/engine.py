@@ -18,7 +18,6 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
@@ -28,6 +27,7 @@ from engine_cases import Cases, page_curve, timed
 from engine_targets import read_floor_ms, targets
 
 from djinn_lib import machine
+from djinn_lib.arguments import user_path
 from djinn_lib.bench import MODELS_DIR
 from djinn_lib.decode_modes import Decode
 from djinn_lib.djinn import Djinn
@@ -56,8 +56,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--embeddings", choices=get_args(Embeddings), default="host")
-    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR)
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "engine.json")
+    parser.add_argument("--models-dir", type=user_path, default=MODELS_DIR)
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "engine.json")
     options = parser.parse_args()
     begun_at = datetime.now(UTC)
     try:

@@ -13,10 +13,10 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 
+from djinn_lib.arguments import user_path
 from djinn_lib.files import write_json
 from djinn_lib.fleet import fleet
 from djinn_lib.optimal import optimal_bytes
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--one", type=int, help="measure one size in this process")
     parser.add_argument("--policy", default="lru")
     parser.add_argument("--largest", type=int, default=SIZES[-1])
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "simulator.json")
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "simulator.json")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one, options.policy)))

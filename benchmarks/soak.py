@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,13 @@ import torch
 from tqdm import tqdm
 
 from djinn_lib import machine
+from djinn_lib.arguments import user_path
 from djinn_lib.djinn import Djinn
 from djinn_lib.errors import RequestCancelled
 from djinn_lib.files import write_json
 from djinn_lib.generate import Generation, generate_eager
-from djinn_lib.models import ModelSpec
 from djinn_lib.paths import REPO
+from djinn_lib.spec import ModelSpec
 
 N_REQUESTS = {"cpu": 10_000, "cuda": 1_000}
 N_PROMPTS = 4  # a model; few, so that each is asked for often
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--order", default="affinity", choices=("fifo", "affinity"))
     parser.add_argument("--capacity-share", type=float, default=0.4, help="ring, of all weights")
     parser.add_argument("--host-share", type=float, default=0.6, help="host memory, of all weights")
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "soak.json")
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "soak.json")
     options = parser.parse_args()
     result = soak(options)
     write_json(options.out, result)

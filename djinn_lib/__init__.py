@@ -17,7 +17,7 @@ from typing import Any
 _HOMES = {
     "Djinn": "djinn",
     "Generation": "djinn",
-    "ModelSpec": "models",
+    "ModelSpec": "spec",
     "DjinnError": "errors",
     "optimal_bytes": "optimal",
     "simulate": "simulation",

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, PlatformError
+from djinn_lib.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,11 @@ class AddressSpace(ABC):
 
     @abstractmethod
     def reserve(self, n_pages: int) -> Range:
-        """Reserve addresses for `n_pages` pages; nothing is mapped."""
+        """Reserve addresses for `n_pages` pages; nothing is mapped.
+
+        Raises:
+            PlatformError: there are not as many.
+        """
 
     @abstractmethod
     def release(self, area: Range) -> None:
@@ -52,7 +57,11 @@ class AddressSpace(ABC):
 
     @abstractmethod
     def map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
-        """Map `frames[i]` at page `first_page + i`. A failure leaves those pages unmapped."""
+        """Map `frames[i]` at page `first_page + i`.
+
+        Raises:
+            PlatformError: the system refuses; none of those pages is mapped.
+        """
 
     @abstractmethod
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
@@ -68,6 +77,22 @@ class AddressSpace(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release every range and frame; closing twice is harmless."""
+
+
+def not_reserved(n_bytes: int, reason: object) -> PlatformError:
+    """The error of addresses that cannot be had."""
+    return PlatformError(
+        f"expected {format_bytes(n_bytes)} of virtual addresses, got none ({reason}): remove "
+        "models, or raise the limit that `ulimit -v` shows"
+    )
+
+
+def not_mapped(n_pages: int, page_bytes: int, reason: object) -> PlatformError:
+    """The error of pages that cannot be mapped."""
+    return PlatformError(
+        f"expected {n_pages} pages of {format_bytes(page_bytes)} to be mapped, got none "
+        f"({reason}): free memory, or use fewer, larger pages"
+    )
 
 
 def open_address_space(device: torch.device, n_frames: int, page_bytes: int) -> AddressSpace:

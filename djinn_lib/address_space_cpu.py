@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 
-from djinn_lib.address_space import AddressSpace, Range
+from djinn_lib import host_memory
+from djinn_lib.address_space import AddressSpace, Range, not_mapped, not_reserved
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
 
@@ -30,7 +30,7 @@ class CpuAddressSpace(AddressSpace):
 
     Raises:
         PlatformError: not Linux, or the kernel allows too few mappings for that many frames.
-        CapacityError: less memory is free than the frames need.
+        CapacityError: the frames need more than `host_memory.host_bytes_available`.
     """
 
     device = torch.device("cpu")
@@ -41,7 +41,7 @@ class CpuAddressSpace(AddressSpace):
         _require_memfd()
         super().__init__(n_frames, page_bytes)
         _require_mappings(n_frames)
-        _require_free_memory(n_frames * page_bytes)
+        host_memory.require(n_frames * page_bytes, "the ring", "lower the capacity")
         self._libc = _libc()
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
@@ -49,8 +49,8 @@ class CpuAddressSpace(AddressSpace):
         except OSError as error:
             self.close()
             raise CapacityError(
-                f"expected {format_bytes(n_frames * page_bytes)} of memory for the frames, "
-                f"got {error.strerror}: lower the capacity"
+                f"expected {format_bytes(n_frames * page_bytes)} of host memory for the ring, "
+                f"got {error.strerror}: free memory or lower the capacity"
             ) from error
 
     def granularity_bytes(self) -> int:
@@ -60,7 +60,11 @@ class CpuAddressSpace(AddressSpace):
     def reserve(self, n_pages: int) -> Range:
         """Reserve inaccessible addresses (`PROT_NONE`)."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        address = self._mmap(None, n_pages * self.page_bytes, _PROT_NONE, flags, -1, 0)
+        n_bytes = n_pages * self.page_bytes
+        try:
+            address = self._mmap(None, n_bytes, _PROT_NONE, flags, -1, 0)
+        except OSError as error:
+            raise not_reserved(n_bytes, error.strerror) from error
         area = self._areas[address] = Range(address, n_pages)
         return area
 
@@ -79,16 +83,23 @@ class CpuAddressSpace(AddressSpace):
                 address = area.address + (first_page + index) * self.page_bytes
                 n_bytes, offset = n_frames * self.page_bytes, frame * self.page_bytes
                 self._mmap(address, n_bytes, prot, flags, self._fd, offset)
-        except PlatformError:
+        except OSError as error:
             self.unmap(area, first_page, len(frames))
-            raise
+            raise not_mapped(len(frames), self.page_bytes, error.strerror) from error
 
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
         """Put inaccessible memory in the place of the pages; the range stays reserved."""
-        if n_pages:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-            address = area.address + first_page * self.page_bytes
+        if not n_pages:
+            return
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        address = area.address + first_page * self.page_bytes
+        try:
             self._mmap(address, n_pages * self.page_bytes, _PROT_NONE, flags, -1, 0)
+        except OSError as error:  # a hole in a mapping makes two of it, and may be one too many
+            raise PlatformError(
+                f"expected {n_pages} pages of {format_bytes(self.page_bytes)} to be unmapped, got "
+                f"{error.strerror}: use fewer, larger pages, or raise vm.max_map_count"
+            ) from error
 
     def bytes_view(self, area: Range) -> torch.Tensor:
         """A tensor over the addresses; making it touches none of them."""
@@ -108,10 +119,7 @@ class CpuAddressSpace(AddressSpace):
     ) -> int:
         got = self._libc.mmap(address, n_bytes, prot, flags, fd, offset)
         if got == _MAP_FAILED:
-            raise PlatformError(
-                f"expected mmap of {format_bytes(n_bytes)} to succeed, got "
-                f"{os.strerror(ctypes.get_errno())}: free memory or use fewer, larger pages"
-            )
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return got
 
 
@@ -147,13 +155,4 @@ def _require_mappings(n_frames: int) -> None:
         raise PlatformError(
             f"expected at most {limit // 2} frames (half of vm.max_map_count), got {n_frames}: "
             "choose larger pages"
-        )
-
-
-def _require_free_memory(n_bytes: int) -> None:
-    available = psutil.virtual_memory().available
-    if n_bytes > available:
-        raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of free memory for the ring, got "
-            f"{format_bytes(available)}: lower the capacity or end other programs"
         )

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from djinn_lib.address_space import AddressSpace, Range
-from djinn_lib.errors import CapacityError, DjinnError, PlatformError
+from djinn_lib.address_space import AddressSpace, Range, not_mapped, not_reserved
+from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.nvml import gpu_processes
 from djinn_lib.units import format_bytes
 
@@ -62,7 +62,7 @@ class CudaAddressSpace(AddressSpace):
         try:
             for _ in range(self.n_frames):
                 self._frames.append(_call(driver.cuMemCreate, self.page_bytes, self._kind, 0))
-        except DjinnError as error:
+        except PlatformError as error:
             self.close()
             raise CapacityError(
                 f"expected {format_bytes(n_bytes)} of device memory, got {error}: "
@@ -83,7 +83,10 @@ class CudaAddressSpace(AddressSpace):
         """Reserve addresses; nothing is mapped."""
         self._enter_context()
         n_bytes = n_pages * self.page_bytes
-        address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
+        try:
+            address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
+        except PlatformError as error:
+            raise not_reserved(n_bytes, error) from error
         area = self._areas[address] = Range(address, n_pages)
         self._mapped[address] = set()
         return area
@@ -110,9 +113,9 @@ class CudaAddressSpace(AddressSpace):
                 mapped.add(address)
             n_bytes = len(frames) * self.page_bytes
             _call(driver.cuMemSetAccess, begin, n_bytes, [self._access], 1)
-        except DjinnError:
+        except PlatformError as error:
             self.unmap(area, first_page, len(mapped) - n_before)
-            raise
+            raise not_mapped(len(frames), self.page_bytes, error) from error
 
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
         """Unmap pages one by one: a mapping can only be taken back whole."""
@@ -161,11 +164,11 @@ def _call(function: Any, *arguments: Any) -> Any:
     """Call the driver and return its value.
 
     Raises:
-        DjinnError: it answered with an error; the message has its name.
+        PlatformError: it answered with an error; the message has its name.
     """
     status, *values = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise DjinnError(f"{function.__name__} failed with {status.name}")
+        raise PlatformError(f"{function.__name__} failed with {status.name}")
     return values[0] if values else None
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
+from djinn_lib.arguments import user_path
 from djinn_lib.claim_metrics import Evidence
-from djinn_lib.claims import Verdict, claims_table, format_value
 from djinn_lib.decode_modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.evidence import machines_of, side_by_side
@@ -21,7 +20,7 @@ from djinn_lib.metrics import sequential
 from djinn_lib.optimal import optimal_bytes
 from djinn_lib.records import no_rows, read_manifest, read_run
 from djinn_lib.replicates import read_replicates
-from djinn_lib.tables import machine_numbers
+from djinn_lib.tables import machine_names, machine_numbers
 from djinn_lib.trace import Trace, read_trace
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "paper" / "results.json"
@@ -39,6 +38,8 @@ class Run:
         manifests: by cell id; where each cell's rows come from.
         replicates: rows of what else was measured of the same cells; often none.
         replicate_manifests: of these, by run id.
+        listed_machines: entries of "machines" in machine.json, which name the machines of a run
+            that was merged from parts.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Run:
     manifests: Mapping[str, Mapping[str, Any]]
     replicates: pd.DataFrame = field(default_factory=no_rows)
     replicate_manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    listed_machines: Sequence[Mapping[str, Any]] = ()
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -126,6 +128,11 @@ class Run:
         """
         return machine_numbers(self.all_manifests)
 
+    @cached_property
+    def machine_names(self) -> dict[int, str]:
+        """What the machines are called, by number: as in machine.json, if it lists them."""
+        return machine_names(self.all_manifests, self.listed_machines)
+
     @property
     def failures(self) -> pd.DataFrame:
         """The failed requests, without those of systems that cannot run on this machine."""
@@ -183,8 +190,9 @@ class Run:
         return pd.concat([*found.values(), rows[unavailable]])
 
     def machines_of(self, rows: pd.DataFrame) -> str:
-        """Say which machines served rows, by their numbers; "0" where it is not known."""
-        return ", ".join(map(str, machines_of(self.evidence, rows)))
+        """Say which machines served rows, by their names; "0" where it is not known."""
+        numbers = machines_of(self.evidence, rows)
+        return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
 
     def least_bytes(self, trace: str, capacity_label: str) -> int:
         """Return the least bytes that any system must load for a trace at a capacity.
@@ -206,6 +214,7 @@ class Run:
             self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes,
             self.other_steps, self.replicates,
             {m["run_id"]: self.machine_numbers[key] for key, m in self.all_manifests.items()},
+            self.machine_names,
         )  # fmt: skip
 
     def link_floor(self) -> pd.DataFrame:
@@ -236,7 +245,7 @@ def load_run(run_dir: Path | str) -> Run:
         RecordError: rows, manifests or the machine's facts are missing or broken.
         TraceError: a trace is broken.
     """
-    folder = Path(run_dir).resolve()
+    folder = user_path(run_dir).resolve()
     rows = read_run(folder)
     requests = folder / "requests"
     manifests = {
@@ -244,7 +253,8 @@ def load_run(run_dir: Path | str) -> Run:
         for path in sorted(requests.glob("*.manifest.json"))
     }
     traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
-    return Run(folder, rows, read_machine(folder), traces, manifests, *read_replicates(folder))
+    machine, listed = _read_machines(folder)
+    return Run(folder, rows, machine, traces, manifests, *read_replicates(folder), listed)
 
 
 def read_machine(run_dir: Path) -> dict[str, Any]:
@@ -253,9 +263,15 @@ def read_machine(run_dir: Path) -> dict[str, Any]:
     Raises:
         RecordError: the set-up has not been run, or its file is broken.
     """
+    return _read_machines(run_dir)[0]
+
+
+def _read_machines(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the facts of machine.json, and the machines that it lists: none if not merged."""
     path = run_dir / "machine.json"
     try:
-        return json.loads(path.read_text())["machine"]
+        state = json.loads(path.read_text())
+        return state["machine"], state.get("machines", [])
     except (OSError, ValueError, KeyError) as error:
         raise RecordError(
             f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup first"
@@ -275,52 +291,3 @@ def published(path: Path = PUBLISHED) -> dict[str, Any]:
             f"expected the paper's numbers in {path}, got {error}: restore the file from the "
             "repository"
         ) from error
-
-
-# Ink and background: dark on light, so that they read on any page.
-_VERDICT_COLORS = {
-    "reproduced": ("#14532d", "#dcfce7"),
-    "exceeded": ("#1e3a8a", "#dbeafe"),
-    "not reproduced": ("#7f1d1d", "#fee2e2"),
-    "not judged": ("#292524", "#e7e5e4"),
-}
-
-
-def verdict_table(verdicts: Sequence[Verdict]) -> Styler:
-    """Return the table of claims with coloured verdicts; the words say the same."""
-
-    def look(verdict: Any) -> str:
-        ink, back = _VERDICT_COLORS[verdict]
-        return f"color: {ink}; background-color: {back}; font-weight: bold; white-space: nowrap"
-
-    table = claims_table(verdicts).style.set_uuid("claims")  # not random: the same every time
-    return table.map(look, subset=["verdict"]).set_properties(
-        subset=None, **{"text-align": "left", "vertical-align": "top"}
-    )
-
-
-def verdict_counts(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Return how many claims of the paper's and of ours got each verdict."""
-    pairs = pd.DataFrame({"source": v.source, "verdict": v.verdict} for v in verdicts)
-    table = pd.crosstab(pairs["verdict"], pairs["source"], margins=True, margins_name="all")
-    return table.reindex([*_VERDICT_COLORS, "all"]).fillna(0).astype(int)
-
-
-def verdict_reasons(verdicts: Sequence[Verdict], judgement: str) -> str:
-    """Return, in Markdown, each reason for a judgement and the claims that it holds for."""
-    reasons: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        if verdict.verdict == judgement:
-            reasons.setdefault(verdict.why, []).append(_in_words(verdict))
-    if not reasons:
-        return f"No claim was {judgement}."
-    return "\n".join(
-        f"* **{why}**\n" + "\n".join(f"    * {words}" for words in claims)
-        for why, claims in reasons.items()
-    )
-
-
-def _in_words(verdict: Verdict) -> str:
-    measured = format_value(verdict.measured, verdict.unit)
-    found = f"measured {measured}" if measured else "not measured"
-    return f"{verdict.quote} (`{verdict.id}`): expected {verdict.expected}, {found}"

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +40,7 @@ def send(
 
     def finish(request: Request, due_s: float, future: Future[Served]) -> None:
         total_s = time.perf_counter() - due_s
-        error = future.exception()
+        error = CancelledError() if future.cancelled() else future.exception()
         done.put(Arrived(request, None if error else future.result(), error, total_s))
 
     def run() -> None:
@@ -51,7 +51,7 @@ def send(
                 return
             try:
                 submit(request).add_done_callback(partial(finish, request, due_s))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # a library that exits ends no cell
                 done.put(Arrived(request, None, error, time.perf_counter() - due_s))
 
     thread = threading.Thread(target=run, name="djinn-arrivals", daemon=True)

@@ -9,18 +9,21 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.arguments import whole_number
 from djinn_lib.decode_modes import Decode, parse_decode
 from djinn_lib.decoder import Decoder, EagerDecoder
+from djinn_lib.decoders import make_decoder
 from djinn_lib.disk_tier import Masters
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, shown
 from djinn_lib.generate import hold_back
 from djinn_lib.lending import Lending
 from djinn_lib.models import Embeddings, Unit, bind, pack
 from djinn_lib.pager import Pager
-from djinn_lib.recorded_decoder import make_decoder
 from djinn_lib.recording import Recorder
+from djinn_lib.sampling import MOST_TOKENS
 from djinn_lib.served import ServedModel
 from djinn_lib.sources import OpenedModel
+from djinn_lib.tokenizer import Tokenizer
 
 MIN_MODEL_LEN = 8
 
@@ -68,15 +71,18 @@ class Catalog:
         Raises:
             ConfigError: there is none.
         """
-        if name not in self._models:
+        model = self._models.get(name) if isinstance(name, str) else None
+        if model is None:
             raise ConfigError(
-                f"expected one of the models {list(self._models)}, got {name!r}: "
+                f"expected one of the models {list(self._models)}, got {shown(name)}: "
                 "add it with djinn.add(name, source)"
             )
-        return self._models[name]
+        return model
 
     def ensure_new(self, name: str) -> None:
-        """Refuse a name that is taken with a `ConfigError`."""
+        """Refuse what is no name, or is taken, with a `ConfigError`."""
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
         if name in self._models:
             raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
 
@@ -85,12 +91,12 @@ class Catalog:
         module = opened.module
         layout, units = pack(module, self._embeddings)
         # First, since a refusal costs no reading.
-        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.end_byte for unit in units])
+        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
             self._pool.add(name, layout, opened.fill)
             tables = self._pool.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
-            hold_back(module, units, lambda end_byte: self._pager.wait(name, end_byte))
+            hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
             addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
             lending = Lending(
                 name,
@@ -100,7 +106,7 @@ class Catalog:
                 self._pager.is_streamed(name),
                 lambda: self._pager.is_intact(name),
             )
-            decoder = self._make_decoder(name, module, units, self.decode)
+            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
         except BaseException:
             self._pager.remove(name)
             self._pool.discard(name)
@@ -113,17 +119,25 @@ class Catalog:
         """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
         model = self[name]
         with self._turn(name):
-            decoder = self._make_decoder(name, model.module, model.units, parse_decode(decode))
+            decoder = self._make_decoder(
+                name, model.module, model.units, parse_decode(decode), model.tokenizer
+            )
             model.decoder.close()
             model.decoder = decoder
         return decoder.mode
 
     def _make_decoder(
-        self, name: str, module: PreTrainedModel, units: Sequence[Unit], decode: Decode
+        self,
+        name: str,
+        module: PreTrainedModel,
+        units: Sequence[Unit],
+        decode: Decode,
+        tokenizer: Tokenizer | None,
     ) -> Decoder:
+        own = tokenizer.inner if tokenizer else None
         # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
-            return EagerDecoder(module)
+            return EagerDecoder(module, own)
         with self._turn(name), self._pager.lease(name):
             self._pager.finish(name)
             return make_decoder(
@@ -133,6 +147,7 @@ class Catalog:
                 self._max_model_len,
                 self._recorder,
                 lambda step: self._progress(f"{name}: {step}"),
+                own,
             )
 
     @contextmanager
@@ -159,6 +174,7 @@ class Catalog:
         model = self[name]
         self._pager.remove(name)
         self._pool.discard(name)
+        model.removed = True  # before another model can have the name, and a lease
         del self._models[name]
         model.lending.retire("it was removed")
         model.decoder.close()
@@ -189,7 +205,4 @@ def check_decoding(decode: str, max_model_len: int) -> None:
         ConfigError: no such way to decode, or too few tokens.
     """
     parse_decode(decode)
-    if max_model_len < MIN_MODEL_LEN:
-        raise ConfigError(
-            f"expected max_model_len of at least {MIN_MODEL_LEN} tokens, got {max_model_len}"
-        )
+    whole_number(max_model_len, "max_model_len", MIN_MODEL_LEN, MOST_TOKENS)

@@ -2,7 +2,8 @@
 
 A failed request is a row with its cause, and the cell goes on. Rows are noted one by one in a
 journal, so that a process that dies loses nothing but the request it died on; `close_dead_cell`
-turns the journal of such a cell into rows.
+turns the journal of such a cell into rows. What becomes of rows that are there already, see
+`djinn_lib.kept_rows`.
 
 A cell that was interrupted by its user is run again from its first request instead: half of it in
 one process and half in another would not be the cold start and the sequence that the rows tell of.
@@ -30,11 +31,12 @@ from djinn_lib.cell_record import CellRecord
 from djinn_lib.errors import DjinnError, TraceError, in_words
 from djinn_lib.files import ensure_writable
 from djinn_lib.integrity import WeightsWatch
+from djinn_lib.kept_rows import DIED, read_journal, rows_that_stay, whole_frame
 from djinn_lib.profile import Cell
 from djinn_lib.records import (
     classify_error,
+    clock_warning,
     failed_row,
-    rows_frame,
     token_sha,
     write_manifest,
     write_rows,
@@ -58,16 +60,19 @@ def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
     check_models(trace, bench.models)
     ensure_writable(bench.rows_path(cell).parent)  # before minutes are spent
     begun = CellRecord(bench, cell, trace)
-    rows = list(_rows(begun))
-    frame = rows_frame(rows)
-    write_rows(frame, bench.rows_path(cell))
-    write_manifest(begun.manifest(), bench.manifest_path(cell))
+    rows = whole_frame(_rows(begun))
+    if warning := clock_warning(rows):
+        begun.notes.append(warning)
+    _put(rows, begun)
     bench.journal_path(cell).unlink(missing_ok=True)
-    return frame
+    return rows
 
 
 def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataFrame:
-    """Write the rows of a cell whose process died: those it finished, the rest as failed.
+    """See to it that a cell has rows whose process died, or whose notebook failed.
+
+    Those that it finished are taken from its journal, and every other request gets a failed row. If
+    it had measured everything, or an earlier execution served more, the rows on disk stay.
 
     Args:
         bench: of the run.
@@ -75,26 +80,49 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
         kind: an error kind, such as "kernel_died".
         error: what is known of the cause.
 
+    Returns:
+        The rows that are on disk now.
+
     Raises:
         TraceError: the trace is broken or empty, so that nobody knows what to write.
         OSError: the rows cannot be written either; the journal is still there then.
     """
-    trace = _read_trace(bench, cell)
-    begun = CellRecord(bench, cell, trace)
-    begun.notes.append(f"the process of this cell died: {error}")
-    journal = bench.journal_path(cell)
-    lines = journal.read_text().splitlines() if journal.exists() else []
-    rows = [row for line in lines if (row := _whole_row(line))]
-    done = {(row["repeat"], row["request"]) for row in rows}
-    for repeat in range(cell.repeats):
-        for request in trace.requests:
-            if (repeat, request.request) not in done:
-                rows.append(failed_row(**begun.keys(repeat, request), error_kind=kind, error=error))
-    frame = rows_frame(rows)
-    write_rows(frame, bench.rows_path(cell))
-    write_manifest(begun.manifest(), bench.manifest_path(cell))
-    journal.unlink(missing_ok=True)
-    return frame
+    begun = CellRecord(bench, cell, _read_trace(bench, cell))
+    noted = _noted(begun)
+    begun.take_over(list(noted.values()))
+    begun.notes.append(f"{DIED}{error}")
+    left = [
+        failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
+        for repeat, request in _requests(begun)
+        if (repeat, request.request) not in noted
+    ]
+    measured = {row["run_id"] for row in noted.values()}
+    rows = _put(whole_frame([*noted.values(), *left]), begun)
+    if measured <= set(rows["run_id"]):  # else what it did measure is in the journal alone
+        bench.journal_path(cell).unlink(missing_ok=True)
+    return rows
+
+
+def _put(rows: pd.DataFrame, begun: CellRecord) -> pd.DataFrame:
+    """Write rows and manifest, unless those on disk stay; returns the rows that are there now."""
+    path, manifest = begun.bench.rows_path(begun.cell), begun.manifest()
+    staying = rows_that_stay(path, rows, manifest)
+    if staying is not None:
+        return staying
+    write_rows(rows, path)
+    write_manifest(manifest, begun.bench.manifest_path(begun.cell))
+    return rows
+
+
+def _noted(begun: CellRecord) -> dict[tuple[int, int], dict[str, Any]]:
+    """The rows of a cell's journal by repeat and request, if this cell asks for them."""
+    asked = {(repeat, r.request): r.model for repeat, r in _requests(begun)}
+    noted: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in read_journal(begun.bench.journal_path(begun.cell)):
+        key = row["repeat"], row["request"]
+        if asked.get(key) == row["model"]:
+            noted.setdefault(key, row)
+    return noted
 
 
 def _read_trace(bench: Bench, cell: Cell) -> Trace:
@@ -105,14 +133,6 @@ def _read_trace(bench: Bench, cell: Cell) -> Trace:
             "make the trace anew"
         )
     return trace
-
-
-def _whole_row(line: str) -> dict[str, Any] | None:
-    """The row of a journal line; None for one that was cut short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
@@ -126,7 +146,7 @@ def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
     with ExitStack() as running:
         try:
             system = _start(begun, running)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             reason = f"could not start: {in_words(error)}"
             yield from _all_failed(begun, classify_error(error), reason)
@@ -258,10 +278,10 @@ def _row(keys: dict[str, Any], served: Served, queue_ms: float) -> dict[str, Any
         "evicted_bytes": served.evicted_bytes,
         "writeback_bytes": served.writeback_bytes,
         "resident_before_bytes": served.resident_before_bytes,
-        "switch_ms": served.switch_ms,
-        "ttft_ms": queue_ms + served.ttft_ms,
-        "decode_ms": served.decode_ms,
-        "total_ms": queue_ms + served.total_ms,
+        "switch_ms": float(served.switch_ms),
+        "ttft_ms": float(queue_ms + served.ttft_ms),
+        "decode_ms": float(served.decode_ms),
+        "total_ms": float(queue_ms + served.total_ms),
         "n_tokens": len(served.token_ids),
         "token_sha": token_sha(served.token_ids),
         "ok": True,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import numpy as np
 
 from djinn_lib import machine
 from djinn_lib.bench import Bench
@@ -58,6 +61,20 @@ class CellRecord:
         while len(self.host_loop_us) <= repeat:
             self.host_loop_us.append([])
         self.host_loop_us[repeat].append(round(machine.host_loop_us(), 1))
+
+    def take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with the record of a process that died, of which these rows are left.
+
+        They are told apart from other measurements by its run id, and say when it was at work.
+        """
+        if not rows:
+            return
+        if len(run_ids := {row["run_id"] for row in rows}) == 1:
+            (self.run_id,) = run_ids
+        ends_s = [row["start_s"] + np.nan_to_num(row["total_ms"]) / 1e3 for row in rows]
+        self.begin_s -= max(ends_s)
+        self.started -= timedelta(seconds=max(ends_s))
+        self.setup_s = min(row["start_s"] for row in rows)
 
     def manifest(self) -> dict[str, Any]:
         """Where the rows come from."""

@@ -1,264 +1,246 @@
-"""Reading weights: safetensors only, from a local folder or a hub id, sharded or not.
+"""A checkpoint as transformers loads it, with its tensors still in their files.
 
-Pickle checkpoints (``*.bin``, ``*.pt``) are refused, because loading one runs code.
+`from_pretrained` decides what the model is: which files count, how names are converted, what is
+tied, the dtype of each tensor, and the buffers. On the CPU it reads no weights: a tensor that needs
+no conversion is a view of its memory-mapped file. `tensor_files.fill_from` then reads those
+straight into their place.
+
+Safetensors only. Pickle checkpoints (``*.bin``, ``*.pt``) are refused, because loading one runs
+code.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from djinn_lib.errors import CheckpointError
+from djinn_lib.construction import as_its_own, causal_class, isolated
+from djinn_lib.errors import CheckpointError, ConfigError, DjinnError, first_line
+from djinn_lib.folder_kinds import explain_folder
+from djinn_lib.spec import check_dtype
 
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
-_BLOCK_BYTES = 16 << 20  # what one thread reads at a time
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def resolve_folder(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint: `source` itself, or a snapshot of that hub id.
-
-    Raises:
-        CheckpointError: no such folder, and the hub does not answer with it either.
-    """
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    looks_like_path = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
-    if looks_like_path or str(source).count("/") > 1:
-        raise CheckpointError(
-            f"expected a folder with config.json and *.safetensors, got {str(source)!r}, "
-            "which does not exist: check the path"
-        )
-    from huggingface_hub import snapshot_download  # only a hub id needs the network
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        raise CheckpointError(
-            f"expected a local folder or a hub id that can be fetched, got {str(source)!r} "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the name, the "
-            "revision and, for a gated model, your access token"
-        ) from error
+_WANTED = "a decoder-only language model in safetensors"
+# transformers' lazy imports and its registers of classes are not made for several threads.
+_LOADING = threading.RLock()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint folder: the shards of its index, or all.
+    """Return the files that transformers reads a checkpoint's weights from.
+
+    Of a single file and an index of shards it takes the single file; others do not count.
 
     Raises:
         CheckpointError: there are none, only pickles, or a shard of the index is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(_weight_map(index).values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.exists()]:
+    named = _read_json(folder / "config.json").get("transformers_weights")
+    for name in [str(named)] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
+        if not (folder / name).is_file():
+            continue
+        if not name.endswith(".index.json"):
+            return [folder / name]
+        files = [folder / shard for shard in sorted(set(_weight_map(folder / name).values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise CheckpointError(
+                f"{folder / name} lists shards that do not exist: {missing}; download them again"
+            )
+        return files
+    raise CheckpointError(_no_weights(folder))
+
+
+def _no_weights(folder: Path) -> str:
+    """Why there are no weights that count."""
+    if said := explain_folder(folder):
+        return f"expected {_WANTED} in {folder}, got {said}"
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
+    remedy = "check the folder"
+    if others:
+        remedy = f"transformers does not load {', '.join(others[:5])}; rename or download it again"
+    return f"{folder} has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}: {remedy}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}: check the folder") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"expected every shard that {index} lists, got no {missing}: download them again"
-        )
-    if not files:
-        pickles = [file.name for pattern in _PICKLES for file in sorted(folder.glob(pattern))]
-        raise CheckpointError(
-            f"expected *.safetensors in {folder}, got "
-            + (f"only pickles ({', '.join(pickles)}), which can run code when loaded: convert "
-               "them with transformers' save_pretrained" if pickles else "none: check the folder")
-        )  # fmt: skip
-    return files
+            f"{path} cannot be read as JSON ({first_line(error)}): download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object: download it again")
+    return value
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"expected a JSON index with 'weight_map' in {index}, got {error!r}: download it again"
-        ) from error
-    if outside := [name for name in weight_map.values() if Path(name).name != name]:
-        raise CheckpointError(f"expected shards beside {index}, got {outside[0]!r}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no 'weight_map': download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(
+                f"{index} names {name!r}, which is not a file next to it: download it again"
+            )
     return weight_map
 
 
-def fill_views(
-    views: Mapping[str, torch.Tensor], model: PreTrainedModel, folder: Path, **load_options: bool
-) -> None:
-    """Write the checkpoint's tensors into `views`, one per parameter of `model`.
-
-    Tensors whose names fit are read straight from the files. Checkpoints in another naming or
-    layout (older or fused formats) go through transformers' own conversion, at the price of a
-    second copy in host memory meanwhile.
-
-    Args:
-        views: tensors to fill, by parameter name.
-        model: a skeleton of the architecture; its parameter names and shapes are the goal.
-        folder: the checkpoint.
-        load_options: passed on to `from_pretrained` where it is needed.
+def folder_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration in a checkpoint folder.
 
     Raises:
-        CheckpointError: a file is truncated or corrupt, or a tensor is missing or misshapen.
+        CheckpointError: it is missing, unreadable, or of something else than a decoder-only
+            language model whose weights are not quantised.
     """
-    files = weight_files(folder)
-    keys: dict[str, Path] = {}
-    for file in files:
-        with _open(file) as tensors:
-            keys.update(dict.fromkeys(tensors.keys(), file))
-    if names := _match(views, keys, model.base_model_prefix):
-        _read_straight(views, keys, names)
-    else:
-        _read_converted(views, folder, model, **load_options)
-
-
-@contextmanager
-def _open(file: Path) -> Iterator[safe_open]:
+    if said := explain_folder(folder):
+        raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}")
+    fields = _read_json(folder / "config.json")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
+        with _LOADING:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust code is no Exception
         raise CheckpointError(
-            f"expected a whole safetensors file, got {file} ({file.stat().st_size} bytes), which "
-            f"is truncated or corrupt ({error}): download it again"
+            f"transformers cannot use {folder / 'config.json'} "
+            f"({type(error).__name__}: {first_line(error)}): {_remedy(fields, trust_remote_code)}"
         ) from error
 
 
-def _match(
-    views: Mapping[str, torch.Tensor], keys: Mapping[str, Path], prefix: str
-) -> dict[str, str] | None:
-    """Map parameter names to checkpoint names, with or without the base model's prefix."""
-    for rename in (
-        str,
-        lambda name: name.removeprefix(f"{prefix}."),
-        lambda name: f"{prefix}.{name}",
-    ):
-        names = {name: name if name in keys else rename(name) for name in views}
-        if all(key in keys for key in names.values()):
-            return names
-    return None
+def _remedy(fields: Mapping[str, Any], trust_remote_code: bool) -> str:
+    if fields.get("auto_map") and not trust_remote_code:
+        return "it comes with Python code; read it, then pass trust_remote_code=True to run it"
+    return "correct the file or download it again"
 
 
-def _read_straight(
-    views: Mapping[str, torch.Tensor], keys: Mapping[str, Path], names: Mapping[str, str]
-) -> None:
-    for file in sorted(set(keys.values())):
-        here = [(names[name], views[name]) for name in views if keys[names[name]] == file]
-        as_they_are = []
-        with _open(file) as tensors:
-            for key, view in here:
-                if _has_same_bytes(tensors, key, view, file):
-                    as_they_are.append((key, view))
-                else:
-                    _write(view, tensors.get_tensor(key), key, file)
-        read_tensors(file, as_they_are)
+def load_pretrained(
+    folder: Path, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Return the model that `from_pretrained` makes of a folder, on the CPU.
 
-
-def _has_same_bytes(tensors: safe_open, key: str, view: torch.Tensor, file: Path) -> bool:
-    """Whether a tensor's bytes can be read into a view as they are."""
-    stored = tensors.get_slice(key)
-    _check_shape(view, tuple(stored.get_shape()), key, file)
-    same_type = _DTYPES.get(stored.get_dtype()) == view.dtype
-    return same_type and view.is_contiguous() and view.device.type == "cpu"
-
-
-def read_tensors(file: Path, views: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Read tensors of a safetensors file into views, blocks of them on all cores at once.
-
-    A mapped file, as `safe_open` has it, is read page by page by whoever first touches it: with
-    one thread that gives a fraction of what memory and disk can, and a file that is cut short
-    meanwhile ends the process.
+    Its tensors are views of memory-mapped files, unless they had to be converted.
 
     Args:
-        file: whose header has been checked, as `safe_open` does.
-        views: with their names in the file; contiguous, in host memory, of the stored type and
-            shape.
+        folder: config.json and safetensors.
+        dtype: of the weights; default is that of the configuration, else of the files.
+        trust_remote_code: allow Python code that comes with the checkpoint.
 
     Raises:
-        CheckpointError: the file is shorter than its header says.
+        CheckpointError: something in the folder cannot be used.
+        ConfigError: transformers has no decoder-only model of that type, or not of that dtype.
     """
-    with file.open("rb", buffering=0) as opened:
-        blocks = list(_blocks(_data_offsets(file), views))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "djinn-checkpoint") as threads:
-            if not all(threads.map(lambda block: _read_block(opened.fileno(), *block), blocks)):
-                raise CheckpointError(
-                    f"expected a whole safetensors file, got {file} ({file.stat().st_size} bytes), "
-                    "which ends before its tensors do: download it again"
-                )
+    wanted = None if dtype is None else check_dtype(dtype)
+    config = folder_config(folder, trust_remote_code)
+    count = _bound(folder, weight_files(folder))
+    with _LOADING:
+        model_class, config = _causal_class(folder, config, trust_remote_code, count)
+        try:
+            made: Any = isolated(model_class, count).from_pretrained(
+                folder,
+                config=config,
+                dtype=wanted or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (DjinnError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of Rust code is no Exception
+            raise CheckpointError(_why_unloadable(folder, config, error)) from error
+    model, report = made
+    _check_whole(folder, model, report)
+    _check_generation(folder, model)
+    return as_its_own(model, model_class)
 
 
-def _data_offsets(file: Path) -> dict[str, int]:
-    """Where each tensor begins in a file: https://github.com/huggingface/safetensors#format."""
-    with file.open("rb") as opened:
-        n_header_bytes = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(n_header_bytes))
-    return {
-        name: 8 + n_header_bytes + entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _blocks(
-    offsets: Mapping[str, int], views: Sequence[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[memoryview, int]]:
-    for name, view in views:
-        target = view.reshape(-1).view(torch.uint8).numpy().data
-        for begin in range(0, len(target), _BLOCK_BYTES):
-            yield target[begin : begin + _BLOCK_BYTES], offsets[name] + begin
-
-
-def _read_block(descriptor: int, target: memoryview, offset: int) -> bool:
-    """Fill `target` from a file; returns whether there was enough."""
-    done = 0
-    while done < len(target):
-        if not (n_bytes := os.preadv(descriptor, [target[done:]], offset + done)):
-            return False
-        done += n_bytes
-    return True
-
-
-def _write(view: torch.Tensor, tensor: torch.Tensor, name: str, file: Path) -> None:
-    _check_shape(view, tuple(tensor.shape), name, file)
-    view.copy_(tensor)
-
-
-def _check_shape(view: torch.Tensor, shape: tuple[int, ...], name: str, file: Path) -> None:
-    if tuple(view.shape) != shape:
-        raise CheckpointError(
-            f"expected {name!r} of shape {tuple(view.shape)} (from config.json), got {shape} in "
-            f"{file}: config and weights do not belong together"
-        )
-
-
-def _read_converted(
-    views: Mapping[str, torch.Tensor], folder: Path, model: PreTrainedModel, **load_options: bool
-) -> None:
+def _causal_class(
+    folder: Path, config: PretrainedConfig, trust_remote_code: bool, count: Callable[[], None]
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     try:
-        pair: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=model.dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **load_options,
+        return causal_class(config, trust_remote_code, count)
+    except (DjinnError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        if said := explain_folder(folder, refused=True):
+            raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}") from error
+        raise ConfigError(
+            f"transformers cannot make a decoder-only language model of type "
+            f"{config.model_type!r} from {folder} ({type(error).__name__}: {first_line(error)}): "
+            f"{_remedy(vars(config), trust_remote_code)}"
+        ) from error
+
+
+def _bound(folder: Path, files: list[Path]) -> Callable[[], None]:
+    """Count the tensors that are made for a model, and refuse far more than the files hold.
+
+    A damaged configuration may ask for a million layers, which takes hours to refuse otherwise.
+    """
+    n_stored = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                n_stored += len(tensors.keys())
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} ({file.stat().st_size} bytes) is truncated or corrupt "
+                f"({first_line(error)}): download it again"
+            ) from error
+    n_made, limit = 0, 10 * n_stored + 1000
+
+    def count() -> None:
+        nonlocal n_made
+        n_made += 1
+        if n_made > limit:
+            raise CheckpointError(
+                f"{folder / 'config.json'} describes a model of more than {limit} tensors, but "
+                f"its files hold {n_stored}: config and weights do not belong together"
+            )
+
+    return count
+
+
+def _why_unloadable(folder: Path, config: PretrainedConfig, error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    misshapen = next((line for line in lines if "size mismatch" in line or "MISMATCH" in line), "")
+    return (
+        f"transformers cannot load the weights of a {config.model_type} from {folder} "
+        f"({type(error).__name__}: {misshapen or first_line(error)}): config and weights do not "
+        "belong together, or a file is damaged; download the checkpoint again"
+    )
+
+
+def _check_whole(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    absent = sorted(name for name in report["missing_keys"] if name in parameters)
+    absent += sorted(name for name, p in parameters.items() if p.is_meta and name not in absent)
+    if absent:
+        raise CheckpointError(
+            f"{folder} has no tensors for {len(absent)} weights of a {model.config.model_type}, "
+            f"such as {absent[:5]}: download it again"
         )
+
+
+def _check_generation(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse a generation_config.json that transformers would pass over because it is damaged."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     except Exception as error:
         raise CheckpointError(
-            f"expected weights of a {model.config.model_type} in {folder}, got "
-            f"{type(error).__name__}: {error}"
+            f"transformers cannot use {path} ({type(error).__name__}: {first_line(error)}): "
+            "correct or delete it"
         ) from error
-    loaded, report = pair
-    if report["missing_keys"]:
-        raise CheckpointError(
-            f"expected all tensors of a {model.config.model_type} in {folder}, got none for "
-            f"{sorted(report['missing_keys'])[:5]}: download it again"
-        )
-    parameters = dict(loaded.named_parameters(remove_duplicate=False))
-    for name, view in views.items():
-        _write(view, parameters[name].detach(), name, folder)

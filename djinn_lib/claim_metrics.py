@@ -154,6 +154,25 @@ def token_agreement(evidence: Evidence) -> Measurement:
 
 
 @metric()
+def token_agreement_of(evidence: Evidence, system: str, **where: Any) -> Measurement:
+    """Share of requests for which `system` gives the tokens of every transformers-based system.
+
+    These are the other systems that decode by transformers' own steps, at the same capacity. A
+    request counts as the same only if it is so in every repeat.
+    """
+    own = served(evidence, system, **where)
+    rows = select(evidence, None, **where)
+    rows = rows[rows["ok"] & ~rows["system"].isin({*evidence.other_steps, system})]
+    rows = rows[rows["request"].isin(own["request"])]
+    if rows.empty:
+        raise NotMeasured(f"no other system with transformers' own steps served those of {system}")
+    together = pd.concat([own[own["request"].isin(rows["request"])], rows])
+    agree = together.groupby("request")["token_sha"].nunique() == 1
+    remark = f"{agree.sum()} of {len(agree)} requests, {rows['system'].nunique()} other systems"
+    return measured(share_interval(agree), len(agree), remark)
+
+
+@metric()
 def token_agreement_lead(
     evidence: Evidence, system: str, to: str, reference: str, **where: Any
 ) -> Measurement:

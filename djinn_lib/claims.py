@@ -25,7 +25,8 @@ from djinn_lib.files import write_json
 from djinn_lib.profile import REPO
 
 CLAIMS = REPO / "claims.yml"
-Judgement = Literal["reproduced", "exceeded", "not reproduced", "not judged"]
+Judgement = Literal["reproduced", "exceeded", "not reproduced", "not judged", "withdrawn"]
+OPEN = frozenset({"not judged", "withdrawn"})  # judgements that say nothing of what was measured
 CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
 
 
@@ -71,7 +72,11 @@ class Expected(BaseModel):
 
 
 class Claim(BaseModel):
-    """One entry of claims.yml."""
+    """One entry of claims.yml.
+
+    `withdrawn` is the reason why a claim is no longer made. Such a claim stays in the file and in
+    every table, and is never measured.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,6 +89,7 @@ class Claim(BaseModel):
     tolerance: float = Field(ge=0, lt=1)
     notebook: str
     figure: str | None
+    withdrawn: str | None = Field(default=None, pattern=r"\S")
 
     @model_validator(mode="after")
     def _known_metric(self) -> Claim:
@@ -137,6 +143,8 @@ def judge(claims: Iterable[Claim], evidence: Evidence) -> list[Verdict]:
 
 
 def _judge(claim: Claim, evidence: Evidence) -> Verdict:
+    if claim.withdrawn is not None:  # its value is left out too: it was measured unfairly
+        return _verdict(claim, None, "withdrawn", claim.withdrawn)
     try:
         measurement = METRICS[claim.metric](evidence, **claim.arguments)
     except NotMeasured as reason:

@@ -1,21 +1,27 @@
 """Copying pages from a master to mapped device memory, in page order and in the background.
 
-A `Load` is the copy of consecutive pages. Whoever needs the first `n` bytes of a model waits for
-just those, so that the first layers compute while later ones are still on their way. An `Arrival`
-is the copy of a single page into a frame that is used over and over (see `streaming`).
+A `Load` is the copy of consecutive pages, queued a few at a time as they are mapped. Whoever needs
+the first `n` bytes of a model waits for just those, so that the first layers compute while later
+ones are still on their way. An `Arrival` is the copy of a single page into a frame that is used
+over and over (see `streaming`).
+
+A copy that fails is never an error of whoever queues it: all that wait for its bytes are told.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from djinn_lib.errors import DjinnError
 
-Read = Callable[[int, int], torch.Tensor]  # bytes of a master, see `PageSource.read`
+Page = tuple[torch.Tensor, torch.Tensor]  # where on the device, and from where on the host
+
+
+Reading = tuple[float, int]  # of `Stalls`: seconds of the host, and hold-ups of streams
 
 
 class Stalls:
@@ -40,39 +46,52 @@ class Stalls:
         after.record(stream)
         self._on_streams.append((before, after))
 
+    def reading(self) -> Reading:
+        """Return where this stands now, without waiting for streams; see `until_s`."""
+        return self._host_s, len(self._on_streams)
+
+    def until_s(self, reading: Reading) -> float:
+        """Seconds up to a reading, summed; waits for streams to get past its last hold-up."""
+        host_s, n_on_streams = reading
+        held_up = self._on_streams[:n_on_streams]
+        if held_up:
+            held_up[-1][1].synchronize()
+        return host_s + sum(before.elapsed_time(after) for before, after in held_up) / 1e3
+
     @property
     def total_s(self) -> float:
-        """Seconds, summed; waits for streams to get past the last hold-up."""
-        if self._on_streams:
-            self._on_streams[-1][1].synchronize()
-        on_streams_ms = sum(before.elapsed_time(after) for before, after in self._on_streams)
-        return self._host_s + on_streams_ms / 1e3
+        """Seconds up to now, summed; waits for streams to get past the last hold-up."""
+        return self.until_s(self.reading())
 
 
 class Load(ABC):
     """A copy in flight, of the bytes from `first_byte` to `end_byte` of a model.
 
     Attributes:
-        good_bytes: how many bytes from the start of the model are known to be on the device.
+        good_bytes: how many bytes from the start of the model are on the device, or will be as far
+            as is known.
         error: what ended the copy early, or None.
+        stalls: how long callers of `wait` were held up.
     """
 
     def __init__(self, first_byte: int, end_byte: int) -> None:
         self.first_byte, self.end_byte = first_byte, end_byte
         self.good_bytes = first_byte
         self.error: BaseException | None = None
-        self._stalls = Stalls()
+        self.stalls = Stalls()
 
-    @property
-    def stall_s(self) -> float:
-        """Seconds that callers of `wait` were held up, summed."""
-        return self._stalls.total_s
+    @abstractmethod
+    def copy(self, pages: Sequence[Page]) -> None:
+        """Queue the copies of the next pages, which are mapped; returns at once.
+
+        After a page that failed no other is copied.
+        """
 
     @abstractmethod
     def wait(self, end_byte: int) -> None:
         """Hold the caller's computation until bytes up to `end_byte` are on the device.
 
-        Bytes after this load's last one are none of its business.
+        Called when all pages are queued. Bytes past the end of this load are ignored.
 
         Raises:
             DjinnError: the copy failed before it got that far; its cause is chained.
@@ -80,7 +99,7 @@ class Load(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Block until the copy has ended, well or badly; never raises its error."""
+        """Block until what is queued has ended, well or badly; never raises its error."""
 
     @property
     @abstractmethod
@@ -108,26 +127,8 @@ class Copier(ABC):
     """Starts copies; one at a time is in flight, later ones queue behind it."""
 
     @abstractmethod
-    def start(
-        self,
-        read: Read,
-        target: torch.Tensor,
-        first_byte: int,
-        end_byte: int,
-        page_bytes: int,
-        mapped: Iterable[int],
-    ) -> Load:
-        """Copy consecutive pages of a model.
-
-        Args:
-            read: gives the bytes of the master.
-            target: its range on the device (1-d uint8).
-            first_byte: where to begin; a multiple of `page_bytes`.
-            end_byte: where to end; a multiple of `page_bytes`, or the end of the model.
-            page_bytes: size of a page in bytes.
-            mapped: maps pages from `first_byte` on as it is iterated, and gives how many there are
-                each time; a copy of pages that are mapped can run while others are being mapped.
-        """
+    def begin(self, first_byte: int, end_byte: int) -> Load:
+        """Begin the copy of consecutive bytes of a model, of which no page is queued yet."""
 
     @abstractmethod
     def submit(self, target: torch.Tensor, source: torch.Tensor, mark: Any) -> Arrival:
@@ -161,6 +162,15 @@ def incomplete(end_byte: int, load: Load) -> DjinnError:
         f"({load.error}); try the request again"
     )
     error.__cause__ = load.error
+    return error
+
+
+def no_page(cause: BaseException) -> DjinnError:
+    """The error of a caller that waits for a page that will not come."""
+    error = DjinnError(
+        f"expected a page of weights, got none: the copy failed ({cause}); try the request again"
+    )
+    error.__cause__ = cause
     return error
 
 

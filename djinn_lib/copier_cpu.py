@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from djinn_lib import copier
-from djinn_lib.copier import Arrival, Copier, Load, Read, Stalls
-from djinn_lib.errors import DjinnError
+from djinn_lib.copier import Arrival, Copier, Load, Page, Stalls
 
 
 class ThreadLoad(Load):
     """A load carried out by a host thread, which reports each page."""
 
-    def __init__(self, first_byte: int, end_byte: int) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, first_byte: int, end_byte: int) -> None:
         super().__init__(first_byte, end_byte)
+        self._thread = thread
+        self._queued_bytes = first_byte
         self._changed = threading.Condition()
+
+    def copy(self, pages: Sequence[Page]) -> None:
+        """Hand the pages to the thread."""
+        self._queued_bytes += sum(target.numel() for target, _ in pages)
+        self._thread.submit(self._run, pages)
+
+    def _run(self, pages: Sequence[Page]) -> None:
+        for target, source in pages:
+            if self.error:
+                return
+            try:
+                copier.copy_page(target, source)
+            except BaseException as error:
+                self._report(0, error)
+            else:
+                self._report(target.numel(), None)
+
+    def _report(self, n_bytes: int, error: BaseException | None) -> None:
+        with self._changed:
+            self.good_bytes += n_bytes
+            self.error = error
+            self._changed.notify_all()
 
     @property
     def ended(self) -> bool:
@@ -36,26 +58,14 @@ class ThreadLoad(Load):
         begin_s = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self.error or self.good_bytes >= end_byte)
-            self._stalls.add(time.perf_counter() - begin_s)
+            self.stalls.add(time.perf_counter() - begin_s)
         if self.good_bytes < end_byte:
             raise copier.incomplete(end_byte, self)
 
     def finish(self) -> None:
         """Block until the thread is done with this load."""
         with self._changed:
-            self._changed.wait_for(lambda: self.ended)
-
-    def advance(self, good_bytes: int) -> None:
-        """Report that the bytes up to `good_bytes` are there."""
-        with self._changed:
-            self.good_bytes = good_bytes
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Report that the copy ended early."""
-        with self._changed:
-            self.error = error
-            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.error or self.good_bytes >= self._queued_bytes)
 
 
 class ThreadArrival(Arrival):
@@ -70,10 +80,7 @@ class ThreadArrival(Arrival):
         error = self._copied.exception()
         stalls.add(time.perf_counter() - begin_s)
         if error:
-            raise DjinnError(
-                f"expected a page of weights, got none: the copy failed ({error}); try the "
-                "request again"
-            ) from error
+            raise copier.no_page(error)
 
     def finish(self) -> None:
         """Block until the thread is done with the page."""
@@ -86,33 +93,9 @@ class ThreadCopier(Copier):
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="djinn-copier")
 
-    def start(
-        self,
-        read: Read,
-        target: torch.Tensor,
-        first_byte: int,
-        end_byte: int,
-        page_bytes: int,
-        mapped: Iterable[int],
-    ) -> ThreadLoad:
-        """Map all pages, queue the copy and return."""
-        deque(mapped, maxlen=0)
-        load = ThreadLoad(first_byte, end_byte)
-        begins = range(first_byte, end_byte, page_bytes)
-        ends = [min(begin + page_bytes, end_byte) for begin in begins]
-        # Looked up now: the source may give its frames away as soon as no copy reads them.
-        sources = [read(begin, end) for begin, end in zip(begins, ends, strict=True)]
-
-        def run() -> None:
-            try:
-                for begin, end, source in zip(begins, ends, sources, strict=True):
-                    copier.copy_page(target[begin:end], source)
-                    load.advance(end)
-            except BaseException as error:
-                load.fail(error)
-
-        self._thread.submit(run)
-        return load
+    def begin(self, first_byte: int, end_byte: int) -> ThreadLoad:
+        """Begin a load whose pages the thread copies."""
+        return ThreadLoad(self._thread, first_byte, end_byte)
 
     def submit(self, target: torch.Tensor, source: torch.Tensor, mark: Any) -> ThreadArrival:
         """Queue the copy of a page."""

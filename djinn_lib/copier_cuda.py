@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from djinn_lib import copier
-from djinn_lib.copier import Arrival, Copier, Load, Read, Stalls
+from djinn_lib.copier import Arrival, Copier, Load, Page, Stalls
 
 
 class StreamLoad(Load):
@@ -17,16 +18,26 @@ class StreamLoad(Load):
     Waiting is the device's business: the caller's stream waits for an event, and the host goes on.
     """
 
-    def __init__(self, first_byte: int, end_byte: int, page_bytes: int) -> None:
+    def __init__(self, stream: torch.cuda.Stream, first_byte: int, end_byte: int) -> None:
         super().__init__(first_byte, end_byte)
-        self._page_bytes = page_bytes
+        self._stream = stream
+        self._ends: list[int] = []  # first bytes after the pages that were submitted
         self._arrivals: list[torch.cuda.Event] = []
         self._done = False
 
-    def add(self, good_bytes: int, arrival: torch.cuda.Event) -> None:
-        """Note that bytes up to `good_bytes` are there when the event has happened."""
-        self.good_bytes = good_bytes
-        self._arrivals.append(arrival)
+    def copy(self, pages: Sequence[Page]) -> None:
+        """Submit the pages to the stream; the host waits for none of them."""
+        try:
+            with torch.cuda.stream(self._stream):
+                for target, source in pages if self.error is None else ():
+                    copier.copy_page(target, source)
+                    self._arrivals.append(_event(self._stream))
+                    self.good_bytes += target.numel()
+                    self._ends.append(self.good_bytes)
+        except BaseException as error:
+            self.error = error
+            if not isinstance(error, Exception):  # an interrupt of the caller
+                raise
 
     @property
     def ended(self) -> bool:
@@ -40,28 +51,32 @@ class StreamLoad(Load):
         if end_byte > self.good_bytes:
             raise copier.incomplete(end_byte, self)
         if end_byte > self.first_byte and not self.ended:
-            page = -(-(end_byte - self.first_byte) // self._page_bytes) - 1
-            self._stalls.hold(self._arrivals[page])
+            self.stalls.hold(self._arrivals[bisect_left(self._ends, end_byte)])
 
     def finish(self) -> None:
         """Block until the last page is there."""
-        if self._arrivals:
+        if self.error:  # perhaps of a copy that was submitted and has no event
+            self._stream.synchronize()
+        elif self._arrivals:
             self._arrivals[-1].synchronize()
 
 
 class StreamArrival(Arrival):
-    """A page that a CUDA stream copies."""
+    """A page that a CUDA stream copies, or why it could not be submitted."""
 
-    def __init__(self, arrival: torch.cuda.Event) -> None:
+    def __init__(self, arrival: torch.cuda.Event | Exception) -> None:
         self._arrival = arrival
 
     def wait(self, stalls: Stalls) -> None:
         """Make the current stream wait for the page; the host does not wait."""
+        if isinstance(self._arrival, Exception):
+            raise copier.no_page(self._arrival)
         stalls.hold(self._arrival)
 
     def finish(self) -> None:
         """Block until the page is there."""
-        self._arrival.synchronize()
+        if not isinstance(self._arrival, Exception):
+            self._arrival.synchronize()
 
 
 class StreamCopier(Copier):
@@ -70,36 +85,19 @@ class StreamCopier(Copier):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
 
-    def start(
-        self,
-        read: Read,
-        target: torch.Tensor,
-        first_byte: int,
-        end_byte: int,
-        page_bytes: int,
-        mapped: Iterable[int],
-    ) -> StreamLoad:
-        """Submit copies as pages are mapped, and return; the host waits for none of them."""
-        load = StreamLoad(first_byte, end_byte, page_bytes)
-        begin = first_byte
-        try:
-            with torch.cuda.stream(self._stream):
-                for n_pages in mapped:
-                    for _ in range(n_pages):
-                        end = min(begin + page_bytes, end_byte)
-                        copier.copy_page(target[begin:end], read(begin, end))
-                        load.add(end, _event(self._stream))
-                        begin = end
-        except Exception as error:
-            load.error = error
-        return load
+    def begin(self, first_byte: int, end_byte: int) -> StreamLoad:
+        """Begin a load whose pages the stream copies."""
+        return StreamLoad(self._stream, first_byte, end_byte)
 
     def submit(self, target: torch.Tensor, source: torch.Tensor, mark: Any) -> StreamArrival:
         """Submit the copy of a page; the host does not wait for it."""
-        self._stream.wait_event(mark)
-        with torch.cuda.stream(self._stream):
-            copier.copy_page(target, source)
-            return StreamArrival(_event(self._stream))
+        try:
+            self._stream.wait_event(mark)
+            with torch.cuda.stream(self._stream):
+                copier.copy_page(target, source)
+                return StreamArrival(_event(self._stream))
+        except Exception as error:
+            return StreamArrival(error)
 
     def mark(self) -> torch.cuda.Event:
         """Mark the current stream."""

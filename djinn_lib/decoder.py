@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
 from djinn_lib.decode_modes import Decode
+from djinn_lib.errors import ConfigError, DjinnError, in_words
 from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.generation_options import beyond_greedy
+from djinn_lib.positions import check_positions
 from djinn_lib.recording import Wait
 from djinn_lib.sampling import Sampling
 
@@ -51,16 +54,29 @@ class Decoder(Protocol):
 
 
 class EagerDecoder:
-    """transformers' own `generate`; the hooks of `hold_back` wait for weights."""
+    """transformers' own `generate`; the hooks of `hold_back` wait for weights.
+
+    Args:
+        model: whose weights need not be there yet.
+        tokenizer: of the model, if it has one.
+
+    Attributes:
+        beyond_greedy: what its generation_config asks for beside the most likely token, in words.
+
+    Raises:
+        ConfigError: its generation_config is one that transformers cannot follow.
+    """
 
     mode: Decode = "eager"
     kv_cache_bytes = 0  # transformers allocates them for each request
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
+        self.model, self._tokenizer = model, tokenizer
+        self.beyond_greedy = beyond_greedy(model, tokenizer)
 
     def check_length(self, n_prompt: int, max_new_tokens: int) -> None:
-        """Any length will do: the cache grows with the sequence."""
+        """Check that the model has positions for all tokens; the cache grows with the sequence."""
+        check_positions(self.model, n_prompt, max_new_tokens)
 
     def close(self) -> None:
         """Nothing is held between requests."""
@@ -74,5 +90,31 @@ class EagerDecoder:
         wait: Wait = lambda end_byte: None,
         proceed: Proceed | None = None,
     ) -> Tokens:
-        """Continue a prompt."""
-        return generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos, sampling, proceed)
+        """Continue a prompt.
+
+        Raises:
+            ConfigError: transformers cannot, or not as its generation_config asks for.
+        """
+        try:
+            return generate_eager(
+                self.model,
+                prompt_ids,
+                max_new_tokens,
+                ignore_eos,
+                sampling,
+                proceed,
+                tokenizer=self._tokenizer,
+            )
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            if isinstance(error, DjinnError):
+                raise
+            raise ConfigError(
+                f"expected a {self.model.config.model_type} that transformers' generate can serve, "
+                f"got {in_words(error)}: {self._remedy}"
+            ) from error
+
+    @property
+    def _remedy(self) -> str:
+        if self.beyond_greedy:
+            return f"take out of its generation_config what it may be: {self.beyond_greedy}"
+        return "this architecture, or this checkpoint of it, cannot be served"

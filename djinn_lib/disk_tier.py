@@ -15,12 +15,13 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
 
 from djinn_lib import host_memory
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.policy import LRU
 from djinn_lib.ring import Extent, Ring, n_frames_in
@@ -56,7 +57,10 @@ class DiskTier:
             )
         self._page_bytes, self._folder, self._pin = page_bytes, Path(folder), pin
         self.ring = Ring(n_frames_in(capacity_bytes, page_bytes, "host_capacity"))
-        self._frames = host_memory.allocate(self.ring.n_frames * page_bytes)
+        n_bytes = self.ring.n_frames * page_bytes
+        self._frames = host_memory.allocate(
+            n_bytes, "host_capacity", "lower host_capacity", now=True
+        )
         if pin:
             host_memory.pin(self._frames)
         self._policy = LRU()
@@ -101,21 +105,29 @@ class DiskTier:
         """Delete the master of `model`, if there is one; waits for brief holds of it.
 
         Raises:
-            LeaseError: it is held for longer.
+            LeaseError: it is held for longer; nothing changes.
         """
         with self._changed:
             self._changed.wait_for(
                 lambda: not (self._n_brief and model in self.ring and self.ring.is_leased(model))
             )
-            if file := self._files.pop(model, None):
+            if model in self._files:
+                self.ring.ensure_unleased(model)
                 self._finish_copies(model)
                 self.ring.remove(model)
                 self._policy.forget(model)
-                file.close()
+                self._files.pop(model).close()
 
     def layout(self, model: str) -> Layout:
         """How the tensors of `model` are packed."""
-        return self._files[model].layout
+        return self._known(model).layout
+
+    def _known(self, model: str) -> SwapFile:
+        if (file := self._files.get(model)) is None:
+            raise ConfigError(
+                f"expected one of the models {list(self._files)}, got {model!r}: add it first"
+            )
+        return file
 
     def hold(self, model: str, lasting: bool = False) -> None:
         """Have all bytes of `model` in host memory, and keep them there until `let_go`.
@@ -123,10 +135,12 @@ class DiskTier:
         Waits for others to let go, but for lasting holds, which may outlast the caller.
 
         Raises:
+            ConfigError: there is no such model, or the tier is closed.
             CapacityError: other models are held in too much of the host memory.
             DjinnError: pages cannot be read, or are not what was written.
         """
         with self._changed:
+            self._known(model)
             self._changed.wait_for(lambda: model not in self._reading and self._has_room(model))
             self.ring.lease(model)
             self._n_brief += not lasting
@@ -155,22 +169,39 @@ class DiskTier:
         """Read pages without the lock: others may use theirs meanwhile."""
         model, error = missing.model, None
         try:
-            file = self._files[model]
-            list(self._readers.map(lambda run: self._read(file, *run), self._runs(missing)))
+            self._read_all(missing)
         except BaseException as raised:
             error = raised
         with self._changed:
             self._reading.discard(model)
-            self.bytes_read += len(missing.frames) * self._page_bytes
             if error:
                 self.ring.roll_back(model, len(missing.frames))
                 self._release(model, lasting)
+            else:
+                self.bytes_read += len(missing.frames) * self._page_bytes
             self._changed.notify_all()
+        if error and not isinstance(error, Exception):
+            raise error  # an interrupt of the caller
         if error:
             raise DjinnError(
                 f"expected {len(missing.frames)} pages of {model!r} from its swap file in "
                 f"{self._folder}, got: {error}; try the request again, or add the model again"
             ) from error
+
+    def _read_all(self, missing: Extent) -> None:
+        """Read pages with all readers; none of them reads any more when this ends, or fails."""
+        file = self._known(missing.model)
+        reads = [
+            self._readers.submit(file.read, first_page, [self._frame(frame) for frame in frames])
+            for first_page, frames in self._runs(missing)
+        ]
+        try:
+            for read in reads:
+                read.result()
+        finally:  # of an error, too: the frames may be another model's next
+            for read in reads:
+                read.cancel()
+            wait(reads)
 
     def _runs(self, extent: Extent) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Consecutive pages to be read at a time: the first of them, and their frames."""
@@ -178,16 +209,14 @@ class DiskTier:
         for i in range(0, len(extent.frames), n_pages):
             yield extent.first_page + i, extent.frames[i : i + n_pages]
 
-    def _read(self, file: SwapFile, first_page: int, frames: tuple[int, ...]) -> None:
-        file.read(first_page, [self._frame(frame) for frame in frames])
-
     def _frame(self, frame: int) -> torch.Tensor:
         return self._frames[frame * self._page_bytes : (frame + 1) * self._page_bytes]
 
     def let_go(self, model: str, lasting: bool = False) -> None:
-        """Undo one `hold` of the same kind."""
+        """Undo one `hold` of the same kind; harmless once the tier is closed."""
         with self._changed:
-            self._release(model, lasting)
+            if model in self._files:
+                self._release(model, lasting)
 
     def _release(self, model: str, lasting: bool) -> None:
         self.ring.release(model)
@@ -230,9 +259,12 @@ class DiskTier:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Delete all masters and free the host memory; closing twice is harmless."""
-        for model in list(self._files):
-            self.discard(model)
+        """Delete all masters, held or not, and free the host memory; twice is harmless."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._reading)
+            for model in list(self._files):
+                self._finish_copies(model)
+                self._files.pop(model).close()
         self._readers.shutdown()
         if self._pin and self._frames.numel():
             host_memory.unpin(self._frames)
@@ -259,12 +291,13 @@ def open_masters(
     Raises:
         CapacityError, ConfigError: see `DiskTier`.
     """
+    folder = None if swap_dir is None else user_path(swap_dir, "swap_dir")
     if host_capacity is None:
         return SwapPool(pin)
-    return DiskTier(parse_bytes(host_capacity), page_bytes, swap_dir or default_folder(), pin)
+    return DiskTier(parse_bytes(host_capacity), page_bytes, folder or default_folder(), pin)
 
 
 def default_folder() -> Path:
     """DJINN_SWAP_DIR, or a folder in the user's cache."""
     named = os.environ.get("DJINN_SWAP_DIR")
-    return Path(named) if named else Path.home() / ".cache" / "djinn" / "swap"
+    return user_path(named or "~/.cache/djinn/swap", "DJINN_SWAP_DIR")

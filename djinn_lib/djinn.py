@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.arguments import flag, function
 from djinn_lib.catalog import Catalog, check_decoding
 from djinn_lib.decode_modes import Decode, default_decode
+from djinn_lib.device import parse_device
 from djinn_lib.disk_tier import Masters, open_masters
 from djinn_lib.errors import DjinnError
 from djinn_lib.generate import Generation
 from djinn_lib.holdings import Holdings
-from djinn_lib.models import Embeddings, ModelSpec, choose_embeddings
+from djinn_lib.models import Embeddings, choose_embeddings
 from djinn_lib.pager import Pager
-from djinn_lib.pending import PendingGeneration, Request
+from djinn_lib.pending import PendingGeneration, for_each
 from djinn_lib.policy import Policy, make_policy, sparing_what_waits
+from djinn_lib.prompts import Prompt
 from djinn_lib.request_queue import Order, RequestQueue
 from djinn_lib.ring import Residency
-from djinn_lib.sampling import Sampling
+from djinn_lib.sampling import Sampling, SamplingOptions
 from djinn_lib.server import Server
 from djinn_lib.sources import open_source
+from djinn_lib.spec import ModelSpec
 from djinn_lib.turns import Ticket
 from djinn_lib.units import parse_bytes
 
@@ -88,11 +91,13 @@ class Djinn:
         swap_dir: str | Path | None = None,
         progress: Callable[[str], None] = print,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = parse_device(device)
         if page is None:
             page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
-        decode = decode or default_decode(self.device.type)
+        decode = default_decode(self.device.type) if decode is None else decode
         check_decoding(decode, max_model_len)
+        overlap, lookahead = flag(overlap, "overlap"), flag(lookahead, "lookahead")
+        function(progress, "progress")
         queue = RequestQueue[Ticket](order, max_overtaken)
         chosen = sparing_what_waits(make_policy(policy)) if lookahead else make_policy(policy)
         place = choose_embeddings(embeddings, host_capacity is None)
@@ -104,7 +109,7 @@ class Djinn:
             undo.callback(pager.close)
             server = Server(pager, queue, overlap, lookahead)
             models = Catalog(
-                pool, pager, server.turn, self.device, decode, max_model_len, place, progress
+                pool, pager, server.turn, self.device, decode, int(max_model_len), place, progress
             )
             undo.pop_all()
         self._holdings = Holdings(server, pager, models, pool)
@@ -187,59 +192,90 @@ class Djinn:
     def generate(
         self,
         name: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int = 50,
         ignore_eos: bool = False,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Generation:
-        """Continue a prompt.
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
+        """Continue a prompt, or each of a list of them.
 
         Safe to be called from many threads: requests wait for each other. See `submit` and
         `agenerate` for callers that do not want to wait.
 
         Args:
             name: which model.
-            prompt: text, for a model with a tokenizer, or token ids.
+            prompt: text, for a model with a tokenizer; token ids, as a list or an array of shape
+                [n] or [1, n]; or what a tokenizer returns, whose padding is dropped. A list of
+                prompts is served one after the other, as is the output of a tokenizer for several.
             max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
             ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
-            temperature, top_k, top_p, seed: see `Sampling`; the default is greedy.
+            sampling: temperature, top_k, top_p and seed; see `Sampling`. The default is greedy.
+
+        Returns:
+            What the model said and what it cost; for a list of prompts a list.
 
         Raises:
-            ConfigError: unknown model, or a prompt that it cannot take.
+            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning;
+                nothing was loaded for it.
             DjinnError: the weights could not be copied; the request can be tried again.
         """
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        request = self._request(name, prompt, max_new_tokens, ignore_eos, sampling)
-        return self._server.generate(self._models[name], request)
+        model = self._models[name]
+        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
+        return for_each(asked, lambda request: self._server.generate(model, request))
+
+    def chat(
+        self,
+        name: str,
+        messages: Sequence[Mapping[str, Any]],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Answer a conversation, formatted with the chat template of the model's tokenizer.
+
+        Args:
+            name: which model.
+            messages: each with "role" and "content", both text: ``[{"role": "user", "content":
+                "Hi"}]``.
+            max_new_tokens, ignore_eos, sampling: see `generate`.
+
+        Raises:
+            ConfigError: as for `generate`; or the model has no chat template, or its template
+                cannot take these messages.
+            DjinnError: the weights could not be copied; the request can be tried again.
+        """
+        ids = self._models[name].chat_ids(messages)
+        return self.generate(name, ids, max_new_tokens, ignore_eos, **sampling)
 
     def submit(
         self,
         name: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int = 50,
         ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> PendingGeneration:
+        **sampling: Unpack[SamplingOptions],
+    ) -> PendingGeneration | Any:  # Any: see `generate`
         """Queue what `generate` does, and return at once; a thread of this object serves it.
 
         Returns:
-            A future: `result()` waits for the `Generation`, `cancel()` gives the request up.
+            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
+            list of prompts a list of them.
+
+        Raises:
+            ConfigError: as for `generate`; nothing was queued.
         """
-        request = self._request(name, prompt, max_new_tokens, ignore_eos, Sampling(**sampling))
-        return self._server.submit(self._models[name], request)
+        model = self._models[name]
+        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
+        return for_each(asked, lambda request: self._server.submit(model, request))
 
     async def agenerate(
         self,
         name: str,
-        prompt: str | Sequence[int],
+        prompt: Prompt | Sequence[Prompt],
         max_new_tokens: int = 50,
         ignore_eos: bool = False,
-        **sampling: Any,
-    ) -> Generation:
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation | Any:  # Any: see `generate`
         """`generate` for asyncio; cancelling the task gives the request up.
 
         Raises:
@@ -247,26 +283,21 @@ class Djinn:
         """
         self._server.ensure_may_await(name)
         pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
-        return await asyncio.wrap_future(pending)
-
-    def _request(
-        self,
-        name: str,
-        prompt: str | Sequence[int],
-        max_new_tokens: int,
-        ignore_eos: bool,
-        sampling: Sampling,
-    ) -> Request:
-        """Check a request before anything waits or is loaded for it."""
-        begin_s = time.perf_counter()
-        ids = self._models[name].prompt_ids(prompt, max_new_tokens)
-        return Request(name, ids, max_new_tokens, ignore_eos, sampling, begin_s)
+        if not isinstance(pending, list):
+            return await asyncio.wrap_future(pending)
+        waiting = [asyncio.wrap_future(one) for one in pending]
+        try:
+            return await asyncio.gather(*waiting)
+        finally:
+            for one in waiting:  # where one failed, nobody waits for the others
+                one.cancel()
 
     def tokenize(self, name: str, text: str) -> list[int]:
-        """Return the token ids of `text`.
+        """Return the token ids of `text`, as `generate` would have them.
 
         Raises:
-            ConfigError: the model has no tokenizer.
+            ConfigError: unknown model, the model has no tokenizer, or its tokenizer cannot encode
+                this.
         """
         return self._models[name].tokenize(text)
 
@@ -328,7 +359,7 @@ class Djinn:
 
     @overlap.setter
     def overlap(self, overlap: bool) -> None:
-        self._server.overlap = overlap
+        self._server.overlap = flag(overlap, "overlap")
 
     # -- state -----------------------------------------------------------------------------
 

@@ -35,7 +35,9 @@ class Evidence:
         other_steps: systems that do not decode by transformers' own steps: their arithmetic rounds
             differently, so that now and then another token is the likeliest.
         replicates: rows of what else was measured of the same cells.
-        machines: numbers of the machines that ran the cells and replicates, by run id.
+        machines: numbers of the machines that ran the cells and replicates, by run id; a newer
+            machine has a higher one.
+        machine_names: of these, by number; a machine that has none is called by its number.
     """
 
     rows: pd.DataFrame
@@ -47,6 +49,7 @@ class Evidence:
     other_steps: Set[str] = frozenset()
     replicates: pd.DataFrame = field(default_factory=no_rows)
     machines: Mapping[str, int] = field(default_factory=dict)
+    machine_names: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,10 @@ def ran_on(evidence: Evidence, *frames: pd.DataFrame) -> str:
     if len(set(evidence.machines.values())) < 2:
         return ""
     numbers = sorted({n for rows in frames for n in machines_of(evidence, rows)})
-    words = " and ".join(map(str, numbers))
-    return f"on machine {words}" if len(numbers) == 1 else f"on the machines {words}"
+    *others, last = (evidence.machine_names.get(n, str(n)) for n in numbers)
+    if not others:
+        return f"on machine {last}"
+    return f"on the machines {', '.join(others)} and {last}"
 
 
 def machines_of(evidence: Evidence, rows: pd.DataFrame) -> list[int]:

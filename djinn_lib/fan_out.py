@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from djinn_lib.errors import ConfigError, PlatformError
+from djinn_lib.errors import ConfigError, PlatformError, in_words
+from djinn_lib.paths import python_path
+from djinn_lib.sockets import ray_folder
 
 _CONNECT_S, _HEALTH_S = 5.0, 15.0  # the check imports Ray: 2 s when all is well
 _LOOK_S = 2.0  # between two looks at the nodes while nothing finishes
@@ -88,13 +89,15 @@ def ensure_ray(address: str | None = None) -> str | None:
     """Return the address of the cluster to join, or None if one is to be started here.
 
     Raises:
-        ConfigError: the address is none, or no cluster answers there.
+        ConfigError: the address is none, or no cluster answers there, or no folder here is short
+            enough for the sockets of one.
         PlatformError: Ray is not installed.
     """
     if find_spec("ray") is None:
         raise PlatformError("expected Ray in this environment, got none: pip install 'ray>=2.60'")
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
+        ray_folder()
         return None
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in host:
@@ -139,20 +142,27 @@ def _connect(joined: str | None) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = python_path()  # a cluster that is started here inherits it
+    environment = {"env_vars": {"PYTHONPATH": python_path()}} if joined else None
+    folder = None if joined else ray_folder()
     try:
         ray.init(
             address=joined or "local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            _temp_dir=folder,
             object_store_memory=None if joined else _OBJECT_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}},
+            runtime_env=environment,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises its plainest one where a node does not start in time
+        remedy = (
+            "run this on a node of the cluster, with the cluster's versions of Python and Ray"
+            if joined
+            else "try again when the machine is less busy, or use the local executor"
+        )
         raise PlatformError(
-            f"expected to use Ray at {joined or 'this machine'}, got {error}: run this on a node "
-            "of the cluster, with the cluster's versions of Python and Ray"
+            f"expected to use Ray at {joined or 'this machine'}, got {in_words(error)}: {remedy}"
         ) from error
 
 

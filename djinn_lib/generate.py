@@ -11,18 +11,32 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import (
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.arguments import whole_number
+from djinn_lib.errors import ConfigError, shown
+from djinn_lib.generation_options import ensure_generates, mode_of, request_options
 from djinn_lib.hooks import Hook
 from djinn_lib.lease import Lease
-from djinn_lib.models import Unit, check_positions
-from djinn_lib.sampling import Sampling
+from djinn_lib.models import Unit
+from djinn_lib.positions import check_positions
+from djinn_lib.prompts import read_ids
+from djinn_lib.rotations import forget_lengths
+from djinn_lib.sampling import MOST_TOKENS, Sampling
+from djinn_lib.swap_pool import Extents
+
+_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +54,10 @@ class Generation:
 
     `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `prefetched_bytes` is
     what was loaded before the request had its turn. `queue_ms` is the time until then; `stall_ms`
-    the time that the computation waited for weights, `switch_ms` that and the time to evict and
-    map. `ttft_ms` and `total_ms` count from the call to the first and the last new token;
-    `decode_ms` is the time between the two. `text` is None for a model without a tokenizer.
+    the time that the computation waited for weights; `switch_ms` the part of it before the first
+    token, and the time to evict and map. `ttft_ms` and `total_ms` count from the call to the first
+    and the last new token; `decode_ms` is the time between the two, in which a model larger than
+    the ring waits for weights again. `text` is None for a model without a tokenizer.
     """
 
     token_ids: tuple[int, ...]
@@ -72,44 +87,60 @@ class Generation:
             lease.prefetched_bytes,
             queue_ms=queue_s * 1e3,
             stall_ms=lease.stall_s * 1e3,
-            switch_ms=(lease.plan_s + lease.stall_s) * 1e3,
+            switch_ms=(lease.plan_s + lease.stalls.first_token_s) * 1e3,
             ttft_ms=(lead_s + tokens.first_s) * 1e3,
             decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
             total_ms=(lead_s + tokens.last_s) * 1e3,
         )
 
 
-def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[int], None]) -> None:
-    """Call `wait(end_byte)` before each unit of `model` runs, from now on."""
+def hold_back(
+    model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[Extents], None]
+) -> None:
+    """Call `wait(unit.extents)` before each unit of `model` runs, from now on."""
     for unit in units:
-        hook = Hook(wait, unit.end_byte)
+        hook = Hook(wait, unit.extents)
         model.get_submodule(unit.module).register_forward_pre_hook(hook)
 
 
-def eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a sequence, as the model's generation configuration has them."""
-    ids: Any = model.generation_config.eos_token_id if model.generation_config else None
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many token ids a model can look up.
+
+    That is how many rows its table of embeddings has, which may be more than the tokenizer has
+    tokens, and no more than any second table has (`vocab_size_per_layer_input`, for example). An id
+    beyond them reads outside a table, which on a GPU ends all use of the device.
+    """
+    sizes = {
+        name: size
+        for name, size in vars(model.config.get_text_config()).items()
+        if name.startswith("vocab_size") and isinstance(size, int) and size > 0
+    }
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is not None and weight.dim() == 2:
+        sizes["vocab_size"] = weight.shape[0]
+    return min(sizes.values())
 
 
-def check_prompt(token_ids: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
-    """Return the prompt as a list, if it can be used.
+def check_prompt(prompt: Sequence[int], vocab_size: int, max_new_tokens: int) -> list[int]:
+    """Return the token ids of a prompt, if they can be continued.
+
+    Args:
+        prompt: token ids, as `prompts.read_ids` takes them.
+        vocab_size: how many ids the model can look up.
+        max_new_tokens: how many new ones are asked for.
 
     Raises:
-        ConfigError: empty, an id outside the vocabulary, or no tokens asked for.
+        ConfigError: empty, an id that the model does not know, or no tokens asked for.
     """
-    ids = [int(i) for i in token_ids]
+    ids = read_ids(prompt)
     if not ids:
         raise ConfigError("expected a prompt of at least 1 token, got none")
     if outside := [i for i in ids if not 0 <= i < vocab_size]:
         raise ConfigError(
-            f"expected token ids from 0 to {vocab_size - 1}, got {outside[0]}: the prompt was "
-            "tokenised for another model"
+            f"expected token ids from 0 to {vocab_size - 1}, got {shown(outside[0])}: the prompt "
+            "was tokenised for another model"
         )
-    if max_new_tokens < 1:
-        raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
     return ids
 
 
@@ -150,8 +181,9 @@ def generate_eager(
     sampling: Sampling | None = None,
     proceed: Callable[[], None] | None = None,
     device: str | torch.device | None = None,
+    tokenizer: Any | None = None,
 ) -> Tokens:
-    """Decode with `model.generate`.
+    """Decode with `model.generate`, as its generation_config says; see `generation_options`.
 
     Args:
         model: a transformers model, in evaluation mode.
@@ -161,41 +193,46 @@ def generate_eager(
         sampling: how to choose tokens; default is the most likely one.
         proceed: called after each token; what it raises ends the generation.
         device: where it computes; default is where its first parameter is.
+        tokenizer: of the model, where its generation_config names texts that end a sequence.
 
     Raises:
         ConfigError: the prompt cannot be used with this model.
     """
     begin_s = time.perf_counter()
-    ids = check_prompt(prompt_ids, model.config.get_text_config().vocab_size, max_new_tokens)
-    check_positions(model.config, len(ids), max_new_tokens)
-    inputs = torch.tensor([ids], device=device or model.device)
+    ensure_generates(model)
+    ids = check_prompt(prompt_ids, vocabulary(model), max_new_tokens)
+    check_positions(model, len(ids), max_new_tokens)
+    options = request_options(model, max_new_tokens, ignore_eos, sampling)
+    criteria = StoppingCriteriaList([_Proceed(proceed)] if proceed else [])
+    stops = model.generation_config.stop_strings
+    if tokenizer is not None and stops and not ignore_eos:
+        criteria.append(StopStringCriteria(tokenizer, stops))
+        options["stop_strings"] = None  # else `generate` would hand the tokenizer to the model
+    if model.generation_config.token_healing:
+        options["tokenizer"] = tokenizer
     clock = _FirstToken()
-    generate: Any = model.generate  # its signature is wider than its annotations say
-    with torch.no_grad(), _seeded(sampling, inputs.device):
-        output: Any = generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=None if ignore_eos else list(eos_ids(model)) or None,
-            pad_token_id=0,
-            streamer=clock,
-            stopping_criteria=StoppingCriteriaList([_Proceed(proceed)] if proceed else []),
-            **_options(sampling),
-        )
+    if mode_of(model, options) not in _BEAMS:  # no token is known before the last
+        options["streamer"] = clock
+    device = torch.device(device or model.device)
+    with _seeded(sampling, device):
+        output = call_generate(model, ids, device, stopping_criteria=criteria, **options)
     new_ids = tuple(output[0, len(ids) :].tolist())
-    return Tokens(new_ids, clock.at_s - begin_s, time.perf_counter() - begin_s)
+    last_s = time.perf_counter() - begin_s
+    return Tokens(new_ids, clock.at_s - begin_s if clock.n_puts > 1 else last_s, last_s)
 
 
-def _options(sampling: Sampling | None) -> dict[str, Any]:
-    """Arguments of transformers' `generate`; its own defaults come from the checkpoint."""
-    if sampling is None or sampling.greedy:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-    }
+def call_generate(
+    model: PreTrainedModel, ids: Sequence[int], device: torch.device, **options: Any
+) -> Any:
+    """Call transformers' `generate` for one prompt that has been checked; returns what it does."""
+    inputs = torch.tensor([ids], device=device)
+    if "attention_mask" in signature(model.forward).parameters:
+        # Else ids that happen to be that of padding would count as such.
+        options["attention_mask"] = torch.ones_like(inputs)
+    forget_lengths(model)
+    generate: Any = model.generate  # its signature is wider than its annotations say
+    with torch.no_grad():
+        return generate(inputs, **options)
 
 
 @contextmanager
@@ -205,5 +242,5 @@ def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
+        torch.manual_seed(sampling.next_seed())
         yield

@@ -1,8 +1,9 @@
-"""Host memory for master copies: looked up, allocated to the byte, pinned for the copy engine."""
+"""Host memory: looked up, allocated to the byte, pinned for the copy engine."""
 
 from __future__ import annotations
 
 import mmap
+import resource
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from djinn_lib import control_groups
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
 
@@ -71,45 +73,71 @@ def _cudart() -> Any:
     return torch.cuda.cudart()
 
 
-def allocate(n_bytes: int) -> torch.Tensor:
+def allocate(
+    n_bytes: int, use: str = "a master copy", instead: str = "add fewer models", now: bool = False
+) -> torch.Tensor:
     """Return exactly `n_bytes` of zeroed host memory (1-d uint8), aligned to the system's pages.
 
-    It is freed with the last tensor that views it. Linux promises memory that it does not have, and
-    ends the process that then uses it; so what is available is looked up first. Huge pages, where
-    the system has them, save most of the time that the first touch of gigabytes takes.
+    It is freed with the last tensor that views it. Huge pages, where the system has them, save most
+    of the time that the first touch of gigabytes takes.
+
+    Args:
+        n_bytes: how many.
+        use, instead: what it is for, and what else could be done; for an error.
+        now: take the memory now, for what is written little by little: nobody else is promised it.
+
+    Raises:
+        CapacityError: there is not as much.
+    """
+    require(n_bytes, use, instead)
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of host memory for {use}, got {error.strerror}: "
+            f"free memory or {instead}"
+        ) from error
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    return tensor.zero_() if now else tensor
+
+
+def require(n_bytes: int, use: str, instead: str) -> None:
+    """Refuse what the host cannot give: Linux promises it, and ends the process that uses it.
+
+    Args:
+        n_bytes: that will be used.
+        use, instead: what for, and what else could be done.
 
     Raises:
         CapacityError: there is not as much.
     """
     if n_bytes > (available_bytes := host_bytes_available()):
         raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
-            f"{format_bytes(available_bytes)} available: free memory or add fewer models"
+            f"expected {format_bytes(n_bytes)} of host memory for {use}, got "
+            f"{format_bytes(available_bytes)} available: free memory or {instead}"
         )
-    try:
-        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise CapacityError(
-            f"expected {format_bytes(n_bytes)} of host memory for a master copy, got "
-            f"{error.strerror}: free memory or add fewer models"
-        ) from error
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def host_bytes_available(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of host memory that can be had, also by the rules of a container.
+def host_bytes_available(group: Path | None = None) -> int:
+    """Return how many bytes of host memory this process can still have, by every rule for it.
 
     Args:
-        group: folder of the control group; the file cache that counts there can be given back.
+        group: folder of a control group, to go by its limit; default are the process's own groups.
     """
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(stat["file"]) - int(stat["shmem"])  # shared memory counts there, and stays
-        return min(available, int(limit) - int(used) + cached)
-    except (OSError, ValueError, KeyError):  # no such group, or one without a limit ("max")
-        return available
+    limits = [psutil.virtual_memory().available, *_left_of_addresses()]
+    if group is None:
+        limits += control_groups.limits_of()
+    elif (left := control_groups.bytes_left(group)) is not None:
+        limits.append(left)
+    return max(0, min(limits))
+
+
+def _left_of_addresses() -> list[int]:
+    """What `ulimit -v` leaves, if it limits anything."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return []
+    return [limit - psutil.Process().memory_info().vms]

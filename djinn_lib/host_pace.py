@@ -71,7 +71,7 @@ def told(run: Run) -> str:
     where = ran_on(run.evidence, rows) or "on one machine"
     sentences = [
         f"Eager steps are started by the host, operator by operator, and are as slow as it is. "
-        f"{where.capitalize()} requests for {model} took {slow.min() / 1e3:.2f} to "
+        f"{where[0].upper()}{where[1:]} requests for {model} took {slow.min() / 1e3:.2f} to "
         f"{slow.max() / 1e3:.2f} s to decode so ({len(slow)} requests of "
         f"{eager['system'].nunique()} systems), and {fast.min():,.1f} to {fast.max():,.1f} ms from "
         "CUDA graphs. Means of two eager systems that differ by less than that tell nothing of the "
@@ -92,15 +92,16 @@ def told(run: Run) -> str:
 
 
 def _of_the_kernels(run: Run, model: str) -> list[str]:
-    """What an eager decode's own kernels take when the host does not start each of them."""
+    """What an eager decode takes when the host does not start each of its kernels."""
     try:
         rows = served(select(run.evidence, "djinn_graph"))
     except NotMeasured:
         return []
     recorded_ms = rows.loc[rows["model"] == model, "decode_ms"].median()
     return [
-        f"Transformers' kernels, recorded and replayed, decode {model} in {recorded_ms:,.0f} ms "
-        "(`djinn_graph`), so that for the rest of an eager decode the GPU waits for the host."
+        f"Transformers' forward pass, recorded and replayed, decodes {model} in "
+        f"{recorded_ms:,.0f} ms (`djinn_graph`). For the rest of an eager decode the GPU waits for "
+        "the host."
     ]
 
 

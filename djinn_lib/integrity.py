@@ -11,6 +11,7 @@ compared.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,41 @@ def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) ->
                 f"expected {folder / name} with digest {_short(expected.get(name))}, got "
                 f"{_short(found.get(name))}: the file was changed or damaged; {remedy}"
             )
+
+
+def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
+    """Return the digests of files that a set-up noted, by model; none without a set-up."""
+    try:
+        models = json.loads(machine_json.read_text())["models"]
+        return {name: dict(files["digests"]) for name, files in models.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def files_are_as_set_up(machine_json: Path) -> bool:
+    """Whether all model files are still those that a set-up noted; without a set-up they are."""
+    recorded = recorded_digests(machine_json)
+    if not recorded:
+        return True
+    folders = json.loads(machine_json.read_text())["models"]
+    try:
+        return all(
+            _digests_of(Path(folders[name]["folder"])) == digests
+            for name, digests in recorded.items()
+        )
+    except CheckpointError:
+        return False
+
+
+_known: dict[Path, tuple[Stamps, dict[str, str]]] = {}
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """Like `file_digests`, read once in a process unless stamps say that a file changed."""
+    stamps = _stamps(folder)
+    if folder not in _known or _known[folder][0] != stamps:
+        _known[folder] = stamps, file_digests(folder)
+    return _known[folder][1]
 
 
 class WeightsWatch:

@@ -74,6 +74,8 @@ class KvCache(Cache):
     Attributes:
         kv_layers: the layers, in order.
         position: where the next token goes; int64 of shape (1,), on the device.
+        longest_window: tokens that the widest sliding window or chunk shorter than the cache
+            shows; 0 where all layers show all tokens.
 
     Raises:
         ConfigError: the architecture keeps something else than keys and values (a recurrent
@@ -81,15 +83,17 @@ class KvCache(Cache):
     """
 
     def __init__(self, config: PretrainedConfig, max_cache_len: int, device: torch.device) -> None:
-        kinds = {type(layer) for layer in StaticCache(config, max_cache_len).layers}
+        layers = StaticCache(config, max_cache_len).layers
+        kinds = {type(layer) for layer in layers}
         if not kinds <= {StaticLayer, StaticSlidingWindowLayer}:
             raise ConfigError(
                 "expected layers that keep keys and values only, got "
                 f"{sorted(kind.__name__ for kind in kinds)} in a {config.model_type}"
             )
-        n_layers = len(StaticCache(config, max_cache_len).layers)
+        windows = [x.max_cache_len for x in layers if isinstance(x, StaticSlidingWindowLayer)]
+        self.longest_window = max((w for w in windows if w < max_cache_len), default=0)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.kv_layers = [KvLayer(max_cache_len, self.position) for _ in range(n_layers)]
+        self.kv_layers = [KvLayer(max_cache_len, self.position) for _ in layers]
         super().__init__(layers=list(self.kv_layers))
 
     def mode(self, prefilling: bool) -> None:

@@ -29,10 +29,11 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.generate import Tokens, generate_eager
 from djinn_lib.integrity import weights_digest
 from djinn_lib.large_results import COLUMNS, read_large, write_large
-from djinn_lib.models import ModelSpec, Unit, pack
+from djinn_lib.models import Unit, pack
 from djinn_lib.profile import REPO, parse_capacity
 from djinn_lib.records import token_sha
 from djinn_lib.sources import open_source
+from djinn_lib.spec import ModelSpec
 from djinn_lib.swap_pool import SwapPool
 from djinn_lib.units import format_bytes, parse_bytes
 
@@ -108,6 +109,8 @@ def measure_all(
         raise ConfigError(
             f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
         )
+    for case in cases:  # before minutes are spent on the first of them
+        bytes_of(case)
     n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
     manifest = _manifest(bench, n_tokens, repeats)
     rows = pd.concat(
@@ -167,17 +170,9 @@ def measure(
         CapacityError: two of its layers in a row do not.
     """
     rows: list[dict[str, Any]] = []
-    opened = open_source(case.source, case.dtype)
-    layout = pack(opened.module, "host")[0]
-    n_bytes = layout.n_bytes
-    if layout.paged_bytes <= case.capacity_bytes:
-        raise ConfigError(
-            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
-            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
-        )
     facts = {
         "model": case.name,
-        "model_bytes": n_bytes,
+        "model_bytes": bytes_of(case),
         "capacity_bytes": case.capacity_bytes,
         "link_bytes_per_s": machine.measure_rates(device)["link_rate_bytes_per_s"],
     }
@@ -194,6 +189,21 @@ def measure(
             rows.append({**facts, "system": system, "repeat": 0, **failed})
         gc.collect()
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+
+
+def bytes_of(case: LargeCase) -> int:
+    """Return the bytes of a case's model.
+
+    Raises:
+        ConfigError: the model fits into the ring.
+    """
+    layout = pack(open_source(case.source, case.dtype).module, "host")[0]
+    if layout.paged_bytes <= case.capacity_bytes:
+        raise ConfigError(
+            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
+            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
+        )
+    return layout.n_bytes
 
 
 def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:
@@ -269,12 +279,12 @@ def offload(
     capacity_bytes: int,
     device: str,
 ) -> tuple[PreTrainedModel, int]:
-    """Give a skeleton accelerate's hooks; returns it, and the bytes that each forward pass copies.
+    """Give a model accelerate's hooks; returns it, and the bytes that each forward pass copies.
 
     The first units stay on the device, as many as leave room for the largest of the others.
 
     Args:
-        model: a skeleton (see `models.skeleton`).
+        model: as `open_source` gives it, before `fill` or after.
         units: of the model, in the order of execution.
         weights: its master copies on the host, by name.
         capacity_bytes: device memory for weights.
@@ -285,10 +295,9 @@ def offload(
     stays_up_to = max((e for e in ends if e + max(sizes.values()) <= capacity_bytes), default=0)
     going = {unit.module for unit in units if unit.end_byte > stays_up_to}
     moved = {name: w for name, w in weights.items() if _owner(name, going) is None}
-    model.load_state_dict(
-        {name: _on_device(w, device) for name, w in moved.items()}, assign=True, strict=False
-    )
-    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if name in moved:
+            parameter.data = _on_device(moved[name], device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -3,7 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from djinn_lib.copier import Reading, Stalls
+
+
+class StallClock:
+    """How long computations are held up from its making on, up to the first token and in all.
+
+    Args:
+        stalls: of everything that they may wait for.
+    """
+
+    def __init__(self, stalls: Sequence[Stalls] = ()) -> None:
+        self._stalls = tuple(stalls)
+        self._begin_s = sum(each.total_s for each in self._stalls)
+        self._first: tuple[Reading, ...] | None = None
+
+    def note_first_token(self) -> None:
+        """What is waited for from now on is not for the first token; only the first call counts."""
+        self._first = self._first or tuple(each.reading() for each in self._stalls)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds so far; waits for streams to get past the last hold-up."""
+        return sum(each.total_s for each in self._stalls) - self._begin_s
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds up to the first token; all of them if none was noted."""
+        if self._first is None:
+            return self.total_s
+        until = zip(self._stalls, self._first, strict=True)
+        return sum(each.until_s(reading) for each, reading in until) - self._begin_s
 
 
 class Lease:
@@ -21,7 +53,7 @@ class Lease:
         self.mapped_bytes = 0
         self.evicted_bytes = 0
         self.plan_s = 0.0
-        self.stalled_s: Callable[[], float] = lambda: 0.0
+        self.stalls = StallClock()
         self.streamed_bytes: Callable[[], int] = lambda: 0
         self._give_back = give_back
         self._holder: int | None = os.getpid()
@@ -34,7 +66,7 @@ class Lease:
     @property
     def stall_s(self) -> float:
         """Seconds that computations under this lease waited for copies."""
-        return self.stalled_s()
+        return self.stalls.total_s
 
     def release(self) -> None:
         """Give the lease back; the pages stay until somebody else needs the frames.

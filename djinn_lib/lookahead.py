@@ -16,7 +16,8 @@ class LoadAhead:
     """A thread that brings in missing pages of the models whose turns come next.
 
     It takes no page of a leased model, nor of one whose turn comes sooner. The thread starts with
-    the first request that has to wait.
+    the first request that has to wait. No request depends on it: an error ends one look at the
+    queue, and the next nudge begins another.
 
     Args:
         pager: loads.
@@ -28,6 +29,7 @@ class LoadAhead:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._nudged = self._closed = self._expecting = False
+        self._said: set[type[Exception]] = set()  # kinds of errors that were logged
 
     def nudge(self, n_waiting: int) -> None:
         """Look at the queue again, of which `n_waiting` requests are left."""
@@ -38,10 +40,9 @@ class LoadAhead:
                 return
             self._nudged = True
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run, name="djinn-lookahead", daemon=True
-                )
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="djinn-lookahead", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify()
 
     def close(self) -> None:
@@ -61,8 +62,20 @@ class LoadAhead:
                 self._nudged = False
             try:
                 self.look()
-            except DjinnError as error:  # the request itself will say so when its turn comes
-                logging.getLogger(__name__).debug("could not load ahead: %s", error)
+            except Exception as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        """Log an error: ours for the curious, since the request says so itself; others once."""
+        is_news = not isinstance(error, DjinnError) and type(error) not in self._said
+        self._said.add(type(error))
+        logging.getLogger(__name__).log(
+            logging.WARNING if is_news else logging.DEBUG,
+            "nothing was loaded ahead (%s: %s); requests load what they need in their turns",
+            type(error).__name__,
+            error,
+            exc_info=error if is_news else None,
+        )
 
     def look(self) -> None:
         """Load what the next requests miss, as far as there is room."""

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +25,15 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import read_machine
+from djinn_lib.arguments import user_path
 from djinn_lib.belonging import differences
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
+from djinn_lib.locks import run_locks
 from djinn_lib.metrics import attempted
 from djinn_lib.profile import Profile, load_profile
 from djinn_lib.records import read_manifest, read_rows, write_manifest
+from djinn_lib.replacing import recover, replace_folders
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
 _RAN_IN = "ran in the part "
@@ -38,8 +42,8 @@ _RAN_IN = "ran in the part "
 def main(arguments: list[str] | None = None) -> int:
     """Merge; returns the exit status: 0 when all cells are there, 1 when some miss, 2: refused."""
     parser = argparse.ArgumentParser(prog="djinn_lib.merge", description=__doc__)
-    parser.add_argument("run_dir", type=Path, help="the folder to make")
-    parser.add_argument("parts", type=Path, nargs="+", help="run folders, in any order")
+    parser.add_argument("run_dir", type=user_path, help="the folder to make")
+    parser.add_argument("parts", type=user_path, nargs="+", help="run folders, in any order")
     parser.add_argument(
         "--allow-commits", action="store_true", help="parts may come from different commits"
     )
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         cells = merge(options.run_dir, options.parts, options.allow_commits, options.replace)
         missing = missing_cells(load_profile(cells[0].manifest["profile"]), options.run_dir)
-    except DjinnError as error:
+    except (DjinnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(cells)} cells of {len(options.parts)} parts in {options.run_dir}", flush=True)
@@ -97,9 +101,12 @@ def merge(
     requests. The others are printed, and kept as replicates if every request was served; else the
     manifest of the one taken notes them.
 
+    A folder that is replaced is whole, the old one or the new one, whatever ends this on its way.
+
     Raises:
-        ConfigError: the folder is there already, or is itself one of the parts.
+        ConfigError: the folder is there already, or is itself one of the parts, or a run uses it.
         RecordError: the parts do not belong together, or one of them cannot be read.
+        OSError: the disk is full, or refuses; the folder is as it was.
     """
     run_dir, parts = run_dir.resolve(), [part.resolve() for part in parts]
     if run_dir in parts or len(set(parts)) < len(parts):
@@ -107,11 +114,30 @@ def merge(
             f"expected the folder to make and parts that all differ, got {run_dir} and "
             f"{', '.join(map(str, parts))}: name each part once, and another folder for the result"
         )
+    recover(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()) and not replace:
         raise ConfigError(
             f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "
             "replace it with --replace"
         )
+    found = _found(parts, allow_commits)
+    chosen, others = _choose(found)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    # A run that goes on in the folder would lose what it writes from now on.
+    unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
+    with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
+        made = Path(scratch) / "run"
+        _write(made, chosen, found)
+        for cell in others:
+            rows, manifest = read_rows(cell.rows_path), {**cell.manifest, "notes": _notes(cell)}
+            replicates.write_replicate(rows, manifest, made, cell.notebook_path)
+        _copy_large(parts, made)
+        replace_folders({run_dir: made})
+    return chosen
+
+
+def _found(parts: Sequence[Path], allow_commits: bool) -> list[PartCell]:
+    """All cells of the parts, at least one, which belong together."""
     found = [cell for label, part in _labels(parts).items() for cell in read_part(part, label)]
     if problems := differences([(str(c), c.name, c.manifest) for c in found], allow_commits):
         raise RecordError(
@@ -120,19 +146,7 @@ def merge(
         )  # fmt: skip
     if not found:
         raise RecordError("expected parts with at least one cell among them, got none: add one")
-    chosen, others = _choose(found)
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
-        made = Path(scratch) / "run"
-        _write(made, chosen, found)
-        for cell in others:
-            rows, manifest = read_rows(cell.rows_path), {**cell.manifest, "notes": _notes(cell)}
-            replicates.write_replicate(rows, manifest, made, cell.notebook_path)
-        _copy_large(parts, made)
-        if run_dir.exists():
-            shutil.rmtree(run_dir)
-        os.replace(made, run_dir)
-    return chosen
+    return found
 
 
 def read_part(folder: Path, label: str) -> list[PartCell]:

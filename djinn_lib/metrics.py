@@ -234,7 +234,10 @@ def ratio_interval(
 
 
 def comparison_summary(rows: pd.DataFrame, capacity_label: str = "25") -> dict[str, dict]:
-    """Return the paper trace's results in the form of the paper's comparison_summary.json."""
+    """Return the paper trace's results by system and mode, as comparison_summary.json has them.
+
+    The paper's file of that name has other keys, whole numbers and some other fields.
+    """
     chosen = rows[(rows["trace"] == "paper") & (rows["capacity_label"] == capacity_label)]
     result = {}
     for (system, mode), group in attempted(chosen).groupby(["system", "mode"], sort=False):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, in_words
 from djinn_lib.files import write_json
-from djinn_lib.profile import REPO
+from djinn_lib.paths import REPO, python_path
 from djinn_lib.records import classify_error
+from djinn_lib.sockets import socket_folder
 
 NOTEBOOKS_DIR = REPO / "notebooks"
 State = Literal["ok", "failed", "unavailable"]
@@ -37,7 +39,7 @@ _NAMED_KINDS = {
     "TimeoutError": "timeout",
 }
 _START_S = 180  # for a kernel to answer; on a machine that is busy a minute may not do
-_LONGEST_FOLDER = 70  # of the 107 characters that Linux allows the path of a socket
+_SOCKET = "/djinn-kernel-12345678/socket-5"  # how a kernel's sockets are called in their folder
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
     if not notebook.exists():
         known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
         raise ConfigError(f"expected a notebook out of {known}, got {notebook.stem!r}")
-    known = papermill.inspect_notebook(str(notebook))
+    known = papermill.inspect_notebook(_literally(notebook))
     if unknown := sorted(parameters.keys() - known.keys()):
         raise ConfigError(
             f"expected parameters of {notebook.name} out of {sorted(known)}, got {unknown}"
@@ -93,13 +95,14 @@ def execute(
 
     Args:
         notebook: its name without the ending, e.g. "02_run_system".
-        output: the executed copy; whatever was there before goes.
+        output: the executed copy, or the notebook as it is if its kernel did not start; whatever
+            was there before goes.
         parameters: values for its parameters cell, of plain JSON types.
         kernel: a Jupyter kernel; default is the one that the notebook names.
 
     Returns:
         How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
-        that cannot be written.
+        that cannot be written, and whatever else the libraries raise.
 
     Raises:
         ConfigError: notebook or parameters are unknown; nothing has been run then.
@@ -111,7 +114,8 @@ def execute(
     begin_s, kind, error = time.perf_counter(), "", ""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.unlink(missing_ok=True)
+        for left in (output, partial):
+            left.unlink(missing_ok=True)
         _papermill(source, partial, parameters, kernel)
     except PapermillExecutionError as failure:
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
@@ -121,13 +125,17 @@ def execute(
         kind, error = "kernel_died", f"the kernel did not start: {failure}"
     except OSError as failure:
         kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
+    except Exception as failure:  # whatever else the libraries raise: other notebooks go on
+        kind, error = classify_error(failure), in_words(failure)
     except BaseException:
         # What still listened to the kernel will find it dead; nobody is left who wants to know.
         ensure_event_loop().set_exception_handler(lambda *_: None)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # a kernel that never started leaves no copy
+    with suppress(OSError):
+        if not partial.exists():  # a kernel that never started leaves no copy
+            shutil.copyfile(source, partial)
         os.replace(partial, output)
     seconds = time.perf_counter() - begin_s
     return Status(output.stem, "failed" if kind else "ok", seconds, kind, error)
@@ -145,15 +153,11 @@ def _papermill(
     source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None
 ) -> None:
     # Kernels find djinn_lib in this checkout, also those of another environment.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        dict.fromkeys(
-            [str(REPO), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        )
-    )
+    os.environ["PYTHONPATH"] = python_path()
     with _sockets() as config:
         papermill.execute_notebook(
-            str(source),
-            str(output),
+            _literally(source),
+            _literally(output),
             parameters=dict(parameters),
             kernel_name=kernel,
             cwd=str(NOTEBOOKS_DIR),
@@ -165,6 +169,11 @@ def _papermill(
         )
 
 
+def _literally(path: Path) -> str:
+    """A path for papermill, which takes it for a format string to fill parameters in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 @contextmanager
 def _sockets() -> Iterator[Config]:
     """Have a kernel listen on sockets in a folder of its own, for as long as the block runs.
@@ -172,10 +181,8 @@ def _sockets() -> Iterator[Config]:
     Jupyter's default are ports that are free when they are chosen and may be taken when the kernel
     starts: of two that start side by side one then dies (nteract/papermill#511).
     """
-    folder = tempfile.gettempdir()
-    with tempfile.TemporaryDirectory(
-        prefix="djinn-kernel-", dir=folder if len(folder) <= _LONGEST_FOLDER else "/tmp"
-    ) as own:
+    folder = socket_folder(len(_SOCKET))
+    with tempfile.TemporaryDirectory(prefix="djinn-kernel-", dir=folder) as own:
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{own}/socket"}})
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from djinn_lib.address_space import AddressSpace, Range
-from djinn_lib.copier import Copier, Load, Stalls
+from djinn_lib.copier import Copier, Load, Page, Stalls
+from djinn_lib.lease import StallClock
 from djinn_lib.page_source import PageSource
 from djinn_lib.ring import Extent
 from djinn_lib.streaming import Streamed, Window
@@ -44,18 +45,17 @@ class PagedModel:
         self._space, self._copier, self._source = space, copier, source
         self.page_bytes = space.page_bytes
         self.area: Range = space.reserve(-(-n_bytes // self.page_bytes))
-        self.view: torch.Tensor = space.bytes_view(self.area)
+        try:
+            self.view: torch.Tensor = space.bytes_view(self.area)
+        except BaseException:
+            space.release(self.area)
+            raise
         self.streamed: Streamed | None = None
         if window:
             self.streamed = Streamed(window, n_bytes, self.view, self._read, copier)
         self.loads: list[Load] = []
         self.prefetched_bytes = self.evicted_for_it_bytes = 0
         self._last_use: Callable[[], None] = lambda: None
-
-    @property
-    def n_ring_pages(self) -> int:
-        """How many frames of the ring it takes to run."""
-        return self.window.n_frames if self.window else self.area.n_pages
 
     @property
     def n_stable_pages(self) -> int:
@@ -103,33 +103,29 @@ class PagedModel:
         try:
             self._map_window(extent, n_stable)
             if n_stable:
-                first_byte = extent.first_page * self.page_bytes
-                self.loads.append(
-                    self._copier.start(
-                        self._read,
-                        self.view,
-                        first_byte,
-                        first_byte + self.bytes_of(extent.first_page, n_stable),
-                        self.page_bytes,
-                        self._map_stable(extent.first_page, extent.frames[:n_stable]),
-                    )
-                )
+                self._load_stable(extent.first_page, extent.frames[:n_stable])
         except BaseException:
             self.unmap(extent.first_page, len(extent.frames))
             raise
 
-    def _map_stable(self, first_page: int, frames: tuple[int, ...]) -> Iterator[int]:
-        """Map pages in batches, and give the size of each batch.
+    def _load_stable(self, first_page: int, frames: tuple[int, ...]) -> None:
+        """Map pages in batches, and queue the copies of each while the next one is mapped."""
+        first_byte = first_page * self.page_bytes
+        load = self._copier.begin(first_byte, first_byte + self.bytes_of(first_page, len(frames)))
+        try:
+            for begin, end in _batches(len(frames)):
+                self._space.map(self.area, first_page + begin, frames[begin:end])
+                load.copy([self._page(first_page + i) for i in range(begin, end)])
+        except BaseException:
+            load.finish()  # what is in flight would write to pages that are unmapped next
+            raise
+        self.loads.append(load)
 
-        A batch is mapped while earlier ones are copied. The first is one page, so that the link is
-        idle for no longer than that; the next ones double, since a call to the driver has a price.
-        """
-        begin, n_pages = 0, 1
-        while begin < len(frames):
-            batch = frames[begin : begin + n_pages]
-            self._space.map(self.area, first_page + begin, batch)
-            yield len(batch)
-            begin, n_pages = begin + len(batch), min(2 * n_pages, LARGEST_BATCH)
+    def _page(self, page: int) -> Page:
+        """Where a page is copied to and from; a source may give it away once no copy reads it."""
+        begin = page * self.page_bytes
+        end = min(begin + self.page_bytes, self.n_bytes)
+        return self.view[begin:end], self._read(begin, end)
 
     def _map_window(self, extent: Extent, n_stable: int) -> None:
         frames = extent.frames[n_stable:]
@@ -193,18 +189,26 @@ class PagedModel:
         """Drop the loads that went well."""
         self.loads = [load for load in self.loads if load.error or not load.ended]
 
-    def begin_clock(self) -> tuple[Callable[[], float], Callable[[], int]]:
+    def begin_clock(self) -> tuple[StallClock, Callable[[], int]]:
         """Return what tells, from now on: seconds of hold-ups, and bytes through the window."""
-        loads = tuple(self.loads)
-        before_s = sum(load.stall_s for load in loads)
-        stalls, before_bytes = Stalls(), 0
+        window, before_bytes = Stalls(), 0
         if self.streamed:
-            self.streamed.stalls, before_bytes = stalls, self.streamed.loaded_bytes
-
-        def stall_s() -> float:
-            return sum(load.stall_s for load in loads) - before_s + stalls.total_s
+            self.streamed.stalls, before_bytes = window, self.streamed.loaded_bytes
 
         def streamed_bytes() -> int:
             return self.streamed.loaded_bytes - before_bytes if self.streamed else 0
 
-        return stall_s, streamed_bytes
+        return StallClock([*(load.stalls for load in self.loads), window]), streamed_bytes
+
+
+def _batches(n_pages: int) -> Iterator[tuple[int, int]]:
+    """Split pages into batches, each as (first, after the last).
+
+    The first is one page, so that the link is idle for no longer than it takes to map that; the
+    next ones double, since a call to the driver has a price.
+    """
+    begin, size = 0, 1
+    while begin < n_pages:
+        end = min(begin + size, n_pages)
+        yield begin, end
+        begin, size = end, min(2 * size, LARGEST_BATCH)

@@ -4,7 +4,7 @@
 bytes; the pager is the only place where the four meet. Every use of a model goes through a lease::
 
     with pager.lease("llama-7b") as lease:   # missing pages are mapped and start to load
-        pager.wait("llama-7b", end_byte)     # before the bytes up to there are read
+        pager.wait_for("llama-7b", extents)  # before these bytes are read
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 
 from djinn_lib.address_space import AddressSpace, open_address_space
 from djinn_lib.copier import Copier, open_copier
-from djinn_lib.errors import DjinnError, LeaseError
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 from djinn_lib.lease import Lease
 from djinn_lib.page_source import PageSource
 from djinn_lib.paged_model import PagedModel
 from djinn_lib.policy import Policy, make_policy
 from djinn_lib.ring import Extent, Residency, Ring, n_frames_in
 from djinn_lib.streaming import Window
+from djinn_lib.swap_pool import Extents
 
 
 class Pager:
@@ -66,39 +67,48 @@ class Pager:
         """Size of all frames together in bytes."""
         return self.ring.n_frames * self.page_bytes
 
-    def add(self, model: str, n_bytes: int, unit_ends: Sequence[int] = ()) -> torch.Tensor:
+    def add(self, model: str, n_bytes: int, units: Sequence[Extents] = ()) -> torch.Tensor:
         """Reserve addresses for a model and return them as a 1-d uint8 tensor, for life.
 
         Args:
             model: its name.
             n_bytes: its size.
-            unit_ends: the first byte after each of its units, for a model larger than the ring.
+            units: the bytes that each of its units needs, for a model larger than the ring;
+                default is one unit that needs all.
 
         Raises:
-            CapacityError: it is larger than the ring, and its two largest units in a row as well.
+            CapacityError: it is larger than the ring, and so is what has to be there at once.
         """
         window = None
         if n_bytes > self.capacity_bytes:
-            window = Window.plan(unit_ends or [n_bytes], self.ring.n_frames, self.page_bytes)
+            units = units or [((0, n_bytes),)]
+            window = Window.plan(n_bytes, units, self.ring.n_frames, self.page_bytes)
         with self._lock:
             n_pages = window.n_frames if window else -(-n_bytes // self.page_bytes)
             self.ring.add(model, n_pages)
             try:
+                self.policy.admit(model, n_pages, self.ring.n_frames)
                 paged = PagedModel(model, n_bytes, window, self.space, self.copier, self._source)
             except BaseException:
+                self.policy.forget(model)
                 self.ring.remove(model)
                 raise
             self._models[model] = paged
-            self.policy.admit(model, n_pages, self.ring.n_frames)
             return paged.view
 
     def remove(self, model: str) -> None:
-        """Free the frames and the addresses of an unleased model."""
+        """Free the frames and the addresses of an unleased model.
+
+        Raises:
+            LeaseError: the model is leased; nothing changes.
+        """
         with self._lock:
+            self.ring.ensure_unleased(model)
             self._settle()
+            self._models[model].release()
             self.ring.remove(model)
+            del self._models[model]
             self.policy.forget(model)
-            self._models.pop(model).release()
 
     def evict(self, model: str) -> int:
         """Unmap all pages of an unleased model; returns their bytes.
@@ -107,12 +117,13 @@ class Pager:
             LeaseError: the model is leased.
         """
         with self._lock:
+            self.ring.ensure_unleased(model)
             self._settle()
-            n_bytes = self.resident_bytes(model)
+            paged, n_bytes = self._models[model], self.resident_bytes(model)
+            paged.finish_use()
             extent = self.ring.evict(model, self.ring.n_resident(model))
-            self._models[model].finish_use()
-            self._models[model].unmap(0, len(extent.frames))
-            self._models[model].prefetched_bytes = 0
+            paged.unmap(0, len(extent.frames))
+            paged.prefetched_bytes = 0
             return n_bytes
 
     def reset(self) -> None:
@@ -150,11 +161,11 @@ class Pager:
             lease.mapped_bytes = self.resident_bytes(model) - resident_bytes
             lease.evicted_bytes = paged.evicted_for_it_bytes + evicted
             paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
-            lease.stalled_s, lease.streamed_bytes = paged.begin_clock()
+            lease.stalls, lease.streamed_bytes = paged.begin_clock()
+            self.policy.touch(model, time.monotonic())
             if paged.window:  # it reads its master as long as it runs
                 self._source.hold(model, lasting=True)
             self.ring.lease(model)
-            self.policy.touch(model, time.monotonic())
         lease.plan_s = time.perf_counter() - begin_s
         return lease
 
@@ -189,20 +200,29 @@ class Pager:
     def wait(self, model: str, end_byte: int) -> None:
         """Hold the caller's computation until the first `end_byte` bytes of `model` are there.
 
-        Of a model larger than the ring, until the unit is there that ends with them.
+        Of a model larger than the ring, only what stays on the device; see `wait_for`.
 
         Raises:
+            ConfigError: the model was never added, or is removed.
             LeaseError: the model holds no lease, so its pages may be gone.
             DjinnError: the copy failed.
         """
-        paged = self._models[model]
-        self._wait_stable(paged, end_byte)
+        self._wait_stable(self._known(model), end_byte)
+
+    def wait_for(self, model: str, extents: Extents) -> None:
+        """Like `wait`, for all bytes that a unit of `model` needs.
+
+        They stay until the next call for the same model; of a model that fits into the ring, as
+        long as it is leased.
+        """
+        paged = self._known(model)
+        self._wait_stable(paged, extents[-1][1])
         if paged.streamed:
-            paged.streamed.wait(end_byte)
+            paged.streamed.wait(extents)
 
     def wait_whole(self, model: str) -> None:
         """Like `wait`, for all that stays on the device while the model is leased."""
-        self._wait_stable(self._models[model], self._models[model].n_bytes)
+        self.wait(model, self._known(model).n_bytes)
 
     def finish(self, model: str) -> None:
         """Block the host until that is on the device; `wait` need not block it.
@@ -211,7 +231,7 @@ class Pager:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        for load in tuple(self._models[model].loads):
+        for load in tuple(self._known(model).loads):
             load.finish()
         self.wait_whole(model)
 
@@ -231,15 +251,22 @@ class Pager:
 
     def is_streamed(self, model: str) -> bool:
         """Whether a model is larger than the ring, so that its layers take turns."""
-        return self._models[model].window is not None
+        return self._known(model).window is not None
 
     def is_resident(self, model: str) -> bool:
-        """Whether a model is whole on the device or on its way; takes no lock."""
-        return model in self.ring and not self.ring.n_missing(model)
+        """Whether a model is whole on the device or on its way; takes no lock and never raises."""
+        return self.ring.is_whole(model)
 
     def resident_bytes(self, model: str) -> int:
         """Bytes of `model` that are mapped; the last page counts what the model fills of it."""
-        return self._models[model].bytes_of(0, self.ring.n_resident(model))
+        return self._known(model).bytes_of(0, self.ring.n_resident(model))
+
+    def _known(self, model: str) -> PagedModel:
+        if (paged := self._models.get(model)) is None:
+            raise ConfigError(
+                f"expected one of the models {list(self._models)}, got {model!r}: add it first"
+            )
+        return paged
 
     def check(self) -> None:
         """Audit the ring, and that all resident bytes equal their masters.
@@ -268,10 +295,12 @@ class Pager:
 
     def close(self) -> None:
         """Finish copies and release all device memory. Tensors over it must not be used again."""
-        self.copier.close()
-        with self._lock:
-            self._models.clear()
-            self.space.close()
+        try:
+            self.copier.close()
+        finally:
+            with self._lock:
+                self._models.clear()
+                self.space.close()
 
     # -- steps of a lease --------------------------------------------------------------------
 
@@ -308,9 +337,9 @@ class Pager:
     def _load(self, model: str, n_pages: int, spare: frozenset[str] = frozenset()) -> int:
         """Take frames from others, map and start to copy; returns the bytes that others lost."""
         evicted = self.ring.make_room(model, self.policy, n_pages, spare)
-        for extent in evicted:
-            self._models[extent.model].finish_use()
         try:
+            for extent in evicted:
+                self._models[extent.model].finish_use()
             if n_pages:
                 missing = self.ring.map_missing(model, n_pages)
                 try:
@@ -327,19 +356,22 @@ class Pager:
         """Take back the pages that a failed copy left without their bytes."""
         paged, n_good = self._models[model], good_bytes // self.page_bytes
         n_bad = max(0, self.ring.n_resident(model) - n_good)
-        self.ring.roll_back(model, n_bad)
         paged.finish_use()
+        self.ring.roll_back(model, n_bad)
         paged.unmap(n_good, n_bad)
         paged.loads.clear()
         paged.prefetched_bytes = min(paged.prefetched_bytes, self.resident_bytes(model))
 
     def _release(self, model: str) -> None:
         with self._lock:
-            paged = self._models[model]
-            paged.note_use(self.copier.fence())
-            self.ring.release(model)
-            if paged.window:
-                self._source.let_go(model, lasting=True)
+            if (paged := self._models.get(model)) is None:
+                return  # the pager was closed while the lease was held
+            try:
+                paged.note_use(self.copier.fence())
+            finally:
+                self.ring.release(model)
+                if paged.window:
+                    self._source.let_go(model, lasting=True)
             self._settle()
 
     def _finish_copies(self, model: str) -> None:

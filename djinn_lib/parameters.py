@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError
 
 
@@ -19,9 +20,7 @@ def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Pa
     Raises:
         ConfigError: it is no text or path, is empty, or names something else than a folder.
     """
-    if not isinstance(value, (str, Path)) or not str(value).strip() or "\0" in str(value):
-        raise ConfigError(f"expected a folder as {name}, got {value!r}: give its path as text")
-    path = Path(value)
+    path = user_path(value, f"a folder as {name}")
     if path.exists() and not path.is_dir():
         raise ConfigError(f"expected a folder as {name}, got the file {path}")
     if must_exist and not path.exists():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from djinn_lib.errors import RequestCancelled
 from djinn_lib.generate import Generation
 from djinn_lib.sampling import Sampling
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -23,7 +26,7 @@ class Request:
     """
 
     model: str
-    prompt_ids: Sequence[int]
+    prompt_ids: list[int]
     max_new_tokens: int
     ignore_eos: bool
     sampling: Sampling
@@ -37,6 +40,11 @@ class Request:
                 f"expected a request for {self.model!r} to be served to its end, got one that was "
                 "cancelled: submit it again if it was not meant to be"
             )
+
+
+def for_each(asked: Request | list[Request], serve: Callable[[Request], T]) -> T | list[T]:
+    """Serve a request, or each of a list in its order; returns what `serve` does, or a list."""
+    return [serve(request) for request in asked] if isinstance(asked, list) else serve(asked)
 
 
 class PendingGeneration(Future[Generation]):

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import RecordError
 
 COLUMN_IN, DOUBLE_COLUMN_IN = 3.4, 7.0  # widths of a paper's single and double column
@@ -226,7 +227,7 @@ def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Pa
     The same rows give the same bytes, so that a figure changes in version control only when its
     data does. A file appears complete or not at all.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A picture of the same data is the same file: without dates, and without the library's version.
     options = {

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
+from djinn_lib.batching import split_unbatched
 from djinn_lib.metrics import attempted, later_touches
 from djinn_lib.plot_style import (
     DOUBLE_COLUMN_IN,
@@ -33,13 +34,15 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
 
     Left: the share of requests whose switch cost no more than a time, the first for each model left
     out. Right: the share that was done within a time of its arrival. Grey: one after the other.
+    Systems that could have batched are named in a note instead.
 
     Args:
         concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
     """
     figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, concurrent, "this run has no concurrent cells here")
+    fair, left_out = split_unbatched(concurrent)
+    _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
     _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
     _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
@@ -68,7 +71,12 @@ def _two_panels() -> tuple[Figure, Sequence[Axes]]:
 
 
 def _draw_systems(
-    figure: Figure, left: Axes, right: Axes, rows: pd.DataFrame, none_there: str
+    figure: Figure,
+    left: Axes,
+    right: Axes,
+    rows: pd.DataFrame,
+    none_there: str,
+    left_out: Sequence[str] = (),
 ) -> None:
     """Both panels of every system, and below them on how many rows they rest."""
     rows, unavailable = split_unavailable(rows)
@@ -78,7 +86,7 @@ def _draw_systems(
         _steps(left, later_touches(part), "switch_ms", **style)
         _steps(right, part, "total_ms", **style)
     note = sample_note(rows) if len(rows) else none_there
-    footnote(figure, [note, *unavailable_notes(unavailable)])
+    footnote(figure, [note, *unavailable_notes(unavailable), *left_out])
 
 
 def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, shown
 from djinn_lib.ring import Ring
 
 
@@ -296,8 +296,10 @@ def make_policy(policy: str | Policy) -> Policy:
             "expected a policy that needs no future, got 'oracle': it serves simulations; or pass "
             "Oracle(models) with every request to come"
         )
-    if policy not in POLICIES:
-        raise ConfigError(f"expected a policy out of {sorted(POLICIES)}, got {policy!r}")
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ConfigError(
+            f"expected a policy out of {sorted(POLICIES)} or a Policy object, got {shown(policy)}"
+        )
     return POLICIES[policy]()
 
 

@@ -105,6 +105,12 @@ class LargeEntry(_Strict):
         return self
 
 
+def cell_id(trace: str, capacity_label: str, system: str, mode: str) -> str:
+    """Return the name of a cell, which is the stem of its files."""
+    suffix = "" if mode == "sequential" else f"-{mode}"
+    return f"{trace}-{capacity_label}-{system}{suffix}"
+
+
 class Cell(_Strict):
     """One system on one trace at one capacity."""
 
@@ -118,8 +124,7 @@ class Cell(_Strict):
     @property
     def id(self) -> str:
         """Name of the cell, and the stem of its files."""
-        suffix = "" if self.mode == "sequential" else f"-{self.mode}"
-        return f"{self.trace}-{self.capacity_label}-{self.system}{suffix}"
+        return cell_id(self.trace, self.capacity_label, self.system, self.mode)
 
 
 class Profile(_Strict):

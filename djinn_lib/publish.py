@@ -23,13 +23,15 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import Run, load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.files import write_json
 from djinn_lib.merge import missing_cells
 from djinn_lib.paths import FIGURES, REFERENCE, REPO
 from djinn_lib.profile import load_profile
 from djinn_lib.records import read_manifest, read_rows, write_manifest, write_rows
-from djinn_lib.redraw import copy_figures, read_again
+from djinn_lib.redraw import copy_figures, new_figures, read_again
+from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.scrub import scrub, scrub_notebook, scrub_text
 
 PUBLISHED = ("requests", replicates.FOLDER, "traces", "notebooks", "figures", "machine.json",
@@ -41,14 +43,14 @@ _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `noteboo
 def main(arguments: list[str] | None = None) -> int:
     """Publish; returns the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publish", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=user_path)
     parser.add_argument("--replace", action="store_true", help="replace what is published")
     parser.add_argument("--allow-dirty", action="store_true", help="take a changed working tree")
     parser.add_argument("--unfinished", action="store_true", help="take a run that misses cells")
     options = parser.parse_args(arguments)
     try:
         publish(options.run_dir.resolve(), options.replace, options.allow_dirty, options.unfinished)
-    except DjinnError as error:
+    except (DjinnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"published in {REFERENCE.relative_to(REPO)} and {FIGURES.name}/; next: "
@@ -66,10 +68,15 @@ def publish(
 ) -> None:
     """Make a run the reference run; nothing changes unless all of it can be made.
 
+    Both folders are then replaced as one: whatever ends this on its way, both are the old ones or
+    both the new ones, if need be after the next run.
+
     Raises:
         ConfigError: something is published already.
         RecordError: the run is not one to publish, or cannot be read.
+        OSError: the disk is full, or refuses; what was published is as it was.
     """
+    recover(reference, figures)
     taken = [name for name in PUBLISHED if (reference / name).exists()]
     if taken and not replace:
         raise ConfigError(
@@ -82,8 +89,12 @@ def publish(
             f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
         )
     reference.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".publish-", dir=reference.parent) as name:
-        made = Path(name).resolve()
+    with (
+        TemporaryDirectory(prefix=".publish-", dir=reference.parent) as name,
+        new_figures(figures) as drawn,
+    ):
+        made, new = Path(name).resolve() / "made", Path(name) / reference.name
+        made.mkdir()
         _copy(run, made)
         _read(made, reference)
         for folder in ("notebooks", replicates.FOLDER):
@@ -91,8 +102,9 @@ def publish(
                 _tidy(path, made)
         for file in ("claims.json", "comparison_summary.json"):
             write_json(made / file, scrub(json.loads((made / file).read_text())))
-        _put(made, reference)
-    copy_figures(reference / "figures", figures)
+        copy_figures(made / "figures", drawn)
+        _assemble(new, made, reference)
+        replace_folders({reference: new, figures: drawn})
 
 
 def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
@@ -169,16 +181,16 @@ def _tidy(path: Path, made: Path) -> None:
         )
 
 
-def _put(made: Path, reference: Path) -> None:
-    """Put each part in its place; engine.json and whatever else is there stays."""
+def _assemble(new: Path, made: Path, reference: Path) -> None:
+    """Fill a folder with what was made; engine.json and whatever else is published stays."""
+    new.mkdir()
+    for path in reference.iterdir():
+        if path.name not in PUBLISHED:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, new / path.name)
     for name in PUBLISHED:
-        target = reference / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
         if (made / name).exists():  # not every run has models larger than the ring
-            shutil.move(made / name, target)
+            shutil.move(made / name, new / name)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import Any
 
 from djinn_lib import large_results
 from djinn_lib.analysis import Run, load_run, published
-from djinn_lib.claims import Claim, format_value, judge, load_claims
-from djinn_lib.explanations import fairness, gain, pace
+from djinn_lib.claim_tables import claims_summary
+from djinn_lib.claims import OPEN, Claim, format_value, judge, load_claims
+from djinn_lib.comparisons import fairness, gain, like_for_like, other_tokens
+from djinn_lib.explanations import pace
 from djinn_lib.files import write_text
 from djinn_lib.merge import missing_cells
 from djinn_lib.paths import REFERENCE, REPO
@@ -35,13 +37,12 @@ from djinn_lib.readme_benchmarks import (
 from djinn_lib.result_tables import (
     Table,
     ablation_table,
-    claims_summary,
     large_table,
     replicates_table,
     sweep_table,
     systems_table,
-    waiting_table,
 )
+from djinn_lib.waiting import waiting_table
 
 
 def main() -> None:
@@ -91,6 +92,18 @@ def comparison(reference: Path = REFERENCE) -> str:
     """Whether the paper's comparison with vLLM is the one a user would make, in words."""
     run = reference_run(reference)
     return f"{fairness(run, published())}\n" if run else NOT_YET
+
+
+def headline(reference: Path = REFERENCE) -> str:
+    """What is left of the paper's headline when both sides decode alike, in words."""
+    run = reference_run(reference)
+    return f"{like_for_like(run, published())}\n" if run else NOT_YET
+
+
+def tokens(reference: Path = REFERENCE) -> str:
+    """How many requests get other tokens than from transformers, in words."""
+    run = reference_run(reference)
+    return f"{other_tokens(run, published())}\n" if run else NOT_YET
 
 
 def parts_of_the_gain(reference: Path = REFERENCE) -> str:
@@ -166,8 +179,14 @@ def claims(reference: Path = REFERENCE) -> str:
 
 
 def _expectations(listed: list[Claim]) -> str:
-    rows = [[claim.quote, str(claim.expected), "not measured yet"]
-            for claim in listed]  # fmt: skip
+    rows = [
+        [
+            claim.quote,
+            str(claim.expected),
+            "not measured yet" if claim.withdrawn is None else "withdrawn",
+        ]
+        for claim in listed
+    ]
     return Table(["claim", "expected", "measured"], rows).markdown()
 
 
@@ -180,7 +199,7 @@ def _without_gpu(reference: Path) -> dict[str, dict[str, Any]]:
 
 def claims_without_gpu(reference: Path = REFERENCE) -> str:
     """Every claim that a run without a GPU could judge."""
-    judged = [e for e in _without_gpu(reference).values() if e["verdict"] != "not judged"]
+    judged = [e for e in _without_gpu(reference).values() if e["verdict"] not in OPEN]
     rows = [
         [
             entry["quote"],
@@ -198,7 +217,9 @@ def claims_without_gpu(reference: Path = REFERENCE) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
+    "headline": headline,
     "comparison": comparison,
+    "tokens": tokens,
     "results": results,
     "gain": parts_of_the_gain,
     "sweep": sweep,

@@ -8,33 +8,31 @@ recorded once a model, at set-up, and hold whatever frames its weights are moved
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.compiling import CompiledUnits, attentions, has_triton
 from djinn_lib.decode_modes import Decode
-from djinn_lib.decoder import Decoder, EagerDecoder, Proceed
-from djinn_lib.errors import ConfigError, DjinnError
-from djinn_lib.generate import Tokens, eos_ids
+from djinn_lib.decoder import Proceed
+from djinn_lib.errors import ConfigError
+from djinn_lib.faster_steps import Manner, faster_ways, note_refusal
+from djinn_lib.generate import Tokens
+from djinn_lib.generation_options import eos_ids
 from djinn_lib.kv_cache import KvCache
+from djinn_lib.mailbox import Mailbox
 from djinn_lib.models import Unit
+from djinn_lib.positions import check_positions, longest
 from djinn_lib.recording import Recorder, Recording, Repeated, Wait
+from djinn_lib.reference import N_TOKENS, Followed, Reference, References
 from djinn_lib.sampling import Sampler, Sampling
 
-Manner = Callable[[], AbstractContextManager[None]]  # in which the step runs
-FUSED = "fused layers"
 SHORTEST_PREFILL = 32
-PROBE_STEPS = 4
-# How far the logits of compiled code may be from the others', which round elsewhere, as a share of
-# their norm. Rounding gives a tenth of that.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+LONG_PROBE = 128  # tokens of the longer probe, where no window is longer
 
 
 class RecordedDecoder:
@@ -43,13 +41,15 @@ class RecordedDecoder:
     Args:
         model: in evaluation mode, bound to its addresses.
         units: of the model, in the order of execution.
-        max_model_len: tokens of a prompt and its continuation together.
+        max_model_len: tokens of a prompt and its continuation together; no more than the model has
+            positions for are made room for.
         recorder: makes the recordings.
         compiled: make the step faster than transformers' code is, before it is recorded.
         progress: told what begins.
 
     Raises:
         ConfigError: the architecture cannot be served from a `KvCache`.
+        DjinnError: it can, but with other logits than those of transformers' `generate`.
         Exception: whatever its forward pass raises when it cannot be recorded.
     """
 
@@ -65,24 +65,35 @@ class RecordedDecoder:
         self.model, self.max_model_len, self.device = model, max_model_len, model.device
         if "logits_to_keep" not in signature(model.forward).parameters:
             raise ConfigError(f"expected a forward pass with logits_to_keep in {type(model)}")
-        self.cache = KvCache(model.config, max_model_len, self.device)
-        self._prompt = torch.zeros((1, max_model_len), dtype=torch.long, device=self.device)
+        room = longest(model, max_model_len)
+        if room <= N_TOKENS:
+            raise ConfigError(f"expected positions for more than {N_TOKENS} tokens, got {room}")
+        self.cache = KvCache(model.config, room, self.device)
+        progress("decoding as transformers does, to compare with")
+        references = References(model, _probe_lengths(room, self.cache.longest_window))
+        self._prompt = torch.zeros((1, room), dtype=torch.long, device=self.device)
         self._last = torch.zeros(1, dtype=torch.long, device=self.device)
         self._token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         self._logits: torch.Tensor = self._forward_prompt(1)
         self._manner: Manner = nullcontext
-        for function in (lambda: self._prefill(min(max_model_len, SHORTEST_PREFILL)), self._decode):
+        for function in (lambda: self._prefill(min(room, SHORTEST_PREFILL)), self._decode):
             recorder.ensure_recordable(function)
-        self._mailbox = _Mailbox(max_model_len, self.device)
-        self._prefills: dict[int, Recording] = {}
-        for length in prefill_lengths(max_model_len):
+        self._mailbox = Mailbox(room, self.device)
+        # Before anything is recorded: what is wrong as it stands need not be made faster.
+        self._prefills: dict[int, Recording] = {
+            length: Repeated(lambda length=length: self._prefill(length))
+            for length in prefill_lengths(room)
+        }
+        references.ensure_alike(lambda reference: self._follow(reference, Repeated(self._decode)))
+        for length in self._prefills:
             progress(f"recording the prefill of up to {length} tokens")
             self._prefills[length] = recorder.record(
                 lambda length=length: self._prefill(length), model, units
             )
         self.mode: Decode = "graph"
         self.way = "plain"
-        self._step = self._record_step(recorder, units, compiled, progress)
+        self._step = self._record_step(recorder, units, compiled, progress, references)
+        self._asked = _asked(model)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes
 
@@ -92,56 +103,42 @@ class RecordedDecoder:
         units: Sequence[Unit],
         compiled: bool,
         progress: Callable[[str], None],
+        references: References,
     ) -> Recording:
         end_byte = max(unit.end_byte for unit in units)
-        expected = self._probe(Repeated(self._decode))
-        for way, make in self._faster_ways(units) if compiled else ():
+
+        def record() -> Recording:
+            step = recorder.record(self._decode, self.model, (), end_byte)
+            references.ensure_alike(lambda reference: self._follow(reference, step))
+            return step
+
+        ways = faster_ways(self.model, units, self.cache) if compiled else ()
+        for way, make in ways:
             progress(f"making a faster decode step: {way}")
             try:
                 self._manner = make()
-                step = recorder.record(self._decode, self.model, (), end_byte)
-                ensure_alike(self._probe(step), expected)
+                step = record()
                 self.mode, self.way = "compiled", way
                 return step
             except Exception as error:  # of any kind: it comes from the architecture's own code
-                refused = way == FUSED and isinstance(error, ConfigError)
-                logging.getLogger(__name__).log(
-                    logging.INFO if refused else logging.WARNING,
-                    "the decode step of a %s cannot be made with %s (%s: %s)",
-                    self.model.config.model_type,
-                    way,
-                    type(error).__name__,
-                    str(error).strip().split("\n")[0],
-                )
+                note_refusal(self.model, way, error)
                 self._manner = nullcontext
         progress("recording the decode step")
-        return recorder.record(self._decode, self.model, (), end_byte)
+        return record()
 
-    def _faster_ways(self, units: Sequence[Unit]) -> Iterator[tuple[str, Callable[[], Manner]]]:
-        """Ways to make the step faster than transformers' own code is, the fastest first."""
-        if has_triton(self.device):
-            from djinn_lib.fused_layers import FusedUnits  # needs triton
-
-            yield FUSED, lambda: FusedUnits(self.model, units, self.cache).in_place
-        for attention in attentions(self.device):
-            yield (
-                f"torch.compile, attention {attention}",
-                lambda attention=attention: (
-                    CompiledUnits(self.model, units, self.cache, attention).in_place
-                ),
-            )
-
-    def _probe(self, step: Recording) -> torch.Tensor:
-        """Logits (1, vocabulary) that a few steps give after some prompt, the tokens being set."""
-        length = min(self._prefills)
-        vocab_size = self.model.config.get_text_config().vocab_size
+    def _follow(self, reference: Reference, step: Recording) -> Followed:
+        """Continue the prompt of a reference with its tokens, one step after the other."""
+        rows, tokens = [], []
         with torch.no_grad():
-            self._load_prompt([i % vocab_size for i in range(1, length - PROBE_STEPS)])
-            self._prefills[length].replay(lambda end_byte: None)
-            for i in range(PROBE_STEPS):
-                self._token.fill_(i % vocab_size)
-                step.replay(lambda end_byte: None)
-            return self._logits.clone()
+            self._load_prompt(reference.prompt_ids)
+            self._prefills[self._prefill_length(len(reference.prompt_ids))].replay(_no_wait)
+            for token in reference.token_ids:
+                rows.append(self._logits[0].clone())
+                tokens.append(int(self._token))
+                if len(rows) < len(reference.token_ids):
+                    self._token.fill_(token)
+                    step.replay(_no_wait)
+        return Followed(torch.stack(rows), tuple(tokens))
 
     def close(self) -> None:
         """Release the recordings and the cache."""
@@ -200,9 +197,10 @@ class RecordedDecoder:
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
             wait: called before a piece runs that needs weights up to a byte.
-            proceed: called before each step; what it raises ends the generation.
+            proceed: called once each token is submitted; what it raises ends the generation.
         """
         begin_s = time.perf_counter()
+        self._ensure_asked_the_same()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
         sampler = None if sampling is None or sampling.greedy else Sampler(sampling, self.device)
         tokens: list[int] = []
@@ -210,12 +208,12 @@ class RecordedDecoder:
         with torch.no_grad():
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
-                if proceed:
-                    proceed()
                 if n_submitted == 1:
                     self._prefills[self._prefill_length(len(prompt_ids))].replay(wait)
                 else:
                     self._step.replay(wait)
+                if proceed:
+                    proceed()
                 if sampler:
                     self._token.copy_(sampler.draw(self._logits))
                 self._mailbox.send(n_submitted - 1, self._token)
@@ -233,12 +231,23 @@ class RecordedDecoder:
         """Check that a prompt and its continuation fit.
 
         Raises:
-            ConfigError: together they exceed `max_model_len`.
+            ConfigError: together they exceed the model's positions or `max_model_len`.
         """
+        check_positions(self.model, n_prompt, max_new_tokens)
         if n_prompt + max_new_tokens > self.max_model_len:
             raise ConfigError(
                 f"expected at most {self.max_model_len} tokens, prompt and continuation together, "
                 f"got {n_prompt} + {max_new_tokens}: shorten one, or raise max_model_len"
+            )
+
+    def _ensure_asked_the_same(self) -> None:
+        """Refuse a generation_config that somebody has changed: what a step can do was looked at
+        when it was made.
+        """
+        if self._asked != _asked(self.model):
+            raise ConfigError(
+                f"expected the generation_config with which a {self.model.config.model_type} was "
+                "added, got another: choose how to decode with it, by set_decode"
             )
 
     def _load_prompt(self, prompt_ids: Sequence[int]) -> None:
@@ -253,19 +262,6 @@ class RecordedDecoder:
         return min(length for length in self._prefills if length >= n_prompt)
 
 
-def ensure_alike(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Refuse logits that cannot be explained by rounding.
-
-    Raises:
-        DjinnError: they are further apart.
-    """
-    distance = float((got.float() - expected.float()).norm() / expected.float().norm())
-    if not distance <= TOLERANCE[got.dtype]:  # nor may it be NaN
-        raise DjinnError(
-            f"expected logits within {TOLERANCE[got.dtype]} of the plain step's, got {distance:.2g}"
-        )
-
-
 def prefill_lengths(max_model_len: int) -> list[int]:
     """Lengths that prompts are padded to: powers of two, and the longest there can be."""
     lengths, length = [], SHORTEST_PREFILL
@@ -275,50 +271,18 @@ def prefill_lengths(max_model_len: int) -> list[int]:
     return [*lengths, max_model_len]
 
 
-def make_decoder(
-    decode: Decode,
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    max_model_len: int,
-    recorder: Recorder,
-    progress: Callable[[str], None],
-) -> Decoder:
-    """Return a decoder that works as wished, or as near to that as the architecture allows.
-
-    Not every forward pass can be compiled (some decide in Python what to compute next) or recorded
-    (some look at values on the host). Such a model is served the next slower way, with a warning.
-    """
-    if decode == "eager":
-        return EagerDecoder(model)
-    compiled = decode == "compiled"
-    try:
-        return RecordedDecoder(model, units, max_model_len, recorder, compiled, progress)
-    except Exception as error:  # of any kind: it comes from the architecture's own code
-        logging.getLogger(__name__).warning(
-            "a %s cannot be recorded, and decodes with transformers' own generate (%s: %s)",
-            model.config.model_type,
-            type(error).__name__,
-            str(error).strip().split("\n")[0],
-        )
-        return EagerDecoder(model)
+def _probe_lengths(room: int, longest_window: int) -> list[int]:
+    """Lengths of prompts to compare: one that is not padded, and one beyond every window."""
+    lengths = [min(room, max(LONG_PROBE, longest_window + 2 * N_TOKENS)) - N_TOKENS]
+    if lengths[0] > SHORTEST_PREFILL:
+        lengths.append(SHORTEST_PREFILL)
+    return lengths
 
 
-class _Mailbox:
-    """Token ids on their way to the host, each with an event that says when it is there."""
+def _asked(model: PreTrainedModel) -> dict[str, Any]:
+    """What a generation_config asks for, but for the ends of a sequence: they are looked up."""
+    return {k: v for k, v in vars(model.generation_config).items() if k != "eos_token_id"}
 
-    def __init__(self, n_slots: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._ids = torch.zeros(n_slots, dtype=torch.long, pin_memory=self._on_gpu)
-        self._events = [torch.cuda.Event() for _ in range(n_slots if self._on_gpu else 0)]
 
-    def send(self, slot: int, token: torch.Tensor) -> None:
-        """Copy a token (1, 1) to a slot once the work submitted before is done."""
-        self._ids[slot : slot + 1].copy_(token.view(1), non_blocking=True)
-        if self._on_gpu:
-            self._events[slot].record()
-
-    def receive(self, slot: int) -> int:
-        """Wait for the token of a slot and return it."""
-        if self._on_gpu:
-            self._events[slot].synchronize()
-        return int(self._ids[slot])
+def _no_wait(end_byte: int) -> None:
+    """All weights are there."""

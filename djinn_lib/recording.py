@@ -55,6 +55,16 @@ class GraphRecording:
             graph.replay()
 
 
+_LOOKS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+
+
+def looks_at_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator lets the host know what a tensor holds, or how much of it."""
+    if func is torch.ops.aten.index.Tensor:  # by position it does not, by a mask it does
+        return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    return bool(_LOOKS & set(func.tags))
+
+
 class NoLookingAtValues(TorchDispatchMode):
     """Refuses what the host cannot do while a computation is recorded: look at a tensor's values.
 
@@ -65,18 +75,10 @@ class NoLookingAtValues(TorchDispatchMode):
         ConfigError: inside, at the first such operation.
     """
 
-    _TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
-
-    @classmethod
-    def _looks(cls, func: Any, args: tuple[Any, ...]) -> bool:
-        if func is torch.ops.aten.index.Tensor:  # by position it does not, by a mask it does
-            return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        return bool(cls._TAGS & set(func.tags))
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if self._looks(func, args):
+        if looks_at_values(func, args):
             raise ConfigError(
                 f"expected a forward pass that does not depend on values on the host, got {func}"
             )

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,9 +24,11 @@ from typing import Any
 
 from djinn_lib import large_results, replicates
 from djinn_lib.analysis import load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.notebooks import Status, execute, read_statuses, write_status
 from djinn_lib.paths import FIGURES, REFERENCE
+from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.report import build_report
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
@@ -37,7 +40,7 @@ READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore"
 def main(arguments: list[str] | None = None) -> int:
     """Draw; returns the exit status: 1 when a notebook failed, 2 when there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="djinn_lib.redraw", description=__doc__)
-    parser.add_argument("run_dir", type=Path, nargs="?", help="default: the reference run")
+    parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the reference run")
     options = parser.parse_args(arguments)
     try:
         if options.run_dir:
@@ -45,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"results: {build_report(options.run_dir)}", flush=True)
         else:
             failed = redraw_published()
-    except DjinnError as error:
+    except (DjinnError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if failed else 0
@@ -107,11 +110,13 @@ def _status(ended: Future[Status], name: str) -> Status:
 def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> list[Status]:
     """Draw the published figures again from the reference rows; returns what failed.
 
-    Nothing in the reference's folder is touched, and a figure is replaced only when all are drawn.
+    Nothing in the reference's folder is touched, and figures are replaced when all are drawn, as
+    one.
 
     Raises:
         ConfigError: there are no reference rows.
     """
+    recover(reference, figures)  # of a publication that was killed
     if not any((reference / "requests").glob("*.parquet")):
         raise ConfigError(
             f"expected rows of the reference run in {reference / 'requests'}, got none: to draw "
@@ -125,9 +130,24 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
                 (scratch / part).symlink_to(reference / part)
         failed = [s for s in read_again(scratch, reference) if s.state != "ok"]
         if not failed:
-            copy_figures(scratch / "figures", figures)
+            with new_figures(figures) as drawn:
+                copy_figures(scratch / "figures", drawn)
+                replace_folders({figures: drawn})
             print(f"figures: {figures}", flush=True)
         return failed
+
+
+@contextmanager
+def new_figures(figures: Path) -> Iterator[Path]:
+    """A folder to take the place of `figures`; what is not drawn again is in it already."""
+    figures.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{figures.name}-", dir=figures.parent) as name:
+        drawn = Path(name) / figures.name
+        if figures.exists():
+            shutil.copytree(figures, drawn)
+        else:
+            drawn.mkdir()
+        yield drawn
 
 
 def copy_figures(source: Path, target: Path) -> list[Path]:

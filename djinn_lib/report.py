@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from djinn_lib.analysis import Run, load_run
+from djinn_lib.arguments import user_path
 from djinn_lib.claims import format_value
 from djinn_lib.errors import DjinnError
 from djinn_lib.files import write_text
@@ -24,6 +25,7 @@ from djinn_lib.metrics import sequential, summarise
 from djinn_lib.notebook_html import Page, convert_notebooks
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.plot_style import order_systems, split_unavailable, system_look
+from djinn_lib.profile import cell_id
 from djinn_lib.tables import facts_table
 from djinn_lib.units import format_bytes, three_digits
 
@@ -62,7 +64,8 @@ CAPTIONS = {
     ),
     "concurrent": (
         "Requests that wait for each other",
-        "What switches cost, and how long requests take, when all are sent at once.",
+        "What switches cost, and how long requests take, when all are sent at once. Every system "
+        "computes one request at a time; none batches.",
     ),
     "large_models": (
         "A model larger than the ring",
@@ -79,7 +82,7 @@ def build_report(run_dir: Path | str) -> Path:
     Returns:
         The page's path.
     """
-    folder = Path(run_dir).resolve()
+    folder = user_path(run_dir).resolve()
     pages = convert_notebooks(folder / "notebooks")
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined,
@@ -104,11 +107,11 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         problems.append(str(error))
     statuses, claims = _statuses(folder), _claims(folder, problems)
     of_run = _of_run(run) if run else _no_run()
-    listed = {f"02_run_system.{failure['cell']}" for failure in of_run["failures"]}
+    listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"
         for name, status in statuses.items()
-        if status["state"] == "failed" and name not in listed
+        if status["state"] == "failed" and (name, status["error_kind"]) not in listed
     ]
     return {
         "name": folder.name,
@@ -180,15 +183,15 @@ def summary_table(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a cell and kind of failure."""
-    groups = failed.groupby(["trace", "capacity_label", "system", "error_kind"], sort=False)
+    cell = ["trace", "capacity_label", "system", "mode"]
     return [
         {
-            "cell": f"{trace}-{label}-{system}",
+            "cell": cell_id(*names),
             "kind": kind,
             "count": len(part),
             "error": part["error"].iloc[0],
         }
-        for (trace, label, system, kind), part in groups
+        for (*names, kind), part in failed.groupby([*cell, "error_kind"], sort=False)
     ]
 
 

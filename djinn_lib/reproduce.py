@@ -6,6 +6,9 @@ for a run folder or GPU that another run uses; 75 (of sysexits.h: try again late
 left over because of `--time-limit`; 130 when it was interrupted (Ctrl-C) or told to stop. After 75
 and 130 the same command goes on where it was.
 
+A file that is edited while a task runs, be it code, profile, trace or weights, has it run again by
+the next command: what it left belongs to what it was begun with.
+
 With `--time-limit` no cell begins that is not expected to end in time. doit keeps its records cell
 by cell, so that whatever ends the process, even a kill, costs no more than the cell that it runs.
 
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib import nvml
+from djinn_lib.arguments import user_path
 from djinn_lib.bench import ensure_writable
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
@@ -37,7 +41,14 @@ from djinn_lib.locks import run_locks
 from djinn_lib.notebooks import Status, read_statuses
 from djinn_lib.profile import REPO, Cell, Profile, load_profile
 from djinn_lib.schedule import Limit, estimate_s, left_over_lines, run_within, span
-from djinn_lib.tasks import CellOutcome, Driver, cell_inputs, failed_outcome, run_cell_apart
+from djinn_lib.tasks import (
+    CellOutcome,
+    Driver,
+    cell_inputs,
+    failed_outcome,
+    give_up,
+    run_cell_apart,
+)
 
 INCOMPLETE = 75  # EX_TEMPFAIL
 READING_S = 90.0  # what the notebooks that only read rows and the report take, all together
@@ -70,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="djinn_lib.reproduce", description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
-    parser.add_argument("--run-dir", type=Path, help="where results go; default data/runs/PROFILE")
+    parser.add_argument(
+        "--run-dir", type=user_path, help="where results go; default data/runs/PROFILE"
+    )
     parser.add_argument(
         "--executor",
         choices=("local", "ray"),
@@ -230,10 +243,30 @@ def _fan_out_cells(profile: Profile, run_dir: Path, cells: list[Cell]) -> None:
 
     def on_done(job: Job, result: Result) -> None:
         _, cell, inputs, *_ = job.arguments
-        kind = "kernel_died" if result.lost else "other"
-        _keep(cell, result.value or failed_outcome(profile, cell, inputs, kind, result.error))
+        try:
+            _keep(cell, _whole_outcome(profile, cell, inputs, result))
+        except Exception as error:  # of one cell, whose rows no disk has room for, say
+            give_up(cell, run_dir, error)
 
+    import dodo
+
+    for cell in cells:
+        dodo.BEGUN.note(f"cell:{cell.id}", dodo.inputs_of(cell))
     fan_out([_job(profile, run_dir, cell) for cell in cells], on_done)
+
+
+def _whole_outcome(
+    profile: Profile, cell: Cell, inputs: dict[str, bytes], result: Result
+) -> CellOutcome:
+    """What a cell came to, with rows for every request whatever came back."""
+    outcome: CellOutcome | None = result.value
+    if outcome is None:
+        kind = "kernel_died" if result.lost else "other"
+        return failed_outcome(profile, cell, inputs, kind, result.error)
+    if outcome.is_whole:
+        return outcome
+    status, came_back = outcome.status, {**inputs, **outcome.files}
+    return failed_outcome(profile, cell, came_back, status.error_kind, status.error)
 
 
 def _job(profile: Profile, run_dir: Path, cell: Cell) -> Job:

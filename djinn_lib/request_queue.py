@@ -12,6 +12,7 @@ from copy import copy
 from itertools import islice
 from typing import Generic, Literal, TypeVar, get_args
 
+from djinn_lib.arguments import whole_number
 from djinn_lib.errors import ConfigError
 
 Order = Literal["fifo", "affinity"]
@@ -42,10 +43,8 @@ class RequestQueue(Generic[T]):
     def __init__(self, order: Order = "fifo", max_overtaken: int = 8) -> None:
         if order not in get_args(Order):
             raise ConfigError(f"expected order to be one of {get_args(Order)}, got {order!r}")
-        if max_overtaken < 0:
-            raise ConfigError(f"expected max_overtaken of at least 0, got {max_overtaken}")
         self.order: Order = order
-        self.max_overtaken = max_overtaken
+        self.max_overtaken = whole_number(max_overtaken, "max_overtaken", 0, 2**31 - 1)
         self._waiting: dict[T, _Waiting[T]] = {}  # in order of arrival
 
     def __len__(self) -> int:

@@ -1,27 +1,21 @@
-"""Results of a run as short tables of text: systems, capacities, steps of the ablation, claims."""
+"""Results of a run as short tables of text: systems, capacities, steps of the ablation."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib.analysis import Run
-from djinn_lib.claims import Verdict, format_value
 from djinn_lib.decomposition import decomposition
 from djinn_lib.large_results import shares
 from djinn_lib.metrics import (
-    attempted,
     decode_spread,
     difference_of_means,
-    later_touches,
     mean_before_decode_ms,
-    sequential,
     served,
     summarise,
 )
@@ -74,7 +68,7 @@ def systems_table(
         RecordError: there are no rows of that trace and capacity.
     """
     rows, unavailable = split_unavailable(run.cells(trace, capacity_label))
-    cells = _summaries(rows)
+    cells = summaries(rows)
     parts = decomposition(run, paper, trace, capacity_label)
     lines = []
     for system, cell in cells.items():
@@ -82,7 +76,7 @@ def systems_table(
         lines.append(
             [
                 system_look(system).label,
-                _served(cell),
+                served_text(cell),
                 *(three_digits(cell[f"{name}_total_ms"]) for name in ("p50", "p90", "max", "mean")),
                 three_digits(cell["mean_switch_ms"]),
                 three_digits(cell["loaded_bytes"] / _GIB),
@@ -126,7 +120,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
     lines = []
     sizes = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
     for label, n_bytes in sizes.items():
-        for system, cell in _summaries(rows[rows["capacity_label"] == label]).items():
+        for system, cell in summaries(rows[rows["capacity_label"] == label]).items():
             own_sizes = run.device_sizes.get(system) or run.sizes
             least = optimal_bytes(run.traces[trace], own_sizes, int(n_bytes))
             gain = gains.loc[(label, system)] if (label, system) in gains.index else None
@@ -135,7 +129,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
                 [
                     f"{n_bytes / _GIB:.4g} GiB",
                     system_look(system).label,
-                    _served(cell),
+                    served_text(cell),
                     three_digits(cell["p50_total_ms"]),
                     "1" if system == baseline else "-" if gain is None else
                     f"{gain['speedup']:.2f} ({gain['low']:.2f} to {gain['high']:.2f})",
@@ -160,7 +154,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
         RecordError: there are no rows of that trace and capacity.
     """
     rows, _ = split_unavailable(run.cells(trace, capacity_label))
-    cells = _summaries(rows)
+    cells = summaries(rows)
     lines, whats = [], []
     before: tuple[pd.DataFrame, str] | None = None
     for system, what in STEPS:
@@ -172,7 +166,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
         lines.append(
             [
                 f"{what if before is None else ' '.join(f'+ {w}' for w in whats)} (`{system}`)",
-                _served(cell),
+                served_text(cell),
                 three_digits(cell["mean_total_ms"]),
                 three_digits(mean_before_decode_ms(own)),
                 three_digits(cell["mean_switch_ms"]),
@@ -212,12 +206,12 @@ def replicates_table(run: Run) -> Table:
         of_system = [i for i, rows in measured.items() if rows["system"].iloc[0] == system]
         for run_id in sorted(of_system, key=lambda i: places[i]):
             rows, (cell_id, machine) = measured[run_id], places[run_id]
-            (cell,) = _summaries(rows).values()
+            (cell,) = summaries(rows).values()
             lines.append(
                 [
                     f"{system_look(system).label} (`{cell_id}`)",
-                    str(machine),
-                    _served(cell),
+                    run.machine_names[machine],
+                    served_text(cell),
                     three_digits(cell["p50_total_ms"]),
                     three_digits(cell["mean_total_ms"]),
                     three_digits(cell["mean_switch_ms"]),
@@ -229,45 +223,6 @@ def replicates_table(run: Run) -> Table:
     head = ["cell", "machine", "served", "P50, ms", "mean, ms", "mean switch, ms",
             "mean decode, ms", "decode, slowest / fastest", "GiB loaded"]  # fmt: skip
     return Table(head, lines, () if lines else ("Every cell of this run was measured once.",))
-
-
-def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> Table:
-    """One line a system whose requests were sent as they arrived: what switches still cost.
-
-    Switches are counted after the first touch of each model; above them, for comparison, those of
-    Djinn one after the other.
-    """
-    rows, unavailable = split_unavailable(run.concurrent_cells(trace, capacity_label))
-    alone = sequential(attempted(run.rows))
-    alone = alone[(alone["trace"] == trace) & (alone["capacity_label"] == capacity_label)]
-    alone = alone[alone["system"] == "djinn"]
-    lines = [_waiting_line("Djinn, one after the other", alone)] if len(alone) else []
-    lines += [
-        _waiting_line(system_look(system).label, rows[rows["system"] == system])
-        for system in order_systems(rows["system"])
-    ]
-    head = ["requests", "served", "mean switch, ms", "longest switch, ms", "GiB loaded",
-            "all done after, s"]  # fmt: skip
-    notes = tuple(
-        f"Not run: {system_look(name).label} ({why})." for name, why in unavailable.items()
-    )
-    return Table(head, lines, notes)
-
-
-def _waiting_line(name: str, rows: pd.DataFrame) -> list[str]:
-    (cell,) = _summaries(rows).values()
-    exposed_ms = later_touches(rows).query("ok")["switch_ms"]
-    took_ms = rows["total_ms"] - rows["queue_ms"]
-    each = pd.DataFrame({"begin": rows["start_s"], "end": rows["start_s"] + took_ms / 1e3})
-    each = each.groupby(rows["repeat"]).agg({"begin": "min", "end": "max"})
-    return [
-        name,
-        _served(cell),
-        three_digits(exposed_ms.mean()),
-        three_digits(exposed_ms.max()),
-        three_digits(cell["loaded_bytes"] / _GIB),
-        three_digits((each["end"] - each["begin"]).mean()),
-    ]
 
 
 def large_table(rows: pd.DataFrame) -> Table:
@@ -294,51 +249,16 @@ def large_table(rows: pd.DataFrame) -> Table:
     return Table(head, lines)
 
 
-def claims_summary(
-    verdicts: Sequence[Verdict], elsewhere: Mapping[str, Mapping[str, Any]] | None = None
-) -> Table:
-    """One line a claim: what is expected, what was measured, the verdict.
-
-    Args:
-        verdicts: of the reference run.
-        elsewhere: entries of another run's claims.json by id, e.g. of one without a GPU.
-    """
-    head = ["claim", "expected", "measured", "95% interval", "n", "verdict"]
-    lines = []
-    for v in verdicts:
-        exact = v.low is None or v.low == v.high
-        verdict = f"**{v.verdict}**" if v.verdict == "not reproduced" else v.verdict
-        line = [
-            textwrap.shorten(v.quote, 110, placeholder=" ..."),
-            v.expected,
-            format_value(v.measured, v.unit) or "-",
-            "-" if exact else f"{format_value(v.low, v.unit)} to {format_value(v.high, v.unit)}",
-            str(v.n) if v.n else "-",
-            verdict,
-        ]
-        if elsewhere:
-            line.append(_elsewhere(elsewhere.get(v.id), v.unit))
-        lines.append(line)
-    reasons = Counter(v.why for v in verdicts if v.verdict == "not judged")
-    notes = [f"Not judged, {count} of them: {why}." for why, count in reasons.items()]
-    return Table([*head, "without a GPU"] if elsewhere else head, lines, tuple(notes))
-
-
-def _elsewhere(entry: Mapping[str, Any] | None, unit: str) -> str:
-    if entry is None or entry["verdict"] == "not judged":
-        return "-"
-    return f"{format_value(entry['measured'], unit)}, {entry['verdict']}"
-
-
-def _summaries(rows: pd.DataFrame) -> dict[str, pd.Series]:
-    """The summary of each system's cell, in the figures' order; rows are of one capacity."""
+def summaries(rows: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the summary of each system's cell, in the figures' order; rows are of one capacity."""
     if rows.empty:
         return {}
     table = summarise(rows).reset_index().set_index("system")
     return {system: table.loc[system] for system in order_systems(table.index)}
 
 
-def _served(cell: pd.Series) -> str:
+def served_text(cell: pd.Series) -> str:
+    """How many requests a cell served of those attempted, and in how many repeats."""
     repeats = f" ({cell['repeats']} repeats)" if cell["repeats"] > 1 else ""
     return f"{cell['completed']} of {cell['n']}{repeats}"
 

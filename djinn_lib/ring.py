@@ -28,6 +28,7 @@ from djinn_lib.errors import CapacityError, ConfigError, LeaseError
 from djinn_lib.units import format_bytes
 
 Residency = Literal["partial", "whole"]
+MOST_FRAMES = 1 << 24  # their tables take 1 GiB of host memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") 
     """Return how many whole frames fit into as many bytes; `what` names them in an error.
 
     Raises:
-        ConfigError: pages have no size.
+        ConfigError: pages have no size, or so many fit that the tables would fill the host.
         CapacityError: not even one fits.
     """
     if page_bytes < 1:
@@ -53,7 +54,13 @@ def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") 
             f"expected {what} of at least one page ({format_bytes(page_bytes)}), got "
             f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
         )
-    return capacity_bytes // page_bytes
+    if (n_frames := capacity_bytes // page_bytes) > MOST_FRAMES:
+        raise ConfigError(
+            f"expected {what} of at most {MOST_FRAMES} pages, got {n_frames} "
+            f"({format_bytes(capacity_bytes)} in pages of {format_bytes(page_bytes)}): lower it or "
+            "choose larger pages"
+        )
+    return n_frames
 
 
 class VictimOrder(Protocol):
@@ -117,6 +124,14 @@ class Ring:
         """Number of pages of `model` that have to be loaded before it is whole."""
         return self.n_pages(model) - self.n_resident(model)
 
+    def is_whole(self, model: str) -> bool:
+        """Whether every page of `model` is resident; False when it was never added or is removed.
+
+        Safe while another thread adds, removes, maps or evicts: it looks at each table once.
+        """
+        table, n_pages = self._tables.get(model), self._n_pages.get(model)
+        return table is not None and len(table) == n_pages
+
     def frames(self, model: str) -> tuple[int, ...]:
         """The page table of `model`: the frame of each resident page, in page order."""
         return tuple(self._tables[self._known(model)])
@@ -160,7 +175,11 @@ class Ring:
         self._leases[model] = 0
 
     def remove(self, model: str) -> Extent:
-        """Forget a model and free its frames; returns the extent that was resident."""
+        """Forget an unleased model and free its frames; returns the extent that was resident.
+
+        Raises:
+            LeaseError: the model is leased; nothing changes.
+        """
         extent = self.evict(model, self.n_resident(model))
         del self._n_pages[model], self._tables[model], self._leases[model]
         return extent
@@ -176,6 +195,17 @@ class Ring:
         if not self.is_leased(model):
             raise LeaseError(f"expected a leased model, got {model!r}, which holds no lease")
         self._leases[model] -= 1
+
+    def ensure_unleased(self, model: str) -> None:
+        """Refuse a model whose pages have to stay.
+
+        Raises:
+            LeaseError: the model is leased.
+        """
+        if self.is_leased(model):
+            raise LeaseError(
+                f"expected an unleased model to evict, got {model!r}: release it first"
+            )
 
     # -- eviction and mapping --------------------------------------------------------------
 
@@ -200,17 +230,17 @@ class Ring:
     ) -> list[Extent]:
         """Evict until missing pages of `model` have free frames.
 
-        Returns the evicted extents, each the tail of its victim. When there is not enough to
-        evict, nothing changes.
+        Returns the evicted extents, each the tail of its victim. An error changes nothing.
 
         Args:
             model: to be loaded.
-            policy: orders the victims.
+            policy: orders the victims, each of which it names once.
             n_pages: how many of the missing pages; default all of them.
             spare: models that keep their pages, leased or not.
 
         Raises:
             CapacityError: leases hold too many frames.
+            ConfigError: the policy names too few victims.
         """
         n_pages = self.n_missing(model) if n_pages is None else n_pages
         n_evictable = self.n_evictable(model, spare)
@@ -223,22 +253,27 @@ class Ring:
                 f"and {n_evictable} evictable of {self.n_frames}; leases hold "
                 f"{leased}: release one or raise the capacity"
             )
-        shortfall = n_pages - self.n_free
-        evicted: list[Extent] = []
-        if shortfall <= 0:
-            return evicted
-        for victim in policy.victims(self._candidates(model, spare)):
-            n_taken = len(self._tables[victim])
+        lost = self._choose(model, policy, n_pages - self.n_free, spare)
+        return [self.evict(victim, n_taken) for victim, n_taken in lost.items()]
+
+    def _choose(
+        self, model: str, policy: VictimOrder, shortfall: int, spare: frozenset[str]
+    ) -> dict[str, int]:
+        """How many pages each victim loses, so that `shortfall` frames get free."""
+        lost: dict[str, int] = {}
+        candidates = self._candidates(model, spare)
+        victims = iter(policy.victims(candidates) if shortfall > 0 else ())
+        while shortfall > 0:
+            if (victim := next(victims, None)) is None:
+                raise ConfigError(
+                    f"expected a policy that orders all of {sorted(candidates)}, got one that "
+                    f"stopped with {shortfall} frames to go: yield every candidate"
+                )
+            lost[victim] = len(self._tables[victim])
             if self.residency == "partial":
-                n_taken = min(n_taken, shortfall)
-            evicted.append(self.evict(victim, n_taken))
-            shortfall -= n_taken
-            if shortfall <= 0:
-                return evicted
-        raise ConfigError(
-            f"expected a policy that orders all of {sorted(self._candidates(model, spare))}, got "
-            f"one that stopped with {shortfall} frames to go: yield every candidate"
-        )
+                lost[victim] = min(lost[victim], shortfall)
+            shortfall -= lost[victim]
+        return lost
 
     def _candidates(self, model: str, spare: frozenset[str]) -> frozenset[str]:
         return frozenset(
@@ -252,10 +287,7 @@ class Ring:
             LeaseError: the model is leased.
             ConfigError: it has fewer resident pages than that.
         """
-        if self.is_leased(model):
-            raise LeaseError(
-                f"expected an unleased model to evict, got {model!r}: release it first"
-            )
+        self.ensure_unleased(model)
         return self.roll_back(model, n_pages)
 
     def roll_back(self, model: str, n_pages: int) -> Extent:

@@ -76,13 +76,11 @@ def _by_journal(path: Path, cell: Cell, run_dir: Path) -> float | None:
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         n_requests = cell.repeats * len(read_trace(run_dir / "traces" / f"{cell.trace}.jsonl"))
-    except (OSError, ValueError):
+        begun_s, last = rows[0]["start_s"], rows[-1]
+        total_ms = last["total_ms"] if math.isfinite(last["total_ms"]) else 0.0
+        served_s = last["start_s"] + total_ms / 1e3 - begun_s
+    except (OSError, ValueError, LookupError, TypeError):  # none, or cut short, or of other columns
         return None
-    if not rows:
-        return None
-    begun_s, last = rows[0]["start_s"], rows[-1]
-    total_ms = last["total_ms"] if math.isfinite(last["total_ms"]) else 0.0
-    served_s = last["start_s"] + total_ms / 1e3 - begun_s
     return AROUND_S + begun_s + served_s * n_requests / len(rows)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 # An absolute path of two parts or more. What comes before keeps URLs, rates (GB/s), HTML tags and
-# paths relative to something out of it.
-_ABSOLUTE = re.compile(r"(?<![\w./:<-])/(?:[\w.+@-]+/)+([\w.+@-]+)/?")
+# paths relative to something, `{folder}/a/b` among them, out of it.
+_ABSOLUTE = re.compile(r"(?<![\w./:<}\]-])/(?:[\w.+@{}\[\]-]+/)+([\w.+@{}\[\]-]+)/?")
 
 
 def scrub_text(text: str, known: Mapping[str, str] | None = None) -> str:

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
-from djinn_lib.errors import DjinnError, LeaseError
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 from djinn_lib.generate import Generation
 from djinn_lib.lookahead import LoadAhead
 from djinn_lib.pager import Pager
@@ -103,17 +103,27 @@ class Server:
         request.proceed()
         queue_s = time.perf_counter() - request.begin_s
         with self._pager.lease(model.name) as lease:
+            if model.removed:  # and another one was added under its name
+                raise ConfigError(
+                    f"expected {model.name!r} as it was when the request was submitted, got "
+                    "another model of that name: submit it again"
+                )
             self._look_ahead()
             if not self.overlap:
                 self._pager.wait_whole(model.name)
             lead_s = time.perf_counter() - request.begin_s
+
+            def proceed() -> None:
+                lease.stalls.note_first_token()
+                request.proceed()
+
             tokens = model.decoder.generate(
                 request.prompt_ids,
                 request.max_new_tokens,
                 request.ignore_eos,
                 request.sampling,
                 lambda end_byte: self._pager.wait(model.name, end_byte),
-                request.proceed,
+                proceed,
             )
             text = model.text(tokens.token_ids)
             return Generation.of(tokens, text, lease, queue_s, lead_s)

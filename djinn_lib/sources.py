@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from djinn_lib.checkpoint import fill_views, resolve_folder
-from djinn_lib.models import ModelSpec, folder_config, parse_dtype, skeleton
+from djinn_lib.checkpoint import load_pretrained, weight_files
+from djinn_lib.hub import resolve_folder
+from djinn_lib.spec import ModelSpec, check_dtype, fill_from_spec, skeleton
 from djinn_lib.swap_pool import Fill
+from djinn_lib.tensor_files import fill_from
+from djinn_lib.tokenizer import Tokenizer, read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A skeleton, a function that fills views of its parameters, and its tokenizer, if any."""
+    """A model, a function that fills views of its parameters, and its tokenizer, if any.
+
+    The model is whole but for its parameters, whose values come from `fill`.
+    """
 
     module: PreTrainedModel
     fill: Fill
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
 
 
 def open_source(
@@ -43,54 +47,12 @@ def open_source(
         ConfigError: the architecture or dtype cannot be used.
     """
     if isinstance(source, ModelSpec):
-        module = skeleton(source.resolve_config(), parse_dtype(dtype or source.dtype))
-        return OpenedModel(module, _fill_from_spec(source), None)
-    folder = resolve_folder(source, revision)
-    config = folder_config(folder, trust_remote_code)
-    weights_dtype = parse_dtype(dtype or config.dtype or torch.float32)
-    module = skeleton(config, weights_dtype, trust_remote_code)
-    if (folder / "generation_config.json").exists():
-        module.generation_config = GenerationConfig.from_pretrained(folder)
+        module = skeleton(source.resolve_config(), check_dtype(dtype or source.dtype))
+        return OpenedModel(module, fill_from_spec(source, module), None)
+    folder = resolve_folder(source, revision, trust_remote_code)
+    module = load_pretrained(folder, dtype, trust_remote_code)
     return OpenedModel(
         module,
-        _fill_from_folder(module, folder, trust_remote_code),
-        _read_tokenizer(folder, trust_remote_code),
+        fill_from(module, weight_files(folder)),
+        read_tokenizer(folder, trust_remote_code),
     )
-
-
-def _fill_from_spec(spec: ModelSpec) -> Fill:
-    def fill(views: Mapping[str, torch.Tensor]) -> None:
-        parameters = dict(spec.build().named_parameters())
-        for name, view in views.items():
-            view.copy_(parameters[name].detach())
-
-    def fill_plainly(views: Mapping[str, torch.Tensor]) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        generator = torch.Generator(device).manual_seed(spec.seed)
-        deviation = float(getattr(spec.resolve_config(), "initializer_range", 0.02))
-        for name, view in sorted(views.items()):  # the same weights, however they are packed
-            if view.dim() > 1:
-                drawn = torch.empty(view.shape, dtype=view.dtype, device=device)
-                view.copy_(drawn.normal_(0.0, deviation, generator=generator))
-            else:
-                view.fill_(1.0 if name.endswith("weight") else 0.0)
-
-    return fill if spec.init == "transformers" else fill_plainly
-
-
-def _fill_from_folder(module: PreTrainedModel, folder: Path, trust_remote_code: bool) -> Fill:
-    """Fill the views, and the module's persistent buffers, which live outside the ring."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: t for name, t in module.state_dict().items() if name not in parameters}
-
-    def fill(views: Mapping[str, torch.Tensor]) -> None:
-        fill_views({**views, **buffers}, module, folder, trust_remote_code=trust_remote_code)
-
-    return fill
-
-
-def _read_tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / name).exists() for name in names):
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -5,54 +5,62 @@ The first pages of the model, its *prefix*, stay like those of any other model. 
 the rest is at home in slot `p mod n_slots`, whatever pass it is. So nothing is mapped while the
 model runs; pages are copied in the order of execution, each as soon as the layers that read the
 last page of its slot have been computed, and the link is never idle while the device computes.
+
+What several layers share comes first in a packed model. It has to lie in the prefix: a layer finds
+all its pages in place then, wherever its own weights are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from djinn_lib.copier import Arrival, Copier, Stalls
-from djinn_lib.errors import CapacityError
+from djinn_lib.errors import CapacityError, ConfigError
+from djinn_lib.swap_pool import Extents
 from djinn_lib.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How `n_pages` pages share fewer frames: `n_prefix` stay, the rest takes turns in `n_slots`.
-
-    `ends` are the first bytes after each unit of the model, in ascending order.
-    """
+    """How a model of `n_pages` uses fewer frames: a prefix stays, the rest takes turns in slots."""
 
     n_pages: int
     n_prefix: int
     n_slots: int
     page_bytes: int
-    ends: tuple[int, ...]
 
     @classmethod
-    def plan(cls, ends: Sequence[int], n_frames: int, page_bytes: int) -> Window:
-        """Use all of `n_frames`: a window for two units that follow each other, and a prefix.
+    def plan(cls, n_bytes: int, units: Sequence[Extents], n_frames: int, page_bytes: int) -> Window:
+        """Use all of `n_frames`: for the longest prefix that leaves room for two units in a row.
+
+        Args:
+            n_bytes: of the model.
+            units: the bytes that each of its units needs.
+            n_frames: in the ring; fewer than the model has pages.
+            page_bytes: size of a page and a frame.
 
         Raises:
-            CapacityError: two units that follow each other do not fit together.
+            CapacityError: what units share and two that follow each other do not fit together.
         """
-        marks = tuple(sorted(set(ends)))
-        bounds = (0, *marks)
-        n_slots = max(
-            -(-bounds[min(i + 2, len(marks))] // page_bytes) - bounds[i] // page_bytes
-            for i in range(len(marks))
+        # With a shorter prefix no window is smaller. So a prefix that leaves too few slots can only
+        # be replaced by one that leaves as many as it asks for, or by an even shorter one.
+        n_prefix = n_frames - 1
+        while n_prefix >= 0:
+            n_slots = _n_slots(units, n_prefix, page_bytes)
+            if n_prefix + n_slots <= n_frames:
+                n_pages = -(-n_bytes // page_bytes)
+                return cls(n_pages, n_prefix, n_frames - n_prefix, page_bytes)
+            n_prefix = n_frames - n_slots
+        needed = min(p + _n_slots(units, p, page_bytes) for p in _prefixes(units, page_bytes))
+        raise CapacityError(
+            f"expected room for the two largest layers in a row and for what layers share, "
+            f"{format_bytes(needed * page_bytes)}, got a ring of "
+            f"{format_bytes(n_frames * page_bytes)}: raise the capacity or choose smaller pages"
         )
-        if n_slots > n_frames:
-            raise CapacityError(
-                f"expected room for the two largest layers in a row, "
-                f"{format_bytes(n_slots * page_bytes)}, got a ring of "
-                f"{format_bytes(n_frames * page_bytes)}: raise the capacity or choose smaller pages"
-            )
-        n_pages = -(-marks[-1] // page_bytes)
-        return cls(n_pages, n_frames - n_slots, n_slots, page_bytes, marks)
 
     @property
     def n_frames(self) -> int:
@@ -64,16 +72,45 @@ class Window:
         """How many pages are copied in each forward pass."""
         return self.n_pages - self.n_prefix
 
-    def pages_of(self, end_byte: int) -> tuple[int, int]:
-        """First page, and the page after the last, of the unit that ends at or after a byte."""
-        end = next((mark for mark in self.ends if mark >= end_byte), self.ends[-1])
-        begin = max((mark for mark in self.ends if mark < end), default=0)
-        return begin // self.page_bytes, -(-end // self.page_bytes)
+    def turn(self, extents: Extents) -> tuple[int, int] | None:
+        """First page of the rest, and the page after the last, that a unit needs; None for none.
+
+        Raises:
+            ConfigError: more than the window holds; no unit that was planned for needs as much.
+        """
+        pages = _beyond(extents, self.n_prefix, self.page_bytes)
+        if pages and pages[1] - pages[0] > self.n_slots:
+            raise ConfigError(
+                f"expected weights within {self.n_slots} pages, as the window has, got "
+                f"{pages[1] - pages[0]}: raise the capacity, so that the whole model fits"
+            )
+        return pages and (pages[0] - self.n_prefix, pages[1] - self.n_prefix)
 
     def homes(self, first_slot: int, n_slots: int) -> list[tuple[int, int]]:
         """Where frames of the window are mapped, as (first page, number of pages)."""
         first = range(self.n_prefix + first_slot, self.n_pages, self.n_slots)
         return [(page, min(n_slots, self.n_pages - page)) for page in first]
+
+
+def _beyond(extents: Extents, n_prefix: int, page_bytes: int) -> tuple[int, int] | None:
+    """First page, and the page after the last, that extents need beyond a prefix."""
+    pages = [(begin // page_bytes, -(-end // page_bytes)) for begin, end in extents]
+    if not (rest := [(first, last) for first, last in pages if last > n_prefix]):
+        return None
+    return max(n_prefix, rest[0][0]), rest[-1][1]
+
+
+def _n_slots(units: Sequence[Extents], n_prefix: int, page_bytes: int) -> int:
+    """How many slots units need beyond a prefix, alone and with the one that follows."""
+    turns = sorted({pages for unit in units if (pages := _beyond(unit, n_prefix, page_bytes))})
+    alone = [last - first for first, last in turns]
+    in_a_row = [max(a[1], b[1]) - a[0] for a, b in pairwise(turns)]
+    return max(alone + in_a_row, default=1)
+
+
+def _prefixes(units: Sequence[Extents], page_bytes: int) -> list[int]:
+    """Prefixes, in pages, after which units need a smaller window."""
+    return [0, *{-(-end // page_bytes) for unit in units for _, end in unit}]
 
 
 class Rotation:
@@ -162,19 +199,19 @@ class Streamed:
         self.stalls = Stalls()
         self.loaded_bytes = 0
 
-    def wait(self, end_byte: int) -> None:
-        """Hold the caller's computation until the unit that ends at `end_byte` is in its place.
+    def wait(self, extents: Extents) -> None:
+        """Hold the caller's computation until the bytes of a unit are in their places.
+
+        What the unit before needed may be overwritten from now on.
 
         Raises:
             DjinnError: a copy failed; the request can be tried again.
         """
-        first, last = self._window.pages_of(end_byte)
-        n_prefix = self._window.n_prefix
-        if last <= n_prefix:  # needs nothing of the window, but what was needed is done with
+        if turn := self._window.turn(extents):
+            self._last = self.rotation.need(*turn)
+        else:  # it needs nothing of the window, but what was needed is done with
             self.rotation.skip_to(self._last[1])
             self._last = (self.rotation.begin, self.rotation.begin)
-        else:
-            self._last = self.rotation.need(max(first - n_prefix, 0), last - n_prefix)
         try:
             self._submit()
             for position in range(*self._last):
@@ -197,7 +234,7 @@ class Streamed:
 
     def finish(self) -> None:
         """Block until no copy is in flight; never raises a copy's error."""
-        for arrival in self._arrivals.values():
+        for arrival in tuple(self._arrivals.values()):  # another thread may let go of some
             arrival.finish()
 
     def reset(self) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from tqdm import tqdm
 
+from djinn_lib.arguments import user_path
 from djinn_lib.cost_model import CostModel
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fan_out import Job, Result, fan_out
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="djinn_lib.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
-    parser.add_argument("--out", type=Path, default=REPO / "data" / "runs" / "study")
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "study")
     options = parser.parse_args(arguments)
     begin_s, (commit, dirty) = time.perf_counter(), git_state(REPO)
     try:

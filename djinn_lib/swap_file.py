@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import tempfile
 import zlib
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ from djinn_lib.swap_pool import Fill, Layout
 from djinn_lib.units import format_bytes
 
 BLOCK_BYTES = 4096  # what O_DIRECT asks offsets, lengths and addresses to be multiples of
+_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")  # that one call may fill
 
 
 class SwapFile:
@@ -32,7 +37,7 @@ class SwapFile:
 
     Raises:
         ConfigError: the folder cannot be written to.
-        CapacityError: the disk is full.
+        CapacityError: the disk is full, or cannot keep what is written.
     """
 
     def __init__(self, folder: Path, layout: Layout, page_bytes: int, fill: Fill) -> None:
@@ -52,20 +57,25 @@ class SwapFile:
             self._fd = _open_direct(path)
         finally:
             path.unlink()
-        os.fsync(self._fd)
-        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or it would stay in memory
+        try:
+            os.fsync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or it would stay in memory
+        except OSError as error:
+            self.close()
+            raise CapacityError(
+                f"expected {format_bytes(n_pages * page_bytes)} to be written to {folder}, got "
+                f"{error.strerror}: check the disk, or choose another folder with swap_dir="
+            ) from error
 
     def read(self, first_page: int, frames: list[torch.Tensor]) -> None:
         """Read consecutive pages into frames of their size.
 
         Raises:
-            OSError: they cannot be read, or are cut short.
+            OSError: they cannot be read, or the file ends before they do.
             ValueError: they are not what was written.
         """
         buffers = [frame.numpy().data for frame in frames]
-        got = os.preadv(self._fd, buffers, first_page * self._page_bytes)
-        if got != len(frames) * self._page_bytes:
-            raise OSError(f"expected {len(frames) * self._page_bytes} bytes, got {got}")
+        read_all(self._fd, buffers, first_page * self._page_bytes)
         for page, buffer in enumerate(buffers, start=first_page):
             if zlib.crc32(buffer) != self._checksums[page]:
                 raise ValueError(f"page {page} has changed on disk (its checksum differs)")
@@ -73,6 +83,29 @@ class SwapFile:
     def close(self) -> None:
         """Give the disk space back."""
         os.close(self._fd)
+
+
+def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Fill buffers, however little is read at a time.
+
+    Raises:
+        OSError: the file cannot be read, or ends before that.
+    """
+    n_bytes, done, left = sum(map(len, buffers)), 0, deque(buffers)
+    with ExitStack() as opened:
+        source = fd
+        while left:
+            n_read = os.preadv(source, list(islice(left, _MOST_BUFFERS)), offset + done)
+            if not n_read:
+                raise OSError(f"expected {n_bytes} bytes, got {done}: the file was cut short")
+            done += n_read
+            while left and n_read >= len(left[0]):
+                n_read -= len(left.popleft())
+            if n_read:
+                left[0] = left[0][n_read:]
+            if done % BLOCK_BYTES and source == fd:  # from here on O_DIRECT reads nothing
+                source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+                opened.callback(os.close, source)
 
 
 def _new_file(folder: Path) -> Path:

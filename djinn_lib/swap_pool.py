@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from djinn_lib import host_memory
 from djinn_lib.errors import ConfigError
 
 ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own allocator, count on
+
+Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after the last), ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,26 @@ class Layout:
         return self.slots[-1].end if self.slots else 0
 
     @property
+    def paged(self) -> tuple[Slot, ...]:
+        """The slots of all tensors but the lookup tables."""
+        return self.slots[: len(self.slots) - self.n_tables]
+
+    @property
     def paged_bytes(self) -> int:
         """Size of what is paged, which comes first, in bytes."""
-        paged = self.slots[: len(self.slots) - self.n_tables]
-        return paged[-1].end if paged else 0
+        return self.paged[-1].end if self.paged else 0
+
+    def extents(self, names: Collection[str]) -> Extents:
+        """Where the paged tensors among `names` lie; neighbours are one extent."""
+        found: list[tuple[int, int]] = []
+        for slot in self.paged:
+            if slot.name not in names:
+                continue
+            if found and slot.offset - found[-1][1] < ALIGNMENT_BYTES:
+                found[-1] = found[-1][0], slot.end
+            else:
+                found.append((slot.offset, slot.end))
+        return tuple(found)
 
     def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every tensor by name, as views of `packed` (1-d uint8 of at least `n_bytes`)."""
@@ -82,12 +100,11 @@ class Layout:
 
     def paged_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every tensor but the lookup tables, as views of at least `paged_bytes`."""
-        paged = self.slots[: len(self.slots) - self.n_tables]
-        return {slot.name: slot.view(packed) for slot in paged}
+        return {slot.name: slot.view(packed) for slot in self.paged}
 
     def table_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
         """The lookup tables, as views of at least `n_bytes`."""
-        tables = self.slots[len(self.slots) - self.n_tables :]
+        tables = self.slots[len(self.paged) :]
         return {slot.name: slot.view(packed) for slot in tables}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -42,15 +42,42 @@ def machine_numbers(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int
     numbers: dict[str, int] = {}
     found = {}
     for cell, manifest in sorted(manifests.items(), key=lambda item: item[1]["started_at_utc"]):
-        facts = {name: v for name, v in manifest["machine"].items() if name != "versions"}
-        found[cell] = numbers.setdefault(json.dumps(facts, sort_keys=True), len(numbers) + 1)
+        found[cell] = numbers.setdefault(_facts(manifest["machine"]), len(numbers) + 1)
     return found
 
 
-def machines_table(manifests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """One row a machine that ran cells of a run, by its number: its measures, how many cells.
+def machine_names(
+    manifests: Mapping[str, Mapping[str, Any]], listed: Sequence[Mapping[str, Any]] = ()
+) -> dict[int, str]:
+    """Name the machines of a run, by their numbers.
 
-    Rates are in GB/s, the host's time to start an operator in microseconds.
+    Args:
+        manifests: of the cells of the run.
+        listed: entries of "machines" in machine.json, which merging parts writes. A machine in this
+            list has the name of its part. Any other has its number.
+    """
+    parts: dict[str, str] = {}
+    for entry in listed:
+        parts.setdefault(_facts(entry["machine"]), str(entry["part"]))
+    return {
+        number: parts.get(_facts(manifests[cell]["machine"]), str(number))
+        for cell, number in machine_numbers(manifests).items()
+    }
+
+
+def _facts(machine: Mapping[str, Any]) -> str:
+    """What tells machines apart, as text; versions of packages do not."""
+    facts = {name: value for name, value in machine.items() if name != "versions"}
+    return json.dumps(facts, sort_keys=True)
+
+
+def machines_table(
+    manifests: Mapping[str, Mapping[str, Any]], names: Mapping[int, str] | None = None
+) -> pd.DataFrame:
+    """One row a machine that ran cells of a run, oldest cell first: its measures, how many cells.
+
+    Rates are in GB/s, the host's time to start an operator in microseconds. Machines have the names
+    given, or their numbers.
     """
     rates = ["link_rate", "d2h_rate", "hbm_read_rate"]
     rows = []
@@ -59,7 +86,7 @@ def machines_table(manifests: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
         found = {name: machine.get(f"{name}_bytes_per_s") for name in rates}
         operator_us = machine.get("eager_operator_us")
         rows.append(
-            {"machine": number, "device": machine["device_name"]}
+            {"machine": names[number] if names else number, "device": machine["device_name"]}
             | {f"{name} (GB/s)": round(v / 1e9, 1) if v else None for name, v in found.items()}
             | {"eager operator (µs)": round(operator_us, 1) if operator_us else None}
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +17,9 @@ import pandas as pd
 
 from djinn_lib.bench import Bench
 from djinn_lib.cell import close_dead_cell
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import in_words
 from djinn_lib.files import path_below, write_atomically, write_json
+from djinn_lib.kept_rows import rows_that_stay, set_aside
 from djinn_lib.locks import gpu_lock
 from djinn_lib.notebooks import (
     NOTEBOOKS_DIR,
@@ -31,6 +32,8 @@ from djinn_lib.notebooks import (
 from djinn_lib.profile import Cell, Profile
 from djinn_lib.records import classify_error, read_rows
 from djinn_lib.systems import system_class
+
+_ROWS, _MANIFEST = ".parquet", ".manifest.json"
 
 
 def kernel_for(profile: Profile, cell: Cell) -> str | None:
@@ -60,10 +63,18 @@ def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -
         False when not even the failure could be written down (the disk is full, say); the tasks
         that read rows cannot run then, but other cells can.
     """
-    print(f"02_run_system.{cell.id} ({place}) ...", flush=True)
+    status, has_rows = _run_cell(profile, cell, run_dir, place)
+    return _report(status, run_dir) and has_rows
+
+
+def _run_cell(profile: Profile, cell: Cell, run_dir: Path, place: str) -> tuple[Status, bool]:
+    """Execute a cell's notebook; returns how it ended, and whether its rows are in their place."""
+    print(f"{notebook_of(cell)} ({place}) ...", flush=True)
+    with suppress(OSError):  # an interrupted execution's, whose rows are not those of this one
+        set_aside(run_dir / "requests" / f"{cell.id}.journal.jsonl")
     status = execute(
         "02_run_system",
-        run_dir / "notebooks" / f"02_run_system.{cell.id}.ipynb",
+        run_dir / "notebooks" / f"{notebook_of(cell)}.ipynb",
         {
             "profile": profile.name,
             "run_dir": str(run_dir),
@@ -75,20 +86,25 @@ def run_cell_notebook(profile: Profile, cell: Cell, run_dir: Path, place: str) -
         kernel=kernel_for(profile, cell),
     )
     try:
-        status = _settle(Bench.open(profile, run_dir), cell, status)
-        whole = True
-    except (OSError, DjinnError) as error:
+        return _settle(Bench.open(profile, run_dir), cell, status), True
+    except Exception as error:  # of any kind: other cells go on
         kind = status.error_kind or classify_error(error)
         said = f"{status.error} (its rows cannot be kept: {error})".strip()
-        status = replace(status, state="failed", error_kind=kind, error=said)
-        whole = False
-    return _report(status, run_dir) and whole
+        return replace(status, state="failed", error_kind=kind, error=said), False
+
+
+def notebook_of(cell: Cell) -> str:
+    """Name of a cell's execution: of its notebook and of its status."""
+    return f"02_run_system.{cell.id}"
 
 
 def _settle(bench: Bench, cell: Cell, status: Status) -> Status:
     """See to it that a cell has rows, and return what they make of its notebook's status."""
     if status.state == "failed":
-        close_dead_cell(bench, cell, status.error_kind, status.error)
+        rows = close_dead_cell(bench, cell, status.error_kind, status.error)
+        if n_served := int(rows["ok"].sum()):
+            kept = f"{n_served} of {len(rows)} requests had been served, and their rows are kept"
+            return replace(status, error=f"{status.error}; {kept}")
         return status
     return judge_rows(status, read_rows(bench.rows_path(cell)))
 
@@ -125,6 +141,11 @@ class CellOutcome:
     status: Status
     files: dict[str, bytes]  # by their path in the run folder
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether rows and manifest are among them."""
+        return all(any(name.endswith(end) for name in self.files) for end in (_ROWS, _MANIFEST))
+
 
 def cell_inputs(run_dir: Path, cell: Cell) -> dict[str, bytes]:
     """Return the files of the run folder that a cell reads, by their path there."""
@@ -149,31 +170,54 @@ def run_cell_apart(
     """
     lock = gpu_lock(run_dir) if profile.device == "cuda" else nullcontext()
     with lock, _scratch(inputs) as folder, _environment(driver):
-        run_cell_notebook(profile, cell, folder, f"on {socket.gethostname()}")
-        _note_host(Bench.open(profile, folder).manifest_path(cell), driver.host)
-        return _outcome(folder, cell, run_dir)
+        status, has_rows = _run_cell(profile, cell, folder, f"on {socket.gethostname()}")
+        if has_rows:
+            _note_host(Bench.open(profile, folder).manifest_path(cell), driver.host)
+        return _outcome(status, folder, cell, run_dir)
 
 
 def failed_outcome(
     profile: Profile, cell: Cell, inputs: dict[str, bytes], kind: str, error: str
 ) -> CellOutcome:
-    """Return the outcome of a cell of which nothing came back: failed rows, and no outputs."""
-    task = f"02_run_system.{cell.id}"
-    with _scratch(inputs) as folder:
+    """Return the outcome of a cell of which nothing came back, or no rows with a manifest.
+
+    Args:
+        profile: of the run.
+        cell: that failed.
+        inputs: from `cell_inputs`, and whatever files did come back.
+        kind: an error kind.
+        error: what is known of the cause.
+    """
+    notebook = f"notebooks/{notebook_of(cell)}.ipynb"
+    source = (NOTEBOOKS_DIR / "02_run_system.ipynb").read_bytes()
+    with _scratch({notebook: source, **inputs}) as folder:
         close_dead_cell(Bench.open(profile, folder), cell, kind, error)
-        (folder / "notebooks").mkdir()
-        shutil.copy(NOTEBOOKS_DIR / "02_run_system.ipynb", folder / "notebooks" / f"{task}.ipynb")
-        write_status(Status(task, "failed", 0.0, kind, error), folder / "status")
-        return _outcome(folder, cell, folder)
+        return _outcome(Status(notebook_of(cell), "failed", 0.0, kind, error), folder, cell, folder)
 
 
 def keep_outcome(outcome: CellOutcome, run_dir: Path) -> bool:
-    """Put an outcome in its place: each file whole or not at all, and the status last."""
-    for name, content in outcome.files.items():
+    """Put an outcome in its place: each file whole or not at all, and the status last.
+
+    Its rows are left out where those of an earlier execution stay (see `djinn_lib.kept_rows`).
+    """
+    files = dict(outcome.files)
+    for name in [name for name in files if name.endswith(_ROWS)]:
+        manifest = name.removesuffix(_ROWS) + _MANIFEST
+        rows = pd.read_parquet(BytesIO(files[name]))
+        stay = rows_that_stay(path_below(run_dir, name), rows, json.loads(files[manifest]))
+        if stay is not None:
+            del files[name], files[manifest]
+    for name, content in files.items():
         target = path_below(run_dir, name)
         write_atomically(target, lambda path, content=content: path.write_bytes(content))
     write_status(outcome.status, run_dir / "status")
     return True
+
+
+def give_up(cell: Cell, run_dir: Path, error: Exception) -> None:
+    """Say, here and in its status, that a cell came to nothing; others go on."""
+    said = f"its rows cannot be kept: {in_words(error)}"
+    _report(Status(notebook_of(cell), "failed", 0.0, classify_error(error), said), run_dir)
 
 
 @contextmanager
@@ -186,14 +230,20 @@ def _scratch(inputs: dict[str, bytes]) -> Iterator[Path]:
         yield Path(name).resolve()
 
 
-def _outcome(folder: Path, cell: Cell, run_dir: Path) -> CellOutcome:
-    (status,) = read_statuses(folder / "status")
-    notebook = f"notebooks/02_run_system.{cell.id}.ipynb"
-    rows, manifest = f"requests/{cell.id}.parquet", f"requests/{cell.id}.manifest.json"
-    files = {path: (folder / path).read_bytes() for path in (notebook, manifest, rows)}
-    # The reader of the notebook is to find the run's folder in it, not one that is gone.
-    files[notebook] = files[notebook].replace(str(folder).encode(), str(run_dir).encode())
+def _outcome(status: Status, folder: Path, cell: Cell, run_dir: Path) -> CellOutcome:
+    """All that there is: a kernel that did not start leaves no notebook, a full disk no rows."""
+    notebook = f"notebooks/{notebook_of(cell)}.ipynb"
+    rows = [f"requests/{cell.id}{end}" for end in (_MANIFEST, _ROWS, ".journal.jsonl")]
+    paths = [path for path in (notebook, *rows) if (folder / path).exists()]
+    files = {path: (folder / path).read_bytes() for path in paths}
+    if notebook in files:  # its reader is to find the run's folder in it, not one that is gone
+        files[notebook] = files[notebook].replace(_in_json(folder), _in_json(run_dir))
     return CellOutcome(status, files)
+
+
+def _in_json(path: Path) -> bytes:
+    """A path as it stands within a text of a notebook."""
+    return json.dumps(str(path), ensure_ascii=False)[1:-1].encode()
 
 
 @contextmanager

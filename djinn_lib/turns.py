@@ -4,12 +4,14 @@ Whoever computes with a model takes a turn first. A thread waits for its turn; o
 loop, say) join the queue with a `Ticket` and are called when it is granted. Nothing here starts a
 thread: the one that ends its turn grants the next.
 
+What is asked or told on the way may fail, whoever's code that is. Nobody's wait depends on it.
 Whoever waits for a turn while holding one waits for itself. So a turn is known to its thread and to
 its context (`contextvars`), which asyncio hands on to tasks and threads that are started meanwhile.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -19,6 +21,8 @@ from contextvars import ContextVar
 
 from djinn_lib.errors import DjinnError, LeaseError
 from djinn_lib.request_queue import RequestQueue
+
+_log = logging.getLogger(__name__)
 
 
 class Ticket(Future[None]):
@@ -39,8 +43,10 @@ class Turns:
     Args:
         queue: decides the order.
         is_resident: whether a model could be used without loading anything; called under the lock
-            of the turns, so it must take no lock under which turns are asked for.
-        on_change: called after the queue has changed, without any lock.
+            of the turns, so it must take no lock under which turns are asked for. Where it fails,
+            the oldest request is served next.
+        on_change: called after the queue has changed, without any lock. Where it fails, nothing
+            else does.
     """
 
     def __init__(
@@ -72,7 +78,11 @@ class Turns:
             if self._closed:
                 raise DjinnError(f"expected an open Djinn for {model!r}, got one that was closed")
             self._queue.push(ticket, model)
-        self._grant()
+        try:
+            self._grant()
+        except BaseException:  # an interrupt: the caller will never know of the ticket
+            self._give_up(ticket)
+            raise
         return ticket
 
     def withdraw(self, ticket: Ticket) -> bool:
@@ -83,7 +93,7 @@ class Turns:
             waited = self._queue.withdraw(ticket)
         if waited:
             ticket.cancel()
-            self._on_change()
+            self._tell()
         return waited
 
     @contextmanager
@@ -129,8 +139,7 @@ class Turns:
         try:
             ticket.result()
         except BaseException:  # an interrupt, for example
-            if not self.withdraw(ticket):
-                self._end(ticket)
+            self._give_up(ticket)
             raise
         with self.take(ticket):
             yield
@@ -203,15 +212,35 @@ class Turns:
             )
 
     def _grant(self) -> None:
+        try:
+            self._grant_next(self._is_resident)
+        except BaseException as error:  # whoever else waits has a turn all the same
+            self._grant_next(lambda model: False)
+            if not isinstance(error, Exception):
+                raise
+            _log.warning("the oldest request was served, whatever is resident", exc_info=True)
+        self._tell()
+
+    def _grant_next(self, is_resident: Callable[[str], bool]) -> None:
         granted: Ticket | None = None
         with self._lock:
             while self._current is None and self._queue:
-                ticket = self._queue.pop(self._is_resident)
+                ticket = self._queue.pop(is_resident)
                 if ticket.set_running_or_notify_cancel():
                     self._current = granted = ticket
         if granted:
             granted.set_result(None)  # without the lock: it calls whoever waits
-        self._on_change()
+
+    def _tell(self) -> None:
+        try:
+            self._on_change()
+        except Exception:
+            _log.warning("what follows the queue could not be told of a change", exc_info=True)
+
+    def _give_up(self, ticket: Ticket) -> None:
+        """Take a ticket out of the queue, or pass its turn on."""
+        if not self.withdraw(ticket):
+            self._end(ticket)
 
     def _end(self, ticket: Ticket) -> None:
         ticket.has_ended = True

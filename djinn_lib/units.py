@@ -4,31 +4,53 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
+from numbers import Integral
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, shown
 
 _BINARY = {"B": 0, "KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*")
+_EXPONENTS = {unit.lower(): exponent for unit, exponent in _BINARY.items()}
+_DECIMAL = re.compile(r"([kmgt])b?", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]+)\s*", re.ASCII | re.IGNORECASE)
+_MOST = 2**63 - 1  # what an operating system counts bytes with
 
 
 def parse_bytes(size: int | str) -> int:
     """Return a size in bytes, given as a whole number or as text such as ``"25GiB"``.
 
+    Units may be in either case, with a space before them.
+
     Raises:
         ConfigError: for anything else. Decimal units (``GB``) are refused, because papers
             write GB for both 10**9 and 2**30 bytes.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        if size > 0:
-            return size
-    elif isinstance(size, str) and (match := _SIZE.fullmatch(size)):
-        number, unit = match.groups()
-        if unit in _BINARY and (n_bytes := round(float(number) * 1024 ** _BINARY[unit])) > 0:
-            return n_bytes
+    n_bytes = _read_size(size) if isinstance(size, str) else size
+    if (
+        isinstance(n_bytes, Integral)
+        and not isinstance(n_bytes, bool)
+        and 0 < int(n_bytes) <= _MOST
+    ):
+        return int(n_bytes)
     raise ConfigError(
-        f"expected a positive size in bytes or text such as '64MiB' or '25GiB' "
-        f"(units {', '.join(_BINARY)}), got {size!r}"
+        f"expected a positive size, a whole number of bytes or text such as '64MiB' or '25GiB' "
+        f"(units {', '.join(_BINARY)}), got {shown(size)}"
     )
+
+
+def _read_size(text: str) -> int | None:
+    """Bytes that a text names; None when it names none."""
+    if not (match := _SIZE.fullmatch(text)):
+        return None
+    number, unit = match.groups()
+    if decimal := _DECIMAL.fullmatch(unit):
+        raise ConfigError(
+            f"expected a size in binary units, got {shown(text)}, which some count in powers of 10 "
+            f"and others in powers of 2: write '{number}{decimal[1].upper()}iB', or a whole number "
+            "of bytes"
+        )
+    exponent = _EXPONENTS.get(unit.lower())
+    return None if exponent is None else round(Decimal(number) * 1024**exponent)
 
 
 def format_bytes(n_bytes: int) -> str:

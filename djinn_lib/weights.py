@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from djinn_lib.checkpoint import resolve_folder
+from djinn_lib.checkpoint import folder_config, load_pretrained
 from djinn_lib.errors import CheckpointError
 from djinn_lib.files import write_json
+from djinn_lib.hub import resolve_folder
 from djinn_lib.integrity import ensure_same_files, file_digests, weights_digest
-from djinn_lib.models import ModelSpec, folder_config, pack, parse_dtype, skeleton
+from djinn_lib.models import pack
 from djinn_lib.profile import ModelEntry, Profile
+from djinn_lib.spec import ModelSpec, check_dtype
 from djinn_lib.systems.base import ModelFiles
 
 _PROMPT = (
@@ -75,10 +77,9 @@ def _checked_digests(folder: Path, target: Path) -> dict[str, str]:
 
 def describe(name: str, folder: Path) -> ModelFiles:
     """Return what systems must know of a model folder."""
-    config = folder_config(folder)
-    dtype = parse_dtype(config.dtype or torch.float32)
-    layout, _ = pack(skeleton(config, dtype))
-    return ModelFiles(name, folder, layout.n_bytes, str(dtype).removeprefix("torch."))
+    model = load_pretrained(folder)
+    layout, _ = pack(model)
+    return ModelFiles(name, folder, layout.n_bytes, str(model.dtype).removeprefix("torch."))
 
 
 def files_sha256(files: ModelFiles) -> str:
@@ -161,7 +162,7 @@ def _convert_gguf(gguf: Path, dtype: str, target: Path) -> None:
     source = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
-        dtype=parse_dtype(dtype),
+        dtype=check_dtype(dtype),
         quantization_config=GgufConfig(dequantize=True),
         **source,
     )

@@ -7,17 +7,18 @@ import os
 import random
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import pynvml
 import torch
-from transformers import LlamaConfig, MistralConfig, OPTConfig, PhiConfig
+from copier_contract import CONTRACT
+from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PhiConfig
 
 import djinn_lib as dj
 from djinn_lib import copier
 from djinn_lib.address_space_cuda import CudaAddressSpace
-from djinn_lib.errors import CapacityError, DjinnError
+from djinn_lib.errors import CapacityError, DjinnError, LeaseError
 from djinn_lib.generate import generate_eager
 
 PAGE = 2 << 20
@@ -191,6 +192,7 @@ def prefill_follows_the_copy():
             assert miss.loaded_bytes == miss.resident_before_bytes + int(djinn.residency().bytes[0])
             assert miss.token_ids == hit.token_ids
             assert miss.stall_ms > 1, "the prefill ran before its bytes were there"
+            assert miss.stall_ms <= miss.switch_ms <= miss.ttft_ms + 0.5, miss
             djinn.check()
 
 
@@ -377,6 +379,14 @@ def failing_copy():
         djinn.check()
 
 
+def copier_contract():
+    """What the copier of the CPU promises, in the same words."""
+    for name, promise in CONTRACT.items():
+        promise(CUDA)
+        torch.cuda.synchronize()
+        print(name)
+
+
 def too_much():
     """A capacity above the free memory is refused with what is free; nothing stays allocated."""
     torch.empty(1, device=CUDA)
@@ -387,6 +397,66 @@ def too_much():
     except CapacityError as error:
         assert "of free device memory" in str(error)
     assert held_bytes() - before < 64 << 20
+
+
+def weights_after_the_lease():
+    """A weight that is read too late raises, and the device can still be used."""
+    with dj.Djinn(64 << 20, "cuda", page=PAGE, decode="graph") as djinn:
+        djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
+        expected = djinn.generate("a", PROMPT, 8, ignore_eos=True).token_ids
+        with djinn.lease("a") as model:
+            total = float(model.lm_head.weight.float().sum())
+            kept = [
+                model.state_dict()["lm_head.weight"],
+                model.lm_head.weight[3],
+                model.lm_head.weight,
+            ]
+        for after in (lambda: None, lambda: djinn.evict("a")):
+            after()
+            for weight in kept:
+                with raises(LeaseError):
+                    print(weight)
+                with raises(LeaseError):
+                    weight.float().sum()
+        assert djinn.generate("a", PROMPT, 8, ignore_eos=True).token_ids == expected
+        with djinn.lease("a") as model:
+            assert float(model.lm_head.weight.float().sum()) == total
+    with raises(LeaseError):
+        print(model.lm_head.weight)
+    torch.cuda.synchronize()
+
+
+def positions():
+    """A table of 16,384 positions, below and above max_model_len: served to the end, not beyond."""
+    n = 16_384
+    table = GPT2Config(
+        n_embd=256, n_layer=2, n_head=4, vocab_size=4000, n_positions=n, bos_token_id=0,
+        eos_token_id=1, initializer_range=0.1,
+    )  # fmt: skip
+    rotary = LlamaConfig(**_SHAPE | {"max_position_embeddings": n})
+    for max_model_len in (n // 2, 2 * n):
+        with dj.Djinn(512 << 20, "cuda", page=PAGE, max_model_len=max_model_len) as djinn:
+            for name, config in (("table", table), ("rotary", rotary)):
+                djinn.add(name, dj.ModelSpec(config, "float32", seed=1))
+                limit = max_model_len if name == "rotary" else min(n, max_model_len)
+                ids = [3 + 7 * i * i % 3990 for i in range(limit - 8)]
+                g = djinn.generate(name, ids, 8, ignore_eos=True)
+                with djinn.lease(name) as model:
+                    eager = generate_eager(model, ids, 8, ignore_eos=True).token_ids
+                print(f"{name}, max_model_len {max_model_len}: {g.token_ids} {eager}")
+                assert g.token_ids == eager
+                with raises(DjinnError):
+                    djinn.generate(name, [*ids, 5], 8, ignore_eos=True)
+    torch.cuda.synchronize()
+
+
+@contextmanager
+def raises(kind):
+    try:
+        yield
+    except kind:
+        return
+    raise AssertionError(f"expected a {kind.__name__}")
 
 
 SCENARIOS = {
@@ -406,6 +476,9 @@ SCENARIOS = {
         nothing_leaks,
         graph_after_remapping,
         failing_copy,
+        copier_contract,
+        weights_after_the_lease,
+        positions,
         too_much,
     )
 }

@@ -13,11 +13,18 @@ import tempfile
 import threading
 
 from gpu_scenarios import CONFIGS, PROMPT, held_bytes
+from transformers import ZambaConfig
 
 import djinn_lib as dj
 from djinn_lib.generate import generate_eager
 
 N_NEW = 8
+SHARING = ZambaConfig(
+    vocab_size=4000, hidden_size=512, intermediate_size=3072, num_attention_heads=4,
+    num_key_value_heads=4, attention_hidden_size=1024, attention_head_dim=256, mamba_d_state=16,
+    n_mamba_heads=2, num_hidden_layers=9, layers_block_type=["mamba", "mamba", "hybrid"] * 3,
+    initializer_range=0.1, bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
 
 
 def page_of(device: str) -> int:
@@ -109,8 +116,24 @@ def larger_than_the_ring(device: str = "cuda") -> None:
             assert g.token_ids == expected[name], (name, g.token_ids, expected[name])
             djinn.check()
         assert g.loaded_bytes > N_NEW * (n_bytes - capacity)
+        assert g.switch_ms + g.decode_ms <= g.total_ms + 0.5, g  # later waits are of decoding
     lost = held_bytes() - before if device == "cuda" else 0
     assert lost < 64 << 20, f"{lost} bytes of device memory are still held"
+
+
+def blocks_that_layers_share(device: str = "cuda") -> None:
+    """Attention blocks that several layers use, in a model larger than the ring."""
+    large = dj.ModelSpec(SHARING, "float16" if device == "cuda" else "float32", seed=3)
+    expected = alone(large, device, "eager")
+    with dj.Djinn(int(size_of(large) * 0.8), device, page_of(device), decode="graph",
+                  max_model_len=64, progress=lambda step: None) as djinn:  # fmt: skip
+        djinn.add("large", large)
+        assert djinn._pager.is_streamed("large")
+        assert any(len(unit.extents) > 1 for unit in djinn._models["large"].units)
+        for _ in range(4):
+            g = djinn.generate("large", PROMPT, N_NEW, ignore_eos=True)
+            assert g.token_ids == expected, (g.token_ids, expected)
+        djinn.check()
 
 
 def masters_on_disk(device: str = "cuda") -> None:

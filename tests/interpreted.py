@@ -15,15 +15,16 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
-from djinn_lib import decode_operators, fused_layers, recorded_decoder
+from djinn_lib import decode_operators, faster_steps, fused_layers
 from djinn_lib.decode_operators import RMS_NORM, SILU, Norm, Product
 from djinn_lib.errors import ConfigError
 from djinn_lib.fused_layers import FusedUnits
 from djinn_lib.generate import generate_eager
 from djinn_lib.kv_cache import KvCache
-from djinn_lib.models import ModelSpec, pack
+from djinn_lib.models import pack
 from djinn_lib.recorded_decoder import RecordedDecoder
 from djinn_lib.recording import Recorder
+from djinn_lib.spec import ModelSpec
 
 CPU = torch.device("cpu")
 CAPACITY, PROMPT, N_STEPS = 24, [5, 3, 60, 17, 2, 44, 9, 21], 2
@@ -157,8 +158,8 @@ def decoder(broken: bool) -> dict[str, Any]:
     real = decode_operators.multiply
     wrong = mock.patch.object(fused_layers, "multiply", lambda *a, **k: real(*a, **k) * 1.1)
     with (
-        mock.patch.object(recorded_decoder, "has_triton", lambda device: True),
-        mock.patch.object(recorded_decoder, "attentions", lambda device: []),
+        mock.patch.object(faster_steps, "has_triton", lambda device: True),
+        mock.patch.object(faster_steps, "attentions", lambda device: []),
         wrong if broken else nullcontext(),
     ):
         made = RecordedDecoder(model, pack(model)[1], CAPACITY, Recorder(CPU), compiled=True)

@@ -1,16 +1,20 @@
 """The CPU backend: real mappings, real faults."""
 
+import errno
 import os
 import subprocess
 import sys
+from enum import Enum
 
 import psutil
 import pytest
 import torch
 
 from djinn_lib import address_space_cpu as module
+from djinn_lib import address_space_cuda
 from djinn_lib.address_space import open_address_space
 from djinn_lib.address_space_cpu import CpuAddressSpace
+from djinn_lib.address_space_cuda import CudaAddressSpace
 from djinn_lib.errors import CapacityError, ConfigError, PlatformError
 
 PAGE = 64 << 10
@@ -72,6 +76,7 @@ def test_the_same_frame_can_be_seen_at_two_addresses(space):
 TOUCH = """
 import sys
 from djinn_lib.address_space_cpu import CpuAddressSpace
+from djinn_lib.address_space_cuda import CudaAddressSpace
 
 step, page_bytes = sys.argv[1], int(sys.argv[2])
 space = CpuAddressSpace(4, page_bytes)
@@ -103,14 +108,81 @@ def test_a_failed_map_leaves_nothing_mapped(space, monkeypatch):
     def failing(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
-            raise PlatformError("no more mappings")
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return real(*arguments)
 
     monkeypatch.setattr(space, "_mmap", failing)
-    with pytest.raises(PlatformError, match="no more mappings"):
+    with pytest.raises(PlatformError) as caught:
         space.map(area, 0, [0, 2, 4, 6])
+    assert str(caught.value) == (
+        "expected 4 pages of 64.0 KiB to be mapped, got none (Cannot allocate memory): free "
+        "memory, or use fewer, larger pages"
+    )
     assert calls[-1][2] == 0  # the last call made the pages inaccessible again
     assert calls[-1][:2] == (area.address, 4 * PAGE)
+
+
+class FakeDriver:
+    """CUDA's driver as far as mapping goes; its calls fail from the nth `cuMemMap` on."""
+
+    class CUresult(Enum):
+        CUDA_SUCCESS = 0
+        CUDA_ERROR_OUT_OF_MEMORY = 2
+
+    def __init__(self, fail_at):
+        self.mapped, self.fail_at, self.n_maps = set(), fail_at, 0
+
+    def cuCtxGetCurrent(self):
+        return self.CUresult.CUDA_SUCCESS, 1
+
+    def cuMemAddressReserve(self, *_):
+        failed = self.fail_at == 0
+        return list(self.CUresult)[failed], 1 << 40
+
+    def cuMemMap(self, address, *_):
+        self.n_maps += 1
+        if self.n_maps >= self.fail_at:
+            return (self.CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
+        self.mapped.add(address)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuMemUnmap(self, address, _):
+        self.mapped.remove(address)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+
+def test_a_gpu_that_refuses_says_so_in_the_same_words(monkeypatch):
+    fake = FakeDriver(fail_at=3)
+    monkeypatch.setattr(address_space_cuda, "driver", fake)
+    space = CudaAddressSpace.__new__(CudaAddressSpace)
+    space.page_bytes, space._areas, space._mapped, space._frames = 2 << 20, {}, {}, [0] * 4
+    area = space.reserve(4)
+    with pytest.raises(PlatformError) as caught:
+        space.map(area, 0, [3, 1, 2, 0])
+    assert str(caught.value) == (
+        "expected 4 pages of 2.0 MiB to be mapped, got none (cuMemMap failed with "
+        "CUDA_ERROR_OUT_OF_MEMORY): free memory, or use fewer, larger pages"
+    )
+    assert fake.mapped == set() == space._mapped[area.address]
+    fake.fail_at = 0
+    with pytest.raises(PlatformError, match=r"8.0 MiB of virtual addresses, got none \(cuMemAddr"):
+        space.reserve(4)
+
+
+def test_pages_that_cannot_be_unmapped_are_said(space, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    area = space.reserve(2)
+    space.map(area, 0, [0, 1])
+    monkeypatch.setattr(space, "_mmap", refuse)
+    with pytest.raises(PlatformError, match=r"1 pages of 64.0 KiB to be unmapped.*max_map_count"):
+        space.unmap(area, 0, 1)
+
+
+def test_addresses_that_cannot_be_had_are_said(space):
+    with pytest.raises(PlatformError, match=r"of virtual addresses, got none \(Cannot allocate"):
+        space.reserve(1 << 40)
 
 
 def test_neighbouring_frames_are_mapped_by_one_call(space, monkeypatch):

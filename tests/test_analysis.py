@@ -8,15 +8,9 @@ from row_factory import CAPACITIES, MIB, SIZES, TOTAL_BYTES, cell_rows
 from run_factory import MACHINE, write_cell, write_run
 
 from djinn_lib import plots
-from djinn_lib.analysis import (
-    Run,
-    load_run,
-    published,
-    verdict_counts,
-    verdict_reasons,
-    verdict_table,
-)
+from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.claim_metrics import METRICS
+from djinn_lib.claim_tables import verdict_counts, verdict_reasons, verdict_table
 from djinn_lib.claims import judge, load_claims
 from djinn_lib.errors import RecordError
 from djinn_lib.plot_sensitivity import speedup_table
@@ -183,13 +177,15 @@ def test_verdict_counts_add_up(run: Run):
     assert counts.loc["not reproduced", "all"] == sum(
         verdict.verdict == "not reproduced" for verdict in verdicts
     )
+    assert counts.loc["withdrawn", "all"] == counts.loc["withdrawn", "ours"] == 1
 
 
 def test_verdict_table_says_each_verdict_in_words(run: Run):
     verdicts = judge(load_claims(), run.evidence)
     html = verdict_table(verdicts).to_html()
     assert html == verdict_table(verdicts).to_html()
-    assert html.count(">not judged<") == sum(v.verdict == "not judged" for v in verdicts)
+    for words in ("not judged", "withdrawn"):
+        assert html.count(f">{words}<") == sum(v.verdict == words for v in verdicts) > 0
 
 
 def test_reasons_name_each_claim_once(run: Run):
@@ -197,6 +193,13 @@ def test_reasons_name_each_claim_once(run: Run):
     text = verdict_reasons(verdicts, "not judged")
     for verdict in verdicts:
         assert text.count(f"(`{verdict.id}`)") == (verdict.verdict == "not judged")
+
+
+def test_a_withdrawn_claim_keeps_its_reason_and_shows_no_value(run: Run):
+    text = verdict_reasons(judge(load_claims(), run.evidence), "withdrawn")
+    reason, claim = text.splitlines()
+    assert reason.startswith("* **the baseline could not batch")
+    assert claim.endswith("(`ours-waiting-mean-vs-sleep`): expected at least 1.7 x")
 
 
 def test_no_claim_of_a_kind_is_said_in_words():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
 
@@ -59,6 +59,25 @@ def test_errors_stay_with_their_request():
     errors = {a.request.request: a.error for a in send(REQUESTS, math.inf, submit)}
     assert isinstance(errors[1], ConfigError) and isinstance(errors[2], MemoryError)
     assert errors[0] is errors[3] is None
+
+
+def test_a_request_that_is_given_up_or_that_exits_is_done_as_well():
+    """Neither may leave the others, and whoever waits for all, waiting for ever."""
+
+    def submit(request):
+        if request.request == 1:
+            raise SystemExit("giving up")
+        future = Future()
+        if request.request == 2:
+            assert future.cancel()
+        else:
+            future.set_result(SERVED)
+        return future
+
+    arrived = {a.request.request: a for a in send(REQUESTS, math.inf, submit)}
+    assert isinstance(arrived[1].error, SystemExit)
+    assert isinstance(arrived[2].error, CancelledError) and arrived[2].served is None
+    assert arrived[0].error is arrived[3].error is None
 
 
 def test_who_stops_listening_stops_the_sending():

@@ -1,17 +1,23 @@
 """Names and formats of checkpoints; damage is tested through the public object."""
 
 import json
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, PROMPT, spec
+from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
 
 import djinn_lib as dj
-from djinn_lib import checkpoint
-from djinn_lib.checkpoint import read_tensors, resolve_folder, weight_files
+from djinn_lib import tensor_files
+from djinn_lib.checkpoint import weight_files
 from djinn_lib.errors import CheckpointError
+from djinn_lib.hub import resolve_folder
+from djinn_lib.models import bind
+from djinn_lib.sources import open_source
+from djinn_lib.tensor_files import read_tensors
 
 
 def rename(folder, change):
@@ -27,59 +33,68 @@ def tokens_of(folder):
 
 
 def test_tensors_are_read_in_blocks_by_several_threads(tmp_path, monkeypatch):
-    stored = {
-        "matrix": torch.randn(37, 113),
-        "half": torch.randn(501).to(torch.bfloat16),
-        "scalar": torch.tensor(3.0),
-        "empty": torch.empty(0, 4),
-        "not asked for": torch.randn(9),
+    written = {
+        "a": torch.randn(37, 113),
+        "b": torch.randn(501).to(torch.bfloat16),
+        "c": torch.empty(0, 4),
     }
-    save_file(stored, tmp_path / "a.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 1000)
-    views = {k: torch.full_like(t, -1.0) for k, t in stored.items() if k != "not asked for"}
-    read_tensors(tmp_path / "a.safetensors", list(views.items()))
-    assert all(torch.equal(view, stored[key]) for key, view in views.items())
+    stored, offset = [], 7
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * offset)
+        for tensor in written.values():
+            file.write(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+            stored.append((torch.full_like(tensor, -1.0), tmp_path / "file", offset))
+            offset += tensor.nbytes
+    monkeypatch.setattr(tensor_files, "_BLOCK_BYTES", 1000)
+    read_tensors(stored)
+    assert all(
+        torch.equal(got, want) for (got, _, _), want in zip(stored, written.values(), strict=True)
+    )
 
 
 def test_a_file_that_is_cut_short_after_it_was_opened(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_file({"w": torch.ones(5000)}, path)
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"a\.safetensors \(\d+ bytes\), which ends before"):
-        read_tensors(path, [("w", torch.zeros(5000))])
+    path.write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors \(4 bytes\) ends before"):
+        read_tensors([(torch.zeros(2), path, 0)])
 
 
-def test_weights_of_another_type_are_converted(tmp_path, monkeypatch):
+def test_weights_that_need_no_conversion_are_read_from_their_file(tmp_path, monkeypatch):
+    """All of them, in whatever folder; and no file stays mapped."""
+    folder = tmp_path / "with space (and) {braces}"
+    model = spec("llama").build()
+    model.save_pretrained(folder)
+    read = []
+    real = tensor_files.read_tensors
+    monkeypatch.setattr(
+        tensor_files, "read_tensors", lambda stored: (read.extend(stored), real(stored))
+    )
+    opened = open_source(folder)
+    views = {name: torch.empty_like(p) for name, p in opened.module.named_parameters()}
+    opened.fill(views)
+    bind(opened.module, views, torch.device("cpu"))
+    assert len(read) == len(views) == len(list(model.parameters()))
+    assert all(torch.equal(p, views[name]) for name, p in model.named_parameters())
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_type_are_converted(tmp_path, dtype):
     spec("llama").build().save_pretrained(tmp_path)
-    expected = tokens_of(tmp_path)
     path = tmp_path / "model.safetensors"
-    wide = {name: tensor.double() for name, tensor in load_file(path).items()}
-    save_file(wide, path, metadata={"format": "pt"})
-    monkeypatch.setattr(checkpoint, "_read_converted", None)
-    assert tokens_of(tmp_path) == expected
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert tokens_of(tmp_path) == ordinary_tokens(tmp_path, 6)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_names_without_the_base_models_prefix(tmp_path, name, monkeypatch):
+def test_names_without_the_base_models_prefix(tmp_path, name):
     model = spec(name).build()
     model.save_pretrained(tmp_path)
     expected = tokens_of(tmp_path)
     prefix = f"{model.base_model_prefix}."
     rename(tmp_path, lambda key: key.removeprefix(prefix))
-    monkeypatch.setattr(checkpoint, "_read_converted", None)  # the straight way must do
     assert tokens_of(tmp_path) == expected
-
-
-def test_another_naming_goes_through_transformers_own_conversion(tmp_path, monkeypatch):
-    spec("llama").build().save_pretrained(tmp_path)
-    expected, used = tokens_of(tmp_path), []
-    real = checkpoint._read_converted
-    monkeypatch.setattr(checkpoint, "_match", lambda *_: None)
-    monkeypatch.setattr(
-        checkpoint, "_read_converted", lambda *a, **k: (used.append(1), real(*a, **k))
-    )
-    assert tokens_of(tmp_path) == expected
-    assert used
 
 
 def test_persistent_buffers_are_read_too(tmp_path, monkeypatch):
@@ -102,17 +117,67 @@ def test_persistent_buffers_are_read_too(tmp_path, monkeypatch):
             assert bound.model.scale.tolist() == [4.0, 4.0, 4.0]
 
 
-def test_a_hub_id_is_fetched_by_revision(tmp_path, monkeypatch):
-    asked = {}
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository: files by name in, the names that were fetched out."""
+    remote, local, fetched = {}, tmp_path / "snapshot", []
+    local.mkdir()
 
-    def fetch(repo, revision=None, allow_patterns=None):
-        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(tmp_path)
+    def fetch(repo, revision=None, allow_patterns=(), ignore_patterns=()):
+        assert (repo, revision) == ("someone/some-model", "abc123")
+        for name in filter_repo_objects(
+            remote, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (local / name).parent.mkdir(exist_ok=True)
+            (local / name).write_text(remote[name])
+            fetched.append(name)
+        return str(local)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert resolve_folder("someone/some-model", "abc123") == tmp_path
-    assert (asked["repo"], asked["revision"]) == ("someone/some-model", "abc123")
-    assert not any(pattern.endswith((".bin", ".pt")) for pattern in asked["patterns"])
+    return remote, fetched
+
+
+INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
+SHARDS = {
+    "model.safetensors.index.json": INDEX,
+    "model-1.safetensors": "",
+    "model-2.safetensors": "",
+}
+COPIES = {
+    "original/consolidated.safetensors": "", "model.fp16.safetensors": "", "onnx/config.json": "{}",
+    "optimizer.safetensors": "", "pytorch_model.bin": "", "adapter.py": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "weights"),
+    [
+        ("{}", {"model.safetensors": ""}, {"model.safetensors"}),
+        ("{}", SHARDS, {"model-1.safetensors", "model-2.safetensors"}),
+        ("{}", {**SHARDS, "model.safetensors": ""}, {"model.safetensors"}),
+        (
+            '{"transformers_weights": "w.safetensors"}',
+            {**SHARDS, "w.safetensors": ""},
+            {"w.safetensors"},
+        ),
+    ],
+)
+def test_of_a_hub_id_only_what_counts_is_fetched(hub, config, files, weights):
+    remote, fetched = hub
+    remote.update({"config.json": config, "tokenizer.json": "", **COPIES, **files})
+    folder = resolve_folder("someone/some-model", "abc123")
+    assert {name for name in fetched if not name.endswith(".json")} == weights
+    assert {path.name for path in weight_files(folder)} == weights
+    assert {"config.json", "tokenizer.json"} <= set(fetched)
+
+
+def test_code_of_a_hub_id_is_fetched_where_it_is_trusted(hub):
+    remote, fetched = hub
+    remote.update({"config.json": "{}", "modeling_own.py": "", "vocab.tiktoken": ""})
+    resolve_folder("someone/some-model", "abc123")
+    assert "modeling_own.py" not in fetched and "vocab.tiktoken" in fetched
+    resolve_folder("someone/some-model", "abc123", trust_remote_code=True)
+    assert "modeling_own.py" in fetched
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
@@ -130,17 +195,44 @@ def test_paths_are_not_taken_for_hub_ids(path):
         resolve_folder(path)
 
 
-def test_no_weights_at_all(tmp_path):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "neither model.safetensors nor model.safetensors.index.json: check the folder"),
+        (["pytorch_model.bin"], r"pickled weights \(pytorch_model.bin\), which can run"),
+        (
+            ["adapter_model.safetensors", "optimizer.safetensors"],
+            "adapter_model.safetensors, optim",
+        ),
+    ],
+)
+def test_no_weights_that_count(tmp_path, names, message):
     CONFIGS["llama"].save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="got none"):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=message):
+        weight_files(tmp_path)
+
+
+def test_a_shard_that_is_not_there(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(INDEX)
+    (tmp_path / "model-1.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"do not exist: \['model-2.safetensors'\]"):
         weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "JSON index"), ("{}", "weight_map"), (None, "beside")],
+    [
+        ("{", "as JSON"),
+        ("{}", "no 'weight_map'"),
+        ("[]", "object"),
+        (None, "not a file next to it"),
+    ],
 )
 def test_a_broken_index(tmp_path, content, message):
+    (tmp_path / "config.json").write_text("{}")
     outside = json.dumps({"weight_map": {"w": "../../etc/model.safetensors"}})
     (tmp_path / "model.safetensors.index.json").write_text(content or outside)
     with pytest.raises(CheckpointError, match=message):

@@ -160,6 +160,9 @@ def claim_of(expected: dict[str, Any], **fields: Any) -> Claim:
         ({"tolerance": 1.0}, "tolerance"),
         ({"quote": None}, "quote"),
         ({"colour": "red"}, "colour"),
+        ({"withdrawn": ""}, "withdrawn"),
+        ({"withdrawn": " "}, "withdrawn"),
+        ({"withdrawn": True}, "withdrawn"),
         ({"expected": {**GOOD["expected"], "low": 0.4}}, "either a value, or low and/or high"),
         ({"expected": {"unit": "share", "better": "higher"}}, "either a value, or low and/or"),
         ({"expected": {"unit": "x", "better": "lower", "low": 2, "high": 1}}, "low <= high"),
@@ -176,6 +179,31 @@ def test_a_bad_claim_is_refused_with_its_reason(tmp_path, change, message):
     path.write_text(yaml.safe_dump([{**GOOD, "id": "another"}, {**GOOD, **change}]))
     with pytest.raises(ConfigError, match=rf"claims\.yml cannot be used: (?s:.*){message}"):
         load_claims(path)
+
+
+def test_a_claim_that_was_missed_stays_as_it_was_set(claims):
+    (same,) = [claim for claim in claims if claim.id == "ours-same-tokens"]
+    assert same.quote == (
+        "Whatever is resident, a request gives the same tokens as in every other "
+        "transformers-based system"
+    )
+    assert same.expected.bounds == (1, 1) and same.tolerance == 0
+    assert {"ours-repeatable-tokens", "ours-transformers-tokens", "ours-rounding"} <= {
+        claim.id for claim in claims
+    }
+
+
+def test_claims_on_partial_residency_compare_like_with_like(claims):
+    """Lookup tables in the host, which `djinn` has on a GPU, save bytes too."""
+    ratios = [claim for claim in claims if claim.metric == "bytes_ratio"]
+    assert {claim.arguments["system"] for claim in ratios} == {"djinn_partial_no_overlap"}
+
+
+def test_no_claim_stands_on_a_baseline_that_could_not_batch(claims):
+    for claim in claims:
+        systems = str([claim.arguments.get(key) for key in ("system", "to", "reference")])
+        if claim.arguments.get("mode") == "concurrent" and "vllm" in systems:
+            assert claim.withdrawn and "could not batch" in claim.withdrawn
 
 
 @pytest.mark.parametrize("content", ["", "[", "claims: 5", "- 5", "- id: a"])
@@ -333,6 +361,7 @@ def test_concurrent_rows_never_mix_into_sequential_ones():
         "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
         "worst_bytes_to_optimum": {"system": "djinn"},
         "token_agreement": {},
+        "token_agreement_of": {"system": "djinn"},
     }.items():
         alone = measure(name, rows, **arguments)
         assert measure(name, pd.concat([rows, late]), **arguments) == alone, name
@@ -426,6 +455,29 @@ def test_token_agreement():
     assert measure("token_agreement", pd.concat([same, crashed])).value == 1.0
     with pytest.raises(NotMeasured, match="fewer than two systems"):
         METRICS["token_agreement"](replace(evidence_of(same), other_steps={"a"}))
+
+
+def test_token_agreement_of_one_system():
+    rows = [
+        served("ours", [5.0] * 4, token_sha=list("wxy?")),
+        served("a", [5.0] * 4, token_sha=list("wxyz")),
+        served("b", [5.0] * 4, token_sha=list("w?yz")),
+    ]
+    found = measure("token_agreement_of", pd.concat(rows), system="ours")
+    assert (found.value, found.n) == (0.5, 4) and found.low < 0.5 < found.high
+    assert found.remark == "2 of 4 requests, 2 other systems"
+    again = served("ours", [5.0] * 4, token_sha=list("?xy?")).assign(repeat=1)
+    found = measure("token_agreement_of", pd.concat([*rows, again]), system="ours")
+    assert found.value == 0.25  # the same in every repeat
+    faster = replace(evidence_of(pd.concat(rows)), other_steps={"ours", "b"})
+    assert METRICS["token_agreement_of"](faster, system="ours").value == 0.75
+    elsewhere = [r.assign(capacity_label="20", token_sha="?") for r in rows]
+    assert measure("token_agreement_of", pd.concat([*rows, *elsewhere]), system="ours").n == 4
+    short = [rows[0], rows[1].iloc[:2]]
+    assert measure("token_agreement_of", pd.concat(short), system="ours").n == 2
+    alone = replace(evidence_of(pd.concat(rows)), other_steps={"a", "b"})
+    with pytest.raises(NotMeasured, match="no other system with transformers' own steps"):
+        METRICS["token_agreement_of"](alone, system="ours")
 
 
 def test_token_repeatability():
@@ -580,6 +632,17 @@ def test_an_unavailable_system_is_not_judged_and_its_row_says_why():
     assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
 
 
+def test_a_withdrawn_claim_is_not_measured_and_says_why():
+    claim = claim_of({"value": 0.75}, withdrawn="the baseline could not batch")
+    rows = served("djinn", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
+    (kept,) = judge([claim_of({"value": 0.75})], evidence_of(rows))
+    (verdict,) = judge([claim], evidence_of(rows))
+    assert (kept.verdict, kept.measured) == ("reproduced", 0.75)
+    assert (verdict.verdict, verdict.why) == ("withdrawn", "the baseline could not batch")
+    assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
+    assert verdict.expected == "75%" and not missed_claims([verdict])
+
+
 def test_a_whole_run_is_judged(claims):
     on_gpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), GPU))}
     on_cpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), CPU))}
@@ -593,14 +656,17 @@ def test_a_whole_run_is_judged(claims):
     assert on_gpu["ours-switch-vs-sleep"].verdict == "reproduced"
     assert on_gpu["ours-mean-vs-sleep"].why.endswith("against vllm_sleep")
     waiting = {"paper-concurrent", *(c.id for c in claims if "concurrent" in c.id)}
-    waiting |= {"ours-hidden-switches", "ours-waiting-mean-vs-sleep"}
+    waiting |= {"ours-hidden-switches"}
+    withdrawn = {claim.id for claim in claims if claim.withdrawn}
+    assert withdrawn == {"ours-waiting-mean-vs-sleep"}
+    assert all(judged[i].verdict == "withdrawn" for judged in (on_gpu, on_cpu) for i in withdrawn)
     for name in waiting:  # these rows have no concurrent ones
         assert on_gpu[name].verdict == "not judged"
         assert "'concurrent'" in on_gpu[name].why
     longer = {claim.id for claim in claims if claim.arguments.get("trace") == "zipf"}
     for name in longer:  # nor any of the longer trace
         assert on_gpu[name].verdict == "not judged" and "trace 'zipf'" in on_gpu[name].why
-    timed = {claim.id for claim in claims if claim.metric in TIMED} - waiting - longer
+    timed = {claim.id for claim in claims if claim.metric in TIMED} - waiting - longer - withdrawn
     assert all(on_cpu[i].verdict == "not judged" for i in timed)
     assert all(on_cpu[i].measured == on_gpu[i].measured is not None for i in timed)
     counted = on_cpu.keys() - timed - {"paper-total-size"}

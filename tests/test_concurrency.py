@@ -434,3 +434,65 @@ def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected)
     for _ in range(3):
         cycle()
     assert held() == before
+
+
+def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplog):
+    """Nobody hangs, and whoever gets tokens gets those of the model that was asked."""
+    failures, stop = [], threading.Event()
+    with dj.Djinn("1200KiB", "cpu", "16KiB", order="affinity", decode="eager") as djinn:
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+
+        def ask(seed):
+            rng = random.Random(seed)
+            while not stop.is_set():
+                name = rng.choice(["llama", "phi", "guest"])
+                try:
+                    g = djinn.generate(name, PROMPT, 6, ignore_eos=True)
+                except ConfigError as error:  # a guest who has left, or is another one by now
+                    if name != "guest":
+                        failures.append((name, error))
+                    continue
+                except BaseException as error:
+                    failures.append((name, error))
+                    return
+                if g.token_ids not in (
+                    [expected[n] for n in ("opt", "qwen2-tied")]
+                    if name == "guest"
+                    else [expected[name]]
+                ):
+                    failures.append((name, g))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for i in range(4):
+            djinn.add("guest", folders / ("opt", "qwen2-tied")[i % 2])
+            time.sleep(0.05)
+            while True:
+                try:
+                    djinn.remove("guest")
+                    break
+                except LeaseError:  # it is being asked
+                    time.sleep(0.001)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        djinn.check()
+    assert not failures, failures[:3]
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_a_request_is_not_served_by_another_model_of_the_same_name(folders, expected):
+    with dj.Djinn("1200KiB", "cpu", "16KiB", decode="eager") as djinn:
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+        with djinn.lease("llama"):
+            pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+            djinn.remove("phi")
+            djinn.add("phi", folders / "opt")
+        with pytest.raises(ConfigError, match="another model of that name"):
+            pending.result(60)
+        g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)
+        assert g.token_ids == expected["opt"]

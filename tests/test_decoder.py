@@ -10,12 +10,14 @@ from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, spec
 from transformers import MambaConfig
 
 import djinn_lib as dj
-from djinn_lib import compiling, recorded_decoder, recording
+from djinn_lib import compiling, recording
+from djinn_lib.decoder import EagerDecoder
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.kv_cache import KvCache
 from djinn_lib.models import pack
-from djinn_lib.recorded_decoder import RecordedDecoder, ensure_alike, prefill_lengths
+from djinn_lib.recorded_decoder import RecordedDecoder, prefill_lengths
 from djinn_lib.recording import Recorder
+from djinn_lib.reference import ensure_alike
 from djinn_lib.sampling import Sampler, Sampling
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ def test_prompts_of_any_length(name, n_prompt):
     model = spec(name).build()
     decoder = RecordedDecoder(model, pack(model)[1], 100, Recorder(CPU))
     prompt = [(7 * i + 3) % VOCAB for i in range(n_prompt)]
-    expected = recorded_decoder.EagerDecoder(model).generate(prompt, 10, ignore_eos=True)
+    expected = EagerDecoder(model).generate(prompt, 10, ignore_eos=True)
     assert decoder.generate(prompt, 10, ignore_eos=True).token_ids == expected.token_ids
 
 
@@ -303,5 +305,5 @@ def test_pieces_begin_where_more_bytes_are_needed(monkeypatch):
 
 
 def test_room_for_no_tokens_is_refused():
-    with pytest.raises(ConfigError, match="max_model_len of at least 8 tokens, got 1"):
+    with pytest.raises(ConfigError, match="max_model_len of at least 8, got 1"):
         dj.Djinn("2MiB", "cpu", "16KiB", max_model_len=1)

@@ -1,5 +1,7 @@
 """Masters on disk: the bytes of pages, host memory that stays within its budget, broken disks."""
 
+import errno
+import fcntl
 import os
 import threading
 import time
@@ -13,7 +15,8 @@ from tiny import PROMPT, ordinary_tokens, spec
 import djinn_lib as dj
 from djinn_lib import copier, disk_tier, host_memory
 from djinn_lib.disk_tier import DiskTier, open_masters
-from djinn_lib.errors import CapacityError, ConfigError, DjinnError
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
+from djinn_lib.swap_file import BLOCK_BYTES
 from djinn_lib.swap_pool import Layout, SwapPool
 
 PAGE = 16 << 10
@@ -185,8 +188,137 @@ def test_a_flipped_bit_on_disk_is_noticed_and_nobody_else_suffers(tier):
 def test_a_swap_file_that_is_cut_short_is_noticed(tier):
     with Path(f"/proc/self/fd/{tier._files['a']._fd}").open("r+b") as file:
         file.truncate(PAGE)
-    with pytest.raises(DjinnError, match="expected 81920 bytes, got 16384"):
+    with pytest.raises(DjinnError, match="expected 81920 bytes, got 16384: the file was cut short"):
         tier.hold("a")
+    assert not tier.ring.is_leased("a") and tier.ring.n_resident("a") == 0
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 8192])
+def test_more_pages_than_one_call_may_read(tmp_path, page_bytes):
+    n_pages = os.sysconf("SC_IOV_MAX") + 200
+    assert n_pages * page_bytes < disk_tier.READ_BYTES  # all of them at a time
+    content = torch.arange(n_pages * page_bytes // 4, dtype=torch.int32)
+    tier = DiskTier(n_pages * page_bytes, page_bytes, tmp_path)
+    layout = Layout.pack([("w", content.shape, torch.int32)])
+    tier.add("m", layout, lambda views: views["w"].copy_(content))
+    tier.hold("m")
+    frames = tier.ring.frames("m")
+    got = torch.cat([tier._frame(frame) for frame in frames]).view(torch.int32)
+    assert torch.equal(got, content)
+    tier.let_go("m")
+    tier.close()
+
+
+class ShortReads:
+    """Reads at most so many bytes at a time; where O_DIRECT is on, from whole blocks on only."""
+
+    def __init__(self, at_most):
+        self.at_most, self.n_calls = at_most, 0
+
+    def __call__(self, fd, buffers, offset):
+        self.n_calls += 1
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT and offset % BLOCK_BYTES:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        with Path(f"/proc/self/fd/{fd}").open("rb") as file:
+            file.seek(offset)
+            got = data = file.read(min(self.at_most, sum(map(len, buffers))))
+        for buffer in buffers:
+            n_bytes = min(len(buffer), len(data))
+            buffer[:n_bytes], data = data[:n_bytes], data[n_bytes:]
+        return len(got)
+
+
+@pytest.mark.parametrize("at_most", [700, BLOCK_BYTES, BLOCK_BYTES + 1, PAGE, 3 * PAGE - 100])
+def test_reads_that_give_less_go_on(tier, monkeypatch, at_most):
+    n_fds = psutil.Process().num_fds()
+    reads = ShortReads(at_most)
+    monkeypatch.setattr(os, "preadv", reads)
+    for name in "ab":
+        tier.hold(name)
+        assert torch.equal(read_all(tier, name), contents(name))
+        tier.let_go(name)
+    assert reads.n_calls >= 9 * PAGE // at_most
+    assert psutil.Process().num_fds() == n_fds
+
+
+def test_a_read_that_goes_on_finds_the_end_of_the_file(tier, monkeypatch):
+    with Path(f"/proc/self/fd/{tier._files['a']._fd}").open("r+b") as file:
+        file.truncate(2 * PAGE + 100)
+    monkeypatch.setattr(os, "preadv", ShortReads(1000))
+    with pytest.raises(DjinnError, match=f"expected {5 * PAGE} bytes, got {2 * PAGE + 100}: "):
+        tier.hold("a")
+
+
+def test_a_master_in_use_is_not_discarded_and_nothing_changes(tier):
+    n_fds = psutil.Process().num_fds()
+    tier.hold("a", lasting=True)
+    with pytest.raises(LeaseError, match="'a': release it first"):
+        tier.discard("a")
+    assert psutil.Process().num_fds() == n_fds
+    assert torch.equal(read_all(tier, "a"), contents("a"))
+    with pytest.raises(ConfigError, match="a new model name"):
+        tier.add("a", tier.layout("a"), lambda views: None)
+    tier.let_go("a", lasting=True)
+    tier.ring.check()
+    tier.hold("b")
+    tier.let_go("b")
+    tier.hold("a")  # from disk again
+    assert torch.equal(read_all(tier, "a"), contents("a"))
+    tier.let_go("a")
+    tier.discard("a")
+    assert psutil.Process().num_fds() == n_fds - 1
+    with pytest.raises(ConfigError, match="add it first"):
+        tier.hold("a")
+
+
+def test_a_master_in_use_goes_with_the_tier(tier):
+    n_fds = psutil.Process().num_fds()
+    tier.hold("a", lasting=True)
+    tier.close()
+    assert psutil.Process().num_fds() == n_fds - len(SIZES) and tier.n_bytes == 0
+    tier.let_go("a", lasting=True)  # late, and harmless
+    with pytest.raises(ConfigError, match="add it first"):
+        tier.hold("a")
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()], ids=str)
+def test_frames_are_given_back_when_nobody_reads_into_them(tier, monkeypatch, error):
+    """One read fails while another one is still going on: its frames must not be another's yet."""
+    monkeypatch.setattr(disk_tier, "READ_BYTES", PAGE)
+    real, ended = disk_tier.SwapFile.read, []
+
+    def first_fails(self, first_page, frames):
+        if first_page == 0:
+            raise error
+        time.sleep(0.05)
+        real(self, first_page, frames)
+        ended.append((first_page, tier.ring.n_resident("a")))
+
+    monkeypatch.setattr(disk_tier.SwapFile, "read", first_fails)
+    with pytest.raises(DjinnError if isinstance(error, OSError) else KeyboardInterrupt):
+        tier.hold("a")
+    n_ended = len(ended)
+    assert n_ended and all(n_resident == 5 for _, n_resident in ended)
+    time.sleep(0.1)
+    assert len(ended) == n_ended  # and none began later
+    assert tier.ring.n_resident("a") == 0 and tier.bytes_read == 0
+    monkeypatch.undo()
+    tier.hold("a")
+    assert torch.equal(read_all(tier, "a"), contents("a"))
+    tier.let_go("a")
+
+
+def test_a_disk_that_keeps_nothing_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    tier = DiskTier(2 * PAGE, PAGE, tmp_path)
+    n_fds = psutil.Process().num_fds()
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(CapacityError, match=r"to be written to .*, got Input/output error"):
+        tier.add("a", Layout.pack([("w", (PAGE,), torch.uint8)]), lambda views: None)
+    assert list(tmp_path.iterdir()) == [] and psutil.Process().num_fds() == n_fds
+    tier.close()
 
 
 def test_no_table_stays_in_host_memory(tier):
@@ -302,6 +434,6 @@ def test_a_ring_that_does_not_fit_gives_the_host_memory_back(tmp_path, monkeypat
     threads = threading.active_count()
     for _ in range(3):
         with pytest.raises(CapacityError):
-            dj.Djinn("1TiB", "cpu", "1GiB", host_capacity="1GiB", swap_dir=tmp_path)
+            dj.Djinn("1TiB", "cpu", "64MiB", host_capacity="64MiB", swap_dir=tmp_path)
     assert threading.active_count() == threads
     assert copier.copy_page  # the module is whole

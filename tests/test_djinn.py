@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import psutil
 import pytest
@@ -169,6 +170,22 @@ def test_a_generation_tells_what_it_cost(folders):
         assert 0 < g.ttft_ms < g.total_ms
         assert g.total_ms == pytest.approx(g.ttft_ms + g.decode_ms)
         assert g.stall_ms <= g.switch_ms <= g.ttft_ms
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_what_a_prefill_waits_for_is_part_of_the_switch(folders, monkeypatch, decode):
+    real = copier.copy_page
+
+    def slow(target, source):
+        time.sleep(0.002)
+        real(target, source)
+
+    with dj.Djinn("1MiB", page=PAGE, decode=decode, max_model_len=40) as djinn:
+        djinn.add("m", folders / "llama")
+        djinn.evict("m")
+        monkeypatch.setattr(copier, "copy_page", slow)
+        g = djinn.generate("m", PROMPT, 4, ignore_eos=True)
+    assert 20 < g.stall_ms <= g.switch_ms <= g.ttft_ms
 
 
 def test_generation_stops_at_eos_unless_told_not_to(folders):

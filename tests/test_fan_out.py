@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +22,12 @@ from profile_factory import tiny_profile
 
 from djinn_lib import fan_out as fan_out_module
 from djinn_lib import reproduce, tasks
+from djinn_lib.begun import Begun
 from djinn_lib.bench import Bench, set_up
 from djinn_lib.cell import run_cell
 from djinn_lib.errors import ConfigError, PlatformError
 from djinn_lib.fan_out import Job, Result, ensure_ray, fan_out
-from djinn_lib.notebooks import Status
+from djinn_lib.notebooks import Status, read_statuses
 from djinn_lib.records import read_manifest, read_rows
 
 ray = pytest.importorskip("ray")
@@ -223,6 +227,105 @@ def test_a_cell_run_apart_sees_no_ray_and_leaves_no_trace(bench, monkeypatch):
     notebook = bench.run_dir / "notebooks" / f"{task}.ipynb"
     assert json.loads(notebook.read_text())["run_dir"] == str(bench.run_dir)
     assert "elsewhere" in read_manifest(bench.manifest_path(cell))["notes"][-1]
+
+
+def apart(bench: Bench, monkeypatch: pytest.MonkeyPatch, execute: Any) -> tasks.CellOutcome:
+    """The outcome of a cell that a worker runs, whose notebook does what `execute` does."""
+    (cell,) = bench.profile.all_cells()
+    monkeypatch.setattr(tasks, "execute", execute)
+    arguments = (tasks.cell_inputs(bench.run_dir, cell), bench.run_dir, tasks.Driver("here", None))
+    return tasks.run_cell_apart(bench.profile, cell, *arguments)
+
+
+def test_a_worker_whose_notebook_fails_after_the_cell_loses_no_row(bench, monkeypatch):
+    """No executed notebook either: it could not be kept."""
+    (cell,) = bench.profile.all_cells()
+    task = f"02_run_system.{cell.id}"
+
+    def execute(_: str, output: Path, parameters: dict[str, str], **__: Any) -> Status:
+        run_cell(Bench.open(bench.profile, Path(parameters["run_dir"])), cell)
+        return Status(task, "failed", 1.0, "disk_full", "the executed notebook cannot be kept")
+
+    outcome = apart(bench, monkeypatch, execute)
+    assert outcome.is_whole and outcome.status.error_kind == "disk_full"
+    assert tasks.keep_outcome(outcome, bench.run_dir)
+    rows = read_rows(bench.rows_path(cell))
+    assert rows["ok"].all() and len(rows) == 6
+    before = bench.rows_path(cell).read_bytes()
+
+    inputs = tasks.cell_inputs(bench.run_dir, cell)
+    lost = tasks.failed_outcome(bench.profile, cell, inputs, "kernel_died", "node lost")
+    tasks.keep_outcome(lost, bench.run_dir)  # a later execution, of which nothing came back
+    assert bench.rows_path(cell).read_bytes() == before
+    manifest = read_manifest(bench.manifest_path(cell))
+    assert manifest["run_id"] == rows["run_id"][0] and "node lost" in manifest["notes"][-1]
+    assert not tasks.is_settled(bench.run_dir, task)
+
+
+def test_a_worker_without_room_for_rows_says_so_and_what_it_measured_is_kept(bench, monkeypatch):
+    (cell,) = bench.profile.all_cells()
+    task = f"02_run_system.{cell.id}"
+
+    def execute(_: str, output: Path, parameters: dict[str, str], **__: Any) -> Status:
+        folder = Path(parameters["run_dir"])
+        run_cell(Bench.open(bench.profile, folder), cell)
+        rows = read_rows(folder / "requests" / f"{cell.id}.parquet").to_dict("records")
+        shutil.rmtree(folder / "requests")
+        (folder / "requests").mkdir()
+        journal = folder / "requests" / f"{cell.id}.journal.jsonl"
+        journal.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
+        return Status(task, "failed", 1.0, "disk_full", "No space left on device")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "_settle", full)
+        outcome = apart(bench, patch, execute)
+    assert not outcome.is_whole and outcome.status.error_kind == "disk_full"
+    whole = reproduce._whole_outcome(
+        bench.profile, cell, tasks.cell_inputs(bench.run_dir, cell), Result(outcome)
+    )
+    tasks.keep_outcome(whole, bench.run_dir)
+    rows = read_rows(bench.rows_path(cell))
+    assert rows["ok"].tolist() == [True] * 4 + [False] * 2
+    assert set(rows.loc[~rows["ok"], "error_kind"]) == {"disk_full"}
+
+
+def test_a_cell_whose_outcome_cannot_be_kept_stops_no_other(bench, monkeypatch, capsys):
+    (cell,) = bench.profile.all_cells()
+    kept: list[str] = []
+
+    def refuse(_: Any, outcome: Any) -> None:
+        kept.append(outcome)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def handed_out(jobs: list[Job], on_done: Any) -> None:
+        for job in jobs * 2:
+            on_done(job, Result(error="boom"))
+
+    monkeypatch.setattr(reproduce, "_keep", refuse)
+    monkeypatch.setattr(reproduce, "fan_out", handed_out)
+    monkeypatch.setitem(sys.modules, "dodo", SimpleNamespace(BEGUN=Begun(), inputs_of=lambda _: {}))
+    reproduce._fan_out_cells(bench.profile, bench.run_dir, [cell])
+    assert len(kept) == 2
+    (status,) = read_statuses(bench.run_dir / "status")
+    assert (status.state, status.error_kind) == ("failed", "disk_full")
+    assert "its rows cannot be kept" in capsys.readouterr().out
+
+
+def test_a_run_folder_of_any_name_stands_in_the_notebook(bench, monkeypatch, tmp_path):
+    (cell,) = bench.profile.all_cells()
+
+    def execute(_: str, output: Path, parameters: dict[str, str], **__: Any) -> Status:
+        output.parent.mkdir()
+        output.write_text(json.dumps({"text": f"in {parameters['run_dir']}"}))
+        return Status(f"02_run_system.{cell.id}", "failed", 1.0, "other", "boom")
+
+    named = bench.run_dir.rename(tmp_path / 'a "{run}" of ü \\ [x]')
+    outcome = apart(Bench.open(bench.profile, named), monkeypatch, execute)
+    (notebook,) = [text for name, text in outcome.files.items() if name.endswith(".ipynb")]
+    assert json.loads(notebook)["text"] == f"in {named}"
 
 
 def test_bad_input_ends_a_run_on_ray_before_the_set_up(tmp_path, capsys, monkeypatch):

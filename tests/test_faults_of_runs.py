@@ -17,17 +17,20 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from jupyter_client.utils import run_sync
+from nbclient.exceptions import DeadKernelError
+from nbformat.reader import NotJSONError
 from papermill.exceptions import PapermillExecutionError
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib import cell as cell_module
 from djinn_lib import files, locks, notebooks, nvml, records, reproduce, tasks
 from djinn_lib.bench import Bench, set_up
-from djinn_lib.cell import run_cell
+from djinn_lib.cell import close_dead_cell, run_cell
 from djinn_lib.errors import ConfigError
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.profile import load_profile
-from djinn_lib.records import read_rows
+from djinn_lib.records import read_manifest, read_rows
+from djinn_lib.systems.pytorch import PyTorchPinned
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -163,6 +166,155 @@ def test_a_run_folder_below_a_file(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert reproduce.main(["--profile", "smoke", "--run-dir", str(tmp_path / "file" / "run")]) == 2
     assert "choose another run_dir" in capsys.readouterr().err
+
+
+# -- rows that were measured before something failed -------------------------------------------
+
+
+def after_the_cell(bench, monkeypatch, failure, keeps_the_copy=True):
+    """Let a notebook measure its cell, and then fail."""
+
+    def run_here(_source, output, parameters, _kernel):
+        if keeps_the_copy:
+            output.write_text("{}")
+        names = [parameters[name] for name in ("trace", "capacity_label", "system")]
+        run_cell(bench, bench.profile.cell(*names))
+        raise failure
+
+    monkeypatch.setattr(notebooks, "_papermill", run_here)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (PapermillExecutionError(9, 9, "", "ValueError", "a picture of nothing", []), "other"),
+        (PapermillExecutionError(9, 9, "", "OutOfMemoryError", "no room", []), "oom"),
+        (DeadKernelError("Kernel died"), "kernel_died"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (RuntimeError("Kernel didn't respond"), "kernel_died"),
+        (NotJSONError("Notebook does not appear to be JSON"), "other"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
+)
+def test_a_notebook_that_fails_after_its_cell_was_measured_loses_no_row(
+    bench, monkeypatch, failure, kind
+):
+    """6 of 6 served once became 0 of 6."""
+    after_the_cell(bench, monkeypatch, failure, keeps_the_copy=kind != "disk_full")
+    cell = cell_of(bench, "pytorch_pinned")
+    assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "here")
+    rows, manifest = read_rows(bench.rows_path(cell)), read_manifest(bench.manifest_path(cell))
+    assert rows["ok"].all() and set(rows["run_id"]) == {manifest["run_id"]}
+    status = status_of(bench, "pytorch_pinned")
+    assert (status.state, status.error_kind) == ("failed", kind)
+    assert "6 of 6 requests had been served, and their rows are kept" in status.error
+    assert manifest["notes"][-1].startswith("after these rows were measured an execution failed: ")
+    assert reproduce._summary(bench.run_dir) == 1
+    assert not tasks.is_settled(bench.run_dir, status.task)
+    assert (bench.run_dir / "notebooks" / f"{status.task}.ipynb").exists()  # for the page
+    assert not bench.journal_path(cell).exists()
+
+
+def test_a_system_that_fails_in_closing_loses_no_row(bench, in_process, monkeypatch):
+    def audit(_):
+        raise AssertionError("frame 3 is mapped twice")
+
+    monkeypatch.setattr(PyTorchPinned, "close", audit)
+    assert in_process("pytorch_pinned")
+    assert read_rows(bench.rows_path(cell_of(bench, "pytorch_pinned")))["ok"].all()
+    status = status_of(bench, "pytorch_pinned")
+    assert status.state == "failed" and "frame 3 is mapped twice" in status.error
+
+
+def test_an_execution_that_dies_leaves_an_earlier_one_its_rows(bench, in_process, monkeypatch):
+    assert in_process("pytorch_pinned")
+    cell = cell_of(bench, "pytorch_pinned")
+    before = bench.rows_path(cell).read_bytes()
+
+    def die(*_):
+        raise DeadKernelError("Kernel died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notebooks, "_papermill", die)
+        assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "here")
+    assert bench.rows_path(cell).read_bytes() == before
+    assert status_of(bench, "pytorch_pinned").error_kind == "kernel_died"
+    assert in_process("pytorch_pinned")  # the next one is measured, and takes their place
+    assert bench.rows_path(cell).read_bytes() != before
+    assert status_of(bench, "pytorch_pinned").state == "ok"
+    notes = read_manifest(bench.manifest_path(cell))["notes"]
+    assert not [note for note in notes if "failed" in note]
+
+
+def test_an_execution_that_dies_half_way_does_not_replace_a_whole_one(
+    bench, in_process, monkeypatch
+):
+    assert in_process("pytorch_pinned")
+    cell = cell_of(bench, "pytorch_pinned")
+    before = bench.rows_path(cell).read_bytes()
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2 + 4:
+            raise KeyboardInterrupt  # as a kill: no row of it
+        return real(self, *arguments)
+
+    def die(*arguments):
+        try:
+            run_cell(bench, cell)
+        except KeyboardInterrupt:
+            raise DeadKernelError("Kernel died") from None
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    monkeypatch.setattr(notebooks, "_papermill", die)
+    assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "here")
+    assert bench.rows_path(cell).read_bytes() == before
+    assert n_rows(bench.journal_path(cell)) == 3  # what it did measure is there too
+    bench.rows_path(cell).unlink()
+    close_dead_cell(bench, cell, "kernel_died", "killed")
+    rows, manifest = read_rows(bench.rows_path(cell)), read_manifest(bench.manifest_path(cell))
+    assert rows["ok"].tolist() == [True] * 3 + [False] * 3
+    assert set(rows["run_id"]) == {manifest["run_id"]}
+    assert manifest["wall_s"] > rows["start_s"][2] > manifest["setup_s"] > 0
+    assert not bench.journal_path(cell).exists()
+
+
+def test_rows_of_an_interrupted_execution_are_not_those_of_the_next(bench, monkeypatch):
+    """Its kernel does not even start: the journal that is there was another's."""
+    cell, journal = cell_of(bench, "djinn"), bench.journal_path(cell_of(bench, "djinn"))
+    run_cell(bench, cell)
+    row = read_rows(bench.rows_path(cell)).iloc[0].to_dict()
+    bench.rows_path(cell).unlink()
+    journal.write_text(json.dumps(row, default=str) + "\n")
+
+    def die(*_):
+        raise RuntimeError("Kernel didn't respond in 180 seconds")
+
+    monkeypatch.setattr(notebooks, "_papermill", die)
+    assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "here")
+    assert not read_rows(bench.rows_path(cell))["ok"].any()
+    assert n_rows(journal.parent / "earlier" / journal.name) == 1
+
+
+def test_rows_whose_manifest_finds_no_room_get_one_later(bench, in_process, monkeypatch):
+    cell = cell_of(bench, "pytorch_pinned")
+    with monkeypatch.context() as patch:
+        patch.setattr(cell_module, "write_manifest", full)
+        patch.setattr("djinn_lib.kept_rows.write_manifest", full)
+        assert not in_process("pytorch_pinned")
+    rows = read_rows(bench.rows_path(cell))
+    assert rows["ok"].all() and not bench.manifest_path(cell).exists()
+    close_dead_cell(bench, cell, "disk_full", "No space left on device")
+    assert read_rows(bench.rows_path(cell)).equals(rows)
+    assert read_manifest(bench.manifest_path(cell))["run_id"] == rows["run_id"][0]
+
+
+def test_a_system_that_exits_at_its_start_fails_its_requests(bench, in_process, monkeypatch):
+    monkeypatch.setattr(PyTorchPinned, "start", lambda *_: sys.exit("no licence"))
+    assert in_process("pytorch_pinned")
+    rows = read_rows(bench.rows_path(cell_of(bench, "pytorch_pinned")))
+    assert rows["error"].str.contains("could not start: SystemExit: no licence").all()
 
 
 # -- two runs at once ------------------------------------------------------------------------
@@ -323,6 +475,31 @@ def test_a_kernel_killed_mid_cell_costs_the_requests_that_were_left(
     assert tasks.run_cell_notebook(smoke.profile, other, smoke.run_dir, "2 of 2")
     assert set(read_rows(smoke.rows_path(other))["error_kind"]) == {"unavailable"}
     assert reproduce._summary(smoke.run_dir) == 1
+
+
+@pytest.mark.slow
+def test_a_kernel_killed_after_its_cell_was_measured_costs_no_request(smoke):
+    """While it draws what it has measured."""
+    cell = smoke.profile.cell("paper", "20", "pytorch_pinned")
+
+    def kill():
+        until_s = time.perf_counter() + 500
+        while not smoke.rows_path(cell).exists():
+            assert time.perf_counter() < until_s
+            time.sleep(0.005)
+        kernels_of(os.getpid())[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert tasks.run_cell_notebook(smoke.profile, cell, smoke.run_dir, "1 of 1")
+    killer.join()
+    rows, manifest = read_rows(smoke.rows_path(cell)), read_manifest(smoke.manifest_path(cell))
+    assert len(rows) == 60 and rows["ok"].all()
+    assert set(rows["run_id"]) == {manifest["run_id"]}
+    statuses = {status.task: status for status in read_statuses(smoke.run_dir / "status")}
+    status = statuses[f"02_run_system.{cell.id}"]
+    assert (status.state, status.error_kind) == ("failed", "kernel_died")
+    assert "60 of 60 requests had been served" in status.error
 
 
 @pytest.mark.slow

@@ -27,9 +27,17 @@ SCENARIOS = [
     ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
+    ["copier_contract"],
+    ["weights_after_the_lease"],
+    ["positions"],
     ["too_much"],
 ]
-SERVING = [["many_at_once"], ["larger_than_the_ring"], ["masters_on_disk"]]
+SERVING = [
+    ["many_at_once"],
+    ["larger_than_the_ring"],
+    ["blocks_that_layers_share"],
+    ["masters_on_disk"],
+]
 LEASES = [["lent_weights"], ["written_weights"], ["lent_layers"], ["collected_objects"]]
 
 

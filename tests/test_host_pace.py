@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from run_factory import on_another_machine, write_run
+from run_factory import GPU_MACHINE, on_another_machine, write_run
 
 from djinn_lib.analysis import Run, load_run, published
 from djinn_lib.evidence import NotMeasured
@@ -50,7 +50,7 @@ def test_the_same_kernels_without_the_host_are_told_where_they_were_run(gpu: Run
     slowest = eager[eager["model"] == "phi-mini"].index[0]
     rows.loc[slowest, "decode_ms"] = 9_870.0
     said = told(replace(gpu, rows=rows))
-    assert f"decode phi-mini in {graph['decode_ms'].median():,.0f} ms (`djinn_graph`)" in said
+    assert f"decodes phi-mini in {graph['decode_ms'].median():,.0f} ms (`djinn_graph`)" in said
     rows = gpu.rows[gpu.rows["system"] != "djinn_graph"]
     assert "djinn_graph" not in told(replace(gpu, rows=rows))
 
@@ -72,6 +72,8 @@ def test_rows_are_those_of_the_machine_with_most_eager_systems(gpu: Run):
     rows = rows_of_one_machine(moved)  # the replicate of djinn ran beside all others
     assert set(rows.query("system == 'djinn'")["run_id"]) == {"paper-25-djinn-test"}
     assert "On machine 1 requests" in told(moved)
+    named = replace(moved, listed_machines=[{"part": "Monday/A", "machine": GPU_MACHINE}])
+    assert "On machine Monday/A requests" in told(named)
     forgotten = replace(moved, replicates=gpu.rows.iloc[:0], replicate_manifests={})
     with pytest.raises(NotMeasured, match="no machine ran both"):
         rows_of_one_machine(forgotten)

@@ -13,8 +13,9 @@ from djinn_lib.bench import set_up
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.large_models import LargeCase, measure
 from djinn_lib.large_results import COLUMNS, MANIFEST, ROWS, profile_of, read_large, shares
-from djinn_lib.models import ModelSpec, pack, skeleton
+from djinn_lib.models import pack
 from djinn_lib.sources import open_source
+from djinn_lib.spec import ModelSpec, skeleton
 from djinn_lib.swap_pool import SwapPool
 
 N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes
@@ -137,6 +138,10 @@ def test_figures_of_large_models_and_of_waiting_requests(rows):
     assert [line.get_label() for line in left.lines] == ["Djinn", "Djinn, one after the other"]
     assert left.lines[0].get_ydata()[-1] == right.lines[0].get_ydata()[-1] == 100.0
     assert len(left.lines[0].get_ydata()) == 28  # three first touches are left out
+    unbatched = cell_rows("vllm_sleep", gpu=True).assign(mode="concurrent")
+    figure = plot_switches.switches_beside_waiting(pd.concat([waiting, unbatched]), alone)
+    assert "vLLM sleep" not in {line.get_label() for axes in figure.axes for line in axes.lines}
+    assert "Left out: vLLM sleep (vLLM batches by default" in figure.get_supxlabel()
     empty = plot_switches.switches_beside_waiting(waiting.iloc[:0], alone)
     assert "no concurrent cells" in empty.get_supxlabel()
     longer = plot_switches.switches_on_a_longer_trace(pd.concat([alone, cell_rows("pytorch_lru")]))

@@ -188,6 +188,20 @@ def test_figures_are_the_published_ones_or_those_of_a_run(tree: Tree) -> None:
     assert '-m djinn_lib.redraw "data/runs/cpu"' in own
 
 
+def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -> None:
+    named = tmp_path / 'a {b} "c" $HOME `d` \\ [x]\'s'
+    tree = Tree(named)
+    python = tree.bin / "p $y"
+    tree.command(python.name, '#!/bin/sh\nprintf "%s\\n" "$@" >> "$LOG"\n')
+    wanted = ["-m", "djinn_lib.redraw", f"{named}/run"]
+    done = tree.make("figures", f"FROM={wanted[-1]}", f"PY={python}")
+    assert done.returncode == 0, done.stderr
+    assert tree.log.read_text().splitlines() == wanted
+    tree.log.unlink()
+    assert tree.make("lab", f"PY={python}").returncode == 0
+    assert f"--ServerApp.root_dir={tree.root}" in tree.log.read_text().splitlines()
+
+
 def test_profile_and_lock_follow_the_gpu(tree: Tree) -> None:
     assert tree.make("-s", "print-profile").stdout.strip() == "cpu"
     assert "requirements/cpu.lock" in tree.make("-n", "setup").stdout

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import merge as merge_module
+from djinn_lib import replacing
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
 from djinn_lib.large_results import read_large
+from djinn_lib.locks import run_locks
 from djinn_lib.merge import main, merge
 from djinn_lib.notebooks import read_statuses
 from djinn_lib.records import read_manifest, read_rows
@@ -276,6 +280,56 @@ def test_nothing_is_overwritten_unless_told(parts, tmp_path):
     with pytest.raises(ConfigError, match="name each part once"):
         merge(tmp_path / "run", [tmp_path / "run", *parts], replace=True)
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+@pytest.mark.parametrize("step", range(2))
+def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch, capsys, step):
+    merge(tmp_path / "run", parts[:1])
+    (tmp_path / "run" / ".doit.db").write_text("records")
+    before = contents(tmp_path / "run")
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        calls.append(source)
+        if len(calls) == step + 1:
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(replacing.os, "rename", rename)
+    assert main([str(tmp_path / "run"), *map(str, parts), "--replace"]) == 2
+    assert "error: " in (said := capsys.readouterr().err) and "Permission denied" in said
+    assert contents(tmp_path / "run") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_run_whose_replacement_was_killed_is_there_again(parts, tmp_path):
+    """Killed between putting the old one aside and the new one in place."""
+    merge(tmp_path / "run", parts[:1])
+    before = contents(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / ".run.before")
+    with pytest.raises(ConfigError, match="replace it with --replace"):  # so it is seen again
+        merge(tmp_path / "run", parts)
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run").rename(tmp_path / ".run.before")
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_folder_that_a_run_uses_is_not_replaced(parts, tmp_path):
+    merge(tmp_path / "run", parts[:1])
+    with run_locks(tmp_path / "run", "cpu"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(ConfigError, match=r"the run folder .* to be free"):
+            merge(tmp_path / "run", parts, replace=True)
+        assert contents(tmp_path / "run") == before
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_a_folder_without_cells_is_no_part(parts, tmp_path):

@@ -57,6 +57,53 @@ def test_execute_keeps_the_executed_copy(folder):
     assert not list(output.parent.glob("*.partial*"))
 
 
+BRACES = (
+    "with {braces}",
+    "{0}",
+    "{n}",
+    "{{n}}",
+    "}{",
+    "{n!r:>{n}}",
+    "%s ${HOME} [a] *",
+    "a'b\"c\\",
+)
+
+
+@pytest.mark.parametrize("name", BRACES)
+def test_paths_are_taken_literally(folder, monkeypatch, name):
+    """Papermill fills parameters into paths: `{n}` of a notebook that has one went elsewhere."""
+    given = []
+
+    def run_here(source, output, parameters, **_):
+        parameters = {**parameters, "pm": {}}
+        given.extend(Path(path.format(**parameters)) for path in (source, output))
+        given[1].write_text("{}")
+
+    inside = folder / name
+    inside.mkdir()
+    (folder / "good.ipynb").rename(inside / "good.ipynb")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", inside)
+    monkeypatch.setattr(notebooks.papermill, "execute_notebook", run_here)
+    output = inside / "out" / "good.ipynb"
+    status = execute("good", output, {"n": 1})
+    assert status.state == "ok", status
+    assert given == [inside / "good.ipynb", output.with_suffix(".partial.ipynb")]
+    assert output.read_text() == "{}"
+
+
+@pytest.mark.slow
+def test_a_run_below_braces_is_a_run_like_any_other(tmp_path):
+    """Set-up and one cell through the real command, in a folder that papermill would fill in."""
+    run_dir = tmp_path / "{profile} {0} [x] %s"
+    command = [sys.executable, "-m", "djinn_lib.reproduce", "--profile", "smoke",
+               "--run-dir", str(run_dir), "cell:paper-25-pytorch_lru"]  # fmt: skip
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_rows(run_dir / "requests" / "paper-25-pytorch_lru.parquet")["ok"].all()
+    assert (run_dir / "notebooks" / "02_run_system.paper-25-pytorch_lru.ipynb").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
+
+
 def test_an_error_in_a_notebook_is_a_status(folder):
     output = folder / "out" / "raises.ipynb"
     status = execute("raises", output, {"n": 7})
@@ -79,6 +126,33 @@ def test_a_kernel_that_does_not_start_is_a_status(folder, monkeypatch):
     status = execute("good", folder / "out" / "good.ipynb", {}, kernel="broken")
     assert (status.state, status.error_kind) == ("failed", "kernel_died")
     assert "did not start" in status.error
+    assert (folder / "out" / "good.ipynb").exists()  # for the page
+
+
+def test_a_copy_that_a_killed_process_left_is_not_that_of_the_next(folder, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Kernel didn't respond in 180 seconds")
+
+    monkeypatch.setattr(notebooks, "_papermill", refuse)
+    output = folder / "out" / "good.ipynb"
+    output.parent.mkdir()
+    output.with_suffix(".partial.ipynb").write_text("cut")
+    assert execute("good", output, {}).error_kind == "kernel_died"
+    assert output.read_bytes() == (folder / "good.ipynb").read_bytes()
+    assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(KeyError("cells"), "other"), (MemoryError("kernel"), "oom")], ids=repr
+)
+def test_whatever_the_libraries_raise_is_a_status(folder, monkeypatch, error, kind):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(notebooks, "_papermill", refuse)
+    status = execute("good", folder / "out" / "good.ipynb", {})
+    assert (status.state, status.error_kind) == ("failed", kind)
+    assert status.error.startswith(type(error).__name__)
 
 
 @pytest.mark.parametrize("long", [False, True])

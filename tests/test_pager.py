@@ -219,6 +219,103 @@ def test_a_reservation_that_fails_forgets_the_model(three, monkeypatch):
     assert "d" not in pager.ring.models
 
 
+@pytest.mark.parametrize("step", ["bytes_view", "admit"])
+def test_a_model_that_cannot_be_added_leaves_nothing(three, monkeypatch, step):
+    pager, _, _ = three
+
+    def refuse(*_):
+        raise MemoryError("no")
+
+    n_areas = len(pager.space._areas)
+    monkeypatch.setattr(pager.space if step == "bytes_view" else pager.policy, step, refuse)
+    with pytest.raises(MemoryError):
+        pager.add("d", PAGE)
+    monkeypatch.undo()
+    assert "d" not in pager.ring and len(pager.space._areas) == n_areas
+    pager.add("d", PAGE)
+    pager.check()
+
+
+def test_nothing_changes_when_a_leased_model_is_to_go(three):
+    pager, pool, views = three
+    with pager.lease("a") as lease:
+        pager.finish("a")
+        known, frames = vars(pager.policy).copy(), pager.ring.frames("a")
+        for refused in (pager.evict, pager.remove):
+            with pytest.raises(LeaseError, match="release it first"):
+                refused("a")
+        assert vars(pager.policy) == known and pager.ring.frames("a") == frames
+        pager.wait("a", 10 * PAGE - 7)
+        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.master("a"))
+    assert lease.loaded_bytes == 10 * PAGE - 7
+    pager.remove("a")
+    for asked in (pager.resident_bytes, pager.wait_whole, pager.finish, pager.is_streamed):
+        with pytest.raises(ConfigError, match="'a': add it first"):
+            asked("a")
+    with pytest.raises(ConfigError, match="'a': add it first"):
+        pager.wait_for("a", ((0, 1),))
+    assert not pager.is_resident("a")
+
+
+def test_a_device_that_fails_while_it_is_waited_for_keeps_ring_and_mappings_in_step(three):
+    """As CUDA does, once a kernel has failed: then no call to wait for the device succeeds."""
+    pager, pool, views = three
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pager.lease("a"):
+        pager.finish("a")
+    paged = pager._models["a"]
+    paged.note_use(broken)
+    for use in (lambda: pager.lease("b"), lambda: pager.evict("a"), lambda: pager.remove("a")):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            use()
+        pager.ring.check()
+    assert not pager.ring.is_leased("b")
+    assert pager.resident_bytes("a") == 7 * PAGE  # what b was to have is gone, and no more
+    paged.note_use(lambda: None)
+    pager.check()
+    with pager.lease("b"):
+        pager.finish("b")
+        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+
+
+def test_a_lease_ends_whatever_marking_its_end_raises(three, monkeypatch):
+    pager, _, _ = three
+    lease = pager.lease("a")
+
+    def broken():
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(pager.copier, "fence", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        lease.release()
+    assert not pager.ring.is_leased("a")
+
+
+def test_device_memory_is_released_whatever_the_copier_raises():
+    pager, _, _ = make_pager({"a": PAGE}, 2)
+    n_fds = psutil.Process().num_fds()
+
+    def broken():
+        raise RuntimeError("CUDA error")
+
+    close, pager.copier.close = pager.copier.close, broken
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        pager.close()
+    assert psutil.Process().num_fds() == n_fds - 1
+    close()
+
+
+def test_a_lease_may_end_after_the_pager():
+    pager, _, _ = make_pager({"a": PAGE}, 2)
+    lease = pager.lease("a")
+    pager.close()
+    lease.release()
+    pager.close()
+
+
 def test_evict_and_remove(three):
     pager, _, _ = three
     with pager.lease("a"):

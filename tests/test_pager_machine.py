@@ -1,8 +1,9 @@
 """The pager against a naive model, with everything that can fail failing.
 
-Models smaller and larger than the ring, masters in memory and on disk, any policy; requests that
-read every byte of a forward pass, requests given up, models loaded ahead; copies, mappings and disk
-reads that fail. Whatever happened, leased bytes are right and every frame is accounted for.
+Models smaller and larger than the ring, with weights that units share and without; masters in
+memory and on disk, any policy; requests that read every byte of a forward pass, requests given up,
+models loaded ahead; copies, mappings and disk reads that fail. Whatever happened, leased bytes are
+right and every frame is accounted for.
 """
 
 import tempfile
@@ -13,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from naive_window import frames_by_prefix, merged, one_after_another
 from test_pager import CPU, PAGE, Flaky
 
 from djinn_lib import address_space_cpu, disk_tier
@@ -21,42 +23,56 @@ from djinn_lib.pager import Pager
 from djinn_lib.policy import POLICIES
 from djinn_lib.swap_pool import Layout, SwapPool
 
-UNITS = st.lists(st.integers(1, 2 * PAGE), min_size=1, max_size=7)
+SHARED = st.integers(0, 3 * PAGE)
+OWN = st.lists(st.tuples(st.integers(1, 2 * PAGE), st.booleans()), min_size=1, max_size=7)
+MODEL = st.tuples(SHARED, OWN)  # bytes that units share, those of each, and whether it reads both
+
+
+def units_of(shared, own):
+    """The extents of the units of a drawn model."""
+    alone = one_after_another([n_bytes for n_bytes, _ in own], shared)
+    return [
+        merged([(0, shared), *unit]) if shared and reads else unit
+        for unit, (_, reads) in zip(alone, own, strict=True)
+    ]
 
 
 class PagerMachine(RuleBasedStateMachine):
     @initialize(
         n_frames=st.integers(5, 14),
-        units=st.lists(UNITS, min_size=2, max_size=5),
+        models=st.lists(MODEL, min_size=2, max_size=5),
         residency=st.sampled_from(["partial", "whole"]),
         policy=st.sampled_from(sorted(POLICIES)),
         on_disk=st.booleans(),
     )
-    def start(self, n_frames, units, residency, policy, on_disk):
+    def start(self, n_frames, models, residency, policy, on_disk):
         self.patch = pytest.MonkeyPatch()
         self.flaky = Flaky(self.patch)
         self.folder = tempfile.TemporaryDirectory()
         self.pool = SwapPool()
         if on_disk:  # room for the largest model and a little more
-            self.pool = disk_tier.DiskTier(17 * PAGE, PAGE, Path(self.folder.name))
+            self.pool = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
         self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, residency)
         self.units, self.masters, self.views = {}, {}, {}
         self.held = []
-        for i, sizes in enumerate(units):
-            self.add(f"m{i}", sizes)
+        self.add("small", 0, [(PAGE, False)])  # one at least that fits, whatever is drawn
+        for i, drawn in enumerate(models):
+            self.add(f"m{i}", *drawn)
 
-    def add(self, model, sizes):
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        generator = torch.Generator().manual_seed(sum(sizes))
-        master = torch.randint(0, 256, (ends[-1],), generator=generator, dtype=torch.uint8)
+    def add(self, model, shared, own):
+        units = units_of(shared, own)
+        n_bytes = units[-1][-1][1]
+        generator = torch.Generator().manual_seed(n_bytes)
+        master = torch.randint(0, 256, (n_bytes,), generator=generator, dtype=torch.uint8)
         try:
-            view = self.pager.add(model, ends[-1], ends)
-        except CapacityError:  # two units in a row are larger than the ring
-            assert len(sizes) > 1 and -(-ends[-1] // PAGE) > self.pager.ring.n_frames
+            view = self.pager.add(model, n_bytes, units)
+        except CapacityError:  # what units share and two in a row are larger than the ring
+            assert -(-n_bytes // PAGE) > self.pager.ring.n_frames
+            assert min(frames_by_prefix(units, PAGE).values()) > self.pager.ring.n_frames
             return
-        layout = Layout.pack([("w", (ends[-1],), torch.uint8)])
+        layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
         self.pool.add(model, layout, lambda views: views["w"].copy_(master))
-        self.units[model], self.masters[model], self.views[model] = ends, master, view
+        self.units[model], self.masters[model], self.views[model] = units, master, view
 
     def draw(self, data):
         return data.draw(st.sampled_from(sorted(self.units)))
@@ -70,11 +86,10 @@ class PagerMachine(RuleBasedStateMachine):
 
     def forward(self, model):
         """Read all bytes, each unit as soon as it may run."""
-        begin = 0
-        for end in self.units[model]:
-            self.pager.wait(model, end)
-            assert torch.equal(self.views[model][begin:end], self.masters[model][begin:end])
-            begin = end
+        for extents in self.units[model]:
+            self.pager.wait_for(model, extents)
+            for begin, end in extents:
+                assert torch.equal(self.views[model][begin:end], self.masters[model][begin:end])
 
     @rule(data=st.data(), hold=st.booleans(), n_passes=st.integers(1, 3))
     def request(self, data, hold, n_passes):
@@ -174,8 +189,8 @@ class PagerMachine(RuleBasedStateMachine):
     def release(self, data):
         self.held.pop(data.draw(st.integers(0, len(self.held) - 1))).release()
 
-    @rule(data=st.data(), forget=st.booleans(), sizes=UNITS)
-    def evict_or_replace(self, data, forget, sizes):
+    @rule(data=st.data(), forget=st.booleans(), drawn=MODEL)
+    def evict_or_replace(self, data, forget, drawn):
         model = self.draw(data)
         if self.pager.ring.is_leased(model):
             with pytest.raises(LeaseError):
@@ -184,7 +199,7 @@ class PagerMachine(RuleBasedStateMachine):
             self.pager.remove(model)
             self.pool.discard(model)
             del self.units[model], self.masters[model], self.views[model]
-            self.add(model, sizes)
+            self.add(model, *drawn)
         else:
             self.pager.evict(model)
             assert self.pager.resident_bytes(model) == 0

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from djinn_lib.errors import ConfigError, TraceError
-from djinn_lib.models import ModelSpec, pack, parse_dtype, skeleton
+from djinn_lib.models import pack
 from djinn_lib.profile import REPO, Profile, load_profile, parse_capacity
+from djinn_lib.spec import ModelSpec, check_dtype, skeleton
 from djinn_lib.trace import paper_trace
 
 SMOLLM2_PARAMETERS = 134_515_008  # test_weights checks it against the real weights
@@ -83,10 +84,10 @@ def sizes_of(name: str) -> dict[str, int]:
     profile, sizes = load_profile(name), {}
     for model, entry in profile.models.items():
         if entry.config is None:
-            sizes[model] = SMOLLM2_PARAMETERS * parse_dtype(profile.dtype).itemsize
+            sizes[model] = SMOLLM2_PARAMETERS * check_dtype(profile.dtype).itemsize
         else:
             config = ModelSpec(entry.config).resolve_config()
-            layout, _ = pack(skeleton(config, parse_dtype(profile.dtype)))
+            layout, _ = pack(skeleton(config, check_dtype(profile.dtype)))
             sizes[model] = layout.n_bytes
     return sizes
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
 from run_factory import GPU_MACHINE, write_large_rows, write_run
 
 from djinn_lib import publish as publish_module
+from djinn_lib import replacing
 from djinn_lib.analysis import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
@@ -207,6 +211,74 @@ def test_a_notebook_that_fails_or_is_huge_publishes_nothing(
     assert [path.name for path in reference.iterdir()] == ["engine.json"]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def texts(monkeypatch) -> Iterator[str]:
+    """What the next publications write into every file, in place of a run's rows and figures."""
+    versions = iter(("old", "new", "newer"))
+
+    def copy(_, made: Path) -> None:
+        for name in ("requests", "notebooks", "figures"):
+            (made / name).mkdir()
+        text = next(versions)
+        for name in ("requests/a.parquet", "figures/a.png", "claims.json"):
+            (made / name).write_text(f'"{text}"')
+        write_json(made / "comparison_summary.json", text)
+
+    monkeypatch.setattr(publish_module, "load_run", lambda folder: None)
+    monkeypatch.setattr(publish_module, "_problems", lambda *_: [])
+    monkeypatch.setattr(publish_module, "_copy", copy)
+    monkeypatch.setattr(publish_module, "_read", lambda *_: None)
+    return versions
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_what_is_published_is_the_old_or_the_new_wherever_it_ends(
+    reference, tmp_path, texts, monkeypatch, step
+):
+    """An error at each step: both folders put aside, both put in place."""
+    figures, real, calls = tmp_path / "figures", os.rename, []
+    publish(tmp_path, reference=reference, figures=figures)
+    (figures / "drawn_by_hand.svg").write_text("stays")
+    before = contents(reference), contents(figures)
+
+    def rename(source, target):
+        calls.extend({Path(source), Path(target)} & {reference, figures})
+        if len(calls) == step + 1:
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(replacing.os, "rename", rename)
+    with pytest.raises(OSError, match="Permission denied"):
+        publish(tmp_path, replace=True, reference=reference, figures=figures)
+    assert (contents(reference), contents(figures)) == before
+    assert [path.name for path in reference.parent.iterdir()] == ["h100"]
+    publish(tmp_path, replace=True, reference=reference, figures=figures)
+    assert (reference / "requests" / "a.parquet").read_text() == '"newer"'
+    assert (figures / "a.png").read_text() == '"newer"'
+    assert (figures / "drawn_by_hand.svg").exists() and (reference / "engine.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"figures", "reference"}
+
+
+def test_a_publication_that_was_killed_is_undone_by_the_next_run(reference, tmp_path, texts):
+    """Killed when the reference was the new one already, and the figures were not yet there."""
+    figures = tmp_path / "figures"
+    publish(tmp_path, reference=reference, figures=figures)
+    before = contents(reference), contents(figures)
+    reference.rename(reference.with_name(".h100.before"))
+    figures.rename(figures.with_name(".figures.before"))
+    shutil.copytree(reference.with_name(".h100.before"), reference)
+    (reference / "claims.json").write_text("of the new run")
+    with pytest.raises(ConfigError, match="--replace"):
+        publish(tmp_path, reference=reference, figures=figures)
+    assert (contents(reference), contents(figures)) == before
+    assert [path.name for path in reference.parent.iterdir()] == ["h100"]
+
+
 def test_the_command_says_why_it_refuses(tmp_path, capsys):
     assert publish_module.main([str(tmp_path / "none"), "--replace"]) == 2
     assert "error: expected rows in" in capsys.readouterr().err
@@ -221,6 +293,8 @@ def test_the_command_says_why_it_refuses(tmp_path, capsys):
         ("/run/me/djinn/figures", "out/figures"),
         ("/run/me/djinn2/figures", "figures"),
         ("https://a.org/b/c/d", "https://a.org/b/c/d"),
+        ("open('/data/{project}/[x]/y.py')", "open('y.py')"),
+        ("f'{folder}/{name}/{n}.py', rows[0]/a/b, {x}/c/d", None),
         ("54 GB/s, host/device, </td></tr>, data/runs/cpu, 3 / 4", None),
     ],
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import textwrap
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,20 +23,22 @@ from run_factory import (
 
 from djinn_lib import readme, readme_benchmarks
 from djinn_lib.analysis import load_run, published
-from djinn_lib.claims import judge, load_claims
-from djinn_lib.explanations import explanations, fairness
+from djinn_lib.claims import Verdict, judge, load_claims
+from djinn_lib.comparisons import fairness
+from djinn_lib.explanations import explanations
 from djinn_lib.merge import missing_cells
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.plot_sensitivity import speedup_table
+from djinn_lib.plot_style import system_look
 from djinn_lib.profile import load_profile
 from djinn_lib.records import no_rows, read_manifest, rows_frame, write_manifest, write_rows
 from djinn_lib.replicates import write_replicate
 from djinn_lib.result_tables import sweep_table
 
 README = Path(__file__).parent.parent / "README.md"
-OF_ROWS = {"claims", "comparison", "results", "gain", "sweep", "zipf", "ablation", "replicates",
-           "pace"}  # fmt: skip
+OF_ROWS = {"claims", "headline", "comparison", "tokens", "results", "gain", "sweep", "zipf",
+           "ablation", "replicates", "pace"}  # fmt: skip
 
 
 def test_tables_are_those_of_the_reference():
@@ -62,6 +67,50 @@ def test_the_published_verdicts_are_those_of_the_published_rows():
     kept = {entry["id"]: entry["verdict"] for entry in json.loads(path.read_text())}
     judged = judge(load_claims(), load_run(REFERENCE).evidence)
     assert kept == {verdict.id: verdict.verdict for verdict in judged}
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, Verdict]:
+    """Of the published rows, by the claim's id."""
+    return {v.id: v for v in judge(load_claims(), load_run(REFERENCE).evidence)}
+
+
+def test_a_missed_and_a_withdrawn_claim_are_shown_and_not_counted(verdicts):
+    missed, gone = verdicts["ours-same-tokens"], verdicts["ours-waiting-mean-vs-sleep"]
+    assert (missed.verdict, round(missed.measured, 3)) == ("not reproduced", 0.567)
+    text = readme.claims()
+    assert line_of(text, missed.quote)["verdict"] == "**not reproduced**"
+    line = line_of(text, textwrap.shorten(gone.quote, 110, placeholder=" ..."))
+    assert (line["verdict"], line["measured"], line["n"]) == ("**withdrawn**", "-", "-")
+    assert f"Withdrawn, 1 of them: {gone.why}." in text and "1 withdrawn." in text
+    counts = Counter(verdict.verdict for verdict in verdicts.values())
+    assert f"{counts['reproduced']} reproduced" in text and sum(counts.values()) == len(verdicts)
+
+
+def test_machines_are_called_alike_in_readme_manifests_and_machine_json():
+    run = load_run(REFERENCE)
+    listed = {entry["part"]: entry["cells"] for entry in run.listed_machines}
+    for key, manifest in run.all_manifests.items():
+        name = run.machine_names[run.machine_numbers[key]]
+        assert f"ran in the part {name}" in manifest["notes"]
+        assert key in run.replicate_manifests or key in listed[name]
+    text = README.read_text()
+    assert not re.findall(r"machines? \d", text)
+    assert {*re.findall(r"h100-\d+", text)} <= listed.keys()
+    for system in ("djinn", "vllm_sleep"):
+        rows = run.cells("paper", "25").query(f"system == '{system}'")
+        line = line_of(readme.results(), system_look(system).label)
+        assert line["machine"] == run.machines_of(rows) and line["machine"] in listed
+
+
+def test_the_first_lines_say_what_is_unfair(verdicts):
+    head = "\n".join(README.read_text().splitlines()[:50])
+    for said in ("No, not like for like", "Nothing is claimed against vLLM", "43% of the requests",
+                 "a sleep mode without it was not measured", "could\nnot batch"):  # fmt: skip
+        assert said in head
+    for label, name in (("median", "p50"), ("mean", "mean"), ("P90", "p90")):
+        assert f"{verdicts[f'ours-{name}-vs-sleep'].measured:.2f}x ({label})" in head
+    assert f"{1 / verdicts['ours-maximum'].measured:.2f}x (max)" in head
 
 
 # -- the tables of a run ---------------------------------------------------------------------
@@ -95,7 +144,9 @@ def test_without_rows_every_table_says_so_and_claims_keep_what_is_expected(tmp_p
         assert "Not measured yet" in text, name
     text = readme.claims(tmp_path)
     assert len(lines(text)) == 1 + len(load_claims())
-    assert {row[-1] for row in lines(text)[1:]} == {"not measured yet"}
+    said = [row[-1] for row in lines(text)[1:]]
+    assert said.count("withdrawn") == sum(claim.withdrawn is not None for claim in load_claims())
+    assert set(said) == {"not measured yet", "withdrawn"}
 
 
 def test_the_number_of_claims_is_that_of_the_file(tmp_path, reference):
@@ -273,6 +324,22 @@ def test_requests_that_wait_stand_beside_those_that_do_not(reference, tmp_path):
     done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
     assert float(line["all done after, s"]) == pytest.approx(done_s, rel=0.01)
     assert line["served"] == "60 of 60 (2 repeats)"
+    assert "Left out" not in readme.waiting(folder)
+
+
+def test_a_system_that_could_not_batch_is_left_out_of_those_that_wait(reference, tmp_path):
+    folder = shutil.copytree(reference, tmp_path / "h100")
+    for system in ("djinn", "vllm_sleep"):
+        cell = f"paper-25-{system}"
+        rows = cell_rows(system, gpu=True).assign(mode="concurrent", run_id=f"other-{system}")
+        rows = rows_frame(rows.to_dict("records"))
+        write_rows(rows, folder / "requests" / f"{cell}-concurrent.parquet")
+        manifest = read_manifest(folder / "requests" / f"{cell}.manifest.json")
+        manifest |= {"run_id": f"other-{system}", "cell": f"{cell}-concurrent"}
+        write_manifest(manifest, folder / "requests" / f"{cell}-concurrent.manifest.json")
+    text = readme.waiting(folder)
+    assert [row[0] for row in lines(text)[1:]] == ["Djinn, one after the other", "Djinn"]
+    assert "Left out: vLLM sleep (vLLM batches by default" in text
 
 
 def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
@@ -292,13 +359,16 @@ def test_claims_have_their_verdicts(reference):
     assert (line["measured"], line["verdict"]) == ("0 bytes", "reproduced")
     assert line_of(text, "3 models totaling 31.3GB")["verdict"] == "**not reproduced**"
     assert "On Test GPU: " in text and "Not judged, 1 of them: no rows of system 'djinn'" in text
+    assert "Withdrawn, 1 of them: the baseline could not batch" in text
 
 
 def test_verdicts_of_a_run_without_a_gpu_stand_beside(reference):
     folder = reference.parent / "cpu"
     folder.mkdir()
     kept = [{"id": "ours-near-optimal", "measured": 1.08, "verdict": "reproduced"},
-            {"id": "paper-p50-djinn", "measured": 5.0, "verdict": "not judged"}]  # fmt: skip
+            {"id": "paper-p50-djinn", "measured": 5.0, "verdict": "not judged"},
+            {"id": "ours-waiting-mean-vs-sleep", "measured": None,
+             "verdict": "withdrawn"}]  # fmt: skip
     (folder / "claims.json").write_text(json.dumps(kept))
     head, *rows = lines(readme.claims(reference))
     assert head[-1] == "without a GPU"

@@ -7,8 +7,9 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from row_factory import UNAVAILABLE
+from row_factory import UNAVAILABLE, cell_rows
 from run_factory import write_run
 
 from djinn_lib.analysis import load_run
@@ -16,6 +17,7 @@ from djinn_lib.claims import judge, load_claims, write_claims_json
 from djinn_lib.metrics import summarise
 from djinn_lib.notebook_html import convert_notebooks
 from djinn_lib.notebooks import Status, write_status
+from djinn_lib.records import read_manifest, rows_frame, write_manifest, write_rows
 from djinn_lib.report import build_report, summary_table
 
 PIXEL = (
@@ -63,6 +65,15 @@ def test_every_claim_is_there_with_its_verdict_in_words(page: str):
     assert '<span class="chip reproduced">reproduced</span>' in page
 
 
+def test_a_withdrawn_claim_is_shown_as_such_with_its_reason(page: str):
+    (claim,) = [claim for claim in load_claims() if claim.withdrawn]
+    (row,) = [row for row in page.split("<tr>") if f"· {claim.id}<" in row]
+    assert '<span class="chip withdrawn">withdrawn</span>' in row
+    assert str(escape(claim.withdrawn)) in row and '<td class="number">-' in row
+    assert '<span class="chip withdrawn">1 withdrawn</span>' in page
+    assert ".chip.withdrawn {" in page
+
+
 def test_every_link_leads_to_a_file(page: str, run_dir: Path):
     links = re.findall(r'(?:href|src)="([^"#]+)"', page)
     assert len(links) > 20
@@ -78,6 +89,33 @@ def test_provenance_is_there(page: str):
 def test_failures_are_counted_by_cell(page: str):
     assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom: out of memory" in page
     assert "02_run_system.paper-25-vllm_recreate: oom" not in page  # not said twice
+
+
+def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
+    folder = write_run(tmp_path / "cpu")
+    rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
+    rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
+    rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
+    stem = folder / "requests" / "paper-25-djinn"
+    write_rows(rows_frame(rows.to_dict("records")), Path(f"{stem}-concurrent.parquet"))
+    manifest = read_manifest(Path(f"{stem}.manifest.json"))
+    own = {**manifest, "cell": "paper-25-djinn-concurrent", "run_id": "beside"}
+    write_manifest(own, Path(f"{stem}-concurrent.manifest.json"))
+    task = "02_run_system.paper-25-djinn-concurrent"
+    write_status(Status(task, "failed", 1.0, "timeout", "5 of 30 requests"), folder / "status")
+    page = build_report(folder).read_text()
+    assert "<strong>paper-25-djinn-concurrent</strong>: 5 requests, timeout: too late" in page
+    assert "<strong>paper-25-djinn</strong>" not in page
+    assert f"{task}: timeout" not in page  # not said twice
+
+
+def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
+    folder = write_run(tmp_path / "cpu")
+    task = "02_run_system.paper-25-vllm_recreate"
+    write_status(Status(task, "failed", 1.0, "other", "no picture"), folder / "status")
+    page = build_report(folder).read_text()
+    assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
+    assert f"{task}: other: no picture" in page
 
 
 def test_unavailable_systems_are_no_failures(page: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,3 +154,35 @@ def test_a_run_that_is_killed_keeps_its_cells(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert first.stat().st_mtime_ns == before and second.exists()
     assert {status.state for status in read_statuses(tmp_path / "status")} == {"ok"}
+
+
+@pytest.mark.slow
+def test_a_file_edited_while_a_cell_runs_has_it_run_again(tmp_path):
+    """For real, in a checkout of its own: the rows belong to the ring as it was at the start."""
+    repo = tmp_path / "checkout"
+    of_runs = shutil.ignore_patterns(".*", "runs", "models", "__pycache__")
+    shutil.copytree(REPO, repo, ignore=of_runs)
+    command = [sys.executable, "-m", "djinn_lib.reproduce", "--profile", "smoke"]
+    cell, environment = CELLS[0], {**os.environ, "PYTHONPATH": str(repo)}
+    rows = repo / "data" / "runs" / "smoke" / "requests" / f"{cell.id}.parquet"
+    ring = repo / "djinn_lib" / "ring.py"
+
+    def run() -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, f"cell:{cell.id}"], cwd=repo, env=environment,
+                                stdout=subprocess.PIPE, text=True)  # fmt: skip
+
+    first = run()
+    while not rows.with_name(f"{cell.id}.journal.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    ring.write_text(ring.read_text() + "\n# another ring\n")
+    said, _ = first.communicate()
+    assert first.returncode == 0, said
+    assert f"cell:{cell.id}: ring.py changed while it ran: the next run does it again" in said
+    times = [rows.stat().st_mtime_ns]
+    for _ in range(2):
+        again = run()
+        said, _ = again.communicate()
+        assert again.returncode == 0, said
+        times.append(rows.stat().st_mtime_ns)
+    assert times[0] < times[1] == times[2]  # once more, and then it is up to date

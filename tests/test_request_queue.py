@@ -125,3 +125,18 @@ class QueueMachine(RuleBasedStateMachine):
 
 QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestQueue = QueueMachine.TestCase
+
+
+@pytest.mark.parametrize("order", ["fifo", "affinity"])
+def test_a_look_at_residency_that_fails_changes_nothing(order):
+    def fails(model):
+        raise KeyError(model)
+
+    queue = filled("abc", order)
+    if order == "affinity":
+        with pytest.raises(KeyError):
+            queue.pop(fails)
+        with pytest.raises(KeyError):
+            queue.upcoming(fails, 2)
+        queue.check()
+    assert drain(queue) == [0, 1, 2]

@@ -1,5 +1,8 @@
 """The ring against a naive model that moves single pages one at a time."""
 
+import threading
+import time
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -236,3 +239,75 @@ def test_frames_are_whole_pages():
         n_frames_in(10, 0)
     with pytest.raises(CapacityError, match=r"host_capacity of at least one page \(4 B\), got 3 B"):
         n_frames_in(3, 4, "host_capacity")
+
+
+def test_whole_is_what_has_all_its_pages():
+    ring = Ring(4)
+    assert not ring.is_whole("a")  # nor is it an error to ask
+    ring.add("a", 3)
+    ring.map_missing("a", 2)
+    assert not ring.is_whole("a")
+    ring.map_missing("a")
+    assert ring.is_whole("a")
+    ring.evict("a", 1)
+    assert not ring.is_whole("a")
+    ring.remove("a")
+    assert not ring.is_whole("a")
+
+
+def test_residency_can_be_asked_for_while_models_come_and_go():
+    ring, stop, raised = Ring(8), threading.Event(), []
+
+    def ask():
+        while not stop.is_set():
+            try:
+                ring.is_whole("a")
+            except Exception as error:
+                raised.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    until_s = time.perf_counter() + 0.3
+    while time.perf_counter() < until_s:
+        ring.add("a", 3)
+        ring.map_missing("a")
+        ring.remove("a")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert raised == []
+
+
+@pytest.mark.parametrize("victims", [["b"], ["b", None]])
+def test_a_policy_that_fails_changes_nothing(victims):
+    """It names one model, of which all is taken, and then no other, or raises."""
+
+    class Failing(LRU):
+        def victims(self, candidates):
+            for victim in victims:
+                if victim is None:
+                    raise KeyError("no more")
+                yield victim
+
+    ring = Ring(4)
+    for model, n_pages in (("a", 2), ("b", 2), ("c", 4)):
+        ring.add(model, n_pages)
+    ring.map_missing("a")
+    ring.map_missing("b")
+    with pytest.raises((ConfigError, KeyError)):
+        ring.make_room("c", Failing())
+    assert (ring.n_resident("a"), ring.n_resident("b"), ring.n_free) == (2, 2, 0)
+    ring.check()
+
+
+def test_a_leased_model_is_removed_by_nobody():
+    ring = Ring(2)
+    ring.add("a", 2)
+    ring.map_missing("a")
+    ring.lease("a")
+    with pytest.raises(LeaseError, match="release it first"):
+        ring.remove("a")
+    assert ring.is_whole("a")
+    ring.release("a")
+    assert ring.remove("a").frames == (0, 1)

@@ -142,6 +142,16 @@ def test_the_journal_of_a_cell_that_was_cut_off_tells_its_pace(run_dir):
     assert expected_s(run_dir) == AROUND_S + 30 + 2 * 60  # 60 of 120 requests took 60 s
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "12}", '{"start_s": 1.0}', '{"start_s": "a", "total_ms": 1.0}', "[]}"]
+)
+def test_a_journal_that_tells_nothing_leaves_it_to_the_manifest(run_dir, text):
+    note_manifest(run_dir, wall_s=20.0, setup_s=10.0)
+    by_manifest = expected_s(run_dir)
+    (run_dir / "requests" / "paper-all-djinn.journal.jsonl").write_text(text)
+    assert expected_s(run_dir) == by_manifest
+
+
 def test_every_cell_of_the_gpu_profile_has_a_hint():
     profile = load_profile("gpu")
     nowhere = Path("/nonexistent")

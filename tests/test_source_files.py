@@ -13,6 +13,8 @@ import pytest
 from profile_factory import tiny_profile
 
 from djinn_lib.bench import set_up
+from djinn_lib.errors import ConfigError
+from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
 from djinn_lib.source_files import imported_files
 
@@ -104,6 +106,59 @@ def test_a_notebook_depends_on_what_it_draws_and_judges_with(dodo: ModuleType):
     assert LIB / "fan_out.py" in needed(dodo.task_policies())
     assert LIB / "fused_layers.py" in needed(dodo.task_large_models())
     assert LIB / "plots.py" not in needed(dodo.task_setup())
+
+
+# -- what a cell is begun with -----------------------------------------------------------------
+
+
+def changed(before: dict[str, str], now: dict[str, str]) -> set[str]:
+    return {Path(name).name for name in before | now if before.get(name) != now.get(name)}
+
+
+def test_a_cell_is_begun_with_what_its_process_will_read(dodo: ModuleType, tmp_path, monkeypatch):
+    monkeypatch.setattr(dodo, "MACHINE", tmp_path / "machine.json")
+    cell = next(cell for cell in dodo.CELLS if cell.system == "djinn")
+    before = dodo.inputs_of(cell)
+    assert before == dodo.inputs_of(cell, dodo.PROFILE)
+    assert {"ring.py", "02_run_system.ipynb", f"{cell.trace}.jsonl", "cpu.yml", "weights"} <= {
+        Path(name).name for name in before
+    }
+    # The profile's file is edited: this process goes by what it read, the cell's by the file.
+    edited = dodo.PROFILE.model_copy(update={"new_tokens": dodo.PROFILE.new_tokens + 1})
+    monkeypatch.setattr(dodo, "load_profile", lambda name: edited)
+    assert changed(before, dodo.inputs_of(cell)) == {"cpu.yml"}
+    assert dodo.inputs_of(cell, dodo.PROFILE) == before
+
+    def half_written(name: str) -> None:
+        raise ConfigError("cpu.yml cannot be used")
+
+    monkeypatch.setattr(dodo, "load_profile", half_written)
+    assert changed(before, dodo.inputs_of(cell)) == {"cpu.yml"}
+
+
+def test_a_profile_s_other_cells_and_comments_leave_a_cell_alone(dodo: ModuleType, monkeypatch):
+    cell = dodo.CELLS[0]
+    before = dodo.inputs_of(cell)
+    fewer = dodo.PROFILE.model_copy(update={"cells": dodo.PROFILE.cells[:1]})
+    monkeypatch.setattr(dodo, "load_profile", lambda name: fewer)
+    assert dodo.inputs_of(cell) == before
+
+
+def test_a_set_up_with_other_weights_has_cells_run_again(dodo: ModuleType, tmp_path, monkeypatch):
+    cell, machine = dodo.CELLS[0], tmp_path / "machine.json"
+    monkeypatch.setattr(dodo, "MACHINE", machine)
+    found = []
+    for digest in ("1" * 64, "2" * 64):
+        write_json(machine, {"models": {"m": {"digests": {"model.safetensors": digest}}}})
+        found.append(dodo.inputs_of(cell))
+    assert changed(*found) == {"weights"}
+
+
+def test_the_page_is_begun_with_the_code_that_makes_it(dodo: ModuleType, tmp_path):
+    """It is made in this process, which has loaded that code at its start."""
+    assert LIB / "report.py" in {Path(name) for name in dodo.LOADED}
+    task = dodo.task_report()
+    assert {Path(name) for name in dodo.LOADED} <= set(task["file_dep"])
 
 
 RUN = """

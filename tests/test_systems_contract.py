@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from djinn_lib.arrivals import send
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
-from djinn_lib.models import ModelSpec
 from djinn_lib.records import classify_error
+from djinn_lib.spec import ModelSpec
 from djinn_lib.swap_pool import ALIGNMENT_BYTES
 from djinn_lib.systems import SYSTEMS, system_class
 from djinn_lib.systems.serverless import drop_page_cache

@@ -12,6 +12,7 @@ from run_factory import MACHINE
 from djinn_lib.tables import (
     cell_table,
     facts_table,
+    machine_names,
     machine_numbers,
     machines_table,
     request_table,
@@ -44,6 +45,23 @@ def test_machines_are_numbered_by_their_first_cell():
     table = machines_table(cells)
     assert table["cells"].to_dict() == {1: 2, 2: 1}
     assert table["eager operator (µs)"].to_dict() == {1: 4.9, 2: 3.5}
+
+
+def test_machines_are_called_as_in_machine_json():
+    cells = {
+        "b": manifest("2026-11-24T07:00", eager_operator_us=4.9, versions={"ray": "2.60.0"}),
+        "a": manifest("2026-11-24T08:00", eager_operator_us=3.5),
+        "c": manifest("2026-11-24T09:00", eager_operator_us=6.5),
+    }
+    assert machine_names(cells) == {1: "1", 2: "2", 3: "3"}
+    listed = [
+        {"part": "tuesday", "machine": {**MACHINE, "eager_operator_us": 3.5}},
+        {"part": "monday", "machine": {**MACHINE, "eager_operator_us": 4.9}},
+        {"part": "monday again", "machine": {**MACHINE, "eager_operator_us": 4.9}},
+    ]
+    names = machine_names(cells, listed)
+    assert names == {1: "monday", 2: "tuesday", 3: "3"}  # one is not in the list
+    assert list(machines_table(cells, names).index) == ["monday", "tuesday", "3"]
 
 
 def test_machines_of_older_runs_lack_the_operator():

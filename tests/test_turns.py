@@ -1,6 +1,7 @@
 """Turns among threads: one at a time, in order, none lost."""
 
 import contextvars
+import logging
 import threading
 import time
 
@@ -196,3 +197,92 @@ def test_changes_are_told():
         ticket = turns.join("b")
         turns.withdraw(ticket)
         assert len(changes) == n + 2
+
+
+class Broken:
+    """A callback that raises what it is told to, for as long as it is."""
+
+    def __init__(self, error=None):
+        self.error, self.n_raised = error, 0
+
+    def __call__(self, *_):
+        if self.error:
+            self.n_raised += 1
+            raise self.error
+        return False
+
+
+ERRORS = [KeyError("a"), DjinnError("gone"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.parametrize("broken", ["is_resident", "on_change"])
+def test_a_callback_that_fails_keeps_nobody_waiting(broken, error, caplog):
+    callback = Broken()
+    turns = Turns(
+        RequestQueue("affinity"), **{"is_resident": lambda model: False, broken: callback}
+    )
+    served = []
+
+    def serve(i):
+        with turns.turn("abc"[i % 3]):
+            served.append(i)
+
+    threads = [threading.Thread(target=serve, args=(i,)) for i in range(6)]
+    with caplog.at_level(logging.WARNING), turns.turn("z"):
+        callback.error = error  # from now on, for all who join, end their turns and give up
+        for n, thread in enumerate(threads, start=1):
+            thread.start()
+            wait_until(lambda n=n: turns.n_waiting == n)
+        given_up = turns.join("b")
+        assert turns.withdraw(given_up) and given_up.cancelled()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert served == list(range(6))  # in order of arrival, where nothing else can be told
+    assert callback.n_raised >= 6
+    assert any(record.exc_info and record.exc_info[1] is error for record in caplog.records)
+    callback.error = None
+    with turns.turn("a"):
+        pass
+    turns.close()
+
+
+@pytest.mark.parametrize("broken", ["is_resident", "on_change"])
+def test_an_interrupt_in_a_callback_keeps_nobody_else_waiting(broken):
+    callback = Broken()
+    turns = Turns(
+        RequestQueue("affinity"), **{"is_resident": lambda model: False, broken: callback}
+    )
+    with pytest.raises(KeyboardInterrupt), turns.turn("a"):
+        ticket = turns.join("b")
+        callback.error = KeyboardInterrupt()
+    callback.error = None
+    assert ticket.done()
+    with turns.take(ticket):
+        pass
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_who_is_interrupted_while_joining_leaves_no_ticket_behind(free):
+    interrupts = []
+
+    def on_change():
+        if interrupts:
+            raise interrupts.pop()
+
+    turns = Turns(RequestQueue(), lambda model: False, on_change)
+
+    def join():
+        interrupts.append(KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            turns.join("b")
+
+    if free:  # granted at once, and passed on
+        join()
+    else:
+        with turns.turn("a"):
+            join()
+            assert turns.n_waiting == 0
+    with turns.turn("c"):
+        pass

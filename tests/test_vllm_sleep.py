@@ -12,7 +12,7 @@ from tiny import CONFIGS, PROMPT
 
 from djinn_lib.engine_process import EngineDied
 from djinn_lib.errors import CapacityError, DjinnError
-from djinn_lib.models import ModelSpec
+from djinn_lib.spec import ModelSpec
 from djinn_lib.systems import vllm_sleep
 from djinn_lib.systems.vllm_sleep import VllmSleep
 from djinn_lib.weights import describe

@@ -15,9 +15,11 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     Qwen2Config,
+    Zamba2Config,
+    ZambaConfig,
 )
 
-from djinn_lib.models import ModelSpec
+from djinn_lib.spec import ModelSpec
 
 VOCAB = 500
 _SHAPE = {
@@ -53,6 +55,25 @@ CONFIGS = {
     "gemma": GemmaConfig(**_SHAPE, **_MLP, **_GQA, head_dim=16),
     "gpt-neox": GPTNeoXConfig(**_SHAPE, **_MLP),
 }
+_MAMBA = {"mamba_d_state": 8, "n_mamba_heads": 2, "num_key_value_heads": 4, "mamba_expand": 2}
+SHARING = {  # attention blocks that several layers use
+    "zamba": ZambaConfig(
+        **{**_SHAPE, **_MLP, **_MAMBA, "num_hidden_layers": 6},
+        attention_head_dim=32,
+        attention_hidden_size=128,
+        attn_layer_period=3,
+        attn_layer_offset=2,
+        layers_block_type=["mamba", "mamba", "hybrid"] * 2,
+    ),
+    "zamba2": Zamba2Config(
+        **{**_SHAPE, **_MLP, **_MAMBA, "num_hidden_layers": 6, "n_mamba_heads": 8},
+        num_mem_blocks=2,
+        chunk_size=16,
+        layers_block_type=["mamba", "hybrid", "hybrid"] * 2,
+        use_shared_attention_adapter=True,
+        adapter_rank=8,
+    ),
+}
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 264, 338, 327, 95]
 
 
@@ -73,4 +94,4 @@ def ordinary_tokens(folder: Path, n: int, dtype: str = "float32") -> tuple[int, 
 
 def spec(name: str, dtype: str = "float32", seed: int = 5) -> ModelSpec:
     """The named architecture with seeded random weights."""
-    return ModelSpec(CONFIGS[name], dtype, seed)
+    return ModelSpec((CONFIGS | SHARING)[name], dtype, seed)

@@ -52,11 +52,11 @@ class DjinnRing(SystemUnderTest):
         result: Future[Served] = Future()
 
         def finish(pending: Future[Generation]) -> None:
-            if error := pending.exception():
-                result.set_exception(error)
-            else:
+            try:
                 g = pending.result()
                 result.set_result(self._served(g, g.total_ms - g.queue_ms))
+            except BaseException as error:  # a request that was given up too: somebody waits for it
+                result.set_exception(error)
 
         pending = self.djinn.submit(model, prompt_ids, max_new_tokens, ignore_eos=True)
         pending.add_done_callback(finish)

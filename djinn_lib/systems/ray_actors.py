@@ -8,14 +8,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-import djinn_lib
 from djinn_lib.errors import CapacityError
 from djinn_lib.generate import Tokens, generate_eager
+from djinn_lib.paths import python_path
+from djinn_lib.sockets import ray_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
@@ -58,6 +58,7 @@ class RayActors(SystemUnderTest):
         import ray
 
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ["PYTHONPATH"] = python_path()  # actors inherit it
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
         progress("starting Ray")
         self.started_ray = not ray.is_initialized()
@@ -69,6 +70,7 @@ class RayActors(SystemUnderTest):
                 log_to_driver=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 configure_logging=False,
+                _temp_dir=ray_folder(),
                 runtime_env={"env_vars": _actor_environment()},
             )
         self.actors: OrderedDict[str, Any] = OrderedDict()
@@ -163,8 +165,5 @@ class RayActors(SystemUnderTest):
 
 
 def _actor_environment() -> dict[str, str]:
-    """Let actors find this djinn_lib, and use the threads that the other systems have."""
-    home = str(Path(djinn_lib.__file__).parent.parent)
-    paths = dict.fromkeys([home, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))])
-    threads = str(len(os.sched_getaffinity(0)))  # Ray sets 1, which would slow this system only
-    return {"PYTHONPATH": ":".join(paths), "OMP_NUM_THREADS": threads}
+    """Let actors use the threads that the other systems have; Ray sets 1, which would slow them."""
+    return {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}

@@ -15,12 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 
+from djinn_lib.checkpoint import folder_config
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import check_prompt
-from djinn_lib.models import folder_config
+from djinn_lib.sockets import socket_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 
 MAX_MODEL_LEN = 512
+_SOCKET = "/12345678-1234-1234-1234-123456789012"  # how vLLM calls one, in processes of its own
 
 
 class VllmRecreate(SystemUnderTest):
@@ -108,6 +110,7 @@ def set_environment() -> None:
     """What vLLM reads from the environment; what the user has set there stays."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(len(_SOCKET)))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else two lines at every sleep
     if not find_spec("flashinfer"):  # asked for even where tokens are not sampled
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")

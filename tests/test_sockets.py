@@ -1,0 +1,130 @@
+"""Where sockets can be: 107 bytes, and not a character more."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from djinn_lib import fan_out, notebooks, sockets
+from djinn_lib.engine_process import EngineProcess
+from djinn_lib.errors import ConfigError
+from djinn_lib.fan_out import ensure_ray
+from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
+from djinn_lib.systems import vllm_recreate
+
+REPO = Path(__file__).resolve().parent.parent
+LONG = "scratch/users/some.user.name/jobs/slurm-1234567.batch/tmp"
+
+
+@pytest.fixture
+def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Temporary files where batch systems put them."""
+    folder = tmp_path / LONG
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    for name in ("RAY_TMPDIR", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def test_linux_takes_what_is_called_the_longest(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for n_bytes, fits in ((LONGEST_BYTES, True), (LONGEST_BYTES + 1, False)):
+        path = f"{folder}/{'s' * n_bytes}"[:n_bytes]
+        with socket.socket(socket.AF_UNIX) as made:
+            if fits:
+                made.bind(path)
+            else:
+                with pytest.raises(OSError, match="too long"):
+                    made.bind(path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "n_below", "expected"),
+    [("/a" * 20, 67, "/a" * 20), ("/a" * 20, 68, "/tmp"), ("/" + "ü" * 10, 86, "/" + "ü" * 10),
+     ("/" + "ü" * 10, 87, "/tmp")],
+)  # fmt: skip
+def test_a_folder_counts_in_bytes_with_what_comes_below_it(folder, n_below, expected):
+    assert socket_folder(n_below, folder) == expected
+
+
+def test_the_folder_for_temporary_files_is_asked_first(monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
+    assert socket_folder(60) == "/var/tmp" and ray_folder() == "/var/tmp/ray"
+    assert socket_folder(100) == "/tmp"
+
+
+def test_no_folder_that_is_short_enough_is_said(monkeypatch):
+    monkeypatch.setattr(sockets, "_SHORT", "/proc/nowhere")
+    with pytest.raises(ConfigError, match=r"at most 7 bytes, got /a/long/one.*set TMPDIR"):
+        socket_folder(100, "/a/long/one")
+
+
+def test_kernels_ray_and_vllm_all_fit(long_tmpdir, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("VLLM_RPC_BASE_PATH", None)
+    vllm_recreate.set_environment()
+    longest = (
+        socket_folder(len(notebooks._SOCKET)) + notebooks._SOCKET,
+        ray_folder() + sockets._RAYS.removeprefix("/ray"),
+        os.environ["VLLM_RPC_BASE_PATH"] + vllm_recreate._SOCKET,
+    )
+    assert all(len(path) <= LONGEST_BYTES and path.startswith("/tmp/") for path in longest)
+
+
+def test_a_folder_that_ray_is_told_of_comes_first(monkeypatch, long_tmpdir):
+    monkeypatch.setenv("RAY_TMPDIR", "/var/tmp")
+    assert ray_folder() == "/var/tmp/ray"
+    monkeypatch.setenv("RAY_TMPDIR", f"/var/tmp/{LONG}")
+    assert ray_folder() == "/tmp/ray"
+
+
+def test_ray_without_room_for_sockets_is_refused_before_the_set_up(monkeypatch, long_tmpdir):
+    pytest.importorskip("ray")
+    assert ensure_ray() is None
+    monkeypatch.setattr(sockets, "_SHORT", "/proc/nowhere")
+    with pytest.raises(ConfigError, match="a folder for sockets"):
+        ensure_ray()
+
+
+def test_ray_that_does_not_start_is_an_error_in_words(monkeypatch):
+    ray = pytest.importorskip("ray")
+
+    def refuse(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(fan_out.PlatformError, match="got Exception: The current node timed"):
+        fan_out.fan_out([], lambda job, result: None)
+
+
+def test_engines_in_processes_of_their_own_need_no_path(long_tmpdir):
+    """Their pipes are pairs of sockets without a name."""
+    engine = EngineProcess("collections:Counter", "aab")
+    try:
+        assert engine.call("most_common", 1) == [("a", 2)]
+    finally:
+        engine.close()
+    assert not list(long_tmpdir.rglob("*listener*"))
+
+
+@pytest.mark.slow
+def test_a_cluster_starts_below_a_long_folder(long_tmpdir):
+    pytest.importorskip("ray")
+    code = (
+        "import math\nfrom djinn_lib.fan_out import Job, fan_out\n"
+        "fan_out([Job('one', math.sqrt, (4.0,))], lambda job, result: print(result.value))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "2.0"
