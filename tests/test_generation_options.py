@@ -18,9 +18,10 @@ from djinn_lib.decoders import make_decoder
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import generate_eager
 from djinn_lib.generation_options import OF_SAMPLING, beyond_greedy, request_options
-from djinn_lib.models import ModelSpec, pack
+from djinn_lib.models import pack
 from djinn_lib.recording import Recorder
 from djinn_lib.sampling import Sampling
+from djinn_lib.spec import ModelSpec
 
 VOCAB, PROMPT, N = 100, [84, 76, 43, 27, 52, 41, 78, 31, 48, 59], 20
 CONFIG = LlamaConfig(

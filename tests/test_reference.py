@@ -18,7 +18,7 @@ from djinn_lib.decoders import make_decoder
 from djinn_lib.errors import DjinnError
 from djinn_lib.generate import generate_eager
 from djinn_lib.kv_cache import KvCache, KvLayer
-from djinn_lib.models import ModelSpec, pack
+from djinn_lib.models import pack
 from djinn_lib.recorded_decoder import RecordedDecoder, _probe_lengths
 from djinn_lib.recording import Recorder, Repeated
 from djinn_lib.reference import (
@@ -31,6 +31,7 @@ from djinn_lib.reference import (
     probe_prompt,
     take_reference,
 )
+from djinn_lib.spec import ModelSpec
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB,
