@@ -52,9 +52,8 @@ def _why_not_recorded(model: PreTrainedModel, eager: EagerDecoder) -> str | None
     """What is known beforehand to go beyond a recorded step."""
     if eager.beyond_greedy:
         return f"its generation_config asks for {eager.beyond_greedy}"
-    own: Any = type(model)
-    shared: Any = GenerationMixin
-    if own.generate is not shared.generate or "generate" in vars(model):
+    usual, own = vars(GenerationMixin)["generate"], getattr(type(model), "generate", None)
+    if own is not usual or "generate" in vars(model):
         return "it has a generate of its own"
     if getattr(model, "_is_stateful", False):  # how transformers marks them
         return "it keeps a state, not only keys and values"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -107,17 +107,25 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Return how many token ids a model can look up.
 
     That is how many rows its table of embeddings has, which may be more than the tokenizer has
-    tokens, and no more than any second table has (`vocab_size_per_layer_input`, for example). An id
-    beyond them reads outside a table, which on a GPU ends all use of the device.
+    tokens, and no more than any second table has (`vocab_size_per_layer_input`, for example).
+
+    Raises:
+        ConfigError: the model has no such table.
     """
     sizes = {
         name: size
         for name, size in vars(model.config.get_text_config()).items()
         if name.startswith("vocab_size") and isinstance(size, int) and size > 0
     }
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    if weight is not None and weight.dim() == 2:
-        sizes["vocab_size"] = weight.shape[0]
+    with suppress(NotImplementedError, AttributeError):  # some models do not say where it is
+        weight: Any = model.get_input_embeddings().weight
+        if weight.dim() == 2:
+            sizes["vocab_size"] = weight.shape[0]
+    if not sizes:
+        raise ConfigError(
+            f"expected a model that looks up token ids, got a {type(model).__name__} without a "
+            "vocab_size or input embeddings: it is no causal language model"
+        )
     return min(sizes.values())
 
 

@@ -63,8 +63,8 @@ class ShapesOnly(TorchDispatchMode):
         self._note_lookups(func, args)
         result = self._run(func, args, kwargs or {})
         if func is _aten.slice.Tensor:
-            sliced, dim = args[0], args[1] if len(args) > 1 else 0
-            self.cuts.add((sliced.shape[dim], result.shape[dim]))
+            whole, dim = args[0], args[1] if len(args) > 1 else 0
+            self.cuts.add((whole.shape[dim], result.shape[dim]))
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,8 +139,8 @@ def on_shapes(model: PreTrainedModel) -> PreTrainedModel:
         Exception: whatever its own code raises.
     """
     with ShapesOnly(), torch.device("meta"), torch.no_grad():
-        twin: Any = type(model)(copy.deepcopy(model.config))
-        return twin.to(torch.bfloat16).eval()
+        twin = type(model)(copy.deepcopy(model.config))
+        return twin.bfloat16().eval()
 
 
 def run_on_shapes(twin: PreTrainedModel, n_tokens: int) -> tuple[ShapesOnly, Exception | None]:

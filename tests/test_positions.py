@@ -191,3 +191,8 @@ def test_ids_are_those_that_the_embedding_has():
         generate_eager(model, [VOCAB + 28], 2)
     model.config.vocab_size_per_layer_input = VOCAB - 10
     assert vocabulary(model) == VOCAB - 10
+    del model.config.vocab_size_per_layer_input, model.config.vocab_size
+    assert vocabulary(model) == VOCAB + 28
+    model.set_input_embeddings(None)
+    with pytest.raises(ConfigError, match="looks up token ids"):
+        vocabulary(model)
