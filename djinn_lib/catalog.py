@@ -134,7 +134,7 @@ class Catalog:
         decode: Decode,
         tokenizer: Tokenizer | None,
     ) -> Decoder:
-        own = tokenizer.inner if tokenizer else None
+        own = tokenizer.own if tokenizer else None
         # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
             return EagerDecoder(module, own)

@@ -42,16 +42,16 @@ class Tokenizer:
     that another one reads.
 
     Args:
-        inner: transformers' own.
+        own: transformers' own; to be handed to its `generate`, say, by one thread at a time.
     """
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, own: Any) -> None:
+        self.own = own
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many ids it knows."""
-        return len(self.inner)
+        return len(self.own)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, with the special tokens that the model begins with.
@@ -62,7 +62,7 @@ class Tokenizer:
             ConfigError: the tokenizer cannot encode it.
         """
         ids = self._encode(text)
-        if not text.startswith(tuple(map(str, self.inner.all_special_tokens))):
+        if not text.startswith(tuple(map(str, self.own.all_special_tokens))):
             return ids
         plain = self._encode(text, add_special_tokens=False)
         for n_before in range(len(ids) - len(plain), 0, -1):
@@ -81,14 +81,14 @@ class Tokenizer:
             ConfigError: there is no chat template, or it cannot take these messages.
         """
         conversation = read_messages(messages)
-        if getattr(self.inner, "chat_template", "") is None:
+        if getattr(self.own, "chat_template", "") is None:
             raise ConfigError(
                 "expected a tokenizer with a chat template, got one without: pass the formatted "
                 "conversation as text to generate()"
             )
         advice = "check the roles and their order, or pass the formatted text to generate()"
         with self._lock, _refused("messages that the model's chat template can format", advice):
-            text = self.inner.apply_chat_template(
+            text = self.own.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False
             )
         return self._encode(text, add_special_tokens=False)  # the template writes its own
@@ -97,14 +97,14 @@ class Tokenizer:
         """Return what token ids say, without special tokens; None, with a warning, if it fails."""
         try:
             with self._lock, _refused("token ids that the tokenizer can decode", "none is lost"):
-                return self.inner.decode(list(token_ids), skip_special_tokens=True)
+                return self.own.decode(list(token_ids), skip_special_tokens=True)
         except ConfigError as error:  # the ids have been computed, and are worth keeping
             logging.getLogger(__name__).warning("%s", error)
             return None
 
     def _encode(self, text: str, **how: bool) -> list[int]:
         with self._lock, _refused("text that the tokenizer can encode", "pass token ids instead"):
-            return [int(i) for i in self.inner(text, **how).input_ids]
+            return [int(i) for i in self.own(text, **how).input_ids]
 
 
 @contextmanager

@@ -282,6 +282,6 @@ def test_a_generation_survives_a_text_that_cannot_be_written(djinn, monkeypatch)
         raise IndexError("piece id is out of range")
 
     served = djinn._models["m"]
-    monkeypatch.setattr(served.tokenizer.inner, "decode", fail, raising=False)
+    monkeypatch.setattr(served.tokenizer.own, "decode", fail, raising=False)
     said = djinn.generate("m", "hi", 4, ignore_eos=True)
     assert (len(said.token_ids), said.text) == (4, None)
