@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -115,7 +115,9 @@ def vocabulary(model: PreTrainedModel) -> int:
         for name, size in vars(model.config.get_text_config()).items()
         if name.startswith("vocab_size") and isinstance(size, int) and size > 0
     }
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    weight = None
+    with suppress(NotImplementedError):  # code of one's own may have its table anywhere
+        weight = getattr(model.get_input_embeddings(), "weight", None)
     if weight is not None and weight.dim() == 2:
         sizes["vocab_size"] = weight.shape[0]
     return min(sizes.values())
