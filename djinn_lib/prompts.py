@@ -64,7 +64,7 @@ def read_ids(ids: object) -> list[int]:
         raise ConfigError(f"expected a prompt, got {shown(ids)}: {_FORMS}")
     if len(ids) > _LONGEST:
         raise ConfigError(f"expected a prompt of at most {_LONGEST} tokens, got {len(ids)}")
-    return [_id(value, i) for i, value in enumerate(ids)]
+    return [value if type(value) is int else _id(value, i) for i, value in enumerate(ids)]
 
 
 def read_messages(messages: object) -> list[dict[str, Any]]:

@@ -117,7 +117,6 @@ def larger_than_the_ring(device: str = "cuda") -> None:
             djinn.check()
         assert g.loaded_bytes > N_NEW * (n_bytes - capacity)
         assert g.switch_ms + g.decode_ms <= g.total_ms + 0.5, g  # later waits are of decoding
-        assert g.stall_ms > g.switch_ms > 0, g
     lost = held_bytes() - before if device == "cuda" else 0
     assert lost < 64 << 20, f"{lost} bytes of device memory are still held"
 
