@@ -27,10 +27,11 @@ from djinn_lib import positions
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import generate_eager, vocabulary
 from djinn_lib.generation_options import ensure_generates
-from djinn_lib.models import pack, skeleton
+from djinn_lib.models import pack
 from djinn_lib.positions import Positions, check_positions, longest, positions_of
 from djinn_lib.recorded_decoder import RecordedDecoder
 from djinn_lib.recording import Recorder
+from djinn_lib.spec import skeleton
 
 VOCAB, PROMPT = 100, [5, 9, 17, 62, 3, 41, 88, 20, 7, 33, 54, 71, 90, 12]
 IDS = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1}
