@@ -124,7 +124,7 @@ def beyond_greedy(model: PreTrainedModel, tokenizer: Any | None = None) -> str |
 
 def ensure_generates(model: PreTrainedModel) -> None:
     """Refuse a model that has no `generate` with a `ConfigError`."""
-    if model.generation_config is None or not hasattr(model, "generate"):
+    if getattr(model, "generation_config", None) is None or not hasattr(model, "generate"):
         raise ConfigError(
             f"expected a model that transformers can generate with, got a {type(model).__name__}: "
             "it is no causal language model"

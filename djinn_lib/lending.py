@@ -5,7 +5,7 @@ lives as long as the model, so that a model which a user has kept works again in
 
 A model can be lent before all its bytes are on the device. One that is larger than the ring never
 has all of them there: its layers take turns in the same memory. In both cases a weight can be read
-while the unit runs that it belongs to. So forward passes work, and reading by hand is refused.
+while a unit runs that needs it. So forward passes work, and reading by hand is refused.
 """
 
 from __future__ import annotations
@@ -167,12 +167,14 @@ class Lending:
                 f"({type(error).__name__}: {error}): use generate()"
             ) from error
         twin.module.register_forward_pre_hook(Hook(self._ensure_leased), prepend=True)
-        for unit, names in twin.paged_in(unit.module for unit in self._units).items():
-            module = twin.module.get_submodule(unit)
+        for unit in self._units:
+            module = twin.module.get_submodule(unit.module)
             module.register_forward_pre_hook(Hook(self._ensure_leased), prepend=True)
-            module.register_forward_pre_hook(Hook(self._begin_unit, unit, names))
+            module.register_forward_pre_hook(
+                Hook(self._begin_unit, unit.module, sorted(unit.parameters))
+            )
             if self._streamed:
-                module.register_forward_hook(Hook(self._end_unit, unit), always_call=True)
+                module.register_forward_hook(Hook(self._end_unit, unit.module), always_call=True)
         twin.seal()
         return twin
 

@@ -78,19 +78,6 @@ class Twin:
                 module.register_load_state_dict_pre_hook(refuse_loading)
         self._pristine = Pristine(self.module)
 
-    def paged_in(self, modules: Iterable[str]) -> dict[str, list[str]]:
-        """Names of paged parameters by the innermost of some modules that they are in.
-
-        One that is in none of these is listed under the whole model, "".
-        """
-        found: dict[str, list[str]] = {module: [] for module in modules}
-        paged = {id(self._weights[name]): name for name in self.paged}
-        for name, weight in self.module.named_parameters(remove_duplicate=False):
-            if id(weight) in paged:
-                around = [module for module in found if not module or name.startswith(f"{module}.")]
-                found.setdefault(max(around, key=len, default=""), []).append(paged[id(weight)])
-        return found
-
     # -- loans -----------------------------------------------------------------------------
 
     def lend(self, names: Iterable[str]) -> Loan | None:

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 WIDTH, VOCAB = 32, 96
@@ -42,7 +48,7 @@ class Layer(nn.Module):
         return x + 0.1 * linear(torch.relu(linear(x, before)), before.t())
 
 
-class OddModel(PreTrainedModel):
+class OddModel(PreTrainedModel, GenerationMixin):
     config_class = OddConfig
     _supports_sdpa = True
 
@@ -54,10 +60,6 @@ class OddModel(PreTrainedModel):
         self.block = nn.Linear(WIDTH, WIDTH)
         self.projection = nn.Linear(WIDTH, WIDTH, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The table, which transformers does not look for under this name."""
-        return self.embed
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights large enough that a wrong one shows."""

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from odd_model import VOCAB as ODD_VOCAB
+from odd_model import OddConfig, OddModel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     MptConfig,
     OPTConfig,
+    PreTrainedModel,
     RobertaConfig,
     XGLMConfig,
 )
@@ -23,6 +26,7 @@ import djinn_lib as dj
 from djinn_lib import positions
 from djinn_lib.errors import ConfigError
 from djinn_lib.generate import generate_eager, vocabulary
+from djinn_lib.generation_options import ensure_generates
 from djinn_lib.models import pack
 from djinn_lib.positions import Positions, check_positions, longest, positions_of
 from djinn_lib.recorded_decoder import RecordedDecoder
@@ -196,3 +200,15 @@ def test_ids_are_those_that_the_embedding_has():
     model.set_input_embeddings(None)
     with pytest.raises(ConfigError, match="looks up token ids"):
         vocabulary(model)
+
+
+def test_a_table_that_transformers_does_not_find_leaves_what_the_configuration_says():
+    assert vocabulary(OddModel(OddConfig())) == ODD_VOCAB
+
+
+def test_what_cannot_generate_is_refused_in_words():
+    class Mute(PreTrainedModel):
+        config_class = OddConfig
+
+    with pytest.raises(ConfigError, match="generate with, got a Mute: it is no causal language"):
+        ensure_generates(Mute(OddConfig()))
