@@ -69,6 +69,15 @@ def test_the_published_verdicts_are_those_of_the_published_rows():
     assert kept == {verdict.id: verdict.verdict for verdict in judged}
 
 
+def test_the_verdicts_without_a_gpu_are_on_the_claims_of_the_file():
+    entries = json.loads((REFERENCE.parent / "cpu" / "claims.json").read_text())
+    kept = {entry["id"]: (entry["quote"], entry["expected"]) for entry in entries}
+    listed = {claim.id: (claim.quote, str(claim.expected)) for claim in load_claims()}
+    assert kept == listed, "judge a run of the profile cpu again"
+    withdrawn = {entry["id"] for entry in entries if entry["verdict"] == "withdrawn"}
+    assert withdrawn == {claim.id for claim in load_claims() if claim.withdrawn}
+
+
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, Verdict]:
     """Of the published rows, by the claim's id."""
