@@ -238,7 +238,10 @@ def _check_generation(folder: Path, model: PreTrainedModel) -> None:
     if not path.is_file():
         return
     try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        config = model.generation_config = GenerationConfig.from_pretrained(folder)
+        for name in ("num_beams", "num_return_sequences"):  # transformers finds out in the middle
+            if getattr(config, name, None) is not None and getattr(config, name) < 1:
+                raise ValueError(f"{name} is {getattr(config, name)}, and has to be at least 1")
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot use {path} ({type(error).__name__}: {first_line(error)}): "
