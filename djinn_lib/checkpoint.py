@@ -28,6 +28,8 @@ from djinn_lib.folder_kinds import explain_folder
 from djinn_lib.spec import check_dtype
 
 _WANTED = "a decoder-only language model in safetensors"
+# Errors that are not of the checkpoint, or say enough already.
+_NOT_OURS = (DjinnError, KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError)
 # transformers' lazy imports and its registers of classes are not made for several threads.
 _LOADING = threading.RLock()
 
@@ -110,7 +112,7 @@ def folder_config(folder: Path, trust_remote_code: bool = False) -> PretrainedCo
     try:
         with _LOADING:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (KeyboardInterrupt, SystemExit):
+    except _NOT_OURS:
         raise
     except BaseException as error:  # a panic of Rust code is no Exception
         raise CheckpointError(
@@ -155,7 +157,7 @@ def load_pretrained(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-        except (DjinnError, KeyboardInterrupt, SystemExit):
+        except _NOT_OURS:
             raise
         except BaseException as error:  # a panic of Rust code is no Exception
             raise CheckpointError(_why_unloadable(folder, config, error)) from error
@@ -170,7 +172,7 @@ def _causal_class(
 ) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     try:
         return causal_class(config, trust_remote_code, count)
-    except (DjinnError, KeyboardInterrupt, SystemExit):
+    except _NOT_OURS:
         raise
     except BaseException as error:
         if said := explain_folder(folder, refused=True):

@@ -20,7 +20,7 @@ from djinn_lib.construction import (
     set_dtype,
     without_dtype,
 )
-from djinn_lib.errors import ConfigError, first_line
+from djinn_lib.errors import ConfigError, DjinnError, first_line
 from djinn_lib.swap_pool import Fill
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -92,6 +92,8 @@ class ModelSpec:
 def _causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     try:
         return causal_class(config)
+    except (DjinnError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise ConfigError(
             f"transformers cannot make a decoder-only language model of type "

@@ -65,8 +65,8 @@ def test_files_damaged_since_the_set_up_start_no_cell(bench, damage, name):
     DAMAGES[damage](path)
     rows = run_cell(bench, cell_of(bench, "djinn"))
     assert len(rows) == 6 and set(rows["error_kind"]) == {"bad_input"}
-    assert rows["error"].str.contains("could not start: expected").all()
-    assert rows["error"].str.contains(str(path.parent)).all()
+    assert rows["error"].str.contains("could not start: ").all()
+    assert rows["error"].str.contains(str(path.parent), regex=False).all()
 
 
 def test_a_flipped_bit_is_found_whatever_the_system(bench):

@@ -425,7 +425,6 @@ WRITES = {
     "out=": lambda model: torch.add(head(model), 1, out=head(model)),
     "inplace=": lambda model: nn.functional.relu(head(model), inplace=True),
     "init": lambda model: nn.init.normal_(head(model)),
-    "init of all": lambda model: model.apply(model._init_weights),
     "optimiser": optimise,
     "foreach": lambda model: torch._foreach_mul_(list(model.parameters()), 2.0),
     "vector": lambda model: nn.utils.vector_to_parameters(torch.zeros(9**6), model.parameters()),
