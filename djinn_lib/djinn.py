@@ -403,6 +403,11 @@ class Djinn:
         """
         self._pager.check()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._holdings.is_closed
+
     def close(self) -> None:
         """Release all device and host memory; models lent before can no longer be used.
 

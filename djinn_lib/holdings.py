@@ -32,6 +32,11 @@ class Holdings:
         """False in a forked child, which shares the memory but has none of the threads."""
         return os.getpid() == self._process
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether they were released, or are being."""
+        return self._is_closed
+
     def ensure_open(self) -> Holdings:
         """Return these holdings.
 

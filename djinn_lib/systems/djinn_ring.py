@@ -91,6 +91,7 @@ class DjinnRing(SystemUnderTest):
         """Audit the ring, then release everything."""
         if hasattr(self, "djinn"):
             try:
-                self.djinn.check()
+                if not self.djinn.closed:
+            self.djinn.check()
             finally:
                 self.djinn.close()
