@@ -92,6 +92,6 @@ class DjinnRing(SystemUnderTest):
         if hasattr(self, "djinn"):
             try:
                 if not self.djinn.closed:
-            self.djinn.check()
+                    self.djinn.check()
             finally:
                 self.djinn.close()
