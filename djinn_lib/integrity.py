@@ -34,16 +34,19 @@ def file_digests(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: a file is missing or cannot be read.
     """
-    digests = {}
+    return dict(_digests(folder))
+
+
+def _digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield names and digests, config.json first: it says which files the weights are in."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for path in _files(folder):
             try:
                 begins = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
                 blocks = threads.map(lambda begin, path=path: _block_digest(path, begin), begins)
-                digests[path.name] = hashlib.sha256(b"".join(blocks)).hexdigest()
+                yield path.name, hashlib.sha256(b"".join(blocks)).hexdigest()
             except OSError as error:
                 raise _unreadable(path, error) from error
-    return digests
 
 
 def weights_digest(digests: Mapping[str, str]) -> str:
@@ -63,13 +66,12 @@ def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) ->
     Raises:
         CheckpointError: naming the file that differs, is missing or is new.
     """
-    found = file_digests(folder)
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise CheckpointError(
-                f"expected {folder / name} with digest {_short(expected.get(name))}, got "
-                f"{_short(found.get(name))}: the file was changed or damaged; {remedy}"
-            )
+    missing = dict(expected)
+    for name, digest in _digests(folder):
+        if digest != missing.pop(name, None):
+            raise _changed(folder / name, expected.get(name), digest, remedy)
+    for name, digest in missing.items():
+        raise _changed(folder / name, digest, None, remedy)
 
 
 def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
@@ -168,6 +170,13 @@ def _stamps(folder: Path) -> Stamps:
             raise _unreadable(path, error) from error
         stamps[path.name] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return stamps
+
+
+def _changed(path: Path, expected: str | None, got: str | None, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        f"expected {path} with digest {_short(expected)}, got {_short(got)}: the file was changed "
+        f"or damaged; {remedy}"
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import json
 import logging
-import os
 import resource
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -49,7 +49,7 @@ PROMPTS = (
     [5, 9, 17, 200, 31, 7],
     [3 + 7 * i * i % 300 for i in range(70)],  # longer than windows, chunks and short factors
 )
-LIMIT_BYTES, LIMIT_CPU_S = 6 << 30, 120
+LIMIT_BYTES, LIMIT_CPU_S = 24 << 30, 240  # address space: torch alone maps gigabytes
 RESULTS = Path(__file__).parent / "architecture_matrix.json"
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -162,25 +162,17 @@ def _words(error: BaseException) -> str:
 
 
 def judge_apart(name: str) -> dict[str, str]:
-    """`judge` in a child, with limits; what ends the child is a verdict too."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        verdicts: dict[str, str] = {}
-        try:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES,) * 2)
-            resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_S, LIMIT_CPU_S))
-            verdicts = judge(name)
-        finally:
-            os.write(writer, json.dumps(verdicts).encode())
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as answer:
-        said = answer.read()
-    _, status = os.waitpid(child, 0)
-    if status or not said:
-        return dict.fromkeys(MODES, f"DIED: status {status}")
-    return json.loads(said)
+    """`judge` in a process of its own, with limits; what ends it is a verdict too."""
+    command = [sys.executable, __file__, "--one", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=_limit)
+    if done.returncode:
+        return dict.fromkeys(MODES, f"DIED: status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_S, LIMIT_CPU_S))
 
 
 def is_good(verdict: str) -> bool:
@@ -248,10 +240,15 @@ def main() -> int:
     """Judge some architectures, or all and write the results; returns how many are bad."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*")
-    names = parser.parse_args().names
+    parser.add_argument("--one", help="judge this one in this process, and print JSON")
+    arguments = parser.parse_args()
+    names = arguments.names
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if arguments.one:
+        print(json.dumps(judge(arguments.one)))
+        return 0
     n_bad, results = 0, {}
     for name in names or architectures.NAMES:
         results[name] = judge_apart(name)

@@ -22,6 +22,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np
 import psutil
 import pytest
+from tqdm import tqdm
+
+tqdm.monitor_interval = 0  # a progress bar starts no thread, which tests of leaks would find
 
 
 def cuda_device_count() -> int:

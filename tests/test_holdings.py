@@ -367,6 +367,7 @@ def test_what_a_child_does_not_need_stays_its_parents(parents):
     def end():
         parents.__exit__(None, None, None)
         parents._holdings.collect()
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: torch would crash
         own = opened()
         tokens = own.generate("m", PROMPT, 6, ignore_eos=True).token_ids
         own.close()
