@@ -64,15 +64,15 @@ help: ## show this list
 
 .PHONY: reproduce
 reproduce: check-profile check-executor $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
-	$(RUN) -m djinn_lib.reproduce --profile $(PROFILE) --executor $(EXECUTOR) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+	$(RUN) -m djinn_lib.experiment.reproduce --profile $(PROFILE) --executor $(EXECUTOR) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu
-	$(RUN) -m djinn_lib.redraw $(if $(FROM),$(call quoted,$(value FROM)))
+	$(RUN) -m djinn_lib.publishing.redraw $(if $(FROM),$(call quoted,$(value FROM)))
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
-	$(RUN) -m djinn_lib.study --executor $(EXECUTOR)
+	$(RUN) -m djinn_lib.simulator.study --executor $(EXECUTOR)
 
 .PHONY: test
 test: lint ## check the style and the types, then run the tests that take minutes
@@ -86,15 +86,13 @@ test-all: lint ## check the style and the types, then run all tests, with every 
 
 .PHONY: architectures
 architectures: $(READY) ## measure which architectures are served, and write docs/architectures.md
-	$(RUN) tests/architecture_matrix.py
+	$(RUN) tests/support/architecture_matrix.py
 
-# Ring, pager, policies and address space: what all residency rests on.
-CORE := ring pager paged_model policy address_space streaming request_queue turns
+# What all residency rests on, and what serves requests.
 .PHONY: coverage
 coverage: $(READY) ## test the core and ask for 95% of its branches
-	$(RUN) -m pytest tests/test_ring.py tests/test_pager.py tests/test_pager_machine.py tests/test_policy.py \
-	  tests/test_address_space.py tests/test_streaming.py tests/test_request_queue.py tests/test_turns.py \
-	  $(foreach m,$(CORE),--cov=djinn_lib.$(m)) --cov-branch --cov-report=term-missing --cov-fail-under=95
+	$(RUN) -m pytest $(PYTEST_ARGS) tests/engine/memory tests/engine/serving --cov=djinn_lib.engine.memory \
+	  --cov=djinn_lib.engine.serving --cov-branch --cov-report=term-missing --cov-fail-under=95
 
 .PHONY: lint
 lint: $(READY) ## check the style (ruff), the types (pyright) and that notebooks are stripped

@@ -1,6 +1,6 @@
 """Every papermill call of a run as a doit task, so that a rerun does only what changed.
 
-    python -m djinn_lib.reproduce --profile cpu     # what `make reproduce` calls
+    python -m djinn_lib.experiment.reproduce --profile cpu     # what `make reproduce` calls
     doit list --all                                 # the tasks, for those who know doit
 
 The profile and the run's folder come from the environment: DJINN_PROFILE, DJINN_RUN_DIR.
@@ -14,16 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from djinn_lib import large_results
-from djinn_lib.arguments import user_path
-from djinn_lib.begun import Begun, Inputs, file_inputs, value_input
-from djinn_lib.integrity import files_are_as_set_up, recorded_digests
-from djinn_lib.paths import REFERENCE, REPO, STUDY
-from djinn_lib.profile import Cell, Profile, load_profile
-from djinn_lib.report import build_report
-from djinn_lib.source_files import imported_files
-from djinn_lib.systems import SYSTEMS
-from djinn_lib.tasks import (
+from djinn_lib.analysis import large_results
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.experiment.begun import Begun, Inputs, file_inputs, value_input
+from djinn_lib.experiment.integrity import files_are_as_set_up, recorded_digests
+from djinn_lib.experiment.profile import Cell, Profile, load_profile
+from djinn_lib.experiment.source_files import imported_files
+from djinn_lib.experiment.tasks import (
     CellOutcome,
     is_settled,
     keep_outcome,
@@ -32,6 +29,9 @@ from djinn_lib.tasks import (
     run_cell_notebook,
     run_notebook,
 )
+from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.publishing.report import build_report
+from djinn_lib.systems import SYSTEMS
 
 PROFILE = load_profile(os.environ.get("DJINN_PROFILE", "cpu"))
 RUN_DIR = user_path(
@@ -51,7 +51,7 @@ OUTCOMES: dict[str, CellOutcome] = {}
 TRIED: set[str] = set()
 # What tasks are begun with, so that an edit while one runs does not pass for what it ran.
 BEGUN = Begun()
-LOADED = file_inputs(imported_files(LIB / "report.py"))  # the page is made in this process
+LOADED = file_inputs(imported_files(LIB / "publishing" / "report.py"))
 BASIC = {"profile": PROFILE.name, "run_dir": str(RUN_DIR)}
 
 
@@ -117,7 +117,7 @@ def cell_files(cell: Cell) -> list[Path]:
     return [
         REPO / "notebooks" / "02_run_system.ipynb",
         RUN_DIR / "traces" / f"{cell.trace}.jsonl",
-        *imported_files(LIB / "cell.py", system),
+        *imported_files(LIB / "experiment" / "cell.py", system),
     ]
 
 
@@ -212,8 +212,8 @@ def task_report() -> dict:
     notebooks += [notebook_of(cell) for cell in CELLS]
     files = [
         RUN_DIR / "claims.json",
-        *imported_files(LIB / "report.py"),
-        *(LIB / "templates").iterdir(),
+        *imported_files(LIB / "publishing" / "report.py"),
+        *(LIB / "publishing" / "templates").iterdir(),
         *[RUN_DIR / "notebooks" / f"{name}.ipynb" for name in notebooks],
     ]
 

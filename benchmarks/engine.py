@@ -26,19 +26,19 @@ import torch
 from engine_cases import Cases, page_curve, timed
 from engine_targets import read_floor_ms, targets
 
-from djinn_lib import machine
-from djinn_lib.arguments import user_path
-from djinn_lib.bench import MODELS_DIR
-from djinn_lib.decode_modes import Decode
-from djinn_lib.djinn import Djinn
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.engine.decode.modes import Decode
+from djinn_lib.engine.djinn import Djinn
+from djinn_lib.engine.models.packing import Embeddings
 from djinn_lib.errors import DjinnError
+from djinn_lib.experiment import machine
+from djinn_lib.experiment.bench import MODELS_DIR
+from djinn_lib.experiment.locks import gpu_lock
+from djinn_lib.experiment.profile import Profile, load_profile, parse_capacity
+from djinn_lib.experiment.weights import files_sha256, prepare_models, prompt_ids
 from djinn_lib.files import write_json
-from djinn_lib.locks import gpu_lock
-from djinn_lib.models import Embeddings
 from djinn_lib.paths import REPO
-from djinn_lib.profile import Profile, load_profile, parse_capacity
 from djinn_lib.units import parse_bytes
-from djinn_lib.weights import files_sha256, prepare_models, prompt_ids
 
 WAYS: dict[str, tuple[Decode, ...]] = {
     "cuda": ("eager", "graph", "compiled"),

@@ -16,12 +16,12 @@ import time
 
 import pandas as pd
 
-from djinn_lib.arguments import user_path
+from djinn_lib.engine.arguments import user_path
 from djinn_lib.files import write_json
-from djinn_lib.fleet import fleet
-from djinn_lib.optimal import optimal_bytes
 from djinn_lib.paths import REPO
-from djinn_lib.simulation import simulate
+from djinn_lib.simulator.checkpoint_sizes import fleet
+from djinn_lib.simulator.optimal import optimal_bytes
+from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import zipf_trace
 
 N_MODELS, CAPACITY, ALPHA = 1000, 320 << 30, 1.0

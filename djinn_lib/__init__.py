@@ -15,12 +15,12 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "Djinn": "djinn",
-    "Generation": "djinn",
-    "ModelSpec": "spec",
+    "Djinn": "engine.djinn",
+    "Generation": "engine.djinn",
+    "ModelSpec": "engine.models.spec",
     "DjinnError": "errors",
-    "optimal_bytes": "optimal",
-    "simulate": "simulation",
+    "optimal_bytes": "simulator.optimal",
+    "simulate": "simulator.simulate",
 }
 __all__ = ["Djinn", "DjinnError", "Generation", "ModelSpec", "optimal_bytes", "simulate"]
 

@@ -4,14 +4,14 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parent.parent
+from djinn_lib.paths import REPO
+
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-from engine_targets import targets  # noqa: E402  (benchmarks/ is no package)
+from engine_targets import targets
 
 REFERENCE = json.loads((REPO / "data" / "reference" / "h100" / "engine.json").read_text())
 

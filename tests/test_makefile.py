@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from djinn_lib.paths import REPO
+
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 # Makes "environments" that hold copies of itself, logs every call of pip, and fails when an
@@ -171,7 +172,7 @@ def test_unknown_executor_is_refused_before_anything_is_built(tree: Tree, execut
 
 
 def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None:
-    command = "djinn_lib.reproduce --profile cpu --executor"
+    command = "djinn_lib.experiment.reproduce --profile cpu --executor"
     assert f"{command} local" in tree.make("-n", "reproduce", "PROFILE=cpu").stdout
     assert f"{command} ray" in tree.make("-n", "reproduce", "PROFILE=cpu", "EXECUTOR=ray").stdout
     assert "EXECUTOR=local   one of: local ray" in tree.make("help").stdout
@@ -183,9 +184,9 @@ def test_a_limit_of_time_is_passed_on(tree: Tree) -> None:
 
 
 def test_figures_are_the_published_ones_or_those_of_a_run(tree: Tree) -> None:
-    assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.redraw")
+    assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.publishing.redraw")
     own = tree.make("-n", "figures", "FROM=data/runs/cpu").stdout
-    assert '-m djinn_lib.redraw "data/runs/cpu"' in own
+    assert '-m djinn_lib.publishing.redraw "data/runs/cpu"' in own
 
 
 def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -
     tree = Tree(named)
     python = tree.bin / "p $y"
     tree.command(python.name, '#!/bin/sh\nprintf "%s\\n" "$@" >> "$LOG"\n')
-    wanted = ["-m", "djinn_lib.redraw", f"{named}/run"]
+    wanted = ["-m", "djinn_lib.publishing.redraw", f"{named}/run"]
     done = tree.make("figures", f"FROM={wanted[-1]}", f"PY={python}")
     assert done.returncode == 0, done.stderr
     assert tree.log.read_text().splitlines() == wanted
@@ -217,7 +218,7 @@ def test_driver_without_a_gpu_counts_as_none(tree: Tree) -> None:
 
 def test_given_python_is_used_and_nothing_is_built(tree: Tree) -> None:
     said = tree.make("-n", "reproduce", "PY=/opt/py", "PROFILE=cpu").stdout
-    assert '"/opt/py" -m djinn_lib.reproduce --profile cpu' in said
+    assert '"/opt/py" -m djinn_lib.experiment.reproduce --profile cpu' in said
     assert "venv" not in said and "pip" not in said
 
 

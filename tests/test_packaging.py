@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-REPO = Path(__file__).resolve().parent.parent
+from djinn_lib.paths import REPO
+
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -142,9 +143,9 @@ def needs_of(name: str) -> Iterator[Requirement]:
 # --- imports ---
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "cuda": "cuda-bindings"}
-FOLDERS = ("tests", "benchmarks")  # of scripts that import their neighbours
+FOLDERS = ("tests/support", "benchmarks")  # of scripts that import their neighbours
 OURS = {"djinn_lib", "dodo", *(path.stem for f in FOLDERS for path in (REPO / f).glob("*.py"))}
-SOURCES = ["dodo.py", "djinn_lib/**/*.py", "tests/*.py", "notebooks/*.ipynb"]
+SOURCES = ["dodo.py", "djinn_lib/**/*.py", "tests/**/*.py", "notebooks/*.ipynb"]
 
 
 def source_of(path: Path) -> str:

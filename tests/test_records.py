@@ -16,7 +16,7 @@ from row_factory import cell_rows
 
 from djinn_lib import files
 from djinn_lib.errors import CapacityError, CheckpointError, PlatformError, RecordError
-from djinn_lib.records import (
+from djinn_lib.rows import (
     COLUMNS,
     ERROR_KINDS,
     check_rows,

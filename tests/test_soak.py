@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-REPO = Path(__file__).parent.parent
+from djinn_lib.paths import REPO
+
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-import soak  # noqa: E402  (benchmarks/ is no package)
+import soak
 
 
 def test_a_short_soak(tmp_path):

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from djinn_lib import fan_out, notebooks, sockets
-from djinn_lib.engine_process import EngineProcess
+from djinn_lib import sockets
 from djinn_lib.errors import ConfigError
-from djinn_lib.fan_out import ensure_ray
+from djinn_lib.experiment import fan_out, notebooks
+from djinn_lib.experiment.fan_out import ensure_ray
+from djinn_lib.paths import REPO
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
 from djinn_lib.systems import vllm_recreate
+from djinn_lib.systems.engine_process import EngineProcess
 
-REPO = Path(__file__).resolve().parent.parent
 LONG = "scratch/users/some.user.name/jobs/slurm-1234567.batch/tmp"
 
 
@@ -122,7 +123,7 @@ def test_engines_in_processes_of_their_own_need_no_path(long_tmpdir):
 def test_a_cluster_starts_below_a_long_folder(long_tmpdir):
     pytest.importorskip("ray")
     code = (
-        "import math\nfrom djinn_lib.fan_out import Job, fan_out\n"
+        "import math\nfrom djinn_lib.experiment.fan_out import Job, fan_out\n"
         "fan_out([Job('one', math.sqrt, (4.0,))], lambda job, result: print(result.value))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn_lib.errors import TraceError
-from djinn_lib.profile import REPO
+from djinn_lib.experiment.profile import REPO
 from djinn_lib.trace import (
     PAPER_MODELS,
     Request,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from djinn_lib.systems.base import SystemUnderTest
 
 SYSTEMS = {
-    "djinn": ("djinn_ring", "DjinnRing"),
+    "djinn": ("djinn", "DjinnRing"),
     "pytorch_pinned": ("pytorch", "PyTorchPinned"),
     "pytorch_pinned_readonly": ("pytorch", "PyTorchPinnedReadonly"),
     "pytorch_lru": ("pytorch", "PyTorchLRU"),

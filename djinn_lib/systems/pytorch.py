@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.errors import CapacityError
-from djinn_lib.generate import Tokens, generate_eager
 from djinn_lib.systems.base import Served, SystemUnderTest, load_ordinarily
 
 PIN_NOTE = "no CUDA: pinning is a no-op, host and device memory are the same"

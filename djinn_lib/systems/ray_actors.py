@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
+from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.errors import CapacityError
-from djinn_lib.generate import Tokens, generate_eager
 from djinn_lib.paths import python_path
 from djinn_lib.sockets import ray_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from djinn_lib.checkpoint import weight_files
+from djinn_lib.engine.decode.eager import generate_eager
+from djinn_lib.engine.models.checkpoint import weight_files
 from djinn_lib.errors import ConfigError
-from djinn_lib.generate import generate_eager
 from djinn_lib.systems.base import (
     ModelFiles,
     Served,

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from djinn_lib.checkpoint import folder_config
+from djinn_lib.engine.decode.eager import check_prompt
+from djinn_lib.engine.models.checkpoint import folder_config
 from djinn_lib.errors import ConfigError
-from djinn_lib.generate import check_prompt
 from djinn_lib.sockets import socket_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 

@@ -14,10 +14,10 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
-from djinn_lib.checkpoint import folder_config
-from djinn_lib.engine_process import EngineProcess
+from djinn_lib.engine.models.checkpoint import folder_config
 from djinn_lib.errors import CapacityError, DjinnError
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
+from djinn_lib.systems.engine_process import EngineProcess
 from djinn_lib.systems.vllm_recreate import (
     build_engine,
     check_request,

@@ -1,0 +1,1 @@
+"""What a run says: its rows read, counted, judged and drawn. Needs no torch."""

@@ -1,0 +1,246 @@
+"""Claims, and what a run says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from djinn_lib.analysis.claim_metrics import (
+    METRICS,
+    TIMED,
+    Evidence,
+    Measurement,
+    NotMeasured,
+    check_arguments,
+)
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment.profile import REPO
+from djinn_lib.files import write_json
+
+CLAIMS = REPO / "claims.yml"
+Judgement = Literal["reproduced", "exceeded", "not reproduced", "not judged", "withdrawn"]
+OPEN = frozenset({"not judged", "withdrawn"})  # judgements that say nothing of what was measured
+CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
+
+
+class Expected(BaseModel):
+    """A value, a range or a bound, and on which side of it a claim is exceeded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: str
+    better: Literal["higher", "lower", "equal"]
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _value_or_bounds(self) -> Expected:
+        if (self.value is None) == (self.low is None and self.high is None):
+            raise ValueError("expected either a value, or low and/or high")
+        if not self.bounds[0] <= self.bounds[1]:
+            raise ValueError(f"expected low <= high, got {self.low} and {self.high}")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the greatest expected value."""
+        if self.value is not None:
+            return self.value, self.value
+        return (
+            -math.inf if self.low is None else self.low,
+            math.inf if self.high is None else self.high,
+        )
+
+    def __str__(self) -> str:
+        """For tables: "3.1 x", "3.07 x to 3.13 x", "at most 110%"."""
+        low, high = self.bounds
+        if low == high:
+            return format_value(low, self.unit)
+        if math.isinf(low):
+            return f"at most {format_value(high, self.unit)}"
+        if math.isinf(high):
+            return f"at least {format_value(low, self.unit)}"
+        return f"{format_value(low, self.unit)} to {format_value(high, self.unit)}"
+
+
+class Claim(BaseModel):
+    """One entry of claims.yml.
+
+    `withdrawn` is the reason why a claim is no longer made. Such a claim stays in the file and in
+    every table, and is never measured.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(pattern=r"^[a-z0-9-]+$")
+    source: Literal["paper", "ours"]
+    quote: str
+    metric: str
+    arguments: dict[str, Any]
+    expected: Expected
+    tolerance: float = Field(ge=0, lt=1)
+    notebook: str
+    figure: str | None
+    withdrawn: str | None = Field(default=None, pattern=r"\S")
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> Claim:
+        if self.metric not in METRICS:
+            raise ValueError(f"expected a metric out of {sorted(METRICS)}, got {self.metric!r}")
+        try:
+            check_arguments(self.metric, self.arguments)
+        except TypeError as error:
+            raise ValueError(f"metric {self.metric!r}: {error}") from error
+        return self
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says of a claim; `measured`, `low` and `high` are None when it says nothing."""
+
+    id: str
+    source: str
+    quote: str
+    expected: str
+    measured: float | None
+    low: float | None
+    high: float | None
+    n: int
+    verdict: Judgement
+    why: str
+    unit: str
+    notebook: str
+    figure: str | None
+
+
+def load_claims(path: Path = CLAIMS) -> list[Claim]:
+    """Read and check claims.
+
+    Raises:
+        ConfigError: the file is missing or an entry is wrong; the message says which and how.
+    """
+    try:
+        claims = TypeAdapter(list[Claim]).validate_python(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}") from error
+    ids = [claim.id for claim in claims]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise ConfigError(f"{path}: expected every id once, got {twice} more often")
+    return claims
+
+
+def judge(claims: Iterable[Claim], evidence: Evidence) -> list[Verdict]:
+    """Return a verdict on every claim, in their order."""
+    return [_judge(claim, evidence) for claim in claims]
+
+
+def _judge(claim: Claim, evidence: Evidence) -> Verdict:
+    if claim.withdrawn is not None:  # its value is left out too: it was measured unfairly
+        return _verdict(claim, None, "withdrawn", claim.withdrawn)
+    try:
+        measurement = METRICS[claim.metric](evidence, **claim.arguments)
+    except NotMeasured as reason:
+        return _verdict(claim, None, "not judged", str(reason))
+    if claim.metric in TIMED and evidence.machine.get("device") == "cpu":
+        return _verdict(claim, measurement, "not judged", CPU_CLOCKS)
+    judgement, why = compare(measurement.value, claim.expected, claim.tolerance)
+    why = f"{why}; {measurement.remark}" if measurement.remark else why
+    return _verdict(claim, measurement, judgement, why)
+
+
+def compare(measured: float, expected: Expected, tolerance: float) -> tuple[Judgement, str]:
+    """Return the judgement on a measured value, and a phrase that says why."""
+    low, high = expected.bounds
+    least = low - tolerance * abs(low) if math.isfinite(low) else low
+    most = high + tolerance * abs(high) if math.isfinite(high) else high
+    if least <= measured <= most:
+        margin = f", within {tolerance:.0%} of it" if tolerance and low == high else ""
+        return "reproduced", f"as expected{margin}"
+    above = measured > most
+    if expected.better == ("higher" if above else "lower"):
+        return "exceeded", f"better than expected ({'more' if above else 'less'})"
+    return "not reproduced", f"{'more' if above else 'less'} than expected"
+
+
+def _verdict(
+    claim: Claim, measurement: Measurement | None, judgement: Judgement, why: str
+) -> Verdict:
+    values = (None, None, None) if measurement is None else (
+        _plain(measurement.value), _plain(measurement.low), _plain(measurement.high)
+    )  # fmt: skip
+    return Verdict(
+        claim.id,
+        claim.source,
+        claim.quote,
+        str(claim.expected),
+        *values,
+        n=measurement.n if measurement else 0,
+        verdict=judgement,
+        why=why,
+        unit=claim.expected.unit,
+        notebook=claim.notebook,
+        figure=claim.figure,
+    )
+
+
+def _plain(value: float) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if math.isfinite(value) else None
+
+
+def missed_claims(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return the verdicts on claims that did not reproduce."""
+    return [verdict for verdict in verdicts if verdict.verdict == "not reproduced"]
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """One row a claim, for people."""
+    return pd.DataFrame(
+        {
+            "id": v.id,
+            "claim": v.quote,
+            "expected": v.expected,
+            "measured": format_value(v.measured, v.unit),
+            "95% interval": "" if v.low is None or v.low == v.high else
+            f"{format_value(v.low, v.unit)} to {format_value(v.high, v.unit)}",
+            "n": v.n,
+            "verdict": v.verdict,
+            "why": v.why,
+        }
+        for v in verdicts
+    ).set_index("id")  # fmt: skip
+
+
+def format_value(value: float | None, unit: str) -> str:
+    """A measured value with its unit; empty when there is none."""
+    if value is None:
+        return ""
+    if unit == "share":
+        return f"{value:.0%}"
+    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
+
+
+def claims_markdown(verdicts: Sequence[Verdict]) -> str:
+    """The table of verdicts in Markdown: claim, notebook, figure, expected, measured, verdict."""
+    lines = [
+        "| claim | notebook | figure | expected | measured | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    for v in verdicts:
+        cells = [v.quote, v.notebook, v.figure or "-", v.expected,
+                 format_value(v.measured, v.unit) or "-", v.verdict]  # fmt: skip
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_claims_json(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Write verdicts as JSON; the file appears whole or not at all."""
+    write_json(path, [asdict(verdict) for verdict in verdicts])

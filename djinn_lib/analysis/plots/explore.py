@@ -1,0 +1,160 @@
+"""Widgets that redraw a simulated run as its parameters change, for `notebooks/explore.ipynb`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from djinn_lib.analysis.plots.policies import POLICY_STYLE
+from djinn_lib.analysis.plots.style import DOUBLE_COLUMN_IN, model_colors, save_figure, styled
+from djinn_lib.analysis.validation import reference_costs
+from djinn_lib.engine.memory.policies import POLICIES
+from djinn_lib.paths import REPO
+from djinn_lib.simulator.checkpoint_sizes import fleet
+from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.optimal import optimal_loads
+from djinn_lib.simulator.simulate import PAGE_BYTES, simulate
+from djinn_lib.trace import Trace, paper_trace, session_trace, zipf_trace
+
+GIB = 2**30
+N_REQUESTS = 300
+SCREEN_DPI = 110
+TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
+CHOICES = [*POLICIES, "oracle"]
+LABELS = {
+    "capacity_gib": "capacity, GiB",
+    "n_models": "models",
+    "alpha": "skew",
+    "link_gb_per_s": "link, GB/s",
+    "policy": "policy",
+    "traffic": "traffic",
+}
+
+
+def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:
+    """Return the trace that a choice of traffic stands for."""
+    if traffic == TRAFFIC[0] and len(sizes) == 3:
+        return paper_trace(models=list(sizes))
+    make = session_trace if traffic == TRAFFIC[2] else zipf_trace
+    return make(N_REQUESTS, alpha, list(sizes), seed=0, rate_per_s=1.0)
+
+
+@styled
+def picture(
+    capacity_gib: float = 25.0,
+    n_models: int = 3,
+    alpha: float = 1.0,
+    link_gb_per_s: float = 54.0,
+    policy: str = "lru",
+    traffic: str = TRAFFIC[0],
+) -> Figure:
+    """Draw what is resident over time, the switches' distribution, and the bytes loaded.
+
+    Args:
+        capacity_gib: of the ring; raised to the largest model of the fleet.
+        n_models: of the fleet, see `djinn_lib.simulator.checkpoint_sizes`.
+        alpha: skew of the models' popularity, where the traffic is drawn.
+        link_gb_per_s: rate of the link in 10^9 bytes per second.
+        policy: a name of `POLICIES`, or "oracle".
+        traffic: one of `TRAFFIC`.
+    """
+    sizes = fleet(n_models)
+    trace = requests(traffic, sizes, alpha)
+    pages = max(int(capacity_gib * GIB) // PAGE_BYTES, -(-max(sizes.values()) // PAGE_BYTES))
+    costs = _costs_of_link(link_gb_per_s * 1e9)
+    capacity = pages * PAGE_BYTES
+    rows = simulate(trace, sizes, capacity, policy, costs=costs)
+    least = np.cumsum(optimal_loads(trace, sizes, capacity, PAGE_BYTES)) / GIB
+    figure, (top, left, right) = _axes()
+    _draw_residency(top, rows, sizes, capacity)
+    left.ecdf(rows["switch_ms"], color=POLICY_STYLE[policy].color)
+    left.set(xlabel="switch, ms", ylabel="requests", title="What switches cost")
+    left.axvline(10, color="0.6", linestyle=":")
+    loaded = rows["loaded_bytes"].cumsum() / GIB
+    right.plot(loaded, color=POLICY_STYLE[policy].color, label=POLICY_STYLE[policy].label)
+    right.plot(least, color="black", linestyle=":", label="optimum")
+    ratio = loaded.iloc[-1] / least[-1]
+    right.set(xlabel="request", ylabel="GiB loaded", title=f"{ratio:.2f}x of the optimum")
+    right.legend()
+    return figure
+
+
+def _axes() -> tuple[Figure, Any]:
+    figure = plt.figure(figsize=(DOUBLE_COLUMN_IN, 4.4), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
+    axes = (
+        figure.add_subplot(grid[0, :]),
+        figure.add_subplot(grid[1, 0]),
+        figure.add_subplot(grid[1, 1]),
+    )
+    return figure, axes
+
+
+def _draw_residency(axes: Axes, rows: pd.DataFrame, sizes: dict[str, int], capacity: int) -> None:
+    held = [json.loads(text) for text in rows["resident_bytes"]]
+    colors = model_colors(sizes)
+    bands = np.array([[row.get(model, 0) for row in held] for model in sizes]) / GIB
+    axes.stackplot(rows["request"], bands, colors=[colors[m] for m in sizes], step="post")
+    axes.axhline(capacity / GIB, color="black", linewidth=0.8)
+    axes.set(xlabel="request", ylabel="GiB resident", title="Which bytes are resident",
+             xlim=(0, len(rows) - 1))  # fmt: skip
+    if len(sizes) <= 10:
+        handles = [Rectangle((0, 0), 1, 1, color=colors[m]) for m in sizes]
+        axes.legend(handles, list(sizes), loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _costs_of_link(link_bytes_per_s: float) -> CostModel:
+    return replace(reference_costs(), link_bytes_per_s=link_bytes_per_s)
+
+
+def explorer(folder: Path = REPO / "figures") -> Any:
+    """Return the widgets; every change redraws `picture`, and a button keeps it as a file.
+
+    Args:
+        folder: where "keep this picture" writes ``explore.png`` and ``explore.pdf``.
+    """
+
+    controls = {
+        "capacity_gib": widgets.FloatSlider(
+            25, min=6, max=60, step=0.5, description="capacity, GiB"
+        ),
+        "n_models": widgets.Dropdown(options=[3, 5, 10, 20], value=3, description="models"),
+        "alpha": widgets.FloatSlider(1.0, min=0, max=2, step=0.1, description="skew"),
+        "link_gb_per_s": widgets.FloatLogSlider(
+            54, min=0.5, max=3, step=0.05, description="link, GB/s"
+        ),
+        "policy": widgets.Dropdown(options=CHOICES, value="lru", description="policy"),
+        "traffic": widgets.Dropdown(options=TRAFFIC, value=TRAFFIC[0], description="traffic"),
+    }
+    for control in controls.values():
+        control.continuous_update = False
+    # No Output widget: whoever executes a notebook that has one may wait for its end for ever
+    # (jupyter/nbclient#312).
+    canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+    keep = widgets.Button(description="keep this picture", icon="save")
+
+    def shown() -> Figure:
+        return picture(**{name: control.value for name, control in controls.items()})
+
+    def redraw(_change: Any = None) -> None:
+        png, figure = BytesIO(), shown()
+        figure.savefig(png, format="png", dpi=SCREEN_DPI)
+        plt.close(figure)  # or the notebook shows it once more below the cell
+        canvas.value = png.getvalue()
+
+    for control in controls.values():
+        control.observe(redraw, names="value")
+    keep.on_click(lambda _button: save_figure(shown(), folder, "explore"))
+    redraw()
+    return widgets.VBox([widgets.HBox([widgets.VBox(list(controls.values())), keep]), canvas])

@@ -1,0 +1,270 @@
+"""Every figure of the evaluation, drawn from rows alone; each function returns a Figure.
+
+A system that failed requests, or that cannot run on the machine at hand, is drawn or named as such:
+no figure drops one in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from djinn_lib.analysis.plots.sensitivity import sensitivity
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    PHASE_COLORS,
+    SMALL_PT,
+    SYSTEM_STYLE,
+    byte_scale,
+    footnote,
+    order_systems,
+    require_one_cell_each,
+    sample_note,
+    save_figure,
+    split_unavailable,
+    styled,
+    system_look,
+    unavailable_notes,
+)
+from djinn_lib.analysis.plots.timeline import residency_over_time, trace_timeline
+from djinn_lib.metrics import prefill_ms, served
+
+__all__ = [
+    "bytes_loaded",
+    "latency_breakdown",
+    "latency_cdf",
+    "residency_over_time",
+    "save_figure",
+    "sensitivity",
+    "trace_timeline",
+]
+
+
+@styled
+def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
+    """Draw the share of requests that were served within a time, per system.
+
+    Failed requests count in the share's denominator, so that the curve of a system that failed some
+    ends below 100%, at a cross.
+
+    Args:
+        rows: of one trace and one capacity.
+        paper: published numbers; hollow diamonds then mark the paper's P50 and P99.
+
+    Raises:
+        RecordError: there are no rows, or they mix traces or capacities.
+    """
+    require_one_cell_each(rows, "a latency CDF")
+    rows, unavailable = split_unavailable(rows)
+    systems = order_systems(rows["system"])
+    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # the legend stands beside, the notes below
+    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+    for system in systems:
+        _draw_cdf(axes, rows[rows["system"] == system], system)
+        if paper:
+            _draw_published(axes, paper, system)
+    axes.set(xscale="log", ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
+    axes.set_ylabel("share of all requests served")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    axes.yaxis.set_major_formatter(PercentFormatter())
+    axes.grid(which="major")
+    handles = axes.get_legend_handles_labels()[0]
+    if paper:
+        handles.append(_hollow("black", label="published P50 and P99\n(another machine)"))
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper")
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    return figure
+
+
+def _draw_cdf(axes: Axes, rows: pd.DataFrame, system: str) -> None:
+    look, n_all = system_look(system), len(rows)
+    times = np.sort(rows.loc[rows["ok"], "total_ms"].to_numpy())
+    share = 100.0 * np.arange(len(times) + 1) / n_all
+    label = look.label
+    if len(times) < n_all:
+        label += f"\n({n_all - len(times)} of {n_all} failed)"
+    axes.step(
+        [*times[:1], *times], share[: len(times) + len(times[:1])], zorder=_front(system),
+        where="post", color=look.color, linestyle=look.linestyle, label=label,
+    )  # fmt: skip
+    if 0 < len(times) < n_all:
+        axes.plot(times[-1], share[-1], "x", color=look.color, markersize=6, markeredgewidth=1.6)
+
+
+def _front(system: str) -> float:
+    """Draw the systems that come first in the legend over the others."""
+    known = list(SYSTEM_STYLE)
+    return 3.0 - (known.index(system) if system in known else len(known)) / 100
+
+
+def _draw_published(axes: Axes, paper: Mapping[str, Any], system: str) -> None:
+    published = paper.get("systems", {}).get(system, {})
+    for name, height in (("p50_total_ms", 50.0), ("p99_total_ms", 99.0)):
+        if name in published:
+            point = _hollow(system_look(system).color)
+            point.set_data([published[name]], [height])
+            axes.add_line(point)
+
+
+def _hollow(color: str, label: str = "") -> Line2D:
+    return Line2D(
+        [], [], linestyle="", marker="D", markersize=4.5, markeredgecolor=color,
+        markerfacecolor="white", label=label,
+    )  # fmt: skip
+
+
+@styled
+def latency_breakdown(rows: pd.DataFrame) -> Figure:
+    """Draw where the mean latency of each system goes: queue, switch, prefill, decode.
+
+    The left panel is in milliseconds, the right one in shares of each system's own total, because
+    systems differ by orders of magnitude. Failed requests have no times and are left out; the
+    label says how many.
+
+    Raises:
+        RecordError: there are no rows, or they mix traces or capacities.
+    """
+    require_one_cell_each(rows, "a latency breakdown")
+    rows, unavailable = split_unavailable(rows)
+    phases = phase_means_ms(rows)
+    total_ms = phases.sum(axis=1, min_count=1)
+    figure, (left, right) = plt.subplots(
+        1, 2, sharey=True, figsize=(DOUBLE_COLUMN_IN, _bars_height(len(phases))),
+        layout="constrained", width_ratios=[1.15, 1],
+    )  # fmt: skip
+    _stack(left, phases)
+    _stack(right, phases.div(total_ms, axis=0) * 100)
+    for place, value in enumerate(total_ms.fillna(0.0)):
+        _write_beside(left, value, place, _short(value))
+    left.set_xlim(0, float(total_ms.max()) * 1.15 if len(total_ms) else 1)
+    left.set_yticks(range(len(phases)), _bar_labels(rows, phases.index))
+    left.set(xlabel="mean latency of a served request (ms)")
+    left.invert_yaxis()
+    right.set(xlabel="share of it", xlim=(0, 100))
+    right.xaxis.set_major_formatter(PercentFormatter())
+    handles = [
+        Patch(color=color, label=name if phases[name].any() else f"{name} (none)")
+        for name, color in PHASE_COLORS.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    return figure
+
+
+def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean milliseconds of each phase (columns); NaN if none was served."""
+    done = served(rows)
+    phases = pd.DataFrame(
+        {
+            "system": done["system"],
+            "queue": done["queue_ms"],
+            "switch": done["switch_ms"],
+            "prefill": prefill_ms(done),
+            "decode": done["decode_ms"],
+        }
+    )
+    means = phases.groupby("system").mean()
+    return means.reindex(order_systems(rows["system"]))
+
+
+def _stack(axes: Axes, table: pd.DataFrame) -> None:
+    base = np.zeros(len(table))
+    for phase, color in PHASE_COLORS.items():
+        axes.barh(
+            range(len(table)), table[phase], 0.72, base, color=color, edgecolor="white",
+            linewidth=0.4,
+        )  # fmt: skip
+        base += table[phase].fillna(0.0).to_numpy()
+    axes.grid(axis="x")
+
+
+@styled
+def bytes_loaded(
+    rows: pd.DataFrame, optimal_bytes: float | None = None, compulsory_bytes: float | None = None
+) -> Figure:
+    """Draw the bytes of weights each system loaded for the trace, and wrote back on top of it.
+
+    Args:
+        rows: of one trace and one capacity; of several repeats the mean is drawn.
+        optimal_bytes: the least that any system could load within the capacity, knowing the future.
+        compulsory_bytes: every model once, the least at any capacity.
+
+    Raises:
+        RecordError: there are no rows, or they mix traces or capacities.
+    """
+    require_one_cell_each(rows, "bytes loaded")
+    rows, unavailable = split_unavailable(rows)
+    columns = ["loaded_bytes", "writeback_bytes"]
+    totals = rows.groupby(["system", "repeat"])[columns].sum().groupby("system").mean()
+    totals = totals.reindex(order_systems(totals.index))
+    lines = {"offline optimum": optimal_bytes, "every model once": compulsory_bytes}
+    longest = max([1.0, *totals.sum(axis=1), *filter(None, lines.values())])
+    scale, unit = byte_scale(float(longest))
+    figure, axes = plt.subplots(
+        figsize=(DOUBLE_COLUMN_IN, _bars_height(len(totals))), layout="constrained"
+    )
+    _draw_byte_bars(axes, totals / scale)
+    handles: list[Patch | Line2D] = [
+        Patch(facecolor="0.5", label="loaded"),
+        Patch(facecolor="white", edgecolor="0.5", hatch="/////", label="written back to the host"),
+    ]
+    for (name, value), style in zip(lines.items(), ("--", ":"), strict=True):
+        if value is not None:
+            label = f"{name}: {_short(value / scale)} {unit}"
+            axes.axvline(value / scale, color="black", linestyle=style, linewidth=1.1)
+            handles.append(
+                Line2D([], [], color="black", linestyle=style, linewidth=1.1, label=label)
+            )
+    axes.set_yticks(range(len(totals)), _bar_labels(rows, totals.index))
+    axes.set_xlim(0, longest / scale * 1.16)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"weights moved for the whole trace ({unit})")
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    return figure
+
+
+def _draw_byte_bars(axes: Axes, totals: pd.DataFrame) -> None:
+    for place, (system, loaded, written) in enumerate(totals.itertuples()):
+        color = system_look(str(system)).color
+        axes.barh(place, loaded, 0.72, color=color)
+        axes.barh(place, written, 0.72, loaded, color="white", edgecolor=color, hatch="/////")
+        text = _short(loaded) + (f" + {_short(written)}" if written else "")
+        _write_beside(axes, loaded + written, place, text)
+    axes.grid(axis="x")
+
+
+def _write_beside(axes: Axes, value: float, place: int, text: str) -> None:
+    axes.annotate(
+        text, (value, place), (3, 0), textcoords="offset points", va="center",
+        fontsize=SMALL_PT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+    )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    """A number with three digits, or all those before the point."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f}" if value else "0"
+
+
+def _bars_height(n_bars: int) -> float:
+    return 0.9 + 0.21 * max(n_bars, 2)
+
+
+def _bar_labels(rows: pd.DataFrame, systems: pd.Index) -> list[str]:
+    failed = (~rows["ok"]).groupby(rows["system"]).agg(["sum", "size"])
+    return [
+        system_look(system).label + (f" ({n_failed} of {n_all} failed)" if n_failed else "")
+        for system in systems
+        for n_failed, n_all in [failed.loc[system]]
+    ]

@@ -1,0 +1,82 @@
+"""A picture of how steady decoding is: every request's decode beside the fastest of its kind."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    SMALL_PT,
+    footnote,
+    order_systems,
+    require_one_cell_each,
+    split_unavailable,
+    styled,
+    system_look,
+    unavailable_notes,
+)
+from djinn_lib.metrics import decode_multiples
+
+_ROW_IN = 0.09
+_GAP = 1  # rows between systems
+_SLOWEST = 4.0  # where the scale of colours ends
+
+
+@styled
+def decode_pace(rows: pd.DataFrame) -> Figure:
+    """Draw each request's time to decode, as a multiple of the fastest of its model and system.
+
+    A band a system, in it a line a repeat from the first request to the last. Patches are what came
+    at one time from outside; columns would be what the requests themselves ask for. A request that
+    failed is left white.
+
+    Args:
+        rows: of one trace and capacity, served in sequence.
+
+    Raises:
+        RecordError: there are no rows, or they mix traces, capacities or modes.
+    """
+    require_one_cell_each(rows, "the pace of decoding")
+    rows, unavailable = split_unavailable(rows)
+    bands = {system: _multiples(rows[rows["system"] == system])
+             for system in order_systems(rows["system"])}  # fmt: skip
+    grid, middles = _stacked(list(bands.values()))
+    size_in = (DOUBLE_COLUMN_IN, 0.9 + _ROW_IN * max(len(grid), 12))
+    figure, axes = plt.subplots(figsize=size_in, layout="constrained")
+    image = axes.imshow(
+        grid, aspect="auto", interpolation="none", cmap="magma_r", norm=LogNorm(1.0, _SLOWEST)
+    )
+    axes.set_yticks(middles, [system_look(system).label for system in bands])
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("request of the trace")
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, extend="max", pad=0.01)
+    bar.set_label("decode / fastest of its model", fontsize=SMALL_PT)
+    bar.set_ticks([1, 1.5, 2, 3, 4])
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    note = "A line is a repeat. Each decode is compared with the fastest of its model and system."
+    footnote(figure, [note, *unavailable_notes(unavailable)])
+    return figure
+
+
+def _multiples(rows: pd.DataFrame) -> np.ndarray:
+    """Decode over the fastest of its model and count of tokens: a line a repeat; NaN if failed."""
+    table = rows.assign(multiple=decode_multiples(rows))
+    return table.pivot(index="repeat", columns="request", values="multiple").to_numpy(dtype=float)
+
+
+def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """Bands below each other with gaps between them, and the middle of each."""
+    gap = np.full((_GAP, max(band.shape[1] for band in bands)), np.nan)
+    parts, middles, top = [], [], 0
+    for band in bands:
+        middles.append(top + (len(band) - 1) / 2)
+        parts += [band, gap]
+        top += len(band) + _GAP
+    return np.vstack(parts[:-1]), middles

@@ -1,0 +1,223 @@
+"""Pictures of simulations: policies against the optimum, queues, and the check against rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    SMALL_PT,
+    Look,
+    footnote,
+    require_rows,
+    styled,
+)
+from djinn_lib.analysis.validation import errors
+from djinn_lib.simulator.study import KNOWN, WHOLE_LRU, free_capacity
+
+POLICY_STYLE: dict[Any, Look] = {
+    WHOLE_LRU: Look("LRU, whole models", "#7F7F7F", "--", "v"),
+    "lru": Look("LRU", "#E69F00", "-", "^"),
+    "lfu": Look("LFU", "#56B4E9", "-", "s"),
+    "ewma": Look("EWMA", "#CC79A7", "-", "D"),
+    "adaptive": Look("adaptive", "#0072B2", "-", "o"),
+    "lookahead": Look("lookahead", "#009E73", "-", "P"),
+    KNOWN: Look("popularity known", "#D55E00", "--", "X"),
+    "oracle": Look("oracle (optimum)", "#000000", ":", ""),
+}
+TRAFFIC = {"independent": "independent requests", "sessions": "sessions"}
+_BAND = 0.05
+
+
+@styled
+def distance_to_optimum(study: pd.DataFrame) -> Figure:
+    """Draw bytes loaded over the optimum against the skew, a panel for each fleet and traffic.
+
+    Points are means over the capacities of the study.
+
+    Raises:
+        RecordError: there are no points.
+    """
+    study = study[study["mode"] == "sequential"]
+    require_rows(study, "the distance to the optimum")
+    fleets, traffics = sorted(study["n_models"].unique()), list(study["traffic"].unique())
+    figure, grid = plt.subplots(
+        len(traffics), len(fleets), figsize=(DOUBLE_COLUMN_IN, 0.6 + 1.75 * len(traffics)),
+        sharex=True, sharey="row", squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for traffic, row in zip(traffics, grid, strict=True):
+        for n_models, axes in zip(fleets, row, strict=True):
+            part = study[(study["traffic"] == traffic) & (study["n_models"] == n_models)]
+            _lines(axes, part, "alpha", "ratio")
+            axes.set_title(f"{n_models} models")
+            axes.grid(axis="y")
+        row[0].set_ylabel(f"{TRAFFIC[traffic]}:\nbytes loaded / optimum")
+        _ratio_scale(row[0])
+    figure.supxlabel(r"skew $\alpha$ of the models' popularity", fontsize=8)
+    _legend(figure, grid[0][0])
+    return figure
+
+
+@styled
+def latencies_under_load(study: pd.DataFrame) -> Figure:
+    """Draw mean latency and bytes over the optimum against the load of the GPU.
+
+    Raises:
+        RecordError: there are no points with a queue.
+    """
+    queued = study[study["mode"] == "concurrent"]
+    require_rows(queued, "latencies under load")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained"
+    )
+    _lines(left, queued, "load", "mean_ms")
+    left.set(ylabel="mean latency, ms", yscale="log", title="Latency, queueing included")
+    _lines(right, queued, "load", "ratio")
+    right.set(ylabel="bytes loaded / optimum", title="Bytes loaded")
+    for axes in (left, right):
+        axes.set_xlabel("load of the GPU if nothing had to be loaded")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="y")
+    _legend(figure, left)
+    return figure
+
+
+@styled
+def capacity_that_suffices(study: pd.DataFrame, policy: str = "adaptive") -> Figure:
+    """Draw the least capacity at which switching is free on average, against the skew.
+
+    Raises:
+        RecordError: there are no points of that policy.
+    """
+    part = study[(study["mode"] == "sequential") & (study["policy"] == policy)]
+    require_rows(part, f"the capacity that suffices with {policy}")
+    free = free_capacity(part)
+    traffics = list(part["traffic"].unique())
+    figure, grid = plt.subplots(
+        1, len(traffics), figsize=(DOUBLE_COLUMN_IN, 2.4), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    greys = plt.get_cmap("viridis")(np.linspace(0.05, 0.85, part["n_models"].nunique()))
+    for traffic, axes in zip(traffics, grid[0], strict=True):
+        for color, (n, group) in zip(
+            greys, free[free["traffic"] == traffic].groupby("n_models"), strict=True
+        ):
+            axes.plot(group["alpha"], group["share"], color=color, marker="o", markersize=4,
+                      label=f"{n} models")  # fmt: skip
+        axes.set(title=TRAFFIC[traffic], xlabel=r"skew $\alpha$", ylim=(0, 1.05))
+        axes.set_xlim(part["alpha"].min() - 0.1, part["alpha"].max() + 0.1)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(axis="y")
+    grid[0][0].set_ylabel("capacity / all weights")
+    _legend(figure, grid[0][0])
+    footnote(figure, ["Least capacity tried at which a switch costs less than 10 ms on average; no "
+                      "point where none is enough."])  # fmt: skip
+    return figure
+
+
+@styled
+def measured_and_simulated(requests: pd.DataFrame) -> Figure:
+    """Draw each request's simulated time over its measured one, and both distributions.
+
+    Args:
+        requests: from `djinn_lib.analysis.validation.compared`.
+
+    Raises:
+        RecordError: there are no requests.
+    """
+    require_rows(requests, "measured and simulated times")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.7), layout="constrained"
+    )
+    ends = np.array([requests[["measured_ms", "simulated_ms"]].min().min() * 0.85,
+                     requests[["measured_ms", "simulated_ms"]].max().max() * 1.18])  # fmt: skip
+    left.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="0.88", linewidth=0)
+    left.plot(ends, ends, color="0.5", linewidth=0.8)
+    loads = requests["measured_bytes"] > 0
+    for chosen, label, marker in ((~loads, "hit", "o"), (loads, "something to load", "^")):
+        part = requests[chosen]
+        left.plot(part["measured_ms"], part["simulated_ms"], linestyle="", marker=marker,
+                  markersize=5, color="#0072B2" if marker == "o" else "#D55E00", alpha=0.8,
+                  label=label)  # fmt: skip
+    left.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms",
+             ylabel="simulated, ms", title="Each request")  # fmt: skip
+    left.legend(loc="upper left")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_major_formatter(plain)
+        axis.set_minor_formatter(plain)
+    for column, style, label in (
+        ("measured_ms", "-", "measured"),
+        ("simulated_ms", "--", "simulated"),
+    ):
+        right.ecdf(requests[column], linestyle=style, color="#0072B2", label=label)
+    right.set(xlabel="ms", ylabel="requests", title="All of them")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    right.legend(loc="lower right")
+    equal = "equal" if errors(requests)["bytes_equal"].all() else "NOT equal"
+    footnote(figure, [f"Grey: within 5%. Bytes loaded are {equal} in every request."])
+    return figure
+
+
+@styled
+def growth(scale: Mapping[str, Any]) -> Figure:
+    """Draw time and memory of a simulation against its number of requests.
+
+    Args:
+        scale: content of ``scale.json``, from `benchmarks/simulator.py`.
+
+    Raises:
+        RecordError: it holds no sizes.
+    """
+    table = pd.DataFrame(scale["growth"])
+    require_rows(table, "the simulator's growth")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.4), layout="constrained"
+    )
+    for policy, rows in table.groupby("policy", sort=False):
+        look = POLICY_STYLE[policy]
+        line = {"color": look.color, "marker": look.marker, "markersize": 4, "label": look.label}
+        left.plot(rows["n_requests"], rows["seconds"], **line)
+        right.plot(rows["n_requests"], rows["peak_mib"], **line)
+    ends = np.array([table["n_requests"].min(), table["n_requests"].max()])
+    slope = table["seconds"].max() / ends[1]
+    left.plot(ends, ends * slope, color="0.6", linestyle=":", label="proportional")
+    left.set(xscale="log", yscale="log", xlabel="requests", ylabel="seconds", title="Time")
+    right.set(xscale="log", ylim=(0, 1100), xlabel="requests", ylabel="MiB", title="Peak of memory")
+    for axes in (left, right):
+        axes.grid(axis="y")
+    left.legend()
+    return figure
+
+
+def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
+    present = [policy for policy in POLICY_STYLE if policy in set(points["policy"])]
+    for policy in present:
+        means = points[points["policy"] == policy].groupby(x)[y].mean()
+        look = POLICY_STYLE[policy]
+        axes.plot(means.index, means, color=look.color, linestyle=look.linestyle,
+                  marker=look.marker, markersize=3.5, label=look.label)  # fmt: skip
+    axes.tick_params(labelsize=SMALL_PT)
+
+
+def _ratio_scale(axes: Axes) -> None:
+    """A logarithmic axis from 1 on: a policy twice as far off is as far from one half as far."""
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.97)
+    axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    ncols = len(labels) if len(labels) <= 5 else -(-len(labels) // 2)
+    figure.legend(handles, labels, loc="outside upper center", ncols=ncols)

@@ -1,0 +1,242 @@
+"""How figures look: one colour, label and line style a system, one colour a model, and saving.
+
+Colours are distinct with the common kinds of colour blindness: Okabe and Ito's set for systems
+(https://jfly.uni-koeln.de/color/), Paul Tol's "muted" set for models
+(https://sronpersonalpages.nl/~pault/), so that a model is never taken for a system.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.errors import RecordError
+
+COLUMN_IN, DOUBLE_COLUMN_IN = 3.4, 7.0  # widths of a paper's single and double column
+SMALL_PT = 7
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 130,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.transparent": False,
+    "pdf.fonttype": 42,  # text stays text: TrueType, not outlines
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": "0.88",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": SMALL_PT,
+    "legend.frameon": False,
+    "xtick.labelsize": SMALL_PT,
+    "ytick.labelsize": SMALL_PT,
+    "hatch.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "figure.constrained_layout.h_pad": 0.05,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one system is drawn; no two systems share both colour and line style."""
+
+    label: str
+    color: str
+    linestyle: str = "-"
+    marker: str = "o"
+
+
+_BLUE, _SKY, _GREEN, _ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
+_RED, _PINK, _BLACK, _GREY = "#D55E00", "#CC79A7", "#000000", "#7F7F7F"
+_NAVY = "#003F7F"
+
+SYSTEM_STYLE: dict[Any, Any] = {
+    "djinn": Look("Djinn", _BLUE),
+    "djinn_adaptive": Look("Djinn, adaptive policy", _NAVY, ":", "^"),
+    "djinn_affinity": Look("Djinn, by affinity", _BLUE, "-.", "h"),
+    "djinn_no_lookahead": Look("Djinn, no lookahead", _SKY, "-.", "X"),
+    "djinn_compiled": Look("Djinn, tables in the ring", _NAVY, "--", "o"),
+    "djinn_graph": Look("Djinn, not compiled", _SKY, ":", "d"),
+    "djinn_eager": Look("Djinn, eager decode", _BLUE, ":", "p"),
+    "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),
+    "djinn_whole_overlap": Look("Djinn, whole models", _SKY, "-", "D"),
+    "djinn_whole": Look("Djinn, whole, no overlap", _SKY, "--", "v"),
+    "pytorch_lru": Look("PyTorch LRU", _GREEN, "-", "^"),
+    "pytorch_pinned_readonly": Look("PyTorch pinned, read-only", _ORANGE, "-", "P"),
+    "pytorch_pinned": Look("PyTorch pinned", _RED, "-", "X"),
+    "pytorch_pageable": Look("PyTorch pageable", _RED, "--", "*"),
+    "serverless_warm": Look("Serverless, warm cache", _PINK, "-", "<"),
+    "serverless_cold": Look("Serverless, cold cache", _PINK, "--", ">"),
+    "ray_actors": Look("Ray actors", _GREY, "-", "h"),
+    "vllm_sleep": Look("vLLM sleep", _BLACK, "--", "d"),
+    "vllm_sleep_naive": Look("vLLM sleep, naive", _BLACK, ":", "s"),
+    "vllm_recreate": Look("vLLM re-created", _BLACK, "-", "p"),
+}
+_FALLBACK_COLORS = ("#8C510A", "#5D3A9B", "#40B0A6", "#994F00", "#4B0092", "#1A85FF")
+_FALLBACK_LINES = (":", "-.")
+
+MODEL_COLORS = ("#332288", "#DDCC77", "#CC6677", "#44AA99", "#AA4499", "#999933", "#88CCEE")
+PHASE_COLORS = {"queue": "#BBBBBB", "switch": "#D55E00", "prefill": "#F0E442", "decode": "#56B4E9"}
+
+_P = ParamSpec("_P")
+
+
+def system_look(label: str) -> Look:
+    """Return how a system is drawn; an unknown label always gets the same look as well."""
+    if label in SYSTEM_STYLE:
+        return SYSTEM_STYLE[label]
+    number = zlib.crc32(label.encode())  # unlike hash(), the same in every process
+    color = _FALLBACK_COLORS[number % len(_FALLBACK_COLORS)]
+    line = _FALLBACK_LINES[number // len(_FALLBACK_COLORS) % len(_FALLBACK_LINES)]
+    return Look(label.replace("_", " "), color, line)
+
+
+def order_systems(labels: Iterable[str]) -> list[str]:
+    """Return labels in the one order of all figures: known ones first, then by name."""
+    known = list(SYSTEM_STYLE)
+    return sorted(set(labels), key=lambda s: (known.index(s) if s in known else len(known), s))
+
+
+def model_colors(models: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each model, by name, so that it does not depend on the rows' order."""
+    names = sorted(set(models))
+    return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
+
+
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Run a drawing function in the figures' style, leaving matplotlib's own settings alone.
+
+    The figure is taken from pyplot's list, so that a notebook shows it once, and is laid out here,
+    because ticks take their style when they are first drawn.
+    """
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with mpl.rc_context(STYLE):
+            figure = draw(*args, **kwargs)
+            figure.canvas.draw()
+            plt.close(figure)
+        return figure
+
+    return drawn
+
+
+def require_rows(rows: pd.DataFrame, what: str) -> None:
+    """Make sure that there is something to draw.
+
+    Raises:
+        RecordError: there are no rows.
+    """
+    if rows.empty:
+        raise RecordError(
+            f"expected rows to draw {what} from, got none: run the cells first, and check the "
+            "trace and capacity label that the rows are filtered by"
+        )
+
+
+def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
+    """Make sure that systems are compared on one trace at one capacity in one mode.
+
+    Raises:
+        RecordError: there are no rows, or they mix traces, capacities or modes.
+    """
+    require_rows(rows, what)
+    for column in ("trace", "capacity_label", "mode"):
+        values = sorted(rows[column].unique())
+        if len(values) > 1:
+            raise RecordError(
+                f"expected rows of one {column} to draw {what} from, got {values}: filter them, "
+                f"e.g. rows[rows[{column!r}] == {values[0]!r}]"
+            )
+
+
+def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Return the rows of systems that could run here, and for each of the others the reason."""
+    missing = rows[rows["error_kind"] == "unavailable"]
+    reasons = {str(row.system): str(row.error) for row in missing.itertuples()}
+    rest = rows[rows["error_kind"] != "unavailable"]
+    return rest, {system: reasons[system] for system in order_systems(reasons)}
+
+
+def footnote(figure: Figure, notes: Iterable[str]) -> None:
+    """Write notes below a figure of constrained layout, wrapped to its width."""
+    characters = int(figure.get_figwidth() * 72 / (SMALL_PT * 0.56))
+    lines = [line for note in notes for line in textwrap.wrap(note, characters)]
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=SMALL_PT, color="0.3", x=0.01, ha="left")
+
+
+def sample_note(rows: pd.DataFrame) -> str:
+    """Return how many requests each system's part of a figure rests on; empty without rows.
+
+    Of rows at several capacities it is the number at each.
+    """
+    sizes = rows.groupby(["system", "capacity_label"]).size()
+    groups: dict[str, list[str]] = {}
+    for system in order_systems(rows["system"]):
+        found = sorted(set(sizes.loc[system]))
+        n = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+        groups.setdefault(n, []).append(system_look(system).label)
+    where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
+    if len(groups) == 1:
+        return f"n = {next(iter(groups))} requests of each system{where}."
+    most = max(groups, key=lambda n: len(groups[n]), default="")  # several need not be listed
+    # Labels have commas in them.
+    texts = [f"{n} of {'; '.join(labels)}" for n, labels in groups.items() if n != most]
+    rest = "the others" if most and len(groups[most]) > 1 else "".join(groups.get(most, []))
+    return f"n, requests{where}: {'. '.join([*texts, f'{most} of {rest}'])}." if most else ""
+
+
+def unavailable_notes(reasons: dict[str, str]) -> list[str]:
+    """Return one note for each system that cannot run here."""
+    return [
+        f"Not on this machine: {system_look(system).label} ({reason})"
+        for system, reason in reasons.items()
+    ]
+
+
+def byte_scale(n_bytes: float) -> tuple[float, str]:
+    """Return the unit for an axis that ends at `n_bytes`: bytes per unit, and its name."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if n_bytes >= 4 * 1024**power:  # 1026 MiB says more than 1.0 GiB
+            return 1024.0**power, unit
+    return 1.0, "B"
+
+
+def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
+    """Write ``<name>.pdf`` and ``<name>.png`` (200 dpi, opaque) and return their paths.
+
+    The same rows give the same bytes, so that a figure changes in version control only when its
+    data does. A file appears complete or not at all.
+    """
+    folder = user_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A picture of the same data is the same file: without dates, and without the library's version.
+    options = {
+        "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
+        "png": {"metadata": {"Software": None}, "dpi": 200},
+    }
+    with mpl.rc_context(STYLE):
+        for ending, settings in options.items():
+            partial = folder / f".{name}.partial.{ending}"
+            figure.savefig(partial, format=ending, **settings)
+            os.replace(partial, folder / f"{name}.{ending}")
+    return folder / f"{name}.pdf", folder / f"{name}.png"

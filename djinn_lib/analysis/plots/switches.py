@@ -1,0 +1,122 @@
+"""Pictures of what switches cost: beside requests that wait, and on a longer trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+
+from djinn_lib.analysis.batching import split_unbatched
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    footnote,
+    order_systems,
+    sample_note,
+    split_unavailable,
+    styled,
+    system_look,
+    unavailable_notes,
+)
+from djinn_lib.metrics import attempted, later_touches
+
+_LEAST_MS = 0.01  # where a logarithmic axis begins; what is less is drawn there
+
+
+@styled
+def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) -> Figure:
+    """Draw what switches still cost when requests wait, and how long requests take altogether.
+
+    Left: the share of requests whose switch cost no more than a time, the first for each model left
+    out. Right: the share that was done within a time of its arrival. Grey: one after the other.
+    Systems that could have batched are named in a note instead.
+
+    Args:
+        concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
+        sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
+    """
+    figure, (left, right) = _two_panels()
+    fair, left_out = split_unbatched(concurrent)
+    _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
+    before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
+    _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
+    _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
+    return figure
+
+
+@styled
+def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
+    """Draw what switches cost, and how long requests take, on a trace that not every run has.
+
+    Left: the share of requests whose switch cost no more than a time, the first for each model left
+    out. Right: the share that was served within a time.
+
+    Args:
+        rows: of one trace and capacity, served in sequence; may be empty.
+    """
+    figure, (left, right) = _two_panels()
+    _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
+    _finish(figure, left, right, "total latency of a request (ms, log scale)")
+    return figure
+
+
+def _two_panels() -> tuple[Figure, Sequence[Axes]]:
+    size_in = (DOUBLE_COLUMN_IN, 2.6)
+    return plt.subplots(1, 2, figsize=size_in, sharey=True, layout="constrained")
+
+
+def _draw_systems(
+    figure: Figure,
+    left: Axes,
+    right: Axes,
+    rows: pd.DataFrame,
+    none_there: str,
+    left_out: Sequence[str] = (),
+) -> None:
+    """Both panels of every system, and below them on how many rows they rest."""
+    rows, unavailable = split_unavailable(rows)
+    for system in order_systems(rows["system"]):
+        part, look = rows[rows["system"] == system], system_look(system)
+        style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
+        _steps(left, later_touches(part), "switch_ms", **style)
+        _steps(right, part, "total_ms", **style)
+    note = sample_note(rows) if len(rows) else none_there
+    footnote(figure, [note, *unavailable_notes(unavailable), *left_out])
+
+
+def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
+    """Scales, labels and the legend."""
+    left.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests")
+    right.set_xlabel(right_label)
+    left.yaxis.set_major_formatter(PercentFormatter())
+    for axes in (left, right):
+        axes.set(xscale="log", ylim=(0, 103))
+        _label_times(axes)
+        axes.grid(which="major")
+    handles = left.get_legend_handles_labels()[0]
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    else:  # the note below says why; axes without a curve say nothing
+        left.set_axis_off()
+        right.set_axis_off()
+
+
+def _label_times(axes: Axes) -> None:
+    """Label powers of ten, and 2 and 5 between them where there are few."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _steps(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
+    """A cumulative share; failed requests count in the denominator."""
+    times = np.sort(rows.loc[rows["ok"], column].clip(lower=_LEAST_MS).to_numpy())
+    if len(times):
+        share = 100.0 * np.arange(len(times) + 1) / len(rows)
+        axes.step([times[0], *times], share, where="post", **style)

@@ -1,0 +1,217 @@
+"""Does the simulator tell the truth? Simulated rows beside measured ones.
+
+Measured are the rows of `SYSTEMS` in a reference run where there are any, else the cases of the
+engine's benchmark in which one model follows another. The cost model is fitted from hits, loads and
+full misses of single models, so neither has been used for the fit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.analysis.replicates import FOLDER as REPLICATES
+from djinn_lib.errors import ConfigError
+from djinn_lib.metrics import later_touches
+from djinn_lib.paths import REFERENCE
+from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.simulator.cost_model import CostModel, fit
+from djinn_lib.simulator.simulate import simulate
+from djinn_lib.trace import paper_trace
+
+SYSTEMS = ("djinn", "djinn_adaptive")  # those that differ in nothing but their policy
+STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
+
+
+def engine(reference: Path = REFERENCE) -> dict[str, Any]:
+    """Return the engine's benchmark of a reference run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = reference / "engine.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"expected the engine's rows in {path}, got {error!r}: run benchmarks/engine.py"
+        ) from error
+
+
+def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
+    """Return the cost model of the machine of a reference run."""
+    return fit(engine(reference), n_tokens)
+
+
+def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
+    """Return measured and simulated requests of `benchmarks/engine.py`, one model after another.
+
+    Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms;
+    the times are those to the first token.
+    """
+    result = engine(reference)
+    sizes, repeats = result["sizes"], result["repeats"]
+    cases = {(c["case"], c["model"]): c for c in result["cases"]}
+    order = [f"after {before}" for before, _ in permutations(sizes, 2)]
+    requests = [list(sizes)[-1]]  # what the benchmark left resident before its first pair
+    last = []
+    for before, after in permutations(sizes, 2):
+        requests += [after, before, after] * repeats
+        last.append(len(requests) - 1)
+    rows = simulate(
+        requests,
+        sizes,
+        result["capacity_bytes"],
+        costs=fit(result, n_tokens=1),
+        page_bytes=result["page_bytes"],
+    ).iloc[last]
+    named = list(zip(rows["model"], order, strict=True))
+    measured = [cases[case, model] for model, case in named]
+    return pd.DataFrame(
+        {
+            "source": "engine",
+            "request": [
+                f"{model} {c['case']}" for model, c in zip(rows["model"], measured, strict=True)
+            ],
+            "model": rows["model"].tolist(),
+            "measured_bytes": [c["loaded_bytes"] for c in measured],
+            "simulated_bytes": rows["loaded_bytes"].tolist(),
+            "measured_ms": [c["ttft_ms"] for c in measured],
+            "simulated_ms": rows["ttft_ms"].tolist(),
+        }
+    )
+
+
+def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.DataFrame:
+    """Return measured and simulated requests of every cell of `systems`, as `pairs` does.
+
+    A cell that was measured again is there again, by the name of its replicate. The times are those
+    of whole requests, medians over the repeats; empty without such cells.
+    """
+    found = []
+    patterns = [f"{folder}/*-{system}{again}.parquet"
+                for folder, again in (("requests", ""), (REPLICATES, "-[0-9]*"))
+                for system in systems]  # fmt: skip
+    for path in (path for pattern in patterns for path in sorted(reference.glob(pattern))):
+        rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
+        rows = rows[rows["ok"]]
+        first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
+        policy = manifest["options"].get("policy", "lru")
+        simulated = _again(first, manifest, reference, policy)
+        found.append(
+            pd.DataFrame(
+                {
+                    "source": path.stem,
+                    "request": first["request"].astype(str).tolist(),
+                    "model": first["model"].tolist(),
+                    "measured_bytes": first["loaded_bytes"].tolist(),
+                    "simulated_bytes": simulated["loaded_bytes"].tolist(),
+                    "measured_ms": rows.groupby("request")["total_ms"].median().tolist(),
+                    "simulated_ms": simulated["total_ms"].tolist(),
+                }
+            )
+        )
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def compared(reference: Path = REFERENCE) -> pd.DataFrame:
+    """Return requests measured and simulated: of cells where there are any, else of the engine."""
+    found = cells(reference)
+    return pairs(reference) if found.empty else found
+
+
+def foretold_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
+    """Foretell what a cell of a reference run would have been with other policies.
+
+    Columns, a row a policy, the offline optimum last: `loaded_gib`, `to_optimum` (its bytes by
+    those of the optimum), `mean_ms`, `p90_ms` and `mean_switch_ms`.
+
+    Raises:
+        RecordError: the run has no such cell.
+    """
+    path = reference / "requests" / f"{cell}.parquet"
+    rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
+    first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
+    table = {}
+    for policy in ("lru", "ewma", "lfu", "adaptive", "oracle"):
+        found = _again(first, manifest, reference, policy)
+        latency = found["total_ms"]
+        table[policy] = {
+            "loaded_gib": found["loaded_bytes"].sum() / 2**30,
+            "mean_ms": latency.mean(),
+            "p90_ms": latency.quantile(0.9),
+            "mean_switch_ms": found["switch_ms"].mean(),
+        }
+    result = pd.DataFrame(table).T
+    result.insert(1, "to_optimum", result["loaded_gib"] / result.loc["oracle", "loaded_gib"])
+    return result
+
+
+def _again(
+    rows: pd.DataFrame, manifest: Mapping[str, Any], reference: Path, policy: str = "lru"
+) -> pd.DataFrame:
+    """The requests of one repeat of a cell, simulated."""
+    sizes = {
+        name: model.get("device_bytes", model["bytes"])
+        for name, model in manifest["models"].items()
+    }
+    return simulate(
+        rows["model"].tolist(),
+        sizes,
+        int(rows["capacity_bytes"].iloc[0]),
+        policy,
+        costs=reference_costs(reference, int(rows["n_tokens"].iloc[0])),
+        page_bytes=manifest["parameters"]["page_bytes"],
+    )
+
+
+def looking_ahead(
+    reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
+) -> pd.DataFrame:
+    """Foretell what loading ahead is worth on the paper's trace, all requests sent at once.
+
+    Columns, a row for each of "one after the other", "waiting", "waiting, loading ahead": mean and
+    greatest `switch_ms` after the first touch of each model, GiB loaded, seconds until all is done.
+    """
+    sizes, costs = engine(reference)["sizes"], reference_costs(reference, n_tokens)
+    models = [request.model for request in paper_trace(tuple(sizes)).requests]
+    ways: dict[str, dict[str, Any]] = {
+        "one after the other": {"mode": "sequential"},
+        "waiting": {"mode": "concurrent"},
+        "waiting, loading ahead": {"mode": "concurrent", "lookahead": True},
+    }
+    table = {}
+    for name, options in ways.items():
+        rows = simulate(models, sizes, capacity, costs=costs, **options)
+        exposed_ms = later_touches(rows).switch_ms
+        table[name] = {
+            "mean_exposed_ms": exposed_ms.mean(),
+            "max_exposed_ms": exposed_ms.max(),
+            "loaded_gib": rows.loaded_bytes.sum() / 2**30,
+            "done_s": (rows.start_s + (rows.total_ms - rows.queue_ms) / 1e3).max(),
+        }
+    return pd.DataFrame(table).T
+
+
+def errors(requests: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a source: whether all bytes are equal, and relative errors of the times.
+
+    Columns: n, bytes_equal, and for P50, mean and maximum the simulated over the measured, less 1.
+    """
+    table = []
+    for source, group in requests.groupby("source", sort=False):
+        row: dict[str, Any] = {
+            "source": source,
+            "n": len(group),
+            "bytes_equal": bool((group["measured_bytes"] == group["simulated_bytes"]).all()),
+        }
+        for name, statistic in STATISTICS.items():
+            measured = getattr(group["measured_ms"], statistic)()
+            row[f"{name}_error"] = getattr(group["simulated_ms"], statistic)() / measured - 1
+        table.append(row)
+    return pd.DataFrame(table).set_index("source")

@@ -1,0 +1,1 @@
+"""The library: several models behind one ring of device memory."""

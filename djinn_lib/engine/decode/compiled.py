@@ -1,0 +1,218 @@
+"""Compiling the decode step of a model, one unit at a time.
+
+A step of batch 1 reads every weight once, so it is bound by device memory. cuBLAS multiplies a
+matrix with one vector at about 2.4 of the 3.0 TB/s of an H100; the same product as a reduction in
+Triton, its shape searched for, comes closer. Everything here serves to let `torch.compile` see each
+product as a reduction, and to fuse what follows it.
+
+The layers of a model differ in their weights only, so one of them is compiled, with weights, keys
+and values as arguments, and serves all: a matter of seconds where the whole model takes minutes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._inductor.config as inductor
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.decode.kv_cache import KvCache
+from djinn_lib.engine.models.packing import Unit
+
+
+class _Products(TorchFunctionMode):
+    """Brings x @ W + b into the form that inductor makes fast reductions of.
+
+    A product with a bias would go to cuBLAS, so the bias is added apart. And what x is computed
+    from would be computed again by every block of rows, so x is stored first: the address of its
+    elements is asked for, which is all that `as_strided` does.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not linear:
+            return func(*args, **kwargs)
+        x, weight, *rest = args
+        bias = rest[0] if rest else kwargs.get("bias")
+        x = x.contiguous()
+        product = linear(x.as_strided(x.shape, x.stride()), weight)
+        return product if bias is None else product + bias
+
+
+def options() -> dict[str, Any]:
+    """What inductor is asked for on this machine."""
+    chosen: dict[str, Any] = {"coordinate_descent_tuning": True}
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if hopper and hasattr(inductor.triton, "enable_pdl"):
+        chosen["triton.enable_pdl"] = True  # a kernel starts while the one before it drains
+    return chosen
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels written in Triton run on a device."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def attentions(device: torch.device) -> list[str]:
+    """Implementations of attention to try in a compiled step, the fastest first."""
+    if not has_triton(device):
+        return ["sdpa"]
+    from djinn_lib.engine.decode.kernels.attention import NAME  # needs triton
+
+    return [NAME, "sdpa"]
+
+
+class CompiledUnits:
+    """Compiled stand-ins for the units of a model, for steps of one token.
+
+    Args:
+        model: whose units they are.
+        units: every one is compiled; those alike in all but weights share the code.
+        cache: what the model is called with as `past_key_values`.
+        attention: the implementation that the compiled code uses.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, units: Sequence[Unit], cache: KvCache, attention: str
+    ) -> None:
+        self._model, self._cache, self._attention = model, cache, attention
+        shared: dict[Any, _SharedCode] = {}
+        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
+        for unit in units:
+            module = model.get_submodule(unit.module)
+            if module is not model:
+                likeness = _likeness(module)
+                if likeness not in shared:
+                    shared[likeness] = _SharedCode(module)
+                self._stand_ins.append((module, self._stand_in(module, shared[likeness])))
+
+    def _stand_in(self, module: nn.Module, code: _SharedCode) -> Callable[..., Any]:
+        index = next((m.layer_idx for m in module.modules() if hasattr(m, "layer_idx")), None)
+        tensors = _tensors(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = {**dict(enumerate(args)), **kwargs}
+            where = next((key for key, value in given.items() if value is self._cache), None)
+            if where is None:
+                return code.run(tensors, None, None, None, None, args, kwargs)
+            kept = self._cache.kv_layers[index]  # type: ignore[index]
+            position = self._cache.position
+            args = tuple(None if value is self._cache else value for value in args)
+            kwargs = {key: value for key, value in kwargs.items() if key != where}
+            return code.run(tensors, kept.keys, kept.values, position, where, args, kwargs)
+
+        return forward
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model use the stand-ins meanwhile."""
+        # Each kind of unit, of each model, is one more variant of the same function.
+        limits = torch._dynamo.config.patch(
+            recompile_limit=1 << 20, fail_on_recompile_limit_hit=True
+        )
+        with standing_in(self._model, self._stand_ins, self._attention), limits:
+            yield
+
+
+@contextmanager
+def standing_in(
+    model: PreTrainedModel,
+    stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]],
+    attention: str,
+) -> Iterator[None]:
+    """Let a model use other forward functions of its modules meanwhile, and another attention."""
+    before = model.config._attn_implementation or "sdpa"
+    model.set_attn_implementation(attention)
+    for module, forward in stand_ins:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, _ in stand_ins:
+            del module.forward  # its class has one
+        model.set_attn_implementation(before)
+
+
+class _SharedCode:
+    """The compiled forward pass of a module, with its tensors as arguments."""
+
+    def __init__(self, module: nn.Module) -> None:
+        memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+                for p in module.parameters()}  # fmt: skip
+        self._shape = copy.deepcopy(module, memo)
+        for part in self._shape.modules():
+            part._forward_pre_hooks.clear()
+        self.run = torch.compile(self._run, fullgraph=True, dynamic=False, options=options())
+
+    def _run(
+        self,
+        tensors: dict[str, torch.Tensor],
+        keys: torch.Tensor | None,
+        values: torch.Tensor | None,
+        position: torch.Tensor | None,
+        where: int | str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if isinstance(where, int):
+            args = (*args[:where], _LayerOfCache(keys, values, position), *args[where + 1 :])
+        elif where is not None:
+            kwargs = {**kwargs, where: _LayerOfCache(keys, values, position)}
+        with _Products():
+            return functional_call(self._shape, tensors, args, kwargs)
+
+
+class _LayerOfCache:
+    """As much of a cache as one layer asks for, while one token is added."""
+
+    def __init__(self, keys: Any, values: Any, position: Any) -> None:
+        self.keys, self.values, self.position = keys, values, position
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store one token's states at the position, and return all there are."""
+        self.keys.index_copy_(2, self.position, key_states)
+        self.values.index_copy_(2, self.position, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """The position."""
+        return self.position[0]
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, as plain tensors: the compiler keeps no identity of those."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _likeness(module: nn.Module) -> Any:
+    """Equal for two modules that compute the same function of their tensors and arguments."""
+    plain = (bool, int, float, str, type(None))
+    parts = [
+        (
+            name,
+            type(part),
+            tuple(
+                (key, value)
+                for key, value in sorted(vars(part).items())
+                if key != "layer_idx" and isinstance(value, plain)
+            ),
+        )
+        for name, part in module.named_modules()
+    ]
+    shapes = [(name, tuple(t.shape), t.dtype) for name, t in _tensors(module).items()]
+    return tuple(parts), tuple(shapes)

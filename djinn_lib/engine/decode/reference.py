@@ -1,0 +1,182 @@
+"""What faster ways of decoding are held against: transformers' own `generate`.
+
+A recorded step calls the same modules as `generate`, but with a cache of fixed length, a padded
+prompt, and kernels of its own. Whether an architecture takes all that well is not known by its
+name. So before a way of decoding is used, it continues a few prompts, token by token as `generate`
+did, and its logits are compared. Logits and not only tokens: with a wrong cache the most likely
+token is often still the same, and between two that are as likely rounding decides.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.decode.eager import call_generate, vocabulary
+from djinn_lib.engine.decode.generation_options import request_options
+from djinn_lib.errors import DjinnError
+
+N_TOKENS = 6  # of each continuation
+# How far logits may be from those of a reference, which round elsewhere, as a share of their norm.
+# Rounding gives a tenth of that.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Prompts that are tried. Rounding may make a router choose another expert, and then logits differ
+# by more; but not for three prompts in a row. A step that computes something else always differs.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A prompt, the greedy tokens after it, and the logits (tokens, vocabulary) before each."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What another way of decoding gave: logits (tokens, vocabulary), and the tokens it chose."""
+
+    logits: torch.Tensor
+    token_ids: tuple[int, ...]
+
+
+class References:
+    """What `generate` gives for a few prompts, and what is compared with it.
+
+    Args:
+        model: all of its weights are on the device.
+        n_prompts: how long prompts are, in tokens.
+
+    Raises:
+        DjinnError: `generate` gives no logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, n_prompts: Sequence[int]) -> None:
+        self._model, self._n_prompts = model, tuple(n_prompts)
+        self._taken: dict[tuple[int, int], Reference] = {}
+        self._reference(self._n_prompts[0], 0)
+        self._settled = dict(_buffers(model))  # some move a table at the first call
+        for n_prompt in self._n_prompts[1:]:
+            self._reference(n_prompt, 0)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # for a cache and recordings that come next
+
+    def _reference(self, n_prompt: int, attempt: int) -> Reference:
+        key = n_prompt, attempt
+        if key not in self._taken:
+            prompt = probe_prompt(self._model, n_prompt, seed=attempt)
+            self._taken[key] = take_reference(self._model, prompt, N_TOKENS)
+        return self._taken[key]
+
+    def ensure_alike(self, follow: Callable[[Reference], Followed]) -> None:
+        """Refuse a way of decoding that gives something else.
+
+        Args:
+            follow: continues the prompt of a reference with the tokens of that reference.
+
+        Raises:
+            DjinnError: by more than rounding explains, or the model is not as it was before, and
+                the next request would find that.
+        """
+        for n_prompt in self._n_prompts:
+            for attempt in range(ATTEMPTS):
+                reference = self._reference(n_prompt, attempt)
+                try:
+                    compare(follow(reference), reference)
+                    break
+                except DjinnError:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        now = _buffers(self._model)
+        if changed := [name for name, state in now if self._settled.get(name) != state]:
+            raise DjinnError(
+                f"expected a forward pass that leaves a model as it was, got one that changes "
+                f"{', '.join(changed[:3])}"
+            )
+
+
+def probe_prompt(model: PreTrainedModel, n_tokens: int, seed: int) -> tuple[int, ...]:
+    """Return random ids without those that mean something to a model, such as padding."""
+    special = set(_special_ids(model))
+    ids = [i for i in range(vocabulary(model)) if i not in special] or [0]
+    return tuple(random.Random(seed).choices(ids, k=n_tokens))
+
+
+def _special_ids(model: PreTrainedModel) -> Iterator[int]:
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        for name, value in vars(config).items():
+            if name.endswith(("token_id", "token_ids", "token_index")):
+                ids = value if isinstance(value, list) else [value]
+                yield from (i for i in ids if isinstance(i, int))
+
+
+def take_reference(model: PreTrainedModel, prompt_ids: tuple[int, ...], n_tokens: int) -> Reference:
+    """Let transformers continue a prompt with exactly so many greedy tokens.
+
+    Raises:
+        DjinnError: it gives no logits.
+    """
+    options = request_options(model, n_tokens, ignore_eos=True, sampling=None)
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    output: Any = call_generate(model, prompt_ids, model.device, **options)
+    if not getattr(output, "logits", None):
+        raise DjinnError(f"expected logits from generate of a {type(model).__name__}, got none")
+    tokens = output.sequences[0, len(prompt_ids) :].tolist()
+    return Reference(prompt_ids, tuple(tokens), torch.cat(output.logits))
+
+
+def compare(followed: Followed, reference: Reference) -> None:
+    """Refuse logits that cannot be explained by rounding, and other tokens where none is near.
+
+    Raises:
+        DjinnError: they are further apart.
+    """
+    after = f"after a prompt of {len(reference.prompt_ids)} tokens"
+    for i, (got, expected) in enumerate(zip(followed.logits, reference.logits, strict=True)):
+        ensure_alike(got, expected, f"at token {i} {after}")
+        token, own = reference.token_ids[i], followed.token_ids[i]
+        gap = float(expected[token] - expected[own])
+        if gap > 2 * TOLERANCE[got.dtype] * float(expected.float().std()):
+            raise DjinnError(f"expected token {token} at token {i} {after}, got {own}")
+
+
+def ensure_alike(got: torch.Tensor, expected: torch.Tensor, where: str = "") -> None:
+    """Refuse logits that cannot be explained by rounding.
+
+    What all logits have in common makes no difference, so they are compared without their mean;
+    but it takes digits, and what the last digit is worth may be missing.
+
+    Args:
+        got: (vocabulary,), in the dtype of the model.
+        expected: (vocabulary,).
+        where: in words, for the error.
+
+    Raises:
+        DjinnError: they are further apart.
+    """
+    limits = torch.finfo(got.dtype)
+    usual = expected.double().abs() < limits.max / 2  # others stand for ids that there are not
+    if not torch.equal(got[~usual].float(), expected[~usual].float()):
+        raise DjinnError(f"expected other ids to be impossible {where}".strip())
+    a, b = got[usual].double(), expected[usual].double()
+    spread = float((b - b.mean()).norm())
+    distance = float(((a - a.mean()) - (b - b.mean())).norm())
+    allowed = TOLERANCE[got.dtype] * spread + limits.eps * float(b.norm())
+    if not distance <= allowed:  # nor may it be NaN
+        raise DjinnError(
+            f"expected logits within {TOLERANCE[got.dtype]} of those of transformers' generate, "
+            f"got {distance / spread if spread else distance:.2g} {where}".strip()
+        )
+
+
+def _buffers(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Which tensor each buffer is, and how often it has been written to."""
+    for name, buffer in model.named_buffers():
+        yield name, (id(buffer), buffer._version)

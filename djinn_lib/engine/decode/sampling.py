@@ -1,0 +1,114 @@
+"""Choosing the next token: the most likely one, or a random one."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, fields
+from typing import TypedDict
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from djinn_lib.engine.arguments import real_number, whole_number
+from djinn_lib.errors import ConfigError, shown
+
+GREEDY_BELOW = 1e-5  # as in vLLM: logits divided by less than that overflow
+_HOTTEST = 10**6  # by then every token is as likely as any other, in float32
+MOST_TOKENS = 2**31 - 1  # to ask for, or to choose from
+_MOST_SEED = 2**64 - 1  # what torch's generators take
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keywords."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to choose; the names and their meaning are vLLM's.
+
+    Numbers may be numpy's, and a temperature or top_p may be a whole number.
+
+    Args:
+        temperature: 0, or less than 0.00001, takes the most likely token; 1 samples from the
+            model's distribution.
+        top_k: sample from the k most likely tokens only; 0 means all.
+        top_p: sample from the most likely tokens that together reach this probability.
+        seed: the same seed gives the same tokens in the same mode on the same machine; None gives
+            other tokens each time.
+
+    Raises:
+        ConfigError: a value has no meaning.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        checked: dict[str, object] = {
+            "temperature": real_number(self.temperature, "temperature", 0, _HOTTEST),
+            "top_k": whole_number(self.top_k, "top_k", 0, MOST_TOKENS),
+            "top_p": real_number(self.top_p, "top_p", 0, 1),
+        }
+        if not checked["top_p"]:
+            raise ConfigError(f"expected top_p above 0 and at most 1, got {shown(self.top_p)}")
+        if self.seed is not None:
+            checked["seed"] = whole_number(self.seed, "seed", 0, _MOST_SEED)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Sampling:
+        """Make one of keywords.
+
+        Raises:
+            ConfigError: a keyword is none of the fields, or a value has no meaning.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(options.keys() - known):
+            raise ConfigError(
+                f"expected sampling options out of {known}, got {shown(unknown[0])}: check the name"
+            )
+        return cls(**options)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is random."""
+        return self.temperature < GREEDY_BELOW
+
+    def next_seed(self) -> int:
+        """The seed of one generation: the one given, or another each time."""
+        return secrets.randbits(64) if self.seed is None else self.seed
+
+
+class Sampler:
+    """Draws tokens on the device; the host never waits for one."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(sampling.next_seed())
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return one token id for `logits`: (1, vocabulary) gives (1, 1).
+
+        The greatest of p / Exp(1) is distributed as p (the Gumbel-max trick), and needs none of
+        the checks for which `torch.multinomial` would wait for the device.
+        """
+        scores = self._warpers(torch.empty(0), logits.float())  # type: ignore[arg-type]
+        noise = torch.empty_like(scores).exponential_(generator=self._generator)
+        return (scores.softmax(-1) / noise).argmax(-1, keepdim=True)

@@ -1,0 +1,93 @@
+"""What a `Djinn` holds, and its end: closed by hand, collected, or inherited by a child process."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import ExitStack, suppress
+
+from djinn_lib.engine.memory.disk_tier import Masters
+from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.engine.serving.catalog import Catalog
+from djinn_lib.engine.serving.scheduler import Server
+from djinn_lib.errors import DjinnError
+
+_OWN_THREADS = "djinn-"  # how the names of the threads begin that are started for a Djinn
+
+
+class Holdings:
+    """Threads, device memory and host memory of one `Djinn`, released together and once.
+
+    Nothing here refers to the `Djinn`, so that it can be collected while this still works.
+    """
+
+    def __init__(self, server: Server, pager: Pager, models: Catalog, pool: Masters) -> None:
+        self.server, self.pager, self.models, self.pool = server, pager, models, pool
+        self._process = os.getpid()
+        self._releasing = threading.Lock()
+        self._is_closed = self._is_released = False
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a forked child, which shares the memory but has none of the threads."""
+        return os.getpid() == self._process
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether they were released, or are being."""
+        return self._is_closed
+
+    def ensure_open(self) -> Holdings:
+        """Return these holdings.
+
+        Raises:
+            DjinnError: they were released, or belong to another process.
+        """
+        if not self.is_of_this_process:
+            raise DjinnError(
+                f"this Djinn belongs to process {self._process}, and this is a forked child of it "
+                f"({os.getpid()}): make a Djinn of its own here, or ask the parent process"
+            )
+        if self._is_closed:
+            raise DjinnError("this Djinn was closed: make a new one")
+        return self
+
+    def close(self) -> None:
+        """Refuse requests that wait, let the one being served end, and release everything.
+
+        Closing twice is harmless; a second caller waits for the first.
+
+        Raises:
+            LeaseError: called inside a lease.
+            DjinnError: called in a process that these holdings do not belong to.
+        """
+        if not self._is_closed:
+            self.ensure_open().server.ensure_no_turn("close()")
+        self._is_closed = True
+        self._release(is_collected=False)
+
+    def collect(self) -> None:
+        """Do the same for a `Djinn` that nobody refers to any more; never raises.
+
+        The garbage collector may call this in any thread and between any two steps, those of the
+        holdings' own threads included. So another thread does the work.
+        """
+        if not self.is_of_this_process or self._is_released:
+            return
+        self._is_closed = True
+        thread = threading.Thread(target=self._release, args=(True,), name="djinn-end")
+        with suppress(RuntimeError):  # no threads any more: the process ends, and frees all
+            thread.start()
+            if not threading.current_thread().name.startswith(_OWN_THREADS):
+                thread.join()
+
+    def _release(self, is_collected: bool) -> None:
+        with self._releasing:
+            if self._is_released:
+                return
+            with ExitStack() as steps:  # from the last to the first, whatever one of them raises
+                steps.callback(self.pool.close)
+                steps.callback(self.models.clear)
+                steps.callback(self.pager.close)  # it waits for what the device still does
+                steps.callback(self.server.close, is_collected)
+            self._is_released = True

@@ -1,0 +1,213 @@
+"""The address space of an NVIDIA GPU: the driver's virtual memory management.
+
+Frames are physical allocations (`cuMemCreate`), a range is `cuMemAddressReserve`, and a page is
+mapped with `cuMemMap` and `cuMemSetAccess`. None of these waits for the device, so copies and
+kernels in flight are not stalled. See the CUDA driver API, "Virtual Memory Management".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from djinn_lib.engine.memory.devices.address_space import (
+    AddressSpace,
+    Range,
+    not_mapped,
+    not_reserved,
+)
+from djinn_lib.errors import CapacityError, PlatformError
+from djinn_lib.nvml import gpu_processes
+from djinn_lib.units import format_bytes
+
+try:
+    from cuda.bindings import driver
+except ImportError:  # said when a GPU is asked for, not when this file is read
+    driver: Any = None
+
+
+class CudaAddressSpace(AddressSpace):
+    """Frames of one GPU.
+
+    Raises:
+        PlatformError: no usable GPU, driver or `cuda-bindings`, or one without virtual memory.
+        CapacityError: less device memory is free than the frames need.
+    """
+
+    def __init__(self, n_frames: int, page_bytes: int, device: torch.device) -> None:
+        self._frames: list[Any] = []
+        self._areas: dict[int, Range] = {}
+        self._mapped: dict[int, set[int]] = {}  # addresses of mapped pages, by range
+        _require_cuda(device)
+        torch.cuda.init()
+        self.device = torch.device("cuda", torch.cuda.current_device()
+                                   if device.index is None else device.index)  # fmt: skip
+        with torch.cuda.device(self.device):
+            torch.empty(1, device=self.device)  # makes torch's context, which the driver then uses
+            self._context = _call(driver.cuCtxGetCurrent)
+        _require_virtual_memory(self.device)
+        self._kind = _allocation_kind(self.device)
+        super().__init__(n_frames, page_bytes)
+        self._access = driver.CUmemAccessDesc()
+        self._access.location = self._kind.location
+        self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        self._make_frames()
+
+    def _make_frames(self) -> None:
+        n_bytes = self.n_frames * self.page_bytes
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        if n_bytes > free_bytes:
+            raise CapacityError(
+                f"expected {format_bytes(n_bytes)} of free device memory for the ring, got "
+                f"{format_bytes(free_bytes)}; processes on the GPU: {gpu_processes() or 'none'}: "
+                "lower the capacity or end them"
+            )
+        try:
+            for _ in range(self.n_frames):
+                self._frames.append(_call(driver.cuMemCreate, self.page_bytes, self._kind, 0))
+        except PlatformError as error:
+            self.close()
+            raise CapacityError(
+                f"expected {format_bytes(n_bytes)} of device memory, got {error}: "
+                "lower the capacity"
+            ) from error
+
+    def granularity_bytes(self) -> int:
+        """The driver's smallest allocation, 2 MiB on current GPUs."""
+        flag = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        return int(_call(driver.cuMemGetAllocationGranularity, self._kind, flag))
+
+    def _enter_context(self) -> None:
+        """Make torch's context current, which a thread has none of until it first uses CUDA."""
+        if not int(_call(driver.cuCtxGetCurrent)):
+            _call(driver.cuCtxSetCurrent, self._context)
+
+    def reserve(self, n_pages: int) -> Range:
+        """Reserve addresses; nothing is mapped."""
+        self._enter_context()
+        n_bytes = n_pages * self.page_bytes
+        try:
+            address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
+        except PlatformError as error:
+            raise not_reserved(n_bytes, error) from error
+        area = self._areas[address] = Range(address, n_pages)
+        self._mapped[address] = set()
+        return area
+
+    def release(self, area: Range) -> None:
+        """Unmap what is mapped and give the addresses back."""
+        if self._areas.pop(area.address, None):
+            self._enter_context()
+            for address in sorted(self._mapped.pop(area.address)):
+                _call(driver.cuMemUnmap, address, self.page_bytes)
+            _call(driver.cuMemAddressFree, area.address, area.n_pages * self.page_bytes)
+
+    def map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
+        """Map frames one by one, then allow access to all of them at once."""
+        if not frames:
+            return
+        self._enter_context()
+        begin = area.address + first_page * self.page_bytes
+        mapped, n_before = self._mapped[area.address], len(self._mapped[area.address])
+        try:
+            for i, frame in enumerate(frames):
+                address = begin + i * self.page_bytes
+                _call(driver.cuMemMap, address, self.page_bytes, 0, self._frames[frame], 0)
+                mapped.add(address)
+            n_bytes = len(frames) * self.page_bytes
+            _call(driver.cuMemSetAccess, begin, n_bytes, [self._access], 1)
+        except PlatformError as error:
+            self.unmap(area, first_page, len(mapped) - n_before)
+            raise not_mapped(len(frames), self.page_bytes, error) from error
+
+    def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
+        """Unmap pages one by one: a mapping can only be taken back whole."""
+        self._enter_context()
+        for page in range(first_page, first_page + n_pages):
+            address = area.address + page * self.page_bytes
+            if address in self._mapped[area.address]:
+                _call(driver.cuMemUnmap, address, self.page_bytes)
+                self._mapped[area.address].remove(address)
+
+    def bytes_view(self, area: Range) -> torch.Tensor:
+        """A tensor over the addresses, through the CUDA array interface.
+
+        torch looks up the pointer once, so the first page is mapped for that moment.
+        """
+        self.map(area, 0, [0])
+        try:
+            return torch.as_tensor(_Bytes(area, self.page_bytes), device=self.device)
+        finally:
+            self.unmap(area, 0, 1)
+
+    def close(self) -> None:
+        """Wait for the device, then release every range and frame."""
+        if self._areas or self._frames:
+            self._enter_context()
+            torch.cuda.synchronize(self.device)
+        for area in list(self._areas.values()):
+            self.release(area)
+        while self._frames:
+            _call(driver.cuMemRelease, self._frames.pop())
+
+
+class _Bytes:
+    """Addresses as the CUDA array interface describes them."""
+
+    def __init__(self, area: Range, page_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (area.n_pages * page_bytes,),
+            "typestr": "|u1",
+            "data": (area.address, False),
+            "version": 3,
+        }
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """Call the driver and return its value.
+
+    Raises:
+        PlatformError: it answered with an error; the message has its name.
+    """
+    status, *values = function(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise PlatformError(f"{function.__name__} failed with {status.name}")
+    return values[0] if values else None
+
+
+def _allocation_kind(device: torch.device) -> Any:
+    kind = driver.CUmemAllocationProp()
+    kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    kind.location.id = device.index
+    return kind
+
+
+def _require_cuda(device: torch.device) -> None:
+    if driver is None:
+        raise PlatformError(
+            "expected the package cuda-bindings for device 'cuda', got none: "
+            "pip install 'cuda-bindings>=13,<14'"
+        )
+    if not torch.cuda.is_available():
+        raise PlatformError(
+            f"expected a usable CUDA driver and GPU for device {str(device)!r}, got none: "
+            "install the driver, or use device='cpu'"
+        )
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise PlatformError(
+            f"expected one of {torch.cuda.device_count()} GPUs, got {str(device)!r}"
+        )
+
+
+def _require_virtual_memory(device: torch.device) -> None:
+    name = "CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED"
+    attribute = getattr(driver.CUdevice_attribute, name)
+    handle = _call(driver.cuDeviceGet, device.index)
+    if not _call(driver.cuDeviceGetAttribute, attribute, handle):
+        raise PlatformError(
+            f"expected a GPU with virtual memory management, got "
+            f"{torch.cuda.get_device_name(device)}: use a GPU of Pascal or later, not under WSL1"
+        )

@@ -1,0 +1,143 @@
+"""Host memory: looked up, allocated to the byte, pinned for the copy engine."""
+
+from __future__ import annotations
+
+import mmap
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from djinn_lib.engine.memory.devices import control_groups
+from djinn_lib.errors import CapacityError, PlatformError
+from djinn_lib.units import format_bytes
+
+
+def pin(master: torch.Tensor) -> None:
+    """Register memory with the CUDA driver (`cudaHostRegister`), so that copies run at full rate.
+
+    Raises:
+        CapacityError: the host has too little memory that can be pinned.
+    """
+    status = _cudart().cudaHostRegister(master.data_ptr(), master.numel(), 0)
+    if int(status) != 0:
+        raise CapacityError(
+            f"expected {format_bytes(master.numel())} of host memory that can be pinned, got CUDA "
+            f"error {int(status)}: free host memory, raise `ulimit -l`, or add fewer models"
+        )
+
+
+def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return pinned memory as a tensor of a GPU, which reads it over the link; on the CPU itself.
+
+    Pinned memory has the same address on the device (unified virtual addressing).
+
+    Raises:
+        PlatformError: the device has another address for it.
+    """
+    if device.type == "cpu":
+        return master
+    seen = torch.as_tensor(_Pinned(master), device=device)
+    if seen.data_ptr() != master.data_ptr():
+        raise PlatformError(
+            f"expected {device} to read host memory at the host's addresses, got a copy: "
+            "use embeddings='ring'"
+        )
+    return seen
+
+
+class _Pinned:
+    """Host memory as the CUDA array interface describes it; kept by the tensors over it."""
+
+    def __init__(self, master: torch.Tensor) -> None:
+        self._master = master
+        self.__cuda_array_interface__ = {
+            "shape": (master.numel(),),
+            "typestr": "|u1",
+            "data": (master.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def unpin(master: torch.Tensor) -> None:
+    """Undo `pin`, when no copy reads the memory any more."""
+    torch.cuda.synchronize()
+    _cudart().cudaHostUnregister(master.data_ptr())
+
+
+def _cudart() -> Any:
+    """The CUDA runtime, which torch has loaded."""
+    return torch.cuda.cudart()
+
+
+def allocate(
+    n_bytes: int, use: str = "a master copy", instead: str = "add fewer models", now: bool = False
+) -> torch.Tensor:
+    """Return exactly `n_bytes` of zeroed host memory (1-d uint8), aligned to the system's pages.
+
+    It is freed with the last tensor that views it. Huge pages, where the system has them, save most
+    of the time that the first touch of gigabytes takes.
+
+    Args:
+        n_bytes: how many.
+        use, instead: what it is for, and what else could be done; for an error.
+        now: take the memory now, for what is written little by little: nobody else is promised it.
+
+    Raises:
+        CapacityError: there is not as much.
+    """
+    require(n_bytes, use, instead)
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of host memory for {use}, got {error.strerror}: "
+            f"free memory or {instead}"
+        ) from error
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
+    tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    return tensor.zero_() if now else tensor
+
+
+def require(n_bytes: int, use: str, instead: str) -> None:
+    """Refuse what the host cannot give: Linux promises it, and ends the process that uses it.
+
+    Args:
+        n_bytes: that will be used.
+        use, instead: what for, and what else could be done.
+
+    Raises:
+        CapacityError: there is not as much.
+    """
+    if n_bytes > (available_bytes := host_bytes_available()):
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of host memory for {use}, got "
+            f"{format_bytes(available_bytes)} available: free memory or {instead}"
+        )
+
+
+def host_bytes_available(group: Path | None = None) -> int:
+    """Return how many bytes of host memory this process can still have, by every rule for it.
+
+    Args:
+        group: folder of a control group, to go by its limit; default are the process's own groups.
+    """
+    limits = [psutil.virtual_memory().available, *_left_of_addresses()]
+    if group is None:
+        limits += control_groups.limits_of()
+    elif (left := control_groups.bytes_left(group)) is not None:
+        limits.append(left)
+    return max(0, min(limits))
+
+
+def _left_of_addresses() -> list[int]:
+    """What `ulimit -v` leaves, if it limits anything."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return []
+    return [limit - psutil.Process().memory_info().vms]

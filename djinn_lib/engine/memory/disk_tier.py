@@ -1,0 +1,303 @@
+"""Master copies on disk, of which host memory holds as many pages as it may.
+
+The number of models is then bounded by the disk alone. What the swap pool is to the device, the
+disk is to the pool: a `Ring` of host frames decides which pages of which master are in memory, a
+model that loses some loses its tail, and nothing is written back.
+
+Each master has a `SwapFile`, whose pages are read straight into their frames, several at a time.
+Loaders of whole files (fastsafetensors, the Run:ai Model Streamer)
+bring all tensors of a checkpoint into memory of their own; here single pages go to given frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import torch
+
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.engine.memory.devices import host_memory
+from djinn_lib.engine.memory.masters import Fill, Layout, SwapPool
+from djinn_lib.engine.memory.policies import LRU
+from djinn_lib.engine.memory.ring import Extent, Ring, n_frames_in
+from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError
+from djinn_lib.units import format_bytes, parse_bytes
+
+READ_BYTES = 16 << 20  # at a time and thread: enough to keep a disk busy
+N_READERS = 8
+
+
+class DiskTier:
+    """A `PageSource` with masters on disk and a host memory of `capacity_bytes` before it.
+
+    Args:
+        capacity_bytes: host memory for pages of masters; rounded down to whole pages.
+        page_bytes: size of a page, that of the pager; a multiple of `BLOCK_BYTES`.
+        folder: where the files go; it must be on a disk, not in memory.
+        pin: register the host memory with the CUDA driver.
+
+    Raises:
+        CapacityError: less than one page, or the host has not as much memory.
+        ConfigError: the page size cannot be read directly, or the folder cannot be written to.
+    """
+
+    def __init__(
+        self, capacity_bytes: int, page_bytes: int, folder: str | Path, pin: bool = False
+    ) -> None:
+        if page_bytes % BLOCK_BYTES:
+            raise ConfigError(
+                f"expected pages of a multiple of {BLOCK_BYTES} bytes with host_capacity, got "
+                f"{page_bytes}: choose another page size"
+            )
+        self._page_bytes, self._folder, self._pin = page_bytes, Path(folder), pin
+        self.ring = Ring(n_frames_in(capacity_bytes, page_bytes, "host_capacity"))
+        n_bytes = self.ring.n_frames * page_bytes
+        self._frames = host_memory.allocate(
+            n_bytes, "host_capacity", "lower host_capacity", now=True
+        )
+        if pin:
+            host_memory.pin(self._frames)
+        self._policy = LRU()
+        self._files: dict[str, SwapFile] = {}
+        self._reading: set[str] = set()
+        self._n_brief = 0  # holds that are not lasting
+        self._changed = threading.Condition()
+        self._readers = ThreadPoolExecutor(N_READERS, "djinn-reader")
+        self._finish_copies: Callable[[str], None] = lambda model: None
+        self.bytes_read = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Host memory for masters in bytes."""
+        return self._frames.numel()
+
+    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+        """Write the master of `model`: `fill` gets its tensors by name and writes all of them.
+
+        A `fill` that raises leaves nothing behind.
+
+        Raises:
+            ConfigError: the name is taken, the layout is empty, or the folder cannot be used.
+            CapacityError: the master is larger than the host memory, or the disk is full.
+        """
+        if model in self._files:
+            raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
+        if not layout.n_bytes:
+            raise ConfigError(f"expected a model with weights, got none for {model!r}")
+        n_pages = -(-layout.n_bytes // self._page_bytes)
+        if n_pages > self.ring.n_frames:
+            raise CapacityError(
+                f"expected host_capacity of at least {format_bytes(n_pages * self._page_bytes)} "
+                f"for {model!r}, got {format_bytes(self.n_bytes)}: raise it"
+            )
+        file = SwapFile(self._folder, layout, self._page_bytes, fill)
+        with self._changed:
+            self._files[model] = file
+            self.ring.add(model, n_pages)
+
+    def discard(self, model: str) -> None:
+        """Delete the master of `model`, if there is one; waits for brief holds of it.
+
+        Raises:
+            LeaseError: it is held for longer; nothing changes.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._n_brief and model in self.ring and self.ring.is_leased(model))
+            )
+            if model in self._files:
+                self.ring.ensure_unleased(model)
+                self._finish_copies(model)
+                self.ring.remove(model)
+                self._policy.forget(model)
+                self._files.pop(model).close()
+
+    def layout(self, model: str) -> Layout:
+        """How the tensors of `model` are packed."""
+        return self._known(model).layout
+
+    def _known(self, model: str) -> SwapFile:
+        if (file := self._files.get(model)) is None:
+            raise ConfigError(
+                f"expected one of the models {list(self._files)}, got {model!r}: add it first"
+            )
+        return file
+
+    def hold(self, model: str, lasting: bool = False) -> None:
+        """Have all bytes of `model` in host memory, and keep them there until `let_go`.
+
+        Waits for others to let go, but for lasting holds, which may outlast the caller.
+
+        Raises:
+            ConfigError: there is no such model, or the tier is closed.
+            CapacityError: other models are held in too much of the host memory.
+            DjinnError: pages cannot be read, or are not what was written.
+        """
+        with self._changed:
+            self._known(model)
+            self._changed.wait_for(lambda: model not in self._reading and self._has_room(model))
+            self.ring.lease(model)
+            self._n_brief += not lasting
+            try:
+                missing = self._take_frames(model)
+            except BaseException:
+                self._release(model, lasting)
+                raise
+        if missing.frames:
+            self._fill_frames(missing, lasting)
+
+    def _has_room(self, model: str) -> bool:
+        """Whether the pages of a model fit, or waiting would not make them fit."""
+        return self.ring.can_load(model) or not self._n_brief
+
+    def _take_frames(self, model: str) -> Extent:
+        for extent in self.ring.make_room(model, self._policy):
+            self._finish_copies(extent.model)
+        missing = self.ring.map_missing(model)
+        self._policy.touch(model, 0.0)
+        if missing.frames:
+            self._reading.add(model)
+        return missing
+
+    def _fill_frames(self, missing: Extent, lasting: bool) -> None:
+        """Read pages without the lock: others may use theirs meanwhile."""
+        model, error = missing.model, None
+        try:
+            self._read_all(missing)
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._reading.discard(model)
+            if error:
+                self.ring.roll_back(model, len(missing.frames))
+                self._release(model, lasting)
+            else:
+                self.bytes_read += len(missing.frames) * self._page_bytes
+            self._changed.notify_all()
+        if error and not isinstance(error, Exception):
+            raise error  # an interrupt of the caller
+        if error:
+            raise DjinnError(
+                f"expected {len(missing.frames)} pages of {model!r} from its swap file in "
+                f"{self._folder}, got: {error}; try the request again, or add the model again"
+            ) from error
+
+    def _read_all(self, missing: Extent) -> None:
+        """Read pages with all readers; none of them reads any more when this ends, or fails."""
+        file = self._known(missing.model)
+        reads = [
+            self._readers.submit(file.read, first_page, [self._frame(frame) for frame in frames])
+            for first_page, frames in self._runs(missing)
+        ]
+        try:
+            for read in reads:
+                read.result()
+        finally:  # of an error, too: the frames may be another model's next
+            for read in reads:
+                read.cancel()
+            wait(reads)
+
+    def _runs(self, extent: Extent) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Consecutive pages to be read at a time: the first of them, and their frames."""
+        n_pages = max(1, READ_BYTES // self._page_bytes)
+        for i in range(0, len(extent.frames), n_pages):
+            yield extent.first_page + i, extent.frames[i : i + n_pages]
+
+    def _frame(self, frame: int) -> torch.Tensor:
+        return self._frames[frame * self._page_bytes : (frame + 1) * self._page_bytes]
+
+    def let_go(self, model: str, lasting: bool = False) -> None:
+        """Undo one `hold` of the same kind; harmless once the tier is closed."""
+        with self._changed:
+            if model in self._files:
+                self._release(model, lasting)
+
+    def _release(self, model: str, lasting: bool) -> None:
+        self.ring.release(model)
+        self._n_brief -= not lasting
+        self._changed.notify_all()
+
+    def read(self, model: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes `begin` to `end` of a held model, within one page; to be read only."""
+        page = begin // self._page_bytes
+        offset = begin - page * self._page_bytes
+        return self._frame(self.ring.frames(model)[page])[offset : offset + end - begin]
+
+    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """None: what stays in host memory for ever is no part of a tier.
+
+        Raises:
+            ConfigError: the model was packed with lookup tables.
+        """
+        if self.layout(model).n_tables:
+            raise ConfigError(
+                f"expected all of {model!r} to be paged with host_capacity, got lookup tables: "
+                "use embeddings='ring'"
+            )
+        return {}
+
+    def when_reused(self, finish_copies: Callable[[str], None]) -> None:
+        """Have `finish_copies(model)` called before frames of a model get other content."""
+        self._finish_copies = finish_copies
+
+    def sha256(self, model: str) -> str:
+        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        digest, n_bytes = hashlib.sha256(), self.layout(model).n_bytes
+        self.hold(model)
+        try:
+            for begin in range(0, n_bytes, self._page_bytes):
+                end = min(begin + self._page_bytes, n_bytes)
+                digest.update(self.read(model, begin, end).numpy().data)
+        finally:
+            self.let_go(model)
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Delete all masters, held or not, and free the host memory; twice is harmless."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._reading)
+            for model in list(self._files):
+                self._finish_copies(model)
+                self._files.pop(model).close()
+        self._readers.shutdown()
+        if self._pin and self._frames.numel():
+            host_memory.unpin(self._frames)
+        self._frames = self._frames[:0].clone()
+
+
+Masters = SwapPool | DiskTier
+
+
+def open_masters(
+    host_capacity: int | str | None,
+    page_bytes: int,
+    swap_dir: str | Path | None = None,
+    pin: bool = False,
+) -> Masters:
+    """Return where master copies are kept: all in host memory, or on disk behind as much of it.
+
+    Args:
+        host_capacity: host memory for masters, in bytes or as text; None for as much as they need.
+        page_bytes: size of a page.
+        swap_dir: folder of the files on disk; default DJINN_SWAP_DIR, or the user's cache.
+        pin: register host memory with the CUDA driver.
+
+    Raises:
+        CapacityError, ConfigError: see `DiskTier`.
+    """
+    folder = None if swap_dir is None else user_path(swap_dir, "swap_dir")
+    if host_capacity is None:
+        return SwapPool(pin)
+    return DiskTier(parse_bytes(host_capacity), page_bytes, folder or default_folder(), pin)
+
+
+def default_folder() -> Path:
+    """DJINN_SWAP_DIR, or a folder in the user's cache."""
+    named = os.environ.get("DJINN_SWAP_DIR")
+    return user_path(named or "~/.cache/djinn/swap", "DJINN_SWAP_DIR")

@@ -1,0 +1,214 @@
+"""One model as the pager sees it: its addresses, its copies in flight, its last use.
+
+Pages of the ring are pages of the model, one to one, unless the model is larger than the ring: then
+the last few stand for the slots of its `Window`, each of which is mapped wherever it is at home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from djinn_lib.engine.memory.devices.address_space import AddressSpace, Range
+from djinn_lib.engine.memory.devices.copier import Copier, Load, Page, Stalls
+from djinn_lib.engine.memory.lease import StallClock
+from djinn_lib.engine.memory.page_source import PageSource
+from djinn_lib.engine.memory.ring import Extent
+from djinn_lib.engine.memory.window import Streamed, Window
+
+LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
+
+
+class PagedModel:
+    """Maps pages of one model and starts their copies; the pager decides which.
+
+    Attributes:
+        n_bytes: of the model.
+        window: how it runs, when it is larger than the ring.
+        streamed: its pages on their way through the window.
+        view: its range of addresses (1-d uint8).
+        loads: copies in flight, or failed and not yet rolled back, in page order.
+        prefetched_bytes, evicted_for_it_bytes: ahead of the next lease, and because of that.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        n_bytes: int,
+        window: Window | None,
+        space: AddressSpace,
+        copier: Copier,
+        source: PageSource,
+    ) -> None:
+        self.name, self.n_bytes, self.window = name, n_bytes, window
+        self._space, self._copier, self._source = space, copier, source
+        self.page_bytes = space.page_bytes
+        self.area: Range = space.reserve(-(-n_bytes // self.page_bytes))
+        try:
+            self.view: torch.Tensor = space.bytes_view(self.area)
+        except BaseException:
+            space.release(self.area)
+            raise
+        self.streamed: Streamed | None = None
+        if window:
+            self.streamed = Streamed(window, n_bytes, self.view, self._read, copier)
+        self.loads: list[Load] = []
+        self.prefetched_bytes = self.evicted_for_it_bytes = 0
+        self._last_use: Callable[[], None] = lambda: None
+
+    @property
+    def n_stable_pages(self) -> int:
+        """How many pages stay as long as nobody evicts them; they are the first ones."""
+        return self.window.n_prefix if self.window else self.area.n_pages
+
+    def bytes_of(self, first_page: int, n_pages: int) -> int:
+        """Bytes of the model in consecutive pages of the ring; a window counts for none."""
+        begin = min(first_page, self.n_stable_pages) * self.page_bytes
+        end = min(first_page + n_pages, self.n_stable_pages) * self.page_bytes
+        return max(0, min(end, self.n_bytes) - begin)
+
+    def _read(self, begin: int, end: int) -> torch.Tensor:
+        return self._source.read(self.name, begin, end)
+
+    def check_bytes(self, n_bytes: int) -> None:
+        """Compare its first bytes, all of them resident, with its master.
+
+        On the device: masters go there at the rate of the link, while pages would come slowly into
+        memory that is not pinned.
+
+        Raises:
+            AssertionError: naming the first byte that differs.
+        """
+        self._source.hold(self.name)
+        try:
+            for begin in range(0, n_bytes, self.page_bytes):
+                held = self.view[begin : min(begin + self.page_bytes, n_bytes)]
+                master = self._read(begin, begin + len(held)).to(held.device)
+                if not torch.equal(held, master):
+                    first = begin + int((held != master).int().argmax())
+                    raise AssertionError(f"{self.name!r} differs from its master at byte {first}")
+        finally:
+            self._source.let_go(self.name)
+
+    # -- mapping ---------------------------------------------------------------------------
+
+    def load(self, extent: Extent) -> None:
+        """Map missing pages and start to copy them.
+
+        Raises:
+            DjinnError: mapping failed; nothing of the extent is mapped or in flight any more.
+        """
+        n_stable = max(0, min(len(extent.frames), self.n_stable_pages - extent.first_page))
+        try:
+            self._map_window(extent, n_stable)
+            if n_stable:
+                self._load_stable(extent.first_page, extent.frames[:n_stable])
+        except BaseException:
+            self.unmap(extent.first_page, len(extent.frames))
+            raise
+
+    def _load_stable(self, first_page: int, frames: tuple[int, ...]) -> None:
+        """Map pages in batches, and queue the copies of each while the next one is mapped."""
+        first_byte = first_page * self.page_bytes
+        load = self._copier.begin(first_byte, first_byte + self.bytes_of(first_page, len(frames)))
+        try:
+            for begin, end in _batches(len(frames)):
+                self._space.map(self.area, first_page + begin, frames[begin:end])
+                load.copy([self._page(first_page + i) for i in range(begin, end)])
+        except BaseException:
+            load.finish()  # what is in flight would write to pages that are unmapped next
+            raise
+        self.loads.append(load)
+
+    def _page(self, page: int) -> Page:
+        """Where a page is copied to and from; a source may give it away once no copy reads it."""
+        begin = page * self.page_bytes
+        end = min(begin + self.page_bytes, self.n_bytes)
+        return self.view[begin:end], self._read(begin, end)
+
+    def _map_window(self, extent: Extent, n_stable: int) -> None:
+        frames = extent.frames[n_stable:]
+        if self.window and frames:
+            slot = extent.first_page + n_stable - self.window.n_prefix
+            for page, n_pages in self.window.homes(slot, len(frames)):
+                self._space.map(self.area, page, frames[:n_pages])
+
+    def unmap(self, first_page: int, n_pages: int) -> None:
+        """Unmap pages of the ring, wherever they are mapped; nobody may use them any more."""
+        n_stable = max(0, min(n_pages, self.n_stable_pages - first_page))
+        self._space.unmap(self.area, first_page, n_stable)
+        if self.window and self.streamed and n_pages > n_stable:
+            slot = first_page + n_stable - self.window.n_prefix
+            for page, n_homes in self.window.homes(slot, n_pages - n_stable):
+                self._space.unmap(self.area, page, n_homes)
+
+    def release(self) -> None:
+        """Give the addresses back; tensors over them must not be used any more."""
+        self.finish_use()
+        self._space.release(self.area)
+
+    # -- copies and computations in flight ---------------------------------------------------
+
+    def wait(self, end_byte: int) -> None:
+        """Hold the caller's computation until bytes up to `end_byte` are there."""
+        for load in tuple(self.loads):
+            if load.first_byte < end_byte:
+                load.wait(end_byte)
+
+    def finish_copies(self) -> None:
+        """Block until no copy of this model is in flight."""
+        for load in tuple(self.loads):
+            load.finish()
+        if self.streamed:
+            self.streamed.finish()
+
+    def finish_use(self) -> None:
+        """Block until its frames may get other content: nothing writes or reads them any more."""
+        self.finish_copies()
+        if self.streamed:
+            self.streamed.reset()
+        self._last_use()
+
+    def note_use(self, fence: Callable[[], None]) -> None:
+        """Remember how to wait for the last computation that reads it."""
+        self._last_use = fence
+
+    def good_bytes(self) -> int | None:
+        """Bytes from its start that are there for sure, when a copy failed; None if none did.
+
+        Blocks until no copy is in flight, if one failed: what comes after the gap is of no use.
+        """
+        failed = next((load for load in self.loads if load.error), None)
+        if failed is None:
+            return None
+        self.finish_copies()
+        return failed.good_bytes
+
+    def forget_ended(self) -> None:
+        """Drop the loads that went well."""
+        self.loads = [load for load in self.loads if load.error or not load.ended]
+
+    def begin_clock(self) -> tuple[StallClock, Callable[[], int]]:
+        """Return what tells, from now on: seconds of hold-ups, and bytes through the window."""
+        window, before_bytes = Stalls(), 0
+        if self.streamed:
+            self.streamed.stalls, before_bytes = window, self.streamed.loaded_bytes
+
+        def streamed_bytes() -> int:
+            return self.streamed.loaded_bytes - before_bytes if self.streamed else 0
+
+        return StallClock([*(load.stalls for load in self.loads), window]), streamed_bytes
+
+
+def _batches(n_pages: int) -> Iterator[tuple[int, int]]:
+    """Split pages into batches, each as (first, after the last).
+
+    The first is one page, so that the link is idle for no longer than it takes to map that; the
+    next ones double, since a call to the driver has a price.
+    """
+    begin, size = 0, 1
+    while begin < n_pages:
+        end = min(begin + size, n_pages)
+        yield begin, end
+        begin, size = end, min(2 * size, LARGEST_BATCH)

@@ -1,0 +1,141 @@
+"""A master copy on disk.
+
+The file's name is removed as soon as it is open, so that nothing is left behind whatever happens to
+the process, and nobody can replace it. Pages are read past the page cache (`O_DIRECT`), and their
+checksums are compared.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from djinn_lib.engine.memory.masters import Fill, Layout
+from djinn_lib.errors import CapacityError, ConfigError
+from djinn_lib.units import format_bytes
+
+BLOCK_BYTES = 4096  # what O_DIRECT asks offsets, lengths and addresses to be multiples of
+_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")  # that one call may fill
+
+
+class SwapFile:
+    """A master on disk, without a name; its pages can be read and nothing else.
+
+    Args:
+        folder: where it is written.
+        layout: how the tensors are packed.
+        page_bytes: size of a page; the last one is padded.
+        fill: writes all tensors.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+        CapacityError: the disk is full, or cannot keep what is written.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, page_bytes: int, fill: Fill) -> None:
+        self.layout, self._page_bytes = layout, page_bytes
+        n_pages = -(-layout.n_bytes // page_bytes)
+        path = _new_file(folder)
+        try:
+            _allocate(path, n_pages * page_bytes)
+            packed = torch.from_file(
+                str(path), shared=True, size=n_pages * page_bytes, dtype=torch.uint8
+            )
+            fill(layout.views(packed))
+            self._checksums = [
+                zlib.crc32(page.numpy().data) for page in packed.view(n_pages, page_bytes)
+            ]
+            del packed
+            self._fd = _open_direct(path)
+        finally:
+            path.unlink()
+        try:
+            os.fsync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or it would stay in memory
+        except OSError as error:
+            self.close()
+            raise CapacityError(
+                f"expected {format_bytes(n_pages * page_bytes)} to be written to {folder}, got "
+                f"{error.strerror}: check the disk, or choose another folder with swap_dir="
+            ) from error
+
+    def read(self, first_page: int, frames: list[torch.Tensor]) -> None:
+        """Read consecutive pages into frames of their size.
+
+        Raises:
+            OSError: they cannot be read, or the file ends before they do.
+            ValueError: they are not what was written.
+        """
+        buffers = [frame.numpy().data for frame in frames]
+        read_all(self._fd, buffers, first_page * self._page_bytes)
+        for page, buffer in enumerate(buffers, start=first_page):
+            if zlib.crc32(buffer) != self._checksums[page]:
+                raise ValueError(f"page {page} has changed on disk (its checksum differs)")
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        os.close(self._fd)
+
+
+def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Fill buffers, however little is read at a time.
+
+    Raises:
+        OSError: the file cannot be read, or ends before that.
+    """
+    n_bytes, done, left = sum(map(len, buffers)), 0, deque(buffers)
+    with ExitStack() as opened:
+        source = fd
+        while left:
+            n_read = os.preadv(source, list(islice(left, _MOST_BUFFERS)), offset + done)
+            if not n_read:
+                raise OSError(f"expected {n_bytes} bytes, got {done}: the file was cut short")
+            done += n_read
+            while left and n_read >= len(left[0]):
+                n_read -= len(left.popleft())
+            if n_read:
+                left[0] = left[0][n_read:]
+            if done % BLOCK_BYTES and source == fd:  # from here on O_DIRECT reads nothing
+                source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+                opened.callback(os.close, source)
+
+
+def _new_file(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix="djinn-", suffix=".swap", dir=folder)
+    except OSError as error:
+        raise ConfigError(
+            f"expected a swap folder that can be written to, got {folder} ({error.strerror}): "
+            "choose another one with swap_dir="
+        ) from error
+    os.close(fd)
+    return Path(name)
+
+
+def _allocate(path: Path, n_bytes: int) -> None:
+    """Reserve the disk space now: writing through a mapping to a full disk ends the process."""
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, n_bytes)
+    except OSError as error:
+        raise CapacityError(
+            f"expected {format_bytes(n_bytes)} of disk space in {path.parent}, got "
+            f"{error.strerror}: free space or choose another folder with swap_dir="
+        ) from error
+
+
+def _open_direct(path: Path) -> int:
+    """Open for reading past the page cache; through it where the file system cannot do that."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return os.open(path, os.O_RDONLY)

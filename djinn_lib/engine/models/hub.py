@@ -1,0 +1,117 @@
+"""Where a checkpoint's folder is: a path, or a snapshot of a hub id with the files that count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from djinn_lib.engine.models.folder_kinds import explain_folder
+from djinn_lib.errors import CheckpointError, first_line
+
+_SMALL_FILES = [
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "tokenizer*",
+    "additional_chat_templates/*",
+]  # fmt: skip
+_CODE = ["*.py", "custom_generate/*"]
+# Other formats and copies of the weights lie in folders of their own (original/, onnx/, ...).
+_FOLDERS = ["original/*", "onnx/*", "openvino/*", "gguf/*", "coreml/*", "mlx/*", "runs/*"]
+
+
+def resolve_folder(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> Path:
+    """Return the folder of a checkpoint: `source` itself, or a snapshot of that hub id.
+
+    Of a hub id those files are fetched that transformers would read, and no second copy of weights.
+
+    Args:
+        source: a folder (``~`` is the home folder), or "organisation/model".
+        revision: commit, tag or branch of a hub id.
+        trust_remote_code: fetch the Python code of the checkpoint as well.
+
+    Raises:
+        CheckpointError: no such folder, and the hub does not answer with it either.
+    """
+    folder = _as_path(source)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"expected the folder of a model, got {explain_folder(folder)}")
+    looks_like_path = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
+    if looks_like_path or str(source).count("/") > 1 or not str(source).strip():
+        raise CheckpointError(
+            f"the folder {str(source)!r} does not exist: check the path (a checkpoint has "
+            "config.json and *.safetensors)"
+        )
+    return _fetch(str(source), revision, trust_remote_code)
+
+
+def _as_path(source: str | Path) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise CheckpointError(
+            f"a model comes from a folder, a hub id or a ModelSpec, not from a "
+            f"{type(source).__name__}"
+        )
+    try:
+        path = Path(source).expanduser()
+        path.exists()  # refuses a NUL byte or a name that is too long
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{str(source)!r} is no path ({first_line(error)})") from error
+    return path
+
+
+def _fetch(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
+    def snapshot(patterns: Iterable[str]) -> Path:
+        from huggingface_hub import snapshot_download  # only a hub id needs the network
+
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=_FOLDERS
+            )
+        )
+
+    try:
+        folder = snapshot(_SMALL_FILES + (_CODE if trust_remote_code else []))
+        for name in _weight_names(folder):
+            folder = snapshot([name])
+            if (folder / name).exists():
+                break
+        else:
+            folder = snapshot(_shards(folder))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{repo!r} is neither a local folder nor a hub id that can be fetched "
+            f"({type(error).__name__}: {first_line(error)}): check the name, the revision and, for "
+            "a gated model, your access token"
+        ) from error
+    return folder
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """Single files of weights, in transformers' order of precedence."""
+    named = _fields(folder / "config.json").get("transformers_weights")
+    if not named:
+        return [SAFE_WEIGHTS_NAME]
+    return [] if str(named).endswith(".index.json") else [str(named)]
+
+
+def _shards(folder: Path) -> list[str]:
+    named = _fields(folder / "config.json").get("transformers_weights")
+    weight_map = _fields(folder / str(named or SAFE_WEIGHTS_INDEX_NAME)).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else ()
+    # Nothing to fetch is an error of whoever looks for the weights, which says what is missing.
+    return sorted({str(name) for name in shards}) or ["config.json"]
+
+
+def _fields(path: Path) -> dict[str, object]:
+    """A JSON object, or nothing where the file is missing or damaged: `checkpoint` says so."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,178 @@
+"""Models without weights of their own: packing order, and binding parameters to views.
+
+Nothing here knows an architecture. The order of execution is observed by running the model once on
+weights without memory (see `tracing`), so that packing follows what the model does, not how its
+classes happen to be written. A *unit* is what waits for its bytes as one: each decoder layer, and
+each module outside the layers that owns parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.memory.masters import Extents, Layout
+from djinn_lib.engine.models.tracing import Event, needs_of, observe
+from djinn_lib.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that may run once its bytes of the packed model are there.
+
+    Attributes:
+        module: its name.
+        extents: of the weights that it owns, and of those that it reads of others; at least one.
+        parameters: names of these weights, each by its first name.
+    """
+
+    module: str
+    extents: Extents
+    parameters: frozenset[str]
+
+    @property
+    def end_byte(self) -> int:
+        """First byte after the last one that it needs."""
+        return self.extents[-1][1]
+
+
+Embeddings = Literal["host", "ring"]
+
+
+def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embeddings:
+    """Return where lookup tables are to be: as asked for, or what suits the host.
+
+    Raises:
+        ConfigError: there is no such place, or the host does not keep all master copies.
+    """
+    default = "host" if host_keeps_all else "ring"
+    chosen = default if embeddings is None else embeddings
+    if chosen not in get_args(Embeddings):
+        raise ConfigError(
+            f"expected embeddings to be one of {get_args(Embeddings)}, got {embeddings!r}"
+        )
+    if chosen == "host" and not host_keeps_all:
+        raise ConfigError(
+            "expected embeddings='ring' with host_capacity, got 'host': leave one of them out"
+        )
+    return cast("Embeddings", chosen)
+
+
+def pack(
+    model: PreTrainedModel, embeddings: Embeddings = "ring"
+) -> tuple[Layout, tuple[Unit, ...]]:
+    """Return how to pack a model's parameters in execution order, and its units.
+
+    Each parameter is packed once. Those that several units need come first, since they stay on the
+    device when the layers of a model take turns (see `streaming`); of these, the ones that no unit
+    needs beside others come last, since they can do without. With embeddings in the host, lookup
+    tables are behind all and belong to no unit: nobody waits for them.
+    """
+    events, layers = _events(model), _decoder_layers(model)
+    needs = needs_of(model, layers, events)
+    calls = dict.fromkeys(name for kind, name in events if kind == "call")
+    rank = {module: i for i, module in enumerate(calls)}
+    turns = [(turn, name) for turn, names in enumerate(needs.values()) for name in names]
+    first_turn = {name: turn for turn, name in reversed(turns)}
+    n_units = Counter(name for _, name in turns)
+    not_alone = {name for names in needs.values() if len(names) > 1 for name in names}
+
+    def order(name: str) -> tuple[bool, bool, int, int]:
+        shared, called = n_units[name] > 1, rank.get(name.rpartition(".")[0], -1)
+        return not shared, shared and name not in not_alone, first_turn[name], called
+
+    tables = _lookup_tables(model, layers) if embeddings == "host" else ()
+    in_host = {name for name in tables if n_units[name] == 1}  # else something reads them whole
+    parameters = sorted(
+        ((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()),
+        key=lambda shaped: order(shaped[0]),
+    )
+    layout = Layout.pack(
+        [shaped for shaped in parameters if shaped[0] not in in_host],
+        [shaped for shaped in parameters if shaped[0] in in_host],
+    )
+    paged = {slot.name for slot in layout.paged}
+    units = [
+        Unit(unit, layout.extents(names), frozenset(names & paged))
+        for unit, names in needs.items()
+        if names & paged
+    ]
+    return layout, tuple(units)
+
+
+def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
+    """Names of parameters of which a forward pass reads single rows, and only those.
+
+    They belong to embeddings alone: tied to the head, say, a table is read whole.
+    """
+    readers: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            readers.setdefault(id(parameter), []).append((name, module))
+
+    def looks_up(name: str, module: nn.Module) -> bool:
+        inside = any(name.startswith(f"{layer}.") for layer in layers)
+        # With max_norm it would write: rows are scaled where they are.
+        return isinstance(module, nn.Embedding) and module.max_norm is None and not inside
+
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if all(looks_up(*reader) for reader in readers[id(parameter)])
+    }
+
+
+def _events(model: PreTrainedModel) -> list[Event]:
+    """What a forward pass calls and reads; nothing when it cannot be observed."""
+    try:
+        return observe(model)
+    except Exception as error:  # whatever custom code may raise: only the overlap is at stake
+        logging.getLogger(__name__).warning(
+            "%s cannot be traced (%s): it runs when all its weights are there, and has to fit into "
+            "the ring",
+            model.config.model_type,
+            error,
+        )
+        return []
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the decoder layers: the children of the ModuleList with the most parameters."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    if not lists:
+        return ()
+    stack = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()))
+    return tuple(f"{stack}.{name}" for name, _ in lists[stack].named_children())
+
+
+def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Make every parameter of a model a view of the packed model, for life.
+
+    Parameters stay the same objects, so that whatever is tied or refers to them sees the views.
+    Buffers get memory of their own: those of a checkpoint would keep its file mapped.
+
+    Raises:
+        ConfigError: a parameter has no view; the model would then not see its pages.
+    """
+    parameters = dict(model.named_parameters())
+    if astray := sorted(parameters.keys() - views.keys()):
+        raise ConfigError(
+            f"expected every parameter of {model.config.model_type} bound to the ring, got "
+            f"{astray[:5]} elsewhere: this architecture makes parameters after it was packed"
+        )
+    for name, parameter in parameters.items():
+        parameter.data = views[name]
+    model.requires_grad_(False)
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if id(buffer) not in moved:
+                moved[id(buffer)] = buffer.detach().to(device, copy=True)
+            setattr(module, name, moved[id(buffer)])

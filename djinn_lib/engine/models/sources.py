@@ -1,0 +1,58 @@
+"""Where a model comes from: a folder, a hub id or a `ModelSpec`, opened for loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.memory.masters import Fill
+from djinn_lib.engine.models.checkpoint import load_pretrained, weight_files
+from djinn_lib.engine.models.hub import resolve_folder
+from djinn_lib.engine.models.spec import ModelSpec, check_dtype, fill_from_spec, skeleton
+from djinn_lib.engine.models.tensor_files import fill_from
+from djinn_lib.engine.models.tokenizer import Tokenizer, read_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedModel:
+    """A model, a function that fills views of its parameters, and its tokenizer, if any.
+
+    The model is whole but for its parameters, whose values come from `fill`.
+    """
+
+    module: PreTrainedModel
+    fill: Fill
+    tokenizer: Tokenizer | None
+
+
+def open_source(
+    source: str | Path | ModelSpec,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Open a model without reading its weights yet.
+
+    Args:
+        source: a folder with config.json and safetensors, a hub id, or a `ModelSpec`.
+        dtype: of the weights; default is that of the source.
+        revision: commit, tag or branch of a hub id.
+        trust_remote_code: allow Python code that comes with the checkpoint.
+
+    Raises:
+        CheckpointError: config or weights are missing or of a refused kind.
+        ConfigError: the architecture or dtype cannot be used.
+    """
+    if isinstance(source, ModelSpec):
+        module = skeleton(source.resolve_config(), check_dtype(dtype or source.dtype))
+        return OpenedModel(module, fill_from_spec(source, module), None)
+    folder = resolve_folder(source, revision, trust_remote_code)
+    module = load_pretrained(folder, dtype, trust_remote_code)
+    return OpenedModel(
+        module,
+        fill_from(module, weight_files(folder)),
+        read_tokenizer(folder, trust_remote_code),
+    )

@@ -1,0 +1,208 @@
+"""The models of a `Djinn`: read into the swap pool, bound to their addresses, ready to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.arguments import whole_number
+from djinn_lib.engine.decode.cuda_graphs import Recorder
+from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder
+from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.eager import hold_back
+from djinn_lib.engine.decode.modes import Decode, parse_decode
+from djinn_lib.engine.decode.sampling import MOST_TOKENS
+from djinn_lib.engine.lending.lender import Lending
+from djinn_lib.engine.memory.disk_tier import Masters
+from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.engine.models.packing import Embeddings, Unit, bind, pack
+from djinn_lib.engine.models.sources import OpenedModel
+from djinn_lib.engine.models.tokenizer import Tokenizer
+from djinn_lib.engine.serving.served_model import ServedModel
+from djinn_lib.errors import ConfigError, shown
+
+MIN_MODEL_LEN = 8
+
+
+class Catalog:
+    """Served models by name.
+
+    Args:
+        pool: gets their master copies.
+        pager: gets their pages.
+        turn: takes a turn on the device, for what needs one while a model is added.
+        device: where they run.
+        decode: how new ones decode.
+        max_model_len: tokens of a prompt and its continuation, unless decoding is eager.
+        embeddings: where lookup tables are.
+        progress: told what a longer step is doing.
+    """
+
+    def __init__(
+        self,
+        pool: Masters,
+        pager: Pager,
+        turn: Callable[[str], AbstractContextManager[None]],
+        device: torch.device,
+        decode: Decode,
+        max_model_len: int,
+        embeddings: Embeddings,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._pool, self._pager, self._turn, self._device = pool, pager, turn, device
+        self.decode: Decode = decode
+        self._max_model_len = max_model_len
+        self._embeddings: Embeddings = embeddings
+        self._progress = progress
+        self._recorder = Recorder(device)
+        self._models: dict[str, ServedModel] = {}
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Every model, in order of addition."""
+        return iter(tuple(self._models.values()))
+
+    def __getitem__(self, name: str) -> ServedModel:
+        """The model of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        model = self._models.get(name) if isinstance(name, str) else None
+        if model is None:
+            raise ConfigError(
+                f"expected one of the models {list(self._models)}, got {shown(name)}: "
+                "add it with djinn.add(name, source)"
+            )
+        return model
+
+    def ensure_new(self, name: str) -> None:
+        """Refuse what is no name, or is taken, with a `ConfigError`."""
+        if not isinstance(name, str) or not name.strip():
+            raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
+        if name in self._models:
+            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
+
+    def add(self, name: str, opened: OpenedModel) -> None:
+        """Read a model and prepare to decode with it; see `Djinn.add`. A failure leaves nothing."""
+        module = opened.module
+        layout, units = pack(module, self._embeddings)
+        # First, since a refusal costs no reading.
+        device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
+        try:
+            self._pool.add(name, layout, opened.fill)
+            tables = self._pool.tables(name, self._device)
+            bind(module, layout.paged_views(device_bytes) | tables, self._device)
+            hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
+            addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
+            lending = Lending(
+                name,
+                module,
+                units,
+                addresses,
+                self._pager.is_streamed(name),
+                lambda: self._pager.is_intact(name),
+            )
+            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
+        except BaseException:
+            self._pager.remove(name)
+            self._pool.discard(name)
+            raise
+        self._models[name] = ServedModel(
+            name, module, units, layout.paged_bytes, opened.tokenizer, decoder, lending
+        )
+
+    def set_decode(self, name: str, decode: str) -> Decode:
+        """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
+        model = self[name]
+        with self._turn(name):
+            decoder = self._make_decoder(
+                name, model.module, model.units, parse_decode(decode), model.tokenizer
+            )
+            model.decoder.close()
+            model.decoder = decoder
+        return decoder.mode
+
+    def _make_decoder(
+        self,
+        name: str,
+        module: PreTrainedModel,
+        units: Sequence[Unit],
+        decode: Decode,
+        tokenizer: Tokenizer | None,
+    ) -> Decoder:
+        own = tokenizer.own if tokenizer else None
+        # The step of a model whose layers take turns is bound by the link, recorded or not.
+        if decode == "eager" or self._pager.is_streamed(name):
+            return EagerDecoder(module, own)
+        with self._turn(name), self._pager.lease(name):
+            self._pager.finish(name)
+            return make_decoder(
+                decode,
+                module,
+                units,
+                self._max_model_len,
+                self._recorder,
+                lambda step: self._progress(f"{name}: {step}"),
+                own,
+            )
+
+    @contextmanager
+    def lend(self, name: str, wait: bool) -> Iterator[PreTrainedModel]:
+        """Lend a model to a user, who has a turn; see `Djinn.lease`."""
+        lending = self[name].lending
+        try:
+            with self._pager.lease(name), lending.lend() as module:
+                if wait:
+                    self.wait(name)
+                yield module
+        finally:
+            if lending.take_stale():
+                self._pager.evict(name)  # the next lease loads it from its master
+
+    def wait(self, name: str) -> None:
+        """Block until a leased model is on the device; see `Djinn.wait`."""
+        lending = self[name].lending
+        self._pager.finish(name)
+        lending.now_whole()
+
+    def remove(self, name: str) -> None:
+        """Forget a model and free all that it holds; see `Djinn.remove`."""
+        model = self[name]
+        self._pager.remove(name)
+        self._pool.discard(name)
+        model.removed = True  # before another model can have the name, and a lease
+        del self._models[name]
+        model.lending.retire("it was removed")
+        model.decoder.close()
+
+    def residency(self) -> pd.DataFrame:
+        """What of each model is on the device; see `Djinn.residency`."""
+        ring = self._pager.ring
+        return pd.DataFrame(
+            [
+                (m.name, m.n_bytes, self._pager.resident_bytes(m.name), ring.n_resident(m.name))
+                for m in self
+            ],
+            columns=["model", "bytes", "resident_bytes", "frames"],
+        )
+
+    def clear(self) -> None:
+        """Release what decoders hold, and forget all models."""
+        for model in self:
+            model.lending.retire("its Djinn was closed")
+            model.decoder.close()
+        self._models.clear()
+
+
+def check_decoding(decode: str, max_model_len: int) -> None:
+    """Refuse what no `Catalog` can do.
+
+    Raises:
+        ConfigError: no such way to decode, or too few tokens.
+    """
+    parse_decode(decode)
+    whole_number(max_model_len, "max_model_len", MIN_MODEL_LEN, MOST_TOKENS)

@@ -1,0 +1,87 @@
+"""Loading ahead: while one request computes, the models of the next ones come in behind it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.errors import DjinnError
+
+DEPTH = 4  # requests; what waits behind them will be looked at when they have gone
+
+
+class LoadAhead:
+    """A thread that brings in missing pages of the models whose turns come next.
+
+    It takes no page of a leased model, nor of one whose turn comes sooner. The thread starts with
+    the first request that has to wait. No request depends on it: an error ends one look at the
+    queue, and the next nudge begins another.
+
+    Args:
+        pager: loads.
+        upcoming: the models of the next n requests.
+    """
+
+    def __init__(self, pager: Pager, upcoming: Callable[[int], list[str]]) -> None:
+        self._pager, self._upcoming = pager, upcoming
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._nudged = self._closed = self._expecting = False
+        self._said: set[type[Exception]] = set()  # kinds of errors that were logged
+
+    def nudge(self, n_waiting: int) -> None:
+        """Look at the queue again, of which `n_waiting` requests are left."""
+        if not n_waiting and not self._expecting:
+            return
+        with self._changed:
+            if self._closed:
+                return
+            self._nudged = True
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="djinn-lookahead", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread; closing twice is harmless."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._nudged or self._closed)
+                if self._closed:
+                    return
+                self._nudged = False
+            try:
+                self.look()
+            except Exception as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        """Log an error: ours for the curious, since the request says so itself; others once."""
+        is_news = not isinstance(error, DjinnError) and type(error) not in self._said
+        self._said.add(type(error))
+        logging.getLogger(__name__).log(
+            logging.WARNING if is_news else logging.DEBUG,
+            "nothing was loaded ahead (%s: %s); requests load what they need in their turns",
+            type(error).__name__,
+            error,
+            exc_info=error if is_news else None,
+        )
+
+    def look(self) -> None:
+        """Load what the next requests miss, as far as there is room."""
+        models = list(dict.fromkeys(self._upcoming(DEPTH)))
+        self._expecting = bool(models)
+        self._pager.expect(models)
+        for i, model in enumerate(models):
+            if not self._pager.is_resident(model):
+                self._pager.prefetch(model, spare=models[:i])

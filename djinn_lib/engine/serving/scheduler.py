@@ -1,0 +1,178 @@
+"""Serves requests in turns: waits, leases, computes, and looks ahead at what waits.
+
+Whatever number of threads ask, two compute at most: the first that asked, and one of the server.
+Libraries keep something for each thread that has computed, and for as long as it lives: cuBLAS a
+handle and its workspace, tens of MB of device memory, OpenMP a team of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.engine.serving.lookahead import LoadAhead
+from djinn_lib.engine.serving.queue import RequestQueue
+from djinn_lib.engine.serving.request import PendingGeneration, Request
+from djinn_lib.engine.serving.served_model import ServedModel
+from djinn_lib.engine.serving.turns import Ticket, Turns
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
+
+
+class Server:
+    """Computes one request at a time, whatever threads they come from.
+
+    Args:
+        pager: of the models.
+        queue: for the requests that wait.
+        overlap: start computing while later layers still load.
+        lookahead: load what the next requests miss while one computes.
+    """
+
+    def __init__(
+        self, pager: Pager, queue: RequestQueue[Ticket], overlap: bool, lookahead: bool
+    ) -> None:
+        self._pager, self.overlap = pager, overlap
+        self._turns = Turns(queue, pager.is_resident, self._look_ahead)
+        self._ahead = LoadAhead(pager, self._turns.upcoming) if lookahead else None
+        self._thread: ThreadPoolExecutor | None = None  # serves what was submitted
+        self._starting = threading.Lock()
+        self._first_ident: int | None = None  # of the thread that asked first
+        self._own_ident: int | None = None
+
+    def turn(self, name: str) -> AbstractContextManager[None]:
+        """Wait for a turn to compute with a model, and hold it for the block."""
+        return self._turns.turn(name)
+
+    def ensure_may_await(self, name: str) -> None:
+        """Raise `LeaseError` when a coroutine that awaits a request would wait for itself."""
+        self._turns.ensure_may_wait(name, blocks_thread=False)
+
+    def generate(self, model: ServedModel, request: Request) -> Generation:
+        """Serve a request and wait for it: in the calling thread, if none asked before it did."""
+        if self._turns.is_mine or self._may_compute():
+            with self._turns.turn(model.name):
+                return self._serve(model, request)
+        self._turns.ensure_may_wait(model.name)
+        return self.submit(model, request).result()
+
+    def submit(self, model: ServedModel, request: Request) -> PendingGeneration:
+        """Queue a request, and serve it in a thread of the server when its turn comes."""
+        thread = self._started()
+        ticket = self._turns.join(model.name)
+        pending = PendingGeneration(
+            request, lambda: self._turns.withdraw(ticket), self._turns.ensure_may_wait
+        )
+
+        def on_turn(_: object) -> None:
+            if ticket.cancelled():
+                return
+            if error := ticket.exception():
+                if pending.set_running_or_notify_cancel():
+                    pending.set_exception(error)
+                return
+            try:
+                thread.submit(self._run, model, ticket, pending)
+            except RuntimeError as error:  # the interpreter ends: no thread takes work any more
+                with self._turns.take(ticket):
+                    if pending.set_running_or_notify_cancel():
+                        pending.set_exception(_too_late(request, error))
+
+        ticket.add_done_callback(on_turn)
+        return pending
+
+    def _run(self, model: ServedModel, ticket: Ticket, pending: PendingGeneration) -> None:
+        error: BaseException | None = None
+        generation: Generation | None = None
+        with self._turns.take(ticket):
+            if not pending.set_running_or_notify_cancel():
+                return
+            try:
+                generation = self._serve(model, pending.request)
+            except BaseException as raised:
+                error = raised
+        if generation:  # after the turn: whoever waits may count on the lease being free
+            pending.set_result(generation)
+        else:
+            pending.set_exception(error)
+
+    def _serve(self, model: ServedModel, request: Request) -> Generation:
+        request.proceed()
+        queue_s = time.perf_counter() - request.begin_s
+        with self._pager.lease(model.name) as lease:
+            if model.removed:  # and another one was added under its name
+                raise ConfigError(
+                    f"expected {model.name!r} as it was when the request was submitted, got "
+                    "another model of that name: submit it again"
+                )
+            self._look_ahead()
+            if not self.overlap:
+                self._pager.wait_whole(model.name)
+            lead_s = time.perf_counter() - request.begin_s
+
+            def proceed() -> None:
+                lease.stalls.note_first_token()
+                request.proceed()
+
+            tokens = model.decoder.generate(
+                request.prompt_ids,
+                request.max_new_tokens,
+                request.ignore_eos,
+                request.sampling,
+                lambda end_byte: self._pager.wait(model.name, end_byte),
+                proceed,
+            )
+            text = model.text(tokens.token_ids)
+            return Generation.of(tokens, text, lease, queue_s, lead_s)
+
+    def _look_ahead(self) -> None:
+        if self._ahead:
+            self._ahead.nudge(self._turns.n_waiting)
+
+    def _may_compute(self) -> bool:
+        """Whether the calling thread is one of the two."""
+        ident = threading.get_ident()
+        with self._starting:
+            self._first_ident = self._first_ident or ident
+        return ident in (self._first_ident, self._own_ident)
+
+    def _started(self) -> ThreadPoolExecutor:
+        def note() -> None:
+            self._own_ident = threading.get_ident()
+
+        with self._starting:
+            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server", note)
+            return self._thread
+
+    def ensure_no_turn(self, action: str) -> None:
+        """Refuse what cannot be done in a thread that holds a lease.
+
+        Raises:
+            LeaseError: the calling thread holds one.
+        """
+        if self._turns.is_mine:
+            raise LeaseError(f"{action} cannot be called inside a lease: leave the lease first")
+
+    def close(self, is_collected: bool = False) -> None:
+        """Refuse what waits, and let the request that is being served come to its end.
+
+        Args:
+            is_collected: nobody is left who could hold a lease, so only requests are waited for.
+        """
+        self._turns.close({None, self._own_ident} if is_collected else None)
+        if self._thread:  # in its own thread, in a callback of a request: it ends after this
+            self._thread.shutdown(wait=threading.get_ident() != self._own_ident)
+        if self._ahead:
+            self._ahead.close()
+
+
+def _too_late(request: Request, error: BaseException) -> DjinnError:
+    failed = DjinnError(
+        f"a request for {request.model!r} cannot be served any more, since the interpreter ends: "
+        "wait for requests with result() before that"
+    )
+    failed.__cause__ = error
+    return failed

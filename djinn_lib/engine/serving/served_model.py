@@ -1,0 +1,128 @@
+"""A model as `Djinn` serves it: what belongs to it beside its pages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.arguments import flag, whole_number
+from djinn_lib.engine.decode.decoder import Decoder
+from djinn_lib.engine.decode.eager import check_prompt, vocabulary
+from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
+from djinn_lib.engine.lending.lender import Lending
+from djinn_lib.engine.models.packing import Unit
+from djinn_lib.engine.models.tokenizer import Tokenizer
+from djinn_lib.engine.serving.prompts import ReadPrompt, read_prompts
+from djinn_lib.engine.serving.request import Request
+from djinn_lib.errors import ConfigError, shown
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
+
+    `n_bytes` are those that are paged. Users get the module's twin, from `lending`. Once it is
+    `removed`, its addresses are nobody's, whatever model may have its name.
+    """
+
+    name: str
+    module: PreTrainedModel
+    units: tuple[Unit, ...]
+    n_bytes: int
+    tokenizer: Tokenizer | None
+    decoder: Decoder
+    lending: Lending
+    removed: bool = False
+
+    def __post_init__(self) -> None:
+        n_ids = vocabulary(self.module)
+        if self.tokenizer and len(self.tokenizer) > n_ids:
+            logging.getLogger(__name__).warning(
+                "the tokenizer of %r knows %d ids, and the model %d: prompts with other ids are "
+                "refused; if there are many, tokenizer and model do not belong together",
+                self.name,
+                len(self.tokenizer),
+                n_ids,
+            )
+
+    def ask(
+        self, prompt: object, max_new_tokens: int, ignore_eos: bool, sampling: Sampling
+    ) -> Request | list[Request]:
+        """Return the request for a prompt, or one for each of a list of them.
+
+        Everything is checked here, before anything waits or is loaded.
+
+        Args:
+            prompt: see `prompts.read_prompts`.
+            max_new_tokens: upper limit of new tokens.
+            ignore_eos: whether to go on at the end-of-sequence token.
+            sampling: how to choose tokens.
+
+        Raises:
+            ConfigError: this model cannot continue it; the message says why.
+        """
+        begin_s = time.perf_counter()
+        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
+        ignore_eos = flag(ignore_eos, "ignore_eos")
+        prompts, many = read_prompts(prompt)
+        requests = []
+        for i, one in enumerate(prompts):
+            try:
+                ids = self._prompt_ids(one, max_new_tokens)
+            except ConfigError as error:
+                raise ConfigError(f"prompt {i} of the list: {error}" if many else error) from error
+            requests.append(Request(self.name, ids, max_new_tokens, ignore_eos, sampling, begin_s))
+        return requests if many else requests[0]
+
+    def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
+        ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
+        ids = check_prompt(ids, vocabulary(self.module), max_new_tokens)
+        self.decoder.check_length(len(ids), max_new_tokens)
+        return ids
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of `text`.
+
+        Raises:
+            ConfigError: the model has no tokenizer, or its tokenizer cannot encode this or gives
+                ids that the model does not know.
+        """
+        if not isinstance(text, str):
+            raise ConfigError(f"expected text to tokenize, got {shown(text)}")
+        return self._known(self._tokenizer().encode(text))
+
+    def chat_ids(self, messages: object) -> list[int]:
+        """Return the token ids of a conversation, up to where the model is to answer.
+
+        Raises:
+            ConfigError: the model has no tokenizer or chat template, or the template cannot take
+                these messages.
+        """
+        return self._known(self._tokenizer().encode_chat(messages))
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"expected token ids for {self.name!r}, got text, but the model has no tokenizer: "
+                "pass a list of ids, or add it from a folder that holds its tokenizer"
+            )
+        return self.tokenizer
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids that its tokenizer gave, if the model knows them."""
+        n_ids = vocabulary(self.module)
+        if outside := [i for i in ids if not 0 <= i < n_ids]:
+            raise ConfigError(
+                f"expected a tokenizer of {self.name!r} that gives ids below {n_ids}, got "
+                f"{outside[0]}: tokenizer and model do not belong together, or the text has a "
+                "token that was added after training"
+            )
+        return ids
+
+    def text(self, token_ids: Sequence[int]) -> str | None:
+        """Return what token ids say; None without a tokenizer, or one that cannot decode them."""
+        return self.tokenizer.decode(token_ids) if self.tokenizer else None

@@ -1,0 +1,147 @@
+"""A run's folder: what set-up leaves there, and where everything else goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment.machine import describe_machine
+from djinn_lib.experiment.profile import REPO, Cell, Profile, parse_capacity
+from djinn_lib.experiment.weights import prepare_models
+from djinn_lib.files import ensure_writable, write_json
+from djinn_lib.systems.base import ModelFiles
+from djinn_lib.trace import Trace, check_models, write_trace
+from djinn_lib.units import parse_bytes
+
+MODELS_DIR = REPO / "data" / "models"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a run share: the profile, its run folder and the model folders."""
+
+    profile: Profile
+    run_dir: Path
+    models: dict[str, ModelFiles]
+    machine: dict[str, Any]
+
+    @classmethod
+    def open(cls, profile: Profile, run_dir: Path) -> Bench:
+        """Read what the set-up notebook left in the run folder.
+
+        Raises:
+            ConfigError: the set-up has not been run there, or with other models.
+        """
+        path = run_dir / "machine.json"
+        try:
+            state = json.loads(path.read_text())
+            models = {
+                name: ModelFiles(
+                    **{**files, "folder": Path(files["folder"]), "digests": files["digests"]}
+                )
+                for name, files in state["models"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"expected {path} from the set-up, got {error!r}: run notebook 00_setup first"
+            ) from error
+        if list(models) != list(profile.models):
+            raise ConfigError(
+                f"expected a set-up of the models {list(profile.models)} in {path}, got "
+                f"{list(models)}: run notebook 00_setup again"
+            )
+        return cls(profile, run_dir, models, state["machine"])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all models together."""
+        return sum(files.n_bytes for files in self.models.values())
+
+    def capacity_bytes(self, label: str) -> int:
+        """Capacity of a label in bytes."""
+        return parse_capacity(self.profile.capacities[label], self.total_bytes)
+
+    def trace_path(self, name: str) -> Path:
+        """File of a trace."""
+        return self.run_dir / "traces" / f"{name}.jsonl"
+
+    def rows_path(self, cell: Cell) -> Path:
+        """File of a cell's rows."""
+        return self.run_dir / "requests" / f"{cell.id}.parquet"
+
+    def manifest_path(self, cell: Cell) -> Path:
+        """File of a cell's manifest."""
+        return self.run_dir / "requests" / f"{cell.id}.manifest.json"
+
+    def journal_path(self, cell: Cell) -> Path:
+        """File in which rows are noted while the cell runs."""
+        return self.run_dir / "requests" / f"{cell.id}.journal.jsonl"
+
+    def models_table(self) -> pd.DataFrame:
+        """One row a model: what it stands for, its size, and its share of all weights."""
+        return pd.DataFrame(
+            {
+                "model": name,
+                "stands_for": self.profile.models[name].stands_for,
+                "dtype": files.dtype,
+                "bytes": files.n_bytes,
+                "share_of_all": files.n_bytes / self.total_bytes,
+            }
+            for name, files in self.models.items()
+        )
+
+    def capacities_table(self) -> pd.DataFrame:
+        """One row a capacity label: bytes, frames, and the share of all weights that fits."""
+        page_bytes = parse_bytes(self.profile.page)
+        sizes = {label: self.capacity_bytes(label) for label in self.profile.capacities}
+        return pd.DataFrame(
+            {
+                "capacity_label": label,
+                "written_as": self.profile.capacities[label],
+                "bytes": n_bytes,
+                "frames": n_bytes // page_bytes,
+                "share_of_all": n_bytes / self.total_bytes,
+            }
+            for label, n_bytes in sizes.items()
+        )
+
+    def write_traces(self) -> dict[str, Trace]:
+        """Generate and write every trace of the profile; returns them by name."""
+        traces = {name: self.profile.make_trace(name) for name in self.profile.traces}
+        for name, trace in traces.items():
+            check_models(trace, self.models)
+            self.trace_path(name).parent.mkdir(parents=True, exist_ok=True)
+            write_trace(trace, self.trace_path(name))
+        return traces
+
+
+def set_up(
+    profile: Profile,
+    run_dir: Path,
+    models_dir: Path = MODELS_DIR,
+    progress: Callable[[str], None] = print,
+) -> Bench:
+    """Make the run folder, measure the machine and prepare the weights.
+
+    Raises:
+        ConfigError: the run folder cannot be written to.
+        CheckpointError: a model's source is missing or broken.
+    """
+    ensure_writable(run_dir)
+    progress("measuring this machine")
+    facts = describe_machine(profile.device)
+    files = prepare_models(profile, models_dir, progress)
+    state = {
+        "machine": facts,
+        "models": {
+            name: {**asdict(f), "folder": str(f.folder.resolve())} for name, f in files.items()
+        },
+    }
+    write_json(run_dir / "machine.json", state)
+    return Bench(profile, run_dir, files, facts)

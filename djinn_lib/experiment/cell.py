@@ -1,0 +1,291 @@
+"""Runs one cell: one system, one trace, one capacity, in this process.
+
+A failed request is a row with its cause, and the cell goes on. Rows are noted one by one in a
+journal, so that a process that dies loses nothing but the request it died on; `close_dead_cell`
+turns the journal of such a cell into rows. What becomes of rows that are there already, see
+`djinn_lib.experiment.kept_rows`.
+
+A cell that was interrupted by its user is run again from its first request instead: half of it in
+one process and half in another would not be the cold start and the sequence that the rows tell of.
+Until then its journal stays where it is, for whoever wants to look at it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from djinn_lib.errors import DjinnError, TraceError, in_words
+from djinn_lib.experiment.arrivals import send
+from djinn_lib.experiment.bench import Bench
+from djinn_lib.experiment.cell_record import CellRecord
+from djinn_lib.experiment.integrity import WeightsWatch
+from djinn_lib.experiment.kept_rows import DIED, read_journal, rows_that_stay, whole_frame
+from djinn_lib.experiment.profile import Cell
+from djinn_lib.experiment.weights import prompt_ids
+from djinn_lib.files import ensure_writable
+from djinn_lib.rows import (
+    classify_error,
+    clock_warning,
+    failed_row,
+    token_sha,
+    write_manifest,
+    write_rows,
+)
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import Served, SystemUnderTest
+from djinn_lib.trace import Request, Trace, check_models, read_trace
+
+
+def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
+    """Run a cell, write its rows and manifest, and return the rows.
+
+    Raises:
+        TraceError: the trace is broken, empty, or names a model that the profile lacks.
+        ConfigError: the run's folder cannot be written to.
+        RecordError: the rows break the schema, which is a bug of the system.
+        OSError: the disk is full; the rows so far are in the journal, if they could be written.
+    """
+    trace = _read_trace(bench, cell)
+    check_models(trace, bench.models)
+    ensure_writable(bench.rows_path(cell).parent)  # before minutes are spent
+    begun = CellRecord(bench, cell, trace)
+    rows = whole_frame(_rows(begun))
+    if warning := clock_warning(rows):
+        begun.notes.append(warning)
+    _put(rows, begun)
+    bench.journal_path(cell).unlink(missing_ok=True)
+    return rows
+
+
+def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataFrame:
+    """See to it that a cell has rows whose process died, or whose notebook failed.
+
+    Those that it finished are taken from its journal, and every other request gets a failed row. If
+    it had measured everything, or an earlier execution served more, the rows on disk stay.
+
+    Args:
+        bench: of the run.
+        cell: that died.
+        kind: an error kind, such as "kernel_died".
+        error: what is known of the cause.
+
+    Returns:
+        The rows that are on disk now.
+
+    Raises:
+        TraceError: the trace is broken or empty, so that nobody knows what to write.
+        OSError: the rows cannot be written either; the journal is still there then.
+    """
+    begun = CellRecord(bench, cell, _read_trace(bench, cell))
+    noted = _noted(begun)
+    begun.take_over(list(noted.values()))
+    begun.notes.append(f"{DIED}{error}")
+    left = [
+        failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
+        for repeat, request in _requests(begun)
+        if (repeat, request.request) not in noted
+    ]
+    measured = {row["run_id"] for row in noted.values()}
+    rows = _put(whole_frame([*noted.values(), *left]), begun)
+    if measured <= set(rows["run_id"]):  # else what it did measure is in the journal alone
+        bench.journal_path(cell).unlink(missing_ok=True)
+    return rows
+
+
+def _put(rows: pd.DataFrame, begun: CellRecord) -> pd.DataFrame:
+    """Write rows and manifest, unless those on disk stay; returns the rows that are there now."""
+    path, manifest = begun.bench.rows_path(begun.cell), begun.manifest()
+    staying = rows_that_stay(path, rows, manifest)
+    if staying is not None:
+        return staying
+    write_rows(rows, path)
+    write_manifest(manifest, begun.bench.manifest_path(begun.cell))
+    return rows
+
+
+def _noted(begun: CellRecord) -> dict[tuple[int, int], dict[str, Any]]:
+    """The rows of a cell's journal by repeat and request, if this cell asks for them."""
+    asked = {(repeat, r.request): r.model for repeat, r in _requests(begun)}
+    noted: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in read_journal(begun.bench.journal_path(begun.cell)):
+        key = row["repeat"], row["request"]
+        if asked.get(key) == row["model"]:
+            noted.setdefault(key, row)
+    return noted
+
+
+def _read_trace(bench: Bench, cell: Cell) -> Trace:
+    trace = read_trace(bench.trace_path(cell.trace))
+    if not trace.requests:
+        raise TraceError(
+            f"expected a trace of at least 1 request, got none in {bench.trace_path(cell.trace)}: "
+            "make the trace anew"
+        )
+    return trace
+
+
+def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
+    """Yield a row per request; each is in the journal before it is yielded."""
+    cls, profile = system_class(begun.entry.system), begun.bench.profile
+    if reason := cls.unavailable(profile.device):
+        yield from _all_failed(begun, "unavailable", reason)
+        return
+    journal = begun.bench.journal_path(begun.cell)
+    journal.unlink(missing_ok=True)
+    with ExitStack() as running:
+        try:
+            system = _start(begun, running)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            reason = f"could not start: {in_words(error)}"
+            yield from _all_failed(begun, classify_error(error), reason)
+            return
+        serve = _serve_one_by_one if begun.cell.mode == "sequential" else _serve_as_they_arrive
+        n_requests = len(begun.trace.requests) * begun.cell.repeats
+        with (
+            journal.open("w") as lines,
+            tqdm(desc=begun.cell.id, unit="req", total=n_requests, mininterval=2) as progress,
+        ):
+            for row in serve(begun, system):
+                progress.update()
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                yield row
+                if row["error_kind"] == "oom":
+                    _free_unused_memory()
+
+
+def _all_failed(begun: CellRecord, kind: str, error: str) -> Iterator[dict[str, Any]]:
+    """A failed row for every request of the cell, for one and the same reason."""
+    for repeat, request in _requests(begun):
+        yield failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
+
+
+def _requests(begun: CellRecord) -> Iterator[tuple[int, Request]]:
+    for repeat in range(begun.cell.repeats):
+        for request in begun.trace.requests:
+            yield repeat, request
+
+
+def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
+    """Start and warm up the system, which is closed with `running` whatever happens."""
+    begin_s = time.perf_counter()
+    watch = begun.watch = WeightsWatch(begun.bench.models)
+    # Read now, so that a system that needs no files while it serves goes on without them.
+    begun.prompts = {(r.model, r.request): _prompt(begun, r) for r in begun.trace.requests}
+    system = begun.make_system()
+    running.callback(gc.collect)
+    running.callback(system.close)
+    begun.notes.extend(system.notes())
+
+    def progress(step: str) -> None:
+        elapsed_s = time.perf_counter() - begin_s
+        print(f"{begun.cell.id}, after {elapsed_s:.0f} s: {step}", flush=True)
+
+    system.start(progress)
+    begun.device_bytes = system.device_bytes()
+    for name in begun.bench.models:
+        watch.ensure_unchanged(name)
+        prompt = _prompt(begun, Request(0, 0.0, name))
+        system.warm_up(name, prompt, begun.bench.profile.new_tokens)
+    begun.setup_s = time.perf_counter() - begin_s
+    return system
+
+
+def _prompt(begun: CellRecord, request: Request) -> list[int]:
+    files = begun.bench.models[request.model]
+    return prompt_ids(files, begun.bench.profile.prompt_tokens, request.request)
+
+
+def _free_unused_memory() -> None:
+    """After a request ran out of memory: what it left behind goes before the next one comes.
+
+    torch empties its cache by itself before it gives up, but what the failed request still held
+    then is unused only now, and other allocators (the driver's, another process) may want it.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
+    """Each request when the one before is done; a row each."""
+    for repeat, request in _requests(begun):
+        begun.note_pace(repeat)
+        keys = None
+        try:
+            if request.request == 0:
+                system.reset()  # every repeat starts cold
+            prompt = _checked_prompt(begun, system, request)
+            keys = begun.keys(repeat, request)
+            served = system.serve(request.model, prompt, begun.bench.profile.new_tokens)
+        except (Exception, SystemExit) as error:  # a library that exits must not end the cell
+            yield _failed(keys or begun.keys(repeat, request), error)
+            continue
+        yield _row(keys, served, queue_ms=0.0)
+
+
+def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
+    """Each request when it arrives; a row each, in the order in which they are done."""
+
+    def submit(request: Request) -> Future[Served]:
+        prompt = _checked_prompt(begun, system, request)
+        return system.submit(worker, request.model, prompt, begun.bench.profile.new_tokens)
+
+    with ThreadPoolExecutor(1, "djinn-system") as worker:
+        for repeat in range(begun.cell.repeats):
+            try:
+                system.reset()  # every repeat starts cold
+            except (Exception, SystemExit) as error:
+                yield from (_failed(begun.keys(repeat, r), error) for r in begun.trace.requests)
+                continue
+            for arrived in send(begun.trace.requests, begun.cell.speed, submit):
+                keys = begun.keys(repeat, arrived.request)
+                if arrived.served is None:
+                    yield _failed(keys, arrived.error or DjinnError("no result"))
+                    continue
+                queue_ms = max(0.0, arrived.total_s * 1e3 - arrived.served.total_ms)
+                keys["start_s"] = max(0.0, keys["start_s"] - arrived.served.total_ms / 1e3)
+                yield _row(keys, arrived.served, queue_ms)
+
+
+def _checked_prompt(begun: CellRecord, system: SystemUnderTest, request: Request) -> list[int]:
+    if system.reads_files_while_serving:
+        begun.watch.ensure_unchanged(request.model)
+    return begun.prompts[request.model, request.request]
+
+
+def _failed(keys: dict[str, Any], error: BaseException) -> dict[str, Any]:
+    return failed_row(**keys, error_kind=classify_error(error), error=in_words(error))
+
+
+def _row(keys: dict[str, Any], served: Served, queue_ms: float) -> dict[str, Any]:
+    return {
+        **keys,
+        "queue_ms": queue_ms,
+        "loaded_bytes": served.loaded_bytes,
+        "evicted_bytes": served.evicted_bytes,
+        "writeback_bytes": served.writeback_bytes,
+        "resident_before_bytes": served.resident_before_bytes,
+        "switch_ms": float(served.switch_ms),
+        "ttft_ms": float(queue_ms + served.ttft_ms),
+        "decode_ms": float(served.decode_ms),
+        "total_ms": float(queue_ms + served.total_ms),
+        "n_tokens": len(served.token_ids),
+        "token_sha": token_sha(served.token_ids),
+        "ok": True,
+        "error_kind": "",
+        "error": "",
+        "resident_bytes": json.dumps(served.resident_bytes),
+    }

@@ -1,0 +1,189 @@
+"""Whether model files are still the ones that the set-up saw.
+
+The set-up records a digest of each file, and every cell checks all of them before it starts, byte
+by byte: sizes and times of modification do not tell a flipped bit. One core hashes about 1.3 GB/s,
+and blocks are hashed by all cores at once, so the check costs about half a second for the 0.6 GB of
+the CPU profile on two cores, and two to three for 31 GB on sixteen: little beside what a cell
+takes, and no cache has to be trusted. While a cell runs, stamps (which cost microseconds) are
+compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from djinn_lib.engine.models.checkpoint import weight_files
+from djinn_lib.errors import CheckpointError
+from djinn_lib.systems.base import ModelFiles
+
+_BLOCK_BYTES = 64 << 20  # what one thread hashes at a time
+_READ_BYTES = 4 << 20
+Stamps = dict[str, tuple[int, int, int]]
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return a digest of config.json and of each weights file, by name.
+
+    A digest is the SHA-256 of the SHA-256s of a file's blocks of 64 MiB.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+    """
+    return dict(_digests(folder))
+
+
+def _digests(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield names and digests, config.json first: it says which files the weights are in."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for path in _files(folder):
+            try:
+                begins = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
+                blocks = threads.map(lambda begin, path=path: _block_digest(path, begin), begins)
+                yield path.name, hashlib.sha256(b"".join(blocks)).hexdigest()
+            except OSError as error:
+                raise _unreadable(path, error) from error
+
+
+def weights_digest(digests: Mapping[str, str]) -> str:
+    """Return one digest for all weights files, in the order of their names."""
+    weights = [digests[name] for name in sorted(digests) if name.endswith(".safetensors")]
+    return hashlib.sha256("".join(weights).encode()).hexdigest()
+
+
+def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) -> None:
+    """Make sure that the files of a folder have the expected digests.
+
+    Args:
+        folder: of a model.
+        expected: from `file_digests`.
+        remedy: what the reader is to do if they have not.
+
+    Raises:
+        CheckpointError: naming the file that differs, is missing or is new.
+    """
+    missing = dict(expected)
+    for name, digest in _digests(folder):
+        if digest != missing.pop(name, None):
+            raise _changed(folder / name, expected.get(name), digest, remedy)
+    for name, digest in missing.items():
+        raise _changed(folder / name, digest, None, remedy)
+
+
+def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
+    """Return the digests of files that a set-up noted, by model; none without a set-up."""
+    try:
+        models = json.loads(machine_json.read_text())["models"]
+        return {name: dict(files["digests"]) for name, files in models.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def files_are_as_set_up(machine_json: Path) -> bool:
+    """Whether all model files are still those that a set-up noted; without a set-up they are."""
+    recorded = recorded_digests(machine_json)
+    if not recorded:
+        return True
+    folders = json.loads(machine_json.read_text())["models"]
+    try:
+        return all(
+            _digests_of(Path(folders[name]["folder"])) == digests
+            for name, digests in recorded.items()
+        )
+    except CheckpointError:
+        return False
+
+
+_known: dict[Path, tuple[Stamps, dict[str, str]]] = {}
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """Like `file_digests`, read once in a process unless stamps say that a file changed."""
+    stamps = _stamps(folder)
+    if folder not in _known or _known[folder][0] != stamps:
+        _known[folder] = stamps, file_digests(folder)
+    return _known[folder][1]
+
+
+class WeightsWatch:
+    """Notices files that change after they were checked, by size, time and inode.
+
+    Args:
+        models: with the digests that the set-up recorded.
+
+    Raises:
+        CheckpointError: a file is not the one that the set-up saw.
+    """
+
+    def __init__(self, models: Mapping[str, ModelFiles]) -> None:
+        self._folders = {name: files.folder for name, files in models.items()}
+        self._stamps = {name: _stamps(folder) for name, folder in self._folders.items()}
+        for files in models.values():
+            if not files.digests:
+                raise CheckpointError(
+                    f"expected digests of the files of {files.name!r} from the set-up, got none: "
+                    "run notebook 00_setup again"
+                )
+            ensure_same_files(files.folder, files.digests, "run notebook 00_setup again")
+
+    def ensure_unchanged(self, model: str) -> None:
+        """Make sure that the files of a model are those that were checked.
+
+        Raises:
+            CheckpointError: a file was replaced, written to or deleted.
+        """
+        before, now = self._stamps[model], _stamps(self._folders[model])
+        if before != now:
+            names = sorted(name for name in before if now.get(name) != before[name])
+            raise CheckpointError(
+                f"expected the files of {model!r} in {self._folders[model]} to stay as they are "
+                f"during a cell, got changes of {names or sorted(now)}: restore them, and run the "
+                "cell again"
+            )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield folder / "config.json"
+    yield from weight_files(folder)
+
+
+def _block_digest(path: Path, begin: int) -> bytes:
+    digest, end = hashlib.sha256(), begin + _BLOCK_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while begin < end and (data := file.read(min(_READ_BYTES, end - begin))):
+            digest.update(data)
+            begin += len(data)
+    return digest.digest()
+
+
+def _stamps(folder: Path) -> Stamps:
+    stamps = {}
+    for path in _files(folder):
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        stamps[path.name] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return stamps
+
+
+def _changed(path: Path, expected: str | None, got: str | None, remedy: str) -> CheckpointError:
+    return CheckpointError(
+        f"expected {path} with digest {_short(expected)}, got {_short(got)}: the file was changed "
+        f"or damaged; {remedy}"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"expected {path}, got {error.strerror}: restore the file, or run notebook 00_setup again"
+    )
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}..." if digest else "no file"

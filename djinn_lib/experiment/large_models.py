@@ -1,0 +1,329 @@
+"""One model larger than the ring: how fast its layers can take turns, and how others do it.
+
+Every forward pass has to bring in what does not stay on the device, so a token takes at least as
+long as these bytes take through the link, and at least as long as it takes to compute. Compared
+with accelerate's offloading, given the same device memory for the same first layers, the same
+master copies, and hooks that bring each other layer in when it is called and drop it afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import cpu_offload
+from transformers import PreTrainedModel
+
+from djinn_lib.analysis.large_results import COLUMNS, read_large, write_large
+from djinn_lib.engine.decode.eager import Tokens, generate_eager
+from djinn_lib.engine.djinn import Djinn
+from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.models.packing import Unit, pack
+from djinn_lib.engine.models.sources import open_source
+from djinn_lib.engine.models.spec import ModelSpec
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment import machine
+from djinn_lib.experiment.bench import Bench
+from djinn_lib.experiment.integrity import weights_digest
+from djinn_lib.experiment.profile import REPO, parse_capacity
+from djinn_lib.rows import token_sha
+from djinn_lib.units import format_bytes, parse_bytes
+
+Outcome = tuple[Tokens, int, float]  # tokens, bytes loaded, seconds of stalls
+Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]
+
+
+@dataclass(frozen=True)
+class LargeCase:
+    """A model and a ring that does not hold it.
+
+    Args:
+        name: of the model.
+        source: a checkpoint's folder, or a `ModelSpec`.
+        dtype: of the weights.
+        capacity_bytes: device memory for weights.
+        resident: also measure it with a ring that holds it, which says what computing alone takes.
+    """
+
+    name: str
+    source: Path | ModelSpec
+    dtype: str
+    capacity_bytes: int
+    resident: bool
+
+
+def cases_of(bench: Bench) -> list[LargeCase]:
+    """Return the cases that a profile lists."""
+    cases = []
+    for name, entry in bench.profile.large.items():
+        dtype = bench.profile.dtype
+        if entry.model:
+            files = bench.models[entry.model]
+            capacity_bytes = parse_capacity(entry.capacity, files.n_bytes)
+            cases.append(LargeCase(name, files.folder, dtype, capacity_bytes, resident=True))
+        else:
+            spec = ModelSpec(entry.config or {}, dtype, entry.seed, init="plain")
+            n_bytes = pack(open_source(spec).module)[0].n_bytes
+            capacity_bytes = parse_capacity(entry.capacity, n_bytes)
+            cases.append(LargeCase(name, spec, dtype, capacity_bytes, resident=False))
+    return cases
+
+
+def rows_of(
+    bench: Bench,
+    n_tokens: int,
+    repeats: int,
+    measure: bool,
+    progress: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Return the rows of a run: measured now, or those that it has.
+
+    Raises:
+        ConfigError: nothing can be measured, see `measure_all`.
+        RecordError: the run has no rows.
+    """
+    if measure:
+        return measure_all(bench, n_tokens, repeats, progress)
+    return read_large(bench.run_dir)
+
+
+def measure_all(
+    bench: Bench, n_tokens: int, repeats: int, progress: Callable[[str], None] = print
+) -> pd.DataFrame:
+    """Measure every case of a profile, write the rows to the run's folder and return them.
+
+    Raises:
+        ConfigError: the profile has no such case, or too few tokens are asked for.
+    """
+    if n_tokens < 2:
+        raise ConfigError(f"expected at least 2 tokens, to time one, got {n_tokens}")
+    if not (cases := cases_of(bench)):
+        raise ConfigError(
+            f"expected cases under 'large' in the profile {bench.profile.name!r}, got none"
+        )
+    for case in cases:  # before minutes are spent on the first of them
+        bytes_of(case)
+    n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
+    manifest = _manifest(bench, n_tokens, repeats)
+    rows = pd.concat(
+        [
+            measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
+            for case in cases
+        ],
+        ignore_index=True,
+    )
+    write_large(rows, manifest, bench.run_dir)
+    return rows
+
+
+def _manifest(bench: Bench, n_tokens: int, repeats: int) -> dict[str, Any]:
+    """Where the rows come from."""
+    commit, dirty = machine.git_state(REPO)
+    return {
+        "profile": bench.profile.name,
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "other_gpu_processes": machine.other_gpu_processes(),
+        "versions": machine.versions(),
+        "machine": bench.machine,
+        "weights_sha256": {name: weights_digest(f.digests) for name, f in bench.models.items()},
+        "parameters": {
+            "large": {name: entry.model_dump() for name, entry in bench.profile.large.items()},
+            "dtype": bench.profile.dtype,
+            "page": bench.profile.page,
+            "prompt_tokens": bench.profile.prompt_tokens,
+            "n_tokens": n_tokens,
+            "repeats": repeats,
+        },
+        "started_at_utc": datetime.now(UTC).isoformat(),
+    }
+
+
+def _prompt(case: LargeCase, n_tokens: int) -> list[int]:
+    """Seeded random ids of the model's vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    config = open_source(case.source, case.dtype).module.config.get_text_config()
+    return torch.randint(0, config.vocab_size, (n_tokens,), generator=generator).tolist()
+
+
+def measure(
+    case: LargeCase,
+    device: str,
+    page: str,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+    progress: Callable[[str], None] = print,
+) -> pd.DataFrame:
+    """Generate with each system in turn and return a row for each repeat; see `COLUMNS`.
+
+    Raises:
+        ConfigError: the model fits into the ring.
+        CapacityError: two of its layers in a row do not.
+    """
+    rows: list[dict[str, Any]] = []
+    facts = {
+        "model": case.name,
+        "model_bytes": bytes_of(case),
+        "capacity_bytes": case.capacity_bytes,
+        "link_bytes_per_s": machine.measure_rates(device)["link_rate_bytes_per_s"],
+    }
+    for system, run in _systems(case, device, page):
+        progress(f"{case.name}: {system}")
+        try:
+            outcomes = list(run(prompt_ids, n_tokens, repeats))
+            rows += [
+                {**facts, "system": system, "repeat": i, **_row(outcome, n_tokens)}
+                for i, outcome in enumerate(outcomes)
+            ]
+        except Exception as error:  # of one system: the others go on
+            failed = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+            rows.append({**facts, "system": system, "repeat": 0, **failed})
+        gc.collect()
+    return pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+
+
+def bytes_of(case: LargeCase) -> int:
+    """Return the bytes of a case's model.
+
+    Raises:
+        ConfigError: the model fits into the ring.
+    """
+    layout = pack(open_source(case.source, case.dtype).module, "host")[0]
+    if layout.paged_bytes <= case.capacity_bytes:
+        raise ConfigError(
+            f"expected a ring smaller than {case.name!r} ({format_bytes(layout.paged_bytes)}), got "
+            f"{format_bytes(case.capacity_bytes)}: lower the capacity"
+        )
+    return layout.n_bytes
+
+
+def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:
+    tokens, loaded_bytes, stall_s = outcome
+    return {
+        "n_tokens": len(tokens.token_ids),
+        "ms_per_token": (tokens.last_s - tokens.first_s) / (n_tokens - 1) * 1e3,
+        "ttft_ms": tokens.first_s * 1e3,
+        "loaded_bytes_per_token": loaded_bytes / n_tokens,
+        "stall_ms_per_token": stall_s / n_tokens * 1e3,
+        "token_sha": token_sha(tokens.token_ids),
+        "ok": True,
+        "error": "",
+    }
+
+
+def _systems(case: LargeCase, device: str, page: str) -> Iterator[tuple[str, Run]]:
+    if case.resident:
+        yield "resident", lambda *request: _djinn(case, device, page, None, *request)
+    yield "djinn", lambda *request: _djinn(case, device, page, case.capacity_bytes, *request)
+    yield "accelerate", lambda *request: _accelerate(case, device, page, *request)
+
+
+def _djinn(
+    case: LargeCase,
+    device: str,
+    page: str,
+    capacity_bytes: int | None,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+) -> Iterator[Outcome]:
+    if capacity_bytes is None:
+        opened = open_source(case.source, case.dtype)
+        capacity_bytes = pack(opened.module)[0].n_bytes + parse_bytes(page)  # whole pages
+    with Djinn(capacity_bytes, device, page, decode="eager") as djinn:
+        djinn.add(case.name, case.source, dtype=case.dtype)
+        djinn.generate(case.name, prompt_ids, 2, ignore_eos=True)  # warm-up
+        for _ in range(repeats):
+            g = djinn.generate(case.name, prompt_ids, n_tokens, ignore_eos=True)
+            tokens = Tokens(g.token_ids, g.ttft_ms / 1e3, g.total_ms / 1e3)
+            yield tokens, g.loaded_bytes, g.stall_ms / 1e3
+
+
+def _accelerate(
+    case: LargeCase,
+    device: str,
+    page: str,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    repeats: int,
+) -> Iterator[Outcome]:
+    pool = SwapPool(pin=device == "cuda")
+    try:
+        opened = open_source(case.source, case.dtype)
+        layout, units = pack(opened.module)
+        pool.add(case.name, layout, opened.fill)
+        weights = layout.views(pool.master(case.name))
+        model, bytes_per_pass = offload(opened.module, units, weights, case.capacity_bytes, device)
+        # Where it computes cannot be read off a model of which nothing stays.
+        generate_eager(model, prompt_ids, 2, ignore_eos=True, device=device)  # warm-up
+        for _ in range(repeats):
+            tokens = generate_eager(model, prompt_ids, n_tokens, ignore_eos=True, device=device)
+            yield tokens, bytes_per_pass * n_tokens, math.nan
+    finally:
+        pool.close()
+
+
+def offload(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    weights: Mapping[str, torch.Tensor],
+    capacity_bytes: int,
+    device: str,
+) -> tuple[PreTrainedModel, int]:
+    """Give a model accelerate's hooks; returns it, and the bytes that each forward pass copies.
+
+    The first units stay on the device, as many as leave room for the largest of the others.
+
+    Args:
+        model: as `open_source` gives it, before `fill` or after.
+        units: of the model, in the order of execution.
+        weights: its master copies on the host, by name.
+        capacity_bytes: device memory for weights.
+        device: where it runs.
+    """
+    ends = sorted({unit.end_byte for unit in units})
+    sizes = {end: end - begin for begin, end in pairwise([0, *ends])}
+    stays_up_to = max((e for e in ends if e + max(sizes.values()) <= capacity_bytes), default=0)
+    going = {unit.module for unit in units if unit.end_byte > stays_up_to}
+    moved = {name: w for name, w in weights.items() if _owner(name, going) is None}
+    for name, parameter in model.named_parameters():
+        if name in moved:
+            parameter.data = _on_device(moved[name], device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    for unit in going:
+        own = {n.removeprefix(f"{unit}."): w for n, w in weights.items() if _owner(n, {unit})}
+        cpu_offload(model.get_submodule(unit), torch.device(device), state_dict=_Masters(own))
+    return model.requires_grad_(False), sum(
+        size for end, size in sizes.items() if end > stays_up_to
+    )
+
+
+def _owner(name: str, units: set[str]) -> str | None:
+    return next((unit for unit in units if name.startswith(f"{unit}.")), None)
+
+
+def _on_device(weight: torch.Tensor, device: str) -> torch.Tensor:
+    return weight.clone() if device == "cpu" else weight.to(device)
+
+
+class _Masters(dict[str, torch.Tensor]):
+    """Master copies as accelerate's hooks look them up.
+
+    On the CPU a weight that is looked up is copied, as on its way to any other device; the hooks
+    would use the master itself.
+    """
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = super().__getitem__(name)
+        return weight if weight.is_pinned() else weight.clone()

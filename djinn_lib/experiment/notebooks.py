@@ -1,0 +1,207 @@
+"""Runs notebooks headlessly with papermill, and never takes half a result for a whole one.
+
+Papermill warns of an unknown parameter and says nothing of a killed kernel in the notebook it
+leaves. So parameters are checked first, the executed copy appears under its name only when it is
+complete or has failed for good, and each execution leaves a status file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import papermill
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_core.utils import ensure_event_loop
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
+
+from djinn_lib.errors import ConfigError, in_words
+from djinn_lib.files import write_json
+from djinn_lib.paths import REPO, python_path
+from djinn_lib.rows import classify_error
+from djinn_lib.sockets import socket_folder
+
+NOTEBOOKS_DIR = REPO / "notebooks"
+State = Literal["ok", "failed", "unavailable"]
+_NAMED_KINDS = {
+    **dict.fromkeys(("MemoryError", "CapacityError", "OutOfMemoryError"), "oom"),
+    **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
+    "TimeoutError": "timeout",
+}
+_START_S = 180  # for a kernel to answer; on a machine that is busy a minute may not do
+_SOCKET = "/djinn-kernel-12345678/socket-5"  # how a kernel's sockets are called in their folder
+
+
+@dataclass(frozen=True)
+class Status:
+    """How an execution ended; `error_kind` is "" when it is ok, as in the rows."""
+
+    task: str
+    state: State
+    seconds: float
+    error_kind: str = ""
+    error: str = ""
+
+
+_TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Make sure that a notebook has every parameter it is to be given, and of that type.
+
+    Raises:
+        ConfigError: there is no such notebook, or it lacks one of the parameters, or annotates it
+            with another type than that of the value.
+    """
+    if not notebook.exists():
+        known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
+        raise ConfigError(f"expected a notebook out of {known}, got {notebook.stem!r}")
+    known = papermill.inspect_notebook(_literally(notebook))
+    if unknown := sorted(parameters.keys() - known.keys()):
+        raise ConfigError(
+            f"expected parameters of {notebook.name} out of {sorted(known)}, got {unknown}"
+        )
+    for name, value in parameters.items():
+        kind = known[name]["inferred_type_name"]
+        if not isinstance(value, _TYPES.get(kind, object)):
+            raise ConfigError(
+                f"expected parameter {name!r} of {notebook.name} to be of type {kind}, got "
+                f"{value!r} ({type(value).__name__})"
+            )
+
+
+def has_kernel(name: str) -> bool:
+    """Whether a Jupyter kernel of that name is installed in this environment."""
+    return name in KernelSpecManager().find_kernel_specs()
+
+
+def execute(
+    notebook: str,
+    output: Path,
+    parameters: Mapping[str, Any],
+    kernel: str | None = None,
+) -> Status:
+    """Execute a notebook of `notebooks/` into `output`.
+
+    Args:
+        notebook: its name without the ending, e.g. "02_run_system".
+        output: the executed copy, or the notebook as it is if its kernel did not start; whatever
+            was there before goes.
+        parameters: values for its parameters cell, of plain JSON types.
+        kernel: a Jupyter kernel; default is the one that the notebook names.
+
+    Returns:
+        How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
+        that cannot be written, and whatever else the libraries raise.
+
+    Raises:
+        ConfigError: notebook or parameters are unknown; nothing has been run then.
+        KeyboardInterrupt: the kernel has been ended, and no copy is left.
+    """
+    source = NOTEBOOKS_DIR / f"{notebook}.ipynb"
+    check_parameters(source, parameters)
+    partial = output.with_suffix(".partial.ipynb")
+    begin_s, kind, error = time.perf_counter(), "", ""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in (output, partial):
+            left.unlink(missing_ok=True)
+        _papermill(source, partial, parameters, kernel)
+    except PapermillExecutionError as failure:
+        kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
+    except DeadKernelError:
+        kind, error = "kernel_died", "the kernel's process ended (killed, out of memory or crashed)"
+    except RuntimeError as failure:  # all that Jupyter says of a kernel that does not get ready
+        kind, error = "kernel_died", f"the kernel did not start: {failure}"
+    except OSError as failure:
+        kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
+    except Exception as failure:  # whatever else the libraries raise: other notebooks go on
+        kind, error = classify_error(failure), in_words(failure)
+    except BaseException:
+        # What still listened to the kernel will find it dead; nobody is left who wants to know.
+        ensure_event_loop().set_exception_handler(lambda *_: None)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):
+        if not partial.exists():  # a kernel that never started leaves no copy
+            shutil.copyfile(source, partial)
+        os.replace(partial, output)
+    seconds = time.perf_counter() - begin_s
+    return Status(output.stem, "failed" if kind else "ok", seconds, kind, error)
+
+
+def _kind(failure: PapermillExecutionError) -> str:
+    """The kind of an error of which only the name and the words came out of the kernel."""
+    kind = classify_error(RuntimeError(failure.evalue))
+    if kind == "other" and failure.ename in _NAMED_KINDS:
+        return _NAMED_KINDS[failure.ename]
+    return kind
+
+
+def _papermill(
+    source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None
+) -> None:
+    # Kernels find djinn_lib in this checkout, also those of another environment.
+    os.environ["PYTHONPATH"] = python_path()
+    with _sockets() as config:
+        papermill.execute_notebook(
+            _literally(source),
+            _literally(output),
+            parameters=dict(parameters),
+            kernel_name=kernel,
+            cwd=str(NOTEBOOKS_DIR),
+            progress_bar=False,
+            start_timeout=_START_S,
+            shutdown_kernel="immediate",
+            extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
+            config=config,
+        )
+
+
+def _literally(path: Path) -> str:
+    """A path for papermill, which takes it for a format string to fill parameters in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+@contextmanager
+def _sockets() -> Iterator[Config]:
+    """Have a kernel listen on sockets in a folder of its own, for as long as the block runs.
+
+    Jupyter's default are ports that are free when they are chosen and may be taken when the kernel
+    starts: of two that start side by side one then dies (nteract/papermill#511).
+    """
+    folder = socket_folder(len(_SOCKET))
+    with tempfile.TemporaryDirectory(prefix="djinn-kernel-", dir=folder) as own:
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{own}/socket"}})
+
+
+def write_status(status: Status, folder: Path) -> None:
+    """Keep a status as ``<folder>/<task>.json``."""
+    write_json(folder / f"{status.task}.json", asdict(status))
+
+
+def read_statuses(folder: Path) -> list[Status]:
+    """Return every status kept in a folder, by task name.
+
+    One that cannot be read says that its task failed, so that it runs again.
+    """
+    return [_read_status(path) for path in sorted(folder.glob("*.json"))]
+
+
+def _read_status(path: Path) -> Status:
+    try:
+        return Status(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        said = f"expected a status in {path.name}, got {error!r}: run the task again"
+        return Status(path.stem, "failed", 0.0, "other", said)

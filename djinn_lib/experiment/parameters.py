@@ -1,0 +1,40 @@
+"""Checks of what a reader writes into the first cell of a notebook, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.errors import ConfigError
+
+
+def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Path:
+    """Return a parameter that names a folder as a path.
+
+    Args:
+        value: of the parameter.
+        name: of the parameter.
+        must_exist: whether the folder has to be there already.
+
+    Raises:
+        ConfigError: it is no text or path, is empty, or names something else than a folder.
+    """
+    path = user_path(value, f"a folder as {name}")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"expected a folder as {name}, got the file {path}")
+    if must_exist and not path.exists():
+        raise ConfigError(f"expected a folder that exists as {name}, got {path}: check the path")
+    return path
+
+
+def one_of(value: object, known: Iterable[str], name: str) -> str:
+    """Return a parameter that is one of the known names.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    names = list(known)
+    if not isinstance(value, str) or value not in names:
+        raise ConfigError(f"expected {name} out of {names}, got {value!r}")
+    return value

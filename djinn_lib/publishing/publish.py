@@ -1,0 +1,197 @@
+"""A finished GPU run as the reference run: `python -m djinn_lib.publishing.publish data/runs/gpu`.
+
+Rows, manifests, traces and executed notebooks of the run are copied to `data/reference/h100`, and
+everything that is made from rows is made anew from the copies: the notebooks that read rows, the
+figures (also in `figures/`), claims.json and comparison_summary.json. So what is published cannot
+disagree with its rows. No path of the machine that ran it is left in.
+
+Refused are runs that miss cells (`--unfinished` takes those: what they would tell is then said to
+be not measured), ran without a GPU, or came from a changed working tree (`--allow-dirty` takes it).
+What is published already stays, unless `--replace` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis.run import Run, load_run
+from djinn_lib.engine.arguments import user_path
+from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment.profile import load_profile
+from djinn_lib.files import write_json
+from djinn_lib.paths import FIGURES, REFERENCE, REPO
+from djinn_lib.publishing.merge import missing_cells
+from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
+from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
+from djinn_lib.replacing import recover, replace_folders
+from djinn_lib.rows import read_manifest, read_rows, write_manifest, write_rows
+
+PUBLISHED = ("requests", replicates.FOLDER, "traces", "notebooks", "figures", "machine.json",
+             "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip
+NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
+_READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Publish; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.publish", description=__doc__)
+    parser.add_argument("run_dir", type=user_path)
+    parser.add_argument("--replace", action="store_true", help="replace what is published")
+    parser.add_argument("--allow-dirty", action="store_true", help="take a changed working tree")
+    parser.add_argument("--unfinished", action="store_true", help="take a run that misses cells")
+    options = parser.parse_args(arguments)
+    try:
+        publish(options.run_dir.resolve(), options.replace, options.allow_dirty, options.unfinished)
+    except (DjinnError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"published in {REFERENCE.relative_to(REPO)} and {FIGURES.name}/; next: "
+          "python -m djinn_lib.publishing.readme, then the tests")  # fmt: skip
+    return 0
+
+
+def publish(
+    run_dir: Path,
+    replace: bool = False,
+    allow_dirty: bool = False,
+    unfinished: bool = False,
+    reference: Path = REFERENCE,
+    figures: Path = FIGURES,
+) -> None:
+    """Make a run the reference run; nothing changes unless all of it can be made.
+
+    Both folders are then replaced as one: whatever ends this on its way, both are the old ones or
+    both the new ones, if need be after the next run.
+
+    Raises:
+        ConfigError: something is published already.
+        RecordError: the run is not one to publish, or cannot be read.
+        OSError: the disk is full, or refuses; what was published is as it was.
+    """
+    recover(reference, figures)
+    taken = [name for name in PUBLISHED if (reference / name).exists()]
+    if taken and not replace:
+        raise ConfigError(
+            f"expected nothing published in {reference}, got {', '.join(taken)}: replace it with "
+            "--replace, or keep it"
+        )
+    run = load_run(run_dir)
+    if problems := list(_problems(run, allow_dirty, unfinished)):
+        raise RecordError(
+            f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
+        )
+    reference.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(prefix=".publish-", dir=reference.parent) as name,
+        new_figures(figures) as drawn,
+    ):
+        made, new = Path(name).resolve() / "made", Path(name) / reference.name
+        made.mkdir()
+        _copy(run, made)
+        _read(made, reference)
+        for folder in ("notebooks", replicates.FOLDER):
+            for path in sorted((made / folder).glob("*.ipynb")):
+                _tidy(path, made)
+        for file in ("claims.json", "comparison_summary.json"):
+            write_json(made / file, scrub(json.loads((made / file).read_text())))
+        copy_figures(made / "figures", drawn)
+        _assemble(new, made, reference)
+        replace_folders({reference: new, figures: drawn})
+
+
+def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
+    """What speaks against publishing a run."""
+    if run.machine.get("device") != "cuda":
+        yield f"a run on the device {run.machine.get('device')!r}"
+    profiles = sorted({manifest["profile"] for manifest in run.manifests.values()})
+    if len(profiles) != 1:
+        yield f"cells of the profiles {profiles}"
+        return
+    profile = load_profile(profiles[0])
+    if not unfinished and (missing := missing_cells(profile, run.folder)):
+        yield f"{len(missing)} cells missing: {' '.join(f'cell:{name}' for name in missing)}"
+    for cell in profile.all_cells():
+        repeats = run.manifests.get(cell.id, {}).get("parameters", {}).get("repeats", cell.repeats)
+        if repeats != cell.repeats:
+            yield f"{repeats} repeats of {cell.id}, the profile asks for {cell.repeats}"
+    if open_cells := sorted(path.name for path in run.folder.glob("requests/*.journal.jsonl")):
+        yield f"cells that have not ended: {', '.join(open_cells)}"
+    changed = sorted(c for c, m in run.manifests.items() if m["git_dirty"])
+    if changed and not allow_dirty:
+        yield f"{len(changed)} cells from a changed working tree, among them {changed[0]}"
+
+
+def _copy(run: Run, made: Path) -> None:
+    """Copy what was measured, without paths of the machine that measured it."""
+    for folder in ("requests", replicates.FOLDER):
+        for path in sorted((run.folder / folder).glob("*.parquet")):
+            rows = read_rows(path)
+            for column in ("error", "note"):
+                rows[column] = rows[column].map(scrub_text)
+            write_rows(rows, made / folder / path.name)
+            manifest = path.with_suffix(".manifest.json")
+            write_manifest(scrub(read_manifest(manifest)), made / folder / manifest.name)
+        for path in (run.folder / folder).glob("*.ipynb"):
+            shutil.copy(path, made / folder)
+    shutil.copytree(run.folder / "traces", made / "traces")
+    state = json.loads((run.folder / "machine.json").read_text())
+    models = {name: _at_home(name, facts) for name, facts in state["models"].items()}
+    write_json(made / "machine.json", scrub({**state, "models": models}))
+    if (run.folder / large_results.ROWS).exists():
+        manifest = json.loads((run.folder / large_results.MANIFEST).read_text())
+        large_results.write_large(large_results.read_large(run.folder), scrub(manifest), made)
+    (made / "notebooks").mkdir()
+    for stem in ("00_setup", "01_trace", "02_run_system"):
+        for path in (run.folder / "notebooks").glob(f"{stem}*.ipynb"):
+            if not path.name.endswith(".partial.ipynb"):
+                shutil.copy(path, made / "notebooks")
+
+
+def _at_home(name: str, facts: Any) -> Any:
+    """A model's entry in machine.json, with the folder that it has in any checkout."""
+    return {**facts, "folder": f"data/models/{name}"} if isinstance(facts, dict) else facts
+
+
+def _read(made: Path, reference: Path) -> None:
+    """Execute the notebooks that read rows on the copies."""
+    for path in reference.glob("engine*.json"):
+        shutil.copy(path, made)
+    failed = [status for status in read_again(made, made) if status.state != "ok"]
+    if failed:
+        raise RecordError(
+            "expected every notebook that reads rows to go through, got "
+            + "; ".join(f"{status.task}: {status.error}" for status in failed)
+        )
+
+
+def _tidy(path: Path, made: Path) -> None:
+    scrub_notebook(path, _READ_FROM, {str(made): _READ_FROM})
+    if (size := path.stat().st_size) > NOTEBOOK_BYTES:
+        raise RecordError(
+            f"expected executed notebooks of at most {NOTEBOOK_BYTES >> 20} MiB, which code hosts "
+            f"render, got {path.name} with {size >> 20} MiB: look for long outputs in it"
+        )
+
+
+def _assemble(new: Path, made: Path, reference: Path) -> None:
+    """Fill a folder with what was made; engine.json and whatever else is published stays."""
+    new.mkdir()
+    for path in reference.iterdir():
+        if path.name not in PUBLISHED:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, new / path.name)
+    for name in PUBLISHED:
+        if (made / name).exists():  # not every run has models larger than the ring
+            shutil.move(made / name, new / name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Rows and manifests: what a cell leaves behind, checked when it is written and when it is read.
+
+A row is one request. Files appear whole or not at all. The schema says what a row is, not what a
+clock may say: rows whose times contradict each other are kept, and `clock_warning` names them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pandera.pandas as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from djinn_lib.errors import DjinnError, RecordError
+from djinn_lib.files import write_atomically, write_text
+
+ERROR_KINDS = (
+    "oom", "engine_died", "kernel_died", "timeout", "unavailable", "bad_input", "disk_full",
+    "other",
+)  # fmt: skip
+_BYTES = ("loaded_bytes", "evicted_bytes", "writeback_bytes", "resident_before_bytes")
+_TIMES = ("switch_ms", "ttft_ms", "decode_ms", "total_ms")
+_TOLERANCE_MS = 0.5  # clocks are read one after the other
+
+
+def _text(*values: str) -> pa.Column:
+    return pa.Column(str, pa.Check.isin(values) if values else None)
+
+
+def _count(at_least: int = 0) -> pa.Column:
+    return pa.Column("int64", pa.Check.ge(at_least))
+
+
+def _time() -> pa.Column:
+    return pa.Column(float, pa.Check.in_range(0, 1e10), nullable=True)
+
+
+SCHEMA = pa.DataFrameSchema(
+    {
+        "run_id": _text(),
+        "system": _text(),
+        "mode": _text("sequential", "concurrent"),
+        "capacity_bytes": _count(1),
+        "capacity_label": _text(),
+        "trace": _text(),
+        "repeat": _count(),
+        "request": _count(),
+        "model": _text(),
+        "arrival_s": pa.Column(float, pa.Check.ge(0)),
+        "start_s": pa.Column(float, pa.Check.ge(0)),
+        "queue_ms": _time(),
+        "loaded_bytes": _count(),
+        "evicted_bytes": _count(),
+        "writeback_bytes": _count(),
+        "resident_before_bytes": _count(),
+        "switch_ms": _time(),
+        "ttft_ms": _time(),
+        "decode_ms": _time(),
+        "total_ms": _time(),
+        "n_tokens": _count(),
+        "token_sha": _text(),
+        "ok": pa.Column(bool),
+        "error_kind": _text("", *ERROR_KINDS),
+        "error": _text(),
+        "note": _text(),
+        "resident_bytes": _text(),
+    },
+    checks=[
+        pa.Check(
+            lambda rows: rows["ok"] == (rows["error_kind"] == ""),
+            error="a row is ok exactly when its error_kind is empty",
+        ),
+        pa.Check(
+            lambda rows: rows[["queue_ms", *_TIMES]].notna().eq(rows["ok"], axis=0).all(axis=1),
+            error="ok rows have all times, failed rows have none",
+        ),
+        pa.Check(
+            lambda rows: ~rows["ok"] | (rows["n_tokens"] > 0) & (rows["token_sha"] != ""),
+            error="ok rows have tokens",
+        ),
+    ],
+    strict=True,
+    ordered=True,
+    unique=["run_id", "repeat", "request"],
+)  # fmt: skip
+COLUMNS = tuple(SCHEMA.columns)
+
+
+def token_sha(token_ids: Sequence[int]) -> str:
+    """Return 16 hex digits that stand for a sequence of token ids."""
+    data = b"".join(int(i).to_bytes(8, "little", signed=True) for i in token_ids)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def failed_row(*, error_kind: str, error: str, **keys: Any) -> dict[str, Any]:
+    """Return the row of a request that failed.
+
+    Such a row can always be written: a kind that is unknown becomes "other", and what no file can
+    hold of a message (half a character of a broken path) becomes "?".
+
+    Args:
+        error_kind: one of `ERROR_KINDS`.
+        error: what happened, in words.
+        keys: the columns that say which request it was.
+    """
+    kind = error_kind if error_kind in ERROR_KINDS else "other"
+    return {
+        **dict.fromkeys(_BYTES, 0),
+        **dict.fromkeys(("queue_ms", *_TIMES), math.nan),
+        "n_tokens": 0,
+        "token_sha": "",
+        "resident_bytes": "{}",
+        "note": "",
+        **keys,
+        "ok": False,
+        "error_kind": kind,
+        "error": (error or kind).encode("utf-8", "replace").decode(),
+    }
+
+
+_DEAD = ("RayActorError", "ActorDiedError", "WorkerCrashedError", "EngineDeadError", "EngineDied")
+
+
+def classify_error(error: BaseException) -> str:
+    """Return which of `ERROR_KINDS` an exception, or what caused it, belongs to."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return "oom"
+    if "out of memory" in str(error).lower():
+        return "oom"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk_full"
+    if "no space left on device" in str(error).lower():  # from libraries that lose the number
+        return "disk_full"
+    if isinstance(error, (EOFError, BrokenPipeError, ConnectionError)):
+        return "engine_died"
+    if any(name in type(error).__name__ for name in _DEAD):
+        return "engine_died"
+    if isinstance(error, DjinnError) and isinstance(error, ValueError):
+        return "bad_input"
+    return classify_error(error.__cause__) if error.__cause__ else "other"
+
+
+def rows_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows as a checked frame in the schema's order of columns.
+
+    Raises:
+        RecordError: a column is missing, unknown or of the wrong type, or a rule is broken.
+    """
+    frame = pd.DataFrame(list(rows))
+    known = [column for column in COLUMNS if column in frame]
+    unknown = [column for column in frame if column not in COLUMNS]
+    return check_rows(frame[[*known, *unknown]], "new rows")
+
+
+def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Return the frame if it fits the schema.
+
+    Raises:
+        RecordError: it does not, or is empty; the message names the first rule that is broken.
+    """
+    if frame.empty:
+        raise RecordError(f"{where}: expected at least 1 row, got none")
+    try:
+        SCHEMA.validate(frame.reset_index(drop=True))
+    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as error:
+        first = error.schema_errors[0] if isinstance(error, pa.errors.SchemaErrors) else error
+        raise RecordError(
+            f"{where}: expected rows of the schema in djinn_lib/rows.py, got: "
+            f"{str(first).splitlines()[0][:300]}"
+        ) from error
+    return frame
+
+
+def clock_warning(frame: pd.DataFrame) -> str:
+    """Return which served requests have parts that exceed their total; "" if none has.
+
+    Only a mistake in measuring explains that, but what was measured beside it still counts.
+    """
+    parts_ms = frame[["queue_ms", "switch_ms", "decode_ms"]].sum(axis=1)
+    longest_ms = parts_ms.where(parts_ms > frame["ttft_ms"], frame["ttft_ms"])
+    odd = frame[frame["ok"] & (longest_ms > frame["total_ms"] + _TOLERANCE_MS)]
+    if odd.empty:
+        return ""
+    first = odd.iloc[0]
+    return (
+        f"parts of {len(odd)} of {len(frame)} requests take longer than the whole, the first is "
+        f"request {first['request']} of repeat {first['repeat']}: check its system's clocks"
+    )
+
+
+def write_rows(frame: pd.DataFrame, path: Path) -> None:
+    """Write checked rows as parquet; the file appears whole or not at all.
+
+    Raises:
+        RecordError: the rows break the schema; nothing is written.
+        OSError: the disk is full or the folder cannot be written to; nothing is left behind.
+    """
+    check_rows(frame, str(path))
+    write_atomically(path, lambda partial: frame.to_parquet(partial, index=False))
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """Read and check the rows of a cell.
+
+    Raises:
+        RecordError: the file is missing, cut short or breaks the schema.
+    """
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise RecordError(
+            f"expected rows in {path}, got {error}: delete the file and run its cell again"
+        ) from error
+    return check_rows(frame, str(path))
+
+
+def no_rows() -> pd.DataFrame:
+    """Return a frame with every column and no row."""
+    return pd.DataFrame(columns=list(COLUMNS))
+
+
+def read_run(run_dir: Path) -> pd.DataFrame:
+    """Read the rows of every cell of a run.
+
+    Raises:
+        RecordError: there are none, or one file cannot be used.
+    """
+    paths = sorted((run_dir / "requests").glob("*.parquet"))
+    if not paths:
+        raise RecordError(
+            f"expected rows in {run_dir / 'requests'}, got none: run notebook 02_run_system first"
+        )
+    return pd.concat([read_rows(path) for path in paths], ignore_index=True)
+
+
+class Manifest(BaseModel):
+    """Where the rows of a cell come from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run_id: str
+    cell: str
+    system: str
+    options: dict[str, Any]
+    profile: str
+    git_commit: str
+    git_dirty: bool
+    other_gpu_processes: list[str]
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    trace_sha256: str
+    models: dict[str, dict[str, Any]]
+    parameters: dict[str, Any]
+    started_at_utc: str
+    wall_s: float
+    setup_s: float
+    # Of the host, and not in older manifests: the share of its processors' time that others had,
+    # and its pace before each request, a list a repeat.
+    stolen_share: float | None = None
+    host_loop_us: list[list[float]] = []
+    notes: list[str]
+
+
+def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """Write a checked manifest as JSON; the file appears whole or not at all.
+
+    Raises:
+        RecordError: a field is missing, unknown, of the wrong type or nothing that JSON can hold.
+    """
+    checked = _manifest(manifest, str(path)).model_dump()
+    try:
+        text = json.dumps(checked, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path}: expected plain data in the manifest, got: {error}") from error
+    write_text(path, text)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check a manifest.
+
+    Raises:
+        RecordError: it is missing, not JSON, or breaks the schema.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RecordError(f"expected a manifest in {path}, got {error}") from error
+    return _manifest(content, str(path)).model_dump()
+
+
+def _manifest(content: Mapping[str, Any], where: str) -> Manifest:
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise RecordError(f"{where}: expected a manifest of the schema, got:\n{error}") from error

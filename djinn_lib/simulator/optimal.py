@@ -1,0 +1,160 @@
+"""The fewest bytes that any schedule could load: the offline optimum for partial residency.
+
+The rule (Belady's, for bytes instead of pages): load what is missing of the requested model, and
+when that overflows the capacity, evict exactly the overflow from the resident model whose next use
+is furthest away, then from the next one.
+
+Why it is optimal. Between two uses of a model, only how many of its bytes are *kept* matters. Let
+interval i, of a model of s_i bytes, keep a share y_i in [0, 1]; the load is the first touches plus
+sum s_i (1 - y_i), and at every request the bytes kept across it must fit beside the requested
+model. Each interval covers consecutive requests, so the constraint matrix has consecutive ones and
+is totally unimodular: with sizes in bytes the linear program has an optimum in whole bytes. The
+greedy rule finds it by exchange. Take an optimal schedule that first differs from the rule at some
+overflow, where it keeps a byte with a later next use instead of one with a sooner next use. Swap
+the two from here until the sooner use: the same room is taken at every moment up to then, one load
+is saved there, and at most one is added at the later use. So the rule loads no more.
+
+All of it holds while a byte costs the same whichever model it belongs to. Where it does not (models
+behind links of different rates, say), `least_cost` solves the linear program itself.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import sparse
+from scipy.optimize import linprog
+
+from djinn_lib.engine.memory.policies import next_uses
+from djinn_lib.errors import CapacityError, TraceError
+from djinn_lib.trace import Trace
+
+
+def optimal_bytes(
+    trace: Trace | Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int = 1
+) -> int:
+    """Return the fewest bytes that serving a trace can load, starting with an empty ring.
+
+    Args:
+        trace: the requests, or just the models they ask for, in order.
+        sizes: bytes of each model.
+        capacity: bytes of the ring.
+        page_bytes: what is kept and loaded is a multiple of this, as is the capacity; a model's
+            last page counts what the model fills of it when the model is loaded.
+
+    Raises:
+        TraceError: the trace is empty or asks for a model without a size.
+        CapacityError: a size is not positive, or a model alone is larger than the capacity.
+    """
+    return sum(optimal_loads(trace, sizes, capacity, page_bytes))
+
+
+def optimal_loads(
+    trace: Trace | Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int = 1
+) -> list[int]:
+    """Return what each request of an optimal schedule loads, in bytes; see `optimal_bytes`."""
+    models = _models(trace)
+    n_pages = _checked_pages(models, sizes, capacity, page_bytes)
+    free, resident = capacity // page_bytes, dict.fromkeys(n_pages, 0)
+    next_use, next_of = next_uses(models), dict.fromkeys(n_pages, math.inf)
+    furthest: list[tuple[float, str]] = []  # (-next use, model); stale entries are skipped
+    loads = []
+    for i, model in enumerate(models):
+        missing = n_pages[model] - resident[model]
+        loads.append(_load_bytes(sizes[model], resident[model], page_bytes))
+        free -= missing
+        while free < 0:
+            at, victim = furthest[0]
+            if victim == model or next_of[victim] != -at or not resident[victim]:
+                heapq.heappop(furthest)
+                continue
+            taken = min(-free, resident[victim])
+            resident[victim] -= taken
+            free += taken
+        resident[model], next_of[model] = n_pages[model], next_use[i]
+        heapq.heappush(furthest, (-next_use[i], model))
+    return loads
+
+
+def _load_bytes(n_bytes: int, resident_pages: int, page_bytes: int) -> int:
+    return max(0, n_bytes - resident_pages * page_bytes)
+
+
+def _models(trace: Trace | Sequence[str]) -> list[str]:
+    models = [r.model for r in trace.requests] if isinstance(trace, Trace) else list(trace)
+    if not models:
+        raise TraceError("expected a trace of at least 1 request, got none")
+    return models
+
+
+def _checked_pages(
+    models: Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int
+) -> dict[str, int]:
+    if page_bytes < 1:
+        raise CapacityError(f"expected pages of at least 1 byte, got {page_bytes}")
+    pages = {}
+    for model in dict.fromkeys(models):
+        if model not in sizes:
+            raise TraceError(
+                f"expected a size for every model of the trace, got none for {model!r}"
+            )
+        if not 1 <= sizes[model] < math.inf:  # nor may it be NaN
+            raise CapacityError(f"expected a positive size, got {sizes[model]} for {model!r}")
+        pages[model] = -(-sizes[model] // page_bytes)
+        if pages[model] > capacity // page_bytes:
+            raise CapacityError(
+                f"expected models of at most {capacity} bytes, got {model!r} with {sizes[model]}: "
+                "raise the capacity"
+            )
+    return pages
+
+
+def least_cost(
+    trace: Trace | Sequence[str],
+    sizes: Mapping[str, int],
+    capacity: int,
+    cost_per_byte: Mapping[str, float],
+) -> float:
+    """Return the least cost of loading that any schedule could reach, when bytes differ in cost.
+
+    The linear program of this module's docstring, each interval weighted by its model's cost, by
+    HiGHS. Its matrix holds an entry for each request between two uses of a model, so thousands of
+    requests over a few models are fine and a million are not; `optimal_bytes` is.
+
+    Args:
+        trace: the requests, or just the models they ask for, in order.
+        sizes: bytes of each model.
+        capacity: bytes of the ring.
+        cost_per_byte: of loading, by model; any unit.
+
+    Raises:
+        TraceError, CapacityError: as `optimal_bytes`; also for a cost that is missing or negative.
+    """
+    models = _models(trace)
+    _checked_pages(models, sizes, capacity, 1)
+    for model in dict.fromkeys(models):
+        if not (math.isfinite(cost := cost_per_byte.get(model, math.nan)) and cost >= 0):
+            raise TraceError(f"expected a cost of 0 or more a byte for {model!r}, got {cost}")
+    whole = {model: sizes[model] * cost_per_byte[model] for model in dict.fromkeys(models)}
+    intervals = [(i, int(j)) for i, j in enumerate(next_uses(models)) if j < math.inf]
+    first_touches = sum(whole.values())
+    if not intervals:
+        return first_touches
+    loaded_again = np.array([whole[models[i]] for i, _ in intervals])
+    lengths = [j - i - 1 for i, j in intervals]
+    matrix = sparse.csr_array(
+        (
+            np.repeat([float(sizes[models[i]]) for i, _ in intervals], lengths),
+            (
+                np.concatenate([np.arange(i + 1, j) for i, j in intervals]),
+                np.repeat(np.arange(len(intervals)), lengths),
+            ),
+        ),
+        shape=(len(models), len(intervals)),
+    )
+    room = np.array([float(capacity - sizes[model]) for model in models])
+    solved = linprog(-loaded_again, A_ub=matrix, b_ub=room, bounds=(0, 1), method="highs")
+    return first_touches + float(loaded_again.sum()) + float(solved.fun)

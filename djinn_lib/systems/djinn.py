@@ -1,0 +1,97 @@
+"""`djinn`: the ring. Lease, load what is missing behind the prefill, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any
+
+from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.djinn import Djinn
+from djinn_lib.systems.base import Served, SystemUnderTest
+
+
+class DjinnRing(SystemUnderTest):
+    """Page-granular residency; evicts without writing back.
+
+    Options:
+        residency: "partial" (default) or "whole": how much a victim loses.
+        overlap: compute while later layers load (default True).
+        page: size of a page, e.g. "1MiB".
+        policy: who loses pages (default "lru").
+        decode: "eager", "graph" or "compiled" (default: the fastest that the device has).
+        max_model_len: room for a prompt and its continuation, in tokens.
+        order, max_overtaken, lookahead: of requests that wait for others.
+        embeddings: "host" (default) or "ring": where lookup tables are.
+        host_capacity, swap_dir: keep master copies on disk behind as much host memory.
+    """
+
+    option_names = frozenset(
+        {"residency", "overlap", "page", "policy", "decode", "max_model_len", "order",
+         "max_overtaken", "lookahead", "embeddings", "host_capacity", "swap_dir"}
+    )  # fmt: skip
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Create the frames and read every model into the host swap pool."""
+        options: Any = {**self.options, "progress": progress}
+        self.djinn = Djinn(self.capacity_bytes, self.device, **options)
+        for name, files in self.models.items():
+            progress(f"reading {name} into the swap pool")
+            self.djinn.add(name, files.folder, dtype=files.dtype)
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Serve one request through a lease."""
+        begin_s = self.clock_s()
+        g = self.djinn.generate(model, prompt_ids, max_new_tokens, ignore_eos=True)
+        return self._served(g, (self.clock_s() - begin_s) * 1e3)
+
+    def submit(
+        self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
+    ) -> Future[Served]:
+        """Queue a request in `Djinn`, which chooses the order and loads ahead."""
+        result: Future[Served] = Future()
+
+        def finish(pending: Future[Generation]) -> None:
+            try:
+                g = pending.result()
+                result.set_result(self._served(g, g.total_ms - g.queue_ms))
+            except BaseException as error:  # a request that was given up too: somebody waits for it
+                result.set_exception(error)
+
+        pending = self.djinn.submit(model, prompt_ids, max_new_tokens, ignore_eos=True)
+        pending.add_done_callback(finish)
+        return result
+
+    def _served(self, g: Generation, total_ms: float) -> Served:
+        residency = self.djinn.residency()
+        return Served(
+            g.token_ids,
+            switch_ms=g.switch_ms,
+            ttft_ms=g.ttft_ms - g.queue_ms,
+            decode_ms=g.decode_ms,
+            total_ms=total_ms,
+            loaded_bytes=g.loaded_bytes,
+            evicted_bytes=g.evicted_bytes,
+            resident_before_bytes=g.resident_before_bytes,
+            resident_bytes=dict(
+                zip(residency.model, residency.resident_bytes.tolist(), strict=True)
+            ),
+        )
+
+    def device_bytes(self) -> dict[str, int]:
+        """All weights, but for lookup tables that stay in the host."""
+        residency = self.djinn.residency()
+        return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Evict everything, and forget what the policy learnt."""
+        self.djinn.reset()
+
+    def close(self) -> None:
+        """Audit the ring, then release everything."""
+        if hasattr(self, "djinn"):
+            try:
+                if not self.djinn.closed:
+                    self.djinn.check()
+            finally:
+                self.djinn.close()

@@ -1,0 +1,783 @@
+"""Claims: the file, every metric on rows with known answers, and the verdicts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from row_factory import CAPACITIES, GPU_SYSTEMS, SIZES, TOTAL_BYTES, cell_rows, run_rows
+
+from djinn_lib.analysis.claim_metrics import METRICS, TIMED, Evidence, Measurement, NotMeasured
+from djinn_lib.analysis.claims import (
+    CLAIMS,
+    CPU_CLOCKS,
+    Claim,
+    Expected,
+    Verdict,
+    claims_markdown,
+    claims_table,
+    compare,
+    judge,
+    load_claims,
+    missed_claims,
+    write_claims_json,
+    write_json,
+)
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment.profile import REPO
+from djinn_lib.trace import paper_trace, zipf_trace
+
+GPU, CPU = {"device": "cuda"}, {"device": "cpu"}
+
+
+def evidence_of(rows: pd.DataFrame, machine: dict[str, Any] = GPU) -> Evidence:
+    trace = paper_trace(tuple(SIZES))
+    return Evidence(rows, machine, SIZES, 1 << 20, {"paper": trace})
+
+
+def served(system: str, total_ms: list[float], **columns: Any) -> pd.DataFrame:
+    """Rows of a system whose totals are these, with any other column set."""
+    rows = cell_rows("djinn").iloc[: len(total_ms)].copy()
+    return rows.assign(**{"system": system, "total_ms": total_ms, "note": "", **columns})
+
+
+def failed(rows: pd.DataFrame, kind: str, error: str) -> pd.DataFrame:
+    times = dict.fromkeys(["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"], math.nan)
+    return rows.assign(
+        **times, ok=False, error_kind=kind, error=error, loaded_bytes=0, token_sha=""
+    )
+
+
+def measure(name: str, rows: pd.DataFrame, **arguments: Any) -> Measurement:
+    return METRICS[name](evidence_of(rows), **arguments)
+
+
+# -- claims.yml ------------------------------------------------------------------------------
+
+EVERY_PAPER_CLAIM = {  # what the paper says: metric, system, least and greatest value
+    "3.1x over PyTorch Pinned": ("median_ratio", "pytorch_pinned", 3.1, 3.1),
+    "13.1x over vLLM": ("median_ratio", "vllm_recreate", 13.1, 13.1),
+    "53% of switches under 10 ms": ("switch_share", "djinn", 0.53, 0.53),
+    "53% resident": ("zero_load_share", "djinn", 0.53, 0.53),
+    "40% normal swaps": ("switch_share", "djinn", 0.4, 0.4),
+    "7% cold starts": ("switch_share", "djinn", 0.07, 0.07),
+    "reuse shown by the CDF": ("zero_load_share", "djinn", 0.3, 0.95),
+    "vLLM fails 27%": ("failure_share", "vllm_recreate", 0.27, 0.27),
+    "speed-up at every capacity": ("speedup_over_capacities", "djinn", 3.07, 3.13),
+    "speed-up consistent": ("speedup_spread", "djinn", -math.inf, 1.02),
+    "hits where memory abounds": ("zero_load_share", "djinn", 1, 1),
+    "100% reliability": ("completion_share", "djinn", 1, 1),
+    "P50 1.4 s": ("latency", "djinn", 1392, 1392),
+    "P99 14.9 s": ("latency", "djinn", 14905, 14905),
+    "P99 2.8x worse": ("statistic_ratio", "djinn", 2.8, 2.8),
+    "P50 4.3 s of PyTorch Pinned": ("latency", "pytorch_pinned", 4302, 4302),
+    "P50 18.2 s of vLLM": ("latency", "vllm_recreate", 18213, 18213),
+    "60% of concurrent requests": ("completion_share", "djinn", 0.6, 0.6),
+    "runtime of Djinn": ("runtime_s", "djinn", 75, 75),
+    "runtime of PyTorch": ("runtime_s", "pytorch_pinned", 117, 117),
+    "runtime of vLLM": ("runtime_s", "vllm_recreate", 410, 410),
+    "runtime of serverless": ("runtime_s", "serverless_warm", 118, 118),
+    "31.3 GiB of weights": ("total_gib", None, 31.3, 31.3),
+}
+
+
+@pytest.fixture(scope="module")
+def claims() -> list[Claim]:
+    return load_claims()
+
+
+@pytest.mark.parametrize("said", EVERY_PAPER_CLAIM)
+def test_every_claim_of_the_paper_is_there(claims, said):
+    found = [
+        (claim.metric, claim.arguments.get("system"), *claim.expected.bounds)
+        for claim in claims
+        if claim.source == "paper"
+    ]
+    assert EVERY_PAPER_CLAIM[said] in found
+
+
+def test_what_we_claim_is_there(claims):
+    ours = {claim.metric: claim for claim in claims if claim.source == "ours"}
+    assert ours["bytes_to_optimum"].expected.bounds == (-math.inf, 1.1)
+    assert ours["writeback_bytes"].expected.bounds == (0, 0)
+    assert ours["bytes_ratio"].expected.bounds[1] < 1 and "token_agreement" in ours
+
+
+def test_the_claims_name_what_exists(claims):
+    systems = set(run_rows()["system"]) | GPU_SYSTEMS.keys() | {None}
+    for claim in claims:
+        assert (REPO / "notebooks" / f"{claim.notebook}.ipynb").exists(), claim.id
+        for key in ("system", "to", "baseline"):
+            named = claim.arguments.get(key)
+            assert ({*named} if isinstance(named, list) else {named}) <= systems, claim.id
+        assert claim.arguments.get("capacity_label") in {*CAPACITIES, None}, claim.id
+        assert claim.quote and claim.quote == claim.quote.strip()
+
+
+def test_the_concurrent_claim_asks_for_the_concurrent_mode(claims):
+    (claim,) = [c for c in claims if c.expected.value == 0.6]
+    assert claim.arguments["mode"] == "concurrent"
+
+
+GOOD = {
+    "id": "a-claim",
+    "source": "ours",
+    "quote": "It is so",
+    "metric": "zero_load_share",
+    "arguments": {"system": "djinn"},
+    "expected": {"value": 0.5, "unit": "share", "better": "higher"},
+    "tolerance": 0.1,
+    "notebook": "05_claims",
+    "figure": None,
+}
+
+
+def claim_of(expected: dict[str, Any], **fields: Any) -> Claim:
+    unit = {"unit": "share", "better": "higher"}
+    return Claim.model_validate({**GOOD, "expected": {**unit, **expected}, **fields})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "beauty"}, "expected a metric out of .*got 'beauty'"),
+        ({"arguments": {}}, "'zero_load_share': missing a required argument: 'system'"),
+        ({"arguments": {"system": "djinn", "colour": "red"}}, "unexpected keyword argument 'col"),
+        ({"arguments": ["djinn"]}, "arguments"),
+        (
+            {"metric": "latency", "arguments": {"system": "djinn", "statistic": "p98"}},
+            "a statistic out of .*got 'p98'",
+        ),
+        ({"metric": "total_gib"}, "got an unexpected keyword argument 'system'"),
+        ({"id": "Not a slug"}, "id"),
+        ({"source": "hearsay"}, "source"),
+        ({"tolerance": -0.1}, "tolerance"),
+        ({"tolerance": 1.0}, "tolerance"),
+        ({"quote": None}, "quote"),
+        ({"colour": "red"}, "colour"),
+        ({"withdrawn": ""}, "withdrawn"),
+        ({"withdrawn": " "}, "withdrawn"),
+        ({"withdrawn": True}, "withdrawn"),
+        ({"expected": {**GOOD["expected"], "low": 0.4}}, "either a value, or low and/or high"),
+        ({"expected": {"unit": "share", "better": "higher"}}, "either a value, or low and/or"),
+        ({"expected": {"unit": "x", "better": "lower", "low": 2, "high": 1}}, "low <= high"),
+        ({"expected": {**GOOD["expected"], "value": math.nan}}, "low <= high"),
+        ({"expected": {**GOOD["expected"], "better": "nicer"}}, "better"),
+        ({"expected": {**GOOD["expected"], "about": 5}}, "about"),
+    ],
+    ids=str,
+)
+def test_a_bad_claim_is_refused_with_its_reason(tmp_path, change, message):
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump([GOOD]))
+    assert load_claims(path)[0].id == "a-claim"
+    path.write_text(yaml.safe_dump([{**GOOD, "id": "another"}, {**GOOD, **change}]))
+    with pytest.raises(ConfigError, match=rf"claims\.yml cannot be used: (?s:.*){message}"):
+        load_claims(path)
+
+
+def test_a_claim_that_was_missed_stays_as_it_was_set(claims):
+    (same,) = [claim for claim in claims if claim.id == "ours-same-tokens"]
+    assert same.quote == (
+        "Whatever is resident, a request gives the same tokens as in every other "
+        "transformers-based system"
+    )
+    assert same.expected.bounds == (1, 1) and same.tolerance == 0
+    assert {"ours-repeatable-tokens", "ours-transformers-tokens", "ours-rounding"} <= {
+        claim.id for claim in claims
+    }
+
+
+def test_claims_on_partial_residency_compare_like_with_like(claims):
+    """Lookup tables in the host, which `djinn` has on a GPU, save bytes too."""
+    ratios = [claim for claim in claims if claim.metric == "bytes_ratio"]
+    assert {claim.arguments["system"] for claim in ratios} == {"djinn_partial_no_overlap"}
+
+
+def test_no_claim_stands_on_a_baseline_that_could_not_batch(claims):
+    for claim in claims:
+        systems = str([claim.arguments.get(key) for key in ("system", "to", "reference")])
+        if claim.arguments.get("mode") == "concurrent" and "vllm" in systems:
+            assert claim.withdrawn and "could not batch" in claim.withdrawn
+
+
+@pytest.mark.parametrize("content", ["", "[", "claims: 5", "- 5", "- id: a"])
+def test_a_file_that_holds_no_claims_is_refused(tmp_path, content):
+    (tmp_path / "claims.yml").write_text(content)
+    with pytest.raises(ConfigError, match=r"claims\.yml cannot be used"):
+        load_claims(tmp_path / "claims.yml")
+    with pytest.raises(ConfigError, match=r"none\.yml cannot be used: .*No such file"):
+        load_claims(tmp_path / "none.yml")
+
+
+def test_an_id_stands_once(tmp_path):
+    (tmp_path / "claims.yml").write_text(yaml.safe_dump([GOOD, GOOD]))
+    with pytest.raises(ConfigError, match=r"every id once, got \['a-claim'\]"):
+        load_claims(tmp_path / "claims.yml")
+
+
+# -- metrics ---------------------------------------------------------------------------------
+
+
+def test_the_metrics_that_need_clocks_are_known():
+    assert set(TIMED) == {
+        "median_ratio",
+        "latency",
+        "statistic_ratio",
+        "switch_share",
+        "switch_cost_ratio",
+        "maximum_to_least",
+        "exposed_switch_ms",
+        "speedup_over_capacities",
+        "speedup_spread",
+        "runtime_s",
+    }
+    assert METRICS.keys() - TIMED >= {"zero_load_share", "bytes_to_optimum", "token_agreement"}
+
+
+def test_ratios_of_latencies():
+    rows = pd.concat([served("a", [6.0, 6.0, 9.0]), served("b", [2.0, 3.0, 2.0])])
+    ratio = measure("median_ratio", rows, system="a", to="b")
+    assert ratio.value == 3.0 and ratio.low <= 3.0 <= ratio.high and ratio.n == 6
+    ratio = measure("statistic_ratio", rows, system="a", to="b", statistic="max")
+    assert (ratio.value, ratio.low, ratio.high, ratio.n) == (3.0, 3.0, 3.0, 6)
+    ratio = measure("statistic_ratio", rows, system="a", to="b", statistic="mean")
+    assert ratio.value == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("statistic", "value"), [("p50", 15.5), ("mean", 15.5), ("p99", 30), ("max", 30), ("p90", 27.1)]
+)
+def test_latency(statistic, value):
+    rows = served("a", [float(i) for i in range(1, 31)])
+    measured = measure("latency", rows, system="a", statistic=statistic)
+    assert measured.value == pytest.approx(value) and measured.n == 30
+    assert measured.low <= value <= measured.high
+    assert ("the maximum" in measured.remark) == (statistic == "p99")
+
+
+def test_the_p99_of_many_requests_is_one():
+    rows = pd.concat([served("a", [float(i) for i in range(30)]) for _ in range(4)])
+    measured = measure("latency", rows, system="a", statistic="p99")
+    assert measured.value == rows["total_ms"].quantile(0.99) and not measured.remark
+
+
+def test_switch_share_counts_from_low_to_below_high():
+    rows = served("a", [20_000.0] * 4, switch_ms=[0.0, 9.999, 10.0, 15_000.0])
+    assert measure("switch_share", rows, system="a", low_ms=0, high_ms=10).value == 0.5
+    assert measure("switch_share", rows, system="a", low_ms=10, high_ms=15_000).value == 0.25
+    assert measure("switch_share", rows, system="a", low_ms=10).value == 0.5
+    assert measure("switch_share", rows, system="a", low_ms=0).n == 4
+
+
+def test_speedup_over_capacities():
+    rows = []
+    for label, slow_ms in (("20", 30.0), ("25", 31.0), ("40", 34.0)):
+        rows += [served("a", [10.0] * 3, capacity_label=label)]
+        rows += [served("b", [slow_ms] * 3, capacity_label=label)]
+    measured = measure("speedup_over_capacities", pd.concat(rows), system="a", baseline="b")
+    assert (measured.value, measured.low, measured.high, measured.n) == (3.1, 3.0, 3.4, 9)
+    assert measured.remark == "3.00 to 3.40 over 3 capacities"
+    spread = measure("speedup_spread", pd.concat(rows), system="a", baseline="b")
+    assert spread.value == pytest.approx(3.4 / 3.0) and spread.n == 9
+    assert math.isnan(spread.low) and spread.remark == measured.remark
+    with pytest.raises(NotMeasured, match=r"no rows of system 'b', .*capacity_label '40'"):
+        measure("speedup_over_capacities", pd.concat(rows[:-1]), system="a", baseline="b")
+    with pytest.raises(NotMeasured, match=r"rows of one capacity only \(20\)"):
+        measure("speedup_over_capacities", pd.concat(rows[:2]), system="a", baseline="b")
+
+
+def test_runtime_is_that_of_one_repeat():
+    rows = [served("a", [500.0, 1500.0 + 1000 * r], repeat=r) for r in (0, 1)]
+    assert measure("runtime_s", pd.concat(rows), system="a").value == 2.5
+
+
+def test_of_several_systems_the_best_is_compared_with():
+    rows = pd.concat(
+        [served(name, times) for name, times in
+         (("a", [9.0, 9.0, 1.0]), ("b", [8.0, 8.0, 20.0]), ("djinn", [2.0, 2.0, 2.0]))]
+    )  # fmt: skip
+    median = measure("statistic_ratio", rows, system=["a", "b"], to="djinn", statistic="p50")
+    assert (median.value, median.remark) == (4.0, "against b")
+    mean = measure("statistic_ratio", rows, system=["a", "b", "c"], to="djinn", statistic="mean")
+    assert mean.value == pytest.approx(19 / 6) and mean.remark == "against a"
+    assert mean.low <= mean.value <= mean.high
+    with pytest.raises(NotMeasured, match="no rows of system 'c'"):
+        measure("statistic_ratio", rows, system=["c", "d"], to="djinn", statistic="p50")
+
+
+def test_the_cost_of_a_switch_leaves_out_first_touches_and_repetitions():
+    models = ["x", "x", "y", "x", "y", "y"]  # switches back: requests 3 and 4
+    fast = served("djinn", [9.0] * 6, model=models, switch_ms=[90, 1, 80, 2.0, 4.0, 3])
+    slow = served("slow", [900.0] * 6, model=models, switch_ms=[0, 0, 0, 30.0, 60.0, 0])
+    slower = served("slower", [900.0] * 6, model=models, switch_ms=[0, 0, 0, 90.0, 60.0, 0])
+    rows = pd.concat([fast, slow, slower, fast.assign(repeat=1)])
+    cost = measure("switch_cost_ratio", rows, system=["slower", "slow", "none"], to="djinn")
+    assert (cost.value, cost.n) == (15.0, 6)
+    assert cost.remark == "slow: 45.0 ms, djinn: 3.00 ms"
+    broken = failed(fast.iloc[[2]], "oom", "out of memory")
+    rows = pd.concat([fast.iloc[:2], broken, fast.iloc[3:], slow])  # failed, yet asked for
+    assert measure("switch_cost_ratio", rows, system="slow", to="djinn").value == 15.0
+    with pytest.raises(NotMeasured, match="changes back"):
+        measure("switch_cost_ratio", rows[rows["request"] < 3], system="slow", to="djinn")
+
+
+def test_the_maximum_is_compared_with_the_least_of_all_baselines():
+    rows = [served("djinn", [1.0, 6.0]), served("djinn_whole", [1.0, 1.0])]
+    rows += [served("b", [1.0, 9.0]), served("c", [3.0, 4.0])]
+    least = measure("maximum_to_least", pd.concat(rows), system="djinn")
+    assert (least.value, least.n) == (1.5, 8)
+    assert least.remark == "6 ms; the least of 2 baselines: c, 4 ms"
+    with pytest.raises(NotMeasured, match="no baseline served"):
+        measure("maximum_to_least", pd.concat(rows[:2]), system="djinn")
+
+
+def test_bytes_at_the_worst_capacity():
+    rows = pd.concat([cell_rows("djinn", label) for label in ("20", "25", "40")])
+    worst = measure("worst_bytes_to_optimum", rows, system="djinn")
+    each = [
+        measure("bytes_to_optimum", rows, system="djinn", capacity_label=label).value
+        for label in ("20", "25", "40")
+    ]
+    assert worst.value == max(each) and worst.low == min(each)
+    assert worst.remark.count(" at ") == 3 and worst.n == 90
+    with pytest.raises(NotMeasured, match=r"rows of one capacity only \(25\)"):
+        measure("worst_bytes_to_optimum", cell_rows("djinn"), system="djinn")
+
+
+def test_concurrent_rows_never_mix_into_sequential_ones():
+    systems = ("djinn", "pytorch_lru", "pytorch_pinned")
+    rows = pd.concat([*map(cell_rows, systems), cell_rows("djinn", "20")])
+    late = cell_rows("djinn").assign(mode="concurrent", total_ms=1e6, loaded_bytes=7, token_sha="?")
+    for name, arguments in {
+        "latency": {"system": "djinn", "statistic": "max"},
+        "switch_cost_ratio": {"system": "pytorch_lru", "to": "djinn"},
+        "maximum_to_least": {"system": "djinn"},
+        "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
+        "worst_bytes_to_optimum": {"system": "djinn"},
+        "token_agreement": {},
+        "token_agreement_of": {"system": "djinn"},
+    }.items():
+        alone = measure(name, rows, **arguments)
+        assert measure(name, pd.concat([rows, late]), **arguments) == alone, name
+
+
+def test_zero_load_share_counts_served_requests():
+    rows = served("a", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
+    rows = pd.concat([rows, failed(rows.iloc[:2].assign(repeat=1), "oom", "out of memory")])
+    measured = measure("zero_load_share", rows, system="a")
+    assert (measured.value, measured.n, measured.remark) == (0.75, 4, "3 of 4 requests")
+    assert 0 < measured.low < 0.75 < measured.high < 1
+
+
+def test_completed_and_failed_shares():
+    rows = cell_rows("vllm_recreate")
+    failures = measure("failure_share", rows, system="vllm_recreate")
+    assert failures.value == pytest.approx(8 / 30) and failures.remark == "8 failed"
+    complete = measure("completion_share", rows, system="vllm_recreate")
+    assert complete.value == pytest.approx(22 / 30) and complete.remark == "22 of 30 requests"
+    everything = measure(
+        "completion_share", run_rows(), system=None, trace=None, capacity_label=None
+    )
+    assert everything.n == 21 * 30  # vllm_sleep, which is unavailable, is not among them
+    assert everything.value == pytest.approx(1 - 8 / (21 * 30))
+
+
+def test_capacity_and_size():
+    gpu = evidence_of(cell_rows("djinn"))
+    assert METRICS["total_gib"](gpu).value == pytest.approx(TOTAL_BYTES / 2**30)
+    with pytest.raises(NotMeasured, match="small models stand for"):
+        METRICS["total_gib"](replace(gpu, machine=CPU))
+    share = METRICS["capacity_share"](gpu, capacity_label="25")
+    assert share.value == pytest.approx(25 / 31.3, abs=1e-6) and share.n == 3
+    with pytest.raises(NotMeasured, match="no rows of"):
+        METRICS["capacity_share"](gpu, capacity_label="20")
+
+
+def test_popularity():
+    evidence = evidence_of(cell_rows("djinn"))
+    assert METRICS["popularity_ratio"](evidence, trace="paper").value == 1.0  # 40/40/20
+    traces = {"zipf": zipf_trace(5, 1.0, ["a", "b"], 1, 1.0)}
+    for name in ("zipf", "paper"):
+        with pytest.raises(NotMeasured, match=f"no trace '{name}' with known probabilities"):
+            METRICS["popularity_ratio"](replace(evidence, traces=traces), trace=name)
+
+
+def test_bytes_against_the_optimum_and_against_another():
+    rows = pd.concat([cell_rows("djinn", repeats=2), cell_rows("pytorch_lru")])
+    to_optimum = measure("bytes_to_optimum", rows, system="djinn", capacity_label="25")
+    assert 1.0 < to_optimum.value < 1.1 and to_optimum.n == 60
+    whole = measure("bytes_to_optimum", rows, system="pytorch_lru", capacity_label="25")
+    ratio = measure("bytes_ratio", rows, system="djinn", to="pytorch_lru")
+    assert ratio.value == pytest.approx(to_optimum.value / whole.value) and ratio.n == 90
+    assert ratio.value < 0.5
+    no_traces = replace(evidence_of(rows), traces={})
+    with pytest.raises(NotMeasured, match="no trace 'paper'"):
+        METRICS["bytes_to_optimum"](no_traces, system="djinn", capacity_label="25")
+
+
+def test_nothing_can_be_compared_with_no_bytes():
+    rows = pd.concat([served("a", [5.0], loaded_bytes=7), served("b", [5.0], loaded_bytes=0)])
+    assert measure("bytes_ratio", rows, system="b", to="a").value == 0.0
+    with pytest.raises(NotMeasured, match="b loaded no bytes"):
+        measure("bytes_ratio", rows, system="a", to="b")
+
+
+def test_bytes_to_the_optimum_by_hand():
+    one = served("a", [5.0], capacity_bytes=TOTAL_BYTES)
+    everything = one.assign(loaded_bytes=3 * TOTAL_BYTES)
+    measured = measure("bytes_to_optimum", everything, system="a", capacity_label="25")
+    assert measured.value == 3.0  # with room for all, the least is each model once
+
+
+def test_bytes_written_back():
+    rows = pd.concat([cell_rows("djinn"), cell_rows("djinn", "20"), cell_rows("pytorch_pinned")])
+    nothing = measure("writeback_bytes", rows, system="djinn")
+    assert (nothing.value, nothing.n) == (0.0, 60)
+    back = measure("writeback_bytes", rows, system="pytorch_pinned")
+    assert back.value == sum(SIZES[model] for model in cell_rows("djinn")["model"])
+
+
+def test_token_agreement():
+    same = pd.concat([served(s, [5.0] * 4, token_sha=list("wxyz")) for s in "ab"])
+    agreed = measure("token_agreement", same)
+    assert (agreed.value, agreed.n, agreed.remark) == (1.0, 4, "2 systems, 4 different requests")
+    other = pd.concat([same, served("c", [5.0] * 4, token_sha=list("wxy?"))])
+    assert measure("token_agreement", other).value == 0.75
+    faster = replace(evidence_of(other), other_steps={"c"})
+    assert METRICS["token_agreement"](faster).value == 1.0
+    crashed = failed(served("c", [5.0] * 4), "oom", "out of memory")
+    assert measure("token_agreement", pd.concat([same, crashed])).value == 1.0
+    with pytest.raises(NotMeasured, match="fewer than two systems"):
+        METRICS["token_agreement"](replace(evidence_of(same), other_steps={"a"}))
+
+
+def test_token_agreement_of_one_system():
+    rows = [
+        served("ours", [5.0] * 4, token_sha=list("wxy?")),
+        served("a", [5.0] * 4, token_sha=list("wxyz")),
+        served("b", [5.0] * 4, token_sha=list("w?yz")),
+    ]
+    found = measure("token_agreement_of", pd.concat(rows), system="ours")
+    assert (found.value, found.n) == (0.5, 4) and found.low < 0.5 < found.high
+    assert found.remark == "2 of 4 requests, 2 other systems"
+    again = served("ours", [5.0] * 4, token_sha=list("?xy?")).assign(repeat=1)
+    found = measure("token_agreement_of", pd.concat([*rows, again]), system="ours")
+    assert found.value == 0.25  # the same in every repeat
+    faster = replace(evidence_of(pd.concat(rows)), other_steps={"ours", "b"})
+    assert METRICS["token_agreement_of"](faster, system="ours").value == 0.75
+    elsewhere = [r.assign(capacity_label="20", token_sha="?") for r in rows]
+    assert measure("token_agreement_of", pd.concat([*rows, *elsewhere]), system="ours").n == 4
+    short = [rows[0], rows[1].iloc[:2]]
+    assert measure("token_agreement_of", pd.concat(short), system="ours").n == 2
+    alone = replace(evidence_of(pd.concat(rows)), other_steps={"a", "b"})
+    with pytest.raises(NotMeasured, match="no other system with transformers' own steps"):
+        METRICS["token_agreement_of"](alone, system="ours")
+
+
+def test_token_repeatability():
+    once = served("a", [5.0] * 4, token_sha=list("wxyz"))
+    with pytest.raises(NotMeasured, match="no request twice"):
+        measure("token_repeatability", once, system="a")
+    again = once.assign(repeat=1)
+    beside = served("b", [5.0] * 4, token_sha=list("????"))
+    found = measure("token_repeatability", pd.concat([once, again, beside]), system="a")
+    assert (found.value, found.n, found.remark) == (1.0, 4, "4 different requests, 8 served")
+    smaller = once.assign(capacity_label="20", token_sha=list("wx?z"))
+    found = measure("token_repeatability", pd.concat([once, again, smaller]), system="a")
+    assert (found.value, found.n) == (0.75, 4)
+
+
+def test_token_agreement_lead():
+    rows = pd.concat(
+        [
+            served("plain", [5.0] * 4, token_sha=list("wxyz")),
+            served("ours", [5.0] * 4, token_sha=list("wxy?")),
+            served("ours", [5.0] * 4, token_sha=list("wxy?")).assign(repeat=1),  # not counted twice
+            served("theirs", [5.0] * 4, token_sha=list("wx??")),
+        ]
+    )
+    asked = {"system": "ours", "to": "theirs", "reference": "plain"}
+    found = measure("token_agreement_lead", rows, **asked)
+    assert (found.value, found.n) == (0.25, 4) and found.low <= 0.25 < found.high
+    assert found.remark == "ours 75%, theirs 50% of the requests have the tokens of plain"
+    nobody = rows[(rows["system"] != "theirs") | (rows["request"] > 3)]
+    with pytest.raises(NotMeasured, match="no rows of system 'theirs'"):
+        measure("token_agreement_lead", nobody, **asked)
+
+
+@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"total_gib", "popularity_ratio"}))
+def test_what_was_not_run_is_not_measured(name):
+    arguments = {
+        "median_ratio": {"system": "a", "to": "b"},
+        "latency": {"system": "a", "statistic": "p50"},
+        "statistic_ratio": {"system": "a", "to": "b", "statistic": "p50"},
+        "switch_cost_ratio": {"system": "a", "to": "b"},
+        "switch_share": {"system": "a", "low_ms": 0},
+        "speedup_over_capacities": {"system": "a", "baseline": "b"},
+        "speedup_spread": {"system": "a", "baseline": "b"},
+        "capacity_share": {"capacity_label": "33"},
+        "bytes_to_optimum": {"system": "a", "capacity_label": "25"},
+        "bytes_ratio": {"system": "a", "to": "b"},
+        "token_agreement": {},
+        "token_agreement_lead": {"system": "a", "to": "b", "reference": "c"},
+    }
+    with pytest.raises(NotMeasured, match=r"no rows of .*('a'|'33')|fewer than two"):
+        measure(name, cell_rows("djinn"), **arguments.get(name, {"system": "a"}))
+
+
+def test_a_system_that_served_nothing_is_not_timed_but_counted():
+    rows = failed(served("a", [5.0] * 3), "oom", "out of memory")
+    with pytest.raises(NotMeasured, match="a served no request: out of memory"):
+        measure("latency", rows, system="a", statistic="p50")
+    assert measure("failure_share", rows, system="a").value == 1.0
+
+
+# -- verdicts --------------------------------------------------------------------------------
+
+
+def expect(**fields: Any) -> Expected:
+    return Expected.model_validate({"unit": "x", "better": "higher", **fields})
+
+
+@pytest.mark.parametrize(
+    ("expected", "tolerance", "measured", "judgement"),
+    [
+        (expect(value=10), 0.0, 10, "reproduced"),
+        (expect(value=10), 0.1, 9.0, "reproduced"),
+        (expect(value=10), 0.1, 11.0, "reproduced"),
+        (expect(value=10), 0.1, 8.99, "not reproduced"),
+        (expect(value=10), 0.1, 11.01, "exceeded"),
+        (expect(value=10, better="lower"), 0.1, 8.99, "exceeded"),
+        (expect(value=10, better="lower"), 0.1, 11.01, "not reproduced"),
+        (expect(value=10, better="equal"), 0.1, 11.01, "not reproduced"),
+        (expect(value=10, better="equal"), 0.1, 8.99, "not reproduced"),
+        (expect(value=0, better="equal"), 0.5, 0, "reproduced"),
+        (expect(value=0, better="equal"), 0.5, 0.001, "not reproduced"),
+        (expect(value=-10), 0.1, -11.0, "reproduced"),
+        (expect(value=-10), 0.1, -11.1, "not reproduced"),
+        (expect(low=3.07, high=3.13), 0.0, 3.07, "reproduced"),
+        (expect(low=3.07, high=3.13), 0.0, 3.13, "reproduced"),
+        (expect(low=3.07, high=3.13), 0.0, 3.14, "exceeded"),
+        (expect(low=3.07, high=3.13), 0.0, 3.06, "not reproduced"),
+        (expect(low=3.07, high=3.13), 0.05, 2.95, "reproduced"),
+        (expect(high=1.1, better="lower"), 0.0, 1.1, "reproduced"),
+        (expect(high=1.1, better="lower"), 0.0, 1.1001, "not reproduced"),
+        (expect(high=1.1, better="lower"), 0.0, -5, "reproduced"),
+        (expect(low=1.2), 0.0, 1.2, "reproduced"),
+        (expect(low=1.2), 0.0, 1e9, "reproduced"),
+        (expect(low=1.2), 0.0, 1.0, "not reproduced"),
+    ],
+    ids=str,
+)
+def test_comparing(expected, tolerance, measured, judgement):
+    assert compare(measured, expected, tolerance)[0] == judgement
+
+
+def test_the_reason_says_which_side():
+    assert compare(11.5, expect(value=10), 0.1)[1] == "better than expected (more)"
+    assert compare(8.5, expect(value=10, better="lower"), 0.1)[1] == "better than expected (less)"
+    assert compare(8.5, expect(value=10), 0.1)[1] == "less than expected"
+    assert compare(9.5, expect(value=10), 0.1)[1] == "as expected, within 10% of it"
+    assert compare(9.5, expect(low=9, high=10), 0.0)[1] == "as expected"
+
+
+@pytest.mark.parametrize(
+    ("expected", "text"),
+    [
+        (expect(value=3.1), "3.1 x"),
+        (expect(low=3.07, high=3.13), "3.07 x to 3.13 x"),
+        (expect(low=1.2), "at least 1.2 x"),
+        (expect(high=1.1), "at most 1.1 x"),
+        (expect(value=14905, unit="ms"), "14,905 ms"),
+        (expect(value=0.53, unit="share"), "53%"),
+    ],
+    ids=str,
+)
+def test_expectations_in_words(expected, text):
+    assert str(expected) == text
+
+
+def test_a_verdict_on_counts_is_given_on_any_machine():
+    rows = served("djinn", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
+    for machine in (CPU, GPU):
+        (verdict,) = judge([claim_of({"value": 0.5})], evidence_of(rows, machine))
+        assert (verdict.verdict, verdict.measured, verdict.n) == ("exceeded", 0.75, 4)
+        assert verdict.why == "better than expected (more); 3 of 4 requests"
+        assert verdict.low is not None and verdict.high is not None
+        assert verdict.low < 0.75 < verdict.high
+
+
+def test_a_verdict_on_times_is_given_on_a_gpu_only():
+    claim = claim_of({"value": 5, "unit": "ms"}, metric="latency",
+                     arguments={"system": "djinn", "statistic": "p50"})  # fmt: skip
+    rows = served("djinn", [5.0] * 4)
+    (on_gpu,) = judge([claim], evidence_of(rows, GPU))
+    assert (on_gpu.verdict, on_gpu.measured) == ("reproduced", 5.0)
+    (on_cpu,) = judge([claim], evidence_of(rows, CPU))
+    assert (on_cpu.verdict, on_cpu.why) == ("not judged", CPU_CLOCKS)
+    assert (on_cpu.measured, on_cpu.low, on_cpu.high, on_cpu.n) == (5.0, 5.0, 5.0, 4)
+
+
+def test_an_unavailable_system_is_not_judged_and_its_row_says_why():
+    claim = claim_of({"value": 0.5}, arguments={"system": "vllm_sleep"})
+    (verdict,) = judge([claim], evidence_of(cell_rows("vllm_sleep")))
+    assert verdict.verdict == "not judged"
+    assert verdict.why == "sleep mode needs CUDA, and this machine has no GPU"
+    assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
+
+
+def test_a_withdrawn_claim_is_not_measured_and_says_why():
+    claim = claim_of({"value": 0.75}, withdrawn="the baseline could not batch")
+    rows = served("djinn", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
+    (kept,) = judge([claim_of({"value": 0.75})], evidence_of(rows))
+    (verdict,) = judge([claim], evidence_of(rows))
+    assert (kept.verdict, kept.measured) == ("reproduced", 0.75)
+    assert (verdict.verdict, verdict.why) == ("withdrawn", "the baseline could not batch")
+    assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
+    assert verdict.expected == "75%" and not missed_claims([verdict])
+
+
+def test_a_whole_run_is_judged(claims):
+    on_gpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), GPU))}
+    on_cpu = {v.id: v for v in judge(claims, evidence_of(run_rows(gpu=True), CPU))}
+    assert list(on_gpu) == list(on_cpu) == [claim.id for claim in claims]
+    assert on_gpu["paper-vllm-fails"].verdict == "reproduced"
+    assert on_gpu["paper-djinn-reliable"].verdict == "reproduced"
+    assert on_gpu["paper-zipfian"].verdict == "not reproduced"
+    assert on_gpu["paper-p50-djinn"].verdict == "exceeded"
+    assert on_gpu["ours-near-optimal"].verdict == "reproduced"
+    assert on_gpu["ours-no-writeback"].verdict == "reproduced"
+    assert on_gpu["ours-switch-vs-sleep"].verdict == "reproduced"
+    assert on_gpu["ours-mean-vs-sleep"].why.endswith("against vllm_sleep")
+    waiting = {"paper-concurrent", *(c.id for c in claims if "concurrent" in c.id)}
+    waiting |= {"ours-hidden-switches"}
+    withdrawn = {claim.id for claim in claims if claim.withdrawn}
+    assert withdrawn == {"ours-waiting-mean-vs-sleep"}
+    assert all(judged[i].verdict == "withdrawn" for judged in (on_gpu, on_cpu) for i in withdrawn)
+    for name in waiting:  # these rows have no concurrent ones
+        assert on_gpu[name].verdict == "not judged"
+        assert "'concurrent'" in on_gpu[name].why
+    longer = {claim.id for claim in claims if claim.arguments.get("trace") == "zipf"}
+    for name in longer:  # nor any of the longer trace
+        assert on_gpu[name].verdict == "not judged" and "trace 'zipf'" in on_gpu[name].why
+    timed = {claim.id for claim in claims if claim.metric in TIMED} - waiting - longer - withdrawn
+    assert all(on_cpu[i].verdict == "not judged" for i in timed)
+    assert all(on_cpu[i].measured == on_gpu[i].measured is not None for i in timed)
+    counted = on_cpu.keys() - timed - {"paper-total-size"}
+    assert all(on_cpu[i].verdict == on_gpu[i].verdict for i in counted)
+    assert set(missed_claims(list(on_gpu.values()))) == {
+        v for v in on_gpu.values() if v.verdict == "not reproduced"
+    }
+
+
+# -- what is written -------------------------------------------------------------------------
+
+VERDICT = Verdict(
+    id="a-claim", source="paper", quote="a | b", expected="53%", measured=0.5, low=0.3,
+    high=0.7, n=30, verdict="reproduced", why="as expected", unit="share", notebook="04_figures",
+    figure=None,
+)  # fmt: skip
+NOTHING = replace(
+    VERDICT, id="another", measured=None, low=None, high=None, n=0, verdict="not judged", why="no"
+)
+
+
+def test_claims_json_is_strict_json_with_the_fields_of_a_verdict(tmp_path, claims):
+    path = tmp_path / "run" / "claims.json"
+    verdicts = judge(claims, evidence_of(run_rows(), CPU))
+    write_claims_json(verdicts, path)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    content = json.loads(path.read_text(), parse_constant=refuse)
+    assert [entry["id"] for entry in content] == [claim.id for claim in claims]
+    fields = {"id", "expected", "measured", "low", "high", "n", "verdict", "why"}
+    assert all(fields <= entry.keys() for entry in content)
+    assert [file.name for file in path.parent.iterdir()] == ["claims.json"]
+
+
+def test_numbers_that_json_cannot_hold_are_refused(tmp_path):
+    path = tmp_path / "value.json"
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"value": math.nan})
+    assert not path.exists()
+
+
+def test_the_table_for_people():
+    table = claims_table([VERDICT, NOTHING, replace(VERDICT, id="exact", low=0.5, high=0.5)])
+    assert list(table.index) == ["a-claim", "another", "exact"]
+    row = table.loc["a-claim"]
+    assert (row["measured"], row["95% interval"], row["n"]) == ("50%", "30% to 70%", 30)
+    assert list(table["verdict"]) == ["reproduced", "not judged", "reproduced"]
+    assert list(table["measured"]) == ["50%", "", "50%"]
+    assert list(table["95% interval"]) == ["30% to 70%", "", ""]
+
+
+def test_the_markdown_table():
+    in_ms = replace(VERDICT, quote="fast", unit="ms", expected="1392 ms", measured=1391.7)
+    lines = claims_markdown([VERDICT, NOTHING, in_ms]).splitlines()
+    assert lines[0] == "| claim | notebook | figure | expected | measured | verdict |"
+    assert lines[2] == "| a \\| b | 04_figures | - | 53% | 50% | reproduced |"
+    assert lines[3] == "| a \\| b | 04_figures | - | 53% | - | not judged |"
+    assert lines[4] == "| fast | 04_figures | - | 1392 ms | 1,392 ms | reproduced |"
+
+
+def test_the_file_of_claims_is_the_repository_s():
+    assert CLAIMS == REPO / "claims.yml"
+
+
+def beside(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+    """The same rows as if their requests had been sent as they arrived."""
+    return rows.assign(mode="concurrent", **columns)
+
+
+def test_what_is_exposed_counts_no_first_touch():
+    rows = beside(cell_rows("djinn"))
+    first = rows["request"].isin(rows.groupby("model").request.min())
+    rows.loc[first, "switch_ms"] = 500.0
+    rows.loc[~first, "switch_ms"] = 3.0
+    evidence = evidence_of(pd.concat([cell_rows("djinn"), rows]))
+    found = METRICS["exposed_switch_ms"](evidence, system="djinn", mode="concurrent")
+    assert (found.value, found.n) == (3.0, 27)
+    with pytest.raises(NotMeasured, match="'concurrent'"):
+        METRICS["exposed_switch_ms"](
+            evidence_of(cell_rows("djinn")), system="djinn", mode="concurrent"
+        )
+
+
+def test_tokens_beside_others_are_compared_with_those_alone():
+    alone, together = cell_rows("djinn"), beside(cell_rows("djinn"))
+    metric = METRICS["token_agreement_when_concurrent"]
+    assert metric(evidence_of(pd.concat([alone, together])), system="djinn").value == 1.0
+    together.loc[together["request"] == 4, "token_sha"] = "other"
+    found = metric(evidence_of(pd.concat([alone, together])), system="djinn")
+    assert found.value == pytest.approx(29 / 30)
+    with pytest.raises(NotMeasured):
+        metric(evidence_of(alone), system="djinn")
+
+
+def test_a_ratio_is_that_of_the_newest_machine_that_ran_both():
+    def measured_on(run_id: str, total_ms: float) -> pd.DataFrame:
+        return served(run_id[0], [total_ms] * 8, run_id=run_id)
+
+    machines = {"a1": 1, "b1": 1, "a2": 2, "b2": 2}
+    rows = pd.concat([measured_on("a2", 20.0), measured_on("b1", 30.0)])
+    apart = replace(evidence_of(rows), machines=machines)
+    again = [measured_on("a1", 10.0), measured_on("b2", 50.0)]
+    one, both = (replace(apart, replicates=pd.concat(again[:n])) for n in (1, 2))
+    for evidence, ratio, where in (
+        (apart, 1.5, "on the machines 1 and 2"),
+        (one, 3.0, "on machine 1"),
+        (both, 2.5, "on machine 2"),
+    ):
+        found = METRICS["median_ratio"](evidence, system="b", to="a")
+        assert (found.value, found.n, found.remark) == (ratio, 16, where)
+    switches = METRICS["switch_cost_ratio"](both, system="b", to="a")
+    assert switches.remark.endswith("on machine 2") and switches.value == 1.0

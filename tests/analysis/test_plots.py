@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import itertools
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, UNAVAILABLE, cell_rows, run_rows
+
+from djinn_lib.analysis.plots import latency as plots
+from djinn_lib.analysis.plots.latency import phase_means_ms
+from djinn_lib.analysis.plots.pace import decode_pace
+from djinn_lib.analysis.plots.sensitivity import hit_table, speedup_table
+from djinn_lib.analysis.plots.style import (
+    MODEL_COLORS,
+    SYSTEM_STYLE,
+    byte_scale,
+    model_colors,
+    order_systems,
+    sample_note,
+    system_look,
+)
+from djinn_lib.analysis.plots.timeline import resident_bytes
+from djinn_lib.errors import RecordError
+from djinn_lib.trace import paper_trace
+
+PAPER = {
+    "systems": {"djinn": {"p50_total_ms": 1392, "p99_total_ms": 14905, "completed": 30}},
+    "sensitivity": {"speedup": [3.07, 3.13], "hit_share": [0.53, 1.0]},
+}
+COMPARING = [plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded]
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    return run_rows()
+
+
+@pytest.fixture(scope="module")
+def at_25(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["capacity_label"] == "25"]
+
+
+@pytest.fixture(scope="module")
+def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
+    sweep = rows[rows["system"].isin(["djinn", "pytorch_lru", "pytorch_pinned"])]
+    return {
+        "latency_cdf": plots.latency_cdf(at_25, PAPER),
+        "latency_breakdown": plots.latency_breakdown(at_25),
+        "decode_pace": decode_pace(at_25),
+        "bytes_loaded": plots.bytes_loaded(at_25, 3e9, TOTAL_BYTES),
+        "sensitivity": plots.sensitivity(sweep, paper=PAPER),
+        "residency_over_time": plots.residency_over_time(at_25),
+        "trace_timeline": plots.trace_timeline(paper_trace()),
+    }
+
+
+def texts(figure: Figure) -> str:
+    found = figure.findobj(mpl.text.Text)
+    return " ".join(" ".join(text.get_text().split()) for text in found)
+
+
+def test_figures_say_how_many_requests_they_rest_on():
+    assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
+    both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
+    both = pd.concat([both, cell_rows("pytorch_pinned")])
+    assert sample_note(both) == "n, requests: 150 of Djinn. 30 of the others."
+    sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
+    assert sample_note(sweep) == (
+        "n, requests at each capacity: 30 to 150 of Djinn. 30 of the others."
+    )
+    two = both[both["system"] != "pytorch_pinned"]
+    assert sample_note(two) == "n, requests: 30 of PyTorch LRU. 150 of Djinn."
+    assert sample_note(both.iloc[:0]) == ""
+    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+        assert "n, requests: 150 of Djinn" in draw(both).get_supxlabel()
+    assert "at each capacity" in plots.sensitivity(sweep, "pytorch_lru").get_supxlabel()
+
+
+def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
+    rows = cell_rows("djinn", repeats=2)
+    rows["decode_ms"] = rows["model"].map({m: 100.0 * (i + 1) for i, m in enumerate(SIZES)})
+    slow = (rows["repeat"] == 1) & (rows["request"] == 4)
+    rows.loc[slow, "decode_ms"] *= 3
+    other = cell_rows("vllm_recreate")
+    image = decode_pace(pd.concat([rows, other])).axes[0].images[0].get_array()
+    grid = np.ma.filled(image, np.nan)
+    assert grid.shape == (2 + 1 + 1, 30)  # lines of the first, a gap, a line of the other
+    expected = np.ones((2, 30))
+    expected[1, 4] = 3
+    np.testing.assert_allclose(grid[:2], expected)
+    assert np.isnan(grid[2]).all()
+    assert list(np.isnan(grid[3])) == list(~other["ok"])
+
+
+def test_modes_are_not_mixed():
+    both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
+    for draw in (*COMPARING, decode_pace):
+        with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
+            draw(both)
+    with pytest.raises(RecordError, match="rows of one mode"):
+        plots.sensitivity(both, "djinn")
+
+
+def test_no_two_systems_look_alike():
+    looks = [(look.color, look.linestyle) for look in SYSTEM_STYLE.values()]
+    assert len(set(looks)) == len(looks)
+    assert len({look.label for look in SYSTEM_STYLE.values()}) == len(looks)
+
+
+def test_models_and_systems_share_no_colour():
+    assert not set(MODEL_COLORS) & {look.color for look in SYSTEM_STYLE.values()}
+
+
+def test_an_unknown_system_looks_the_same_in_every_process():
+    assert system_look("my_system") == system_look("my_system")
+    # A literal, because Python's own hash() changes from process to process.
+    assert (system_look("my_system").color, system_look("my_system").label) == (
+        "#4B0092",
+        "my system",
+    )
+
+
+def test_systems_come_in_one_order_whatever_the_rows_order():
+    labels = ["zz", "pytorch_pinned", "aa", "djinn"]
+    for shuffled in itertools.permutations(labels):
+        assert order_systems(shuffled) == ["djinn", "pytorch_pinned", "aa", "zz"]
+
+
+def test_a_model_keeps_its_colour_whatever_the_rows_order():
+    assert model_colors(["b", "a"]) == model_colors(["a", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "unit"), [(100, "B"), (5 << 10, "KiB"), (1 << 30, "MiB"), (5 << 30, "GiB")]
+)
+def test_byte_scale(n_bytes: int, unit: str):
+    scale, name = byte_scale(n_bytes)
+    assert name == unit
+    assert 1 <= n_bytes / scale < 5000
+
+
+def test_figures_leave_matplotlib_as_it_was(at_25: pd.DataFrame):
+    before, open_before = dict(mpl.rcParams), plt.get_fignums()
+    plots.latency_cdf(at_25)
+    assert dict(mpl.rcParams) == before
+    assert plt.get_fignums() == open_before
+
+
+def test_text_is_never_smaller_than_7_points(figures: dict[str, Figure]):
+    for name, figure in figures.items():
+        sizes = {t.get_fontsize() for t in figure.findobj(mpl.text.Text) if t.get_text()}
+        assert min(sizes) >= 7, name
+        assert figure.get_figwidth() <= 7.0
+
+
+def test_nothing_reaches_beyond_the_figure(figures: dict[str, Figure]):
+    for name, figure in figures.items():
+        box = figure.get_tightbbox()  # inches
+        assert box.x0 >= 0 and box.x1 <= figure.get_figwidth(), name
+        assert box.y0 >= 0 and box.y1 <= figure.get_figheight(), name
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_empty_rows_are_refused(draw, rows: pd.DataFrame):
+    with pytest.raises(RecordError, match="got none: run the cells first"):
+        draw(rows.iloc[:0])
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_mixed_capacities_are_refused(draw, rows: pd.DataFrame):
+    with pytest.raises(RecordError, match=r"one capacity_label .* got \['20', '25'"):
+        draw(rows)
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_mixed_traces_are_refused(draw):
+    mixed = pd.concat([cell_rows("djinn"), cell_rows("djinn", trace="zipf")])
+    with pytest.raises(RecordError, match="one trace"):
+        draw(mixed)
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_systems_that_cannot_run_are_named_with_the_reason(draw, at_25: pd.DataFrame):
+    assert f"vLLM sleep ({UNAVAILABLE['vllm_sleep']})" in texts(draw(at_25))
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_a_run_in_which_nothing_could_run_still_draws(draw):
+    assert "vLLM sleep (sleep mode" in texts(draw(cell_rows("vllm_sleep")))
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_a_system_that_failed_every_request_is_named(draw):
+    broken = cell_rows("vllm_sleep").assign(system="vllm_recreate", error_kind="oom")
+    assert "(30 of 30 failed)" in texts(draw(pd.concat([cell_rows("djinn"), broken])))
+
+
+@pytest.mark.parametrize("draw", COMPARING)
+def test_a_system_that_no_table_knows_is_drawn(draw):
+    assert "my system" in texts(draw(cell_rows("djinn").assign(system="my_system")))
+
+
+def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
+    lines = {line.get_label(): line for line in plots.latency_cdf(at_25).axes[0].lines}
+    heights = lines["vLLM re-created\n(8 of 30 failed)"].get_ydata()
+    assert heights[-1] == pytest.approx(100 * 22 / 30)
+    assert lines["Djinn"].get_ydata()[-1] == 100
+
+
+def test_cdf_passes_through_the_median():
+    rows = cell_rows("djinn")
+    line = plots.latency_cdf(rows).axes[0].lines[0]
+    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+    assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
+
+
+def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
+    assert "published" in texts(plots.latency_cdf(at_25, PAPER))
+    assert "published" not in texts(plots.latency_cdf(at_25))
+
+
+def test_phases_add_up_to_the_mean_total(at_25: pd.DataFrame):
+    means = phase_means_ms(at_25)
+    total = at_25[at_25["ok"]].groupby("system")["total_ms"].mean()
+    for system in total.index:
+        assert means.loc[system].sum() == pytest.approx(total[system])
+
+
+def test_bytes_are_the_mean_over_repeats():
+    once, thrice = (plots.bytes_loaded(cell_rows("djinn", repeats=n)) for n in (1, 3))
+    widths = [figure.axes[0].patches[0].get_width() for figure in (once, thrice)]
+    assert widths[0] == pytest.approx(widths[1])
+
+
+def test_bytes_lines_say_their_value(figures: dict[str, Figure]):
+    shown = texts(figures["bytes_loaded"])
+    assert "offline optimum: 2.79 GiB" in shown
+    assert "every model once: 1.25 GiB" in shown
+
+
+def test_speedup_is_a_ratio_of_medians_inside_its_interval(rows: pd.DataFrame):
+    table = speedup_table(rows, "pytorch_pinned")
+    medians = rows[rows["ok"]].groupby(["capacity_label", "system"])["total_ms"].median()
+    for row in table.itertuples():
+        expected = medians[row.capacity_label, "pytorch_pinned"]
+        expected /= medians[row.capacity_label, row.system]
+        assert row.speedup == pytest.approx(expected)
+        assert row.low <= row.speedup <= row.high
+        slow, fast = (
+            rows[(rows["system"] == system) & (rows["capacity_label"] == row.capacity_label)]
+            for system in ("pytorch_pinned", row.system)
+        )
+        before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (slow, fast)]
+        assert row.up_to_decoding == pytest.approx(before[0] / before[1])
+    assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
+
+
+def test_a_failed_request_is_not_a_hit():
+    rows = cell_rows("vllm_recreate")  # all its failed rows have loaded_bytes == 0
+    assert hit_table(rows)["hit"].tolist() == [0.0]
+
+
+def test_sensitivity_needs_its_baseline():
+    with pytest.raises(RecordError, match="rows of the baseline 'pytorch_pinned'"):
+        plots.sensitivity(cell_rows("djinn"))
+
+
+def test_sensitivity_needs_rows(rows: pd.DataFrame):
+    with pytest.raises(RecordError, match="got none"):
+        plots.sensitivity(rows.iloc[:0])
+
+
+def test_sensitivity_marks_what_was_published(figures: dict[str, Figure]):
+    assert "paper 3.07 to 3.13x" in texts(figures["sensitivity"])
+
+
+def test_residency_bars_add_up_to_the_reported_bytes():
+    rows = cell_rows("djinn")
+    held = plots.residency_over_time(rows).axes[0]
+    scale, _ = byte_scale(CAPACITIES["25"])
+    drawn = sum(bar.get_height() for bar in held.patches)
+    assert drawn * scale == pytest.approx(resident_bytes(rows).to_numpy().sum())
+    assert max(b.get_y() + b.get_height() for b in held.patches) * scale <= CAPACITIES["25"]
+
+
+def test_residency_hatches_exactly_the_partial_models():
+    rows = cell_rows("djinn")
+    held = plots.residency_over_time(rows).axes[0]
+    table = resident_bytes(rows)
+    partial = sum(((table[m] > 0) & (table[m] < size)).sum() for m, size in SIZES.items())
+    hatched = [bar for bar in held.patches if bar.get_hatch() and bar.get_height() > 0]
+    assert len(hatched) == partial > 0
+
+
+def test_residency_of_a_system_that_does_not_report_says_so():
+    assert "does not report residency" in texts(
+        plots.residency_over_time(cell_rows("pytorch_pinned"), "pytorch_pinned")
+    )
+    assert "does not report residency" in texts(
+        plots.residency_over_time(cell_rows("vllm_sleep"), "vllm_sleep")
+    )
+
+
+def test_residency_leaves_failed_requests_blank():
+    rows = cell_rows("djinn")
+    rows.loc[5, ["ok", "error_kind", "resident_bytes"]] = [False, "oom", "{}"]
+    assert resident_bytes(rows).loc[5].isna().all()
+    assert "1 of 30 requests failed" in texts(plots.residency_over_time(rows))
+
+
+def test_residency_of_a_system_that_was_not_run_says_what_was():
+    figure = plots.residency_over_time(cell_rows("djinn"), "nobody")
+    assert "No rows of 'nobody' here, only of: djinn." in texts(figure)
+
+
+def test_residency_needs_rows(rows: pd.DataFrame):
+    with pytest.raises(RecordError, match="got none"):
+        plots.residency_over_time(rows.iloc[:0])
+
+
+def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
+    faces = figures["trace_timeline"].axes[0].collections[0].get_facecolors()
+    models = [request.model for request in paper_trace().requests]
+    filled = [i == 0 or models[i] != models[i - 1] for i in range(len(models))]
+    assert [bool((face[:3] < 1).any()) for face in faces] == filled
+
+
+def test_saved_files_are_the_same_bytes_every_time(tmp_path, at_25: pd.DataFrame):
+    first = plots.save_figure(plots.latency_cdf(at_25), tmp_path / "a", "cdf")
+    second = plots.save_figure(plots.latency_cdf(at_25), tmp_path / "b", "cdf")
+    assert [p.name for p in first] == ["cdf.pdf", "cdf.png"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert not list(tmp_path.rglob("*.partial.*"))
+
+
+def test_saved_pdf_has_truetype_text_and_no_date(tmp_path, at_25: pd.DataFrame):
+    pdf = plots.save_figure(plots.latency_breakdown(at_25), tmp_path, "x")[0].read_bytes()
+    assert b"/CreationDate" not in pdf
+    assert b"/FontFile2" in pdf and b"/Type3" not in pdf
+
+
+def test_saved_png_is_opaque_at_200_dpi(tmp_path, at_25: pd.DataFrame):
+    figure = plots.latency_breakdown(at_25)
+    image = plt.imread(plots.save_figure(figure, tmp_path, "x")[1])
+    assert image.shape[1] == round(200 * figure.get_figwidth())
+    assert (image[..., 3] == 1).all() if image.shape[2] == 4 else True
+    assert (image[0, 0, :3] == 1).all()

@@ -1,0 +1,310 @@
+"""Decoding from recordings gives the tokens that transformers gives, whatever came before."""
+
+import logging
+import shutil
+from typing import ClassVar
+
+import pytest
+import torch
+from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, spec
+from transformers import MambaConfig
+
+import djinn_lib as dj
+from djinn_lib.engine.decode import compiled as compiling
+from djinn_lib.engine.decode import cuda_graphs as recording
+from djinn_lib.engine.decode.cuda_graphs import Recorder
+from djinn_lib.engine.decode.decoder import EagerDecoder
+from djinn_lib.engine.decode.kv_cache import KvCache
+from djinn_lib.engine.decode.recorded import RecordedDecoder, prefill_lengths
+from djinn_lib.engine.decode.reference import ensure_alike
+from djinn_lib.engine.decode.sampling import Sampler, Sampling
+from djinn_lib.engine.models.packing import pack
+from djinn_lib.errors import ConfigError, DjinnError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in CONFIGS:
+        spec(name).build().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Trace as for compiling, but run torch's own kernels: no C++ compiler is needed."""
+    real = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, *, options, **rest: real(f, backend="aot_eager", **rest)
+    )
+
+
+def recorded(name, max_model_len=40, compiled=False):
+    model = spec(name).build()
+    return RecordedDecoder(model, pack(model)[1], max_model_len, Recorder(CPU), compiled)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_tokens_are_transformers_own(folders, name):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
+        djinn.add("m", folders / name)
+        assert djinn.set_decode("m", "graph") == "graph"
+        for _ in range(2):
+            g = djinn.generate("m", PROMPT, 20, ignore_eos=True)
+            assert g.token_ids == ordinary_tokens(folders / name, 20)
+            djinn.evict("m")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_compiled_tokens_are_transformers_own(folders, name, traced_only):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
+        djinn.add("m", folders / name)
+        assert djinn.set_decode("m", "compiled") == "compiled"
+        g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
+        assert g.token_ids == ordinary_tokens(folders / name, 8)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+def test_a_compiled_step_of_inductor(folders):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="compiled", max_model_len=40) as djinn:
+        djinn.add("m", folders / "phi")
+        assert djinn._models["m"].decoder.mode == "compiled"
+        g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
+        assert g.token_ids == ordinary_tokens(folders / "phi", 8)
+
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 31, 32, 33, 63, 64, 65, 90])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2"])
+def test_prompts_of_any_length(name, n_prompt):
+    model = spec(name).build()
+    decoder = RecordedDecoder(model, pack(model)[1], 100, Recorder(CPU))
+    prompt = [(7 * i + 3) % VOCAB for i in range(n_prompt)]
+    expected = EagerDecoder(model).generate(prompt, 10, ignore_eos=True)
+    assert decoder.generate(prompt, 10, ignore_eos=True).token_ids == expected.token_ids
+
+
+def test_prefill_lengths_cover_every_prompt():
+    assert prefill_lengths(512) == [32, 64, 128, 256, 512]
+    assert prefill_lengths(192) == [32, 64, 128, 192]
+    assert prefill_lengths(20) == [20]
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_the_end_of_a_sequence(folders, decode):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode=decode, max_model_len=40) as djinn:
+        djinn.add("m", folders / "llama")
+        tokens = djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids
+        for ends, kept in (([tokens[2]], 3), ([VOCAB - 1, tokens[0]], 1), (None, 8)):
+            with djinn.lease("m") as model:
+                model.generation_config.eos_token_id = ends
+            assert djinn.generate("m", PROMPT, 8).token_ids == tokens[:kept]
+        with djinn.lease("m") as model:
+            model.generation_config.eos_token_id = tokens[7]
+        assert djinn.generate("m", PROMPT, 8).token_ids == tokens  # the end is the last one asked
+
+
+def test_one_token_is_as_good_as_many(folders):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
+        djinn.add("m", folders / "llama")
+        many = djinn.generate("m", PROMPT, 8, ignore_eos=True)
+        one = djinn.generate("m", PROMPT, 1, ignore_eos=True)
+        assert one.token_ids == many.token_ids[:1]
+        assert one.decode_ms == 0 and many.decode_ms > 0
+
+
+def test_too_long_a_request_is_refused_before_anything_is_loaded(folders):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
+        djinn.add("m", folders / "llama")
+        djinn.evict("m")
+        with pytest.raises(ConfigError, match=r"at most 40 tokens.*14 \+ 27.*max_model_len"):
+            djinn.generate("m", PROMPT, 27)
+        assert djinn.residency().resident_bytes[0] == 0
+        assert len(djinn.generate("m", PROMPT, 26, ignore_eos=True).token_ids) == 26
+
+
+def test_what_an_earlier_request_left_in_the_cache_is_gone():
+    decoder = recorded("llama")
+    expected = decoder.generate(PROMPT, 8, ignore_eos=True).token_ids
+    for layer in decoder.cache.kv_layers:
+        layer.keys.fill_(float("inf"))
+        layer.values.fill_(float("nan"))
+    assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_sampled_tokens(folders, decode):
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode=decode, max_model_len=40) as djinn:
+        djinn.add("m", folders / "llama")
+
+        def sample(**how):
+            return djinn.generate("m", PROMPT, 12, ignore_eos=True, **how).token_ids
+
+        greedy = sample()
+        assert sample(temperature=1.0, seed=3) == sample(temperature=1.0, seed=3)
+        assert len({sample(temperature=2.0, seed=seed) for seed in range(6)}) == 6
+        assert sample(temperature=2.0, top_k=1, seed=1) == greedy
+        assert sample(temperature=2.0, top_p=1e-6, seed=1) == greedy
+        before = torch.random.get_rng_state()
+        sample(temperature=1.0)
+        assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    n = 4000
+
+    def shares(sampling):
+        sampler = Sampler(sampling, CPU)
+        drawn = torch.cat([sampler.draw(logits) for _ in range(n)]).flatten()
+        return torch.bincount(drawn, minlength=4) / n
+
+    def close(got, expected):  # five standard deviations of a share
+        return torch.allclose(got, torch.tensor(expected), atol=5 * (0.25 / n) ** 0.5)
+
+    assert close(shares(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05])
+    assert close(shares(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0])
+    assert close(shares(Sampling(1.0, top_p=0.9)), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
+    assert close(shares(Sampling(0.5)), (squared / squared.sum()).tolist())
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}]
+)
+def test_sampling_that_means_nothing_is_refused(how):
+    with pytest.raises(ConfigError, match="expected"):
+        Sampling(**how)
+
+
+def test_a_way_of_decoding_that_there_is_not():
+    with pytest.raises(ConfigError, match=r"eager.*graph.*compiled.*'fast'"):
+        dj.Djinn("2MiB", "cpu", "16KiB", decode="fast")
+
+
+def test_a_model_that_cannot_be_recorded_decodes_eagerly(caplog):
+    config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, state_size=4)
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph") as djinn, caplog.at_level("WARNING"):
+        djinn.add("m", dj.ModelSpec(config))
+        assert djinn._models["m"].decoder.mode == "eager"
+        assert len(djinn.generate("m", PROMPT, 5, ignore_eos=True).token_ids) == 5
+    assert "a mamba cannot be recorded" in caplog.text
+
+
+class StrictRecorder(Recorder):
+    """Records as on the CPU, and asks as on a GPU whether that could be done."""
+
+    def ensure_recordable(self, function):
+        self._on_gpu = True
+        try:
+            super().ensure_recordable(function)
+        finally:
+            self._on_gpu = False
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_looking_at_values_is_found_before_anything_is_recorded(name):
+    model = spec(name).build()
+    arguments = model, pack(model)[1], 40, StrictRecorder(CPU)
+    if name == "opt":  # takes its position from the cache by `item`
+        with pytest.raises(ConfigError, match="_local_scalar_dense"):
+            RecordedDecoder(*arguments)
+    else:
+        assert RecordedDecoder(*arguments).mode == "graph"
+
+
+def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, caplog, traced_only):
+    real = compiling._LayerOfCache.update
+
+    def forgets_values(self, key_states, value_states, *rest, **more):
+        return real(self, key_states, torch.zeros_like(value_states), *rest, **more)
+
+    monkeypatch.setattr(compiling._LayerOfCache, "update", forgets_values)
+    with caplog.at_level(logging.WARNING):
+        decoder = recorded("llama", compiled=True)
+    assert decoder.mode == "graph"
+    assert "expected logits within" in caplog.text
+    expected = recorded("llama").generate(PROMPT, 8, ignore_eos=True)
+    assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected.token_ids
+
+
+def test_logits_that_are_not_alike():
+    ensure_alike(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0001]))
+    for wrong in ([1.0, 2.1], [1.0, float("nan")]):
+        with pytest.raises(DjinnError, match="expected logits within"):
+            ensure_alike(torch.tensor(wrong), torch.tensor([1.0, 2.0]))
+
+
+def test_layers_share_compiled_code(monkeypatch, traced_only):
+    made = []
+    real = compiling._SharedCode
+
+    def counted(module):
+        made.append(type(module).__name__)
+        return real(module)
+
+    monkeypatch.setattr(compiling, "_SharedCode", counted)
+    assert recorded("llama", compiled=True).mode == "compiled"
+    assert sorted(set(made)) == ["Embedding", "Linear", "LlamaDecoderLayer", "LlamaRMSNorm"]
+    assert made.count("LlamaDecoderLayer") == 1
+
+
+def test_the_model_is_itself_again_after_compiling(traced_only):
+    model = spec("llama").build()
+    decoder = RecordedDecoder(model, pack(model)[1], 40, Recorder(CPU), compiled=True)
+    decoder.generate(PROMPT, 4, ignore_eos=True)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_cache_tells_its_size_and_position():
+    model = spec("mistral").build()
+    cache = KvCache(model.config, 40, CPU)
+    assert cache.n_bytes == 0
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        cache.mode(prefilling=True)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        assert cache.n_bytes == 2 * 3 * 2 * 40 * 16 * 4  # k and v, layers, heads, tokens, size
+        cache.position.fill_(len(PROMPT))
+        cache.mode(prefilling=False)
+        token = torch.tensor([[5]])
+        step = model(input_ids=token, past_key_values=cache, use_cache=True).logits[0, -1]
+        whole = model(input_ids=torch.cat([ids, token], 1)).logits[0, -1]
+    assert torch.allclose(step, whole, atol=1e-4)
+
+
+class FakeGraph:
+    log: ClassVar[list] = []
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.log.append("begin")
+
+    def capture_end(self):
+        self.log.append("end")
+
+    def replay(self):
+        self.log.append(self)
+
+
+def test_pieces_begin_where_more_bytes_are_needed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(FakeGraph, "log", [])
+    capture = recording._Capture(pool=None, end_byte=0)
+    capture.begin()
+    for end_byte in (100, 300, 300, 200, 400):
+        capture.need(end_byte)
+    capture.end()
+    assert [end_byte for end_byte, _ in capture.pieces] == [100, 300, 400]
+    assert FakeGraph.log == ["begin", "end"] * 3
+    FakeGraph.log.clear()
+    recording.GraphRecording(capture.pieces).replay(FakeGraph.log.append)
+    graphs = [graph for _, graph in capture.pieces]
+    assert FakeGraph.log == [100, graphs[0], 300, graphs[1], 400, graphs[2]]
+
+
+def test_room_for_no_tokens_is_refused():
+    with pytest.raises(ConfigError, match="max_model_len of at least 8, got 1"):
+        dj.Djinn("2MiB", "cpu", "16KiB", max_model_len=1)

@@ -1,0 +1,109 @@
+"""How tokens are chosen: what the words mean, and what is refused before anything waits."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import spec
+
+import djinn_lib as dj
+from djinn_lib.engine.decode.sampling import Sampler, Sampling
+from djinn_lib.errors import ConfigError, shown
+
+CPU = torch.device("cpu")
+
+
+def test_numbers_of_any_kind_become_plain_ones():
+    sampling = Sampling(np.float32(1), np.int64(5), 1, np.uint64(2**64 - 1))
+    assert sampling == Sampling(1.0, 5, 1.0, 2**64 - 1)
+    kinds = [type(getattr(sampling, name)) for name in sampling.__slots__]
+    assert kinds == [float, int, float, int]
+
+
+WRONG = [
+    *(("temperature", t) for t in (-1, -1e-9, True, "1", None, np.nan, np.inf, 10**400, 1e300, 1j)),
+    *(("top_k", k) for k in (-1, 5.0, 2.5, True, "5", None, 2**70, [5])),
+    *(("top_p", p) for p in (0, -0.1, 1.1, True, "1", None, np.nan, np.inf)),
+    *(("seed", s) for s in (-1, 2**64, 2**70, 1.0, True, "0", [0])),
+    ("top_q", 1),
+    ("max_tokens", 5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=shown)
+def test_what_means_nothing(name, value):
+    with pytest.raises(ConfigError, match=name):
+        Sampling.of({"temperature": 1.0, name: value})
+
+
+def test_hardly_any_temperature_is_none():
+    assert Sampling(1e-40).greedy
+    assert Sampling(np.float64(0)).greedy
+    assert not Sampling(1e-5).greedy
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1, 1e6])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2**31 - 1}, {"top_p": 1e-300}], ids=str)
+def test_the_extremes_draw_without_overflow(temperature, options):
+    logits = torch.tensor([[-1e4, 3.0, 1e4, float("-inf")]])
+    sampler = Sampler(Sampling(temperature, **options), CPU)
+    drawn = {int(sampler.draw(logits)) for _ in range(20)}
+    assert drawn <= {0, 1, 2}
+    assert temperature > 1 or drawn == {2}
+
+
+def test_a_seed_draws_the_same_again_and_none_does_not():
+    logits = torch.zeros(1, 2**20)
+
+    def drawn(seed):
+        return int(Sampler(Sampling(1.0, seed=seed), CPU).draw(logits))
+
+    assert drawn(7) == drawn(np.int32(7)) == drawn(7)
+    assert len({drawn(None) for _ in range(4)}) > 1
+
+
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def djinn(request):
+    with dj.Djinn("1MiB", "cpu", page="16KiB", decode=request.param, progress=lambda _: None) as it:
+        it.add("m", spec("llama"))
+        yield it
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *WRONG,
+        *(("max_new_tokens", n) for n in (0, -1, 2.0, "5", True, None, 2**31, 2**70)),
+        *(("ignore_eos", e) for e in ("no", 1, None)),
+    ],
+    ids=shown,
+)
+def test_refusals_come_before_anything_is_loaded(djinn, name, value):
+    djinn.reset()
+    for ask in (djinn.generate, djinn.submit):
+        with pytest.raises(ConfigError, match=name):
+            ask("m", [5, 6], **{name: value})
+    assert djinn.residency()["resident_bytes"].sum() == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1}, {"temperature": 2, "top_k": 5}, {"temperature": np.float32(1),
+    "top_p": 1, "seed": np.int64(3)}], ids=str,
+)  # fmt: skip
+def test_every_way_of_decoding_takes_the_same_numbers(djinn, options):
+    first = djinn.generate("m", [5, 6], np.int64(8), ignore_eos=np.True_, **options)
+    plain = {key: float(value) if key in ("temperature", "top_p") else int(value)
+             for key, value in options.items()}  # fmt: skip
+    assert djinn.generate("m", [5, 6], 8, ignore_eos=True, **plain).token_ids == first.token_ids
+    assert djinn.submit("m", [5, 6], 8, True, **options).result().token_ids == first.token_ids
+
+
+def test_without_a_seed_every_prompt_of_a_list_is_drawn_by_itself(djinn):
+    said = djinn.generate("m", [[5, 6]] * 4, 8, True, temperature=1.0, seed=None)
+    assert len({g.token_ids for g in said}) > 1
+    assert len({g.token_ids for g in djinn.generate("m", [[5]] * 3, 8, True, temperature=1)}) == 1
+
+
+def test_hardly_any_temperature_gives_the_most_likely_tokens(djinn):
+    greedy = djinn.generate("m", [5, 6], 8, ignore_eos=True)
+    nearly = djinn.generate("m", [5, 6], 8, ignore_eos=True, temperature=1e-40)
+    assert nearly.token_ids == greedy.token_ids

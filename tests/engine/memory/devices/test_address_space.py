@@ -1,0 +1,259 @@
+"""The CPU backend: real mappings, real faults."""
+
+import errno
+import os
+import subprocess
+import sys
+from enum import Enum
+
+import psutil
+import pytest
+import torch
+
+from djinn_lib.engine.memory.devices import address_space_cpu as module
+from djinn_lib.engine.memory.devices import address_space_cuda
+from djinn_lib.engine.memory.devices.address_space import open_address_space
+from djinn_lib.engine.memory.devices.address_space_cpu import CpuAddressSpace
+from djinn_lib.engine.memory.devices.address_space_cuda import CudaAddressSpace
+from djinn_lib.errors import CapacityError, ConfigError, PlatformError
+
+PAGE = 64 << 10
+
+
+@pytest.fixture
+def space():
+    space = CpuAddressSpace(n_frames=8, page_bytes=PAGE)
+    yield space
+    space.close()
+
+
+def fill(view, first_page, values):
+    for i, value in enumerate(values):
+        view[(first_page + i) * PAGE : (first_page + i + 1) * PAGE] = value
+
+
+def read(view, page):
+    values = view[page * PAGE : (page + 1) * PAGE].unique()
+    assert len(values) == 1
+    return int(values)
+
+
+def test_bytes_follow_the_frame_not_the_address(space):
+    a, b = space.reserve(4), space.reserve(4)
+    view_a, view_b = space.bytes_view(a), space.bytes_view(b)
+    space.map(a, 0, [5, 2, 3, 7])
+    fill(view_a, 0, [50, 20, 30, 70])
+    space.unmap(a, 0, 4)
+    space.map(b, 0, [7, 5])
+    space.map(b, 2, [3, 2])
+    assert [read(view_b, page) for page in range(4)] == [70, 50, 30, 20]
+
+
+def test_a_tensor_keeps_its_address_over_remapping(space):
+    area = space.reserve(2)
+    view = space.bytes_view(area)
+    tensor = view[PAGE:].view(torch.float32)
+    space.map(area, 0, [0, 1])
+    tensor.fill_(1.5)
+    pointer = tensor.data_ptr()
+    space.unmap(area, 1, 1)
+    space.map(area, 1, [6])
+    tensor.fill_(2.5)
+    space.unmap(area, 1, 1)
+    space.map(area, 1, [1])
+    assert tensor.data_ptr() == pointer == area.address + PAGE
+    assert bool((tensor == 1.5).all())
+
+
+def test_the_same_frame_can_be_seen_at_two_addresses(space):
+    areas = [space.reserve(1), space.reserve(1)]
+    for area in areas:
+        space.map(area, 0, [4])
+    space.bytes_view(areas[0]).fill_(9)
+    assert read(space.bytes_view(areas[1]), 0) == 9
+
+
+TOUCH = """
+import sys
+from djinn_lib.engine.memory.devices.address_space_cpu import CpuAddressSpace
+from djinn_lib.engine.memory.devices.address_space_cuda import CudaAddressSpace
+
+step, page_bytes = sys.argv[1], int(sys.argv[2])
+space = CpuAddressSpace(4, page_bytes)
+area = space.reserve(2)
+view, touched = space.bytes_view(area), 0
+if step != "reserve":
+    space.map(area, 0, [0, 1])
+    view.fill_(3)
+    touched = 1 if step == "neighbour" else 0
+    space.unmap(area, touched, 1)
+    assert int(view[(1 - touched) * page_bytes]) == 3  # the other page is still there
+print("so far", flush=True)
+print(int(view[touched * page_bytes]))
+"""
+
+
+@pytest.mark.parametrize("step", ["reserve", "first", "neighbour"])
+def test_touching_an_unmapped_page_faults(step):
+    command = [sys.executable, "-c", TOUCH, step, str(PAGE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "so far\n", done.stderr
+    assert done.returncode in (-11, -7)  # SIGSEGV or SIGBUS
+
+
+def test_a_failed_map_leaves_nothing_mapped(space, monkeypatch):
+    area = space.reserve(4)
+    real, calls = space._mmap, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(space, "_mmap", failing)
+    with pytest.raises(PlatformError) as caught:
+        space.map(area, 0, [0, 2, 4, 6])
+    assert str(caught.value) == (
+        "expected 4 pages of 64.0 KiB to be mapped, got none (Cannot allocate memory): free "
+        "memory, or use fewer, larger pages"
+    )
+    assert calls[-1][2] == 0  # the last call made the pages inaccessible again
+    assert calls[-1][:2] == (area.address, 4 * PAGE)
+
+
+class FakeDriver:
+    """CUDA's driver as far as mapping goes; its calls fail from the nth `cuMemMap` on."""
+
+    class CUresult(Enum):
+        CUDA_SUCCESS = 0
+        CUDA_ERROR_OUT_OF_MEMORY = 2
+
+    def __init__(self, fail_at):
+        self.mapped, self.fail_at, self.n_maps = set(), fail_at, 0
+
+    def cuCtxGetCurrent(self):
+        return self.CUresult.CUDA_SUCCESS, 1
+
+    def cuMemAddressReserve(self, *_):
+        failed = self.fail_at == 0
+        return list(self.CUresult)[failed], 1 << 40
+
+    def cuMemMap(self, address, *_):
+        self.n_maps += 1
+        if self.n_maps >= self.fail_at:
+            return (self.CUresult.CUDA_ERROR_OUT_OF_MEMORY,)
+        self.mapped.add(address)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+    def cuMemUnmap(self, address, _):
+        self.mapped.remove(address)
+        return (self.CUresult.CUDA_SUCCESS,)
+
+
+def test_a_gpu_that_refuses_says_so_in_the_same_words(monkeypatch):
+    fake = FakeDriver(fail_at=3)
+    monkeypatch.setattr(address_space_cuda, "driver", fake)
+    space = CudaAddressSpace.__new__(CudaAddressSpace)
+    space.page_bytes, space._areas, space._mapped, space._frames = 2 << 20, {}, {}, [0] * 4
+    area = space.reserve(4)
+    with pytest.raises(PlatformError) as caught:
+        space.map(area, 0, [3, 1, 2, 0])
+    assert str(caught.value) == (
+        "expected 4 pages of 2.0 MiB to be mapped, got none (cuMemMap failed with "
+        "CUDA_ERROR_OUT_OF_MEMORY): free memory, or use fewer, larger pages"
+    )
+    assert fake.mapped == set() == space._mapped[area.address]
+    fake.fail_at = 0
+    with pytest.raises(PlatformError, match=r"8.0 MiB of virtual addresses, got none \(cuMemAddr"):
+        space.reserve(4)
+
+
+def test_pages_that_cannot_be_unmapped_are_said(space, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    area = space.reserve(2)
+    space.map(area, 0, [0, 1])
+    monkeypatch.setattr(space, "_mmap", refuse)
+    with pytest.raises(PlatformError, match=r"1 pages of 64.0 KiB to be unmapped.*max_map_count"):
+        space.unmap(area, 0, 1)
+
+
+def test_addresses_that_cannot_be_had_are_said(space):
+    with pytest.raises(PlatformError, match=r"of virtual addresses, got none \(Cannot allocate"):
+        space.reserve(1 << 40)
+
+
+def test_neighbouring_frames_are_mapped_by_one_call(space, monkeypatch):
+    area, calls = space.reserve(6), []
+    monkeypatch.setattr(space, "_mmap", lambda *arguments: calls.append(arguments))
+    space.map(area, 0, [3, 4, 5, 0, 7])
+    assert [(call[1] // PAGE, call[5] // PAGE) for call in calls] == [(3, 3), (1, 0), (1, 7)]
+
+
+def test_close_gives_everything_back_and_can_be_repeated():
+    process = psutil.Process()
+    before = process.num_fds(), len(process.memory_maps(grouped=False))
+    for _ in range(20):
+        space = CpuAddressSpace(16, PAGE)
+        area = space.reserve(16)
+        space.map(area, 0, range(16))
+        space.bytes_view(area).fill_(1)
+        space.close()
+        space.close()
+    assert process.num_fds() == before[0]
+    assert len(process.memory_maps(grouped=False)) <= before[1] + 5
+
+
+@pytest.mark.parametrize("page_bytes", [0, 1, 1000, 4097, 6000])
+def test_pages_are_multiples_of_the_granularity(page_bytes):
+    with pytest.raises(ConfigError, match="expected pages of a multiple"):
+        CpuAddressSpace(4, page_bytes)
+
+
+def test_more_than_the_free_memory_is_refused_before_anything_is_taken():
+    n_frames = psutil.virtual_memory().total // (1 << 30) + 1
+    before = psutil.Process().num_fds()
+    with pytest.raises(CapacityError, match="lower the capacity"):
+        CpuAddressSpace(n_frames, 1 << 30)
+    assert psutil.Process().num_fds() == before
+
+
+def test_a_full_memory_at_allocation_is_reported(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = psutil.Process().num_fds()
+    with pytest.raises(CapacityError, match="No space left"):
+        CpuAddressSpace(4, PAGE)
+    assert psutil.Process().num_fds() == before
+
+
+def test_too_many_mappings_are_refused():
+    with pytest.raises(PlatformError, match=r"vm\.max_map_count"):
+        CpuAddressSpace(10**8, 4096)
+
+
+def test_a_platform_without_memfd_is_refused(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(PlatformError, match="memfd_create"):
+        CpuAddressSpace(4, PAGE)
+    monkeypatch.undo()
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    with pytest.raises(PlatformError, match="got darwin"):
+        CpuAddressSpace(4, PAGE)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ConfigError, match="expected device"):
+        open_address_space(torch.device("meta"), 4, PAGE)
+
+
+def test_a_gpu_that_cannot_be_used_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PlatformError, match="device 'cuda'"):
+        open_address_space(torch.device("cuda"), 2, 2 << 20)
+    with pytest.raises(ConfigError, match="'cpu' or 'cuda'"):
+        open_address_space(torch.device("meta"), 2, 4096)

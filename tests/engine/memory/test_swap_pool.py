@@ -1,0 +1,160 @@
+import gc
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from djinn_lib.engine.memory.devices import host_memory
+from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES, Layout, SwapPool
+from djinn_lib.errors import CapacityError, ConfigError
+
+TENSORS = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 9), max_size=3).map(tuple),
+        st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(TENSORS)
+def test_slots_are_aligned_in_order_and_do_not_overlap(tensors):
+    layout = Layout.pack((f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors))
+    end = 0
+    for slot in layout.slots:
+        assert slot.offset % ALIGNMENT_BYTES == 0
+        assert end <= slot.offset < end + ALIGNMENT_BYTES
+        end = slot.end
+    assert layout.n_bytes == end
+
+
+@given(TENSORS)
+def test_views_read_back_what_was_written(tensors):
+    layout = Layout.pack((f"t{i}", shape, dtype) for i, (shape, dtype) in enumerate(tensors))
+    packed = torch.zeros(layout.n_bytes, dtype=torch.uint8)
+    for i, view in enumerate(layout.views(packed).values()):
+        view.fill_(i + 1)
+    for i, (view, (shape, dtype)) in enumerate(
+        zip(layout.views(packed).values(), tensors, strict=True)
+    ):
+        assert (view.shape, view.dtype) == (torch.Size(shape), dtype)
+        assert bool((view == i + 1).all())
+
+
+@given(TENSORS, TENSORS)
+def test_tables_lie_behind_what_is_paged(tensors, tables):
+    named = [(f"t{i}", *tensor) for i, tensor in enumerate(tensors)]
+    behind = [(f"table{i}", *tensor) for i, tensor in enumerate(tables)]
+    layout, paged = Layout.pack(named, behind), Layout.pack(named)
+    assert layout.paged_bytes == paged.n_bytes == paged.paged_bytes < layout.n_bytes
+    packed = torch.zeros(layout.n_bytes, dtype=torch.uint8)
+    views = layout.paged_views(packed) | layout.table_views(packed)
+    assert views.keys() == layout.views(packed).keys()
+    assert [*layout.table_views(packed)] == [name for name, *_ in behind]
+    for view in layout.table_views(packed).values():
+        view.fill_(1)
+    assert not packed[: layout.paged_bytes].any()
+
+
+def test_tables_are_those_of_the_master():
+    pool = SwapPool()
+    layout = Layout.pack([("w", (10,), torch.uint8)], [("t", (3, 4), torch.float32)])
+    pool.add("m", layout, lambda views: (views["w"].fill_(1), views["t"].fill_(2.0)))
+    (table,) = pool.tables("m", torch.device("cpu")).values()
+    assert table.tolist() == [[2.0] * 4] * 3
+    assert table.data_ptr() == pool.master("m").data_ptr() + ALIGNMENT_BYTES
+    pool.add("none", layout_of(10), lambda views: None)
+    assert pool.tables("none", torch.device("cpu")) == {}
+
+
+def layout_of(n_bytes):
+    return Layout.pack([("w", (n_bytes,), torch.uint8)])
+
+
+def test_masters_have_exactly_the_models_size():
+    pool, sizes = SwapPool(), [1000, 4096, 123_457]
+    for n_bytes in sizes:
+        pool.add(f"m{n_bytes}", layout_of(n_bytes), lambda views: views["w"].fill_(7))
+        assert pool.master(f"m{n_bytes}").tolist() == [7] * n_bytes
+    assert pool.n_bytes == sum(sizes)
+
+
+def test_host_memory_is_given_back():
+    process, pool = psutil.Process(), SwapPool()
+    before = process.memory_info().rss
+    for i in range(4):
+        pool.add(f"m{i}", layout_of(32 << 20), lambda views: views["w"].fill_(1))
+    assert process.memory_info().rss - before > 100 << 20
+    for i in range(4):
+        pool.discard(f"m{i}")
+    gc.collect()
+    assert process.memory_info().rss - before < 20 << 20
+
+
+def test_a_fill_that_fails_leaves_nothing_behind():
+    pool = SwapPool()
+
+    def broken(views):
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        pool.add("a", layout_of(10), broken)
+    assert pool.n_bytes == 0
+    pool.add("a", layout_of(10), lambda views: views["w"].fill_(3))
+    assert pool.master("a").tolist() == [3] * 10
+
+
+def test_hash_tells_two_masters_apart():
+    pool = SwapPool()
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        pool.add(name, layout_of(100), lambda views, value=value: views["w"].fill_(value))
+    assert pool.sha256("a") == pool.sha256("b") != pool.sha256("c")
+
+
+def test_bad_input_is_refused():
+    pool = SwapPool()
+    pool.add("a", layout_of(10), lambda views: None)
+    with pytest.raises(ConfigError, match="added before"):
+        pool.add("a", layout_of(10), lambda views: None)
+    with pytest.raises(ConfigError, match="with weights"):
+        pool.add("b", Layout(()), lambda views: None)
+    with pytest.raises(CapacityError, match="host memory"):
+        pool.add("c", layout_of(1 << 60), lambda views: None)
+    pool.discard("nobody")
+    assert pool.layout("a").n_bytes == 10
+
+
+def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch):
+    class Runtime:
+        def cudaHostRegister(self, address, n_bytes, flags):
+            return 2
+
+    monkeypatch.setattr(host_memory, "_cudart", Runtime)
+    pool = SwapPool(pin=True)
+    with pytest.raises(CapacityError, match=r"host memory that can be pinned, got CUDA error 2"):
+        pool.add("m", Layout.pack([("w", (10,), torch.float32)]), lambda views: None)
+    assert pool.n_bytes == 0
+    pool.close()
+
+
+def test_more_than_the_host_has_is_refused_before_it_is_touched(monkeypatch):
+    monkeypatch.setattr(host_memory, "host_bytes_available", lambda: 100)
+    filled = []
+    pool = SwapPool()
+    with pytest.raises(CapacityError, match=r"expected 400 B of host memory.*got 100 B available"):
+        pool.add("m", Layout.pack([("w", (100,), torch.float32)]), filled.append)
+    assert not filled and pool.n_bytes == 0
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path):
+    everything = host_memory.host_bytes_available(tmp_path / "no-such-group")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 270\nshmem 20\n")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert host_memory.host_bytes_available(tmp_path) == 550
+    (tmp_path / "memory.max").write_text("max\n")
+    now = host_memory.host_bytes_available(tmp_path)
+    assert abs(now - everything) < 1 << 30

@@ -1,0 +1,498 @@
+"""Many requests at once: the same tokens, no deadlock, nobody starved, nothing left behind."""
+
+import asyncio
+import random
+import threading
+import time
+from concurrent.futures import CancelledError, Future, wait
+
+import psutil
+import pytest
+from tiny import PROMPT, VOCAB, ordinary_tokens, spec
+
+import djinn_lib as dj
+from djinn_lib.engine.memory.devices import copier
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
+
+NAMES = ["llama", "phi", "opt", "qwen2-tied"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        spec(name).build().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    return {name: ordinary_tokens(folders / name, 6) for name in NAMES}
+
+
+@pytest.fixture
+def opened(folders):
+    """Opens a `Djinn` that two of the four models fill."""
+    objects = []
+
+    def open_djinn(**options):
+        djinn = dj.Djinn("1200KiB", "cpu", "16KiB", **options)
+        objects.append(djinn)
+        for name in NAMES:
+            djinn.add(name, folders / name)
+        return djinn
+
+    yield open_djinn
+    for djinn in objects:
+        djinn.check()
+        assert not djinn._pager.ring.any_leased
+        djinn.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"order": "affinity"}, {"lookahead": False}, {"residency": "whole"}, {"overlap": False}],
+    ids=str,
+)
+def test_requests_from_many_threads(opened, expected, options):
+    djinn, failures = opened(**options), []
+
+    def client(seed):
+        rng = random.Random(seed)
+        for _ in range(12):
+            name = rng.choice(NAMES)
+            g = djinn.generate(name, PROMPT, 6, ignore_eos=True)
+            if g.token_ids != expected[name] or g.total_ms < g.queue_ms:
+                failures.append((name, g))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not failures
+
+
+def test_two_threads_compute_at_most_whoever_asks(opened, expected, monkeypatch):
+    djinn, idents = opened(), []
+    decoder = type(djinn._models["phi"].decoder)
+    generate = decoder.generate
+
+    def noting(*args, **options):
+        idents.append(threading.get_ident())
+        return generate(*args, **options)
+
+    monkeypatch.setattr(decoder, "generate", noting)
+    djinn.generate("phi", PROMPT, 6, ignore_eos=True)
+    assert idents == [threading.get_ident()]  # who asks first is served in its own thread
+    threads = [threading.Thread(target=djinn.generate, args=("phi", PROMPT, 6)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    djinn.submit("phi", PROMPT, 6).result(60)
+    assert len(idents) == 8 and len(set(idents)) == 2
+
+
+def test_what_is_called_when_a_request_ends_may_ask_again(opened, expected):
+    djinn, again = opened(), []
+    djinn.generate("phi", PROMPT, 6)
+
+    def ask(_):
+        again.append(djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids)
+
+    pending = djinn.submit("llama", PROMPT, 6)
+    pending.add_done_callback(ask)
+    pending.result(60)
+    djinn.submit("llama", PROMPT, 6).result(60)
+    assert again == [expected["opt"]]
+
+
+def test_an_interrupted_caller_gives_its_request_up(opened, expected, monkeypatch):
+    djinn, interrupted = opened(), []
+    djinn.generate("phi", PROMPT, 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "result", _interrupt)
+
+        def ask():
+            try:
+                djinn.generate("llama", PROMPT, 80)
+            except KeyboardInterrupt:
+                interrupted.append(djinn._pager.ring.any_leased)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join(60)
+    assert interrupted == [False]  # it waited until nothing was computed any more
+    assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
+
+
+def _interrupt(pending, timeout=None):
+    raise KeyboardInterrupt
+
+
+def test_requests_from_asyncio(opened, expected):
+    djinn = opened(order="affinity")
+    models = random.Random(0).choices(NAMES, k=40)
+
+    async def ask():
+        return await asyncio.gather(
+            *(djinn.agenerate(name, PROMPT, 6, ignore_eos=True) for name in models)
+        )
+
+    for name, g in zip(models, asyncio.run(ask()), strict=True):
+        assert g.token_ids == expected[name]
+
+
+def test_sampled_requests_do_not_disturb_each_other(opened):
+    djinn = opened()
+    alone = djinn.generate("llama", PROMPT, 8, temperature=0.8, seed=3).token_ids
+    pending = [
+        djinn.submit("llama", PROMPT, 8, temperature=0.8, seed=seed) for seed in (1, 3, 2, 3)
+    ]
+    tokens = [future.result(60).token_ids for future in pending]
+    assert tokens[1] == tokens[3] == alone
+    assert tokens[0] != alone
+
+
+def test_a_request_that_waits_can_be_cancelled(opened, expected):
+    djinn = opened()
+    with djinn.lease("llama"):
+        first, second = (djinn.submit(name, PROMPT, 6, True) for name in ("phi", "opt"))
+        assert first.cancel() and first.cancelled()
+        assert first.cancel()  # twice is harmless
+    with pytest.raises(CancelledError):
+        first.result(60)
+    assert second.result(60).token_ids == expected["opt"]
+    assert not second.cancel()
+
+
+def test_a_request_that_is_served_ends_and_gives_its_lease_back(opened, expected):
+    djinn = opened()
+    pending = djinn.submit("llama", PROMPT, 400, ignore_eos=True)
+    while not djinn._pager.ring.is_leased("llama"):
+        time.sleep(0.001)
+    assert not pending.cancel()
+    with pytest.raises(RequestCancelled, match="cancelled"):
+        pending.result(60)
+    assert not djinn._pager.ring.is_leased("llama")
+    assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected["llama"]
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+def test_cancelling_a_task_frees_its_lease(folders, decode):
+    with dj.Djinn("1200KiB", "cpu", "16KiB", decode=decode, max_model_len=500) as djinn:
+        djinn.add("llama", folders / "llama")
+
+        async def give_up(after_s):
+            task = asyncio.create_task(djinn.agenerate("llama", PROMPT, 400, ignore_eos=True))
+            await asyncio.sleep(after_s)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            return await djinn.agenerate("llama", PROMPT, 2, ignore_eos=True)
+
+        for after_s in (0.0, 0.05):
+            assert len(asyncio.run(give_up(after_s)).token_ids) == 2
+
+
+def test_an_old_request_is_overtaken_only_so_often(opened):
+    djinn = opened(order="affinity", max_overtaken=3, lookahead=False)
+    done = []
+    for name in NAMES[1:]:
+        djinn.evict(name)
+    with djinn.lease("llama"):
+        old = djinn.submit("phi", PROMPT, 2)
+        hits = [djinn.submit("llama", PROMPT, 2) for _ in range(8)]
+        for i, future in enumerate([old, *hits]):
+            future.add_done_callback(lambda _, i=i: done.append(i))
+    wait([old, *hits], 60)
+    assert done == [1, 2, 3, 0, 4, 5, 6, 7, 8]
+
+
+def test_what_waits_is_loaded_behind_what_computes(opened, expected):
+    djinn = opened()
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("opt"):
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        for _ in range(5000):
+            if djinn._pager.is_resident("phi"):
+                break
+            time.sleep(0.001)
+    g = pending.result(60)
+    assert g.token_ids == expected["phi"]
+    n_bytes = djinn.residency().set_index("model").bytes["phi"]
+    assert (g.prefetched_bytes, g.loaded_bytes, g.resident_before_bytes) == (n_bytes, n_bytes, 0)
+    assert djinn.generate("phi", PROMPT, 2).loaded_bytes == 0
+
+
+def test_looking_ahead_takes_nothing_from_who_computes_or_comes_sooner(opened, expected):
+    djinn = opened()
+    sizes = djinn.residency().set_index("model").bytes
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("llama"):
+        djinn.wait("llama")
+        pending = [djinn.submit(name, PROMPT, 6, True) for name in ("phi", "opt", "qwen2-tied")]
+        djinn._server._ahead.look()  # beside the thread that does so anyway
+        resident = djinn.residency().set_index("model").resident_bytes
+        assert resident["llama"] == sizes["llama"]
+        assert resident["phi"] > 0
+        assert resident["phi"] == sizes["phi"] or resident["opt"] == resident["qwen2-tied"] == 0
+    for name, future in zip(("phi", "opt", "qwen2-tied"), pending, strict=True):
+        assert future.result(60).token_ids == expected[name]
+
+
+def test_without_lookahead_nothing_is_loaded_ahead(opened):
+    djinn = opened(lookahead=False)
+    for name in NAMES:
+        djinn.evict(name)
+    with djinn.lease("opt"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        time.sleep(0.05)
+        assert djinn.residency().set_index("model").resident_bytes["phi"] == 0
+    assert pending.result(60).prefetched_bytes == 0
+
+
+def test_a_copy_ahead_that_fails_costs_nobody_a_request(opened, expected, monkeypatch):
+    djinn, real = opened(), copier.copy_page
+    for name in NAMES:
+        djinn.evict(name)
+    failing = threading.Event()
+
+    def copy_page(target, source):
+        if failing.is_set():
+            raise OSError(5, "Input/output error")
+        real(target, source)
+
+    monkeypatch.setattr(copier, "copy_page", copy_page)
+    with djinn.lease("opt"):
+        djinn.wait("opt")
+        failing.set()
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        while not djinn._pager._models["phi"].loads:
+            time.sleep(0.001)
+        djinn._pager._models["phi"].finish_copies()
+        failing.clear()
+    assert pending.result(60).token_ids == expected["phi"]
+
+
+def test_who_holds_a_lease_cannot_wait_for_a_request(opened, expected):
+    djinn = opened()
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+        with pytest.raises(LeaseError, match="would wait for the lease"):
+            pending.result()
+        assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
+    assert pending.result(60).token_ids == expected["phi"]
+
+
+async def through_a_future(djinn):
+    return await asyncio.wrap_future(djinn.submit("phi", PROMPT, 6))
+
+
+async def through_a_task(djinn):
+    return await asyncio.wait_for(djinn.agenerate("phi", PROMPT, 6), 60)
+
+
+async def with_others(djinn):
+    return await asyncio.gather(*(djinn.agenerate(name, PROMPT, 6) for name in NAMES))
+
+
+async def in_a_thread(djinn):
+    return await asyncio.to_thread(djinn.generate, "phi", PROMPT, 6)
+
+
+async def by_a_lease_in_a_thread(djinn):
+    return await asyncio.to_thread(djinn.lease("phi").__enter__)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [lambda djinn: djinn.agenerate("phi", PROMPT, 6), through_a_future, through_a_task,
+     with_others, in_a_thread, by_a_lease_in_a_thread],
+)  # fmt: skip
+@pytest.mark.parametrize("leased_in_the_loop", [True, False])
+def test_a_coroutine_that_would_wait_for_its_own_lease(opened, expected, ask, leased_in_the_loop):
+    djinn = opened()
+
+    async def hold():
+        with djinn.lease("llama"):
+            await ask(djinn)
+
+    with pytest.raises(LeaseError, match="would wait for the lease"):
+        if leased_in_the_loop:
+            asyncio.run(hold())
+        else:
+            with djinn.lease("llama"):
+                asyncio.run(ask(djinn))
+    assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
+
+
+def test_a_coroutine_may_wait_for_the_lease_of_another(opened, expected):
+    djinn, leased = opened(), asyncio.Event()
+
+    async def hold():
+        with djinn.lease("llama"):
+            leased.set()
+            await asyncio.sleep(0.1)
+
+    async def ask():
+        await leased.wait()
+        return await djinn.agenerate("phi", PROMPT, 6, ignore_eos=True)
+
+    async def both():
+        return await asyncio.gather(hold(), ask())
+
+    assert asyncio.run(both())[1].token_ids == expected["phi"]
+
+
+def test_a_callback_may_be_left_inside_a_lease(opened):
+    djinn, done = opened(), []
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        pending.add_done_callback(done.append)
+        with pytest.raises(LeaseError, match="would wait for the lease"):
+            pending.exception()
+    assert pending.exception(60) is None and done == [pending]
+
+
+def test_leases_of_two_coroutines_that_overlap(opened):
+    """The turn is that of their thread, and ends with the last of them."""
+    djinn = opened()
+    turns = djinn._server._turns
+
+    async def both():
+        first_has_left, second_holds = asyncio.Event(), asyncio.Event()
+
+        async def first():
+            with djinn.lease("llama"):
+                await second_holds.wait()
+            first_has_left.set()
+
+        async def second():
+            with djinn.lease("phi") as model:
+                second_holds.set()
+                await first_has_left.wait()
+                waiting = turns.join("opt")
+                assert not waiting.done()
+                assert model.lm_head.weight.isfinite().all()
+            assert waiting.done()
+            with turns.take(waiting):
+                pass
+
+        await asyncio.gather(first(), second())
+
+    asyncio.run(both())
+
+
+def test_who_gives_up_waiting_can_be_waited_for(opened):
+    djinn = opened()
+    with djinn.lease("llama"):
+        pending = djinn.submit("phi", PROMPT, 2)
+        assert pending.cancel()
+        assert wait([pending], 10).done == {pending}
+
+
+def test_bad_requests_are_refused_before_they_wait(opened):
+    djinn = opened()
+    with pytest.raises(ConfigError, match="expected one of the models"):
+        djinn.submit("unknown", PROMPT)
+    with pytest.raises(ConfigError, match="token ids from 0"):
+        djinn.submit("llama", [VOCAB])
+    with pytest.raises(ConfigError, match="order to be one of"):
+        dj.Djinn("1MiB", "cpu", "16KiB", order="lifo")
+
+
+def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected):
+    process = psutil.Process()
+
+    def held():
+        names = [t.name for t in threading.enumerate() if t.name.startswith("djinn")]
+        return process.num_fds(), sorted(names)
+
+    def cycle():
+        djinn = dj.Djinn("1200KiB", "cpu", "16KiB")
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+        pending = [djinn.submit(name, PROMPT, 6, True) for name in ("llama", "phi", "phi")]
+        while not (djinn._pager.ring.any_leased or pending[0].done()):
+            time.sleep(0.001)
+        djinn.close()
+        assert pending[0].result(60).token_ids == expected["llama"]
+        for future in pending[1:]:
+            if future.exception(60):
+                with pytest.raises(DjinnError, match="closed"):
+                    future.result(0)
+        with pytest.raises(DjinnError):
+            djinn.generate("llama", PROMPT, 2)
+
+    cycle()
+    before = held()
+    for _ in range(3):
+        cycle()
+    assert held() == before
+
+
+def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplog):
+    """Nobody hangs, and whoever gets tokens gets those of the model that was asked."""
+    failures, stop = [], threading.Event()
+    with dj.Djinn("1200KiB", "cpu", "16KiB", order="affinity", decode="eager") as djinn:
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+
+        def ask(seed):
+            rng = random.Random(seed)
+            while not stop.is_set():
+                name = rng.choice(["llama", "phi", "guest"])
+                try:
+                    g = djinn.generate(name, PROMPT, 6, ignore_eos=True)
+                except ConfigError as error:  # a guest who has left, or is another one by now
+                    if name != "guest":
+                        failures.append((name, error))
+                    continue
+                except BaseException as error:
+                    failures.append((name, error))
+                    return
+                if g.token_ids not in (
+                    [expected[n] for n in ("opt", "qwen2-tied")]
+                    if name == "guest"
+                    else [expected[name]]
+                ):
+                    failures.append((name, g))
+
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for i in range(4):
+            djinn.add("guest", folders / ("opt", "qwen2-tied")[i % 2])
+            time.sleep(0.05)
+            while True:
+                try:
+                    djinn.remove("guest")
+                    break
+                except LeaseError:  # it is being asked
+                    time.sleep(0.001)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        djinn.check()
+    assert not failures, failures[:3]
+    assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_a_request_is_not_served_by_another_model_of_the_same_name(folders, expected):
+    with dj.Djinn("1200KiB", "cpu", "16KiB", decode="eager") as djinn:
+        for name in ("llama", "phi"):
+            djinn.add(name, folders / name)
+        with djinn.lease("llama"):
+            pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
+            djinn.remove("phi")
+            djinn.add("phi", folders / "opt")
+        with pytest.raises(ConfigError, match="another model of that name"):
+            pending.result(60)
+        g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)
+        assert g.token_ids == expected["opt"]

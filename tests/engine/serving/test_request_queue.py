@@ -1,0 +1,142 @@
+"""The order of waiting requests against a naive model, and its bound on overtaking."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from djinn_lib.engine.serving.queue import RequestQueue
+from djinn_lib.errors import ConfigError
+
+MODELS = "abcd"
+
+
+def nobody(model):
+    return False
+
+
+def drain(queue, resident=""):
+    return [queue.pop(resident.__contains__) for _ in range(len(queue))]
+
+
+def filled(models, order="fifo", max_overtaken=8):
+    queue = RequestQueue(order, max_overtaken)
+    for i, model in enumerate(models):
+        queue.push(i, model)
+    return queue
+
+
+def test_fifo_serves_in_order_of_arrival():
+    assert drain(filled("abab"), resident="b") == [0, 1, 2, 3]
+
+
+def test_affinity_serves_resident_models_first():
+    assert drain(filled("abab", "affinity"), resident="b") == [1, 3, 0, 2]
+    assert drain(filled("abab", "affinity"), resident="") == [0, 1, 2, 3]
+
+
+def test_no_request_is_overtaken_more_often_than_allowed():
+    assert drain(filled("abbbbb", "affinity", max_overtaken=2), resident="b") == [1, 2, 0, 3, 4, 5]
+    assert drain(filled("abb", "affinity", max_overtaken=0), resident="b") == [0, 1, 2]
+
+
+def test_a_withdrawn_request_is_not_served():
+    queue = filled("abc")
+    assert queue.withdraw(1) and not queue.withdraw(1)
+    assert 1 not in queue and drain(queue) == [0, 2]
+
+
+def test_what_comes_next_is_what_pop_gives_then():
+    queue = filled("abbab", "affinity", max_overtaken=2)
+    assert queue.upcoming("b".__contains__, 9) == ["b", "b", "a", "b", "a"]
+    assert queue.upcoming("b".__contains__, 2) == ["b", "b"]
+    queue.check()
+    assert [len(queue), *drain(queue, "b")] == [5, 1, 2, 0, 4, 3]
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match="order to be one of"):
+        RequestQueue("lifo")
+    with pytest.raises(ConfigError, match="at least 0"):
+        RequestQueue("affinity", -1)
+    with pytest.raises(LookupError, match="empty queue"):
+        RequestQueue().pop(nobody)
+    queue = filled("a")
+    with pytest.raises(ConfigError, match="waits already"):
+        queue.push(0, "a")
+
+
+@given(st.text("ab", min_size=1, max_size=60), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_a_steady_stream_of_hits_starves_nobody(arrivals, bound):
+    """One arrives for each that is served, always for the resident model: the worst case."""
+    queue, served = RequestQueue("affinity", bound), []
+    queue.push("old", "a")
+    for i, _ in enumerate(arrivals):
+        queue.push(i, "b")
+        served.append(queue.pop("b".__contains__))
+        queue.check()
+    assert "old" in served[: bound + 1] or len(served) <= bound
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """The queue against a list of [request, model, times overtaken]."""
+
+    @initialize(order=st.sampled_from(["fifo", "affinity"]), bound=st.integers(0, 3))
+    def start(self, order, bound):
+        self.queue, self.order, self.bound = RequestQueue(order, bound), order, bound
+        self.naive, self.n = [], 0
+
+    @rule(model=st.sampled_from(MODELS))
+    def push(self, model):
+        self.queue.push(self.n, model)
+        self.naive.append([self.n, model, 0])
+        self.n += 1
+
+    def expected(self, resident):
+        may_be_overtaken = [n < self.bound for _, _, n in self.naive]
+        for i, (_, model, _) in enumerate(self.naive):
+            if self.order == "affinity" and model in resident and all(may_be_overtaken[:i]):
+                return i
+        return 0
+
+    @precondition(lambda self: self.naive)
+    @rule(resident=st.sets(st.sampled_from(MODELS)))
+    def pop(self, resident):
+        i = self.expected(resident)
+        assert self.queue.upcoming(resident.__contains__, 1) == [self.naive[i][1]]
+        for entry in self.naive[:i]:
+            entry[2] += 1
+        assert self.queue.pop(resident.__contains__) == self.naive.pop(i)[0]
+
+    @precondition(lambda self: self.naive)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        i = data.draw(st.integers(0, len(self.naive) - 1))
+        assert self.queue.withdraw(self.naive.pop(i)[0])
+
+    @invariant()
+    def audit(self):
+        if hasattr(self, "queue"):
+            self.queue.check()
+            assert len(self.queue) == len(self.naive)
+            assert all(n <= self.bound for _, _, n in self.naive)
+
+
+QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestQueue = QueueMachine.TestCase
+
+
+@pytest.mark.parametrize("order", ["fifo", "affinity"])
+def test_a_look_at_residency_that_fails_changes_nothing(order):
+    def fails(model):
+        raise KeyError(model)
+
+    queue = filled("abc", order)
+    if order == "affinity":
+        with pytest.raises(KeyError):
+            queue.pop(fails)
+        with pytest.raises(KeyError):
+            queue.upcoming(fails, 2)
+        queue.check()
+    assert drain(queue) == [0, 1, 2]

@@ -1,0 +1,236 @@
+"""One cell: rows, manifest, journal, and everything that can go wrong in between."""
+
+import json
+import math
+
+import pytest
+from profile_factory import tiny_profile
+
+from djinn_lib.errors import TraceError
+from djinn_lib.experiment import machine
+from djinn_lib.experiment.bench import Bench, set_up
+from djinn_lib.experiment.cell import close_dead_cell, run_cell
+from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.systems.pytorch import PyTorchPinned
+from djinn_lib.trace import write_trace, zipf_trace
+
+SYSTEMS = {
+    "djinn": {"system": "djinn"},
+    "pytorch_pinned": {"system": "pytorch_pinned"},
+    "vllm_sleep": {"system": "vllm_sleep"},
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cell")
+    profile = tiny_profile(
+        systems=SYSTEMS, repeats=2, capacities={"half": "3/4", "all": "64MiB", "small": "8KiB"}
+    )
+    bench = set_up(profile, root / "run", root / "models", progress=lambda step: None)
+    bench.write_traces()
+    return Bench.open(profile, root / "run")
+
+
+def cell_of(bench, system, label="half"):
+    return bench.profile.cell("zipf", label, system)
+
+
+def test_rows_and_manifest(bench):
+    cell = cell_of(bench, "djinn")
+    rows = run_cell(bench, cell)
+    assert rows.equals(read_rows(bench.rows_path(cell)))
+    assert rows["ok"].all()
+    assert list(zip(rows["repeat"], rows["request"], strict=True)) == [
+        (repeat, request) for repeat in range(2) for request in range(6)
+    ]
+    assert (rows["n_tokens"] == bench.profile.new_tokens).all()
+    assert not bench.journal_path(cell).exists()
+    manifest = read_manifest(bench.manifest_path(cell))
+    assert manifest["run_id"] == rows["run_id"][0]
+    assert manifest["parameters"]["page_bytes"] == 4096
+    facts = manifest["models"].values()
+    assert all(0 < f["device_bytes"] < f["bytes"] for f in facts)  # tables stay in the host
+    assert {m: f["bytes"] for m, f in manifest["models"].items()} == {
+        name: files.n_bytes for name, files in bench.models.items()
+    }
+    assert manifest["setup_s"] > 0
+    assert [len(of_repeat) for of_repeat in manifest["host_loop_us"]] == [6, 6]
+    assert min(us for of_repeat in manifest["host_loop_us"] for us in of_repeat) > 1
+    assert 0 <= manifest["stolen_share"] < 1
+
+
+def test_each_model_warms_up_with_a_whole_request(bench, monkeypatch):
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, model, prompt_ids, max_new_tokens):
+        calls.append((model, len(prompt_ids), max_new_tokens))
+        return real(self, model, prompt_ids, max_new_tokens)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
+    sizes = bench.profile.prompt_tokens, bench.profile.new_tokens
+    assert calls[: -len(rows)] == [(model, *sizes) for model in bench.models]
+
+
+@pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
+def test_requests_that_arrive_together_wait_for_each_other(bench, system):
+    one_by_one = run_cell(bench, cell_of(bench, system))
+    cell = bench.profile.cell("zipf", "half", system, "concurrent")
+    cell = cell.model_copy(update={"speed": math.inf})
+    rows = run_cell(bench, cell)
+    assert cell.id == f"zipf-half-{system}-concurrent"
+    assert rows["ok"].all() and set(rows["mode"]) == {"concurrent"}
+    assert len(rows) == len(one_by_one)
+    assert rows.groupby("repeat").queue_ms.max().gt(rows.groupby("repeat").queue_ms.min()).all()
+    last = rows.groupby("repeat").total_ms.max()
+    assert (last >= rows.groupby("repeat").decode_ms.sum()).all()  # one after the other
+    keys = ["repeat", "request"]
+    tokens = rows.set_index(keys).token_sha.sort_index()
+    assert tokens.equals(one_by_one.set_index(keys).token_sha.sort_index())
+    manifest = read_manifest(bench.manifest_path(cell))
+    assert manifest["parameters"]["mode"] == "concurrent"
+    assert manifest["host_loop_us"] == []  # a loop beside requests would hold them up
+
+
+def test_a_request_that_fails_beside_others_fails_alone(bench, monkeypatch):
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 7:  # after warming up three models
+            raise MemoryError("no room")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    cell = bench.profile.cell("zipf", "half", "pytorch_pinned", "concurrent")
+    rows = run_cell(bench, cell.model_copy(update={"speed": math.inf}))
+    assert (~rows["ok"]).sum() == 1
+    assert rows[~rows["ok"]].error_kind.tolist() == ["oom"]
+
+
+def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
+    rows = run_cell(bench, cell_of(bench, "djinn"))
+    first, second = (rows[rows["repeat"] == repeat] for repeat in (0, 1))
+    for column in ("loaded_bytes", "evicted_bytes", "resident_before_bytes", "token_sha"):
+        assert first[column].tolist() == second[column].tolist(), column
+    assert first["resident_before_bytes"].iloc[0] == 0
+
+
+def test_residency_after_each_request_is_kept(bench):
+    cell = cell_of(bench, "djinn")
+    rows = run_cell(bench, cell)
+    models = read_manifest(bench.manifest_path(cell))["models"]
+    for row in rows.itertuples():
+        resident = json.loads(row.resident_bytes)
+        assert resident[row.model] == models[row.model]["device_bytes"]
+        assert sum(resident.values()) <= row.capacity_bytes
+
+
+def test_systems_agree_on_tokens(bench):
+    shas = [run_cell(bench, cell_of(bench, s))["token_sha"] for s in ("djinn", "pytorch_pinned")]
+    assert shas[0].tolist() == shas[1].tolist()
+    assert shas[0].nunique() > 2
+
+
+def test_a_system_that_cannot_run_here_says_so_in_every_row(bench):
+    rows = run_cell(bench, cell_of(bench, "vllm_sleep"))
+    assert (rows["error_kind"] == "unavailable").all()
+    assert rows["error"].str.contains("CUDA").all()
+    assert len(rows) == 12
+
+
+def test_notes_are_in_rows_and_manifest(bench):
+    cell = cell_of(bench, "pytorch_pinned")
+    rows = run_cell(bench, cell)
+    assert rows["note"].str.contains("pinning is a no-op").all()
+    assert any("no-op" in note for note in read_manifest(bench.manifest_path(cell))["notes"])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(MemoryError("ring"), "oom"), (OSError(28, "full"), "disk_full"), (KeyError("x"), "other")],
+    ids=str,
+)
+def test_a_failed_request_is_a_row_and_the_cell_goes_on(bench, monkeypatch, error, kind):
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2 + 3:  # two warm up, the third request fails
+            raise error
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
+    failed = rows[~rows["ok"]]
+    assert len(rows) == 12
+    assert failed[["repeat", "request", "error_kind"]].values.tolist() == [[0, 2, kind]]
+    assert math.isnan(failed["total_ms"].iloc[0])
+
+
+def test_a_cell_that_dies_keeps_the_rows_it_finished(bench, monkeypatch):
+    cell = cell_of(bench, "pytorch_pinned", "all")
+    real, calls = PyTorchPinned.serve, []
+
+    def serve(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2 + 5:
+            raise KeyboardInterrupt  # not an Exception: it ends the cell as a kill would
+        return real(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", serve)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(bench, cell)
+    assert not bench.rows_path(cell).exists()  # half a result is not taken for a whole one
+    with bench.journal_path(cell).open("a") as journal:
+        journal.write('{"run_id": "cut sh')  # the process died while it wrote
+    rows = close_dead_cell(bench, cell, "kernel_died", "killed by signal 9")
+    assert rows["ok"].tolist() == [True] * 4 + [False] * 8
+    assert set(rows.loc[~rows["ok"], "error_kind"]) == {"kernel_died"}
+    assert any("killed by signal 9" in note for note in
+               read_manifest(bench.manifest_path(cell))["notes"])  # fmt: skip
+    assert not bench.journal_path(cell).exists()
+
+
+def test_a_death_before_the_first_request(bench):
+    cell = cell_of(bench, "djinn", "all")
+    bench.journal_path(cell).unlink(missing_ok=True)
+    rows = close_dead_cell(bench, cell, "kernel_died", "out of memory")
+    assert not rows["ok"].any()
+    assert len(rows) == 12
+
+
+def test_the_journal_of_an_earlier_try_is_not_taken_over(bench):
+    cell = cell_of(bench, "djinn", "all")
+    bench.journal_path(cell).write_text('{"repeat": 0}\n')
+    assert run_cell(bench, cell)["ok"].all()
+
+
+def test_a_system_that_cannot_start_fails_every_request_with_the_cause(bench):
+    rows = run_cell(bench, cell_of(bench, "djinn", "small"))
+    assert len(rows) == 12
+    assert set(rows["error_kind"]) == {"oom"}
+    assert rows["error"].str.contains("raise the capacity").all()
+
+
+def test_a_trace_over_other_models_is_refused(bench, tmp_path):
+    path = bench.trace_path("zipf")
+    before = path.read_bytes()
+    try:
+        write_trace(zipf_trace(4, 1.0, ["stranger"], 1, 1.0), path)
+        with pytest.raises(TraceError, match="stranger"):
+            run_cell(bench, cell_of(bench, "djinn"))
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):
+    monkeypatch.setattr(machine, "git_state", lambda repo: ("abc", True))
+    monkeypatch.setattr(machine, "other_gpu_processes", lambda: ["12 python 5"])
+    cell = cell_of(bench, "djinn")
+    run_cell(bench, cell)
+    manifest = read_manifest(bench.manifest_path(cell))
+    assert (manifest["git_commit"], manifest["git_dirty"]) == ("abc", True)
+    assert any("working tree" in note for note in manifest["notes"])
+    assert any("other processes" in note for note in manifest["notes"])

@@ -1,0 +1,397 @@
+"""Faults where they strike: each is a failed row with its cause or a clear error, and no more."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_damage import flip_a_bit
+from profile_factory import tiny_profile
+from tiny import PROMPT, ordinary_tokens, spec
+from tiny_run import SYSTEMS, cell_of, copied, prepare
+
+import djinn_lib as dj
+from djinn_lib.engine.memory.devices import copier, host_memory
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
+from djinn_lib.experiment import cell_record
+from djinn_lib.experiment.bench import Bench
+from djinn_lib.experiment.cell import run_cell
+from djinn_lib.experiment.weights import describe
+from djinn_lib.rows import classify_error
+from djinn_lib.systems import system_class
+from djinn_lib.systems.djinn import DjinnRing
+from djinn_lib.systems.pytorch import PyTorchPinned
+from djinn_lib.systems.serverless import Serverless
+from djinn_lib.trace import Trace, write_trace
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Bench:
+    return prepare(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def bench(prepared, tmp_path) -> Bench:
+    """A run folder and model folders of one's own, to be damaged."""
+    return copied(prepared, tmp_path / "copy")
+
+
+def weights_of(bench, model="llama"):
+    return bench.models[model].folder / "model.safetensors"
+
+
+# -- weights on the disk ---------------------------------------------------------------------
+
+DAMAGES = {
+    "flipped bit": flip_a_bit,
+    "truncated": lambda path: os.truncate(path, 1000),
+    "deleted": Path.unlink,
+    "replaced": lambda path: path.write_bytes(path.with_name("other").read_bytes()),
+    "unreadable": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_files_damaged_since_the_set_up_start_no_cell(bench, damage, name):
+    path = weights_of(bench).with_name(name)
+    path.with_name("other").write_bytes((weights_of(bench, "gpt2").with_name(name)).read_bytes())
+    DAMAGES[damage](path)
+    rows = run_cell(bench, cell_of(bench, "djinn"))
+    assert len(rows) == 6 and set(rows["error_kind"]) == {"bad_input"}
+    assert rows["error"].str.contains("could not start: ").all()
+    assert rows["error"].str.contains(str(path.parent), regex=False).all()
+
+
+def test_a_flipped_bit_is_found_whatever_the_system(bench):
+    flip_a_bit(weights_of(bench))
+    for system in ("serverless", "pytorch_pinned"):
+        error = run_cell(bench, cell_of(bench, system))["error"][0]
+        assert "model.safetensors with digest" in error and "run notebook 00_setup again" in error
+
+
+def after_request(monkeypatch, system, number, then):
+    """Let `then` happen once a request (after two to warm up) has been served."""
+    serve, calls = system.serve, []
+
+    def call(self, *arguments):
+        served = serve(self, *arguments)
+        calls.append(arguments[0])
+        if len(calls) == 2 + number:
+            then()
+        return served
+
+    monkeypatch.setattr(system, "serve", call)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "replaced"])
+def test_files_that_change_while_a_system_reads_them(bench, monkeypatch, damage):
+    path = weights_of(bench)
+    path.with_name("other").write_bytes(path.read_bytes()[:-4] + b"else")  # that would load
+    after_request(monkeypatch, Serverless, 2, lambda: DAMAGES[damage](path))
+    rows = run_cell(bench, cell_of(bench, "serverless"))
+    late = (rows["request"] >= 2) & (rows["model"] == "llama")
+    assert late.any() and (rows["ok"] == ~late).all()
+    assert set(rows.loc[late, "error_kind"]) == {"bad_input"}
+    assert rows.loc[late, "error"].str.contains("llama").all()
+
+
+@pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
+def test_whole_folders_may_go_once_a_system_has_read_them(bench, monkeypatch, system):
+    def go():
+        for files in bench.models.values():
+            shutil.rmtree(files.folder)
+
+    after_request(monkeypatch, system_class(system), 1, go)
+    assert run_cell(bench, cell_of(bench, system))["ok"].all()
+
+
+def test_files_that_change_while_a_system_starts(bench, monkeypatch):
+    start = DjinnRing.start
+
+    def slow(self, progress):
+        start(self, progress)
+        weights_of(bench).write_bytes(b"written while it was read")
+
+    monkeypatch.setattr(DjinnRing, "start", slow)
+    rows = run_cell(bench, cell_of(bench, "djinn"))
+    assert rows["error"].str.contains("could not start: .* stay as they are").all()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "overwritten"])
+def test_a_master_copy_needs_its_files_no_more(tmp_path, damage, nothing_leaks):
+    spec("llama").build().save_pretrained(tmp_path)
+    path, expected = tmp_path / "model.safetensors", ordinary_tokens(tmp_path, 6)
+    with nothing_leaks(), dj.Djinn("1MiB", page="16KiB") as djinn:
+        djinn.add("m", tmp_path)
+        assert ".safetensors" not in Path("/proc/self/maps").read_text()
+        match damage:
+            case "truncated":
+                os.truncate(path, 0)
+            case "deleted":
+                shutil.rmtree(tmp_path)
+            case "overwritten":
+                path.write_bytes(b"\xff" * path.stat().st_size)
+        assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
+        djinn.evict("m")
+        assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
+
+
+# -- device and host memory ------------------------------------------------------------------
+
+
+def run_out(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+
+@pytest.mark.parametrize("decode", ["eager", "graph"])
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_no_memory_outside_the_ring(decode, moment, monkeypatch, nothing_leaks):
+    def use():
+        with dj.Djinn("1MiB", page="16KiB", decode=decode, max_model_len=40) as djinn:
+            for name in ("llama", "phi"):
+                djinn.add(name, spec(name))
+            expected = djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids
+            djinn.evict("llama")
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as caught:
+                if moment == "before":
+                    patch.setattr(djinn._models["llama"].decoder, "generate", run_out)
+                else:  # in the last unit, while the weights arrive
+                    last = djinn._models["llama"].units[-1].module
+                    module = djinn._models["llama"].module.get_submodule(last)
+                    patch.setattr(module, "forward", run_out)
+                djinn.generate("llama", PROMPT, 6, ignore_eos=True)
+            assert classify_error(caught.value) == "oom"
+            other = threading.Thread(target=djinn.generate, args=("phi", PROMPT, 2))
+            other.start()  # no lock is left held, whoever asks next
+            other.join(30)
+            assert not other.is_alive()
+            assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected
+            djinn.check()
+            for name in ("llama", "phi"):
+                djinn.evict(name)  # no lease is left either
+            assert djinn._pager.ring.n_free == djinn._pager.ring.n_frames
+
+    use()
+    with nothing_leaks():
+        use()
+
+
+def test_memory_that_a_failed_request_held_is_given_back(bench, monkeypatch):
+    serve, calls, emptied = PyTorchPinned.serve, [], []
+
+    def fail_once(self, *arguments):
+        calls.append(arguments)
+        return run_out() if len(calls) == 4 else serve(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, "serve", fail_once)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(calls)))
+    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
+    assert rows["error_kind"].tolist() == ["", "oom", "", "", "", ""]
+    assert emptied == [4]  # between the request that failed and the next
+
+
+def test_a_failed_copy_leaks_nothing(monkeypatch, nothing_leaks):
+    calls = []
+
+    def fail_once(target, source):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        target.copy_(source)
+
+    def use():
+        calls.clear()
+        with dj.Djinn("1MiB", page="16KiB") as djinn:
+            djinn.add("m", spec("llama"))
+            with pytest.raises(DjinnError, match="try the request again"):
+                djinn.generate("m", PROMPT, 2)
+            assert djinn.generate("m", PROMPT, 2).token_ids
+            djinn.check()
+
+    monkeypatch.setattr(copier, "copy_page", fail_once)
+    use()
+    with nothing_leaks():
+        use()
+
+
+class FakeRuntime:
+    """CUDA's runtime as far as pinning goes; `pinned` holds what is registered now."""
+
+    def __init__(self, refuse: bool = False) -> None:
+        self.pinned: set[int] = set()
+        self.refuse = refuse
+
+    def cudaHostRegister(self, address: int, _n_bytes: int, _flags: int) -> int:
+        if not self.refuse:
+            self.pinned.add(address)
+        return 2 if self.refuse else 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+@pytest.mark.parametrize("fails", ["nothing", "pinning", "reading", "binding"])
+def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
+    runtime = FakeRuntime(refuse=fails == "pinning")
+    monkeypatch.setattr(host_memory, "_cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with dj.Djinn("1MiB", page="16KiB") as djinn:
+        djinn._pool._pin = True
+        if fails == "reading":
+            monkeypatch.setattr(torch.Tensor, "copy_", run_out)
+        if fails == "binding":
+            monkeypatch.setattr("djinn_lib.engine.serving.catalog.bind", run_out)
+        if fails == "nothing":
+            djinn.add("m", spec("llama"))
+            assert len(runtime.pinned) == 1
+        else:
+            with pytest.raises((CapacityError, torch.OutOfMemoryError)):
+                djinn.add("m", spec("llama"))
+            assert (runtime.pinned, djinn.pool.n_bytes) == (set(), 0)
+            assert list(djinn._pager.ring.models) == []
+    assert runtime.pinned == set()
+
+
+# -- requests --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", ["djinn", "serverless"])
+@pytest.mark.parametrize(
+    ("prompt", "n", "message"),
+    [
+        ([3] * 120, 20, r"at most 128 tokens .* got 120 \+ 20"),
+        ([3, 500], 2, "token ids from 0 to 499, got 500"),
+        ([], 2, "at least 1 token"),
+    ],
+    ids=["long", "vocabulary", "empty"],
+)
+def test_requests_that_a_model_cannot_serve(tmp_path, system, prompt, n, message):
+    spec("opt").build().save_pretrained(tmp_path)  # it learned 128 positions
+    served = system_class(system)({"opt": describe("opt", tmp_path)}, 1 << 20, "cpu")
+    served.start()
+    try:
+        with pytest.raises(ConfigError, match=message) as caught:
+            served.serve("opt", prompt, n)
+        assert classify_error(caught.value) == "bad_input"
+        assert len(served.serve("opt", PROMPT, 2).token_ids) == 2
+    finally:
+        served.close()
+
+
+def test_a_prompt_longer_than_the_kv_cache():
+    with dj.Djinn("1MiB", page="16KiB", decode="graph", max_model_len=20) as djinn:
+        djinn.add("m", spec("llama"))
+        with pytest.raises(ConfigError, match="20"):
+            djinn.generate("m", PROMPT, 7)
+        assert djinn.residency().resident_bytes[0] in (0, djinn.residency().bytes[0])
+        assert len(djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids) == 6
+
+
+@pytest.mark.parametrize("method", ["serve", "reset"])
+@pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("expected peace")], ids=str)
+def test_whatever_a_library_raises_fails_one_request(bench, monkeypatch, method, error):
+    work, calls = getattr(PyTorchPinned, method), []
+
+    def fail_once(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == {"serve": 3, "reset": 1}[method]:  # two requests warm up
+            raise error
+        return work(self, *arguments)
+
+    monkeypatch.setattr(PyTorchPinned, method, fail_once)
+    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
+    assert rows["ok"].tolist() == [False, True, True, True, True, True]
+    assert type(error).__name__ in rows["error"][0]
+
+
+def test_options_that_a_system_does_not_have(bench):
+    profile = tiny_profile(systems={"djinn": {"system": "djinn", "options": {"nonsense": 1}}})
+    wrong = replace(bench, profile=profile)
+    rows = run_cell(wrong, cell_of(wrong, "djinn"))
+    assert set(rows["error_kind"]) == {"bad_input"}
+    assert rows["error"].str.contains("could not start: expected options").all()
+
+
+# -- traces and clocks -----------------------------------------------------------------------
+
+
+def test_a_trace_without_requests(bench):
+    write_trace(Trace("none", {}, ()), bench.trace_path("zipf"))
+    cell = cell_of(bench, "djinn")
+    with pytest.raises(TraceError, match=r"at least 1 request, .*make the trace anew"):
+        run_cell(bench, cell)
+    assert not bench.rows_path(cell).exists()
+
+
+def test_a_trace_of_one_request_goes_all_the_way(bench):
+    from djinn_lib.analysis import tables
+    from djinn_lib.analysis.claims import claims_table, judge, load_claims
+    from djinn_lib.analysis.plots import latency as plots
+    from djinn_lib.analysis.run import load_run
+    from djinn_lib.metrics import comparison_summary
+
+    profile = tiny_profile(
+        systems={name: {"system": name} for name in SYSTEMS},
+        capacities={"20": "3/4", "25": "64MiB"},
+        traces={"paper": {"kind": "zipf", "n": 1, "alpha": 1.0, "seed": 1, "rate_per_s": 1.0}},
+        cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
+    )
+    short = replace(bench, profile=profile)
+    short.trace_path("zipf").unlink()
+    short.write_traces()
+    for cell in profile.all_cells():
+        run_cell(short, cell)
+    run = load_run(short.run_dir)
+    rows = run.cells("paper", "25")
+    assert (len(run.rows), rows["ok"].sum()) == (8, 3)
+    tables.cell_table(rows[rows["system"] == "djinn"])
+    plots.latency_cdf(rows)
+    plots.latency_breakdown(rows)
+    plots.residency_over_time(rows, "djinn")
+    plots.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
+    plots.sensitivity(run.sweep("paper"), "pytorch_pinned")
+    plots.plt.close("all")
+    verdicts = judge(load_claims(), run.evidence)
+    assert len(claims_table(verdicts)) == len(verdicts)
+    assert any(verdict.measured is not None for verdict in verdicts)
+    assert comparison_summary(run.rows, "25")
+
+
+def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
+    from datetime import UTC, datetime
+
+    class Jumping:
+        """A clock that someone sets back by a day at each look."""
+
+        at_s = 2e9
+
+        @classmethod
+        def time(cls):
+            cls.at_s -= 86_400
+            return cls.at_s
+
+        @classmethod
+        def now(cls, zone=None):
+            return datetime.fromtimestamp(cls.time(), zone or UTC)
+
+    monkeypatch.setattr(time, "time", Jumping.time)
+    monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
+    monkeypatch.setattr(cell_record, "datetime", Jumping)
+    begin_s = time.perf_counter()
+    rows = run_cell(bench, cell_of(bench, "djinn"))
+    wall_s = time.perf_counter() - begin_s
+    assert Jumping.at_s < 2e9  # it was looked at
+    assert rows["ok"].all() and rows["start_s"].is_monotonic_increasing
+    assert rows["start_s"].between(0, wall_s).all()
+    assert rows["total_ms"].between(0, wall_s * 1e3).all()
+    assert rows["total_ms"].sum() < wall_s * 1e3

@@ -1,0 +1,252 @@
+"""Rows on disk win: what failures may replace, and what stays whatever fails later."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from row_factory import SIZES, cell_rows
+
+from djinn_lib.errors import RecordError
+from djinn_lib.experiment import kept_rows
+from djinn_lib.experiment.kept_rows import (
+    DIED,
+    EARLIER,
+    FAILED_LATER,
+    read_journal,
+    rows_that_stay,
+    set_aside,
+    whole_frame,
+)
+from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_manifest, write_rows
+
+TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
+MANIFEST = {
+    "cell": "paper-25-djinn",
+    "system": "djinn",
+    "options": {},
+    "profile": "cpu",
+    "git_commit": "0123456789abcdef",
+    "git_dirty": False,
+    "other_gpu_processes": [],
+    "versions": {},
+    "machine": {"device": "cpu"},
+    "trace_sha256": "0" * 64,
+    "models": {n: {"bytes": b, "dtype": "float32", "sha256": "0" * 64} for n, b in SIZES.items()},
+    "parameters": {"page_bytes": 1 << 20, "repeats": 1},
+    "started_at_utc": "2026-11-23T06:00:00+00:00",
+    "wall_s": 10.0,
+    "setup_s": 1.0,
+    "notes": ["pinning does nothing"],
+}
+
+
+def execution(
+    run_id: str, n_served: int, died: bool = False, **changed: Any
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows of 30 requests, of which so many were served, and their manifest."""
+    rows = cell_rows("djinn").assign(run_id=run_id)
+    failed = rows.index >= n_served
+    rows.loc[failed, ["ok", "error_kind", "error", "n_tokens"]] = [False, "kernel_died", "gone", 0]
+    rows.loc[failed, TIMES] = float("nan")
+    notes = [*MANIFEST["notes"], *[f"{DIED}killed by signal 9"] * died]
+    return rows_frame(rows.to_dict("records")), {
+        **MANIFEST, "run_id": run_id, "notes": notes, **changed
+    }  # fmt: skip
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "requests" / "paper-25-djinn.parquet"
+
+
+def write(path: Path, rows: pd.DataFrame, manifest: dict[str, Any]) -> dict[str, bytes]:
+    write_rows(rows, path)
+    write_manifest(manifest, path.with_suffix(".manifest.json"))
+    return contents(path)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    return read_manifest(path.with_suffix(".manifest.json"))
+
+
+def aside(path: Path) -> list[str]:
+    return sorted(p.name for p in path.parent.glob(f"{EARLIER}/*"))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "later", "stays"),
+    [
+        ((30, False), (0, True), True),  # 30 of 30 served once became 0 of 30
+        ((30, False), (30, True), True),  # it died after it had measured everything
+        ((28, False), (12, True), True),
+        ((12, False), (28, True), False),
+        ((0, False), (0, True), True),  # it could not run here, and says why
+        ((28, True), (12, True), True),
+        ((12, True), (12, True), False),  # the latest cause of two that died
+        ((30, False), (28, False), False),  # a measurement that came to its end is the newest
+        ((30, False), (30, False), False),
+    ],
+    ids=str,
+)
+def test_what_an_execution_may_replace(path, earlier, later, stays):
+    before = write(path, *execution("earlier", *earlier))
+    rows, manifest = execution("later", *later)
+    kept = rows_that_stay(path, rows, manifest)
+    assert (kept is not None) == stays
+    assert read_rows(path)["run_id"].eq("earlier").all()  # the caller writes, not this
+    if stays:
+        assert path.read_bytes() == before[str(path)] and not aside(path)
+        assert manifest_of(path)["notes"][-1] == f"{FAILED_LATER}killed by signal 9"
+    elif earlier[0] > later[0]:
+        assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
+        assert read_rows(path.parent / EARLIER / "earlier.parquet")["ok"].sum() == earlier[0]
+    else:
+        assert contents(path) == before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"parameters": {"page_bytes": 1 << 20, "repeats": 1, "new_tokens": 7}},
+        {"options": {"decode": "eager"}},
+        {"trace_sha256": "f" * 64},
+        {"models": {n: {**m, "sha256": "f" * 64} for n, m in MANIFEST["models"].items()}},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_rows_that_answer_another_question_go_but_not_for_ever(path, changed):
+    write(path, *execution("earlier", 30))
+    assert rows_that_stay(path, *execution("later", 0, True, **changed)) is None
+    assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
+
+
+def test_rows_of_other_code_or_of_another_day_answer_the_same_question(path):
+    write(path, *execution("earlier", 30))
+    of_now = {"git_commit": "f" * 16, "git_dirty": True, "versions": {"torch": "3"}, "wall_s": 0.1}
+    assert rows_that_stay(path, *execution("later", 0, True, **of_now)) is not None
+    manifest = manifest_of(path)
+    assert (manifest["git_commit"], manifest["run_id"]) == ("0123456789abcdef", "earlier")
+
+
+def test_rows_of_other_requests_go(path):
+    rows, manifest = execution("earlier", 30)
+    write(path, rows.iloc[:20], manifest)
+    assert rows_that_stay(path, *execution("later", 0, True)) is None
+
+
+@pytest.mark.parametrize("manifest", [None, "of another run", "broken"])
+def test_rows_without_a_manifest_of_their_own_stay_and_get_one(path, manifest):
+    """The process died after it had written the rows."""
+    rows, own = execution("finished", 30)
+    write(path, rows, {**own, "run_id": "another"})
+    if manifest != "of another run":
+        path.with_suffix(".manifest.json").write_text("{" if manifest else "")
+    assert rows_that_stay(path, *execution("later", 0, True)).equals(rows)
+    made = manifest_of(path)
+    assert made["run_id"] == "finished"
+    assert made["notes"] == ["pinning does nothing", f"{FAILED_LATER}killed by signal 9"]
+
+
+def test_only_the_latest_failure_is_noted(path):
+    write(path, *execution("earlier", 30))
+    for _ in range(3):
+        assert rows_that_stay(path, *execution("later", 0, True)) is not None
+    assert len(manifest_of(path)["notes"]) == 2
+
+
+def test_a_full_disk_takes_no_rows(path, monkeypatch):
+    before = write(path, *execution("earlier", 30))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(kept_rows, "write_manifest", full)
+    assert rows_that_stay(path, *execution("later", 0, True)) is not None
+    assert contents(path) == before
+    monkeypatch.setattr(kept_rows.os, "link", full)
+    monkeypatch.setattr(kept_rows.shutil, "copy", full)
+    with pytest.raises(OSError, match="No space"):  # before anything is replaced
+        rows_that_stay(path, *execution("later", 0, False))
+    assert path.read_bytes() == before[str(path)]
+
+
+def test_without_links_rows_are_copied_aside(path, monkeypatch):
+    def none(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    write(path, *execution("earlier", 30))
+    monkeypatch.setattr(kept_rows.os, "link", none)
+    for _ in range(2):
+        assert rows_that_stay(path, *execution("later", 0)) is None
+    assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 cut"])
+def test_what_cannot_be_read_does_not_stay(path, content):
+    path.parent.mkdir()
+    assert rows_that_stay(path, *execution("later", 0, True)) is None
+    path.write_bytes(content)
+    assert rows_that_stay(path, *execution("later", 0, True)) is None
+
+
+# -- rows that break the schema ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("loaded_bytes", 1.5), ("queue_ms", -1.0), ("ttft_ms", float("nan")), ("n_tokens", None),
+     ("power_w", 300.0), ("token_sha", "")],
+)  # fmt: skip
+def test_a_row_that_is_wrong_costs_no_other(column, value):
+    rows = cell_rows("djinn").to_dict("records")
+    good = rows_frame(rows)
+    rows[4][column] = value
+    frame = whole_frame(rows)
+    pd.testing.assert_frame_equal(frame.drop(index=4), good.drop(index=4))
+    (wrong,) = frame.iloc[[4]].to_dict("records")
+    assert (wrong["ok"], wrong["error_kind"], wrong["request"]) == (False, "other", 4)
+    assert "breaks the schema" in wrong["error"] and f'"{column}": ' in wrong["error"]
+
+
+def test_no_rows_are_still_refused():
+    with pytest.raises(RecordError, match="at least 1 row"):
+        whole_frame([])
+
+
+# -- journals ----------------------------------------------------------------------------------
+
+
+def test_a_journal_gives_what_can_be_read_of_it(tmp_path):
+    journal = tmp_path / "cell.journal.jsonl"
+    assert read_journal(journal) == []
+    rows = cell_rows("vllm_recreate").to_dict("records")
+    lines = [json.dumps(row) for row in rows]
+    journal.write_text("\n".join(lines) + "\n")
+    pd.testing.assert_frame_equal(rows_frame(read_journal(journal)), rows_frame(rows))
+    odd = ["12", "null", "[1]", "{}", '{"repeat": 0}', "\0\0", lines[3][:-20], ""]
+    odd.append(json.dumps({**rows[4], "repeat": [0]}))
+    journal.write_bytes("\n".join([*lines[:3], *odd, lines[5]]).encode() + b"\xff\xfe\n{")
+    assert [row["request"] for row in read_journal(journal)] == [0, 1, 2]
+    journal.write_text("\n".join([lines[0], json.dumps({**rows[1], "colour": "red"})]))
+    good, wrong = read_journal(journal)
+    assert good["request"] == 0 and good["error_kind"] != "other"
+    assert (wrong["request"], wrong["ok"]) == (1, False) and "colour" in wrong["error"]
+
+
+def test_a_journal_that_is_set_aside_is_kept(tmp_path):
+    journal = tmp_path / "cell.journal.jsonl"
+    set_aside(journal)
+    assert not list(tmp_path.iterdir())
+    for text in ("first", "second"):
+        journal.write_text(text)
+        set_aside(journal)
+        assert (tmp_path / EARLIER / journal.name).read_text() == text and not journal.exists()

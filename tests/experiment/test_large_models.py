@@ -1,0 +1,155 @@
+"""Models larger than the ring, beside accelerate's offloading: the same tokens, honest accounts."""
+
+import json
+
+import pandas as pd
+import pytest
+from profile_factory import tiny_profile
+from row_factory import cell_rows
+from tiny import CONFIGS, PROMPT, spec
+
+from djinn_lib.analysis.large_results import COLUMNS, MANIFEST, ROWS, profile_of, read_large, shares
+from djinn_lib.analysis.plots import large_models as plot_large
+from djinn_lib.analysis.plots import switches as plot_switches
+from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.models.packing import pack
+from djinn_lib.engine.models.sources import open_source
+from djinn_lib.engine.models.spec import ModelSpec, skeleton
+from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.experiment import large_models
+from djinn_lib.experiment.bench import set_up
+from djinn_lib.experiment.large_models import LargeCase, measure
+
+N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes
+
+
+@pytest.fixture(scope="module")
+def rows():
+    cases = [
+        LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=True),
+        LargeCase("phi", spec("phi"), "float32", 250 << 10, resident=False),  # nothing stays
+        LargeCase("qwen2-tied", spec("qwen2-tied"), "float32", 260 << 10, resident=False),
+    ]
+    measured = [measure(case, "cpu", "4KiB", PROMPT, 5, 2, lambda step: None) for case in cases]
+    return pd.concat(measured, ignore_index=True)
+
+
+def test_all_systems_give_the_same_tokens(rows):
+    assert rows.ok.all() and (rows.n_tokens == 5).all()
+    assert (rows.groupby("model").token_sha.nunique() == 1).all()
+    assert set(rows[rows.model == "llama"].system) == {"resident", "djinn", "accelerate"}
+
+
+def test_what_does_not_stay_is_brought_in_for_every_token(rows):
+    llama = rows[rows.model == "llama"].groupby("system").loaded_bytes_per_token.median()
+    assert llama.resident == 0
+    missing = N_BYTES - int(N_BYTES * 0.7)
+    assert missing <= llama.djinn < N_BYTES
+    assert missing <= llama.accelerate < N_BYTES
+
+
+def test_shares_of_the_ceiling(rows):
+    table = shares(rows).set_index(["model", "system"])
+    djinn = table.loc[("llama", "djinn")]
+    link_bytes_per_s = rows.link_bytes_per_s.max()
+    assert link_bytes_per_s > 1e8  # measured, a memory bus
+    assert djinn.link_ms == pytest.approx(djinn.gib_per_token * 2**30 / link_bytes_per_s * 1e3)
+    assert djinn.compute_ms == table.loc[("llama", "resident")].ms_per_token
+    ceiling_ms = max(djinn.link_ms, djinn.compute_ms)
+    assert djinn.share_of_ceiling == pytest.approx(ceiling_ms / djinn.ms_per_token)
+    assert table.n.eq(2).all()
+
+
+def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):
+    def run_out(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(large_models, "offload", run_out)
+    case = LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=False)
+    rows = measure(case, "cpu", "4KiB", PROMPT, 3, 1, lambda step: None)
+    failed = rows[rows.system == "accelerate"].iloc[0]
+    assert (failed.ok, failed.error) == (False, "MemoryError: no room")
+    assert rows[rows.system == "djinn"].ok.all()
+    figure = plot_large.time_per_token(rows)
+    assert "no room" in figure.get_supxlabel()
+
+
+def test_a_ring_that_holds_the_model_is_refused():
+    case = LargeCase("llama", spec("llama"), "float32", N_BYTES, resident=False)
+    with pytest.raises(ConfigError, match="a ring smaller than 'llama'"):
+        measure(case, "cpu", "4KiB", PROMPT, 3, 1)
+
+
+def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
+    own = {**CONFIGS["phi"].to_dict(), "model_type": "phi"}
+    large = {
+        "shared": {"model": "llama", "capacity": "80/100"},
+        "own": {"config": own, "capacity": "60/100", "seed": 3},
+    }
+    profile = tiny_profile(large=large)
+    bench = set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
+    rows = large_models.measure_all(bench, 3, 1, lambda step: None)
+    assert rows.ok.all(), rows.error.tolist()
+    assert set(rows.model) == {"shared", "own"}
+    pd.testing.assert_frame_equal(read_large(tmp_path / "run"), rows)
+    again = large_models.rows_of(bench, 3, 1, measure=False)
+    pd.testing.assert_frame_equal(again, rows)
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
+    assert profile_of(tmp_path / "run") == bench.profile.name
+    assert (
+        manifest["parameters"]["n_tokens"] == 3 and len(manifest["weights_sha256"]["llama"]) == 64
+    )
+    with pytest.raises(ConfigError, match="at least 2 tokens"):
+        large_models.measure_all(bench, 1, 1)
+
+
+def test_rows_that_are_not_there_or_of_another_form_are_refused(rows, tmp_path):
+    with pytest.raises(RecordError, match="run notebook 07_large_models first"):
+        read_large(tmp_path)
+    with pytest.raises(RecordError, match="run notebook 07_large_models again"):
+        profile_of(tmp_path)
+    rows.drop(columns=COLUMNS[-1]).to_parquet(tmp_path / ROWS)
+    with pytest.raises(RecordError, match="got none named \\['error'\\]"):
+        read_large(tmp_path)
+
+
+def test_plain_weights_are_seeded_and_need_no_second_copy():
+    config = {**CONFIGS["llama"].to_dict(), "initializer_range": 0.1}
+    made = []
+    for _ in range(2):
+        pool, opened = SwapPool(), open_source(ModelSpec(config, "float32", 7, init="plain"))
+        layout, _ = pack(opened.module)
+        pool.add("m", layout, opened.fill)
+        made.append((pool.sha256("m"), layout.views(pool.master("m"))))
+    assert made[0][0] == made[1][0]
+    weights = made[0][1]
+    assert weights["model.norm.weight"].eq(1.0).all()
+    assert 0.08 < float(weights["model.embed_tokens.weight"].std()) < 0.12
+    assert skeleton(ModelSpec(config).resolve_config(), weights["lm_head.weight"].dtype)
+
+
+def test_figures_of_large_models_and_of_waiting_requests(rows):
+    figure = plot_large.time_per_token(rows)
+    assert len(figure.axes) == 3
+    with pytest.raises(RecordError, match="models larger than the ring"):
+        plot_large.time_per_token(rows.iloc[:0])
+    alone = cell_rows("djinn")
+    waiting = alone.assign(mode="concurrent", queue_ms=5.0)
+    figure = plot_switches.switches_beside_waiting(waiting, alone)
+    left, right = figure.axes
+    assert [line.get_label() for line in left.lines] == ["Djinn", "Djinn, one after the other"]
+    assert left.lines[0].get_ydata()[-1] == right.lines[0].get_ydata()[-1] == 100.0
+    assert len(left.lines[0].get_ydata()) == 28  # three first touches are left out
+    unbatched = cell_rows("vllm_sleep", gpu=True).assign(mode="concurrent")
+    figure = plot_switches.switches_beside_waiting(pd.concat([waiting, unbatched]), alone)
+    assert "vLLM sleep" not in {line.get_label() for axes in figure.axes for line in axes.lines}
+    assert "Left out: vLLM sleep (vLLM batches by default" in figure.get_supxlabel()
+    empty = plot_switches.switches_beside_waiting(waiting.iloc[:0], alone)
+    assert "no concurrent cells" in empty.get_supxlabel()
+    longer = plot_switches.switches_on_a_longer_trace(pd.concat([alone, cell_rows("pytorch_lru")]))
+    switches, latencies = longer.axes
+    assert [line.get_label() for line in switches.lines] == ["Djinn", "PyTorch LRU"]
+    assert len(switches.lines[0].get_ydata()) == 28 and len(latencies.lines[0].get_ydata()) == 31
+    nothing = plot_switches.switches_on_a_longer_trace(alone.iloc[:0])
+    assert "no rows of this trace" in nothing.get_supxlabel() and not nothing.axes[0].lines
+    assert json.dumps([line.get_label() for line in empty.axes[0].lines])

@@ -1,0 +1,291 @@
+"""Profiles: the ones we ship are sound, and what cannot be used is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from djinn_lib.engine.models.packing import pack
+from djinn_lib.engine.models.spec import ModelSpec, check_dtype, skeleton
+from djinn_lib.errors import ConfigError, TraceError
+from djinn_lib.experiment.profile import REPO, Profile, load_profile, parse_capacity
+from djinn_lib.trace import paper_trace
+
+SMOLLM2_PARAMETERS = 134_515_008  # test_weights checks it against the real weights
+PAPER_BYTES = {
+    "llama-7b": 13_476_831_232,
+    "mistral-7b": 14_483_464_192,
+    "phi-2": 5_559_367_680,
+}
+GOOD: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "page": "64KiB",
+    "prompt_tokens": 4,
+    "new_tokens": 2,
+    "repeats": 2,
+    "models": {
+        name: {"stands_for": "llama-7b", "config": {"model_type": "llama"}} for name in "abc"
+    },
+    "capacities": {"25": "25/31.3", "all": "1GiB"},
+    "traces": {
+        "paper": {"kind": "paper"},
+        "zipf": {"kind": "zipf", "n": 5, "alpha": 1.0, "seed": 1, "rate_per_s": 2.0},
+    },
+    "systems": {
+        "djinn": {"system": "djinn"},
+        "djinn_whole": {"system": "djinn", "options": {"residency": "whole"}},
+    },
+    "cells": [
+        {"traces": ["paper"], "capacities": ["25"], "systems": ["djinn", "djinn_whole"]},
+        {"traces": ["paper", "zipf"], "capacities": ["25", "all"], "systems": ["djinn"],
+         "repeats": 5},
+    ],
+}  # fmt: skip
+
+
+def write(folder: Path, content: Any, name: str = "mine") -> Path:
+    (folder / f"{name}.yml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """GOOD with the field at "a/b/0" set to a value; None takes the field away."""
+    content = copy.deepcopy(GOOD)
+    *parents, last = [int(key) if key.isdigit() and key != "25" else key for key in path.split("/")]
+    holder: Any = content
+    for key in parents:
+        holder = holder[key]
+    if value is None:
+        del holder[last]
+    else:
+        holder[last] = value
+    return content
+
+
+# -- the profiles of this repository ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Profile:
+    return load_profile("cpu")
+
+
+@cache
+def sizes_of(name: str) -> dict[str, int]:
+    """Bytes of each model of a profile, worked out from its configuration."""
+    profile, sizes = load_profile(name), {}
+    for model, entry in profile.models.items():
+        if entry.config is None:
+            sizes[model] = SMOLLM2_PARAMETERS * check_dtype(profile.dtype).itemsize
+        else:
+            config = ModelSpec(entry.config).resolve_config()
+            layout, _ = pack(skeleton(config, check_dtype(profile.dtype)))
+            sizes[model] = layout.n_bytes
+    return sizes
+
+
+def test_the_cells_of_the_cpu_profile(cpu):
+    cells = cpu.all_cells()
+    ids = [cell.id for cell in cells]
+    assert len(ids) == len(set(ids)) == 25
+    assert ids[0] == "paper-25-djinn" and ids[-1] == "paper-25-pytorch_lru-concurrent"
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in ids)
+    for cell, name in zip(cells, ids, strict=True):  # a name can be taken apart again
+        mode = [cell.mode] if cell.mode == "concurrent" else []
+        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *mode]
+    assert {cell.system for cell in cells} == set(cpu.systems)
+    swept = {cell.capacity_label for cell in cells if cell.system == "djinn"}
+    assert swept == {"20", "25", "32", "40"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (REPO / "params").glob("*.yml")))
+def test_every_profile_loads_and_makes_its_traces(name):
+    profile = load_profile(name)
+    assert profile.name == name and profile.all_cells()
+    assert all(trace.models for trace in map(profile.make_trace, profile.traces))
+
+
+def test_small_models_are_to_each_other_as_the_paper_s(cpu):
+    sizes = sizes_of("cpu")
+    for model, entry in cpu.models.items():
+        share = PAPER_BYTES[entry.stands_for] / sum(PAPER_BYTES.values())
+        assert sizes[model] / sum(sizes.values()) == pytest.approx(share, abs=0.03)
+    assert [entry.stands_for for entry in cpu.models.values()] == list(PAPER_BYTES)
+
+
+def test_the_models_of_the_gpu_profile_are_as_large_as_the_real_ones():
+    assert sizes_of("gpu") == PAPER_BYTES
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+def test_capacities_force_what_they_force_in_the_paper(name):
+    sizes, total = sorted(sizes_of(name).values()), sum(sizes_of(name).values())
+    capacities = load_profile(name).capacities
+    capacity = {label: parse_capacity(text, total) for label, text in capacities.items()}
+    assert sizes[-1] + sizes[-2] > capacity["25"] > sizes[-1] + sizes[0]
+    assert capacity["25"] / total == pytest.approx(25 / 31.3, rel=0.003)  # 31.22 GiB on a GPU
+    assert capacity["20"] > sizes[-1] and capacity["40"] > total
+
+
+# -- cells and traces ------------------------------------------------------------------------
+
+
+def test_cells_are_every_combination_once(tmp_path):
+    profile = load_profile("mine", write(tmp_path, GOOD))
+    assert [(cell.id, cell.repeats) for cell in profile.all_cells()] == [
+        ("paper-25-djinn", 2),  # as first listed
+        ("paper-25-djinn_whole", 2),
+        ("paper-all-djinn", 5),
+        ("zipf-25-djinn", 5),
+        ("zipf-all-djinn", 5),
+    ]
+
+
+def test_any_cell_can_be_asked_for(tmp_path):
+    profile = load_profile("mine", write(tmp_path, GOOD))
+    assert profile.cell("zipf", "all", "djinn").repeats == 5
+    unlisted = profile.cell("zipf", "25", "djinn_whole")
+    assert (unlisted.id, unlisted.repeats) == ("zipf-25-djinn_whole", 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("papr", "25", "djinn"), r"a trace out of \['paper', 'zipf'\], got 'papr'"),
+        (("paper", "26", "djinn"), r"a capacity out of \['25', 'all'\], got '26'"),
+        (("paper", "25", "jinn"), r"a system out of \['djinn', 'djinn_whole'\], got 'jinn'"),
+    ],
+)
+def test_an_unknown_cell_is_refused(tmp_path, names, message):
+    profile = load_profile("mine", write(tmp_path, GOOD))
+    with pytest.raises(ConfigError, match=rf"profile 'mine': expected {message}"):
+        profile.cell(*names)
+
+
+def test_traces_are_made_over_the_profile_s_models(tmp_path):
+    profile = load_profile("mine", write(tmp_path, GOOD))
+    assert profile.make_trace("paper") == paper_trace(("a", "b", "c"))
+    zipf = profile.make_trace("zipf")
+    assert len(zipf) == 5 and zipf.params["rate_per_s"] == 2.0
+    (tmp_path / "two.yml").write_text(yaml.safe_dump(changed("models/c", None)))
+    with pytest.raises(TraceError, match="three different models"):
+        load_profile("two", tmp_path).make_trace("paper")
+
+
+# -- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("colour", "red", "colour"),
+        ("models/a/colour", "red", "colour"),
+        ("device", "tpu", "device"),
+        ("dtype", "int8", "dtype"),
+        ("dtype", None, "dtype"),
+        ("repeats", 0, "repeats"),
+        ("new_tokens", 0, "new_tokens"),
+        ("prompt_tokens", "few", "prompt_tokens"),
+        ("page", "64KB", "got '64KB'"),
+        ("models", {}, "models"),
+        ("cells", [], "cells"),
+        ("models/a/config", None, "exactly one of folder, hub_id, gguf_package, config, got 0"),
+        ("models/a/hub_id", "a/b", "exactly one of folder, hub_id, gguf_package, config, got 2"),
+        ("models/a/seed", "lucky", "seed"),
+        ("capacities/25", "25/0", "got '25/0'"),
+        ("capacities/25", "a lot", "got 'a lot'"),
+        ("capacities/25", "25GB", "got '25GB'"),
+        ("traces/zipf/n", None, "expected n, alpha, seed and rate_per_s"),
+        ("traces/paper/n", 60, "expected n, alpha, seed and rate_per_s"),
+        ("traces/paper/kind", "poisson", "kind"),
+        ("systems/djinn/system", "jinn", "a system of 'djinn' out of .*got 'jinn'"),
+        ("cells/0/systems", ["jinn"], "a system out of .*got 'jinn'"),
+        ("cells/0/traces", ["papr"], "a trace out of .*got 'papr'"),
+        ("cells/0/capacities", ["26"], "a capacity out of .*got '26'"),
+        ("cells/0/repeats", 0, "repeats"),
+    ],
+    ids=str,
+)
+def test_a_bad_field_is_refused_by_name(tmp_path, path, value, message):
+    write(tmp_path, changed(path, value))
+    with pytest.raises(ConfigError, match=rf"mine\.yml cannot be used:(?s:.*){message}"):
+        load_profile("mine", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "", "a b", "a\nb", "x\x00"])
+@pytest.mark.parametrize("field", ["models", "capacities", "traces", "systems"])
+def test_names_that_are_no_file_names_are_refused(tmp_path, field, name):
+    some_entry = next(iter(GOOD[field].values()))
+    write(tmp_path, changed(field, {**GOOD[field], name: some_entry}))
+    with pytest.raises(ConfigError, match=rf"mine\.yml cannot be used:(?s:.*){field}") as caught:
+        load_profile("mine", tmp_path)
+    assert name in str(caught.value) or repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["capacities", "traces", "systems"])
+def test_labels_hold_no_hyphen_because_cells_are_joined_by_it(tmp_path, field):
+    some_entry = next(iter(GOOD[field].values()))
+    write(tmp_path, changed(field, {**GOOD[field], "a-b": some_entry}))
+    with pytest.raises(ConfigError, match="a-b"):
+        load_profile("mine", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "../params/cpu", "cpu.yml", "CPU"])
+def test_an_unknown_profile_is_refused_with_those_there_are(name):
+    with pytest.raises(ConfigError, match=r"a profile out of \['cpu'.*'smoke'\].*got") as caught:
+        load_profile(name)
+    assert repr(name) in str(caught.value)
+
+
+def test_a_profile_is_named_by_its_file(tmp_path):
+    write(tmp_path, {**GOOD, "name": "../elsewhere"})
+    assert load_profile("mine", tmp_path).name == "mine"
+    with pytest.raises(ValueError, match="name"):
+        Profile.model_validate({**GOOD, "name": "../elsewhere"})
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "5", "a: [", "device: cpu"])
+def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
+    (tmp_path / "mine.yml").write_text(content)
+    with pytest.raises(ConfigError, match=r"mine\.yml cannot be used"):
+        load_profile("mine", tmp_path)
+
+
+# -- capacities ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("25GiB", 25 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("512B", 512),
+        ("25/31.3", 798_722),  # of a million
+        ("40/31.3", 1_277_955),
+        ("1/1", 1_000_000),
+    ],
+)
+def test_capacities(text, n_bytes):
+    assert parse_capacity(text, 1_000_000) == n_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", "25", "25 GB", "0GiB", "0/31.3", "25/0", "-1/2", "1/2/3", "25/", "half", "1e3/2"]
+)
+def test_what_is_no_capacity_is_refused(text):
+    with pytest.raises(ConfigError, match=r"as '25GiB', or a share .* as '25/31\.3'"):
+        parse_capacity(text, 1_000_000)
+
+
+def test_shares_are_of_all_weights():
+    for label in (20, 25, 32, 40):
+        share = parse_capacity(f"{label}/31.3", 10**12) / 10**12
+        assert math.isclose(share, label / 31.3, rel_tol=1e-9)

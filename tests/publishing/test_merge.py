@@ -1,0 +1,355 @@
+"""Parts of a run put together: what belongs together, which cell is taken, what is kept of each."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from row_factory import SIZES, cell_rows
+from run_factory import GPU_MACHINE, write_cell, write_large_rows
+
+from djinn_lib import replacing
+from djinn_lib.analysis.large_results import read_large
+from djinn_lib.analysis.replicates import read_replicates
+from djinn_lib.analysis.run import load_run
+from djinn_lib.analysis.tables import machines_table
+from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.experiment.locks import run_locks
+from djinn_lib.experiment.notebooks import read_statuses
+from djinn_lib.files import write_json
+from djinn_lib.publishing import merge as merge_module
+from djinn_lib.publishing.merge import main, merge
+from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.trace import paper_trace, write_trace
+
+FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5}
+
+
+def part_of(folder: Path, systems: dict[str, int], machine: dict[str, Any] = GPU_MACHINE) -> Path:
+    """A run folder with cells of these systems, each with so many failed requests."""
+    for name in ("requests", "traces", "notebooks", "status"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    models = {name: {"folder": f"/home/me/models/{name}"} for name in SIZES}
+    write_json(folder / "machine.json", {"machine": machine, "models": models})
+    write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
+    (folder / "notebooks" / "00_setup.ipynb").write_text(json.dumps({"of": folder.name}))
+    for system, n_failed in systems.items():
+        rows = cell_rows(system, gpu=True)
+        rows.loc[: n_failed - 1, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
+        times = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
+        rows.loc[: n_failed - 1, times] = float("nan")
+        write_cell(folder, rows, machine)
+        task = f"02_run_system.paper-25-{system}"
+        (folder / "notebooks" / f"{task}.ipynb").write_text(json.dumps({"of": folder.name}))
+    return folder
+
+
+def change_manifest(part: Path, system: str, **fields: Any) -> None:
+    path = part / "requests" / f"paper-25-{system}.manifest.json"
+    write_json(path, {**read_manifest(path), **fields})
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    one = part_of(tmp_path / "one", {"djinn": 0, "pytorch_lru": 0})
+    two = part_of(tmp_path / "two", {"vllm_sleep": 0}, FASTER)
+    change_manifest(two, "vllm_sleep", started_at_utc="2026-11-24T06:00:00+00:00")
+    return [one, two]
+
+
+def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
+    merge(tmp_path / "run", parts)
+    run = load_run(tmp_path / "run")
+    assert set(run.manifests) == {"paper-25-djinn", "paper-25-pytorch_lru", "paper-25-vllm_sleep"}
+    for part in parts:
+        for path in (part / "requests").glob("*.parquet"):
+            pd.testing.assert_frame_equal(
+                read_rows(path), read_rows(tmp_path / "run" / "requests" / path.name)
+            )
+    assert run.manifests["paper-25-djinn"]["notes"] == ["ran in the part one"]
+    tasks = {status.task: status.state for status in read_statuses(tmp_path / "run" / "status")}
+    assert tasks["02_run_system.paper-25-djinn"] == "ok" and len(tasks) == 3
+    notebooks = {path.name for path in (tmp_path / "run" / "notebooks").iterdir()}
+    assert {"00_setup.ipynb", "00_setup.one.ipynb"} <= notebooks and len(notebooks) == 5
+    assert json.loads((tmp_path / "run" / "notebooks" / "00_setup.ipynb").read_text()) == {
+        "of": "two"  # the newest
+    }
+
+
+def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_path):
+    for part, day in zip(parts, ("25", "24"), strict=True):
+        write_large_rows(part, f"2026-11-{day}T06:00:00+00:00")
+        (part / "notebooks" / "07_large_models.ipynb").write_text(json.dumps({"of": part.name}))
+    merge(tmp_path / "run", parts)
+    assert len(read_large(tmp_path / "run")) == 3
+    manifest = json.loads((tmp_path / "run" / "large_models.manifest.json").read_text())
+    assert manifest["started_at_utc"].startswith("2026-11-25")
+    notebook = tmp_path / "run" / "notebooks" / "07_large_models.ipynb"
+    assert json.loads(notebook.read_text()) == {"of": "one"}
+
+
+def test_a_part_may_have_nothing_but_models_larger_than_the_ring(parts, tmp_path):
+    third = part_of(tmp_path / "three", {})
+    write_large_rows(third)
+    merge(tmp_path / "run", [*parts, third])
+    assert len(read_large(tmp_path / "run")) == 3
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert [m["part"] for m in state["machines"]] == ["one", "two"]
+    with pytest.raises(RecordError, match="at least one cell among them"):
+        merge(tmp_path / "run2", [third])
+
+
+def test_machine_json_tells_of_every_machine(parts, tmp_path):
+    merge(tmp_path / "run", parts)
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    assert state["machine"]["link_rate_bytes_per_s"] == 10e9  # the better one: it is a ceiling
+    assert state["machine"]["eager_operator_us"] == 2.5
+    assert [(m["part"], len(m["cells"])) for m in state["machines"]] == [("one", 2), ("two", 1)]
+    assert state["machines"][1]["machine"]["link_rate_bytes_per_s"] == 10e9
+    table = machines_table(load_run(tmp_path / "run").manifests)
+    assert list(table["link_rate (GB/s)"]) == [8.0, 10.0] and list(table["cells"]) == [2, 1]
+
+
+def test_a_merged_run_can_be_a_part(parts, tmp_path):
+    merge(tmp_path / "half", parts)
+    third = part_of(tmp_path / "three", {"pytorch_pinned": 0}, FASTER)
+    change_manifest(third, "pytorch_pinned", started_at_utc="2026-11-25T06:00:00+00:00")
+    merge(tmp_path / "run", [tmp_path / "half", third])
+    state = json.loads((tmp_path / "run" / "machine.json").read_text())
+    cells = {m["part"]: len(m["cells"]) for m in state["machines"]}
+    assert cells == {"one": 2, "two": 1, "three": 1}
+    manifest = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")
+    assert manifest["notes"] == ["ran in the part one"]
+    setups = {
+        path.name: json.loads(path.read_text())["of"]
+        for path in (tmp_path / "run" / "notebooks").glob("00_setup*")
+    }
+    assert setups == {
+        "00_setup.ipynb": "three", "00_setup.one.ipynb": "one", "00_setup.two.ipynb": "two"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("failed", "taken"), [({"djinn": 0}, "later"), ({"djinn": 3}, "early")], ids=["whole", "broken"]
+)
+def test_of_a_cell_in_two_parts_the_later_whole_one_is_taken(tmp_path, capsys, failed, taken):
+    early = part_of(tmp_path / "early", {"djinn": 0})
+    later = part_of(tmp_path / "later", failed)
+    change_manifest(later, "djinn", started_at_utc="2026-11-25T06:00:00+00:00")
+    (cell,) = merge(tmp_path / "run", [early, later])
+    assert cell.part == taken
+    said = capsys.readouterr().out
+    other = "early" if taken == "later" else "later (2026-11-25T06:00, 3 of 30 requests failed)"
+    assert f"taken from {taken}" in said and f"also run: {other}" in said
+    notes = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")["notes"]
+    rows, manifests = read_replicates(tmp_path / "run")
+    if taken == "early":  # one that failed requests is not kept, and that is said
+        assert any(f"left out: {other}" in note for note in notes) and rows.empty
+    else:
+        assert len(rows) == 30 and not any("left out" in note for note in notes)
+        (manifest,) = manifests.values()
+        assert manifest["notes"] == ["ran in the part early"]
+        (notebook,) = (tmp_path / "run" / "replicates").glob("*.ipynb")
+        assert json.loads(notebook.read_text()) == {"of": "early"}
+
+
+def test_replicates_go_on_into_the_next_merge_once(tmp_path, capsys):
+    early = part_of(tmp_path / "early", {"djinn": 0})
+    later = part_of(tmp_path / "later", {"djinn": 0}, FASTER)
+    change_manifest(later, "djinn", started_at_utc="2026-11-25T06:00:00+00:00", run_id="later")
+    merge(tmp_path / "half", [early, later])
+    last = part_of(tmp_path / "last", {"djinn": 0}, FASTER)
+    change_manifest(last, "djinn", started_at_utc="2026-11-26T06:00:00+00:00", run_id="last")
+    (cell,) = merge(tmp_path / "run", [tmp_path / "half", early, last])
+    assert cell.manifest["run_id"] == "last"
+    rows, manifests = read_replicates(tmp_path / "run")
+    assert set(manifests) == {"later", "paper-25-djinn-test"} and len(rows) == 60
+    run = load_run(tmp_path / "run")
+    assert run.machine_numbers == {"paper-25-djinn": 2, "later": 2, "paper-25-djinn-test": 1}
+    assert list(machines_table(run.all_manifests)["cells"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"profile": "smoke"}, "profile: gpu in one .*smoke in two"),
+        ({"parameters": {"page_bytes": 1 << 20, "new_tokens": 7}}, "parameter new_tokens"),
+        ({"trace_sha256": "f" * 64}, "sha256 of the trace paper"),
+        ({"git_commit": "fedcba98"}, "commit: 0123456789abcdef in one .*fedcba98 in two"),
+        ({"git_dirty": True}, "changes beside the commit"),
+        ({"machine": {**GPU_MACHINE, "device_name": "Other GPU"}}, "device_name: Test GPU"),
+        (
+            {"machine": {**GPU_MACHINE, "versions": {**GPU_MACHINE["versions"], "driver": "590"}}},
+            "version of driver, set-up: 580.159.04 in one .*590 in two",
+        ),
+        (
+            {"models": {name: {"bytes": size, "dtype": "float16", "sha256": "0" * 64}
+                        for name, size in SIZES.items()}},
+            "dtype of the weights of phi-mini: float32",
+        ),
+        (
+            {"models": {name: {"bytes": size, "dtype": "float32", "sha256": "1" * 64}
+                        for name, size in SIZES.items()}},
+            "sha256 of the weights",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_does_not_belong_together_is_refused(parts, tmp_path, fields, message):
+    if message.startswith("parameter"):
+        change_manifest(parts[0], "djinn", parameters={"page_bytes": 1 << 20, "new_tokens": 50})
+    change_manifest(parts[1], "vllm_sleep", **fields)
+    with pytest.raises(RecordError, match=f"(?s)expected parts that belong together.*{message}"):
+        merge(tmp_path / "run", parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_systems_may_differ_in_what_they_keep_on_the_device(parts, tmp_path):
+    kept = {name: {"device_bytes": size // 2} for name, size in SIZES.items()}
+    for part, system, factor in ((0, "djinn", 1), (1, "vllm_sleep", 2)):
+        models = read_manifest(parts[part] / "requests" / f"paper-25-{system}.manifest.json")[
+            "models"
+        ]
+        new = {
+            n: {**m, "device_bytes": kept[n]["device_bytes"] * factor} for n, m in models.items()
+        }
+        change_manifest(parts[part], system, models=new)
+    merge(tmp_path / "run", parts)
+    other = {n: {**m, "device_bytes": 1} for n, m in models.items()}
+    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
+    change_manifest(again, "djinn", models=other)
+    with pytest.raises(
+        RecordError, match=r"device_bytes of the weights of .*, djinn: .* 1 in three"
+    ):
+        merge(tmp_path / "run2", [*parts, again])
+
+
+def test_cells_of_other_modes_and_options_belong_to_the_same_run(parts, tmp_path):
+    read = {"page_bytes": 1 << 20, "mode": "sequential", "speed": "1.0"}
+    change_manifest(parts[0], "djinn", parameters=read, options={"decode": "compiled"})
+    change_manifest(
+        parts[1], "vllm_sleep", parameters={**read, "mode": "concurrent", "speed": "inf"},
+        options={"naive": True},
+    )  # fmt: skip
+    merge(tmp_path / "run", parts)
+    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
+    change_manifest(again, "djinn", parameters=read, options={"decode": "eager"})
+    with pytest.raises(
+        RecordError, match=r"options of djinn: .*compiled.* in one .*eager.* in three"
+    ):
+        merge(tmp_path / "run2", [*parts, again])
+
+
+def test_a_package_that_only_one_machine_has_is_no_difference(parts, tmp_path):
+    versions = {**GPU_MACHINE["versions"], "vllm": "0.24.0"}
+    change_manifest(parts[1], "vllm_sleep", machine={**GPU_MACHINE, "versions": versions})
+    merge(tmp_path / "run", parts)
+    change_manifest(
+        parts[0], "djinn", machine={**GPU_MACHINE, "versions": {**versions, "vllm": "0.9"}}
+    )
+    with pytest.raises(
+        RecordError, match=r"version of vllm, set-up: 0\.9 in one .*0\.24\.0 in two"
+    ):
+        merge(tmp_path / "run2", parts)
+
+
+def test_other_commits_can_be_allowed_and_are_noted(parts, tmp_path):
+    change_manifest(parts[1], "vllm_sleep", git_commit="fedcba9876543210")
+    merge(tmp_path / "run", parts, allow_commits=True)
+    manifests = load_run(tmp_path / "run").manifests
+    assert (
+        "ran at the commit fedcba987654, others did not"
+        in (manifests["paper-25-vllm_sleep"]["notes"])
+    )
+    change_manifest(parts[1], "vllm_sleep", profile="smoke")
+    with pytest.raises(RecordError, match="profile"):
+        merge(tmp_path / "run2", parts, allow_commits=True)
+
+
+def test_nothing_is_overwritten_unless_told(parts, tmp_path):
+    merge(tmp_path / "run", parts[:1])
+    with pytest.raises(ConfigError, match="replace it with --replace"):
+        merge(tmp_path / "run", parts)
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+    with pytest.raises(ConfigError, match="name each part once"):
+        merge(tmp_path / "run", [tmp_path / "run", *parts], replace=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+@pytest.mark.parametrize("step", range(2))
+def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch, capsys, step):
+    merge(tmp_path / "run", parts[:1])
+    (tmp_path / "run" / ".doit.db").write_text("records")
+    before = contents(tmp_path / "run")
+    real, calls = os.rename, []
+
+    def rename(source, target):
+        calls.append(source)
+        if len(calls) == step + 1:
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(replacing.os, "rename", rename)
+    assert main([str(tmp_path / "run"), *map(str, parts), "--replace"]) == 2
+    assert "error: " in (said := capsys.readouterr().err) and "Permission denied" in said
+    assert contents(tmp_path / "run") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_run_whose_replacement_was_killed_is_there_again(parts, tmp_path):
+    """Killed between putting the old one aside and the new one in place."""
+    merge(tmp_path / "run", parts[:1])
+    before = contents(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / ".run.before")
+    with pytest.raises(ConfigError, match="replace it with --replace"):  # so it is seen again
+        merge(tmp_path / "run", parts)
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run").rename(tmp_path / ".run.before")
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
+
+
+def test_a_folder_that_a_run_uses_is_not_replaced(parts, tmp_path):
+    merge(tmp_path / "run", parts[:1])
+    with run_locks(tmp_path / "run", "cpu"):
+        before = contents(tmp_path / "run")
+        with pytest.raises(ConfigError, match=r"the run folder .* to be free"):
+            merge(tmp_path / "run", parts, replace=True)
+        assert contents(tmp_path / "run") == before
+    merge(tmp_path / "run", parts, replace=True)
+    assert len(load_run(tmp_path / "run").manifests) == 3
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def test_a_folder_without_cells_is_no_part(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordError, match="run notebook 00_setup first"):
+        merge(tmp_path / "run", [*parts, tmp_path / "empty"])
+    bare = part_of(tmp_path / "bare", {})
+    with pytest.raises(RecordError, match="at least one cell"):
+        merge(tmp_path / "run", [*parts, bare])
+
+
+def test_the_command_says_what_is_still_to_be_run(parts, tmp_path, capsys):
+    assert main([str(tmp_path / "run"), *map(str, parts)]) == 1
+    said = capsys.readouterr().out
+    assert "3 cells of 2 parts" in said
+    assert "cell:paper-25-djinn_graph" in said and "cell:paper-25-djinn " not in said
+    assert main([str(tmp_path / "run"), str(parts[0])]) == 2
+    assert "--replace" in capsys.readouterr().err
+
+
+def test_a_complete_run_ends_with_status_0(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module, "missing_cells", lambda profile, folder: [])
+    assert main([str(tmp_path / "run"), *map(str, parts)]) == 0

@@ -1,0 +1,169 @@
+"""Figures drawn again: of the reference run into another folder, or of a run in place."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_factory import write_large_rows, write_run
+
+from djinn_lib.errors import RecordError
+from djinn_lib.experiment.notebooks import Status, check_parameters, read_statuses
+from djinn_lib.paths import REFERENCE, REPO
+from djinn_lib.publishing import redraw
+from djinn_lib.publishing.redraw import READING, copy_figures, read_again, redraw_published
+
+
+class Papermill:
+    """Stands for the execution of notebooks: leaves a figure and a copy, and remembers."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.given: dict[str, dict[str, Any]] = {}
+        self.failing = failing
+
+    def __call__(self, name: str, output: Path, parameters: dict[str, Any]) -> Status:
+        check_parameters(REPO / "notebooks" / f"{name}.ipynb", parameters)
+        self.given[name] = parameters
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(parameters))
+        folder = Path(parameters.get("run_dir", output.parent.parent)) / "figures"
+        (folder / f"{name}.pdf").write_bytes(b"%PDF")
+        (folder / f"{name}.png").write_bytes(b"PNG")
+        failed = name == self.failing
+        return Status(name, "failed" if failed else "ok", 1.0, *("other", "boom")[: 2 * failed])
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what stands for papermill be called here, where it can be looked at."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(redraw, "_processes", ThreadPoolExecutor)
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    folder = write_run(tmp_path / "reference", gpu=True)
+    (folder / "figures" / "old.png").write_bytes(b"PNG")
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_every_reading_notebook_runs_into_the_run_s_folder(reference, tmp_path, monkeypatch):
+    papermill = Papermill()
+    monkeypatch.setattr(redraw, "execute", papermill)
+    statuses = read_again(reference, tmp_path / "other")
+    assert set(papermill.given) == set(READING)
+    assert [status.task for status in statuses] == sorted(READING)
+    assert papermill.given["05_claims"] == {"run_dir": str(reference)}
+    assert papermill.given["06_policies"]["reference_dir"] == str(tmp_path / "other")
+    assert {f"{name}.ipynb" for name in READING} <= names(reference / "notebooks")
+    kept = {status.task for status in read_statuses(reference / "status")}
+    assert set(READING) <= kept
+
+
+def test_published_figures_are_drawn_from_the_reference_and_leave_it_alone(
+    reference, tmp_path, monkeypatch
+):
+    papermill = Papermill()
+    monkeypatch.setattr(redraw, "execute", papermill)
+    before = {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()}
+    assert redraw_published(reference, tmp_path / "figures") == []
+    assert {f"{name}.{end}" for name in READING for end in ("pdf", "png")} == names(
+        tmp_path / "figures"
+    )
+    assert {path: path.read_bytes() for path in reference.rglob("*") if path.is_file()} == before
+    scratch = Path(papermill.given["04_figures"]["run_dir"])
+    assert scratch != reference and not scratch.exists()
+
+
+def test_models_larger_than_the_ring_are_drawn_from_their_rows(reference, tmp_path, monkeypatch):
+    write_large_rows(reference)
+    papermill = Papermill()
+    monkeypatch.setattr(redraw, "execute", papermill)
+    assert redraw_published(reference, tmp_path / "figures") == []
+    given = papermill.given["07_large_models"]
+    assert (given["profile"], given["measure"]) == ("gpu", False)
+    assert {"07_large_models.pdf", "07_large_models.png"} <= names(tmp_path / "figures")
+
+
+def test_a_notebook_that_fails_leaves_the_published_figures_as_they_were(
+    reference, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(redraw, "execute", Papermill(failing="04_figures"))
+    (failed,) = redraw_published(reference, tmp_path / "figures")
+    assert failed.task == "04_figures" and not (tmp_path / "figures").exists()
+
+
+def test_a_process_that_is_killed_fails_its_notebook_and_no_figure_is_replaced(
+    reference, tmp_path, monkeypatch
+):
+    def killed(*_: Any) -> Status:
+        raise BrokenProcessPool("a process was terminated abruptly")
+
+    monkeypatch.setattr(redraw, "execute", killed)
+    failed = redraw_published(reference, tmp_path / "figures")
+    assert {status.task for status in failed} == set(READING)
+    assert {status.error_kind for status in failed} == {"kernel_died"}
+    assert not (tmp_path / "figures").exists()
+
+
+def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted(name: str, *_: Any) -> Status:
+        begun.append(name)
+        if len(begun) > 1:
+            time.sleep(2)  # one may have begun before the interrupt is noticed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(redraw, "_processes", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(redraw, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        redraw_published(reference, tmp_path / "figures")
+    assert len(begun) < len(READING)
+
+
+def test_without_reference_rows_it_is_said_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        redraw, "redraw_published", lambda: redraw_published(tmp_path, tmp_path / "figures")
+    )
+    assert redraw.main([]) == 2
+    said = capsys.readouterr().err
+    assert "expected rows of the reference run" in said and "FROM=data/runs/cpu" in said
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert redraw.main([str(tmp_path)]) == 2
+    assert "run notebook 02_run_system first" in capsys.readouterr().err
+
+
+def test_a_folder_without_figures_is_refused(tmp_path):
+    with pytest.raises(RecordError, match="got none: draw them first"):
+        copy_figures(tmp_path, tmp_path / "to")
+
+
+def test_tools_that_only_read_rows_need_no_torch():
+    tools = ("analysis", "explanations", "merge", "notebooks", "readme", "redraw", "report")
+    names = ", ".join(f"djinn_lib.{tool}" for tool in tools)
+    code = f"import sys, {names}; print(sorted({{'torch', 'transformers'}} & sys.modules.keys()))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_published_figures_are_those_of_the_notebooks(reference, tmp_path):
+    shutil.copy(REFERENCE / "engine.json", reference)
+    assert redraw_published(reference, tmp_path / "figures") == []
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.pdf")}
+    assert {"latency_cdf", "sensitivity", "residency_over_time", "simulator_validation"} <= drawn

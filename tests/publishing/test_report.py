@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from markupsafe import escape
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from row_factory import UNAVAILABLE, cell_rows
+from run_factory import write_run
+
+from djinn_lib.analysis.claims import judge, load_claims, write_claims_json
+from djinn_lib.analysis.run import load_run
+from djinn_lib.experiment.notebooks import Status, write_status
+from djinn_lib.metrics import summarise
+from djinn_lib.publishing.notebook_html import convert_notebooks
+from djinn_lib.publishing.report import build_report, summary_table
+from djinn_lib.rows import read_manifest, rows_frame, write_manifest, write_rows
+
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
+    "gg=="
+)
+
+
+def write_notebook(path: Path) -> None:
+    outputs = [
+        new_output("display_data", {"image/png": PIXEL}),
+        new_output("stream", text="<script>alert(1)</script>"),
+    ]
+    cells = [new_markdown_cell("# Title"), new_code_cell("x = 1", outputs=outputs)]
+    nbformat.write(new_notebook(cells=cells), path)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_run(tmp_path_factory.mktemp("data") / "cpu")
+    write_notebook(folder / "notebooks" / "00_setup.ipynb")
+    (folder / "notebooks" / "01_trace.ipynb").write_text('{"cells": [')
+    (folder / "notebooks" / "02_half.partial.ipynb").write_text("{}")
+    (folder / "figures" / "latency_cdf.png").write_bytes(b"")
+    (folder / "figures" / "latency_cdf.pdf").write_bytes(b"")
+    verdicts = judge(load_claims(), load_run(folder).evidence)
+    write_claims_json(verdicts, folder / "claims.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    return build_report(run_dir).read_text()
+
+
+def loaded_from_the_web(html: str) -> list[str]:
+    pattern = r"""(?:src|href)\s*=\s*["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//"""
+    return re.findall(pattern, html)
+
+
+def test_every_claim_is_there_with_its_verdict_in_words(page: str):
+    for claim in load_claims():
+        assert f"· {claim.id}<" in page
+    assert '<span class="chip not-judged">not judged</span>' in page
+    assert '<span class="chip reproduced">reproduced</span>' in page
+
+
+def test_a_withdrawn_claim_is_shown_as_such_with_its_reason(page: str):
+    (claim,) = [claim for claim in load_claims() if claim.withdrawn]
+    (row,) = [row for row in page.split("<tr>") if f"· {claim.id}<" in row]
+    assert '<span class="chip withdrawn">withdrawn</span>' in row
+    assert str(escape(claim.withdrawn)) in row and '<td class="number">-' in row
+    assert '<span class="chip withdrawn">1 withdrawn</span>' in page
+    assert ".chip.withdrawn {" in page
+
+
+def test_every_link_leads_to_a_file(page: str, run_dir: Path):
+    links = re.findall(r'(?:href|src)="([^"#]+)"', page)
+    assert len(links) > 20
+    assert [link for link in links if not (run_dir / link).exists()] == []
+
+
+def test_provenance_is_there(page: str):
+    assert "Test Processor (cpu)" in page
+    assert page.count("<code>0123456789ab</code>") == 1  # the same commit is named once
+    assert "2026-11-23 06:00 UTC" in page
+
+
+def test_failures_are_counted_by_cell(page: str):
+    assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom: out of memory" in page
+    assert "02_run_system.paper-25-vllm_recreate: oom" not in page  # not said twice
+
+
+def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
+    folder = write_run(tmp_path / "cpu")
+    rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
+    rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
+    rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
+    stem = folder / "requests" / "paper-25-djinn"
+    write_rows(rows_frame(rows.to_dict("records")), Path(f"{stem}-concurrent.parquet"))
+    manifest = read_manifest(Path(f"{stem}.manifest.json"))
+    own = {**manifest, "cell": "paper-25-djinn-concurrent", "run_id": "beside"}
+    write_manifest(own, Path(f"{stem}-concurrent.manifest.json"))
+    task = "02_run_system.paper-25-djinn-concurrent"
+    write_status(Status(task, "failed", 1.0, "timeout", "5 of 30 requests"), folder / "status")
+    page = build_report(folder).read_text()
+    assert "<strong>paper-25-djinn-concurrent</strong>: 5 requests, timeout: too late" in page
+    assert "<strong>paper-25-djinn</strong>" not in page
+    assert f"{task}: timeout" not in page  # not said twice
+
+
+def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
+    folder = write_run(tmp_path / "cpu")
+    task = "02_run_system.paper-25-vllm_recreate"
+    write_status(Status(task, "failed", 1.0, "other", "no picture"), folder / "status")
+    page = build_report(folder).read_text()
+    assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
+    assert f"{task}: other: no picture" in page
+
+
+def test_unavailable_systems_are_no_failures(page: str):
+    assert f"<strong>vLLM sleep</strong>: {UNAVAILABLE['vllm_sleep']}" in page
+    assert "<strong>paper-25-vllm_sleep</strong>" not in page
+
+
+def test_a_broken_notebook_is_listed_and_stops_nothing(page: str):
+    assert "01_trace.ipynb cannot be read: NotJSONError" in page
+    assert 'href="notebooks/00_setup.html"' in page
+    assert 'href="notebooks/01_trace.html"' not in page
+
+
+def test_half_written_notebooks_are_ignored(page: str, run_dir: Path):
+    assert "02_half" not in page
+    assert not list(run_dir.rglob("*.partial"))
+
+
+def test_pages_need_no_network(page: str, run_dir: Path):
+    assert loaded_from_the_web(page) == []
+    html = (run_dir / "notebooks" / "00_setup.html").read_text()
+    assert loaded_from_the_web(html) == []
+    assert "<script" not in html
+    assert f"data:image/png;base64,{PIXEL}" in html
+
+
+def test_the_check_for_the_network_can_fail():
+    assert loaded_from_the_web('<script src="https://cdn.example/x.js">')
+    assert loaded_from_the_web("<style>@import 'x.css'</style>")
+
+
+def test_pages_follow_a_dark_screen(page: str, run_dir: Path):
+    assert "prefers-color-scheme: dark" in page
+    html = (run_dir / "notebooks" / "00_setup.html").read_text()
+    assert "prefers-color-scheme: dark" in html
+
+
+def test_unchanged_notebooks_are_not_converted_again(tmp_path: Path):
+    notebook = tmp_path / "a.ipynb"
+    write_notebook(notebook)
+    html = convert_notebooks(tmp_path)[0].html
+    html.write_text("kept")
+    stamp = notebook.stat().st_mtime_ns + 10**9
+    os.utime(html, ns=(stamp, stamp))
+    convert_notebooks(tmp_path)
+    assert html.read_text() == "kept"
+    os.utime(notebook, ns=(stamp + 10**9, stamp + 10**9))
+    convert_notebooks(tmp_path)
+    assert "Title" in html.read_text()
+
+
+def test_the_page_of_a_notebook_that_broke_goes(tmp_path: Path):
+    write_notebook(tmp_path / "a.ipynb")
+    html = convert_notebooks(tmp_path)[0].html
+    (tmp_path / "a.ipynb").write_text("{")
+    stamp = html.stat().st_mtime_ns + 10**9
+    os.utime(tmp_path / "a.ipynb", ns=(stamp, stamp))
+    assert convert_notebooks(tmp_path)[0].error
+    assert not html.exists()
+
+
+def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path: Path):
+    page = build_report(tmp_path).read_text()
+    assert "No claims have been judged yet" in page
+    assert "No figures have been drawn yet" in page
+    assert "run notebook 02_run_system" in page
+
+
+def test_broken_claims_are_a_problem_not_a_crash(tmp_path: Path):
+    (tmp_path / "claims.json").write_text('[{"id": "x"}]')
+    assert "claims.json cannot be read" in build_report(tmp_path).read_text()
+
+
+def test_a_failed_notebook_without_a_copy_is_listed(tmp_path: Path):
+    write_status(Status("00_setup", "failed", 1.0, "kernel_died", "killed"), tmp_path / "status")
+    assert "00_setup: kernel_died: killed" in build_report(tmp_path).read_text()
+
+
+def test_errors_are_escaped(tmp_path: Path):
+    write_status(Status("00_setup", "failed", 1.0, "other", "<b>&"), tmp_path / "status")
+    assert "&lt;b&gt;&amp;" in build_report(tmp_path).read_text()
+
+
+def test_summary_is_in_the_figures_order_of_systems(run_dir: Path):
+    rows = load_run(run_dir).cells("paper", "25")
+    table = summary_table(summarise(rows.sample(frac=1, random_state=0)))
+    assert list(table.index[:2]) == ["Djinn", "Djinn, no overlap"]
+    assert table.loc["vLLM re-created", "served"] == "22 of 30"
+    assert table.loc["PyTorch pinned", "written back"] == table.loc["PyTorch pinned", "loaded"]
+
+
+def test_summary_of_a_system_that_served_nothing_has_no_nan(run_dir: Path):
+    rows = load_run(run_dir).cells("paper", "25")
+    broken = rows[rows["system"] == "vllm_sleep"].assign(error_kind="oom")
+    table = summary_table(summarise(pd.concat([rows[rows["system"] == "djinn"], broken])))
+    assert table.loc["vLLM sleep", "P50 (ms)"] == "-"
+    assert not table.isin(["nan"]).any().any()

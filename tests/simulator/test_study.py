@@ -1,0 +1,312 @@
+"""Cost model, validation and the study of policies."""
+
+import copy
+import json
+
+import pandas as pd
+import pytest
+
+from djinn_lib.analysis import validation
+from djinn_lib.analysis.plots import explore
+from djinn_lib.analysis.plots import policies as plot_study
+from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment.fan_out import Result
+from djinn_lib.paths import REFERENCE, STUDY
+from djinn_lib.rows import read_rows
+from djinn_lib.simulator.cost_model import CostModel, fit
+from djinn_lib.simulator.study import (
+    KNOWN,
+    QUEUED,
+    SMALL,
+    WHOLE_LRU,
+    Grid,
+    Point,
+    free_capacity,
+    main,
+    run_point,
+    run_study,
+)
+
+
+@pytest.fixture(scope="module")
+def reference() -> pd.DataFrame:
+    return pd.read_parquet(STUDY / "points.parquet")
+
+
+@pytest.fixture(scope="module")
+def small() -> pd.DataFrame:
+    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
+    return run_study([*points, *[p for p in QUEUED if p.load == 0.8]])
+
+
+# -- the clock -----------------------------------------------------------------------------
+
+
+def made_up_engine(link=50e9, start_s=0.002):
+    sizes = {"small": 10**9, "large": 8 * 10**9}
+    cases = []
+    for i, (model, n) in enumerate(sizes.items()):
+        load_ms = (start_s + n / link) * 1e3
+        cases += [
+            {"case": "hit", "model": model, "decode": "eager", "ttft_ms": 99.0, "switch_ms": 0.0,
+             "ms_per_token": 99.0, "loaded_bytes": 0},
+            {"case": "hit", "model": model, "decode": "graph", "ttft_ms": 10.0 + i,
+             "switch_ms": 0.5, "ms_per_token": 3.0 + i, "loaded_bytes": 0},
+            {"case": "load", "model": model, "load_ms": load_ms, "loaded_bytes": n},
+        ]  # fmt: skip
+    curve = [
+        {"page_bytes": page, "full_loaded_bytes": 8 * 10**9, "full_plan_ms": 1 + 8 * slow,
+         "partial_loaded_bytes": 10**9, "partial_plan_ms": 1 + slow,
+         "partial_ms": (start_s + 10**9 / link) * 1e3}
+        for page, slow in ((1, 9.0), (64, 0.5))
+    ]  # fmt: skip
+    return {"sizes": sizes, "cases": cases, "page_bytes": 64, "page_curve": curve}
+
+
+def test_the_fit_finds_what_the_rows_were_made_from():
+    costs = fit(made_up_engine(), n_tokens=7)
+    assert costs.link_bytes_per_s == pytest.approx(50e9)
+    assert costs.load_start_s == pytest.approx(0.002)
+    assert costs.hit_s == pytest.approx(0.0005)
+    assert costs.prefill_of("large", 0) == pytest.approx(0.0105)
+    assert costs.decode_of("small", 0) == pytest.approx(6 * 0.003)
+    assert costs.prefill_of("unknown", 8 * 10**9) == pytest.approx(0.0105)  # by its bytes
+    assert costs.plan_line == pytest.approx((0.001, 0.5e-12))  # of pages of the same size
+    assert costs.n_tokens == 7
+
+
+def test_a_fit_needs_hits_and_misses():
+    engine = made_up_engine()
+    engine["cases"] = [c for c in engine["cases"] if c["case"] == "hit"]
+    with pytest.raises(ConfigError, match="got 2 hits and 0 misses"):
+        fit(engine)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"link_bytes_per_s": 0}, {"link_bytes_per_s": float("nan")}, {"load_start_s": -1},
+     {"prefill_s": {"a": float("inf")}}, {"token_line": (0.0, -1.0)},
+     {"plan_line": (-1.0, 0.0)}, {"n_tokens": 0}],
+)  # fmt: skip
+def test_a_clock_that_cannot_be(wrong):
+    with pytest.raises(ConfigError, match="expected"):
+        CostModel(**wrong)
+
+
+# -- the check against measured rows -------------------------------------------------------
+
+
+def test_simulated_and_measured_agree():
+    table = validation.errors(validation.compared())
+    assert table["bytes_equal"].all()
+    for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
+        missed = table.index[table[f"{statistic}_error"].abs() > most]
+        # There a first load of mistral-7b was slow in every repeat; README tells of it.
+        assert list(missed) == (["paper-32-djinn"] if statistic == "max" else []), statistic
+    assert (table["n"] >= 6).all()
+    assert any(name.startswith("paper-32-djinn-2") for name in table.index)  # measured again
+    assert "zipf-25-djinn_adaptive" in table.index  # of which the bytes are not those of LRU
+
+
+def test_every_repeat_loads_the_same_bytes():
+    for system in validation.SYSTEMS:
+        for path in sorted((REFERENCE / "requests").glob(f"*-{system}.parquet")):
+            loaded = read_rows(path).groupby("request")["loaded_bytes"]
+            assert (loaded.nunique() == 1).all(), path.name
+
+
+def test_disagreement_shows(tmp_path):
+    wrong = copy.deepcopy(validation.engine())
+    for case in wrong["cases"]:
+        if case["case"].startswith("after") and case["loaded_bytes"]:
+            case["ttft_ms"] *= 2
+            case["loaded_bytes"] += 1
+    (tmp_path / "engine.json").write_text(json.dumps(wrong))
+    table = validation.errors(validation.compared(tmp_path))
+    assert not table["bytes_equal"].any()
+    assert table["max_error"].abs().max() > 0.4
+
+
+def test_without_measured_rows_there_is_nothing_to_compare(tmp_path):
+    with pytest.raises(ConfigError, match=r"run benchmarks/engine.py"):
+        validation.compared(tmp_path)
+
+
+def test_other_policies_are_foretold_for_a_measured_cell():
+    table = validation.foretold_policies()
+    measured = read_rows(REFERENCE / "requests" / "zipf-25-djinn.parquet")
+    loaded = measured.groupby("repeat")["loaded_bytes"].sum() / 2**30
+    assert set(loaded) == {table.loaded_gib["lru"]}  # the policy that was measured
+    assert table.mean_ms["lru"] == pytest.approx(measured["total_ms"].mean(), rel=0.05)
+    assert table.to_optimum["oracle"] == 1 == table.to_optimum.min()
+    assert table.to_optimum["adaptive"] < table.to_optimum["lru"]  # requests are independent
+    adaptive = read_rows(REFERENCE / "requests" / "zipf-25-djinn_adaptive.parquet")
+    loaded = adaptive.groupby("repeat")["loaded_bytes"].sum() / 2**30
+    assert set(loaded) == {table.loaded_gib["adaptive"]}
+    with pytest.raises(RecordError):
+        validation.foretold_policies(cell="zipf-25-nobody")
+
+
+# -- the study -----------------------------------------------------------------------------
+
+
+def test_a_point_holds_together():
+    best = run_point(Point(10, "sessions", 1.0, 0.5, "oracle", 400))
+    assert best["ratio"] == 1.0 and best["loaded_bytes"] == best["optimal_bytes"]
+    for policy in ("lru", "adaptive", WHOLE_LRU, KNOWN):
+        point = run_point(Point(10, "sessions", 1.0, 0.5, policy, 400))
+        assert point["ratio"] > 1 and point["optimal_bytes"] == best["optimal_bytes"]
+        assert point["mean_switch_ms"] >= best["mean_switch_ms"]
+        assert point["p99_ms"] >= point["p50_ms"] > 0
+    with pytest.raises(ConfigError, match=r"a policy out of.*'fifo'"):
+        run_point(Point(3, "sessions", 1.0, 0.5, "fifo", 10))
+
+
+def test_grids_leave_out_capacities_that_come_out_the_same():
+    shares = {p.share for p in Grid((3,), alpha=(0.0,), policy=("lru",)).points()}
+    assert min(shares) == 0.05 and 0.1 not in shares  # both are the largest model
+    assert len(SMALL.points()) == len(set(SMALL.points()))
+
+
+def test_order_and_executor_do_not_matter(small):
+    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
+    backwards = run_study(points, lambda run, chosen: [run(p) for p in reversed(chosen)])
+    keys = ["traffic", "share", "policy"]
+    expected = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(backwards.sort_values(keys, ignore_index=True), expected)
+
+
+def test_the_study_runs_on_ray(small, monkeypatch):
+    from djinn_lib.simulator import study
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(study, "CHUNK", 8)
+    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
+    keys = ["traffic", "share", "policy"]
+    there = run_study(points, study.on_ray).sort_values(keys, ignore_index=True)
+    here = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
+    pd.testing.assert_frame_equal(there, here)
+
+
+def test_a_point_that_fails_on_ray_is_named(monkeypatch):
+    from djinn_lib.simulator import study
+
+    def one_fails(jobs, on_done):
+        for i, job in enumerate(jobs):
+            on_done(job, Result(error="ConfigError: no such policy") if i else Result(value=[{}]))
+
+    monkeypatch.setattr(study, "fan_out", one_fails)
+    monkeypatch.setattr(study, "CHUNK", 1)
+    with pytest.raises(DjinnError, match="every point of the study, got ConfigError: no such"):
+        run_study([QUEUED[0], QUEUED[1]], study.on_ray)
+
+
+def test_the_kept_study_can_be_computed_again(reference):
+    chosen = reference.iloc[:: len(reference) // 12]
+    for row in chosen.to_dict("records"):
+        if row["n_models"] == 1000:
+            continue
+        point = Point(**{name: row[name] for name in Point.__dataclass_fields__})
+        assert run_point(point)["loaded_bytes"] == row["loaded_bytes"]
+
+
+def test_the_kept_study_says_what_the_notebook_says(reference):
+    sequential = reference[reference["mode"] == "sequential"]
+    means = sequential.groupby("policy")["ratio"].mean()
+    assert means["oracle"] == 1.0
+    assert means["adaptive"] == means.drop(["oracle", KNOWN]).min()
+    assert means["lru"] < means[WHOLE_LRU]
+    independent = (
+        sequential[sequential["traffic"] == "independent"].groupby("policy")["ratio"].mean()
+    )
+    assert independent[KNOWN] < independent["adaptive"] < 1.06 * independent[KNOWN]
+    queued = reference[(reference["mode"] == "concurrent") & (reference["load"] == 0.9)]
+    by_policy = queued.set_index("policy")["ratio"]
+    assert by_policy["oracle"] <= by_policy["lookahead"] < by_policy["lru"]
+
+
+def test_capacity_that_suffices(reference):
+    free = free_capacity(reference[reference["mode"] == "sequential"])
+    ours = free[free["policy"] == "adaptive"].set_index(["traffic", "n_models", "alpha"])["share"]
+    assert ours["sessions", 100, 1.9] < ours["sessions", 100, 0.0]
+
+
+def test_figures(small, reference):
+    scale = json.loads((STUDY / "scale.json").read_text())
+    for figure in (
+        plot_study.distance_to_optimum(small),
+        plot_study.latencies_under_load(small),
+        plot_study.capacity_that_suffices(reference),
+        plot_study.measured_and_simulated(validation.compared()),
+        plot_study.growth(scale),
+    ):
+        assert all(axes.has_data() for axes in figure.axes)
+    sequential = small[small["mode"] == "sequential"]
+    with pytest.raises(RecordError, match="latencies under load"):
+        plot_study.latencies_under_load(sequential)
+
+
+def test_scale_as_measured():
+    scale = json.loads((STUDY / "scale.json").read_text())
+    largest = {r["policy"]: r for r in scale["growth"] if r["n_requests"] == 1_000_000}
+    assert largest["lru"]["seconds"] <= 60 and largest["lru"]["peak_mib"] <= 1024
+    assert scale["n_models"] == 1000
+    assert scale["optimum"]["n_requests"] == 100_000 and scale["optimum"]["seconds"] <= 30
+
+
+def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
+    from djinn_lib.simulator import study
+
+    tiny = Grid((3,), alpha=(1.0,), share=(0.5,), policy=("lru",), n_requests=50)
+    monkeypatch.setattr(study, "GRIDS", {"small": tiny, "full": tiny})
+    monkeypatch.setattr(study, "QUEUED", ())
+    assert main(["--grid", "small", "--out", str(tmp_path / "out")]) == 0
+    assert len(pd.read_parquet(tmp_path / "out" / "points.parquet")) == 2
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["grid"]["n_requests"] == 50 and manifest["versions"]["python"]
+    (tmp_path / "file").write_text("")
+    assert main(["--grid", "small", "--out", str(tmp_path / "file")]) == 2
+    assert "error: expected a folder" in capsys.readouterr().err
+
+
+# -- the explorer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("traffic", explore.TRAFFIC)
+@pytest.mark.parametrize("policy", explore.CHOICES)
+def test_every_choice_of_the_explorer_has_a_picture(policy, traffic):
+    figure = explore.picture(12.0, 3, 1.0, 54.0, policy, traffic)
+    assert all(axes.has_data() for axes in figure.axes)
+    assert any("of the optimum" in axes.get_title("left") for axes in figure.axes)
+
+
+def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
+    drawn, real = [], explore.picture
+    monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))
+    box = explore.explorer(tmp_path)
+    controls, keep = box.children[0].children
+    sliders = {control.description: control for control in controls.children}
+    assert set(sliders) == set(explore.LABELS.values())
+    assert drawn == [{"capacity_gib": 25, "n_models": 3, "alpha": 1.0, "link_gb_per_s": 54,
+                      "policy": "lru", "traffic": explore.TRAFFIC[0]}]  # fmt: skip
+    canvas = box.children[1]
+    first = bytes(canvas.value)
+    assert first.startswith(b"\x89PNG")
+    sliders["capacity, GiB"].value = 40
+    assert bytes(canvas.value).startswith(b"\x89PNG") and bytes(canvas.value) != first
+    sliders["models"].value = 10
+    assert [(how["capacity_gib"], how["n_models"]) for how in drawn[1:]] == [(40, 3), (40, 10)]
+    assert not (tmp_path / "explore.png").exists()
+    keep.click()
+    assert (tmp_path / "explore.png").stat().st_size > 10_000
+
+
+def test_the_explorer_can_be_executed_without_a_screen(tmp_path):
+    """To an Output widget the executing client answers, and may then miss the kernel's reply."""
+    box = explore.explorer(tmp_path)
+    waiting, kinds = [box], set()
+    while waiting:
+        widget = waiting.pop()
+        kinds.add(type(widget).__name__)
+        waiting += getattr(widget, "children", ())
+    assert "Image" in kinds and "Output" not in kinds

@@ -1,0 +1,237 @@
+"""What systems leave behind: after a load, after a failed request, and beside other programs."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import psutil
+import pytest
+import torch
+from tiny import PROMPT, spec
+
+from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.experiment.weights import describe
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import load_ordinarily
+from djinn_lib.systems.serverless import drop_page_cache
+from djinn_lib.systems.vllm_sleep import VllmSleep
+
+ARCHITECTURES = ["llama", "phi", "qwen2-tied"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root, files = tmp_path_factory.mktemp("failures"), {}
+    for name in ARCHITECTURES:
+        spec(name).build().save_pretrained(root / name)
+        files[name] = describe(name, root / name)
+    return files
+
+
+def mappings_of(folder):
+    return [
+        line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line
+    ]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_loaded_model_no_longer_needs_its_files(models, name):
+    """A mapped file would be read by the first forward pass, which is not what loading costs."""
+    model = load_ordinarily(models[name])
+    assert mappings_of(models[name].folder) == []
+    if name == "qwen2-tied":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_nothing_of_a_cold_start_survives_it(models):
+    system = system_class("serverless")(models, 1 << 30, "cpu")
+    system.start()
+    system.serve("llama", PROMPT, 1)
+    assert mappings_of(models["llama"].folder) == []
+    drop_page_cache(models["llama"])  # impossible while somebody maps the file
+
+
+@pytest.mark.parametrize("name", ["pytorch_pinned", "pytorch_pageable"])
+def test_tied_weights_are_moved_once(models, name, monkeypatch):
+    system = system_class(name)(models, 1 << 30, "cpu")
+    system.start()
+    copied, to, copy_ = [], torch.Tensor.to, torch.Tensor.copy_
+
+    def counted(function, applies):
+        def call(tensor, *args, **kwargs):
+            if applies(kwargs):
+                copied.append(tensor.numel() * tensor.element_size())
+            return function(tensor, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch.Tensor, "to", counted(to, lambda kwargs: kwargs.get("copy")))
+    monkeypatch.setattr(torch.Tensor, "copy_", counted(copy_, lambda _: True))
+    system.load("qwen2-tied")
+    parameters = system.host["qwen2-tied"].parameters()
+    assert sum(copied) == sum(p.numel() * p.element_size() for p in parameters)
+
+
+@pytest.mark.parametrize("name", ["pytorch_pinned", "pytorch_pinned_readonly", "pytorch_pageable"])
+@pytest.mark.parametrize("fails", ["load", "generate"])
+def test_a_failed_request_leaves_no_weights_on_the_device(models, name, fails, monkeypatch):
+    system = system_class(name)(models, 1 << 30, "cpu")
+    system.start()
+    fail_after(monkeypatch, system, fails)
+    with pytest.raises(MemoryError):
+        system.serve("llama", PROMPT, 1)
+    assert on_device(system, "llama") == []
+
+
+def test_half_a_load_is_undone_by_the_cache_too(models, monkeypatch):
+    system = system_class("pytorch_lru")(models, 1 << 30, "cpu")
+    system.start()
+    fail_after(monkeypatch, system, "load")
+    with pytest.raises(MemoryError):
+        system.serve("llama", PROMPT, 1)
+    assert (on_device(system, "llama"), dict(system.resident)) == ([], {})
+
+
+def fail_after(monkeypatch, system, method):
+    """Let a method do its work and then fail, as when the device is full near its end."""
+    work = getattr(system, method)
+
+    def fail(*args):
+        work(*args)
+        raise MemoryError("expected free memory")
+
+    monkeypatch.setattr(system, method, fail)
+
+
+def on_device(system, name):
+    """Parameters that are not in host memory any more."""
+    parameters = system.host[name].named_parameters()
+    pairs = zip(parameters, system.masters[name], strict=True)
+    return [key for (key, p), master in pairs if p.data_ptr() != master.data_ptr()]
+
+
+def test_actors_are_gone_when_their_room_is_given_away(models, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # a cluster that is not ours to use
+    system = system_class("ray_actors")(models, models["llama"].n_bytes + 1000, "cpu")
+    system.start()
+    try:
+        system.serve("llama", PROMPT, 1)
+        process = psutil.Process(system.pids["llama"])
+        served = system.serve("phi", PROMPT, 3)
+        assert not process.is_running()
+        assert served.evicted_bytes == models["llama"].n_bytes
+        assert served.switch_ms < served.ttft_ms < served.ttft_ms + served.decode_ms
+        assert served.ttft_ms + served.decode_ms <= served.total_ms
+    finally:
+        system.close()
+    assert [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()] == []
+
+
+class FakeEngine:
+    """Answers what an engine's process would, in this process; `log` holds every call."""
+
+    log: ClassVar[list] = []
+
+    def __init__(self, target, files, options):
+        module, _, name = target.partition(":")
+        assert hasattr(__import__(module, fromlist=[name]), name)
+        assert "naive" not in options
+        self.name, self.fails, self.log = files.name, None, FakeEngine.log
+        self.log.append(("start", self.name))
+
+    def call(self, method, *arguments):
+        self.log.append((method, self.name))
+        if method == self.fails:
+            raise DjinnError(f"{method} failed")
+        return (tuple(range(arguments[1])), 0.0, 0.0) if method == "generate" else None
+
+    def ask_to_end(self):
+        self.log.append(("ask_to_end", self.name))
+
+    def close(self):
+        self.log.append(("close", self.name))
+
+
+@pytest.fixture
+def sleeping(models, monkeypatch):
+    """Makes a started `VllmSleep` of fake engines; room for all but the smallest model."""
+    monkeypatch.setattr("djinn_lib.systems.vllm_sleep.EngineProcess", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "log", [])
+    sizes = sorted(files.n_bytes for files in models.values())
+
+    def make(**options):
+        system = VllmSleep(models, sum(sizes[1:]), "cuda", **options)
+        system.start()
+        return system
+
+    return make
+
+
+def test_an_answer_that_would_be_cut_short_is_refused(sleeping):
+    system = sleeping(max_model_len=len(PROMPT) + 2)
+    assert len(system.serve("llama", PROMPT, 2).token_ids) == 2
+    with pytest.raises(ConfigError, match="raise the option max_model_len"):
+        system.serve("llama", PROMPT, 3)
+    assert ("close", "llama") not in FakeEngine.log
+
+
+@pytest.mark.parametrize("fails", ["wake_up", "generate"])
+def test_an_engine_that_fails_is_started_anew(sleeping, fails):
+    system = sleeping()
+    system.engines["llama"].fails = fails
+    with pytest.raises(DjinnError, match=fails):
+        system.serve("llama", PROMPT, 2)
+    assert ("close", "llama") in FakeEngine.log
+    FakeEngine.log.clear()
+    assert system.serve("llama", PROMPT, 2).token_ids == (0, 1)
+    assert [method for method, _ in FakeEngine.log] == ["start", "sleep", "wake_up", "generate"]
+
+
+def test_a_victim_that_cannot_sleep_is_ended_for_its_memory(sleeping):
+    system = sleeping()
+    system.serve("llama", PROMPT, 1)
+    system.engines["llama"].fails = "sleep"
+    system.reset()
+    assert FakeEngine.log[-1] == ("close", "llama")
+    assert system.serve("llama", PROMPT, 1).resident_before_bytes == 0
+
+
+class FakeVllm:
+    """The part of vLLM that is used, with engines whose steps fail."""
+
+    sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(CUMULATIVE=1))
+    shut_down = 0
+
+    def SamplingParams(self, **parameters):
+        return parameters
+
+    def LLM(self, **options):
+        def step():
+            raise RuntimeError("expected a step")
+
+        def shut():
+            self.shut_down += 1
+
+        return SimpleNamespace(
+            llm_engine=SimpleNamespace(
+                add_request=lambda *_: None,
+                has_unfinished_requests=lambda: True,
+                step=step,
+                engine_core=SimpleNamespace(shutdown=shut),
+            )
+        )
+
+
+def test_a_failed_vllm_engine_is_not_used_again(models, monkeypatch):
+    system = system_class("vllm_recreate")(models, 1 << 30, "cpu")
+    monkeypatch.setitem(__import__("sys").modules, "vllm", FakeVllm())
+    read = ("ENABLE_V1_MULTIPROCESSING", "CPU_KVCACHE_SPACE", "LOGGING_LEVEL")
+    for name in ("OMP_NUM_THREADS", *(f"VLLM_{name}" for name in read)):
+        monkeypatch.setenv(name, os.environ.get(name, "1"))
+    system.start()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a step"):
+            system.serve("llama", PROMPT, 2)
+        assert (system.engine, system.resident) == (None, None)
+    assert system.vllm.shut_down == 2
