@@ -181,5 +181,5 @@ def test_a_model_with_an_argument_of_the_wrong_kind_is_refused(argument, tmp_pat
     ids=shown,
 )
 def test_a_specification_of_the_wrong_kind_is_refused(argument):
-    with pytest.raises(ConfigError, match="expected (the seed|init)"):
+    with pytest.raises(ConfigError, match=r"expected (the seed|init)"):
         dj.ModelSpec(TINY, **argument)
