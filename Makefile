@@ -72,7 +72,7 @@ figures: $(READY) ## draw the published figures again from the reference rows, o
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
-	$(RUN) -m djinn_lib.simulator.study --executor $(EXECUTOR)
+	$(RUN) -m djinn_lib.experiment.study --executor $(EXECUTOR)
 
 .PHONY: test
 test: lint ## check the style and the types, then run the tests that take minutes

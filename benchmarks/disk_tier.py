@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.memory.devices import host_memory
 from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
 from djinn_lib.engine.memory.masters import Layout

@@ -26,7 +26,7 @@ import torch
 from engine_cases import Cases, page_curve, timed
 from engine_targets import read_floor_ms, targets
 
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.packing import Embeddings

@@ -16,7 +16,7 @@ import time
 
 import pandas as pd
 
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
 from djinn_lib.simulator.checkpoint_sizes import fleet

@@ -27,7 +27,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.decode.eager import Generation, generate_eager
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.spec import ModelSpec

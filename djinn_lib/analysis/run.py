@@ -15,7 +15,7 @@ from djinn_lib.analysis.claim_metrics import Evidence
 from djinn_lib.analysis.evidence import machines_of, side_by_side
 from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.tables import machine_names, machine_numbers
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.decode.modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib import nvml
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.bench import ensure_writable
 from djinn_lib.experiment.fan_out import Job, Result, ensure_ray, fan_out

@@ -27,7 +27,7 @@ from typing import Any
 
 from djinn_lib.analysis import large_results, replicates
 from djinn_lib.analysis.run import read_machine
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Profile, load_profile

@@ -23,7 +23,7 @@ from typing import Any
 
 from djinn_lib.analysis import large_results, replicates
 from djinn_lib.analysis.run import Run, load_run
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json

@@ -20,7 +20,7 @@ from djinn_lib.analysis.claims import format_value
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.tables import facts_table
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import cell_id

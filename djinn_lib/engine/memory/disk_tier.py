@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.memory.devices import host_memory
 from djinn_lib.engine.memory.masters import Fill, Layout, SwapPool
 from djinn_lib.engine.memory.policies import LRU

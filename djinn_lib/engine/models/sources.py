@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.arguments import flag
+from djinn_lib.arguments import flag
 from djinn_lib.engine.memory.masters import Fill
 from djinn_lib.engine.models.checkpoint import load_pretrained, weight_files
 from djinn_lib.engine.models.hub import resolve_folder

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from djinn_lib.engine.arguments import whole_number
+from djinn_lib.arguments import whole_number
 from djinn_lib.engine.memory.masters import Fill
 from djinn_lib.engine.models.construction import (
     DefaultDtype,

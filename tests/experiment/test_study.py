@@ -11,10 +11,7 @@ from djinn_lib.analysis.plots import explore
 from djinn_lib.analysis.plots import policies as plot_study
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment.fan_out import Result
-from djinn_lib.paths import REFERENCE, STUDY
-from djinn_lib.rows import read_rows
-from djinn_lib.simulator.cost_model import CostModel, fit
-from djinn_lib.simulator.study import (
+from djinn_lib.experiment.study import (
     KNOWN,
     QUEUED,
     SMALL,
@@ -26,6 +23,9 @@ from djinn_lib.simulator.study import (
     run_point,
     run_study,
 )
+from djinn_lib.paths import REFERENCE, STUDY
+from djinn_lib.rows import read_rows
+from djinn_lib.simulator.cost_model import CostModel, fit
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 A point is one simulation. `Grid.points` lists them, `run_point` computes one, and `run_study` all
 of them, in order or by any executor that is given. The whole of it, as `make study` runs it::
 
-    python -m djinn_lib.simulator.study --grid full --out data/reference/study
+    python -m djinn_lib.experiment.study --grid full --out data/reference/study
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from djinn_lib.analysis.validation import reference_costs
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.arguments import user_path
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.fan_out import Job, Result, fan_out
@@ -283,7 +283,7 @@ def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compute a grid and keep its points; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.simulator.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="djinn_lib.experiment.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "study")
