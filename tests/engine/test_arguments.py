@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import djinn_lib as dj
-from djinn_lib.engine.arguments import flag, function, real_number, user_path, whole_number
+from djinn_lib.engine.arguments import flag, function, real_number, whole_number
 from djinn_lib.engine.device import parse_device
 from djinn_lib.engine.memory.disk_tier import default_folder
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.experiment.parameters import folder
+from djinn_lib.paths import user_path
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)], ids=repr)
