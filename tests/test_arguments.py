@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import djinn_lib as dj
-from djinn_lib.arguments import flag, function, real_number, user_path, whole_number
+from djinn_lib.engine.arguments import flag, function, real_number, whole_number
 from djinn_lib.engine.device import parse_device
 from djinn_lib.engine.memory.disk_tier import default_folder
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.experiment.parameters import folder
+from djinn_lib.paths import user_path
 
 TINY = {
     "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,

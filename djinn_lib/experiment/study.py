@@ -21,14 +21,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from djinn_lib.analysis.validation import reference_costs
-from djinn_lib.arguments import user_path
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.fan_out import Job, Result, fan_out
-from djinn_lib.experiment.machine import git_state, versions
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
+from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
 from djinn_lib.simulator.cost_model import CostModel
 from djinn_lib.simulator.optimal import optimal_bytes
@@ -302,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         "costs": asdict(_costs()),
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": versions(),
+        "versions": package_versions(),
         "wall_s": time.perf_counter() - begin_s,
     }
     write_json(options.out / "manifest.json", manifest)

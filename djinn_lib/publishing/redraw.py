@@ -24,10 +24,9 @@ from typing import Any
 
 from djinn_lib.analysis import large_results, replicates
 from djinn_lib.analysis.run import load_run
-from djinn_lib.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
-from djinn_lib.paths import FIGURES, REFERENCE
+from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
 from djinn_lib.replacing import recover, replace_folders
 
