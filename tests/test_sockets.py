@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from djinn_lib.experiment.fan_out import ensure_ray
 
 from djinn_lib import sockets
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import fan_out, notebooks
-from djinn_lib.experiment.fan_out import ensure_ray
 from djinn_lib.paths import REPO
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
 from djinn_lib.systems import vllm_recreate

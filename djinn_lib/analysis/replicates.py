@@ -14,7 +14,8 @@ from typing import Any
 
 import pandas as pd
 
-from djinn_lib.rows import no_rows, read_manifest, read_rows, write_manifest, write_rows
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
+from djinn_lib.rows import no_rows, read_rows, write_rows
 
 FOLDER = "replicates"
 

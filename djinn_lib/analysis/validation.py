@@ -17,9 +17,10 @@ import pandas as pd
 
 from djinn_lib.analysis.replicates import FOLDER as REPLICATES
 from djinn_lib.errors import ConfigError
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 from djinn_lib.simulator.cost_model import CostModel, fit
 from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import paper_trace

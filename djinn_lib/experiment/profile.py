@@ -87,7 +87,6 @@ class CellsEntry(_Strict):
     mode: Mode = "sequential"
     speed: float = Field(default=1.0, gt=0)
     repeats: int | None = Field(default=None, ge=1)
-    minutes: float | None = Field(default=None, gt=0)  # a hint: what one of these cells takes
 
 
 class LargeEntry(_Strict):

@@ -7,10 +7,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from djinn_lib.experiment.begun import Begun, file_inputs, value_input
 from doit.cmd_base import ModuleTaskLoader
 from doit.doit_cmd import DoitMain
-
-from djinn_lib.experiment.begun import Begun, file_inputs, value_input
 
 
 class Process:

@@ -17,19 +17,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from djinn_lib.experiment.begun import Begun
+from djinn_lib.experiment.fan_out import Job, Result, ensure_ray, fan_out
 from jobs import die, double, leave, make_a_lock, note_and_sleep, refuse, span
 from profile_factory import tiny_profile
 
 from djinn_lib.errors import ConfigError, PlatformError
 from djinn_lib.experiment import fan_out as fan_out_module
 from djinn_lib.experiment import reproduce, tasks
-from djinn_lib.experiment.begun import Begun
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.cell import run_cell
-from djinn_lib.experiment.fan_out import Job, Result, ensure_ray, fan_out
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.notebooks import Status, read_statuses
 from djinn_lib.paths import REPO
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 
 ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402  (only where there is Ray)

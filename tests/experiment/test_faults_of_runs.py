@@ -29,10 +29,11 @@ from djinn_lib.experiment import cell as cell_module
 from djinn_lib.experiment import locks, notebooks, reproduce, tasks
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.cell import close_dead_cell, run_cell
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.paths import REPO
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 from djinn_lib.systems.pytorch import PyTorchPinned
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from djinn_lib.experiment.tasks import CellOutcome, keep_outcome
 from profile_factory import LLAMA, entry, tiny_profile
 from pydantic import ValidationError
 from tiny import PROMPT, spec
@@ -17,7 +18,6 @@ from djinn_lib.errors import CheckpointError, ConfigError, TraceError
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.notebooks import NOTEBOOKS_DIR, Status, check_parameters
 from djinn_lib.experiment.parameters import folder, one_of
-from djinn_lib.experiment.tasks import CellOutcome, keep_outcome
 from djinn_lib.files import path_below
 from djinn_lib.trace import Request, Trace, read_trace, write_trace
 

@@ -22,7 +22,8 @@ from djinn_lib.experiment.kept_rows import (
     set_aside,
     whole_frame,
 )
-from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_manifest, write_rows
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
+from djinn_lib.rows import read_rows, rows_frame, write_rows
 
 TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
 MANIFEST = {

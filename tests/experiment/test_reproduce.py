@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from djinn_lib.experiment.schedule import Limit
 
 from djinn_lib import nvml
 from djinn_lib.experiment import reproduce
 from djinn_lib.experiment.notebooks import Status, read_statuses, write_status
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.experiment.reproduce import INCOMPLETE, main
-from djinn_lib.experiment.schedule import Limit
 from djinn_lib.paths import REPO
 
 CELLS = load_profile("smoke").all_cells()

@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from profile_factory import tiny_profile
-from row_factory import SIZES
-
-from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.schedule import (
     AROUND_S,
     Limit,
@@ -18,6 +14,10 @@ from djinn_lib.experiment.schedule import (
     run_within,
     span,
 )
+from profile_factory import tiny_profile
+from row_factory import SIZES
+
+from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.paths import REFERENCE
 from djinn_lib.rows import read_manifest, write_manifest
 from djinn_lib.trace import paper_trace, write_trace

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from djinn_lib.experiment.source_files import imported_files
 from profile_factory import tiny_profile
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.bench import set_up
-from djinn_lib.experiment.source_files import imported_files
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
 

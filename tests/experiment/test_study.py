@@ -5,12 +5,12 @@ import json
 
 import pandas as pd
 import pytest
+from djinn_lib.experiment.fan_out import Result
 
 from djinn_lib.analysis import validation
 from djinn_lib.analysis.plots import explore
 from djinn_lib.analysis.plots import policies as plot_study
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment.fan_out import Result
 from djinn_lib.experiment.study import (
     KNOWN,
     QUEUED,

@@ -20,11 +20,12 @@ from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.locks import run_locks
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.files import write_json
 from djinn_lib.publishing import merge as merge_module
 from djinn_lib.publishing.merge import main, merge
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 from djinn_lib.trace import paper_trace, write_trace
 
 FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5}

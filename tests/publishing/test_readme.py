@@ -29,12 +29,13 @@ from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.replicates import write_replicate
 from djinn_lib.analysis.result_tables import sweep_table
 from djinn_lib.analysis.run import load_run, published
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import readme, readme_benchmarks
 from djinn_lib.publishing.merge import missing_cells
-from djinn_lib.rows import no_rows, read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.rows import no_rows, rows_frame, write_rows
 
 README = REPO / "README.md"
 OF_ROWS = {"claims", "headline", "comparison", "tokens", "results", "gain", "sweep", "zipf",

@@ -14,11 +14,12 @@ from run_factory import write_run
 
 from djinn_lib.analysis.claims import judge, load_claims, write_claims_json
 from djinn_lib.analysis.run import load_run
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.notebooks import Status, write_status
 from djinn_lib.metrics import summarise
 from djinn_lib.publishing.notebook_html import convert_notebooks
 from djinn_lib.publishing.report import build_report, summary_table
-from djinn_lib.rows import read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.rows import rows_frame, write_rows
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"

@@ -12,7 +12,8 @@ from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
 from djinn_lib.analysis.run import Run
 from djinn_lib.experiment.large_results import write_large
-from djinn_lib.rows import rows_frame, write_manifest, write_rows
+from djinn_lib.experiment.manifest import write_manifest
+from djinn_lib.rows import rows_frame, write_rows
 from djinn_lib.trace import paper_trace, write_trace
 
 MACHINE = {
