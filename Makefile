@@ -95,11 +95,13 @@ coverage: $(READY) ## test the core and ask for 95% of its branches
 	  --cov=djinn_lib.engine.serving --cov-branch --cov-report=term-missing --cov-fail-under=95
 
 .PHONY: lint
-lint: $(READY) ## check the style (ruff), the types (pyright) and that notebooks are stripped
+lint: $(READY) ## check the style, who imports whom, the types, and that notebooks are stripped
 	@echo "==> style"
 	@$(call if-installed,ruff) $(RUN) -m ruff check .; $(RUN) -m ruff format --check .; fi
 	@echo "==> notebooks without outputs"
 	@$(call if-installed,nbstripout) $(notebooks) $(RUN) -m nbstripout --verify $(STRIP) "$$@"; fi
+	@echo "==> who imports whom"
+	@$(call if-installed,importlinter) $(RUN) -c 'from importlinter.cli import lint_imports_command as c; c()' --no-logo --no-cache; fi
 	@echo "==> types"
 	@$(call if-installed,pyright) $(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"; fi
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.analysis import large_results
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.begun import Begun, Inputs, file_inputs, value_input
 from djinn_lib.experiment.integrity import files_are_as_set_up, recorded_digests
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
