@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from djinn_lib.engine.arguments import flag, function, real_number, whole_number
 
 import djinn_lib as dj
+from djinn_lib.arguments import flag, function, real_number, whole_number
 from djinn_lib.engine.device import parse_device
 from djinn_lib.engine.memory.disk_tier import default_folder
 from djinn_lib.errors import ConfigError, DjinnError, shown

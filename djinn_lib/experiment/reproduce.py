@@ -1,4 +1,4 @@
-"""`make reproduce`: runs the notebooks of one profile that are not up to date, and says how it went.
+"""`make reproduce`: brings the notebooks of one profile up to date, and says how it went.
 
     python -m djinn_lib.experiment.reproduce --profile cpu
     python -m djinn_lib.experiment.reproduce --profile cpu cell:paper-25-djinn figures

@@ -20,16 +20,15 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from djinn_lib.analysis.validation import reference_costs
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
-from djinn_lib.experiment.fan_out import Job, Result, fan_out
+from djinn_lib.experiment.executors import Job, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
-from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.cost_model import CostModel, reference_costs
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import PAGE_BYTES, Mode, simulate
 from djinn_lib.trace import Trace, session_trace, zipf_trace
@@ -128,16 +127,16 @@ def on_ray(
         ConfigError, PlatformError: no cluster can be had.
         DjinnError: a point failed; the message has its cause.
     """
-    results: list[Result] = []
     chunks = [points[i : i + CHUNK] for i in range(0, len(points), CHUNK)]
     jobs = [
         Job(f"points {i * CHUNK} to {i * CHUNK + len(chunk) - 1}", _map_chunk, (function, chunk))
         for i, chunk in enumerate(chunks)
     ]
-    fan_out(jobs, lambda job, result: results.append(result))
-    for result in results:
+    for job, result in fan_out(jobs):
         if result.error:
-            raise DjinnError(f"expected every point of the study, got {result.error}")
+            raise DjinnError(
+                f"expected every point of the study, got of {job.name}: {result.error}"
+            )
         yield from result.value
 
 

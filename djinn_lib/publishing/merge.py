@@ -25,9 +25,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import read_machine
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.profile import Profile, load_profile
@@ -227,7 +228,7 @@ def _notes(cell: PartCell) -> list[str]:
 
 
 def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) -> None:
-    for name in ("requests", "traces", "notebooks", "status", "figures"):
+    for name in ("requests", "traces", "notebooks", "figures"):
         (folder / name).mkdir(parents=True)
     commits = {cell.manifest["git_commit"] for cell in chosen}
     for cell in chosen:
@@ -279,14 +280,10 @@ def _own_label(label: str, part: Path) -> str:
 
 
 def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> None:
-    """Copy an executed notebook and its status, where a part has them."""
+    """Copy an executed notebook, where a part has it."""
     notebook = source / "notebooks" / f"{name}.ipynb"
     if notebook.exists():
         shutil.copy(notebook, target / "notebooks" / f"{name}{suffix}.ipynb")
-    status = source / "status" / f"{name}.json"
-    if status.exists():
-        content = {**json.loads(status.read_text()), "task": f"{name}{suffix}"}
-        write_json(target / "status" / f"{name}{suffix}.json", content)
 
 
 def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json

@@ -22,10 +22,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
+from djinn_lib.experiment import large_results
+from djinn_lib.experiment.notebooks import execute
+from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
 from djinn_lib.replacing import recover, replace_folders
@@ -72,11 +74,12 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         profile = large_results.profile_of(run_dir)
         more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
         parameters[large_results.NOTEBOOK] = more
+    ended = []
     for status in _side_by_side(run_dir / "notebooks", parameters):
-        write_status(status, run_dir / "status")
-        took = f"{status.state} in {status.seconds:.1f} s {status.error}".rstrip()
-        print(f"{status.task}: {took}", flush=True)
-    return [status for status in read_statuses(run_dir / "status") if status.task in parameters]
+        keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
+        print(status, flush=True)
+        ended.append(status)
+    return ended
 
 
 def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:

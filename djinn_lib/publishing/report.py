@@ -21,8 +21,8 @@ from djinn_lib.analysis.plots.style import order_systems, split_unavailable, sys
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.tables import facts_table
 from djinn_lib.errors import DjinnError
-from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import cell_id
+from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
 from djinn_lib.metrics import sequential, summarise
 from djinn_lib.paths import user_path
@@ -235,7 +235,7 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _statuses(folder: Path) -> dict[str, dict[str, Any]]:
-    return {status.task: asdict(status) for status in read_statuses(folder / "status")}
+    return {status.task: asdict(status) for status in read_statuses(folder)}
 
 
 def _notebook(page: Page, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
