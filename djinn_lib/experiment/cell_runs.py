@@ -20,7 +20,6 @@ from djinn_lib.experiment.inputs import (
 )
 from djinn_lib.experiment.kept_rows import set_aside
 from djinn_lib.experiment.manifest import note_execution
-from djinn_lib.experiment.notebooks import execute
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.experiment.status import Status, read_execution
@@ -72,6 +71,8 @@ def run_cell_notebook(run: RunFolder, profile: Profile, cell: Cell, place: str) 
 
 def execute_cell(run: RunFolder, profile: Profile, cell: Cell, fork: bool = False) -> Status:
     """Execute a cell's notebook, whose kernel may be a fork; returns how that ended."""
+    from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
+
     files = run.cell(cell.id)
     with suppress(OSError):  # an interrupted execution's, whose rows are not those of this one
         set_aside(files)

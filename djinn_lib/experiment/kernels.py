@@ -99,7 +99,9 @@ def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     os.environ.update(environment)
     os.chdir(cwd)
     from ipykernel.kernelapp import IPKernelApp
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is for processes, and would outlive a killed kernel
     # 1 stands for a parent that is watched by others.
     IPKernelApp.launch_instance([*arguments, "--IPKernelApp.parent_handle=1"])
 

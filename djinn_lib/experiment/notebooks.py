@@ -25,11 +25,10 @@ from traitlets.config import Config
 from djinn_lib.errors import ConfigError, in_words
 from djinn_lib.experiment.kernels import ForkingKernelManager
 from djinn_lib.experiment.status import Status
-from djinn_lib.paths import REPO, python_path
+from djinn_lib.paths import NOTEBOOKS, python_path
 from djinn_lib.rows import classify_error
 from djinn_lib.sockets import socket_folder
 
-NOTEBOOKS_DIR = REPO / "notebooks"
 _NAMED_KINDS = {
     **dict.fromkeys(("MemoryError", "CapacityError", "OutOfMemoryError"), "oom"),
     **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
@@ -89,7 +88,7 @@ def execute(
         ConfigError: notebook or parameters are unknown; nothing has been run then.
         KeyboardInterrupt: the kernel has been ended, and no copy is left.
     """
-    source = NOTEBOOKS_DIR / f"{notebook}.ipynb"
+    source = NOTEBOOKS / f"{notebook}.ipynb"
     check_parameters(source, parameters)
     partial = output.with_suffix(".partial.ipynb")
     begin_s, kind, error = time.perf_counter(), "", ""
@@ -142,7 +141,7 @@ def _papermill(
             _literally(output),
             parameters=dict(parameters),
             kernel_name=kernel,
-            cwd=str(NOTEBOOKS_DIR),
+            cwd=str(NOTEBOOKS),
             progress_bar=False,
             start_timeout=_START_S,
             shutdown_kernel="immediate",

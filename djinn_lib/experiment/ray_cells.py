@@ -25,11 +25,11 @@ from djinn_lib.experiment.executors import Job, Result, fan_out
 from djinn_lib.experiment.inputs import cell_inputs, changed
 from djinn_lib.experiment.kept_rows import keep, set_aside
 from djinn_lib.experiment.locks import gpu_lock
-from djinn_lib.experiment.notebooks import NOTEBOOKS_DIR
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, CellFiles, RunFolder
 from djinn_lib.experiment.status import Status
 from djinn_lib.files import write_atomically
+from djinn_lib.paths import NOTEBOOKS
 from djinn_lib.rows import classify_error
 
 
@@ -142,7 +142,7 @@ def take_back(
 def _put(outcome: Outcome | None, files: CellFiles) -> None:
     if outcome is None or outcome.notebook is None:
         files.notebook.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(NOTEBOOKS_DIR / f"{CELL_NOTEBOOK}.ipynb", files.notebook)
+        shutil.copyfile(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", files.notebook)
     if outcome is None:
         return
     for content, path in ((outcome.notebook, files.notebook), (outcome.journal, files.journal)):

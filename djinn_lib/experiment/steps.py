@@ -22,11 +22,10 @@ from djinn_lib.experiment.inputs import (
     recorded_digests,
 )
 from djinn_lib.experiment.integrity import files_are_as_set_up
-from djinn_lib.experiment.notebooks import NOTEBOOKS_DIR, execute
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.status import Status, keep_status, read_status
-from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
 _DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
 _MEASURED = ("requests", "replicates", "traces", "machine.json")
@@ -71,7 +70,7 @@ class Step:
     def inputs(self, run: RunFolder, profile: Profile) -> dict[str, str]:
         """Return digests of all that the notebook is made from."""
         return {
-            "notebook": digest_files([NOTEBOOKS_DIR / f"{self.notebook}.ipynb"]),
+            "notebook": digest_files([NOTEBOOKS / f"{self.notebook}.ipynb"]),
             "code": digest_files(LIBRARY / part for part in self.code),
             "data": digest_files([*self.data, *(run.path / part for part in self.reads)], run.path),
             "profile": digest(profile.model_dump(include=set(self.profile))),
@@ -135,6 +134,8 @@ def set_up(run: RunFolder, profile: Profile) -> list[Status]:
 
 def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
     """Execute a notebook into the run folder, and keep in its copy how it ended."""
+    from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
+
     before = read_status(run.notebook(step.notebook))
     took_s = before.seconds if before and before.settled else None
     print(f"{step.notebook} ({duration(took_s)}) ...", flush=True)

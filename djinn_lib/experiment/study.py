@@ -134,9 +134,7 @@ def on_ray(
     ]
     for job, result in fan_out(jobs):
         if result.error:
-            raise DjinnError(
-                f"expected every point of the study, got of {job.name}: {result.error}"
-            )
+            raise DjinnError(f"{job.name} of the study failed: {result.error}")
         yield from result.value
 
 
