@@ -136,16 +136,16 @@ def test_the_tables():
 def test_a_cell_has_its_files():
     bench = bench_of({"a": 1000})
     (cell,) = bench.profile.all_cells()
-    assert bench.rows_path(cell) == Path("/run/requests/zipf-all-djinn.parquet")
-    assert bench.manifest_path(cell) == Path("/run/requests/zipf-all-djinn.manifest.json")
-    assert bench.journal_path(cell) == Path("/run/requests/zipf-all-djinn.journal.jsonl")
-    assert bench.trace_path("zipf") == Path("/run/traces/zipf.jsonl")
+    assert bench.run.cell(cell.id).rows == Path("/run/requests/zipf-all-djinn.parquet")
+    assert bench.run.cell(cell.id).manifest == Path("/run/requests/zipf-all-djinn.manifest.json")
+    assert bench.run.cell(cell.id).journal == Path("/run/requests/zipf-all-djinn.journal.jsonl")
+    assert bench.run.trace("zipf") == Path("/run/traces/zipf.jsonl")
 
 
 def test_traces_are_written_over_the_models(tmp_path):
     bench = set_up_in(tmp_path)
     traces = bench.write_traces()
-    assert list(traces) == ["zipf"] and read_trace(bench.trace_path("zipf")) == traces["zipf"]
+    assert list(traces) == ["zipf"] and read_trace(bench.run.trace("zipf")) == traces["zipf"]
     assert set(traces["zipf"].models) <= {"llama", "gpt2"}
 
 

@@ -20,7 +20,7 @@ from tiny_run import SYSTEMS, cell_of, copied, prepare
 import djinn_lib as dj
 from djinn_lib.engine.memory.devices import copier, host_memory
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
-from djinn_lib.experiment import cell_record
+from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.weights import describe
@@ -326,11 +326,11 @@ def test_options_that_a_system_does_not_have(bench):
 
 
 def test_a_trace_without_requests(bench):
-    write_trace(Trace("none", {}, ()), bench.trace_path("zipf"))
+    write_trace(Trace("none", {}, ()), bench.run.trace("zipf"))
     cell = cell_of(bench, "djinn")
     with pytest.raises(TraceError, match=r"at least 1 request, .*make the trace anew"):
         run_cell(bench, cell)
-    assert not bench.rows_path(cell).exists()
+    assert not bench.run.cell(cell.id).rows.exists()
 
 
 def test_a_trace_of_one_request_goes_all_the_way(bench):
@@ -347,7 +347,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
         cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
     )
     short = replace(bench, profile=profile)
-    short.trace_path("zipf").unlink()
+    short.run.trace("zipf").unlink()
     short.write_traces()
     for cell in profile.all_cells():
         run_cell(short, cell)
@@ -386,7 +386,7 @@ def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
 
     monkeypatch.setattr(time, "time", Jumping.time)
     monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(cell_record, "datetime", Jumping)
+    monkeypatch.setattr(record, "datetime", Jumping)
     begin_s = time.perf_counter()
     rows = run_cell(bench, cell_of(bench, "djinn"))
     wall_s = time.perf_counter() - begin_s

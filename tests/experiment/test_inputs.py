@@ -54,7 +54,7 @@ def test_the_longest_names_make_files_that_can_be_made(tmp_path):
     (cell,) = profile.all_cells()
     bench = Bench(profile, tmp_path, {}, {})
     longest = [f"02_run_system.{cell.id}.partial.ipynb", f"02_run_system.{cell.id}.json.partial"]
-    for name in [*longest, f"{bench.manifest_path(cell).name}.partial"]:
+    for name in [*longest, f"{bench.run.cell(cell.id).manifest.name}.partial"]:
         (tmp_path / name).touch()
         assert (tmp_path / name).is_file()
 
@@ -65,8 +65,8 @@ def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):
     bench.write_traces()
     before = sorted(tmp_path.rglob("*"))
     trace = Trace("zipf", {}, (Request(0, 0.0, "../../stray"),))
-    write_trace(trace, bench.trace_path("zipf"))
-    assert read_trace(bench.trace_path("zipf")) == trace
+    write_trace(trace, bench.run.trace("zipf"))
+    assert read_trace(bench.run.trace("zipf")) == trace
     with pytest.raises(TraceError, match="stray"):
         from djinn_lib.experiment.cell import run_cell
 

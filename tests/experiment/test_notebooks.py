@@ -224,7 +224,7 @@ def test_a_cell_whose_kernel_dies_becomes_failed_rows_and_the_run_goes_on(bench,
     died = Status(f"02_run_system.{cell.id}", "failed", 1.0, "kernel_died", "killed")
     monkeypatch.setattr(tasks, "execute", lambda *_, **__: died)
     assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "cell 1 of 1")
-    rows = read_rows(bench.rows_path(cell))
+    rows = read_rows(bench.run.cell(cell.id).rows)
     assert set(rows["error_kind"]) == {"kernel_died"}
     assert not tasks.is_settled(bench.run_dir, f"02_run_system.{cell.id}")
     assert reproduce._summary(bench.run_dir) == 1
