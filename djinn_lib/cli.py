@@ -202,7 +202,9 @@ def plot(
 def reproduce(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="`cell:paper-25-djinn`, or a notebook such as `figures` [default: all]"),
+        typer.Argument(
+            help="`cell:paper-25-djinn`, or a notebook such as `figures` [default: all]"
+        ),
     ] = None,
     profile: _Config = None,
     run_dir: Annotated[Path | None, typer.Option(help="[default: data/runs/PROFILE]")] = None,

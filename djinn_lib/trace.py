@@ -200,7 +200,9 @@ def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per
 def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) -> Trace:
     """Return a trace whose models are called by `names`, but for those in `keep`."""
     requests = tuple(
-        request if request.model in keep else replace(request, model=names.get(request.model, request.model))
+        request
+        if request.model in keep
+        else replace(request, model=names.get(request.model, request.model))
         for request in trace.requests
     )
     return replace(trace, requests=requests)

@@ -45,7 +45,7 @@ def compare(
         config: a profile's name or file, or a configuration of the paper's scripts.
         output_dir: where everything goes; a second call goes on there.
         buffers_gb: capacities in GiB; without a GPU shares of `PAPER_GIB`.
-        baselines: labels of the profile's systems, or the paper's names; "all" for the paper's five.
+        baselines: labels of the profile's systems, or the paper's names; "all" for its five.
         mode: requests one after another, at their arrival, or both in turn.
         trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
         repeats: how often each system serves the trace.
@@ -144,7 +144,9 @@ def _base(config: str) -> Profile:
         models = fields["models"]
         theirs = {name: entry["model_id"] for name, entry in models.items()}
     except OSError as error:
-        raise ConfigError(f"{config!r} cannot be read ({error.strerror}): check the path") from error
+        raise ConfigError(
+            f"{config!r} cannot be read ({error.strerror}): check the path"
+        ) from error
     except (yaml.YAMLError, TypeError, KeyError, AttributeError):
         return load_profile(config)  # which says what is wrong with it
     base = load_profile("gpu")

@@ -1,7 +1,7 @@
 """Traces and results in the form of the paper's scripts, beside our own.
 
 A trace of theirs is a JSON object whose ``agents`` have an ``agent_id``, a ``model`` and an
-``arrival_time`` in seconds. A result is a JSON object of ``stats`` and of ``results``, one an agent.
+``arrival_time`` in seconds. A result is an object of ``stats`` and of ``results``, one an agent.
 Their agents also have prompts and think times, which our requests do not have.
 
 Source: https://github.com/jaewan/Djinn, OSDI_Evaluation/exp1_semantic_scheduler.

@@ -284,8 +284,8 @@ def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
         known = sorted(path.stem for path in folder.glob("*.yml"))
         if given not in known:
             raise ConfigError(
-                f"there is no profile {given!r}: choose one of {known} (files in {folder}), or give "
-                "the path of a .yml file"
+                f"there is no profile {given!r}: choose one of {known} (files in {folder}), or "
+                "give the path of a .yml file"
             )
         path = folder / f"{given}.yml"
     try:
