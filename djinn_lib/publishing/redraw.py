@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -76,7 +76,8 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         parameters[large_results.NOTEBOOK] = more
     ended = []
     for status in _side_by_side(run_dir / "notebooks", parameters):
-        keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
+        with suppress(OSError):  # of a process that was killed there is no copy
+            keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
         print(status, flush=True)
         ended.append(status)
     return ended

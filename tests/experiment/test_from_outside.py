@@ -96,10 +96,10 @@ def test_folders(tmp_path):
             one_of(value, ["a", "b"], "grid")
 
 
-NOTEBOOKS = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_has_a_type_that_is_checked(name):
     notebook = NOTEBOOKS / f"{name}.ipynb"
     cells = json.loads(notebook.read_text())["cells"]
