@@ -38,7 +38,7 @@ def reproduce(run: RunFolder, *names: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> tuple[RunFolder, subprocess.CompletedProcess[str]]:
-    """The smoke profile, run once for all tests; the folder has a name that papermill would fill."""
+    """The smoke profile, run once for all tests, in a folder whose name papermill would fill."""
     run = RunFolder(tmp_path_factory.mktemp("smoke") / "{profile} {0} [x] %s")
     return run, reproduce(run)
 
@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_goes_on_with_the_cell_that_it_was_in(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_who_stops_a_run_ends_all_its_processes_and_keeps_the_journal(run, number):
-    """SIGINT goes to the whole group, as from a terminal; SIGTERM to the process, from `timeout`."""
+    """SIGINT goes to the whole group, as from a terminal, SIGTERM to the process alone."""
     first = run.cell(FIRST)
     process = started(run)
     wait_for(lambda: n_rows(first) >= 3, process)
