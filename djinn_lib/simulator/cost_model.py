@@ -8,14 +8,17 @@ bytes, since at batch 1 both prefill and decode are bound by reading the weights
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.paths import REFERENCE
 
 Line = tuple[float, float]  # seconds at 0 bytes, seconds per byte
 
@@ -132,6 +135,30 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
         plan_line=_line(plans) if plans else (0.0, 0.0),
         n_tokens=n_tokens,
     )
+
+
+def engine_rows(reference: Path = REFERENCE) -> dict[str, Any]:
+    """Return what `benchmarks/engine.py` measured on the machine of a reference run.
+
+    Raises:
+        ConfigError: there is no such file, or it is broken.
+    """
+    path = reference / "engine.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"expected the engine's rows in {path}, got {error!r}: run benchmarks/engine.py"
+        ) from error
+
+
+def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
+    """Return the cost model of the machine of a reference run.
+
+    Raises:
+        ConfigError: its engine was not measured.
+    """
+    return fit(engine_rows(reference), n_tokens)
 
 
 def _line(points: Iterable[tuple[float, float]]) -> Line:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from djinn_lib.analysis.validation import reference_costs
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.fan_out import Job, Result, fan_out
@@ -29,7 +28,7 @@ from djinn_lib.metrics import HIT_MS, latency
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
-from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.cost_model import CostModel, reference_costs
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import PAGE_BYTES, Mode, simulate
 from djinn_lib.trace import Trace, session_trace, zipf_trace
