@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.experiment import large_rows
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.begun import Begun, Inputs, file_inputs, value_input
 from djinn_lib.experiment.integrity import files_are_as_set_up, recorded_digests
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
@@ -187,7 +187,7 @@ def task_policies() -> dict:
 
 def task_large_models() -> dict:
     """07_large_models: a model in a ring that is too small for it."""
-    targets = [RUN_DIR / name for name in large_rows.FILES]
+    targets = [RUN_DIR / name for name in large_results.FILES]
     targets += [RUN_DIR / "figures" / f"large_models.{ending}" for ending in ("pdf", "png")]
     return notebook_task("07_large_models", [], targets, task_dep=["setup"], reads_weights=True)
 

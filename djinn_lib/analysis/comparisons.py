@@ -58,7 +58,7 @@ def _ratio(
 ) -> dict[str, Any]:
     name = system_look(slow).label if isinstance(slow, str) else "vLLM sleep, the better form"
     key = f"{statistic}_total_ms"
-    row = {
+    row: dict[str, Any] = {
         "latency of": name,
         "over that of": system_look(fast).label,
         "statistic": statistic.upper() if statistic[0] == "p" else statistic,
@@ -108,7 +108,7 @@ def token_table(run: Run) -> pd.DataFrame:
     found = {}
     for trace in run.traces:
         names = order_systems(run.other_cells(trace, "25")["system"])
-        reference = next((name for name in _TRANSFORMERS if name in names), None)
+        reference = next((name for name in _TRANSFORMERS if name in names), "")
         for system in (name for name in names if reference and name != reference):
             try:
                 found[trace, system_look(system).label] = _tokens(run, system, reference, trace)

@@ -32,7 +32,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import weights_digest
-from djinn_lib.experiment.large_rows import COLUMNS, read_large, write_large
+from djinn_lib.experiment.large_results import COLUMNS, read_large, write_large
 from djinn_lib.experiment.profile import REPO, parse_capacity
 from djinn_lib.provenance import git_state
 from djinn_lib.rows import token_sha

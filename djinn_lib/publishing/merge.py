@@ -25,7 +25,7 @@ from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment import large_rows
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import write_json
@@ -213,15 +213,15 @@ def _machines(
 def _copy_large(made: Path, parts: Sequence[Path]) -> None:
     """Copy the newest rows of models larger than the ring, which are measured all at once."""
     having = {
-        json.loads((part / large_rows.MANIFEST).read_text())["started_at_utc"]: part
+        json.loads((part / large_results.MANIFEST).read_text())["started_at_utc"]: part
         for part in parts
-        if (part / large_rows.ROWS).exists()
+        if (part / large_results.ROWS).exists()
     }
     if having:
         newest = having[max(having)]
-        for name in large_rows.FILES:
+        for name in large_results.FILES:
             shutil.copy(newest / name, made / name)
-        _copy_notebook(newest, made, large_rows.NOTEBOOK, large_rows.NOTEBOOK)
+        _copy_notebook(newest, made, large_results.NOTEBOOK, large_results.NOTEBOOK)
 
 
 def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:

@@ -32,7 +32,7 @@ from djinn_lib.analysis.run import Run, load_run, published
 from djinn_lib.analysis.selection import NotMeasured
 from djinn_lib.analysis.tables import as_text, machines_table
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment.large_rows import read_large
+from djinn_lib.experiment.large_results import read_large
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
 from djinn_lib.simulator.cost_model import engine_rows

@@ -10,7 +10,7 @@ from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment import large_rows
+from djinn_lib.experiment import large_results
 from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_manifest, read_rows, write_manifest
 
@@ -73,10 +73,10 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
     notebooks = [folder / "notebooks" / f"02_run_system.{path.stem}.ipynb" for path in paths]
     again = sorted((folder / REPLICATES).glob("*.parquet"))
     notebooks += [path.with_suffix(".ipynb") for path in again]
-    if not [*paths, *again] and not (folder / large_rows.ROWS).exists():
+    if not [*paths, *again] and not (folder / large_results.ROWS).exists():
         raise RecordError(
             f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
-            f"least one cell, or with {large_rows.ROWS}"
+            f"least one cell, or with {large_results.ROWS}"
         )
     cells = []
     for path, notebook in zip([*paths, *again], notebooks, strict=True):

@@ -24,7 +24,7 @@ from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment import large_rows
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json
 from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
@@ -34,7 +34,7 @@ from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.rows import read_manifest, read_rows, write_manifest, write_rows
 
 PUBLISHED = ("requests", REPLICATES, "traces", "notebooks", "figures", "machine.json",
-             "claims.json", "comparison_summary.json", *large_rows.FILES)  # fmt: skip
+             "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip
 NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
 _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
 # An absolute path of two parts or more. What comes before keeps URLs, rates (GB/s), HTML tags and
@@ -149,9 +149,9 @@ def _copy(run: Run, made: Path) -> None:
         for name, facts in state["models"].items()
     }
     write_json(made / "machine.json", scrub({**state, "models": models}))
-    if (run.folder / large_rows.ROWS).exists():
-        manifest = json.loads((run.folder / large_rows.MANIFEST).read_text())
-        large_rows.write_large(large_rows.read_large(run.folder), scrub(manifest), made)
+    if (run.folder / large_results.ROWS).exists():
+        manifest = json.loads((run.folder / large_results.MANIFEST).read_text())
+        large_results.write_large(large_results.read_large(run.folder), scrub(manifest), made)
     (made / "notebooks").mkdir()
     for stem in ("00_setup", "01_trace", "02_run_system"):
         for path in (run.folder / "notebooks").glob(f"{stem}*.ipynb"):

@@ -24,7 +24,7 @@ from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment import large_rows
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
 from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
@@ -68,10 +68,10 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
     parameters = {name: {"run_dir": str(run_dir)} for name in READING}
     parameters["06_policies"]["reference_dir"] = str(reference_dir)
     parameters["explore"] = {"figures_dir": str(run_dir / "figures")}
-    if (run_dir / large_rows.ROWS).exists():
-        profile = large_rows.profile_of(run_dir)
+    if (run_dir / large_results.ROWS).exists():
+        profile = large_results.profile_of(run_dir)
         more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
-        parameters[large_rows.NOTEBOOK] = more
+        parameters[large_results.NOTEBOOK] = more
     for status in _side_by_side(run_dir / "notebooks", parameters):
         write_status(status, run_dir / "status")
         took = f"{status.state} in {status.seconds:.1f} s {status.error}".rstrip()
@@ -123,7 +123,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        taken = ("requests", REPLICATES, "traces", "machine.json", *large_rows.FILES)
+        taken = ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES)
         for part in taken:
             if (reference / part).exists():
                 (scratch / part).symlink_to(reference / part)

@@ -137,11 +137,20 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
     )
 
 
+def _line(points: Iterable[tuple[float, float]]) -> Line:
+    """Least squares of relative errors over (bytes, milliseconds), neither part below 0."""
+    x, y = np.array(list(points), float).T
+    slope, intercept = np.polyfit(x, y / 1e3, 1, w=1 / y)
+    if intercept < 0:  # through the origin then
+        slope, intercept = float((x / y).sum() / (x * x / y / y).sum()) / 1e3, 0.0
+    return max(0.0, float(intercept)), max(0.0, float(slope))
+
+
 def engine_rows(reference: Path = REFERENCE) -> dict[str, Any]:
-    """Return what `benchmarks/engine.py` measured on the machine of a reference run.
+    """Return the engine's benchmark of a reference run.
 
     Raises:
-        ConfigError: there is no such file, or it is broken.
+        ConfigError: there is none.
     """
     path = reference / "engine.json"
     try:
@@ -153,18 +162,5 @@ def engine_rows(reference: Path = REFERENCE) -> dict[str, Any]:
 
 
 def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
-    """Return the cost model of the machine of a reference run.
-
-    Raises:
-        ConfigError: its engine was not measured.
-    """
+    """Return the cost model of the machine of a reference run."""
     return fit(engine_rows(reference), n_tokens)
-
-
-def _line(points: Iterable[tuple[float, float]]) -> Line:
-    """Least squares of relative errors over (bytes, milliseconds), neither part below 0."""
-    x, y = np.array(list(points), float).T
-    slope, intercept = np.polyfit(x, y / 1e3, 1, w=1 / y)
-    if intercept < 0:  # through the origin then
-        slope, intercept = float((x / y).sum() / (x * x / y / y).sum()) / 1e3, 0.0
-    return max(0.0, float(intercept)), max(0.0, float(slope))

@@ -17,7 +17,7 @@ from run_factory import (
     GPU_MACHINE,
     on_another_machine,
     write_cell,
-    write_large_rows,
+    write_large_results,
     write_run,
 )
 
@@ -353,7 +353,7 @@ def test_a_system_that_could_not_batch_is_left_out_of_those_that_wait(reference,
 
 def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
     assert "Not measured yet" in readme.large(tmp_path)
-    write_large_rows(tmp_path)
+    write_large_results(tmp_path)
     head, *rows = lines(readme.large(tmp_path))
     assert [row[1] for row in rows] == ["resident", "djinn", "accelerate"]
     djinn = dict(zip(head, rows[1], strict=True))

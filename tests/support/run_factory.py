@@ -11,7 +11,7 @@ import pandas as pd
 from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
 from djinn_lib.analysis.run import Run
-from djinn_lib.experiment.large_rows import write_large
+from djinn_lib.experiment.large_results import write_large
 from djinn_lib.rows import rows_frame, write_manifest, write_rows
 from djinn_lib.trace import paper_trace, write_trace
 
@@ -57,7 +57,7 @@ def write_run(folder: Path, gpu: bool = False) -> Path:
     return folder
 
 
-def write_large_rows(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -> pd.DataFrame:
+def write_large_results(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -> pd.DataFrame:
     """Write rows of one model larger than the ring, and their manifest; returns the rows."""
     facts = {"model": "llama", "repeat": 0, "model_bytes": 8 << 30, "capacity_bytes": 2 << 30,
              "link_bytes_per_s": 8e9, "n_tokens": 4, "ttft_ms": 900.0, "stall_ms_per_token": 1.0,

@@ -15,7 +15,7 @@ from djinn_lib.analysis.plots.style import (
     styled,
 )
 from djinn_lib.analysis.results import large_table
-from djinn_lib.experiment.large_rows import SYSTEMS
+from djinn_lib.experiment.large_results import SYSTEMS
 from djinn_lib.units import three_digits
 
 _LABELS = {

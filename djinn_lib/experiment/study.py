@@ -3,7 +3,7 @@
 A point is one simulation. `Grid.points` lists them, `run_point` computes one, and `run_study` all
 of them, in order or by any executor that is given. The whole of it, as `make study` runs it::
 
-    python -m djinn_lib.simulator.study --grid full --out data/reference/study
+    python -m djinn_lib.experiment.study --grid full --out data/reference/study
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compute a grid and keep its points; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.simulator.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="djinn_lib.experiment.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "study")
