@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from djinn_lib.analysis.replicates import read_replicates
 from row_factory import SIZES, cell_rows
-from run_factory import GPU_MACHINE, write_cell, write_large_results
+from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import replacing
-from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
@@ -83,7 +83,7 @@ def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
 
 def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_path):
     for part, day in zip(parts, ("25", "24"), strict=True):
-        write_large_results(part, f"2026-11-{day}T06:00:00+00:00")
+        write_large_rows(part, f"2026-11-{day}T06:00:00+00:00")
         (part / "notebooks" / "07_large_models.ipynb").write_text(json.dumps({"of": part.name}))
     merge(tmp_path / "run", parts)
     assert len(read_large(tmp_path / "run")) == 3
@@ -95,7 +95,7 @@ def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_pat
 
 def test_a_part_may_have_nothing_but_models_larger_than_the_ring(parts, tmp_path):
     third = part_of(tmp_path / "three", {})
-    write_large_results(third)
+    write_large_rows(third)
     merge(tmp_path / "run", [*parts, third])
     assert len(read_large(tmp_path / "run")) == 3
     state = json.loads((tmp_path / "run" / "machine.json").read_text())

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from djinn_lib.analysis.replicates import write_replicate
+from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
 from profile_factory import tiny_profile
 from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
-from run_factory import GPU_MACHINE, write_large_results, write_run
+from run_factory import GPU_MACHINE, write_large_rows, write_run
 
 from djinn_lib import replacing
-from djinn_lib.analysis.replicates import write_replicate
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
@@ -25,7 +26,6 @@ from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
 from djinn_lib.publishing.publish import publish
-from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
 from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"
@@ -123,7 +123,7 @@ def test_a_finished_run_is_copied_and_nothing_else_is_lost(run_dir, reference, t
 
 
 def test_rows_of_models_larger_than_the_ring_go_with_it(run_dir, reference, tmp_path, reading):
-    rows = write_large_results(run_dir)
+    rows = write_large_rows(run_dir)
     publish(run_dir, reference=reference, figures=tmp_path / "figures")
     assert read_large(reference).equals(read_large(run_dir)) and len(rows) == 3
     assert (reference / "large_models.manifest.json").exists()

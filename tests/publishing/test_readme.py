@@ -12,22 +12,22 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from djinn_lib.analysis.explanations import explanations
+from djinn_lib.analysis.replicates import write_replicate
+from djinn_lib.analysis.result_tables import sweep_table
 from row_factory import CAPACITIES, cell_rows
 from run_factory import (
     GPU_MACHINE,
     on_another_machine,
     write_cell,
-    write_large_results,
+    write_large_rows,
     write_run,
 )
 
 from djinn_lib.analysis.claims import Verdict, judge, load_claims
 from djinn_lib.analysis.comparisons import fairness
-from djinn_lib.analysis.explanations import explanations
 from djinn_lib.analysis.plots.sensitivity import speedup_table
 from djinn_lib.analysis.plots.style import system_look
-from djinn_lib.analysis.replicates import write_replicate
-from djinn_lib.analysis.result_tables import sweep_table
 from djinn_lib.analysis.run import load_run, published
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.metrics import later_touches
@@ -353,7 +353,7 @@ def test_a_system_that_could_not_batch_is_left_out_of_those_that_wait(reference,
 
 def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
     assert "Not measured yet" in readme.large(tmp_path)
-    write_large_results(tmp_path)
+    write_large_rows(tmp_path)
     head, *rows = lines(readme.large(tmp_path))
     assert [row[1] for row in rows] == ["resident", "djinn", "accelerate"]
     djinn = dict(zip(head, rows[1], strict=True))

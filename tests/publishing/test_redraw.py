@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_factory import write_large_results, write_run
+from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.notebooks import Status, check_parameters, read_statuses
@@ -88,7 +88,7 @@ def test_published_figures_are_drawn_from_the_reference_and_leave_it_alone(
 
 
 def test_models_larger_than_the_ring_are_drawn_from_their_rows(reference, tmp_path, monkeypatch):
-    write_large_results(reference)
+    write_large_rows(reference)
     papermill = Papermill()
     monkeypatch.setattr(redraw, "execute", papermill)
     assert redraw_published(reference, tmp_path / "figures") == []

@@ -57,7 +57,7 @@ def write_run(folder: Path, gpu: bool = False) -> Path:
     return folder
 
 
-def write_large_results(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -> pd.DataFrame:
+def write_large_rows(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -> pd.DataFrame:
     """Write rows of one model larger than the ring, and their manifest; returns the rows."""
     facts = {"model": "llama", "repeat": 0, "model_bytes": 8 << 30, "capacity_bytes": 2 << 30,
              "link_bytes_per_s": 8e9, "n_tokens": 4, "ttft_ms": 900.0, "stall_ms_per_token": 1.0,
@@ -92,6 +92,15 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
         "error": rows["error"].max(),
     }
     (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
+
+
+def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
+    """A run of rows alone, with a manifest for each run id and the paper's trace; no files."""
+    manifests = {}
+    for _, row in rows.drop_duplicates("run_id").iterrows():
+        cell = f"{row['trace']}-{row['capacity_label']}-{row['system']}"
+        manifests[row["run_id"]] = _manifest(cell, row, machine)
+    return Run(Path(), rows, machine, {"paper": paper_trace(tuple(SIZES))}, manifests)
 
 
 def on_another_machine(
@@ -142,5 +151,7 @@ def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
         "started_at_utc": "2026-11-23T06:00:00+00:00",
         "wall_s": 10.0,
         "setup_s": 1.0,
+        "stolen_share": None,
+        "host_loop_us": [],
         "notes": [],
     }
