@@ -8,6 +8,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from djinn_lib.publishing.notebook_html import convert_notebooks
 from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from row_factory import UNAVAILABLE, cell_rows
@@ -19,7 +20,6 @@ from djinn_lib.experiment.manifest import note_execution, read_manifest, write_m
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.metrics import summarise
-from djinn_lib.publishing.notebook_html import convert_notebooks
 from djinn_lib.publishing.report import build_report, summary_table
 from djinn_lib.rows import rows_frame, write_rows
 
