@@ -100,7 +100,7 @@ def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
     manifests = {}
     for _, row in rows.drop_duplicates("run_id").iterrows():
         cell = f"{row['trace']}-{row['capacity_label']}-{row['system']}"
-        manifests[row["run_id"]] = _manifest(cell, row, machine)
+        manifests[row["run_id"]] = manifest_of(cell, row, machine)
     return Run(Path(), rows, machine, {"paper": paper_trace(tuple(SIZES))}, manifests)
 
 
