@@ -81,16 +81,16 @@ def _part_of(profile: Profile, cell: Cell) -> dict[str, Any]:
     }
 
 
-def code_of(system: str, library: Path = LIBRARY) -> list[Path]:
+def code_of(system: str) -> list[Path]:
     """Return the files, and folders of files, of the code that makes the rows of a system.
 
     Of the systems' modules: its own, those that it builds on, and those that belong to no system.
     """
     own, _ = SYSTEMS[system]
     others = {module for module, _ in SYSTEMS.values()} - {own, *_BUILDS_ON.get(own, ())}
-    modules = (library / "systems").glob("*.py")
+    modules = (LIBRARY / "systems").glob("*.py")
     return [
-        *(library / part for part in _OF_EVERY_CELL),
+        *(LIBRARY / part for part in _OF_EVERY_CELL),
         *(path for path in modules if path.stem not in others),
     ]
 

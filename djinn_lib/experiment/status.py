@@ -55,7 +55,8 @@ class Status:
 def read_status(notebook: Path) -> Status | None:
     """Return how a notebook's execution ended; None where its copy does not say, or is none."""
     try:
-        return Status(**json.loads(notebook.read_text())["metadata"][_KEY])
+        kept = json.loads(notebook.read_text())["metadata"][_KEY]
+        return Status(**{**kept, "task": notebook.stem})  # a copy may have another name
     except (OSError, ValueError, TypeError, LookupError):
         return None
 

@@ -15,15 +15,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import replicates
-from djinn_lib.analysis.run import load_run
+from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import execute
@@ -76,7 +75,8 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         parameters[large_results.NOTEBOOK] = more
     ended = []
     for status in _side_by_side(run_dir / "notebooks", parameters):
-        keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
+        with suppress(OSError):  # of a process that was killed there is no copy
+            keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
         print(status, flush=True)
         ended.append(status)
     return ended
@@ -126,7 +126,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        taken = ("requests", replicates.FOLDER, "traces", "machine.json", *large_results.FILES)
+        taken = ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES)
         for part in taken:
             if (reference / part).exists():
                 (scratch / part).symlink_to(reference / part)

@@ -170,7 +170,7 @@ def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path,
     monkeypatch.setattr(locks, "_shared_folder", lambda: tmp_path)
     profile = bench.profile.model_copy(update={"device": "cuda"})
     driver = Driver(bench.run_dir, socket.gethostname(), None)
-    with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match="the GPU .* is in use"):
+    with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match=r"the GPU .* is in use"):
         run_apart(profile, cell, {}, driver)
 
 

@@ -16,7 +16,8 @@ import pytest
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment.notebooks import Status, check_parameters, read_statuses
+from djinn_lib.experiment.notebooks import check_parameters
+from djinn_lib.experiment.status import Status, read_statuses
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import redraw
 from djinn_lib.publishing.redraw import READING, copy_figures, read_again, redraw_published
@@ -64,11 +65,11 @@ def test_every_reading_notebook_runs_into_the_run_s_folder(reference, tmp_path, 
     monkeypatch.setattr(redraw, "execute", papermill)
     statuses = read_again(reference, tmp_path / "other")
     assert set(papermill.given) == set(READING)
-    assert [status.task for status in statuses] == sorted(READING)
+    assert sorted(status.task for status in statuses) == sorted(READING)
     assert papermill.given["05_claims"] == {"run_dir": str(reference)}
     assert papermill.given["06_policies"]["reference_dir"] == str(tmp_path / "other")
     assert {f"{name}.ipynb" for name in READING} <= names(reference / "notebooks")
-    kept = {status.task for status in read_statuses(reference / "status")}
+    kept = {status.task for status in read_statuses(reference)}
     assert set(READING) <= kept
 
 

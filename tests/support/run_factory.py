@@ -44,9 +44,9 @@ GPU_MACHINE = {
 
 
 def write_run(folder: Path, gpu: bool = False) -> Path:
-    """Write rows, manifests, the trace, the machine's facts and statuses; returns the folder."""
+    """Write rows, manifests, the trace and the machine's facts; returns the folder."""
     machine, more = (GPU_MACHINE, GPU_SYSTEMS) if gpu else (MACHINE, UNAVAILABLE)
-    for name in ("requests", "traces", "notebooks", "figures", "status"):
+    for name in ("requests", "traces", "notebooks", "figures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     state = {"machine": machine, "models": dict.fromkeys(SIZES, "unused")}
     (folder / "machine.json").write_text(json.dumps(state))
@@ -77,11 +77,10 @@ def write_large_rows(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -
 
 
 def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> None:
-    """Write the rows of one cell, its manifest and its status."""
+    """Write the rows of one cell, and its manifest with how its execution ended."""
     first = rows.iloc[0]
     cell = f"{first['trace']}-{first['capacity_label']}-{first['system']}"
     write_rows(rows_frame(rows.to_dict("records")), folder / "requests" / f"{cell}.parquet")
-    write_manifest(_manifest(cell, first, machine), folder / "requests" / f"{cell}.manifest.json")
     n_failed = int((~rows["ok"]).sum())
     kind = rows["error_kind"].max()
     state = "ok" if not n_failed else "unavailable" if kind == "unavailable" else "failed"
@@ -92,7 +91,17 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
         "error_kind": kind,
         "error": rows["error"].max(),
     }
-    (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
+    manifest = {**manifest_of(cell, first, machine), "execution": status}
+    write_manifest(manifest, folder / "requests" / f"{cell}.manifest.json")
+
+
+def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
+    """A run of rows alone, with a manifest for each run id and the paper's trace; no files."""
+    manifests = {}
+    for _, row in rows.drop_duplicates("run_id").iterrows():
+        cell = f"{row['trace']}-{row['capacity_label']}-{row['system']}"
+        manifests[row["run_id"]] = manifest_of(cell, row, machine)
+    return Run(Path(), rows, machine, {"paper": paper_trace(tuple(SIZES))}, manifests)
 
 
 def on_another_machine(
@@ -122,7 +131,7 @@ def on_another_machine(
     )
 
 
-def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
+def manifest_of(cell: str, row: pd.Series, machine: dict) -> dict:
     return {
         "run_id": row["run_id"],
         "cell": cell,
@@ -143,5 +152,7 @@ def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
         "started_at_utc": "2026-11-23T06:00:00+00:00",
         "wall_s": 10.0,
         "setup_s": 1.0,
+        "stolen_share": None,
+        "host_loop_us": [],
         "notes": [],
     }
