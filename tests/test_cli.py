@@ -13,6 +13,7 @@ from djinn_lib.cli import app
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import comparison, paper_form
 from djinn_lib.experiment.profile import load_profile
+from djinn_lib.paths import REFERENCE
 from djinn_lib.trace import paper_trace, read_trace, write_trace
 
 # What the paper's README calls, script by script.
@@ -140,3 +141,18 @@ def test_a_comparison_runs_through_the_notebooks_and_leaves_the_papers_files(tmp
     rows = out / "requests" / "paper-25-djinn.parquet"
     before = rows.stat().st_mtime_ns
     assert called(*arguments).exit_code == 0 and rows.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["cdf", "sensitivity"])
+def test_a_figure_is_drawn_from_the_published_rows(tmp_path, figure):
+    before = sorted(REFERENCE.rglob("*"))
+    ended = called("plot", figure, "--output", tmp_path / "drawn.png")
+    assert ended.exit_code == 0, ended.output
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(REFERENCE.rglob("*")) == before
+
+
+def test_a_figure_without_rows_or_with_another_ending_is_refused(tmp_path):
+    assert called("plot", "cdf", "--run-dir", tmp_path).exit_code == 2
+    assert called("plot", "cdf", "--output", tmp_path / "drawn.gif").exit_code == 2
