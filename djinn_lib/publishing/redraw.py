@@ -119,7 +119,7 @@ def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = Non
     Args:
         figure: a key of `FIGURE_NOTEBOOKS`.
         run_dir: the run's folder; default is the published run, whose folder is left as it is.
-        output: where it goes, as PDF or PNG by its ending; default is the run's ``figures/``, or the
+        output: where it goes, as PDF or PNG; default is the run's ``figures/``, or the
             working directory for the published run.
 
     Raises:
