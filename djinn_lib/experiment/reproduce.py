@@ -33,7 +33,7 @@ from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.status import Status, read_execution, read_status
-from djinn_lib.experiment.steps import READING, STEPS, Step, run_step, set_up
+from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
 from djinn_lib.paths import REPO, user_path
 
@@ -138,7 +138,7 @@ class Work:
         chosen = [cells[name] for name in names if name in cells]
         named = [steps[name] for name in names if name in steps]
         reading = [step for step in READING if step in named]
-        needs_set_up = bool(chosen) or any(step not in READING or step.weights for step in named)
+        needs_set_up = bool(chosen) or any(step not in READING or step.measures for step in named)
         return cls(chosen, reading, needs_set_up, _PAGE in names)
 
 
@@ -158,9 +158,7 @@ def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterato
             yield from run_cells_on_ray(run, profile, cells)
         else:
             yield from run_cells(run, profile, cells)
-    for step in work.steps:
-        if not step.is_current(run, profile):
-            yield run_step(step, run, profile)
+    yield from run_steps(work.steps, run, profile)
     if work.page:
         _make_page(run)
 
