@@ -28,7 +28,7 @@ from typing import Any
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.cell_runs import run_cells, stale_cells
 from djinn_lib.experiment.executors import ensure_ray
-from djinn_lib.experiment.inputs import expected_s
+from djinn_lib.experiment.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
@@ -173,15 +173,16 @@ def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) 
 
 def _make_page(run: RunFolder) -> None:
     """Write the page, unless nothing that it shows is newer than it."""
-    from djinn_lib.publishing import report  # above this wing: only the command needs both
-
-    code = Path(report.__file__).parent
+    code = LIBRARY / "publishing"
     shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
-             *run.notebooks.glob("*.ipynb"), *code.rglob("*.py"), *code.rglob("*.j2")]  # fmt: skip
+             *run.notebooks.glob("*.ipynb"), *code.glob("*.py"), *code.rglob("*.j2")]  # fmt: skip
     newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
     if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
+        # Of a wing above this one, and seconds to import.
+        from djinn_lib.publishing.report import build_report
+
         print("index.html ...", flush=True)
-        report.build_report(run.path)
+        build_report(run.path)
 
 
 @contextmanager
