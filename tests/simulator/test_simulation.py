@@ -215,6 +215,7 @@ def test_fleets():
         fleet(0)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_request_does_not_depend_on_their_number():
     command = [sys.executable, str(REPO / "benchmarks" / "simulator.py"), "--one"]
     small, large = (
