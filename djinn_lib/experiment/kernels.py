@@ -15,7 +15,7 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,20 @@ _IMPORTED = [
     "transformers.integrations.finegrained_fp8", "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
     "transformers.models.phi.modeling_phi", "transformers.generation.continuous_batching",
-    "safetensors.torch", "pandera.pandas", "pyarrow.parquet", "scipy.stats", "pydantic", "yaml",
-    "tqdm", "matplotlib.pyplot", "matplotlib.backends.backend_agg",
-    "matplotlib.backends.backend_pdf", "seaborn", "matplotlib_inline.backend_inline",
-    "IPython.core.interactiveshell", "ipykernel.kernelapp",
+    "safetensors.torch", "pandera.pandas", "pandera.backends.pandas.register",
+    "pandera.strategies.pandas_strategies", "pyarrow.dataset", "pyarrow.parquet",
+    "scipy.stats", "pydantic", "yaml", "tqdm", "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "seaborn",
+    "matplotlib_inline.backend_inline",
+    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute",
 ]  # fmt: skip
+
+
+def fork_context() -> ForkServerContext:
+    """Return where processes are forked from one that has imported what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
 
 
 class ForkingKernelManager(AsyncKernelManager):
@@ -65,9 +74,7 @@ class _Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
-        self._process: ForkServerProcess = context.Process(
+        self._process: ForkServerProcess = fork_context().Process(
             target=_serve, args=(list(arguments), dict(environment), str(cwd)), name="djinn-kernel"
         )
         self._process.start()

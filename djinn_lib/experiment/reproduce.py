@@ -28,12 +28,12 @@ from typing import Any
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.cell_runs import run_cells, stale_cells
 from djinn_lib.experiment.executors import ensure_ray
-from djinn_lib.experiment.inputs import expected_s
+from djinn_lib.experiment.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.status import Status, read_execution, read_status
-from djinn_lib.experiment.steps import READING, STEPS, Step, run_step, set_up
+from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
 from djinn_lib.paths import REPO, user_path
 
@@ -138,7 +138,7 @@ class Work:
         chosen = [cells[name] for name in names if name in cells]
         named = [steps[name] for name in names if name in steps]
         reading = [step for step in READING if step in named]
-        needs_set_up = bool(chosen) or any(step not in READING or step.weights for step in named)
+        needs_set_up = bool(chosen) or any(step not in READING or step.measures for step in named)
         return cls(chosen, reading, needs_set_up, _PAGE in names)
 
 
@@ -158,9 +158,7 @@ def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterato
             yield from run_cells_on_ray(run, profile, cells)
         else:
             yield from run_cells(run, profile, cells)
-    for step in work.steps:
-        if not step.is_current(run, profile):
-            yield run_step(step, run, profile)
+    yield from run_steps(work.steps, run, profile)
     if work.page:
         _make_page(run)
 
@@ -175,15 +173,16 @@ def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) 
 
 def _make_page(run: RunFolder) -> None:
     """Write the page, unless nothing that it shows is newer than it."""
-    from djinn_lib.publishing import report  # above this wing: only the command needs both
-
-    code = Path(report.__file__).parent
+    code = LIBRARY / "publishing"
     shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
-             *run.notebooks.glob("*.ipynb"), *code.rglob("*.py"), *code.rglob("*.j2")]  # fmt: skip
+             *run.notebooks.glob("*.ipynb"), *code.glob("*.py"), *code.rglob("*.j2")]  # fmt: skip
     newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
     if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
+        # Of a wing above this one, and seconds to import.
+        from djinn_lib.publishing.report import build_report
+
         print("index.html ...", flush=True)
-        report.build_report(run.path)
+        build_report(run.path)
 
 
 @contextmanager

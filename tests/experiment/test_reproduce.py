@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ PROFILE = tiny_profile(
     cells=[{"traces": ["paper"], "capacities": ["25"], "systems": list(LABELS)}],
 )
 CELLS = [f"02_run_system.paper-25-{label}" for label in LABELS]
-READING = ["03_sensitivity", "04_figures", "05_claims", "06_policies", "07_large_models", "explore"]
+READING = [step.notebook for step in steps.READING]
 
 
 class Kernels:
@@ -97,6 +98,7 @@ def kernels(tmp_path, monkeypatch, library) -> Kernels:
     made = Kernels(RunFolder(tmp_path / "run"))
     monkeypatch.setattr(notebooks, "execute", made)
     monkeypatch.setattr(reproduce, "load_profile", lambda _: PROFILE)
+    monkeypatch.setattr(steps, "_pool", lambda n: ThreadPoolExecutor(1))
     monkeypatch.setattr(report, "build_report", lambda path: (path / "index.html").write_text("x"))
     return made
 

@@ -22,7 +22,7 @@ from djinn_lib.experiment.status import read_execution, read_statuses
 from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FIRST, SECOND = "paper-25-djinn", "paper-25-pytorch_lru"
 NAMES = [f"cell:{FIRST}", f"cell:{SECOND}"]
 

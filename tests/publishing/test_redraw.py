@@ -159,8 +159,10 @@ def test_what_only_reads_rows_needs_no_torch():
              for path in (REPO / "djinn_lib" / wing).rglob("[a-z]*.py"))  # fmt: skip
     names = sorted(".".join(path.relative_to(REPO).with_suffix("").parts) for path in found)
     assert len(names) > 20
-    code = f"import sys, {', '.join(names)}\n"
-    code += "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    code = (
+        f"import sys, {', '.join(names)}; "
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 
