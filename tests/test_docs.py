@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import djinn_lib as dj
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REFERENCE, REPO
 
 README = REPO / "README.md"
 DOCS = REPO / "docs"
@@ -34,11 +35,8 @@ COMING_COMMANDS = {
     "run", "sweep", "trace", "plot", "reproduce", "study", "merge", "publish", "ring", "serve",
 }  # fmt: skip
 
-# Files that a run makes, and files of the paper's repository.
-OF_A_RUN = {
-    "index.html", "machine.json", "claims.json", "comparison_summary.json", "trace.json",
-    "prepared.json", "engine.json",
-}  # fmt: skip
+# Files that a run makes.
+OF_A_RUN = {"index.html", "trace.json"}
 _NOT_IN_GIT = ("data/runs", "data/models", "data/parts")
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _SPAN = re.compile(r"`([^`\n]+)`")
@@ -93,11 +91,8 @@ def anchors(page: Path) -> set[str]:
 @cache
 def file_names() -> set[str]:
     """Names of all files of the repository."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=REPO, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return {Path(line).name for line in listed.stdout.splitlines()}
+    listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPO)
+    return {Path(line).name for line in listed.decode().splitlines()}
 
 
 # -- limits ----------------------------------------------------------------------------------
@@ -112,10 +107,8 @@ def test_the_readme_is_short_and_begins_with_a_command():
 
 
 def test_the_readme_has_one_generated_block():
-    assert re.findall(r"<!-- (begin|end) (.+?) -->", README.read_text()) == [
-        ("begin", "results"),
-        ("end", "results"),
-    ]
+    marks = re.findall(r"<!-- (.+?) -->", README.read_text())
+    assert marks == ["begin results", "end results"]
 
 
 def test_pages_written_by_hand_are_short():
@@ -126,6 +119,33 @@ def test_pages_written_by_hand_are_short():
 def test_the_index_lists_every_page():
     listed = {(DOCS / link).resolve() for link in _LINK.findall((DOCS / "README.md").read_text())}
     assert {page for page in PAGES if page != DOCS / "README.md"} <= listed
+
+
+# Claims whose measured values stand in the prose, and how.
+SAID = {
+    README: {
+        "paper-p50-vs-pinned-like-for-like": "{:.2f}x", "paper-p50-vs-pinned": "{:.2f}x",
+        "paper-p50-vs-vllm": "{:.1f}x", "paper-vllm-fails": "{:.0%}", "paper-resident": "{:.0%}",
+        "paper-hits-abundant": "{:.0%}", "paper-speedup-consistent": "{:.2f}x",
+        "paper-djinn-reliable": "{:.0%}", "ours-same-tokens": "{:.0%}",
+        "ours-p50-vs-sleep": "{:.2f}x", "ours-mean-vs-sleep": "{:.2f}x",
+        "ours-p90-vs-sleep": "{:.2f}x",
+    },
+    DOCS / "from-the-paper.md": {
+        "paper-runtime-djinn": "{:.2f} s", "paper-runtime-pytorch": "{:.1f} s",
+        "paper-runtime-vllm": "{:.0f} s", "paper-runtime-serverless": "{:.1f} s",
+        "paper-total-size": "{:.2f} GiB",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", SAID, ids=lambda page: page.name)
+def test_numbers_in_the_prose_are_those_of_the_reference(page):
+    claims = json.loads((REFERENCE / "claims.json").read_text())
+    measured = {claim["id"]: claim["measured"] for claim in claims}
+    text = prose(page)
+    wanted = {name: form.format(measured[name]) for name, form in SAID[page].items()}
+    assert {name: said for name, said in wanted.items() if said not in text} == {}
 
 
 # -- links and names -------------------------------------------------------------------------
@@ -273,8 +293,7 @@ def test_runnable_examples_run():
         f"exec(compile({code!r}, {page.name!r}, 'exec'), {{'__name__': '__main__'}})"
         for page, code in RUNNABLE
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, timeout=280
-    )
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=280)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "MiB loaded" in ran.stdout
