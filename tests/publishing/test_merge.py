@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from djinn_lib.analysis.replicates import read_replicates
 from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import replacing
-from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from djinn_lib.analysis.replicates import write_replicate
+from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
 from profile_factory import tiny_profile
 from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
 from run_factory import GPU_MACHINE, write_large_rows, write_run
 
 from djinn_lib import replacing
-from djinn_lib.analysis.replicates import write_replicate
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
@@ -25,7 +26,6 @@ from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
 from djinn_lib.publishing.publish import publish
-from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
 from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from djinn_lib.analysis.explanations import explanations
+from djinn_lib.analysis.replicates import write_replicate
+from djinn_lib.analysis.result_tables import sweep_table
 from row_factory import CAPACITIES, cell_rows
 from run_factory import (
     GPU_MACHINE,
@@ -23,11 +26,8 @@ from run_factory import (
 
 from djinn_lib.analysis.claims import Verdict, judge, load_claims
 from djinn_lib.analysis.comparisons import fairness
-from djinn_lib.analysis.explanations import explanations
 from djinn_lib.analysis.plots.sensitivity import speedup_table
 from djinn_lib.analysis.plots.style import system_look
-from djinn_lib.analysis.replicates import write_replicate
-from djinn_lib.analysis.result_tables import sweep_table
 from djinn_lib.analysis.run import load_run, published
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.metrics import later_touches

@@ -13,7 +13,7 @@ import pytest
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
-from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.arrivals import send
