@@ -26,9 +26,7 @@ PAGES = [README, *sorted(DOCS.glob("*.md"))]
 GENERATED = {"results.md", "architectures.md"}  # as long as what was measured
 
 # Pages, folders and names that are being written elsewhere. Delete each entry once it exists.
-COMING = {
-    DOCS / "results.md", DOCS / "architectures.md", DOCS / "fleet.md", REPO / "djinn_lib" / "fleet",
-}  # fmt: skip
+COMING = {DOCS / "architectures.md", DOCS / "fleet.md", REPO / "djinn_lib" / "fleet"}
 COMING_NAMES = {"Fleet"}
 # Commands until djinn_lib.cli has all of them; then only it is asked.
 COMING_COMMANDS = {
