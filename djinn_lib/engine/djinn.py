@@ -6,67 +6,55 @@ import asyncio
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from inspect import Signature, signature
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Concatenate, ParamSpec, Unpack
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.arguments import flag, function
+from djinn_lib.arguments import flag
 from djinn_lib.engine.decode.eager import Generation
-from djinn_lib.engine.decode.modes import Decode, default_decode
+from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.device import parse_device
 from djinn_lib.engine.holdings import Holdings
 from djinn_lib.engine.memory.disk_tier import open_masters
 from djinn_lib.engine.memory.masters import Masters
-from djinn_lib.engine.memory.pager import Pager
-from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency
-from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
+from djinn_lib.engine.memory.pager import Pager, PagerStats
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.engine.prompts import Prompt
-from djinn_lib.engine.serving.catalog import Catalog, check_decoding
-from djinn_lib.engine.serving.queue import Order, RequestQueue
+from djinn_lib.engine.serving.catalog import Catalog
+from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.request import PendingGeneration, for_each
-from djinn_lib.engine.serving.scheduler import Server
-from djinn_lib.engine.serving.turns import Ticket
+from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
-from djinn_lib.units import parse_bytes
 
-DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+P = ParamSpec("P")
+
+
+def _takes(
+    options: Callable[P, EngineOptions],
+) -> Callable[[Callable[[Any, EngineOptions], None]], Callable[Concatenate[Any, P], None]]:
+    """Give an `__init__` the parameters of `EngineOptions`, for callers, editors and checkers."""
+
+    def decorate(init: Callable[[Any, EngineOptions], None]) -> Callable[Concatenate[Any, P], None]:
+        def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, options(*args, **kwargs))
+
+        own = list(signature(init).parameters.values())[:1]
+        parameters = signature(options).parameters.values()
+        __init__.__signature__ = Signature([*own, *parameters])  # type: ignore[attr-defined]
+        return __init__
+
+    return decorate
 
 
 class Djinn:
     """Serves models that together are larger than the device memory given to them.
 
-    Args:
-        capacity: device memory for weights, in bytes or as text ("25GiB").
-        device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
-        page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
-        policy: who loses pages when the ring is full: "lru", or a `Policy`.
-        residency: "partial" evicts only what is needed; "whole" evicts entire models.
-        overlap: start computing while later layers still load; else wait for all of them first.
-        decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
-            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
-            kernels of its own for the step, or those of `torch.compile`, once made. Default
-            is "compiled" on a GPU, "eager" on the CPU. A model that cannot be recorded is served
-            eagerly, with a warning.
-        max_model_len: tokens of a prompt and its continuation together, where decoding is not
-            eager; device memory for keys and values is set aside for as many.
-        order: of requests that wait: "fifo", or "affinity", which serves the oldest one whose model
-            is resident first.
-        max_overtaken: with "affinity", by how many later requests one is overtaken at most.
-        lookahead: while one request computes, load what the next ones miss.
-        embeddings: "host" leaves lookup tables (embeddings that are not tied to the head) in host
-            memory, from where the device reads a row a token; "ring" pages them like all else.
-            Default is "host", but "ring" with `host_capacity`.
-        host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
-            and read when it is needed. Default is as much as all models need.
-        swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
-        progress: told what a longer step of `add` is doing.
+    ``Djinn("25GiB")`` is enough on most machines; all parameters are those of `EngineOptions`.
 
     Raises:
         ConfigError: a parameter has no meaning.
@@ -74,59 +62,34 @@ class Djinn:
         PlatformError: the platform lacks what the device's backend needs.
     """
 
-    def __init__(
-        self,
-        capacity: int | str,
-        device: str | torch.device | None = None,
-        page: int | str | None = None,
-        policy: str | Policy = "lru",
-        residency: Residency = "partial",
-        overlap: bool = True,
-        decode: Decode | None = None,
-        max_model_len: int = 512,
-        order: Order = "fifo",
-        max_overtaken: int = 8,
-        lookahead: bool = True,
-        embeddings: Embeddings | None = None,
-        host_capacity: int | str | None = None,
-        swap_dir: str | Path | None = None,
-        progress: Callable[[str], None] = print,
-    ) -> None:
-        self.device = parse_device(device)
-        if page is None:
-            page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
-        decode = default_decode(self.device.type) if decode is None else decode
-        check_decoding(decode, max_model_len)
-        overlap, lookahead = flag(overlap, "overlap"), flag(lookahead, "lookahead")
-        function(progress, "progress")
-        queue = RequestQueue[Ticket](order, max_overtaken)
-        chosen = sparing_what_waits(make_policy(policy)) if lookahead else make_policy(policy)
-        place = choose_embeddings(embeddings, host_capacity is None)
-        n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
+    @_takes(EngineOptions)
+    def __init__(self, options: EngineOptions) -> None:
+        self.device = device = options.torch_device
+        page_bytes = options.page_bytes
         with ExitStack() as undo:  # what was made, should the next step fail
-            masters = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
-            undo.callback(masters.close)
-            pager = Pager(masters, n_bytes, page_bytes, self.device, chosen, residency)
-            undo.callback(pager.close)
-            server = Server(pager, queue, overlap, lookahead)
-            models = Catalog(
-                masters,
-                pager,
-                server.turn,
-                self.device,
-                decode,
-                int(max_model_len),
-                place,
-                progress,
+            masters = open_masters(
+                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
             )
+            undo.callback(masters.close)
+            pager = Pager(
+                masters,
+                options.capacity_bytes,
+                page_bytes,
+                device,
+                options.eviction,
+                options.residency,
+            )
+            undo.callback(pager.close)
+            scheduler = Scheduler(pager, options)
+            models = Catalog(masters, pager, scheduler.turn, options)
             undo.pop_all()
-        self._holdings = Holdings(server, pager, models, masters)
+        self._holdings = Holdings(scheduler, pager, models, masters)
         # At the end of the process the system frees everything, and waits for nobody.
         weakref.finalize(self, self._holdings.collect).atexit = False
 
     @property
-    def _server(self) -> Server:
-        return self._holdings.ensure_open().server
+    def _scheduler(self) -> Scheduler:
+        return self._holdings.ensure_open().scheduler
 
     @property
     def _pager(self) -> Pager:
@@ -229,7 +192,7 @@ class Djinn:
         """
         model = self._models[name]
         asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._server.generate(model, request))
+        return for_each(asked, lambda request: self._scheduler.generate(model, request))
 
     def chat(
         self,
@@ -274,7 +237,7 @@ class Djinn:
         """
         model = self._models[name]
         asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._server.submit(model, request))
+        return for_each(asked, lambda request: self._scheduler.submit(model, request))
 
     async def agenerate(
         self,
@@ -289,7 +252,7 @@ class Djinn:
         Raises:
             LeaseError: the task, or one that it was started from, holds a lease.
         """
-        self._server.ensure_may_await(name)
+        self._scheduler.ensure_may_await(name)
         pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
         if not isinstance(pending, list):
             return await asyncio.wrap_future(pending)
@@ -331,7 +294,7 @@ class Djinn:
                 are loaded again.
             DjinnError: the weights could not be copied.
         """
-        with self._server.turn(name), self._models.lend(name, wait) as module:
+        with self._scheduler.turn(name), self._models.lend(name, wait) as module:
             yield module
 
     def wait(self, name: str) -> None:
@@ -341,7 +304,7 @@ class Djinn:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        self._models.wait(name)
+        self._models.block_until_loaded(name)
 
     def evict(self, name: str) -> int:
         """Take all pages of a model off the device; returns how many bytes that freed.
@@ -363,11 +326,11 @@ class Djinn:
     @property
     def overlap(self) -> bool:
         """Whether computation starts while later layers still load; may be changed."""
-        return self._server.overlap
+        return self._scheduler.overlap
 
     @overlap.setter
     def overlap(self, overlap: bool) -> None:
-        self._server.overlap = flag(overlap, "overlap")
+        self._scheduler.overlap = flag(overlap, "overlap")
 
     # -- state -----------------------------------------------------------------------------
 
@@ -385,6 +348,10 @@ class Djinn:
     def kv_cache_bytes(self) -> int:
         """Device memory set aside for keys and values, beside the ring."""
         return sum(model.decoder.kv_cache_bytes for model in self._models)
+
+    def stats(self) -> PagerStats:
+        """Return what the ring holds at this moment, and for whom."""
+        return self._pager.stats()
 
     @property
     def masters(self) -> Masters:

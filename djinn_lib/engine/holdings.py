@@ -9,7 +9,7 @@ from contextlib import ExitStack, suppress
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
-from djinn_lib.engine.serving.scheduler import Server
+from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
 _OWN_THREADS = "djinn-"  # how the names of the threads begin that are started for a Djinn
@@ -21,8 +21,11 @@ class Holdings:
     Nothing here refers to the `Djinn`, so that it can be collected while this still works.
     """
 
-    def __init__(self, server: Server, pager: Pager, models: Catalog, masters: Masters) -> None:
-        self.server, self.pager, self.models, self.masters = server, pager, models, masters
+    def __init__(
+        self, scheduler: Scheduler, pager: Pager, models: Catalog, masters: Masters
+    ) -> None:
+        self.scheduler, self.pager = scheduler, pager
+        self.models, self.masters = models, masters
         self._process = os.getpid()
         self._releasing = threading.Lock()
         self._is_closed = self._is_released = False
@@ -62,7 +65,7 @@ class Holdings:
             DjinnError: called in a process that these holdings do not belong to.
         """
         if not self._is_closed:
-            self.ensure_open().server.ensure_no_turn("close()")
+            self.ensure_open().scheduler.ensure_no_turn("close()")
         self._is_closed = True
         self._release(is_collected=False)
 
@@ -89,5 +92,5 @@ class Holdings:
                 steps.callback(self.masters.close)
                 steps.callback(self.models.clear)
                 steps.callback(self.pager.close)  # it waits for what the device still does
-                steps.callback(self.server.close, is_collected)
+                steps.callback(self.scheduler.close, is_collected)
             self._is_released = True

@@ -166,7 +166,7 @@ def decoder(broken: bool) -> dict[str, Any]:
         wrong if broken else nullcontext(),
     ):
         made = RecordedDecoder(model, pack(model)[1], CAPACITY, Recorder(CPU), compiled=True)
-        tokens = made.generate(PROMPT, 4, True, None, lambda end_byte: None).token_ids
+        tokens = made.generate(PROMPT, 4, ignore_eos=True).token_ids
     own = generate_eager(model, PROMPT, 4, ignore_eos=True).token_ids
     return {"way": made.way, "mode": made.mode, "alike": tokens == own}
 
