@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from inspect import Signature, signature
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Unpack
+from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.arguments import flag
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.modes import Decode
-from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.holdings import Holdings
-from djinn_lib.engine.memory.disk_tier import open_masters
+from djinn_lib.engine.memory.lease import PagerStats
 from djinn_lib.engine.memory.masters import Masters
-from djinn_lib.engine.memory.pager import Pager, PagerStats
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
-from djinn_lib.engine.prompts import Prompt
 from djinn_lib.engine.serving.catalog import Catalog
-from djinn_lib.engine.serving.options import EngineOptions
-from djinn_lib.engine.serving.request import PendingGeneration, for_each
+from djinn_lib.engine.serving.options import EngineOptions, takes_options
+from djinn_lib.engine.serving.requests import Requests
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
-P = ParamSpec("P")
 
-
-def _takes(
-    options: Callable[P, EngineOptions],
-) -> Callable[[Callable[[Any, EngineOptions], None]], Callable[Concatenate[Any, P], None]]:
-    """Give an `__init__` the parameters of `EngineOptions`, for callers, editors and checkers."""
-
-    def decorate(init: Callable[[Any, EngineOptions], None]) -> Callable[Concatenate[Any, P], None]:
-        def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
-            init(self, options(*args, **kwargs))
-
-        own = list(signature(init).parameters.values())[:1]
-        parameters = signature(options).parameters.values()
-        __init__.__signature__ = Signature([*own, *parameters])  # type: ignore[attr-defined]
-        return __init__
-
-    return decorate
-
-
-class Djinn:
+class Djinn(Requests):
     """Serves models that together are larger than the device memory given to them.
 
     ``Djinn("25GiB")`` is enough on most machines; all parameters are those of `EngineOptions`.
@@ -62,46 +37,24 @@ class Djinn:
         PlatformError: the platform lacks what the device's backend needs.
     """
 
-    @_takes(EngineOptions)
+    @takes_options
     def __init__(self, options: EngineOptions) -> None:
-        self.device = device = options.torch_device
-        page_bytes = options.page_bytes
-        with ExitStack() as undo:  # what was made, should the next step fail
-            masters = open_masters(
-                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
-            )
-            undo.callback(masters.close)
-            pager = Pager(
-                masters,
-                options.capacity_bytes,
-                page_bytes,
-                device,
-                options.eviction,
-                options.residency,
-            )
-            undo.callback(pager.close)
-            scheduler = Scheduler(pager, options)
-            models = Catalog(masters, pager, scheduler.turn, options)
-            undo.pop_all()
-        self._holdings = Holdings(scheduler, pager, models, masters)
+        self.device = options.torch_device
+        self._holdings = Holdings.made_of(options)
         # At the end of the process the system frees everything, and waits for nobody.
         weakref.finalize(self, self._holdings.collect).atexit = False
 
     @property
-    def _scheduler(self) -> Scheduler:
-        return self._holdings.ensure_open().scheduler
-
-    @property
-    def _pager(self) -> Pager:
-        return self._holdings.ensure_open().pager
+    def _open(self) -> Holdings:
+        return self._holdings.ensure_open()
 
     @property
     def _models(self) -> Catalog:
-        return self._holdings.ensure_open().models
+        return self._open.models
 
     @property
-    def _masters(self) -> Masters:
-        return self._holdings.ensure_open().masters
+    def _scheduler(self) -> Scheduler:
+        return self._open.scheduler
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied, pickled or sent to another process."""
@@ -158,119 +111,7 @@ class Djinn:
         """
         self._models.remove(name)
 
-    # -- requests --------------------------------------------------------------------------
-
-    def generate(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
-        """Continue a prompt, or each of a list of them.
-
-        Safe to be called from many threads: requests wait for each other. See `submit` and
-        `agenerate` for callers that do not want to wait.
-
-        Args:
-            name: which model.
-            prompt: text, for a model with a tokenizer; token ids, as a list or an array of shape
-                [n] or [1, n]; or what a tokenizer returns, whose padding is dropped. A list of
-                prompts is served one after the other, as is the output of a tokenizer for several.
-            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
-            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
-            sampling: temperature, top_k, top_p and seed; see `Sampling`. The default is greedy.
-
-        Returns:
-            What the model said and what it cost; for a list of prompts a list.
-
-        Raises:
-            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning;
-                nothing was loaded for it.
-            DjinnError: the weights could not be copied; the request can be tried again.
-        """
-        model = self._models[name]
-        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._scheduler.generate(model, request))
-
-    def chat(
-        self,
-        name: str,
-        messages: Sequence[Mapping[str, Any]],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation:
-        """Answer a conversation, formatted with the chat template of the model's tokenizer.
-
-        Args:
-            name: which model.
-            messages: each with "role" and "content", both text: ``[{"role": "user", "content":
-                "Hi"}]``.
-            max_new_tokens, ignore_eos, sampling: see `generate`.
-
-        Raises:
-            ConfigError: as for `generate`; or the model has no chat template, or its template
-                cannot take these messages.
-            DjinnError: the weights could not be copied; the request can be tried again.
-        """
-        ids = self._models[name].chat_ids(messages)
-        return self.generate(name, ids, max_new_tokens, ignore_eos, **sampling)
-
-    def submit(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> PendingGeneration | Any:  # Any: see `generate`
-        """Queue what `generate` does, and return at once; a thread of this object serves it.
-
-        Returns:
-            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
-            list of prompts a list of them.
-
-        Raises:
-            ConfigError: as for `generate`; nothing was queued.
-        """
-        model = self._models[name]
-        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._scheduler.submit(model, request))
-
-    async def agenerate(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Any:  # Any: see `generate`
-        """`generate` for asyncio; cancelling the task gives the request up.
-
-        Raises:
-            LeaseError: the task, or one that it was started from, holds a lease.
-        """
-        self._scheduler.ensure_may_await(name)
-        pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
-        if not isinstance(pending, list):
-            return await asyncio.wrap_future(pending)
-        waiting = [asyncio.wrap_future(one) for one in pending]
-        try:
-            return await asyncio.gather(*waiting)
-        finally:
-            for one in waiting:  # where one failed, nobody waits for the others
-                one.cancel()
-
-    def tokenize(self, name: str, text: str) -> list[int]:
-        """Return the token ids of `text`, as `generate` would have them.
-
-        Raises:
-            ConfigError: unknown model, the model has no tokenizer, or its tokenizer cannot encode
-                this.
-        """
-        return self._models[name].tokenize(text)
+    # -- leases ------------------------------------------------------------------------------
 
     @contextmanager
     def lease(self, name: str, *, wait: bool = True) -> Iterator[PreTrainedModel]:
@@ -313,15 +154,15 @@ class Djinn:
             LeaseError: somebody is using it.
         """
         self._models[name]
-        return self._pager.evict(name)
+        return self._open.pager.evict(name)
 
     def reset(self) -> None:
-        """Take all pages off the device, and forget what was asked for: a ring as it was at first.
+        """Take all pages off the device, and forget what was asked for.
 
         Raises:
             LeaseError: somebody is using one of them; nothing was done.
         """
-        self._pager.reset()
+        self._open.pager.reset()
 
     @property
     def overlap(self) -> bool:
@@ -337,12 +178,12 @@ class Djinn:
     @property
     def capacity_bytes(self) -> int:
         """Device memory for weights: all frames together."""
-        return self._pager.capacity_bytes
+        return self._open.pager.capacity_bytes
 
     @property
     def page_bytes(self) -> int:
         """Size of a page and of a frame."""
-        return self._pager.page_bytes
+        return self._open.pager.page_bytes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -351,12 +192,12 @@ class Djinn:
 
     def stats(self) -> PagerStats:
         """Return what the ring holds at this moment, and for whom."""
-        return self._pager.stats()
+        return self._open.pager.stats()
 
     @property
     def masters(self) -> Masters:
         """The master copies; to be read only."""
-        return self._masters
+        return self._open.masters
 
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames (how many it holds).
@@ -368,7 +209,7 @@ class Djinn:
     def sha256(self, name: str) -> str:
         """Hash of a model's master copy in packing order."""
         self._models[name]
-        return self._masters.sha256(name)
+        return self._open.masters.sha256(name)
 
     def check(self) -> None:
         """Audit the page tables, and compare all resident bytes with their masters.
@@ -376,7 +217,7 @@ class Djinn:
         Raises:
             AssertionError: naming what is broken.
         """
-        self._pager.check()
+        self._open.pager.check()
 
     @property
     def closed(self) -> bool:

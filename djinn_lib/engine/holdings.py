@@ -6,9 +6,11 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
+from djinn_lib.engine.memory.disk_tier import open_masters
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
+from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
@@ -29,6 +31,28 @@ class Holdings:
         self._process = os.getpid()
         self._releasing = threading.Lock()
         self._is_closed = self._is_released = False
+
+    @classmethod
+    def made_of(cls, options: EngineOptions) -> Holdings:
+        """Make everything that a `Djinn` needs; a failure leaves nothing.
+
+        Raises:
+            CapacityError: the capacity is below one page or above the free memory.
+            PlatformError: the platform lacks what the device's backend needs.
+        """
+        device, page_bytes = options.torch_device, options.page_bytes
+        with ExitStack() as undo:
+            masters = open_masters(
+                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
+            )
+            undo.callback(masters.close)
+            capacity_bytes, policy = options.capacity_bytes, options.eviction
+            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.residency)
+            undo.callback(pager.close)
+            scheduler = Scheduler(pager, options)
+            models = Catalog(masters, pager, scheduler.turn, options)
+            undo.pop_all()
+        return cls(scheduler, pager, models, masters)
 
     @property
     def is_of_this_process(self) -> bool:

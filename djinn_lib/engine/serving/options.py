@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import Signature, signature
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 
@@ -119,3 +121,26 @@ class EngineOptions:
                 "out: leave one of them out"
             )
         return policy
+
+
+P = ParamSpec("P")
+_Init = Callable[[Any, EngineOptions], None]
+
+
+def _takes(
+    options: Callable[P, EngineOptions],
+) -> Callable[[_Init], Callable[Concatenate[Any, P], None]]:
+    def decorate(init: _Init) -> Callable[Concatenate[Any, P], None]:
+        def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, options(*args, **kwargs))
+
+        own = list(signature(init).parameters.values())[:1]
+        parameters = signature(options).parameters.values()
+        __init__.__signature__ = Signature([*own, *parameters])  # type: ignore[attr-defined]
+        return __init__
+
+    return decorate
+
+
+# Gives an `__init__` the parameters of `EngineOptions`, for callers, editors and type checkers.
+takes_options = _takes(EngineOptions)
