@@ -20,7 +20,7 @@ from tiny_run import SYSTEMS, cell_of, copied, prepare
 import djinn_lib as dj
 from djinn_lib.engine.memory.devices import base, host
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
-from djinn_lib.experiment import cell_record
+from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.weights import describe
@@ -177,7 +177,7 @@ def test_no_memory_outside_the_ring(decode, moment, monkeypatch, nothing_leaks):
             djinn.check()
             for name in ("llama", "phi"):
                 djinn.evict(name)  # no lease is left either
-            assert djinn._pager.ring.n_free == djinn._pager.ring.n_frames
+            assert djinn.stats().n_free == djinn.capacity_bytes // djinn.page_bytes
 
     use()
     with nothing_leaks():
@@ -258,7 +258,7 @@ def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
             with pytest.raises((CapacityError, torch.OutOfMemoryError)):
                 djinn.add("m", spec("llama"))
             assert (runtime.pinned, djinn.masters.n_bytes) == (set(), 0)
-            assert list(djinn._pager.ring.models) == []
+            assert djinn.stats().resident_bytes == {}
     assert runtime.pinned == set()
 
 
@@ -326,11 +326,11 @@ def test_options_that_a_system_does_not_have(bench):
 
 
 def test_a_trace_without_requests(bench):
-    write_trace(Trace("none", {}, ()), bench.trace_path("zipf"))
+    write_trace(Trace("none", {}, ()), bench.run.trace("zipf"))
     cell = cell_of(bench, "djinn")
     with pytest.raises(TraceError, match=r"at least 1 request, .*make the trace anew"):
         run_cell(bench, cell)
-    assert not bench.rows_path(cell).exists()
+    assert not bench.run.cell(cell.id).rows.exists()
 
 
 def test_a_trace_of_one_request_goes_all_the_way(bench):
@@ -348,7 +348,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
         cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
     )
     short = replace(bench, profile=profile)
-    short.trace_path("zipf").unlink()
+    short.run.trace("zipf").unlink()
     short.write_traces()
     for cell in profile.all_cells():
         run_cell(short, cell)
@@ -385,7 +385,7 @@ def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
 
     monkeypatch.setattr(time, "time", Jumping.time)
     monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(cell_record, "datetime", Jumping)
+    monkeypatch.setattr(record, "datetime", Jumping)
     begin_s = time.perf_counter()
     rows = run_cell(bench, cell_of(bench, "djinn"))
     wall_s = time.perf_counter() - begin_s

@@ -10,7 +10,7 @@ from djinn_lib.analysis import validation
 from djinn_lib.analysis.plots import explore
 from djinn_lib.analysis.plots import policies as plot_study
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
-from djinn_lib.experiment.fan_out import Result
+from djinn_lib.experiment.executors import Result
 from djinn_lib.experiment.study import (
     KNOWN,
     QUEUED,
@@ -193,13 +193,13 @@ def test_the_study_runs_on_ray(small, monkeypatch):
 def test_a_point_that_fails_on_ray_is_named(monkeypatch):
     from djinn_lib.experiment import study
 
-    def one_fails(jobs, on_done):
+    def one_fails(jobs):
         for i, job in enumerate(jobs):
-            on_done(job, Result(error="ConfigError: no such policy") if i else Result(value=[{}]))
+            yield job, Result(error="ConfigError: no such policy") if i else Result([{}])
 
     monkeypatch.setattr(study, "fan_out", one_fails)
     monkeypatch.setattr(study, "CHUNK", 1)
-    with pytest.raises(DjinnError, match="every point of the study, got ConfigError: no such"):
+    with pytest.raises(DjinnError, match="points 1 to 1 of the study failed: ConfigError"):
         run_study([QUEUED[0], QUEUED[1]], study.on_ray)
 
 

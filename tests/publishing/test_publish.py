@@ -18,12 +18,13 @@ from djinn_lib import replacing
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
-from djinn_lib.experiment.notebooks import Status
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.status import Status
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
 from djinn_lib.publishing.publish import publish, scrub, scrub_text
-from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_rows
+from djinn_lib.rows import read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"
 
