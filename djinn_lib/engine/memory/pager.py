@@ -232,6 +232,7 @@ class Pager:
                 frozenset(model for model, paged in models if paged.loads),
                 frozenset(model for model, paged in models if paged.streamed),
                 {model: self.resident_bytes(model) for model, _ in models},
+                {model: self.ring.frames(model) for model, _ in models},
             )
 
     def check(self) -> None:

@@ -16,7 +16,7 @@ from transformers import (
 from djinn_lib.engine.decode import cuda_graphs as recording
 from djinn_lib.engine.decode import reference
 from djinn_lib.engine.decode.cuda_graphs import Recorder, Repeated
-from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.decoder import make_decoder
 from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.decode.kv_cache import KvCache, KvLayer
 from djinn_lib.engine.decode.recorded import RecordedDecoder, _probe_lengths
