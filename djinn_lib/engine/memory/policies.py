@@ -250,7 +250,9 @@ class Oracle(Policy):
     def touch(self, model: str, now_s: float) -> None:
         """Go on to the next request; one more than were foretold is a `ConfigError`."""
         if self._n_touches == len(self._next):
-            raise ConfigError(f"the oracle knows {len(self._next)} requests, and got one more")
+            raise ConfigError(
+                f"more than the oracle's {len(self._next)} requests: pass all of them"
+            )
         self._next_of[model] = self._next[self._n_touches]
         self._n_touches += 1
 
