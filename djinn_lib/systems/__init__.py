@@ -24,6 +24,8 @@ SYSTEMS = {
     "vllm_recreate": ("vllm_recreate", "VllmRecreate"),
     "vllm_sleep": ("vllm_sleep", "VllmSleep"),
 }
+# Jupyter kernels of environments of their own, for systems that need one where there is no GPU.
+KERNELS = {"vllm_recreate": "djinn-vllm"}
 
 
 def system_class(name: str) -> type[SystemUnderTest]:

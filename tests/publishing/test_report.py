@@ -2,23 +2,23 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from row_factory import UNAVAILABLE, cell_rows
 from run_factory import write_run
 
-from djinn_lib.analysis.claims import judge, load_claims, write_claims_json
+from djinn_lib.analysis.claims import judge, load_claims, write_claims
 from djinn_lib.analysis.run import load_run
-from djinn_lib.experiment.notebooks import Status, write_status
-from djinn_lib.metrics import summarise
-from djinn_lib.publishing.notebook_html import convert_notebooks
-from djinn_lib.publishing.report import build_report, summary_table
-from djinn_lib.rows import read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
+from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
+from djinn_lib.experiment.status import Status, keep_status
+from djinn_lib.publishing.report import build_report, convert_notebooks
+from djinn_lib.rows import rows_frame, write_rows
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -35,6 +35,18 @@ def write_notebook(path: Path) -> None:
     nbformat.write(new_notebook(cells=cells), path)
 
 
+def note(folder: Path, status: Status) -> None:
+    """Keep how an execution ended where a run keeps it."""
+    run = RunFolder(folder)
+    if status.task.startswith(CELL_NOTEBOOK):
+        cell = run.cell(status.task.removeprefix(f"{CELL_NOTEBOOK}."))
+        note_execution(cell.manifest, asdict(status))
+        return
+    run.notebooks.mkdir(exist_ok=True)
+    run.notebook(status.task).write_text('{"cells": [], "metadata": {}}')
+    keep_status(status, run.notebook(status.task))
+
+
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("data") / "cpu")
@@ -43,8 +55,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "notebooks" / "02_half.partial.ipynb").write_text("{}")
     (folder / "figures" / "latency_cdf.png").write_bytes(b"")
     (folder / "figures" / "latency_cdf.pdf").write_bytes(b"")
-    verdicts = judge(load_claims(), load_run(folder).evidence)
-    write_claims_json(verdicts, folder / "claims.json")
+    write_claims(judge(load_claims(), load_run(folder)), folder / "claims.json")
     return folder
 
 
@@ -92,7 +103,7 @@ def test_failures_are_counted_by_cell(page: str):
 
 
 def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
     rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
     rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
@@ -102,7 +113,7 @@ def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
     own = {**manifest, "cell": "paper-25-djinn-concurrent", "run_id": "beside"}
     write_manifest(own, Path(f"{stem}-concurrent.manifest.json"))
     task = "02_run_system.paper-25-djinn-concurrent"
-    write_status(Status(task, "failed", 1.0, "timeout", "5 of 30 requests"), folder / "status")
+    note(folder, Status(task, "failed", 1.0, "timeout", "5 of 30 requests"))
     page = build_report(folder).read_text()
     assert "<strong>paper-25-djinn-concurrent</strong>: 5 requests, timeout: too late" in page
     assert "<strong>paper-25-djinn</strong>" not in page
@@ -110,9 +121,9 @@ def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
 
 
 def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     task = "02_run_system.paper-25-vllm_recreate"
-    write_status(Status(task, "failed", 1.0, "other", "no picture"), folder / "status")
+    note(folder, Status(task, "failed", 1.0, "other", "no picture"))
     page = build_report(folder).read_text()
     assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
     assert f"{task}: other: no picture" in page
@@ -189,27 +200,17 @@ def test_broken_claims_are_a_problem_not_a_crash(tmp_path: Path):
     assert "claims.json cannot be read" in build_report(tmp_path).read_text()
 
 
-def test_a_failed_notebook_without_a_copy_is_listed(tmp_path: Path):
-    write_status(Status("00_setup", "failed", 1.0, "kernel_died", "killed"), tmp_path / "status")
+def test_a_notebook_that_failed_is_listed(tmp_path: Path):
+    note(tmp_path, Status("00_setup", "failed", 1.0, "kernel_died", "killed"))
     assert "00_setup: kernel_died: killed" in build_report(tmp_path).read_text()
 
 
 def test_errors_are_escaped(tmp_path: Path):
-    write_status(Status("00_setup", "failed", 1.0, "other", "<b>&"), tmp_path / "status")
+    note(tmp_path, Status("00_setup", "failed", 1.0, "other", "<b>&"))
     assert "&lt;b&gt;&amp;" in build_report(tmp_path).read_text()
 
 
-def test_summary_is_in_the_figures_order_of_systems(run_dir: Path):
-    rows = load_run(run_dir).cells("paper", "25")
-    table = summary_table(summarise(rows.sample(frac=1, random_state=0)))
-    assert list(table.index[:2]) == ["Djinn", "Djinn, no overlap"]
-    assert table.loc["vLLM re-created", "served"] == "22 of 30"
-    assert table.loc["PyTorch pinned", "written back"] == table.loc["PyTorch pinned", "loaded"]
-
-
-def test_summary_of_a_system_that_served_nothing_has_no_nan(run_dir: Path):
-    rows = load_run(run_dir).cells("paper", "25")
-    broken = rows[rows["system"] == "vllm_sleep"].assign(error_kind="oom")
-    table = summary_table(summarise(pd.concat([rows[rows["system"] == "djinn"], broken])))
-    assert table.loc["vLLM sleep", "P50 (ms)"] == "-"
-    assert not table.isin(["nan"]).any().any()
+def test_systems_are_in_the_figures_order(page: str):
+    table = page[page.index('id="systems"') :]
+    places = [table.index(f"<th>{name}</th>") for name in ("Djinn", "PyTorch LRU", "vLLM sleep")]
+    assert places == sorted(places) and ">nan<" not in table.lower()

@@ -77,7 +77,12 @@ def capacity_bytes(models):
     return sizes[-1] + sizes[-2] // 2
 
 
-@pytest.fixture(params=VARIANTS, ids=ids_of, scope="module")
+def marked(variant):
+    """Ray takes a minute to start its actors again and again."""
+    return pytest.param(variant, marks=[pytest.mark.slow] if variant[0] == "ray_actors" else [])
+
+
+@pytest.fixture(params=map(marked, VARIANTS), ids=ids_of, scope="module")
 def system(request, models, capacity_bytes):
     name, options = request.param
     cls = system_class(name)

@@ -1,0 +1,135 @@
+"""What is noted of a cell while it runs: the keys of its rows, and what its manifest says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from djinn_lib import provenance
+from djinn_lib.experiment import machine
+from djinn_lib.experiment.bench import Bench
+from djinn_lib.experiment.integrity import WeightsWatch, weights_digest
+from djinn_lib.experiment.profile import REPO, Cell
+from djinn_lib.systems import system_class
+from djinn_lib.systems.base import SystemUnderTest
+from djinn_lib.trace import Request, Trace
+from djinn_lib.units import parse_bytes
+
+
+class CellRecord:
+    """A cell from its start on: everything that its rows and its manifest repeat."""
+
+    def __init__(self, bench: Bench, cell: Cell, trace: Trace) -> None:
+        self.bench, self.cell, self.trace = bench, cell, trace
+        self.entry = bench.profile.systems[cell.system]
+        self.capacity_bytes = bench.capacity_bytes(cell.capacity_label)
+        self.started = datetime.now(UTC)
+        self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
+        self.begin_s = time.perf_counter()
+        self.host = machine.HostClock()
+        self.host_loop_us: list[list[float]] = []  # before each request, a list a repeat
+        self.setup_s = 0.0
+        self.notes: list[str] = []
+        self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
+        self.watch: WeightsWatch  # from the start of the system on
+        self.prompts: dict[tuple[str, int], list[int]] = {}
+        self.commit, self.dirty = provenance.git_state(REPO)
+        self.other_gpu_processes = machine.other_gpu_processes()
+
+    def keys(self, repeat: int, request: Request) -> dict[str, Any]:
+        """The columns that say which request a row is about."""
+        return {
+            "run_id": self.run_id,
+            "system": self.cell.system,
+            "mode": self.cell.mode,
+            "capacity_bytes": self.capacity_bytes,
+            "capacity_label": self.cell.capacity_label,
+            "trace": self.cell.trace,
+            "repeat": repeat,
+            "request": request.request,
+            "model": request.model,
+            "arrival_s": request.arrival_s,
+            "start_s": time.perf_counter() - self.begin_s,
+            "note": "; ".join(self.notes),
+        }
+
+    def note_pace(self, repeat: int) -> None:
+        """Note the host's pace before a request of a repeat."""
+        while len(self.host_loop_us) <= repeat:
+            self.host_loop_us.append([])
+        self.host_loop_us[repeat].append(round(machine.host_loop_us(), 1))
+
+    def take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with the record of a process that died, of which these rows are left.
+
+        They are told apart from other measurements by its run id, and say when it was at work.
+        """
+        if not rows:
+            return
+        if len(run_ids := {row["run_id"] for row in rows}) == 1:
+            (self.run_id,) = run_ids
+        ends_s = [row["start_s"] + np.nan_to_num(row["total_ms"]) / 1e3 for row in rows]
+        self.begin_s -= max(ends_s)
+        self.started -= timedelta(seconds=max(ends_s))
+        self.setup_s = min(row["start_s"] for row in rows)
+
+    def manifest(self) -> dict[str, Any]:
+        """Where the rows come from."""
+        profile = self.bench.profile
+        if self.dirty:
+            self.notes.append("the working tree differed from the commit")
+        if self.other_gpu_processes:
+            self.notes.append("other processes held memory of the GPU")
+        return {
+            "run_id": self.run_id,
+            "cell": self.cell.id,
+            "system": self.entry.system,
+            "options": self.entry.options,
+            "profile": profile.name,
+            "git_commit": self.commit,
+            "git_dirty": self.dirty,
+            "other_gpu_processes": self.other_gpu_processes,
+            "versions": machine.versions(),
+            "machine": self.bench.machine,
+            "trace_sha256": self.trace.sha256,
+            "models": {
+                name: {
+                    "bytes": f.n_bytes,
+                    "device_bytes": self.device_bytes[name],
+                    "dtype": f.dtype,
+                    "sha256": weights_digest(f.digests),
+                }
+                for name, f in self.bench.models.items()
+            },
+            "parameters": {
+                **profile.model_dump(exclude={"cells", "systems"}),
+                "page_bytes": self.page_bytes,
+                "repeats": self.cell.repeats,
+                "mode": self.cell.mode,
+                "speed": str(self.cell.speed),
+            },
+            "started_at_utc": self.started.isoformat(),
+            "wall_s": time.perf_counter() - self.begin_s,
+            "setup_s": self.setup_s,
+            "stolen_share": self.host.stolen_share(),
+            "host_loop_us": self.host_loop_us,
+            "notes": self.notes,
+        }
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of a page in bytes."""
+        return parse_bytes(str(self.entry.options.get("page", self.bench.profile.page)))
+
+    def make_system(self) -> SystemUnderTest:
+        """The system, not started yet."""
+        options = dict(self.entry.options)
+        cls = system_class(self.entry.system)
+        if "page" in cls.option_names:
+            options.setdefault("page", self.bench.profile.page)
+        device = self.bench.profile.device
+        return cls(self.bench.models, self.capacity_bytes, device, **options)
