@@ -17,7 +17,7 @@ from djinn_lib.engine.arguments import flag, function
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.modes import Decode, default_decode
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.device import parse_device
+from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.holdings import Holdings
 from djinn_lib.engine.memory.disk_tier import Masters, open_masters
 from djinn_lib.engine.memory.pager import Pager
@@ -35,7 +35,6 @@ from djinn_lib.engine.serving.turns import Ticket
 from djinn_lib.errors import DjinnError
 from djinn_lib.units import parse_bytes
 
-DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
 class Djinn:
@@ -93,7 +92,7 @@ class Djinn:
     ) -> None:
         self.device = parse_device(device)
         if page is None:
-            page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
+            page = DEFAULT_PAGE_BYTES[self.device.type]
         decode = default_decode(self.device.type) if decode is None else decode
         check_decoding(decode, max_model_len)
         overlap, lookahead = flag(overlap, "overlap"), flag(lookahead, "lookahead")

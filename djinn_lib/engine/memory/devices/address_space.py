@@ -75,6 +75,17 @@ class AddressSpace(ABC):
         """The whole range as a 1-d uint8 tensor; valid for life, readable where mapped."""
 
     @abstractmethod
+    def export(self) -> list[int]:
+        """Return descriptors of the frames for other processes; the caller closes them.
+
+        Another process maps the same frames when it opens its address space over them. A frame is
+        freed when the last process that has it lets it go.
+
+        Raises:
+            PlatformError: the frames were not made to be shared.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Release every range and frame; closing twice is harmless."""
 
@@ -95,18 +106,32 @@ def not_mapped(n_pages: int, page_bytes: int, reason: object) -> PlatformError:
     )
 
 
-def open_address_space(device: torch.device, n_frames: int, page_bytes: int) -> AddressSpace:
+def open_address_space(
+    device: torch.device,
+    n_frames: int,
+    page_bytes: int,
+    shared: bool = False,
+    frames: Sequence[int] | None = None,
+) -> AddressSpace:
     """Return the address space of a device.
+
+    Args:
+        device: the CPU or a GPU.
+        n_frames, page_bytes: how many frames of which size.
+        shared: make frames that can be exported to other processes.
+        frames: descriptors that another process exported: use its frames and make none.
 
     Raises:
         ConfigError: no backend for that kind of device.
+        CapacityError: the device has less memory than the frames need.
+        PlatformError: the platform lacks what the backend needs.
     """
     if device.type == "cpu":
         from djinn_lib.engine.memory.devices.address_space_cpu import CpuAddressSpace
 
-        return CpuAddressSpace(n_frames, page_bytes)
+        return CpuAddressSpace(n_frames, page_bytes, frames)
     if device.type == "cuda":
         from djinn_lib.engine.memory.devices.address_space_cuda import CudaAddressSpace
 
-        return CudaAddressSpace(n_frames, page_bytes, device)
+        return CudaAddressSpace(n_frames, page_bytes, device, shared, frames)
     raise ConfigError(f"expected device 'cpu' or 'cuda', got {str(device)!r}")

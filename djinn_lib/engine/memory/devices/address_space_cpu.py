@@ -33,6 +33,10 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 class CpuAddressSpace(AddressSpace):
     """Frames in one `memfd`, ranges by `mmap`. Linux only.
 
+    Args:
+        n_frames, page_bytes: how many frames of which size.
+        frames: the exported descriptor of another process's frames; default is to make new ones.
+
     Raises:
         PlatformError: not Linux, or the kernel allows too few mappings for that many frames.
         CapacityError: the frames need more than `host_memory.host_bytes_available`.
@@ -40,22 +44,31 @@ class CpuAddressSpace(AddressSpace):
 
     device = torch.device("cpu")
 
-    def __init__(self, n_frames: int, page_bytes: int) -> None:
+    def __init__(
+        self, n_frames: int, page_bytes: int, frames: Sequence[int] | None = None
+    ) -> None:
         self._fd = -1
         self._areas: dict[int, Range] = {}
         _require_memfd()
         super().__init__(n_frames, page_bytes)
         _require_mappings(n_frames)
-        host_memory.require(n_frames * page_bytes, "the ring", "lower the capacity")
         self._libc = _libc()
+        if frames is None:
+            self._make_frames()
+        else:
+            self._fd = os.dup(frames[0])
+
+    def _make_frames(self) -> None:
+        n_bytes = self.n_frames * self.page_bytes
+        host_memory.require(n_bytes, "the ring", "lower the capacity")
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
-            os.posix_fallocate(self._fd, 0, n_frames * page_bytes)
+            os.posix_fallocate(self._fd, 0, n_bytes)
         except OSError as error:
             self.close()
             raise CapacityError(
-                f"expected {format_bytes(n_frames * page_bytes)} of host memory for the ring, "
-                f"got {error.strerror}: free memory or lower the capacity"
+                f"expected {format_bytes(n_bytes)} of host memory for the ring, got "
+                f" {error.strerror}: free memory or lower the capacity"
             ) from error
 
     def granularity_bytes(self) -> int:
@@ -110,6 +123,10 @@ class CpuAddressSpace(AddressSpace):
         """A tensor over the addresses; making it touches none of them."""
         buffer = (ctypes.c_uint8 * (area.n_pages * self.page_bytes)).from_address(area.address)
         return torch.frombuffer(buffer, dtype=torch.uint8)
+
+    def export(self) -> list[int]:
+        """Return one descriptor, of the file that holds all frames."""
+        return [os.dup(self._fd)]
 
     def close(self) -> None:
         """Unmap all ranges and close the file that holds the frames."""

@@ -31,12 +31,25 @@ except ImportError:  # said when a GPU is asked for, not when this file is read
 class CudaAddressSpace(AddressSpace):
     """Frames of one GPU.
 
+    Args:
+        n_frames, page_bytes: how many frames of which size.
+        device: the GPU.
+        shared: make frames that `export` can pass to other processes.
+        frames: exported descriptors of another process's frames; default is to make new ones.
+
     Raises:
         PlatformError: no usable GPU, driver or `cuda-bindings`, or one without virtual memory.
         CapacityError: less device memory is free than the frames need.
     """
 
-    def __init__(self, n_frames: int, page_bytes: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        n_frames: int,
+        page_bytes: int,
+        device: torch.device,
+        shared: bool = False,
+        frames: Sequence[int] | None = None,
+    ) -> None:
         self._frames: list[Any] = []
         self._areas: dict[int, Range] = {}
         self._mapped: dict[int, set[int]] = {}  # addresses of mapped pages, by range
@@ -48,12 +61,24 @@ class CudaAddressSpace(AddressSpace):
             torch.empty(1, device=self.device)  # makes torch's context, which the driver then uses
             self._context = _call(driver.cuCtxGetCurrent)
         _require_virtual_memory(self.device)
-        self._kind = _allocation_kind(self.device)
+        self._kind = _allocation_kind(self.device, shared)
         super().__init__(n_frames, page_bytes)
         self._access = driver.CUmemAccessDesc()
         self._access.location = self._kind.location
         self._access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        self._make_frames()
+        if frames is None:
+            self._make_frames()
+        else:
+            self._import_frames(frames)
+
+    def _import_frames(self, descriptors: Sequence[int]) -> None:
+        """Take the frames of another process; its descriptors stay the caller's."""
+        try:
+            for one in descriptors:
+                self._frames.append(_call(driver.cuMemImportFromShareableHandle, one, _handles()))
+        except PlatformError:
+            self.close()
+            raise
 
     def _make_frames(self) -> None:
         n_bytes = self.n_frames * self.page_bytes
@@ -142,6 +167,17 @@ class CudaAddressSpace(AddressSpace):
         finally:
             self.unmap(area, 0, 1)
 
+    def export(self) -> list[int]:
+        """Return a descriptor for each frame."""
+        try:
+            export = driver.cuMemExportToShareableHandle
+            return [int(_call(export, frame, _handles(), 0)) for frame in self._frames]
+        except PlatformError as error:
+            raise PlatformError(
+                f"these frames cannot be passed to other processes ({error}): make them with "
+                "shared=True, and raise `ulimit -n` above their number"
+            ) from error
+
     def close(self) -> None:
         """Wait for the device, then release every range and frame."""
         if self._areas or self._frames:
@@ -177,11 +213,18 @@ def _call(function: Any, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
-def _allocation_kind(device: torch.device) -> Any:
+def _handles() -> Any:
+    """How frames travel between processes: as file descriptors."""
+    return driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+
+
+def _allocation_kind(device: torch.device, shared: bool) -> Any:
     kind = driver.CUmemAllocationProp()
     kind.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     kind.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     kind.location.id = device.index
+    if shared:
+        kind.requestedHandleTypes = _handles()
     return kind
 
 
