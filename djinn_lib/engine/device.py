@@ -6,7 +6,6 @@ import torch
 
 from djinn_lib.errors import ConfigError, shown
 
-
 DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 

@@ -36,7 +36,6 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.units import parse_bytes
 
 
-
 class Djinn:
     """Serves models that together are larger than the device memory given to them.
 

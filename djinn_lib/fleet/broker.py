@@ -11,27 +11,25 @@ import contextlib
 import os
 import signal
 import socket
-import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.devices.address_space import open_address_space
 from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
 from djinn_lib.engine.memory.ring import Residency, Ring, n_frames_in
-from djinn_lib.errors import ConfigError, DjinnError, PlatformError
+from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.leases import Frames, Leases, Revoke
+from djinn_lib.fleet.listening import listening, only_one_on, process_ended, read_message
 from djinn_lib.fleet.protocol import Message, ProtocolError
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.units import parse_bytes
 
 _GREETING_S = 5.0  # for a client to say who it is
-_ENDING_S = 10.0  # for the process of a client that hung up to end
 
 
 class Broker:
@@ -82,7 +80,7 @@ class Broker:
             ConfigError: another broker listens there, or has this GPU.
         """
         try:
-            with _only_one_on(self.device), _listening(path) as listener:
+            with only_one_on(self.device), listening(path) as listener:
                 asyncio.run(self._serve(listener, on_ready))
         finally:
             self.close()
@@ -116,8 +114,8 @@ class Broker:
         pid, uid = protocol.peer(connection)
         try:
             async with asyncio.timeout(_GREETING_S):
-                self._greet(writer, await _read(reader), uid)
-            while (message := await _read(reader)) is not None:
+                self._greet(writer, await read_message(reader), uid)
+            while (message := await read_message(reader)) is not None:
                 if message["kind"] == "status":
                     writer.write(protocol.encode("status", **self.status().fields()))
                 else:
@@ -170,14 +168,14 @@ class Broker:
             writer.write(protocol.encode("joined", n_descriptors=len(self._descriptors)))
             await writer.drain()
             await asyncio.to_thread(self._lend, connection)
-            while (message := await _read(reader)) is not None:
-                if left := message["kind"] == "leave":
+            while (said := await read_message(reader)) is not None:
+                if left := said["kind"] == "leave":
                     break
-                self._carry_out(self._event(model, message))
+                self._carry_out(self._event(model, said))
         finally:
             del self._writers[model]
             if not left:
-                await _ended(pid)
+                await process_ended(pid)
             self._carry_out(self.leases.leave(model, time.monotonic()))
 
     def _lend(self, connection: socket.socket) -> None:
@@ -258,104 +256,3 @@ def _as_message(decision: Frames | Revoke) -> bytes:
         granted=decision.granted,
         n_evicted=decision.n_evicted,
     )
-
-
-async def _read(reader: asyncio.StreamReader) -> Message | None:
-    """Return the next message, or None at the end of the connection."""
-    try:
-        n_bytes = protocol.body_bytes(await reader.readexactly(protocol.HEADER.size))
-        return protocol.decode(await reader.readexactly(n_bytes))
-    except (asyncio.IncompleteReadError, ConnectionError) as error:
-        if isinstance(error, ProtocolError):
-            raise
-        return None
-
-
-async def _ended(pid: int) -> None:
-    """Wait until a process has ended: until then it may write to its frames.
-
-    One that lives on without its connection is waited for no longer than `_ENDING_S`; our clients
-    do not.
-    """
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:  # it is gone, or of another namespace
-        return
-    try:
-        ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(descriptor, ended.set)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ENDING_S):
-                await ended.wait()
-        loop.remove_reader(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    """Listen on a socket that only this user can connect to; it is removed at the end.
-
-    Raises:
-        ConfigError: another broker listens there, or the path cannot be a socket.
-    """
-    lock = FileLock(f"{path}.lock", timeout=0)
-    with contextlib.ExitStack() as undo:
-        try:
-            undo.enter_context(lock)
-        except (Timeout, OSError) as error:
-            raise ConfigError(
-                f"the socket {path} cannot be used ({_why(error)}): choose another one"
-            ) from error
-        undo.callback(lambda: Path(lock.lock_file).unlink(missing_ok=True))
-        if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-            raise ConfigError(f"{path} exists and is no socket: choose another path")
-        path.unlink(missing_ok=True)  # of a broker that was killed: nobody has the lock
-        listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        mask = os.umask(0o177)
-        try:
-            listener.bind(str(path))
-        except OSError as error:
-            raise ConfigError(
-                f"the socket {path} cannot be made ({error.strerror or error}): choose a shorter "
-                "path, in a folder that you can write to"
-            ) from error
-        finally:
-            os.umask(mask)
-        undo.callback(lambda: path.unlink(missing_ok=True))
-        listener.listen()
-        listener.setblocking(False)
-        yield listener
-
-
-@contextlib.contextmanager
-def _only_one_on(device: torch.device) -> Iterator[None]:
-    """Keep other brokers off a GPU; on the CPU there may be as many as memory allows.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    identity = torch.cuda.get_device_properties(device).uuid
-    lock = FileLock(f"/tmp/djinn-ring-{identity}.lock", timeout=0, mode=0o666)
-    try:
-        lock.acquire()
-    except (Timeout, OSError) as error:
-        raise ConfigError(
-            f"{device} has a ring already ({_why(error)}): connect engines to that one, or end it"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _why(error: BaseException) -> str:
-    if isinstance(error, Timeout):
-        return "another broker holds its lock"
-    if isinstance(error, PlatformError | OSError):
-        return str(error)
-    return type(error).__name__

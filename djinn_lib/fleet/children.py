@@ -60,12 +60,12 @@ def start(
     return _STARTER.submit(run).result()
 
 
-def end_with_parent() -> None:
-    """Have the kernel end this process when the one that started it ends, however that ends."""
+def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when the one that started it ends, however that ends."""
     parent = os.environ.pop(_PARENT, None)
     if parent is None:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
     if os.getppid() != int(parent):  # it ended before
         os._exit(1)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
 from djinn_lib.fleet import children
 
+EXIT_STATUS = {ConfigError: 2, CapacityError: 3, PlatformError: 4}
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -21,11 +24,12 @@ def ring(
     capacity: Annotated[str, typer.Option(help="device memory for weights, such as 25GiB")],
     socket: Annotated[Path, typer.Option(help="where engines connect (DJINN_RING)")],
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu")] = None,
-    page: Annotated[str | None, typer.Option(help="default 64MiB on a GPU, 1MiB on the CPU")] = None,
+    page: Annotated[str | None, typer.Option(help="64MiB on a GPU, 1MiB on the CPU")] = None,
     policy: Annotated[str, typer.Option(help="who loses pages")] = "lru",
     residency: Annotated[str, typer.Option(help="partial, or whole models")] = "partial",
     quantum: Annotated[float, typer.Option(help="seconds that a lease lasts at least")] = 0.25,
     max_wait: Annotated[float, typer.Option(help="seconds that nobody waits longer than")] = 1.0,
+    scratch: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Own the memory for weights of one device, and lend it to the engines that connect."""
     with _said_in_one_line():
@@ -33,12 +37,12 @@ def ring(
 
         broker = open_broker(capacity, device, page, policy, residency, quantum, max_wait)
         status = broker.status()
-        broker.run(
-            socket,
-            lambda: print(
-                f"ring of {status.n_frames} frames on {status.device}, at {socket}", flush=True
-            ),
-        )
+        said = f"ring of {status.n_frames} frames on {status.device}, at {socket}"
+        try:
+            broker.run(socket, lambda: print(said, flush=True))
+        finally:
+            if scratch:  # of a fleet, which may have been killed
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def _said_in_one_line() -> Iterator[None]:
         yield
     except DjinnError as error:
         print(f"djinn: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
+        raise typer.Exit(EXIT_STATUS.get(type(error), 1)) from error
 
 
 @app.callback()
@@ -57,5 +61,5 @@ def fleet() -> None:
 
 
 if __name__ == "__main__":
-    children.end_with_parent()
+    children.end_with_parent(signal.SIGTERM)  # so that it cleans up
     app()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import children
+from djinn_lib.fleet.protocol import error_class
 
 Result = dict[str, Any]  # see `vllm_engine`
 OnPart = Callable[[list[int], str], None]
@@ -23,18 +25,30 @@ class EngineFailed(DjinnError, RuntimeError):
     """An engine did not start, or ended while requests were waiting."""
 
 
-class PendingResult(Future[Result]):
+class PendingResult(Future[Any]):
     """The outcome of a request, or of a call; cancelling it gives the request up.
 
     Attributes:
         submitted_s: when, by the monotonic clock.
     """
 
-    def __init__(self, withdraw: Callable[[], None], on_part: OnPart | None) -> None:
+    def __init__(
+        self,
+        withdraw: Callable[[], None],
+        on_part: OnPart | None = None,
+        convert: Callable[[Any, float], Any] = lambda value, submitted_s: value,
+    ) -> None:
         super().__init__()
         self.submitted_s = time.perf_counter()
         self.on_part = on_part
-        self._withdraw = withdraw
+        self._withdraw, self._convert = withdraw, convert
+
+    def answer(self, value: Any) -> None:
+        """Take what the engine returned."""
+        try:
+            self.set_result(self._convert(value, self.submitted_s))
+        except Exception as error:
+            self.set_exception(error)
 
     def cancel(self) -> bool:
         """Give the request up, though it is being served; False when it is done."""
@@ -56,7 +70,8 @@ class EngineClient:
         start_timeout_s: how long it may take to start.
 
     Raises:
-        EngineFailed: it did not start; the message has the last lines of its log.
+        DjinnError: it did not start: the worker's own error, or `EngineFailed` with the last lines
+            of its log.
     """
 
     def __init__(
@@ -95,18 +110,21 @@ class EngineClient:
             self._pipe.send(options)
             if not self._pipe.poll(timeout_s):
                 raise self._not_started(f"it said nothing within {timeout_s:.0f} s")
-            kind, value = self._pipe.recv()
+            kind, *values = self._pipe.recv()
         except (EOFError, ConnectionError) as error:
             self._process.wait()
             raise self._not_started(f"exit status {self._process.returncode}") from error
         if kind != "ready":
-            raise self._not_started(value)
-        return value
+            raise self._not_started(*values)
+        return values[0]
 
-    def _not_started(self, why: str) -> EngineFailed:
+    def _not_started(self, why: str, kind: str = "") -> DjinnError:
+        """The error of an engine that did not start; one of ours needs no log to explain it."""
+        if ours := error_class(kind):
+            return ours(f"the engine of {self.name!r} did not start: {why}")
         return EngineFailed(
-            f"the engine of {self.name!r} did not start ({why}): correct its options. The end of "
-            f"its log:\n{children.last_lines(self.log)}"
+            f"the engine of {self.name!r} did not start ({kind or 'no error'}: {why}): correct its "
+            f"options. The end of its log:\n{children.last_lines(self.log)}"
         )
 
     @property
@@ -129,6 +147,7 @@ class EngineClient:
         prompt: str | Sequence[int],
         parameters: Mapping[str, Any],
         on_part: OnPart | None = None,
+        convert: Callable[[Any, float], Any] = lambda value, submitted_s: value,
     ) -> PendingResult:
         """Hand a request over at once; vLLM batches it with what else there is.
 
@@ -136,12 +155,14 @@ class EngineClient:
             prompt: text, or token ids.
             parameters: for `vllm.SamplingParams`.
             on_part: called, by another thread, with new token ids and their text as they come.
+            convert: makes the outcome of the engine's result and the moment of this call.
 
         Raises:
             EngineFailed: the engine has ended.
         """
-        rest = (prompt if isinstance(prompt, str) else list(prompt), dict(parameters))
-        return self._ask("add", *rest, on_part is not None, on_part=on_part)
+        ids = prompt if isinstance(prompt, str) else list(prompt)
+        pending = PendingResult(lambda: self._withdraw(pending), on_part, convert)
+        return self._ask(pending, "add", ids, dict(parameters), on_part is not None)
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = 600.0) -> Any:
         """Call a method of the worker, between two steps, and return its result.
@@ -149,11 +170,11 @@ class EngineClient:
         Raises:
             EngineFailed: the engine has ended.
         """
-        return self._ask("call", method, arguments).result(timeout_s)
+        pending = PendingResult(lambda: None)
+        return self._ask(pending, "call", method, arguments).result(timeout_s)
 
-    def _ask(self, kind: str, *rest: Any, on_part: OnPart | None = None) -> PendingResult:
+    def _ask(self, pending: PendingResult, kind: str, *rest: Any) -> PendingResult:
         number = str(next(self._numbers))
-        pending = PendingResult(lambda: self._withdraw(number), on_part)
         with self._lock:
             if self._ended is not None:
                 raise self._failed()
@@ -165,13 +186,12 @@ class EngineClient:
                 raise self._failed() from error
         return pending
 
-    def _withdraw(self, number: str) -> None:
-        with self._lock:
-            if self._pending.pop(number, None) and self._ended is None:
-                try:
+    def _withdraw(self, cancelled: PendingResult) -> None:
+        with self._lock, suppress(OSError):  # of an engine that has ended, as the request has
+            for number, pending in list(self._pending.items()):
+                if pending is cancelled:
+                    del self._pending[number]
                     self._pipe.send(("cancel", number))
-                except OSError:
-                    return  # it has ended, and the request with it
 
     # -- the listener ---------------------------------------------------------------------------
 
@@ -209,7 +229,7 @@ class EngineClient:
                     ConfigError(f"the engine of {self.name!r} refused the request: {values[0]}")
                 )
             else:
-                pending.set_result(values[0])
+                pending.answer(values[0])
 
     def _failed(self) -> EngineFailed:
         return EngineFailed(
@@ -222,10 +242,8 @@ class EngineClient:
         with self._lock:
             if self._ended is None:
                 self._ended = "it was closed"
-                try:
+                with suppress(OSError):  # it is ending
                     self._pipe.send(("end",))
-                except OSError:
-                    return  # it is ending
 
     def close(self) -> None:
         """End the engine; requests that wait fail. Closing twice is harmless."""

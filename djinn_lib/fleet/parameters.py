@@ -14,6 +14,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ class PackedParameters:
     def fill(self, slots: Mapping[str, torch.Tensor]) -> None:
         """Copy every storage into its slot."""
         for name, storage in self._storages.items():
-            held = torch.empty(0, dtype=torch.uint8, device=storage.device)
+            held: Any = torch.empty(0, dtype=torch.uint8, device=storage.device)
             slots[name].copy_(held.set_(storage, 0, (storage.nbytes(),)))
 
     @torch.no_grad()
@@ -110,7 +111,7 @@ class PackedParameters:
         if not tensor.numel() or tensor.layout is not torch.strided:
             return None
         name = self._names.get(tensor.untyped_storage().data_ptr())
-        return name and _Bound(tensor, self._offsets[name] + _offset_bytes(tensor)) or None
+        return (name and _Bound(tensor, self._offsets[name] + _offset_bytes(tensor))) or None
 
     def _aliases(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
         """Tensors that modules have as plain attributes."""
@@ -125,4 +126,4 @@ def _plain_attributes(module: nn.Module) -> Iterable[tuple[str, object]]:
 
 
 def _offset_bytes(tensor: torch.Tensor) -> int:
-    return tensor.storage_offset() * tensor.element_size()
+    return int(tensor.storage_offset()) * tensor.element_size()

@@ -222,6 +222,11 @@ def refused(error: BaseException) -> bytes:
 
 def refusal(message: Message) -> DjinnError:
     """Return the error that a "refused" stands for."""
-    kind = getattr(errors, str(message.get("error")), DjinnError)
-    is_ours = isinstance(kind, type) and issubclass(kind, DjinnError)
-    return (kind if is_ours else DjinnError)(str(message.get("message")))
+    kind = error_class(str(message.get("error"))) or DjinnError
+    return kind(str(message.get("message")))
+
+
+def error_class(name: str) -> type[DjinnError] | None:
+    """Return the class of `djinn_lib.errors` that has a name, or None."""
+    found = getattr(errors, name, None)
+    return found if isinstance(found, type) and issubclass(found, DjinnError) else None

@@ -8,9 +8,9 @@ Both ends of the pipe may be of different environments, so only plain values tra
 * to the engine: first a mapping of options for `vllm.LLM`; then ``("add", id, prompt, parameters,
   streamed)``, ``("cancel", id)``, ``("call", id, method, arguments)`` for a method of the worker,
   ``("end",)``
-* from the engine: ``("ready", facts)`` or ``("failed", message)``; then ``("part", id, token ids,
-  text)``, ``("done", id, result)``, ``("refused", id, message)``, ``("result", id, value)``,
-  ``("broken", message)``
+* from the engine: ``("ready", facts)`` or ``("failed", message, class)``; then ``("part", id,
+  token ids, text)``, ``("done", id, result)``, ``("refused", id, message)``, ``("result", id,
+  value)``, ``("broken", message)``
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from djinn_lib.fleet import children
 
 @dataclass(slots=True)
 class _Request:
-    """A request that is being served; times are of the monotonic clock (s), one for all processes."""
+    """A request that is being served; times (s) are of the clock that all processes share."""
 
     streamed: bool
     costs: Mapping[str, float]  # of the engine, when the request arrived
+    begin_s: float = field(default_factory=time.perf_counter)
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     first_s: float = 0.0
@@ -54,6 +55,7 @@ class Engine:
         self._engine = self._llm.llm_engine
         self._requests: dict[str, _Request] = {}
         self._on_ring = "Ring" in str(options.get("worker_cls", ""))
+        self._n_bytes = self._llm.collective_rpc("ring_bytes")[0] if self._on_ring else 0
         self._reported: Mapping[str, float] = self._costs()
 
     def facts(self) -> dict[str, Any]:
@@ -133,17 +135,20 @@ class Engine:
         return replies
 
     def _result(self, request: _Request, completion: Any) -> dict[str, Any]:
-        """What a request gave and cost; bytes that several waited for count for the first of them."""
+        """What a request gave and cost; bytes that several waited for count for the first."""
         now, before = self._costs(), self._reported
         self._reported = now
         waits = ("waited_s", "stalled_s")
+        loaded_bytes = now.get("loaded_bytes", 0) - before.get("loaded_bytes", 0)
         return {
             "token_ids": request.token_ids,
             "text": request.text,
             "finish_reason": completion.finish_reason,
+            "begin_s": request.begin_s,
             "first_s": request.first_s,
             "last_s": time.perf_counter(),
-            "loaded_bytes": now.get("loaded_bytes", 0) - before.get("loaded_bytes", 0),
+            "loaded_bytes": loaded_bytes,
+            "resident_before_bytes": max(0, self._n_bytes - loaded_bytes),
             "evicted_bytes": now.get("evicted_bytes", 0) - before.get("evicted_bytes", 0),
             "switch_s": sum(now.get(one, 0) - request.costs.get(one, 0) for one in waits),
         }
@@ -166,7 +171,7 @@ def main() -> None:
         engine = Engine(pipe.recv())
     except BaseException as error:
         traceback.print_exc()
-        pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        pipe.send(("failed", str(error), type(error).__name__))
         raise SystemExit(1) from error
     try:
         pipe.send(("ready", engine.facts()))
@@ -178,6 +183,8 @@ def main() -> None:
         pipe.send(("broken", f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from error
     engine.close()
+    sys.stdout.flush()
+    os._exit(0)  # Python's own end takes seconds after vLLM, and nothing is left to do
 
 
 if __name__ == "__main__":

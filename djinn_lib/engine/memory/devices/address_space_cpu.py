@@ -44,9 +44,7 @@ class CpuAddressSpace(AddressSpace):
 
     device = torch.device("cpu")
 
-    def __init__(
-        self, n_frames: int, page_bytes: int, frames: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, n_frames: int, page_bytes: int, frames: Sequence[int] | None = None) -> None:
         self._fd = -1
         self._areas: dict[int, Range] = {}
         _require_memfd()
