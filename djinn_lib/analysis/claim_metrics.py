@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from djinn_lib import claim_times  # noqa: F401  (registers its metrics
+from djinn_lib.analysis import claim_times  # noqa: F401  (registers its metrics
 from djinn_lib.analysis.evidence import (
     MAIN_TRACE,
     METRICS,

@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis.decomposition import decomposition
-from djinn_lib.analysis.large_results import shares
 from djinn_lib.analysis.plots.sensitivity import speedup_table
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
+from djinn_lib.experiment.large_results import shares
 from djinn_lib.metrics import (
     decode_spread,
     difference_of_means,

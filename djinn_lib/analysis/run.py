@@ -15,11 +15,10 @@ from djinn_lib.analysis.claim_metrics import Evidence
 from djinn_lib.analysis.evidence import machines_of, side_by_side
 from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.tables import machine_names, machine_numbers
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.decode.modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
 from djinn_lib.rows import no_rows, read_manifest, read_run
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.trace import Trace, read_trace

@@ -7,7 +7,6 @@ full misses of single models, so neither has been used for the fit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -16,36 +15,15 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis.replicates import FOLDER as REPLICATES
-from djinn_lib.errors import ConfigError
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.rows import read_manifest, read_rows
-from djinn_lib.simulator.cost_model import CostModel, fit
+from djinn_lib.simulator.cost_model import engine_rows, fit, reference_costs
 from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import paper_trace
 
 SYSTEMS = ("djinn", "djinn_adaptive")  # those that differ in nothing but their policy
 STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
-
-
-def engine(reference: Path = REFERENCE) -> dict[str, Any]:
-    """Return the engine's benchmark of a reference run.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = reference / "engine.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"expected the engine's rows in {path}, got {error!r}: run benchmarks/engine.py"
-        ) from error
-
-
-def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
-    """Return the cost model of the machine of a reference run."""
-    return fit(engine(reference), n_tokens)
 
 
 def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
@@ -54,7 +32,7 @@ def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
     Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms;
     the times are those to the first token.
     """
-    result = engine(reference)
+    result = engine_rows(reference)
     sizes, repeats = result["sizes"], result["repeats"]
     cases = {(c["case"], c["model"]): c for c in result["cases"]}
     order = [f"after {before}" for before, _ in permutations(sizes, 2)]
@@ -178,7 +156,7 @@ def looking_ahead(
     Columns, a row for each of "one after the other", "waiting", "waiting, loading ahead": mean and
     greatest `switch_ms` after the first touch of each model, GiB loaded, seconds until all is done.
     """
-    sizes, costs = engine(reference)["sizes"], reference_costs(reference, n_tokens)
+    sizes, costs = engine_rows(reference)["sizes"], reference_costs(reference, n_tokens)
     models = [request.model for request in paper_trace(tuple(sizes)).requests]
     ways: dict[str, dict[str, Any]] = {
         "one after the other": {"mode": "sequential"},

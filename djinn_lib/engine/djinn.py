@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.arguments import flag, function
+from djinn_lib.arguments import flag, function
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.modes import Decode, default_decode
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
@@ -26,8 +26,8 @@ from djinn_lib.engine.memory.ring import Residency
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
+from djinn_lib.engine.prompts import Prompt
 from djinn_lib.engine.serving.catalog import Catalog, check_decoding
-from djinn_lib.engine.serving.prompts import Prompt
 from djinn_lib.engine.serving.queue import Order, RequestQueue
 from djinn_lib.engine.serving.request import PendingGeneration, for_each
 from djinn_lib.engine.serving.scheduler import Server

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from djinn_lib import provenance
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import WeightsWatch, weights_digest
@@ -36,7 +37,7 @@ class CellRecord:
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
         self.watch: WeightsWatch  # from the start of the system on
         self.prompts: dict[tuple[str, int], list[int]] = {}
-        self.commit, self.dirty = machine.git_state(REPO)
+        self.commit, self.dirty = provenance.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
 
     def keys(self, repeat: int, request: Request) -> dict[str, Any]:

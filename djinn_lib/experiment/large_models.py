@@ -22,7 +22,6 @@ import torch
 from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
-from djinn_lib.analysis.large_results import COLUMNS, read_large, write_large
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.memory.masters import SwapPool
@@ -33,7 +32,9 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import weights_digest
+from djinn_lib.experiment.large_results import COLUMNS, read_large, write_large
 from djinn_lib.experiment.profile import REPO, parse_capacity
+from djinn_lib.provenance import git_state
 from djinn_lib.rows import token_sha
 from djinn_lib.units import format_bytes, parse_bytes
 
@@ -126,7 +127,7 @@ def measure_all(
 
 def _manifest(bench: Bench, n_tokens: int, repeats: int) -> dict[str, Any]:
     """Where the rows come from."""
-    commit, dirty = machine.git_state(REPO)
+    commit, dirty = git_state(REPO)
     return {
         "profile": bench.profile.name,
         "git_commit": commit,

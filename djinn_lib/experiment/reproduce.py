@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib import nvml
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.bench import ensure_writable
 from djinn_lib.experiment.fan_out import Job, Result, ensure_ray, fan_out
@@ -49,6 +48,7 @@ from djinn_lib.experiment.tasks import (
     give_up,
     run_cell_apart,
 )
+from djinn_lib.paths import user_path
 
 INCOMPLETE = 75  # EX_TEMPFAIL
 READING_S = 90.0  # what the notebooks that only read rows and the report take, all together

@@ -25,14 +25,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import read_machine
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import write_json
 from djinn_lib.metrics import attempted
+from djinn_lib.paths import user_path
 from djinn_lib.publishing.belonging import differences
 from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.rows import read_manifest, read_rows, write_manifest

@@ -21,13 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import Run, load_run
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json
-from djinn_lib.paths import FIGURES, REFERENCE, REPO
+from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
 from djinn_lib.publishing.merge import missing_cells
 from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
 from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.analysis import large_results
 from djinn_lib.analysis.claim_tables import claims_summary
 from djinn_lib.analysis.claims import OPEN, Claim, format_value, judge, load_claims
 from djinn_lib.analysis.comparisons import fairness, gain, like_for_like, other_tokens
@@ -31,6 +30,7 @@ from djinn_lib.analysis.result_tables import (
 )
 from djinn_lib.analysis.run import Run, load_run, published
 from djinn_lib.analysis.waiting import waiting_table
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO

@@ -22,12 +22,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import large_results, replicates
+from djinn_lib.analysis import replicates
 from djinn_lib.analysis.run import load_run
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
-from djinn_lib.paths import FIGURES, REFERENCE
+from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
 from djinn_lib.replacing import recover, replace_folders
 

@@ -20,12 +20,12 @@ from djinn_lib.analysis.claims import format_value
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.tables import facts_table
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import cell_id
 from djinn_lib.files import write_text
 from djinn_lib.metrics import sequential, summarise
+from djinn_lib.paths import user_path
 from djinn_lib.publishing.notebook_html import Page, convert_notebooks
 from djinn_lib.units import format_bytes, three_digits
 

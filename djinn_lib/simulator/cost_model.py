@@ -8,14 +8,17 @@ bytes, since at batch 1 both prefill and decode are bound by reading the weights
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from djinn_lib.errors import ConfigError
+from djinn_lib.paths import REFERENCE
 
 Line = tuple[float, float]  # seconds at 0 bytes, seconds per byte
 
@@ -141,3 +144,23 @@ def _line(points: Iterable[tuple[float, float]]) -> Line:
     if intercept < 0:  # through the origin then
         slope, intercept = float((x / y).sum() / (x * x / y / y).sum()) / 1e3, 0.0
     return max(0.0, float(intercept)), max(0.0, float(slope))
+
+
+def engine_rows(reference: Path = REFERENCE) -> dict[str, Any]:
+    """Return the engine's benchmark of a reference run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = reference / "engine.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"expected the engine's rows in {path}, got {error!r}: run benchmarks/engine.py"
+        ) from error
+
+
+def reference_costs(reference: Path = REFERENCE, n_tokens: int = 50) -> CostModel:
+    """Return the cost model of the machine of a reference run."""
+    return fit(engine_rows(reference), n_tokens)

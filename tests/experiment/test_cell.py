@@ -6,6 +6,7 @@ import math
 import pytest
 from profile_factory import tiny_profile
 
+from djinn_lib import provenance
 from djinn_lib.errors import TraceError
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench, set_up
@@ -226,7 +227,7 @@ def test_a_trace_over_other_models_is_refused(bench, tmp_path):
 
 
 def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):
-    monkeypatch.setattr(machine, "git_state", lambda repo: ("abc", True))
+    monkeypatch.setattr(provenance, "git_state", lambda repo: ("abc", True))
     monkeypatch.setattr(machine, "other_gpu_processes", lambda: ["12 python 5"])
     cell = cell_of(bench, "djinn")
     run_cell(bench, cell)

@@ -8,7 +8,6 @@ from profile_factory import tiny_profile
 from row_factory import cell_rows
 from tiny import CONFIGS, PROMPT, spec
 
-from djinn_lib.analysis.large_results import COLUMNS, MANIFEST, ROWS, profile_of, read_large, shares
 from djinn_lib.analysis.plots import large_models as plot_large
 from djinn_lib.analysis.plots import switches as plot_switches
 from djinn_lib.engine.memory.masters import SwapPool
@@ -19,6 +18,14 @@ from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_models
 from djinn_lib.experiment.bench import set_up
 from djinn_lib.experiment.large_models import LargeCase, measure
+from djinn_lib.experiment.large_results import (
+    COLUMNS,
+    MANIFEST,
+    ROWS,
+    profile_of,
+    read_large,
+    shares,
+)
 
 N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +16,18 @@ import psutil
 import pytest
 import torch
 
+from djinn_lib import provenance
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.machine import (
     HostClock,
     describe_machine,
     eager_operator_us,
-    git_state,
     host_loop_us,
     measure_rates,
     other_gpu_processes,
     versions,
 )
+from djinn_lib.provenance import git_state
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +84,10 @@ def test_a_system_that_keeps_no_such_count_says_nothing(monkeypatch):
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):
-    monkeypatch.setattr(machine, "_PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "no-such-package"))
     found = versions()
     assert found.keys() - {"cuda", "driver"} == {"python", "torch"}
-    assert found["torch"] == machine.metadata.version("torch")
+    assert found["torch"] == metadata.version("torch")
 
 
 def git(folder: Path, *arguments: str) -> str:

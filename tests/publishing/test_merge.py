@@ -14,11 +14,11 @@ from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import replacing
-from djinn_lib.analysis.large_results import read_large
 from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.files import write_json

@@ -16,10 +16,10 @@ from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
 from run_factory import GPU_MACHINE, write_large_rows, write_run
 
 from djinn_lib import replacing
-from djinn_lib.analysis.large_results import read_large
 from djinn_lib.analysis.replicates import write_replicate
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
+from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.notebooks import Status
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
-from djinn_lib.analysis.large_results import write_large
 from djinn_lib.analysis.run import Run
+from djinn_lib.experiment.large_results import write_large
 from djinn_lib.rows import rows_frame, write_manifest, write_rows
 from djinn_lib.trace import paper_trace, write_trace
 

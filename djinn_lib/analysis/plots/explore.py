@@ -18,11 +18,10 @@ from matplotlib.patches import Rectangle
 
 from djinn_lib.analysis.plots.policies import POLICY_STYLE
 from djinn_lib.analysis.plots.style import DOUBLE_COLUMN_IN, model_colors, save_figure, styled
-from djinn_lib.analysis.validation import reference_costs
 from djinn_lib.engine.memory.policies import POLICIES
 from djinn_lib.paths import REPO
 from djinn_lib.simulator.checkpoint_sizes import fleet
-from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.cost_model import CostModel, reference_costs
 from djinn_lib.simulator.optimal import optimal_loads
 from djinn_lib.simulator.simulate import PAGE_BYTES, simulate
 from djinn_lib.trace import Trace, paper_trace, session_trace, zipf_trace

@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn_lib.analysis.large_results import SYSTEMS, shares
 from djinn_lib.analysis.plots.style import (
     COLUMN_IN,
     SMALL_PT,
@@ -15,6 +14,7 @@ from djinn_lib.analysis.plots.style import (
     require_rows,
     styled,
 )
+from djinn_lib.experiment.large_results import SYSTEMS, shares
 from djinn_lib.units import three_digits
 
 _LABELS = {

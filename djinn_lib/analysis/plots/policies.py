@@ -21,7 +21,7 @@ from djinn_lib.analysis.plots.style import (
     styled,
 )
 from djinn_lib.analysis.validation import errors
-from djinn_lib.simulator.study import KNOWN, WHOLE_LRU, free_capacity
+from djinn_lib.experiment.study import KNOWN, WHOLE_LRU, free_capacity
 
 POLICY_STYLE: dict[Any, Look] = {
     WHOLE_LRU: Look("LRU, whole models", "#7F7F7F", "--", "v"),

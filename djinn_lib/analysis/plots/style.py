@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.errors import RecordError
+from djinn_lib.paths import user_path
 
 COLUMN_IN, DOUBLE_COLUMN_IN = 3.4, 7.0  # widths of a paper's single and double column
 SMALL_PT = 7

@@ -24,7 +24,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from djinn_lib.engine.arguments import whole_number
+from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.generation_options import ensure_generates, mode_of, request_options
 from djinn_lib.engine.decode.positions import check_positions
 from djinn_lib.engine.decode.rotations import forget_lengths
@@ -33,7 +33,7 @@ from djinn_lib.engine.memory.lease import Lease
 from djinn_lib.engine.memory.masters import Extents
 from djinn_lib.engine.models.hooks import Hook
 from djinn_lib.engine.models.packing import Unit
-from djinn_lib.engine.serving.prompts import read_ids
+from djinn_lib.engine.prompts import read_ids
 from djinn_lib.errors import ConfigError, shown
 
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)

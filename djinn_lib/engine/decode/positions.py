@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.models.shapes_only import OutsideTable, on_shapes, run_on_shapes
+from djinn_lib.engine.decode.shapes_only import OutsideTable, on_shapes, run_on_shapes
 from djinn_lib.errors import ConfigError
 
 PROBE_TOKENS = 11  # a prompt for which tables are looked up; few other sizes are a prime number

@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from djinn_lib.engine.arguments import real_number, whole_number
+from djinn_lib.arguments import real_number, whole_number
 from djinn_lib.errors import ConfigError, shown
 
 GREEDY_BELOW = 1e-5  # as in vLLM: logits divided by less than that overflow

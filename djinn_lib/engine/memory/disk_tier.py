@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.memory.devices import host_memory
 from djinn_lib.engine.memory.masters import Fill, Layout, SwapPool
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Extent, Ring, n_frames_in
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
+from djinn_lib.paths import user_path
 from djinn_lib.units import format_bytes, parse_bytes
 
 READ_BYTES = 16 << 20  # at a time and thread: enough to keep a disk busy

@@ -41,7 +41,7 @@ def resolve_folder(
     if folder.is_file():
         raise CheckpointError(f"expected the folder of a model, got {explain_folder(folder)}")
     looks_like_path = isinstance(source, Path) or str(source).startswith((".", "/", "~"))
-    if looks_like_path or str(source).count("/") > 1 or not str(source).strip():
+    if looks_like_path or str(source).count("/") > 1:
         raise CheckpointError(
             f"the folder {str(source)!r} does not exist: check the path (a checkpoint has "
             "config.json and *.safetensors)"
@@ -55,6 +55,8 @@ def _as_path(source: str | Path) -> Path:
             f"a model comes from a folder, a hub id or a ModelSpec, not from a "
             f"{type(source).__name__}"
         )
+    if not str(source).strip():
+        raise CheckpointError("expected a folder, a hub id or a ModelSpec, got an empty text")
     try:
         path = Path(source).expanduser()
         path.exists()  # refuses a NUL byte or a name that is too long

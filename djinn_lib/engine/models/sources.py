@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from djinn_lib.arguments import flag
 from djinn_lib.engine.memory.masters import Fill
 from djinn_lib.engine.models.checkpoint import load_pretrained, weight_files
 from djinn_lib.engine.models.hub import resolve_folder
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, fill_from_spec, skeleton
 from djinn_lib.engine.models.tensor_files import fill_from
 from djinn_lib.engine.models.tokenizer import Tokenizer, read_tokenizer
+from djinn_lib.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,15 @@ def open_source(
 
     Raises:
         CheckpointError: config or weights are missing or of a refused kind.
-        ConfigError: the architecture or dtype cannot be used.
+        ConfigError: the architecture or dtype cannot be used, or an argument is no such thing.
     """
+    trust_remote_code = flag(trust_remote_code, "trust_remote_code")
+    if revision is not None and not (isinstance(revision, str) and revision.strip()):
+        raise ConfigError(f"expected a revision as text, got {shown(revision)}")
     if isinstance(source, ModelSpec):
-        module = skeleton(source.resolve_config(), check_dtype(dtype or source.dtype))
+        module = skeleton(
+            source.resolve_config(), check_dtype(source.dtype if dtype is None else dtype)
+        )
         return OpenedModel(module, fill_from_spec(source, module), None)
     folder = resolve_folder(source, revision, trust_remote_code)
     module = load_pretrained(folder, dtype, trust_remote_code)

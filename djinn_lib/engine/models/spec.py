@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from djinn_lib.arguments import whole_number
 from djinn_lib.engine.memory.masters import Fill
 from djinn_lib.engine.models.construction import (
     DefaultDtype,
@@ -21,7 +22,7 @@ from djinn_lib.engine.models.construction import (
     set_dtype,
     without_dtype,
 )
-from djinn_lib.errors import ConfigError, DjinnError, first_line
+from djinn_lib.errors import ConfigError, DjinnError, first_line, shown
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -50,12 +51,20 @@ class ModelSpec:
             that is kept; "plain" tensor by tensor, for models that host memory holds only once:
             normal with the configuration's initializer_range, ones for the weights of norms, else
             zeros.
+
+    Raises:
+        ConfigError: `seed` or `init` is none of these.
     """
 
     config: PretrainedConfig | Mapping[str, Any]
     dtype: str = "float32"
     seed: int = 0
     init: Literal["transformers", "plain"] = "transformers"
+
+    def __post_init__(self) -> None:
+        whole_number(self.seed, "the seed", 0, 2**63 - 1)
+        if self.init not in ("transformers", "plain"):
+            raise ConfigError(f"expected init of 'transformers' or 'plain', got {shown(self.init)}")
 
     def resolve_config(self) -> PretrainedConfig:
         """Return the configuration as transformers' own object.

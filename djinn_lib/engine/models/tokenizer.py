@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import (
     TOKENIZER_CONFIG_FILE,
 )
 
-from djinn_lib.engine.serving.prompts import read_messages
+from djinn_lib.engine.prompts import read_messages
 from djinn_lib.errors import CheckpointError, ConfigError, in_words
 
 # Vocabularies that transformers reads for any class, in patterns.

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.arguments import whole_number
+from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.cuda_graphs import Recorder
 from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder
 from djinn_lib.engine.decode.decoders import make_decoder

@@ -12,7 +12,7 @@ from copy import copy
 from itertools import islice
 from typing import Generic, Literal, TypeVar, get_args
 
-from djinn_lib.engine.arguments import whole_number
+from djinn_lib.arguments import whole_number
 from djinn_lib.errors import ConfigError
 
 Order = Literal["fifo", "affinity"]

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.arguments import flag, whole_number
+from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.decoder import Decoder
 from djinn_lib.engine.decode.eager import check_prompt, vocabulary
 from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
 from djinn_lib.engine.lending.lender import Lending
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.engine.models.tokenizer import Tokenizer
-from djinn_lib.engine.serving.prompts import ReadPrompt, read_prompts
+from djinn_lib.engine.prompts import ReadPrompt, read_prompts
 from djinn_lib.engine.serving.request import Request
 from djinn_lib.errors import ConfigError, shown
 

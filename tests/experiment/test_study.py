@@ -11,10 +11,7 @@ from djinn_lib.analysis.plots import explore
 from djinn_lib.analysis.plots import policies as plot_study
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment.fan_out import Result
-from djinn_lib.paths import REFERENCE, STUDY
-from djinn_lib.rows import read_rows
-from djinn_lib.simulator.cost_model import CostModel, fit
-from djinn_lib.simulator.study import (
+from djinn_lib.experiment.study import (
     KNOWN,
     QUEUED,
     SMALL,
@@ -26,6 +23,10 @@ from djinn_lib.simulator.study import (
     run_point,
     run_study,
 )
+from djinn_lib.paths import REFERENCE, STUDY
+from djinn_lib.rows import read_rows
+from djinn_lib.simulator import cost_model
+from djinn_lib.simulator.cost_model import CostModel, fit
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_every_repeat_loads_the_same_bytes():
 
 
 def test_disagreement_shows(tmp_path):
-    wrong = copy.deepcopy(validation.engine())
+    wrong = copy.deepcopy(cost_model.engine_rows())
     for case in wrong["cases"]:
         if case["case"].startswith("after") and case["loaded_bytes"]:
             case["ttft_ms"] *= 2
@@ -177,7 +178,7 @@ def test_order_and_executor_do_not_matter(small):
 
 
 def test_the_study_runs_on_ray(small, monkeypatch):
-    from djinn_lib.simulator import study
+    from djinn_lib.experiment import study
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(study, "CHUNK", 8)
@@ -189,7 +190,7 @@ def test_the_study_runs_on_ray(small, monkeypatch):
 
 
 def test_a_point_that_fails_on_ray_is_named(monkeypatch):
-    from djinn_lib.simulator import study
+    from djinn_lib.experiment import study
 
     def one_fails(jobs, on_done):
         for i, job in enumerate(jobs):
@@ -255,7 +256,7 @@ def test_scale_as_measured():
 
 
 def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
-    from djinn_lib.simulator import study
+    from djinn_lib.experiment import study
 
     tiny = Grid((3,), alpha=(1.0,), share=(0.5,), policy=("lru",), n_requests=50)
     monkeypatch.setattr(study, "GRIDS", {"small": tiny, "full": tiny})

@@ -8,11 +8,17 @@ import pytest
 import torch
 
 import djinn_lib as dj
-from djinn_lib.engine.arguments import flag, function, real_number, user_path, whole_number
+from djinn_lib.arguments import flag, function, real_number, whole_number
 from djinn_lib.engine.device import parse_device
 from djinn_lib.engine.memory.disk_tier import default_folder
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.experiment.parameters import folder
+from djinn_lib.paths import user_path
+
+TINY = {
+    "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32, "vocab_size": 64,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)], ids=repr)
@@ -151,3 +157,30 @@ def test_names_of_models(name):
         for ask in (djinn.generate, djinn.submit, djinn.chat, djinn.tokenize):
             with pytest.raises(ConfigError, match=r"expected one of the models \[\], got"):
                 ask(name, "Hi")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"source": None}, {"source": 5}, {"source": b"x"}, {"source": ""}, {"source": "x" * 5000},
+        {"source": []}, {"source": Path("/no/such/folder")}, {"revision": 5}, {"revision": ""},
+        {"trust_remote_code": "yes"}, {"trust_remote_code": None}, {"dtype": []}, {"dtype": ""},
+        {"dtype": False}, {"dtype": "int8"}, {"dtype": torch.int8}, {"name": None}, {"name": ""},
+    ],
+    ids=shown,
+)  # fmt: skip
+def test_a_model_with_an_argument_of_the_wrong_kind_is_refused(argument, tmp_path):
+    with dj.Djinn("1MiB", "cpu", "64KiB") as djinn:
+        with pytest.raises(DjinnError, match=r"^[^\n]{10,}"):
+            djinn.add(**{"name": "m", "source": dj.ModelSpec(TINY), **argument})
+        assert djinn.residency().empty
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"seed": "x"}, {"seed": None}, {"seed": 2**70}, {"seed": -1}, {"seed": 1.5}, {"init": "x"}],
+    ids=shown,
+)
+def test_a_specification_of_the_wrong_kind_is_refused(argument):
+    with pytest.raises(ConfigError, match=r"expected (the seed|init)"):
+        dj.ModelSpec(TINY, **argument)

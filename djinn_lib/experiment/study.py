@@ -3,7 +3,7 @@
 A point is one simulation. `Grid.points` lists them, `run_point` computes one, and `run_study` all
 of them, in order or by any executor that is given. The whole of it, as `make study` runs it::
 
-    python -m djinn_lib.simulator.study --grid full --out data/reference/study
+    python -m djinn_lib.experiment.study --grid full --out data/reference/study
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm import tqdm
 
-from djinn_lib.analysis.validation import reference_costs
-from djinn_lib.engine.arguments import user_path
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.fan_out import Job, Result, fan_out
-from djinn_lib.experiment.machine import git_state, versions
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
-from djinn_lib.paths import REPO
+from djinn_lib.paths import REPO, user_path
+from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
-from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.cost_model import CostModel, reference_costs
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import PAGE_BYTES, Mode, simulate
 from djinn_lib.trace import Trace, session_trace, zipf_trace
@@ -283,7 +281,7 @@ def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compute a grid and keep its points; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.simulator.study", description=__doc__)
+    parser = argparse.ArgumentParser(prog="djinn_lib.experiment.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")
     parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "study")
@@ -302,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         "costs": asdict(_costs()),
         "git_commit": commit,
         "git_dirty": dirty,
-        "versions": versions(),
+        "versions": package_versions(),
         "wall_s": time.perf_counter() - begin_s,
     }
     write_json(options.out / "manifest.json", manifest)

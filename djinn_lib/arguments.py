@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,17 +77,3 @@ def function(value: object, what: str) -> Callable[..., object]:
     if callable(value):
         return value
     raise ConfigError(f"expected {what} to be a function, got {shown(value)}")
-
-
-def user_path(value: object, what: str = "a path") -> Path:
-    """Return a path as a user writes it, with ``~`` as the home folder.
-
-    Raises:
-        ConfigError: it is no text or path, is empty, or names the home of nobody.
-    """
-    if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
-        raise ConfigError(f"expected {what} as text or Path, got {shown(value)}")
-    try:
-        return Path(value).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"expected {what}, got {shown(value)}: {error}") from error

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from djinn_lib.engine.serving.prompts import read_ids, read_messages, read_prompts
+from djinn_lib.engine.prompts import read_ids, read_messages, read_prompts
 from djinn_lib.errors import ConfigError
 
 IDS = [5, 6, 7]
