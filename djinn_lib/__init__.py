@@ -16,13 +16,14 @@ from typing import Any
 
 _HOMES = {
     "Djinn": "engine.djinn",
+    "Fleet": "fleet.fleet",
     "Generation": "engine.djinn",
     "ModelSpec": "engine.models.spec",
     "DjinnError": "errors",
     "optimal_bytes": "simulator.optimal",
     "simulate": "simulator.simulate",
 }
-__all__ = ["Djinn", "DjinnError", "Generation", "ModelSpec", "optimal_bytes", "simulate"]
+__all__ = ["Djinn", "DjinnError", "Fleet", "Generation", "ModelSpec", "optimal_bytes", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

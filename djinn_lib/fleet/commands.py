@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
+from djinn_lib.errors import DjinnError
 from djinn_lib.fleet import children
+from djinn_lib.fleet.protocol import EXIT_STATUS
 
-EXIT_STATUS = {ConfigError: 2, CapacityError: 3, PlatformError: 4}
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 

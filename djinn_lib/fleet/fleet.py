@@ -20,13 +20,13 @@ import torch
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
-from djinn_lib.engine.serving.prompts import Prompt, read_prompts
+from djinn_lib.engine.prompts import Prompt, read_prompts
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.fleet import children
-from djinn_lib.fleet.commands import EXIT_STATUS
 from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.engines import EngineClient, PendingResult
 from djinn_lib.fleet.environment import vllm_python
+from djinn_lib.fleet.protocol import EXIT_STATUS
 from djinn_lib.fleet.requests import (
     Part,
     check_prompt,
@@ -201,12 +201,21 @@ class Fleet:
 
     def remove(self, name: str) -> None:
         """End the engine of a model; its frames are free. Requests that wait for it fail."""
-        engine = self._engine(name)
+        engine = self.engine(name)
         with self._lock:
             self._engines.pop(name, None)
         engine.close()
 
-    def _engine(self, name: str) -> EngineClient:
+    def evict(self, name: str) -> None:
+        """Take all pages of a model off the device, after the step at hand."""
+        self.engine(name).call("ring_sleep")
+
+    def engine(self, name: str) -> EngineClient:
+        """Return the engine of a model.
+
+        Raises:
+            ConfigError: no model is called so.
+        """
         self._ensure_open()
         engine = self._engines.get(name)
         if engine is None or isinstance(engine, _Starting):
@@ -276,7 +285,7 @@ class Fleet:
         Raises:
             ConfigError: as for `generate`; nothing was asked.
         """
-        engine = self._engine(name)
+        engine = self.engine(name)
         parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
         prompts, several = read_prompts(prompt)
         for one in prompts:
@@ -300,7 +309,7 @@ class Fleet:
         Raises:
             ConfigError, EngineFailed: as for `generate`.
         """
-        engine = self._engine(name)
+        engine = self.engine(name)
         parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
         prompts, several = read_prompts(prompt)
         if several:

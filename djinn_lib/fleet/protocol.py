@@ -52,9 +52,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from djinn_lib import errors
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
 
 VERSION = 1
+EXIT_STATUS = {ConfigError: 2, CapacityError: 3, PlatformError: 4}  # of a broker that cannot start
 HEADER = struct.Struct("!I")
 MOST_BYTES = 64 << 20  # the page table of the largest ring has fewer
 _DESCRIPTORS_AT_ONCE = 200  # Linux takes 253 a message

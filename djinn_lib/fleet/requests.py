@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from djinn_lib.engine.arguments import whole_number
+from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
-from djinn_lib.engine.serving.prompts import ReadPrompt
+from djinn_lib.engine.prompts import ReadPrompt
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.fleet.engines import EngineClient, PendingResult, Result
 

@@ -6,8 +6,8 @@ step begins takes part in it. Nothing here knows of the ring; that is the worker
 Both ends of the pipe may be of different environments, so only plain values travel:
 
 * to the engine: first a mapping of options for `vllm.LLM`; then ``("add", id, prompt, parameters,
-  streamed)``, ``("cancel", id)``, ``("call", id, method, arguments)`` for a method of the worker,
-  ``("end",)``
+  streamed)``, ``("cancel", id)``, ``("call", id, method, arguments)`` for a method of the worker
+  (or "sleep" and "wake_up"), ``("end",)``
 * from the engine: ``("ready", facts)`` or ``("failed", message, class)``; then ``("part", id,
   token ids, text)``, ``("done", id, result)``, ``("refused", id, message)``, ``("result", id,
   value)``, ``("broken", message)``
@@ -96,7 +96,12 @@ class Engine:
             self._rest_if_idle()
         elif kind == "call":
             method, arguments = rest
-            pipe.send(("result", number, self._llm.collective_rpc(method, args=arguments)[0]))
+            pipe.send(("result", number, self._call(method, arguments)))
+
+    def _call(self, method: str, arguments: Sequence[Any]) -> Any:
+        if method in ("sleep", "wake_up"):  # of the whole engine: its scheduler has to know
+            return getattr(self._llm, method)(*arguments)
+        return self._llm.collective_rpc(method, args=tuple(arguments))[0]
 
     def _add(
         self,
