@@ -45,6 +45,16 @@ def ring(
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
+@app.command()
+def serve(file: Annotated[Path, typer.Argument(help="which models, from what memory")]) -> None:
+    """Serve several models at one OpenAI-compatible address."""
+    with _said_in_one_line():
+        from djinn_lib.fleet import fleet_file
+        from djinn_lib.fleet import serve as serving
+
+        serving.serve(fleet_file.read_fleet_file(file))
+
+
 @contextmanager
 def _said_in_one_line() -> Iterator[None]:
     """Tell an error of ours as what it says, without a traceback."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,11 +20,8 @@ from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.prompts import Prompt, read_prompts
 from djinn_lib.errors import ConfigError, DjinnError, shown
-from djinn_lib.fleet import children
-from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.engines import EngineClient, PendingResult
 from djinn_lib.fleet.environment import vllm_python
-from djinn_lib.fleet.protocol import EXIT_STATUS
 from djinn_lib.fleet.requests import (
     Part,
     check_prompt,
@@ -35,6 +30,7 @@ from djinn_lib.fleet.requests import (
     sampling_parameters,
     wait_for,
 )
+from djinn_lib.fleet.ring_process import RingProcess
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
 from djinn_lib.units import parse_bytes
@@ -46,7 +42,6 @@ KV_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _WORKERS = {"cpu": "RingCPUWorker", "cuda": "RingWorker"}
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-_BROKER_STARTS_S = 120.0
 
 
 class Fleet:
@@ -93,32 +88,23 @@ class Fleet:
             tempfile.mkdtemp(prefix="djinn-", dir=socket_folder(len(_LONGEST_SOCKET)))
         )
         self._engines: dict[str, EngineClient] = {}
-        self._lock = threading.Lock()  # of the engines' names, and of the connection that watches
+        self._lock = threading.Lock()  # of the engines' names
         options = {
             "capacity": f"{self.capacity_bytes}B", "page": f"{page_bytes}B",
             "device": self.device, "policy": policy, "residency": residency,
             "quantum": quantum_s, "max-wait": max_wait_s,
-            "socket": self.socket, "scratch": self._folder,
         }  # fmt: skip
-        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        log = self._folder / "ring.log"
-        self._broker = children.start(
-            sys.executable, "djinn_lib.fleet.commands", ["ring", *arguments], log
-        )
         try:
-            self._watching = _connect(self.socket, self._broker, log)
+            self._ring = RingProcess(self._folder, options)
         except BaseException:
-            children.end(self._broker)
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self._finalizer = weakref.finalize(
-            self, _close, self._engines, self._broker, self._watching, self._folder
-        )
+        self._finalizer = weakref.finalize(self, _close, self._engines, self._ring, self._folder)
 
     @property
     def socket(self) -> Path:
         """Where engines connect to the ring (DJINN_RING)."""
-        return self._folder / "ring"
+        return self._ring.socket
 
     # -- models ----------------------------------------------------------------------------
 
@@ -331,9 +317,8 @@ class Fleet:
         Raises:
             BrokerGone: its process ended.
         """
-        with self._lock:
-            self._ensure_open()
-            return self._watching.status()
+        self._ensure_open()
+        return self._ring.status()
 
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames; bytes are whole pages."""
@@ -425,9 +410,7 @@ class _Starting:
         """Nothing."""
 
 
-def _close(
-    engines: dict[str, Any], broker: subprocess.Popen[bytes], watching: Connection, folder: Path
-) -> None:
+def _close(engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
     """End everything that a fleet started."""
     ending = list(engines.values())
     engines.clear()
@@ -435,30 +418,5 @@ def _close(
         engine.ask_to_end()
     for engine in ending:
         engine.close()
-    watching.close()
-    children.end(broker)
+    ring.end()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _connect(socket: Path, broker: subprocess.Popen[bytes], log: Path) -> Connection:
-    """Wait for the broker to listen.
-
-    Raises:
-        DjinnError: it ended instead; with its own message.
-    """
-    until_s = time.monotonic() + _BROKER_STARTS_S
-    while True:
-        if broker.poll() is not None:
-            said = children.last_lines(log).rpartition("djinn: ")[2]
-            kinds = {status: kind for kind, status in EXIT_STATUS.items()}
-            raise kinds.get(broker.returncode, DjinnError)(
-                said or f"the broker of the ring ended (exit status {broker.returncode})"
-            )
-        with suppress(ConfigError):
-            return Connection(socket)
-        if time.monotonic() > until_s:
-            raise DjinnError(
-                f"the broker of the ring did not start within {_BROKER_STARTS_S:.0f} s. The end of "
-                f"its log:\n{children.last_lines(log)}"
-            )
-        time.sleep(0.05)

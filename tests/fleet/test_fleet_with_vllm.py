@@ -243,7 +243,7 @@ def test_a_broker_that_dies_ends_everything_with_one_message(folders):
         fleet.add("llama", folders["llama"], **OPTIONS)
         processes = set(descendants()) - set(before)
         asked = fleet.submit("llama", PROMPTS, 50, ignore_eos=True)
-        fleet._broker.kill()
+        fleet._ring.process.kill()
         with pytest.raises(EngineFailed, match="the broker of the ring ended"):
             for one in asked:
                 one.result(60)
