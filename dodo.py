@@ -192,6 +192,13 @@ def task_large_models() -> dict:
     return notebook_task("07_large_models", [], targets, task_dep=["setup"], reads_weights=True)
 
 
+def task_fleet() -> dict:
+    """08_fleet: all models at once on one ring under vLLM, where there is vLLM."""
+    targets = [RUN_DIR / "fleet.json"]
+    targets += [RUN_DIR / "figures" / f"fleet.{ending}" for ending in ("pdf", "png")]
+    return notebook_task("08_fleet", [], targets, task_dep=["setup"], reads_weights=True)
+
+
 def task_explore() -> dict:
     """explore: the widgets, and the picture that they begin with."""
     parameters = {"figures_dir": str(RUN_DIR / "figures")}
@@ -207,7 +214,7 @@ def read_only(notebook: str, targets: list[Path], extra: list[Path] | None = Non
 def task_report() -> dict:
     """index.html and the notebooks as HTML."""
     notebooks = ["00_setup", "01_trace", "03_sensitivity", "04_figures", "05_claims",
-                 "06_policies", "07_large_models", "explore"]  # fmt: skip
+                 "06_policies", "07_large_models", "08_fleet", "explore"]  # fmt: skip
     notebooks += [notebook_of(cell) for cell in CELLS]
     files = [
         RUN_DIR / "claims.json",
@@ -223,7 +230,15 @@ def task_report() -> dict:
         "actions": [(BEGUN.action(report, loaded), [])],
         "file_dep": files,
         "targets": [RUN_DIR / "index.html"],
-        "task_dep": ["sensitivity", "figures", "claims", "policies", "large_models", "explore"],
+        "task_dep": [
+            "sensitivity",
+            "figures",
+            "claims",
+            "policies",
+            "large_models",
+            "fleet",
+            "explore",
+        ],
         "uptodate": [BEGUN.still(lambda: file_inputs(files))],
     }
 
