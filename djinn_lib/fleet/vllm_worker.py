@@ -30,6 +30,7 @@ from djinn_lib.fleet import vllm_hooks
 from djinn_lib.fleet.client import Costs, RingModel
 from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.parameters import PackedParameters
+from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
 
 if TYPE_CHECKING:
 
@@ -58,6 +59,7 @@ class LeasedSteps(_Worker):
 
     ring: RingModel | None = None
     _n_first_bytes = 0  # what has to be there before the first layer
+    _sleep_mode: RingSleepMode | None = None
     _is_preparing = False  # within one long lease, whose steps are no leases of their own
 
     def init_device(self) -> None:
@@ -200,6 +202,13 @@ class LeasedSteps(_Worker):
         with self._step():
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
+
+    @property
+    def sleep_mode_backend(self) -> RingSleepMode:
+        """How vLLM's own sleep mode frees weights here; its name in the options does not matter."""
+        if self._sleep_mode is None:
+            self._sleep_mode = RingSleepMode(self.ring_sleep, self.ring_wake_up)
+        return self._sleep_mode
 
     def shutdown(self) -> None:
         """Leave the ring; the model must not be used any more."""
