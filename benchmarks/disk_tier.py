@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.memory.devices import host_memory
+from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
-from djinn_lib.engine.memory.masters import Layout
+from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.swap_file import read_all
 from djinn_lib.experiment import machine
 from djinn_lib.files import write_json
@@ -50,7 +50,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return both rates, as plain data."""
     n_bytes, page_bytes = parse_bytes(options.size), parse_bytes(options.page)
     tier = DiskTier(n_bytes + page_bytes, page_bytes, options.folder)
-    buffer = host_memory.allocate(n_bytes)
+    buffer = host.allocate(n_bytes)
     buffer.fill_(1)  # touched, as the tier's frames are from the second time on
     layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
     tier.add("m", layout, lambda views: views["w"].random_(0, 256))

@@ -124,9 +124,9 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
         say("the size of a page")
         largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
         curve = page_curve(
-            djinn.pool, largest, capacity_bytes, pages, djinn.device, options.repeats
+            djinn.masters, largest, capacity_bytes, pages, djinn.device, options.repeats
         )
-        masters_bytes = djinn.pool.n_bytes
+        masters_bytes = djinn.masters.n_bytes
     commit, dirty = git_state(REPO)
     manifest = {
         "git_commit": commit,
@@ -186,7 +186,7 @@ def bytes_per_token(djinn: Djinn, name: str) -> int:
     with djinn.lease(name) as model:
         lent: Any = model
         embedding, head = lent.get_input_embeddings().weight, lent.get_output_embeddings().weight
-        layout = djinn.pool.layout(name)
+        layout = djinn.masters.layout(name)
         whole = layout.n_tables or embedding.data_ptr() == head.data_ptr()
         n_bytes = layout.paged_bytes
         return n_bytes if whole else n_bytes - embedding.numel() * embedding.itemsize

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.djinn import Djinn
-from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 
 MISS_TOKENS = 4  # of a request whose first token is what counts
@@ -75,7 +75,7 @@ class Cases:
             yield summary(f"full miss, overlap {'on' if overlap else 'off'}", model, decode, done)
         self.djinn.overlap = True
         loads_ms = [self.load_ms(model) for _ in range(self.repeats)]
-        n_bytes = self.djinn.pool.layout(model).paged_bytes
+        n_bytes = self.djinn.masters.layout(model).paged_bytes
         yield {"case": "load", "model": model, "loaded_bytes": n_bytes} | spread(
             "load_ms", loads_ms
         )
@@ -109,7 +109,7 @@ class Cases:
                 resident_bytes = self.djinn.residency().set_index("model").resident_bytes[model]
                 with self.djinn.lease(model):
                     self.djinn.wait(model)
-                requested += self.djinn.pool.layout(model).paged_bytes - int(resident_bytes)
+                requested += self.djinn.masters.layout(model).paged_bytes - int(resident_bytes)
             self.empty()
             torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ class Cases:
 
 
 def page_curve(
-    pool: SwapPool,
+    pool: HostMasters,
     models: Sequence[str],
     capacity_bytes: int,
     pages_bytes: Sequence[int],
@@ -149,7 +149,7 @@ def page_curve(
 
 
 def _page_row(
-    pool: SwapPool,
+    pool: HostMasters,
     models: Sequence[str],
     capacity_bytes: int,
     page_bytes: int,
@@ -163,8 +163,8 @@ def _page_row(
     def switch(model: str) -> tuple[float, float, int]:
         begin_s = time.perf_counter()
         with pager.lease(model) as lease:
-            pager.finish(model)
-            return time.perf_counter() - begin_s, lease.plan_s, lease.loaded_bytes
+            pager.block_until_loaded(model)
+            return time.perf_counter() - begin_s, lease.stats.plan_s, lease.stats.loaded_bytes
 
     full, partial = [], []
     for model in models:

@@ -6,27 +6,73 @@
     djinn.add("llama-7b", "meta-llama/Llama-2-7b-hf")
     print(djinn.generate("llama-7b", "Why is the sky blue?").text)
 
-Names below are imported when first used, so that tools which only read rows need no torch.
+Names are imported when first used: tools that only read rows need no torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from djinn_lib.engine.decode.eager import Generation
+    from djinn_lib.engine.decode.sampling import Sampling
+    from djinn_lib.engine.djinn import Djinn
+    from djinn_lib.engine.models.spec import ModelSpec
+    from djinn_lib.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        DjinnError,
+        LeaseError,
+        PlatformError,
+        RecordError,
+        RequestCancelled,
+        TraceError,
+    )
+    from djinn_lib.fleet.fleet import Fleet
+    from djinn_lib.simulator.optimal import optimal_bytes
+    from djinn_lib.simulator.simulate import simulate
+
+    __version__: str
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "Djinn",
+    "DjinnError",
+    "Fleet",
+    "Generation",
+    "LeaseError",
+    "ModelSpec",
+    "PlatformError",
+    "RecordError",
+    "RequestCancelled",
+    "Sampling",
+    "TraceError",
+    "__version__",
+    "optimal_bytes",
+    "simulate",
+]
 _HOMES = {
     "Djinn": "engine.djinn",
     "Fleet": "fleet.fleet",
-    "Generation": "engine.djinn",
+    "Generation": "engine.decode.eager",
     "ModelSpec": "engine.models.spec",
-    "DjinnError": "errors",
+    "Sampling": "engine.decode.sampling",
     "optimal_bytes": "simulator.optimal",
     "simulate": "simulator.simulate",
 }
-__all__ = ["Djinn", "DjinnError", "Fleet", "Generation", "ModelSpec", "optimal_bytes", "simulate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        return metadata.version("djinn-lib")
+    if name not in __all__:
         raise AttributeError(f"module 'djinn_lib' has no attribute {name!r}")
-    return getattr(import_module(f"djinn_lib.{_HOMES[name]}"), name)
+    return getattr(import_module(f"djinn_lib.{_HOMES.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

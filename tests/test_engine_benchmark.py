@@ -31,6 +31,7 @@ def result(tmp_path_factory):
     return json.loads((folder / "engine.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_case_is_measured(result):
     models = list(result["sizes"])
     cases = {(c["case"], c["model"]) for c in result["cases"]}
@@ -44,6 +45,7 @@ def test_every_case_is_measured(result):
     assert all(c["tokens_like_first_way"] == c["new_tokens"] for c in hits)
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_models(result):
     for c in result["cases"]:
         if c["case"].startswith(("full miss", "load")):
@@ -86,6 +88,7 @@ def test_a_case_that_is_missing_is_named():
         targets(broken)
 
 
+@pytest.mark.slow
 def test_an_unknown_profile_is_an_error_and_no_traceback():
     done = subprocess.run(
         [sys.executable, REPO / "benchmarks" / "engine.py", "--profile", "no-such"],

@@ -8,9 +8,11 @@ from djinn_lib.paths import REPO
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 
+import pytest
 import soak
 
 
+@pytest.mark.slow
 def test_a_short_soak(tmp_path):
     out = tmp_path / "soak.json"
     done = subprocess.run(

@@ -1,188 +1,227 @@
-"""Claims on counts, bytes and shares, which hold on any machine; those on times are beside it.
+"""What a claim can be about: one small function a metric, from a run to a value.
 
-One small function a metric, from a run's evidence to a value. Importing this module registers all.
+Here are the register of all metrics, and those of counts, bytes and shares, which hold on any
+machine; `claim_times` has those that rest on clocks. A metric that cannot be measured raises
+`NotMeasured` with the reason.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from djinn_lib.analysis import claim_times  # noqa: F401  (registers its metrics
-from djinn_lib.analysis.evidence import (
-    MAIN_TRACE,
-    METRICS,
-    TIMED,
-    Evidence,
-    Measurement,
-    NotMeasured,
-    check_arguments,
-    exact,
-    measured,
-    metric,
-    select,
-    served,
-    swept,
-)
+from djinn_lib import metrics
+from djinn_lib.analysis.run import Run
+from djinn_lib.analysis.selection import MAIN_TRACE, NotMeasured, select, served, swept
 from djinn_lib.metrics import bootstrap_interval, share_interval
 from djinn_lib.simulator.optimal import optimal_bytes
 
-__all__ = ["METRICS", "TIMED", "Evidence", "Measurement", "NotMeasured", "check_arguments"]
+KEYS = ["trace", "request"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A value with its 95% interval, and how many requests it rests on.
+
+    The interval is the value itself where there is none: of a sum or a maximum.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    remark: str = ""
+
+
+Metric = Callable[..., Measurement]
+METRICS: dict[str, Metric] = {}
+TIMED: set[str] = set()  # metrics that rest on clocks, which a shared CPU does not keep
+
+
+def metric(timed: bool = False) -> Callable[[Metric], Metric]:
+    """Register a metric under its function's name."""
+
+    def register(function: Metric) -> Metric:
+        METRICS[function.__name__] = function
+        if timed:
+            TIMED.add(function.__name__)
+        return function
+
+    return register
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Make sure that a metric takes these arguments.
+
+    Raises:
+        TypeError: it does not; the message says which.
+    """
+    bound = inspect.signature(METRICS[name]).bind(None, **arguments).arguments
+    inspect.signature(select).bind(None, None, **bound.get("where", {}))
+    if (statistic := bound.get("statistic", "p50")) not in metrics.STATISTICS:
+        raise TypeError(f"expected a statistic out of {[*metrics.STATISTICS]}, got {statistic!r}")
+
+
+def exact(value: float, n: int, remark: str = "") -> Measurement:
+    """Return a value that has no interval: a sum or a maximum."""
+    return Measurement(value, value, value, n, remark)
+
+
+def share_of(hits: pd.Series, remark: str = "") -> Measurement:
+    """Return a share with its interval."""
+    return Measurement(*share_interval(hits), len(hits), remark)
+
+
+def _bytes_per_repeat(rows: pd.DataFrame) -> float:
+    return float(rows["loaded_bytes"].sum() / rows["repeat"].nunique())
 
 
 @metric()
-def zero_load_share(evidence: Evidence, system: str, **where: Any) -> Measurement:
+def zero_load_share(run: Run, system: str, **where: Any) -> Measurement:
     """Share of the served requests for which not one byte was loaded."""
-    rows = served(evidence, system, **where)
-    hits = rows["loaded_bytes"] == 0
-    return measured(share_interval(hits), len(rows), f"{hits.sum()} of {len(rows)} requests")
+    hits = served(run, system, **where)["loaded_bytes"] == 0
+    return share_of(hits, f"{hits.sum()} of {len(hits)} requests")
 
 
 @metric()
-def failure_share(evidence: Evidence, system: str, **where: Any) -> Measurement:
+def failure_share(run: Run, system: str, **where: Any) -> Measurement:
     """Share of the attempted requests that failed."""
-    rows = select(evidence, system, **where)
-    return measured(share_interval(~rows["ok"]), len(rows), f"{(~rows['ok']).sum()} failed")
+    failed = ~select(run, system, **where)["ok"]
+    return share_of(failed, f"{failed.sum()} failed")
 
 
 @metric()
-def completion_share(evidence: Evidence, system: str | None, **where: Any) -> Measurement:
+def completion_share(run: Run, system: str | None, **where: Any) -> Measurement:
     """Share of the attempted requests that were served."""
-    rows = select(evidence, system, **where)
-    remark = f"{rows['ok'].sum()} of {len(rows)} requests"
-    return measured(share_interval(rows["ok"]), len(rows), remark)
+    ok = select(run, system, **where)["ok"]
+    return share_of(ok, f"{ok.sum()} of {len(ok)} requests")
 
 
 @metric()
-def total_gib(evidence: Evidence) -> Measurement:
+def total_gib(run: Run) -> Measurement:
     """GiB of the weights of all models."""
-    if evidence.machine.get("device") == "cpu":
+    if not run.has_clocks:
         raise NotMeasured("small models stand for the paper's on this machine")
-    return exact(sum(evidence.sizes.values()) / 2**30, len(evidence.sizes))
+    return exact(sum(run.sizes.values()) / 2**30, len(run.sizes))
 
 
 @metric()
-def capacity_share(evidence: Evidence, capacity_label: str) -> Measurement:
+def capacity_share(run: Run, capacity_label: str) -> Measurement:
     """Capacity of the ring as a share of all weights."""
-    rows = select(evidence, None, capacity_label=capacity_label)
-    share = rows["capacity_bytes"].iloc[0] / sum(evidence.sizes.values())
-    return exact(float(share), len(evidence.sizes))
+    rows = select(run, None, capacity_label=capacity_label)
+    return exact(float(rows["capacity_bytes"].iloc[0] / sum(run.sizes.values())), len(run.sizes))
 
 
 @metric()
-def popularity_ratio(evidence: Evidence, trace: str) -> Measurement:
+def popularity_ratio(run: Run, trace: str) -> Measurement:
     """Probability of the most popular model divided by that of the second, as drawn from."""
-    chosen = evidence.traces.get(trace)
+    chosen = run.traces.get(trace)
     if chosen is None or "probabilities" not in chosen.params:
         raise NotMeasured(f"no trace {trace!r} with known probabilities in this run")
     first, second, *_ = sorted(chosen.params["probabilities"], reverse=True)
     return exact(first / second, len(chosen), f"drawn with {chosen.params['probabilities']}")
 
 
-def _bytes_per_repeat(rows: pd.DataFrame, column: str) -> float:
-    return float(rows[column].sum() / rows["repeat"].nunique())
-
-
 @metric()
 def bytes_to_optimum(
-    evidence: Evidence, system: str, capacity_label: str, trace: str = MAIN_TRACE
+    run: Run, system: str, capacity_label: str, trace: str = MAIN_TRACE
 ) -> Measurement:
     """Bytes loaded divided by the least that any schedule must load in that capacity.
 
     Of what the system keeps on the device: tables that stay in the host are no part of either.
     """
-    rows = served(evidence, system, trace=trace, capacity_label=capacity_label)
-    if trace not in evidence.traces:
+    rows = served(run, system, trace=trace, capacity_label=capacity_label)
+    if trace not in run.traces:
         raise NotMeasured(f"no trace {trace!r} in this run")
-    capacity_bytes = int(rows["capacity_bytes"].iloc[0])
-    sizes = evidence.device_sizes.get(system) or evidence.sizes
-    least = optimal_bytes(evidence.traces[trace], sizes, capacity_bytes)
-    return exact(_bytes_per_repeat(rows, "loaded_bytes") / least, len(rows))
+    sizes = run.device_sizes.get(system) or run.sizes
+    least = optimal_bytes(run.traces[trace], sizes, int(rows["capacity_bytes"].iloc[0]))
+    return exact(_bytes_per_repeat(rows) / least, len(rows))
 
 
 @metric()
-def worst_bytes_to_optimum(evidence: Evidence, system: str, trace: str = MAIN_TRACE) -> Measurement:
+def worst_bytes_to_optimum(run: Run, system: str, trace: str = MAIN_TRACE) -> Measurement:
     """`bytes_to_optimum` at the capacity where it is greatest."""
-    rows = select(evidence, system, trace=trace, capacity_label=None)
-    found = {label: bytes_to_optimum(evidence, system, label, trace).value for label in swept(rows)}
-    worst = max(found, key=lambda label: found[label])
+    rows = select(run, system, trace=trace, capacity_label=None)
+    found = {label: bytes_to_optimum(run, system, label, trace).value for label in swept(rows)}
+    worst = max(found.values())
     remark = ", ".join(f"{ratio:.3g} at {label}" for label, ratio in sorted(found.items()))
-    return Measurement(found[worst], min(found.values()), found[worst], len(rows), remark)
+    return Measurement(worst, min(found.values()), worst, len(rows), remark)
 
 
 @metric()
-def bytes_ratio(evidence: Evidence, system: str, to: str, **where: Any) -> Measurement:
+def bytes_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
     """Bytes loaded by `system` divided by those loaded by `to`."""
-    rows = [served(evidence, name, **where) for name in (system, to)]
-    loaded = [_bytes_per_repeat(r, "loaded_bytes") for r in rows]
-    if not loaded[1]:
+    top, bottom = (served(run, name, **where) for name in (system, to))
+    if not bottom["loaded_bytes"].any():
         raise NotMeasured(f"{to} loaded no bytes in this run")
-    return exact(loaded[0] / loaded[1], sum(map(len, rows)))
+    return exact(_bytes_per_repeat(top) / _bytes_per_repeat(bottom), len(top) + len(bottom))
 
 
 @metric()
-def writeback_bytes(evidence: Evidence, system: str) -> Measurement:
+def writeback_bytes(run: Run, system: str) -> Measurement:
     """Bytes copied to the host by evictions, in all cells of a system."""
-    rows = served(evidence, system, trace=None, capacity_label=None)
+    rows = served(run, system, trace=None, capacity_label=None)
     return exact(float(rows["writeback_bytes"].sum()), len(rows))
 
 
 @metric()
-def token_repeatability(evidence: Evidence, system: str) -> Measurement:
+def token_repeatability(run: Run, system: str) -> Measurement:
     """Share of requests that a system gave the same tokens in every repeat, at every capacity."""
-    rows = served(evidence, system, trace=None, capacity_label=None)
-    tokens = rows.groupby(["trace", "request"])["token_sha"].agg(["size", "nunique"])
+    rows = served(run, system, trace=None, capacity_label=None)
+    tokens = rows.groupby(KEYS)["token_sha"].agg(["size", "nunique"])
     again = tokens[tokens["size"] > 1]
     if again.empty:
         raise NotMeasured(f"{system} served no request twice in this run")
     remark = f"{len(again)} different requests, {again['size'].sum()} served"
-    return measured(share_interval(again["nunique"] == 1), len(again), remark)
+    return share_of(again["nunique"] == 1, remark)
 
 
 @metric()
-def token_agreement(evidence: Evidence) -> Measurement:
+def token_agreement(run: Run) -> Measurement:
     """Share of requests for which all systems with transformers' own steps gave the same tokens."""
-    rows = evidence.rows[evidence.rows["ok"] & (evidence.rows["mode"] == "sequential")]
-    rows = rows[~rows["system"].isin(evidence.other_steps)]
+    rows = metrics.served(metrics.sequential(run.rows))
+    rows = rows[~rows["system"].isin(run.other_steps)]
     if rows["system"].nunique() < 2:
         raise NotMeasured("fewer than two systems with transformers' own steps served requests")
-    agree = rows.groupby(["trace", "request"])["token_sha"].nunique() == 1
-    remark = f"{rows['system'].nunique()} systems, {len(agree)} different requests"
-    return measured(share_interval(agree), len(agree), remark)
+    agree = rows.groupby(KEYS)["token_sha"].nunique() == 1
+    return share_of(agree, f"{rows['system'].nunique()} systems, {len(agree)} different requests")
 
 
 @metric()
-def token_agreement_of(evidence: Evidence, system: str, **where: Any) -> Measurement:
+def token_agreement_of(run: Run, system: str, **where: Any) -> Measurement:
     """Share of requests for which `system` gives the tokens of every transformers-based system.
 
     These are the other systems that decode by transformers' own steps, at the same capacity. A
     request counts as the same only if it is so in every repeat.
     """
-    own = served(evidence, system, **where)
-    rows = select(evidence, None, **where)
-    rows = rows[rows["ok"] & ~rows["system"].isin({*evidence.other_steps, system})]
+    own = served(run, system, **where)
+    rows = metrics.served(select(run, None, **where))
+    rows = rows[~rows["system"].isin({*run.other_steps, system})]
     rows = rows[rows["request"].isin(own["request"])]
     if rows.empty:
         raise NotMeasured(f"no other system with transformers' own steps served those of {system}")
     together = pd.concat([own[own["request"].isin(rows["request"])], rows])
     agree = together.groupby("request")["token_sha"].nunique() == 1
     remark = f"{agree.sum()} of {len(agree)} requests, {rows['system'].nunique()} other systems"
-    return measured(share_interval(agree), len(agree), remark)
+    return share_of(agree, remark)
 
 
 @metric()
 def token_agreement_lead(
-    evidence: Evidence, system: str, to: str, reference: str, **where: Any
+    run: Run, system: str, to: str, reference: str, **where: Any
 ) -> Measurement:
     """Share of requests for which `system` gives the tokens of `reference`, less that of `to`.
 
-    A token is chosen by its score, and in half precision some scores differ by no more than steps
-    that add in another order do; all tokens after such a one differ then.
+    A token is chosen by its score. In half precision some scores differ by no more than what
+    another order of additions changes; after such a token all later ones differ.
     """
     first = {
-        name: served(evidence, name, **where).groupby("request")["token_sha"].first()
+        name: served(run, name, **where).groupby("request")["token_sha"].first()
         for name in (system, to, reference)
     }
     tokens = pd.DataFrame(first).dropna()
@@ -191,16 +230,16 @@ def token_agreement_lead(
     agree = tokens[[system, to]].eq(tokens[reference], axis=0).astype(float)
     remark = f"{system} {agree[system].mean():.0%}, {to} {agree[to].mean():.0%} of the requests"
     lead = bootstrap_interval(agree[system] - agree[to], np.mean)
-    return measured(lead, len(agree), f"{remark} have the tokens of {reference}")
+    return Measurement(*lead, len(agree), f"{remark} have the tokens of {reference}")
 
 
 @metric()
-def token_agreement_when_concurrent(evidence: Evidence, system: str) -> Measurement:
+def token_agreement_when_concurrent(run: Run, system: str) -> Measurement:
     """Share of requests sent as they arrived that gave the tokens of the same one served alone."""
-    keys = ["trace", "request"]
-    alone = served(evidence, system, capacity_label=None, trace=None).groupby(keys)["token_sha"]
-    rows = served(evidence, system, capacity_label=None, trace=None, mode="concurrent")
-    rows = rows.join(alone.first().rename("expected_sha"), on=keys).dropna(subset="expected_sha")
+    everywhere = {"capacity_label": None, "trace": None}
+    alone = served(run, system, **everywhere).groupby(KEYS)["token_sha"].first()
+    rows = served(run, system, mode="concurrent", **everywhere)
+    rows = rows.join(alone.rename("expected_sha"), on=KEYS).dropna(subset="expected_sha")
     if rows.empty:
-        raise NotMeasured("no request was served both alone and beside others")
-    return measured(share_interval(rows["token_sha"] == rows["expected_sha"]), len(rows))
+        raise NotMeasured("no request was served both alone and among others")
+    return share_of(rows["token_sha"] == rows["expected_sha"])

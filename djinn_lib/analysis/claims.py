@@ -10,24 +10,28 @@ from typing import Any, Literal
 
 import pandas as pd
 import yaml
+from pandas.io.formats.style import Styler
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from djinn_lib.analysis.claim_metrics import (
-    METRICS,
-    TIMED,
-    Evidence,
-    Measurement,
-    NotMeasured,
-    check_arguments,
-)
-from djinn_lib.errors import ConfigError
-from djinn_lib.experiment.profile import REPO
+from djinn_lib.analysis import claim_times  # noqa: F401  (registers its metrics)
+from djinn_lib.analysis.claim_metrics import METRICS, TIMED, Measurement, check_arguments
+from djinn_lib.analysis.run import Run
+from djinn_lib.analysis.selection import CPU_CLOCKS, NotMeasured
+from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.files import write_json
+from djinn_lib.paths import REPO
 
 CLAIMS = REPO / "claims.yml"
 Judgement = Literal["reproduced", "exceeded", "not reproduced", "not judged", "withdrawn"]
 OPEN = frozenset({"not judged", "withdrawn"})  # judgements that say nothing of what was measured
-CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
+# Ink and background: dark on light, so that they read on any page.
+_COLORS = {
+    "reproduced": ("#14532d", "#dcfce7"),
+    "exceeded": ("#1e3a8a", "#dbeafe"),
+    "not reproduced": ("#7f1d1d", "#fee2e2"),
+    "not judged": ("#292524", "#e7e5e4"),
+    "withdrawn": ("#713f12", "#fef9c3"),
+}
 
 
 class Expected(BaseModel):
@@ -120,6 +124,18 @@ class Verdict:
     notebook: str
     figure: str | None
 
+    @property
+    def measured_text(self) -> str:
+        """The measured value with its unit; empty when there is none."""
+        return format_value(self.measured, self.unit)
+
+    @property
+    def interval_text(self) -> str:
+        """The interval with its unit; empty when there is none."""
+        if self.low is None or self.high is None or self.low == self.high:
+            return ""
+        return f"{format_value(self.low, self.unit)} to {format_value(self.high, self.unit)}"
+
 
 def load_claims(path: Path = CLAIMS) -> list[Claim]:
     """Read and check claims.
@@ -137,19 +153,19 @@ def load_claims(path: Path = CLAIMS) -> list[Claim]:
     return claims
 
 
-def judge(claims: Iterable[Claim], evidence: Evidence) -> list[Verdict]:
+def judge(claims: Iterable[Claim], run: Run) -> list[Verdict]:
     """Return a verdict on every claim, in their order."""
-    return [_judge(claim, evidence) for claim in claims]
+    return [_judge(claim, run) for claim in claims]
 
 
-def _judge(claim: Claim, evidence: Evidence) -> Verdict:
+def _judge(claim: Claim, run: Run) -> Verdict:
     if claim.withdrawn is not None:  # its value is left out too: it was measured unfairly
         return _verdict(claim, None, "withdrawn", claim.withdrawn)
     try:
-        measurement = METRICS[claim.metric](evidence, **claim.arguments)
+        measurement = METRICS[claim.metric](run, **claim.arguments)
     except NotMeasured as reason:
         return _verdict(claim, None, "not judged", str(reason))
-    if claim.metric in TIMED and evidence.machine.get("device") == "cpu":
+    if claim.metric in TIMED and not run.has_clocks:
         return _verdict(claim, measurement, "not judged", CPU_CLOCKS)
     judgement, why = compare(measurement.value, claim.expected, claim.tolerance)
     why = f"{why}; {measurement.remark}" if measurement.remark else why
@@ -196,27 +212,52 @@ def _plain(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def missed_claims(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Return the verdicts on claims that did not reproduce."""
-    return [verdict for verdict in verdicts if verdict.verdict == "not reproduced"]
+def write_claims(verdicts: Sequence[Verdict], path: Path) -> None:
+    """Write verdicts as claims.json; the file appears whole or not at all."""
+    write_json(path, [asdict(verdict) for verdict in verdicts])
 
 
-def claims_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """One row a claim, for people."""
-    return pd.DataFrame(
-        {
-            "id": v.id,
-            "claim": v.quote,
-            "expected": v.expected,
-            "measured": format_value(v.measured, v.unit),
-            "95% interval": "" if v.low is None or v.low == v.high else
-            f"{format_value(v.low, v.unit)} to {format_value(v.high, v.unit)}",
-            "n": v.n,
-            "verdict": v.verdict,
-            "why": v.why,
-        }
-        for v in verdicts
-    ).set_index("id")  # fmt: skip
+def read_claims(path: Path) -> list[Verdict]:
+    """Return the verdicts of a claims.json, which notebook 05_claims writes.
+
+    Raises:
+        RecordError: the file is missing or broken.
+    """
+    try:
+        return TypeAdapter(list[Verdict]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RecordError(
+            f"{path} cannot be read: {error}: run notebook 05_claims again"
+        ) from error
+
+
+def claims_table(verdicts: Sequence[Verdict], *judgements: Judgement) -> pd.DataFrame:
+    """Return one row a claim, as texts; of those with one of the judgements, if any are given."""
+    chosen = [v for v in verdicts if not judgements or v.verdict in judgements]
+    columns = ["claim", "expected", "measured", "95% interval", "n", "verdict", "why"]
+    rows = [[v.quote, v.expected, v.measured_text, v.interval_text, v.n, v.verdict, v.why]
+            for v in chosen]  # fmt: skip
+    return pd.DataFrame(rows, pd.Index([v.id for v in chosen], name="id"), columns)
+
+
+def verdict_counts(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """Return how many claims of the paper's and of ours got each verdict."""
+    pairs = pd.DataFrame({"source": v.source, "verdict": v.verdict} for v in verdicts)
+    table = pd.crosstab(pairs["verdict"], pairs["source"], margins=True, margins_name="all")
+    return table.reindex([*_COLORS, "all"]).fillna(0).astype(int)
+
+
+def colored(table: pd.DataFrame) -> Styler:
+    """Return a table of claims with coloured verdicts; the words say the same."""
+
+    def look(verdict: Any) -> str:
+        ink, back = _COLORS[verdict]
+        return f"color: {ink}; background-color: {back}; font-weight: bold; white-space: nowrap"
+
+    style = table.style.set_uuid("claims")  # not random: the same every time
+    return style.map(look, subset=["verdict"]).set_properties(
+        subset=None, **{"text-align": "left", "vertical-align": "top"}
+    )
 
 
 def format_value(value: float | None, unit: str) -> str:
@@ -226,21 +267,3 @@ def format_value(value: float | None, unit: str) -> str:
     if unit == "share":
         return f"{value:.0%}"
     return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.3g} {unit}"
-
-
-def claims_markdown(verdicts: Sequence[Verdict]) -> str:
-    """The table of verdicts in Markdown: claim, notebook, figure, expected, measured, verdict."""
-    lines = [
-        "| claim | notebook | figure | expected | measured | verdict |",
-        "|---|---|---|---|---|---|",
-    ]
-    for v in verdicts:
-        cells = [v.quote, v.notebook, v.figure or "-", v.expected,
-                 format_value(v.measured, v.unit) or "-", v.verdict]  # fmt: skip
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def write_claims_json(verdicts: Sequence[Verdict], path: Path) -> None:
-    """Write verdicts as JSON; the file appears whole or not at all."""
-    write_json(path, [asdict(verdict) for verdict in verdicts])

@@ -11,19 +11,16 @@ from typing import Any
 
 import pandas as pd
 
-from djinn_lib.analysis.claim_metrics import Evidence
-from djinn_lib.analysis.evidence import machines_of, side_by_side
-from djinn_lib.analysis.replicates import read_replicates
-from djinn_lib.analysis.tables import machine_names, machine_numbers
-from djinn_lib.engine.decode.modes import default_decode
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import sequential
 from djinn_lib.paths import REPO, user_path
-from djinn_lib.rows import no_rows, read_manifest, read_run
+from djinn_lib.rows import no_rows, read_manifest, read_rows, read_run
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.trace import Trace, read_trace
 
-PUBLISHED = REPO / "data" / "paper" / "results.json"
+PAPER = REPO / "data" / "paper" / "results.json"
+REPLICATES = "replicates"  # the folder of cells that were measured more than once
+Manifest = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class Run:
         machine: facts of `machine.json`: names, sizes, versions, measured rates.
         traces: by name.
         manifests: by cell id; where each cell's rows come from.
-        replicates: rows of what else was measured of the same cells; often none.
+        replicates: rows of the same cells, measured on other machines or at other times. They tell
+            how much a result depends on the machine, and let systems be compared on one machine.
         replicate_manifests: of these, by run id.
         listed_machines: entries of "machines" in machine.json, which name the machines of a run
             that was merged from parts.
@@ -46,10 +44,17 @@ class Run:
     rows: pd.DataFrame
     machine: Mapping[str, Any]
     traces: Mapping[str, Trace]
-    manifests: Mapping[str, Mapping[str, Any]]
+    manifests: Mapping[str, Manifest]
     replicates: pd.DataFrame = field(default_factory=no_rows)
-    replicate_manifests: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    replicate_manifests: Mapping[str, Manifest] = field(default_factory=dict)
     listed_machines: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def has_clocks(self) -> bool:
+        """Whether times can be judged; on a CPU that is shared with other work they are noise."""
+        return self.machine.get("device") != "cpu"
+
+    # -- weights -----------------------------------------------------------------------------
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -71,34 +76,13 @@ class Run:
     @cached_property
     def device_sizes(self) -> dict[str, dict[str, int]]:
         """Bytes of each model that are on the device when nothing of it is missing, by system."""
-        of_run = {manifest["run_id"]: manifest["models"] for manifest in self.manifests.values()}
-        systems = self.rows.drop_duplicates("run_id").set_index("run_id")["system"]
         return {
-            str(system): {
+            system: {
                 model: int(facts.get("device_bytes", facts["bytes"]))
-                for model, facts in of_run.get(run_id, {}).items()
+                for model, facts in manifest["models"].items()
             }
-            for run_id, system in systems.items()
+            for system, manifest in self._of_systems
         }
-
-    @cached_property
-    def other_steps(self) -> frozenset[str]:
-        """Systems that decode by other steps than transformers' own, by their label."""
-        return self._labels(_has_other_steps)
-
-    @cached_property
-    def other_processes(self) -> frozenset[str]:
-        """Systems that decode in processes of their own, not in the cell's, by their label."""
-        return self._labels(_has_other_processes)
-
-    def _labels(self, which: Callable[[Mapping[str, Any]], bool]) -> frozenset[str]:
-        """Labels of the systems of which a cell's manifest is as asked for."""
-        cells = {manifest["run_id"]: manifest for manifest in self.manifests.values()}
-        systems = self.rows.drop_duplicates("run_id").set_index("run_id")["system"]
-        return frozenset(
-            str(label) for run_id, label in systems.items()
-            if run_id in cells and which(cells[run_id])
-        )  # fmt: skip
 
     @cached_property
     def needed_sizes(self) -> dict[str, int]:
@@ -106,32 +90,88 @@ class Run:
         every = [self.sizes, *filter(None, self.device_sizes.values())]
         return {model: min(sizes[model] for sizes in every) for model in self.sizes}
 
+    def least_bytes(self, trace: str, capacity_label: str) -> int:
+        """Return the least bytes that any system must load for a trace at a capacity.
+
+        Raises:
+            RecordError: there are no rows of that trace and capacity.
+        """
+        capacity_bytes = int(self.cells(trace, capacity_label)["capacity_bytes"].iloc[0])
+        return optimal_bytes(self.traces[trace], self.needed_sizes, capacity_bytes)
+
+    def compulsory_bytes(self, trace: str) -> int:
+        """Return the bytes that are needed of every model that a trace asks for, each once."""
+        return sum(self.needed_sizes[model] for model in self.traces[trace].models)
+
+    # -- systems and machines ----------------------------------------------------------------
+
     @cached_property
-    def page_bytes(self) -> int:
-        """Size of a page of the ring; of the cells of the system "djinn" if there are any."""
-        by_system = {cell.rpartition("-")[2]: m for cell, m in self.manifests.items()}
-        manifest = by_system.get("djinn") or next(iter(self.manifests.values()), None)
-        if manifest is None:
-            raise RecordError(f"expected manifests in {self.folder / 'requests'}, got none")
-        return int(manifest["parameters"]["page_bytes"])
+    def other_steps(self) -> frozenset[str]:
+        """Labels of the systems that decode by other steps than transformers' own.
+
+        Their arithmetic rounds differently, so sometimes another token is the likeliest.
+        """
+        return self._labels(_has_other_steps)
+
+    @cached_property
+    def other_processes(self) -> frozenset[str]:
+        """Labels of the systems that decode in processes of their own, not in the cell's."""
+        return self._labels(lambda m: m["system"] == "ray_actors" or m["system"][:4] == "vllm")
+
+    def _labels(self, which: Callable[[Manifest], bool]) -> frozenset[str]:
+        return frozenset(system for system, manifest in self._of_systems if which(manifest))
+
+    @cached_property
+    def _of_systems(self) -> list[tuple[str, Manifest]]:
+        """The label and the manifest of every cell."""
+        of_run = {manifest["run_id"]: manifest for manifest in self.manifests.values()}
+        cells = self.rows.drop_duplicates("run_id")
+        return [(str(system), of_run[run_id])
+                for run_id, system in zip(cells["run_id"], cells["system"], strict=True)
+                if run_id in of_run]  # fmt: skip
 
     @property
-    def all_manifests(self) -> dict[str, Mapping[str, Any]]:
+    def all_manifests(self) -> dict[str, Manifest]:
         """Manifests of the cells, by cell id, and of their replicates, by run id."""
         return {**self.manifests, **self.replicate_manifests}
 
     @cached_property
     def machine_numbers(self) -> dict[str, int]:
-        """Which machine ran what, by the keys of `all_manifests`, from 1 on.
+        """Which machine ran what, by run id: from 1 on, the oldest cell's machine first.
 
-        There is more than one where parts were merged.
+        Machines of one kind are told apart by what their set-ups measured. There is more than one
+        where parts were merged.
         """
-        return machine_numbers(self.all_manifests)
+        numbers: dict[str, int] = {}
+        in_order = sorted(self.all_manifests.values(), key=lambda m: m["started_at_utc"])
+        return {m["run_id"]: numbers.setdefault(_facts(m["machine"]), len(numbers) + 1)
+                for m in in_order}  # fmt: skip
 
     @cached_property
     def machine_names(self) -> dict[int, str]:
         """What the machines are called, by number: as in machine.json, if it lists them."""
-        return machine_names(self.all_manifests, self.listed_machines)
+        parts: dict[str, str] = {}
+        for entry in self.listed_machines:
+            parts.setdefault(_facts(entry["machine"]), str(entry["part"]))
+        return {
+            number: parts.get(_facts(m["machine"]), str(number))
+            for m in self.all_manifests.values()
+            for number in [self.machine_numbers[m["run_id"]]]
+        }
+
+    def machines_of(self, rows: pd.DataFrame) -> str:
+        """Say which machines served rows, by their names; "0" where it is not known."""
+        numbers = sorted({self.machine_numbers.get(str(i), 0) for i in rows["run_id"].unique()})
+        return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
+
+    # -- rows --------------------------------------------------------------------------------
+
+    @cached_property
+    def every_row(self) -> pd.DataFrame:
+        """The rows, replicates among them."""
+        if self.replicates.empty:
+            return self.rows
+        return pd.concat([self.rows, self.replicates], ignore_index=True)
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -149,7 +189,7 @@ class Run:
             found = sorted(set(zip(self.rows["trace"], self.rows["capacity_label"], strict=True)))
             raise RecordError(
                 f"expected rows of trace {trace!r} at capacity {capacity_label or 'any'}, "
-                f"got rows of {found}"
+                f"got rows of {found}: run those cells, or choose one of these"
             )
         return rows
 
@@ -160,82 +200,34 @@ class Run:
         return rows if capacity_label is None else rows[rows["capacity_label"] == capacity_label]
 
     def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-        """Return the rows of one trace at one capacity whose requests were sent as they arrived.
+        """Return the rows of one trace and capacity whose requests were sent as they arrived.
 
         They are empty where a run has none.
         """
         rows = self.rows[self.rows["mode"] == "concurrent"]
         return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
 
-    def sweep(self, trace: str = "paper", baseline: str = "pytorch_pinned") -> pd.DataFrame:
-        """Return the rows of the systems that were run at more than one capacity, if any were.
-
-        The baseline is among them wherever it was run, so that an unfinished run can be looked at.
-        At each capacity they are rows of one machine, where one ran all that were run there.
-
-        Raises:
-            RecordError: there are none.
-        """
-        rows = self.cells(trace)
-        swept = rows.groupby("system")["capacity_label"].transform("nunique") > 1
-        rows = rows[swept | (rows["system"] == baseline)] if swept.any() else rows
-        return pd.concat([self._beside(rows[rows["capacity_label"] == label], trace, str(label))
-                          for label in rows["capacity_label"].unique()])  # fmt: skip
-
-    def _beside(self, rows: pd.DataFrame, trace: str, label: str) -> pd.DataFrame:
-        """Rows of one capacity, those that some machine served for all systems where there are."""
-        unavailable = rows["error_kind"] == "unavailable"
-        systems = [str(name) for name in rows.loc[~unavailable, "system"].unique()]
-        found = side_by_side(self.evidence, systems, trace=trace, capacity_label=label)
-        return pd.concat([*found.values(), rows[unavailable]])
-
-    def machines_of(self, rows: pd.DataFrame) -> str:
-        """Say which machines served rows, by their names; "0" where it is not known."""
-        numbers = machines_of(self.evidence, rows)
-        return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
-
-    def least_bytes(self, trace: str, capacity_label: str) -> int:
-        """Return the least bytes that any system must load for a trace at a capacity.
-
-        Raises:
-            RecordError: there are no rows of that trace and capacity.
-        """
-        capacity_bytes = int(self.cells(trace, capacity_label)["capacity_bytes"].iloc[0])
-        return optimal_bytes(self.traces[trace], self.needed_sizes, capacity_bytes)
-
-    def compulsory_bytes(self, trace: str) -> int:
-        """Return the bytes that are needed of every model that a trace asks for, each once."""
-        return sum(self.needed_sizes[model] for model in self.traces[trace].models)
-
-    @property
-    def evidence(self) -> Evidence:
-        """What claims are judged by."""
-        return Evidence(
-            self.rows, self.machine, self.sizes, self.page_bytes, self.traces, self.device_sizes,
-            self.other_steps, self.replicates,
-            {m["run_id"]: self.machine_numbers[key] for key, m in self.all_manifests.items()},
-            self.machine_names,
-        )  # fmt: skip
-
     def link_floor(self) -> pd.DataFrame:
         """One row a model: its size, and the least milliseconds that loading it whole can take."""
         rate = self.machine["link_rate_bytes_per_s"]
-        table = pd.DataFrame({"bytes": self.sizes})
-        table["ms_at_link_rate"] = table["bytes"] / rate * 1e3
-        return table.rename_axis("model")
+        sizes = pd.Series(self.sizes).rename_axis("model")
+        return pd.DataFrame(
+            {"size (GiB)": sizes / 2**30, "at the link rate (ms)": sizes / rate * 1e3}
+        )
 
 
-def _has_other_processes(manifest: Mapping[str, Any]) -> bool:
-    """Whether a cell's system starts a process for each model."""
-    return manifest["system"] == "ray_actors" or manifest["system"].startswith("vllm")
-
-
-def _has_other_steps(manifest: Mapping[str, Any]) -> bool:
+def _has_other_steps(manifest: Manifest) -> bool:
     """Whether a cell did not decode by transformers' own steps."""
     if manifest["system"] != "djinn":
         return manifest["system"].startswith("vllm")
-    default = default_decode(manifest["machine"]["device"])
+    default = "compiled" if manifest["machine"]["device"] == "cuda" else "eager"
     return manifest["options"].get("decode", default) != "eager"
+
+
+def _facts(machine: Mapping[str, Any]) -> str:
+    """What tells machines apart, as text; versions of packages do not."""
+    facts = {name: value for name, value in machine.items() if name != "versions"}
+    return json.dumps(facts, sort_keys=True)
 
 
 def load_run(run_dir: Path | str) -> Run:
@@ -247,38 +239,40 @@ def load_run(run_dir: Path | str) -> Run:
     """
     folder = user_path(run_dir).resolve()
     rows = read_run(folder)
-    requests = folder / "requests"
     manifests = {
         path.name.removesuffix(".manifest.json"): read_manifest(path)
-        for path in sorted(requests.glob("*.manifest.json"))
+        for path in sorted((folder / "requests").glob("*.manifest.json"))
     }
     traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
-    machine, listed = _read_machines(folder)
-    return Run(folder, rows, machine, traces, manifests, *read_replicates(folder), listed)
+    again = {path: read_manifest(path.with_suffix(".manifest.json"))
+             for path in sorted((folder / REPLICATES).glob("*.parquet"))}  # fmt: skip
+    replicates = [read_rows(path) for path in again]
+    machine = read_machine(folder)
+    return Run(
+        folder, rows, machine["machine"], traces, manifests,
+        pd.concat(replicates, ignore_index=True) if replicates else no_rows(),
+        {manifest["run_id"]: manifest for manifest in again.values()},
+        machine.get("machines", []),
+    )  # fmt: skip
 
 
 def read_machine(run_dir: Path) -> dict[str, Any]:
-    """Return the facts that the set-up noted of the machine.
+    """Return machine.json: "machine", "models", and "machines" where parts were merged.
 
     Raises:
         RecordError: the set-up has not been run, or its file is broken.
     """
-    return _read_machines(run_dir)[0]
-
-
-def _read_machines(run_dir: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the facts of machine.json, and the machines that it lists: none if not merged."""
     path = run_dir / "machine.json"
     try:
         state = json.loads(path.read_text())
-        return state["machine"], state.get("machines", [])
-    except (OSError, ValueError, KeyError) as error:
+        return {**state, "machine": state["machine"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(
             f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup first"
         ) from error
 
 
-def published(path: Path = PUBLISHED) -> dict[str, Any]:
+def published(path: Path = PAPER) -> dict[str, Any]:
     """Return the paper's published numbers.
 
     Raises:

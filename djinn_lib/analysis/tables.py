@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from djinn_lib.analysis.run import Run
 from djinn_lib.metrics import summarise
 from djinn_lib.trace import Trace
-from djinn_lib.units import format_bytes
+from djinn_lib.units import format_bytes, three_digits
 
 _MIB = 1 << 20
 
@@ -34,64 +35,31 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(facts, columns=["fact", "value"]).set_index("fact")
 
 
-def machine_numbers(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Number the machines that ran the cells of a run, from 1 on, oldest cell first; by cell.
+def machines_table(run: Run) -> pd.DataFrame:
+    """One row a machine that ran cells of a run, the oldest cell's first: what it measured.
 
-    Machines of one kind are told apart by what their set-ups measured of them.
-    """
-    numbers: dict[str, int] = {}
-    found = {}
-    for cell, manifest in sorted(manifests.items(), key=lambda item: item[1]["started_at_utc"]):
-        found[cell] = numbers.setdefault(_facts(manifest["machine"]), len(numbers) + 1)
-    return found
-
-
-def machine_names(
-    manifests: Mapping[str, Mapping[str, Any]], listed: Sequence[Mapping[str, Any]] = ()
-) -> dict[int, str]:
-    """Name the machines of a run, by their numbers.
-
-    Args:
-        manifests: of the cells of the run.
-        listed: entries of "machines" in machine.json, which merging parts writes. A machine in this
-            list has the name of its part. Any other has its number.
-    """
-    parts: dict[str, str] = {}
-    for entry in listed:
-        parts.setdefault(_facts(entry["machine"]), str(entry["part"]))
-    return {
-        number: parts.get(_facts(manifests[cell]["machine"]), str(number))
-        for cell, number in machine_numbers(manifests).items()
-    }
-
-
-def _facts(machine: Mapping[str, Any]) -> str:
-    """What tells machines apart, as text; versions of packages do not."""
-    facts = {name: value for name, value in machine.items() if name != "versions"}
-    return json.dumps(facts, sort_keys=True)
-
-
-def machines_table(
-    manifests: Mapping[str, Mapping[str, Any]], names: Mapping[int, str] | None = None
-) -> pd.DataFrame:
-    """One row a machine that ran cells of a run, oldest cell first: its measures, how many cells.
-
-    Rates are in GB/s, the host's time to start an operator in microseconds. Machines have the names
-    given, or their numbers.
+    `time of others (%)` is the greatest share of the processors' time that the hypervisor gave to
+    others while a cell ran; many hypervisors do not say, which reads as none.
     """
     rates = ["link_rate", "d2h_rate", "hbm_read_rate"]
-    rows = []
-    for cell, number in machine_numbers(manifests).items():
-        machine = manifests[cell]["machine"]
-        found = {name: machine.get(f"{name}_bytes_per_s") for name in rates}
-        operator_us = machine.get("eager_operator_us")
-        rows.append(
-            {"machine": names[number] if names else number, "device": machine["device_name"]}
-            | {f"{name} (GB/s)": round(v / 1e9, 1) if v else None for name, v in found.items()}
-            | {"eager operator (µs)": round(operator_us, 1) if operator_us else None}
-        )
-    table = pd.DataFrame(rows).groupby(list(rows[0]), dropna=False, sort=False).size()
-    return table.rename("cells").reset_index().set_index("machine")
+    found: dict[int, dict[str, Any]] = {}
+    for manifest in sorted(run.all_manifests.values(), key=lambda m: m["started_at_utc"]):
+        number = run.machine_numbers[manifest["run_id"]]
+        machine, stolen = manifest["machine"], manifest.get("stolen_share") or 0.0
+        measured = {f"{name} (GB/s)": _scaled(machine.get(f"{name}_bytes_per_s"), 1e-9)
+                    for name in rates}  # fmt: skip
+        row = found.setdefault(number, {
+            "machine": run.machine_names[number], "device": machine["device_name"], **measured,
+            "eager operator (µs)": _scaled(machine.get("eager_operator_us")),
+            "time of others (%)": 0.0, "cells": 0,
+        })  # fmt: skip
+        row["cells"] += 1
+        row["time of others (%)"] = max(row["time of others (%)"], round(100 * stolen, 2))
+    return pd.DataFrame(found.values()).set_index("machine")
+
+
+def _scaled(value: float | None, factor: float = 1.0) -> float:
+    return float("nan") if value is None else round(value * factor, 1)
 
 
 def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
@@ -130,3 +98,16 @@ def request_table(rows: pd.DataFrame) -> pd.DataFrame:
         table[column] = rows[column]
     table["failed because"] = rows["error"]
     return table.set_index(["repeat", "request"]).round(1)
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with every value as a text: numbers with three digits, "-" for nothing."""
+    return table.map(_text).astype(object)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return three_digits(value)
+    return f"{value:,}" if isinstance(value, int | np.integer) else str(value) or "-"

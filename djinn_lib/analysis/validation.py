@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from djinn_lib.analysis.replicates import FOLDER as REPLICATES
+from djinn_lib.analysis.run import REPLICATES
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.rows import read_manifest, read_rows
@@ -103,11 +103,10 @@ def compared(reference: Path = REFERENCE) -> pd.DataFrame:
     return pairs(reference) if found.empty else found
 
 
-def foretold_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
-    """Foretell what a cell of a reference run would have been with other policies.
+def predicted_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
+    """Predict what a cell of a reference run would have been with other policies.
 
-    Columns, a row a policy, the offline optimum last: `loaded_gib`, `to_optimum` (its bytes by
-    those of the optimum), `mean_ms`, `p90_ms` and `mean_switch_ms`.
+    A row a policy, the offline optimum last.
 
     Raises:
         RecordError: the run has no such cell.
@@ -118,15 +117,15 @@ def foretold_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") 
     table = {}
     for policy in ("lru", "ewma", "lfu", "adaptive", "oracle"):
         found = _again(first, manifest, reference, policy)
-        latency = found["total_ms"]
         table[policy] = {
-            "loaded_gib": found["loaded_bytes"].sum() / 2**30,
-            "mean_ms": latency.mean(),
-            "p90_ms": latency.quantile(0.9),
-            "mean_switch_ms": found["switch_ms"].mean(),
+            "loaded (GiB)": found["loaded_bytes"].sum() / 2**30,
+            "mean switch (ms)": found["switch_ms"].mean(),
+            "mean (ms)": found["total_ms"].mean(),
+            "P90 (ms)": found["total_ms"].quantile(0.9),
         }
-    result = pd.DataFrame(table).T
-    result.insert(1, "to_optimum", result["loaded_gib"] / result.loc["oracle", "loaded_gib"])
+    result = pd.DataFrame.from_dict(table, orient="index").rename_axis("policy")
+    optimum = result["loaded (GiB)"] / result.loc["oracle", "loaded (GiB)"]
+    result.insert(1, "bytes / optimum (x)", optimum)
     return result
 
 
@@ -151,10 +150,10 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Foretell what loading ahead is worth on the paper's trace, all requests sent at once.
+    """Predict what loading ahead is worth on the paper's trace, all requests sent at once.
 
-    Columns, a row for each of "one after the other", "waiting", "waiting, loading ahead": mean and
-    greatest `switch_ms` after the first touch of each model, GiB loaded, seconds until all is done.
+    A row for each of "one after the other", "waiting", "waiting, loading ahead", with the columns
+    of `djinn_lib.analysis.results.waiting_table`.
     """
     sizes, costs = engine_rows(reference)["sizes"], reference_costs(reference, n_tokens)
     models = [request.model for request in paper_trace(tuple(sizes)).requests]
@@ -168,12 +167,12 @@ def looking_ahead(
         rows = simulate(models, sizes, capacity, costs=costs, **options)
         exposed_ms = later_touches(rows).switch_ms
         table[name] = {
-            "mean_exposed_ms": exposed_ms.mean(),
-            "max_exposed_ms": exposed_ms.max(),
-            "loaded_gib": rows.loaded_bytes.sum() / 2**30,
-            "done_s": (rows.start_s + (rows.total_ms - rows.queue_ms) / 1e3).max(),
+            "mean later switch (ms)": exposed_ms.mean(),
+            "longest later switch (ms)": exposed_ms.max(),
+            "loaded (GiB)": rows.loaded_bytes.sum() / 2**30,
+            "all done (s)": (rows.start_s + (rows.total_ms - rows.queue_ms) / 1e3).max(),
         }
-    return pd.DataFrame(table).T
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("requests")
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,8 @@ from djinn_lib.engine.decode.modes import Decode, default_decode
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.holdings import Holdings
-from djinn_lib.engine.memory.disk_tier import Masters, open_masters
+from djinn_lib.engine.memory.disk_tier import open_masters
+from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
 from djinn_lib.engine.memory.ring import Residency
@@ -101,16 +102,23 @@ class Djinn:
         place = choose_embeddings(embeddings, host_capacity is None)
         n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
         with ExitStack() as undo:  # what was made, should the next step fail
-            pool = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
-            undo.callback(pool.close)
-            pager = Pager(pool, n_bytes, page_bytes, self.device, chosen, residency)
+            masters = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
+            undo.callback(masters.close)
+            pager = Pager(masters, n_bytes, page_bytes, self.device, chosen, residency)
             undo.callback(pager.close)
             server = Server(pager, queue, overlap, lookahead)
             models = Catalog(
-                pool, pager, server.turn, self.device, decode, int(max_model_len), place, progress
+                masters,
+                pager,
+                server.turn,
+                self.device,
+                decode,
+                int(max_model_len),
+                place,
+                progress,
             )
             undo.pop_all()
-        self._holdings = Holdings(server, pager, models, pool)
+        self._holdings = Holdings(server, pager, models, masters)
         # At the end of the process the system frees everything, and waits for nobody.
         weakref.finalize(self, self._holdings.collect).atexit = False
 
@@ -127,8 +135,8 @@ class Djinn:
         return self._holdings.ensure_open().models
 
     @property
-    def _pool(self) -> Masters:
-        return self._holdings.ensure_open().pool
+    def _masters(self) -> Masters:
+        return self._holdings.ensure_open().masters
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied, pickled or sent to another process."""
@@ -148,7 +156,7 @@ class Djinn:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Read a model into the host swap pool, and prepare to decode with it.
+        """Read a model into its master, and prepare to decode with it.
 
         Unless decoding is eager, that takes a moment on the device: the model is loaded, and
         others may be evicted for it.
@@ -377,9 +385,9 @@ class Djinn:
         return sum(model.decoder.kv_cache_bytes for model in self._models)
 
     @property
-    def pool(self) -> Masters:
+    def masters(self) -> Masters:
         """The master copies; to be read only."""
-        return self._pool
+        return self._masters
 
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames (how many it holds).
@@ -391,7 +399,7 @@ class Djinn:
     def sha256(self, name: str) -> str:
         """Hash of a model's master copy in packing order."""
         self._models[name]
-        return self._pool.sha256(name)
+        return self._masters.sha256(name)
 
     def check(self) -> None:
         """Audit the page tables, and compare all resident bytes with their masters.

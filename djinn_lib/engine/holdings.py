@@ -6,7 +6,7 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
-from djinn_lib.engine.memory.disk_tier import Masters
+from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.scheduler import Server
@@ -21,8 +21,8 @@ class Holdings:
     Nothing here refers to the `Djinn`, so that it can be collected while this still works.
     """
 
-    def __init__(self, server: Server, pager: Pager, models: Catalog, pool: Masters) -> None:
-        self.server, self.pager, self.models, self.pool = server, pager, models, pool
+    def __init__(self, server: Server, pager: Pager, models: Catalog, masters: Masters) -> None:
+        self.server, self.pager, self.models, self.masters = server, pager, models, masters
         self._process = os.getpid()
         self._releasing = threading.Lock()
         self._is_closed = self._is_released = False
@@ -86,7 +86,7 @@ class Holdings:
             if self._is_released:
                 return
             with ExitStack() as steps:  # from the last to the first, whatever one of them raises
-                steps.callback(self.pool.close)
+                steps.callback(self.masters.close)
                 steps.callback(self.models.clear)
                 steps.callback(self.pager.close)  # it waits for what the device still does
                 steps.callback(self.server.close, is_collected)

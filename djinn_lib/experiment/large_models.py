@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.engine.djinn import Djinn
-from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models.packing import Unit, pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
@@ -257,7 +257,7 @@ def _accelerate(
     n_tokens: int,
     repeats: int,
 ) -> Iterator[Outcome]:
-    pool = SwapPool(pin=device == "cuda")
+    pool = HostMasters(pin=device == "cuda")
     try:
         opened = open_source(case.source, case.dtype)
         layout, units = pack(opened.module)

@@ -1,4 +1,4 @@
-"""Models larger than the ring: rows that were measured, and the share of the ceiling they reach.
+"""Rows of models larger than the ring: written, read and checked.
 
 Rows lie beside those of requests in a run's folder, as `large_models.parquet`, and have a manifest
 of their own. One row is one repeat of one system on one model.
@@ -65,29 +65,3 @@ def profile_of(folder: Path) -> str:
             f"expected a manifest with a profile in {folder / MANIFEST}, got {error!r}: run "
             f"notebook {NOTEBOOK} again"
         ) from error
-
-
-def shares(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each model and system, medians and the share of the ceiling that is reached.
-
-    Columns: model, system, n, ms_per_token, gib_per_token, link_ms (what these bytes take at the
-    rate of the link, the best that was measured), compute_ms (a token where everything is
-    resident), share_of_ceiling: the longer of the two over what a token takes. Failed systems have
-    their error and no numbers.
-    """
-    medians = (
-        rows.groupby(["model", "system"], sort=False)
-        .agg(
-            n=("ok", "sum"),
-            ms_per_token=("ms_per_token", "median"),
-            gib_per_token=("loaded_bytes_per_token", lambda b: b.median() / 2**30),
-            error=("error", "max"),
-        )
-        .reset_index()
-    )
-    resident = medians[medians.system == "resident"].set_index("model").ms_per_token
-    medians["link_ms"] = medians.gib_per_token * 2**30 / rows["link_bytes_per_s"].max() * 1e3
-    medians["compute_ms"] = medians.model.map(resident)
-    ceiling_ms = medians[["link_ms", "compute_ms"]].max(axis=1)
-    medians["share_of_ceiling"] = ceiling_ms / medians.ms_per_token
-    return medians

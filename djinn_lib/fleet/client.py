@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from djinn_lib.engine.memory.devices.address_space import open_address_space
-from djinn_lib.engine.memory.devices.copier import open_copier
-from djinn_lib.engine.memory.masters import Fill, Layout, SwapPool
+from djinn_lib.engine.memory.devices import open_address_space, open_copier
+from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.ring import Extent
 from djinn_lib.errors import ConfigError, DjinnError
@@ -102,12 +102,12 @@ class RingModel:
                 f"the ring is on {connection.device} and the engine of {self.model!r} on {device}: "
                 "start both on the same device"
             )
-        pool = SwapPool(pin=self._is_cuda)
-        self._closing.callback(pool.close)
+        masters = HostMasters(pin=self._is_cuda)
+        self._closing.callback(masters.close)
         n_pages = -(-layout.n_bytes // self.page_bytes)
         descriptors = connection.join(self.model, n_pages)
         try:
-            pool.add(self.model, layout, fill)
+            masters.add(self.model, layout, fill)
             space = open_address_space(
                 device, connection.n_frames, self.page_bytes, frames=descriptors
             )
@@ -117,7 +117,7 @@ class RingModel:
         self._closing.callback(space.close)
         copier = open_copier(space.device)
         self._closing.callback(copier.close)
-        return PagedModel(self.model, layout.n_bytes, None, space, copier, pool)
+        return PagedModel(self.model, layout.n_bytes, None, space, copier, masters)
 
     # -- what the computation calls -------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class RingModel:
         Raises:
             AssertionError: naming the first byte that differs.
         """
-        self._paged.finish_copies()
+        self._paged.block_until_copied()
         self._paged.check_bytes(self._paged.bytes_of(0, self._n_mapped))
 
     def close(self) -> None:
@@ -248,7 +248,7 @@ class RingModel:
         """Map assigned frames and start their copies; the lease may come with them."""
         n_kept, frames = message["n_kept"], tuple(message["frames"])
         self._unmap(n_kept)
-        stalled_s = self._costs.stalled_s + self._forget_ended()
+        stalled_s = self._costs.stalled_s + self._forget_arrived()
         if frames:
             self._paged.load(Extent(self.model, n_kept, frames))
             self._n_mapped += len(frames)
@@ -271,16 +271,16 @@ class RingModel:
         if granted and self._is_switching:
             self._report_arrival()
 
-    def _forget_ended(self) -> float:
+    def _forget_arrived(self) -> float:
         """Forget copies that went well; returns for how long (s) computations waited for them."""
         loads = self._paged.loads
-        self._paged.forget_ended()
+        self._paged.forget_arrived()
         return sum(load.stalls.total_s for load in loads if load not in self._paged.loads)
 
     def _report_arrival(self) -> None:
         """Tell the broker how long the lease had to wait for copies."""
         begin_s = time.perf_counter()
-        self._paged.finish_copies()
+        self._paged.block_until_copied()
         with self._changed:
             if not self._is_closed:
                 self._send("loaded", seconds=time.perf_counter() - begin_s)
@@ -302,7 +302,7 @@ class RingModel:
         self._send("give_back", drop=drop)
 
     def _fence(self) -> None:
-        self._paged.finish_copies()
+        self._paged.block_until_copied()
         if self._is_cuda:
             torch.cuda.synchronize(self.view.device)
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from djinn_lib.engine.memory.masters import Layout
+from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.errors import ConfigError
 
 

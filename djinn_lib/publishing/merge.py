@@ -4,11 +4,10 @@
 
 A run may be done in parts, on machines of one kind that are lent one after another. Parts belong
 together when their cells had the same profile and parameters, traces, weights, packages, driver,
-GPU and commit; anything else is refused, and said. `--allow-commits` takes different commits, and
-the notes of each cell then tell its own. What differs from machine to machine, what was measured,
-is kept: `machine.json` lists all machines with their cells, and each manifest has those of its own.
-A cell that several parts have is in the run once, and its other measurements are kept beside it, as
-replicates.
+GPU and commit; anything else is refused with the differences. `--allow-commits` takes different
+commits, and the notes of each cell then name its own. What was measured of each machine is kept:
+`machine.json` lists all machines with their cells. A cell that several parts have is in the run
+once, and its other measurements are kept as replicates.
 """
 
 from __future__ import annotations
@@ -18,28 +17,24 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import replicates
-from djinn_lib.analysis.run import read_machine
+from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import write_json
-from djinn_lib.metrics import attempted
 from djinn_lib.paths import user_path
-from djinn_lib.publishing.belonging import differences
+from djinn_lib.publishing.parts import PartCell, differences, read_part
 from djinn_lib.replacing import recover, replace_folders
-from djinn_lib.rows import read_manifest, read_rows, write_manifest
+from djinn_lib.rows import read_manifest
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
-_RAN_IN = "ran in the part "
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,35 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if missing else 0
 
 
-@dataclass(frozen=True)
-class PartCell:
-    """A cell in one part, with what is needed to choose among several of the same name.
-
-    `rows_path` and `notebook_path` are where its rows and its executed notebook are.
-    """
-
-    part: str
-    folder: Path
-    name: str
-    rows_path: Path
-    notebook_path: Path
-    manifest: dict[str, Any]
-    n_rows: int
-    n_failed: int
-
-    @property
-    def measurement(self) -> tuple[str, str]:
-        """What two cells share that are the same one, wherever they are kept."""
-        return self.manifest["run_id"], self.manifest["started_at_utc"]
-
-    @property
-    def rank(self) -> tuple[bool, bool, str]:
-        """What could run before what could not, whole ones before others, later before earlier."""
-        return self.n_rows > 0, self.n_failed == 0, self.manifest["started_at_utc"]
-
-    def __str__(self) -> str:
-        failed = f", {self.n_failed} of {self.n_rows} requests failed" if self.n_failed else ""
-        return f"{self.part} ({self.manifest['started_at_utc'][:16]}{failed})"
+def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
+    """Return the cells of a profile that a run folder lacks, in the profile's order."""
+    present = {path.stem for path in (run_dir / "requests").glob("*.parquet")}
+    return [cell.id for cell in profile.all_cells() if cell.id not in present]
 
 
 def merge(
@@ -102,9 +72,8 @@ def merge(
 
     Of a cell that several parts have, the later one is taken, whole ones before those with failed
     requests. The others are printed, and kept as replicates if every request was served; else the
-    manifest of the one taken notes them.
-
-    A folder that is replaced is whole, the old one or the new one, whatever ends this on its way.
+    manifest of the one taken notes them. A folder that is replaced is whole, the old one or the new
+    one, whatever ends this on its way.
 
     Raises:
         ConfigError: the folder is there already, or is itself one of the parts, or a run uses it.
@@ -123,74 +92,28 @@ def merge(
             f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "
             "replace it with --replace"
         )
-    found = _found(parts, allow_commits)
-    chosen, others = _choose(found)
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A run that goes on in the folder would lose what it writes from now on.
-    unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
-    with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
-        made = Path(scratch) / "run"
-        _write(made, chosen, found)
-        for cell in others:
-            rows, manifest = read_rows(cell.rows_path), {**cell.manifest, "notes": _notes(cell)}
-            replicates.write_replicate(rows, manifest, made, cell.notebook_path)
-        _copy_large(parts, made)
-        replace_folders({run_dir: made})
-    return chosen
-
-
-def _found(parts: Sequence[Path], allow_commits: bool) -> list[PartCell]:
-    """All cells of the parts, at least one, which belong together."""
-    found = [cell for label, part in _labels(parts).items() for cell in read_part(part, label)]
-    if problems := differences([(str(c), c.name, c.manifest) for c in found], allow_commits):
+    labels = _labels(parts)
+    found = [cell for label, part in labels.items() for cell in read_part(part, label)]
+    if problems := differences(found, allow_commits):
         raise RecordError(
             "expected parts that belong together, got:\n  " + "\n  ".join(problems)
             + "\nrun the cells again that differ, or leave their part out"
         )  # fmt: skip
     if not found:
         raise RecordError("expected parts with at least one cell among them, got none: add one")
-    return found
-
-
-def read_part(folder: Path, label: str) -> list[PartCell]:
-    """Read every cell of a run folder, replicates included.
-
-    It may have none beside models larger than the ring.
-
-    Raises:
-        RecordError: it has neither, or rows, a manifest or machine.json are missing or broken.
-    """
-    read_machine(folder)
-    cells = [
-        _part_cell(label, folder, path, notebook)
-        for path, notebook in [
-            *((path, folder / "notebooks" / f"02_run_system.{path.stem}.ipynb")
-              for path in sorted((folder / "requests").glob("*.parquet"))),
-            *((path, path.with_suffix(".ipynb"))
-              for path in sorted((folder / replicates.FOLDER).glob("*.parquet"))),
-        ]
-    ]  # fmt: skip
-    if not cells and not (folder / large_results.ROWS).exists():
-        raise RecordError(
-            f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
-            f"least one cell, or with {large_results.ROWS}"
-        )
-    return cells
-
-
-def _part_cell(label: str, folder: Path, rows_path: Path, notebook_path: Path) -> PartCell:
-    rows = attempted(read_rows(rows_path))
-    manifest = read_manifest(rows_path.with_suffix(".manifest.json"))
-    n_failed = int((~rows["ok"]).sum())
-    return PartCell(
-        label, folder, manifest["cell"], rows_path, notebook_path, manifest, len(rows), n_failed
-    )
-
-
-def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
-    """Return the cells of a profile that a run folder lacks, in the profile's order."""
-    present = {path.stem for path in (run_dir / "requests").glob("*.parquet")}
-    return [cell.id for cell in profile.all_cells() if cell.id not in present]
+    chosen, others = _choose(found)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    # A run that goes on in the folder would lose what it writes from now on.
+    unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
+    with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
+        made = Path(scratch) / "run"
+        for name in ("requests", "traces", "notebooks", "status", "figures"):
+            (made / name).mkdir(parents=True)
+        _write_cells(made, chosen, others)
+        _write_rest(made, {cell.part: labels[cell.part] for cell in found}, found, chosen)
+        _copy_large(made, parts)
+        replace_folders({run_dir: made})
+    return chosen
 
 
 def _labels(parts: Sequence[Path]) -> dict[str, Path]:
@@ -206,7 +129,8 @@ def _choose(found: Sequence[PartCell]) -> tuple[list[PartCell], list[PartCell]]:
     chosen, kept = [], []
     for name in sorted({cell.name for cell in found}):
         # Two parts may have the very same measurement, if one was merged from the other.
-        of_name = {cell.measurement: cell for cell in found if cell.name == name}
+        of_name = {(cell.manifest["run_id"], cell.manifest["started_at_utc"]): cell
+                   for cell in found if cell.name == name}  # fmt: skip
         *others, best = sorted(of_name.values(), key=lambda cell: cell.rank)
         chosen.append(best)
         if not others:
@@ -218,88 +142,59 @@ def _choose(found: Sequence[PartCell]) -> tuple[list[PartCell], list[PartCell]]:
     return chosen, kept
 
 
-def _notes(cell: PartCell) -> list[str]:
-    """A cell's notes, which part it is from among them."""
-    notes = list(cell.manifest["notes"])
-    if not any(note.startswith(_RAN_IN) for note in notes):  # which a merged part has said
-        notes.append(f"{_RAN_IN}{cell.part}")
-    return notes
-
-
-def _write(folder: Path, chosen: Sequence[PartCell], found: Sequence[PartCell]) -> None:
-    for name in ("requests", "traces", "notebooks", "status", "figures"):
-        (folder / name).mkdir(parents=True)
+def _write_cells(made: Path, chosen: Sequence[PartCell], others: Sequence[PartCell]) -> None:
     commits = {cell.manifest["git_commit"] for cell in chosen}
     for cell in chosen:
-        shutil.copy(cell.rows_path, folder / "requests" / f"{cell.name}.parquet")
-        notes = _notes(cell)
+        notes = cell.notes
         commit = f"ran at the commit {cell.manifest['git_commit'][:12]}, others did not"
         if len(commits) > 1 and commit not in notes:
             notes.append(commit)
-        manifest = {**cell.manifest, "notes": notes}
-        write_manifest(manifest, folder / "requests" / f"{cell.name}.manifest.json")
-        _copy_notebook(cell.folder, f"02_run_system.{cell.name}", folder)
-    parts = {cell.part: cell.folder for cell in found}
+        notebook = f"02_run_system.{cell.name}"
+        cell.write(made / "requests" / f"{cell.name}.parquet",
+                   made / "notebooks" / f"{notebook}.ipynb", notes)  # fmt: skip
+        _copy_status(cell.rows_path.parent.parent, made, notebook)
+    for cell in others:
+        path = made / REPLICATES / f"{cell.manifest['run_id']}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        cell.write(path, path.with_suffix(".ipynb"), cell.notes)
+
+
+def _write_rest(
+    made: Path, parts: Mapping[str, Path], found: Sequence[PartCell], chosen: Sequence[PartCell]
+) -> None:
+    """Copy traces and the notebooks about each machine, and write machine.json."""
     newest = max(found, key=lambda cell: cell.manifest["started_at_utc"]).part
+    states = {label: read_machine(part) for label, part in parts.items()}
     for label, part in parts.items():
         for path in (part / "traces").glob("*.jsonl"):
-            shutil.copy(path, folder / "traces")
+            shutil.copy(path, made / "traces")
+        own = _newest_machine(part, states[label].get("machines", [])) or label
+        suffix = "" if label == newest else "." + own.replace("/", "-")
         for name in _PER_PART:
-            suffix = "" if label == newest else "." + _own_label(label, part).replace("/", "-")
-            _copy_notebook(part, name, folder, suffix)
+            _copy_notebook(part, made, name, f"{name}{suffix}")
             for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # of a part merged before
-                _copy_notebook(part, path.stem, folder)
-    write_json(folder / "machine.json", _machines(parts, chosen, newest))
+                _copy_notebook(part, made, path.stem, path.stem)
+    write_json(made / "machine.json", _machines(states, chosen, newest))
 
 
-def _copy_large(parts: Sequence[Path], folder: Path) -> None:
-    """Copy the newest rows of models larger than the ring, which are measured all at once."""
-    having = [part for part in parts if (part / large_results.ROWS).exists()]
-    if not having:
-        return
-    manifests = {p: json.loads((p / large_results.MANIFEST).read_text()) for p in having}
-    newest = max(having, key=lambda part: manifests[part]["started_at_utc"])
-    for name in large_results.FILES:
-        shutil.copy(newest / name, folder / name)
-    _copy_notebook(newest, large_results.NOTEBOOK, folder)
-
-
-def _own_label(label: str, part: Path) -> str:
-    """What the newest of a part's machines is called: a part that was merged has several."""
-    entries = json.loads((part / "machine.json").read_text()).get("machines", [])
-    if not entries:
-        return label
+def _newest_machine(part: Path, listed: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name of the newest machine of a part that was merged itself."""
     begun = {
-        name: read_manifest(part / "requests" / f"{name}.manifest.json")["started_at_utc"]
-        for entry in entries
-        for name in entry["cells"]
+        read_manifest(part / "requests" / f"{cell}.manifest.json")["started_at_utc"]: entry["part"]
+        for entry in listed
+        for cell in entry["cells"]
     }
-    newest = max(begun, key=lambda name: begun[name])
-    return next(entry["part"] for entry in entries if newest in entry["cells"])
+    return begun[max(begun)] if begun else None
 
 
-def _copy_notebook(source: Path, name: str, target: Path, suffix: str = "") -> None:
-    """Copy an executed notebook and its status, where a part has them."""
-    notebook = source / "notebooks" / f"{name}.ipynb"
-    if notebook.exists():
-        shutil.copy(notebook, target / "notebooks" / f"{name}{suffix}.ipynb")
-    status = source / "status" / f"{name}.json"
-    if status.exists():
-        content = {**json.loads(status.read_text()), "task": f"{name}{suffix}"}
-        write_json(target / "status" / f"{name}{suffix}.json", content)
-
-
-def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -> dict[str, Any]:
+def _machines(
+    states: Mapping[str, Mapping[str, Any]], chosen: Sequence[PartCell], newest: str
+) -> dict[str, Any]:
     """machine.json of all: the newest part's facts, the best of each measure, then each machine.
 
     A measure is a ceiling: what one machine of a kind reaches is what the others are held against.
-
-    A machine is listed with its part, its rates and the cells that were run on it. A part that was
-    merged itself brings those that it lists.
+    A part that was merged itself brings the machines that it lists.
     """
-    states = {
-        label: json.loads((part / "machine.json").read_text()) for label, part in parts.items()
-    }
     machines = []
     for label, state in states.items():
         cells = [cell.name for cell in chosen if cell.part == label]
@@ -307,12 +202,39 @@ def _machines(parts: dict[str, Path], chosen: Sequence[PartCell], newest: str) -
         for entry in state.get("machines", alone):
             machines.append({**entry, "cells": [c for c in entry["cells"] if c in cells]})
     facts = dict(states[newest]["machine"])
-    for name in [name for name in facts if name.endswith("_rate_bytes_per_s")]:
-        rates = [r for entry in machines if (r := entry["machine"].get(name)) is not None]
-        facts[name] = max(rates, default=None)
-    if found := [us for entry in machines if (us := entry["machine"].get("eager_operator_us"))]:
-        facts["eager_operator_us"] = min(found)
+    for name in facts:
+        best = max if name.endswith("_rate_bytes_per_s") else min
+        if best is max or name == "eager_operator_us":
+            found = [v for entry in machines if (v := entry["machine"].get(name)) is not None]
+            facts[name] = best(found, default=None)
     return {"machine": facts, "models": states[newest]["models"], "machines": machines}
+
+
+def _copy_large(made: Path, parts: Sequence[Path]) -> None:
+    """Copy the newest rows of models larger than the ring, which are measured all at once."""
+    having = {
+        json.loads((part / large_results.MANIFEST).read_text())["started_at_utc"]: part
+        for part in parts
+        if (part / large_results.ROWS).exists()
+    }
+    if having:
+        newest = having[max(having)]
+        for name in large_results.FILES:
+            shutil.copy(newest / name, made / name)
+        _copy_notebook(newest, made, large_results.NOTEBOOK, large_results.NOTEBOOK)
+
+
+def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:
+    """Copy an executed notebook and its status, where a part has them."""
+    if (notebook := part / "notebooks" / f"{name}.ipynb").exists():
+        shutil.copy(notebook, made / "notebooks" / f"{new}.ipynb")
+    _copy_status(part, made, name, new)
+
+
+def _copy_status(part: Path, made: Path, name: str, new: str = "") -> None:
+    if (status := part / "status" / f"{name}.json").exists():
+        content = {**json.loads(status.read_text()), "task": new or name}
+        write_json(made / "status" / f"{new or name}.json", content)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """A finished GPU run as the reference run: `python -m djinn_lib.publishing.publish data/runs/gpu`.
 
 Rows, manifests, traces and executed notebooks of the run are copied to `data/reference/h100`, and
-everything that is made from rows is made anew from the copies: the notebooks that read rows, the
+everything that is made from rows is made again from the copies: the notebooks that read rows, the
 figures (also in `figures/`), claims.json and comparison_summary.json. So what is published cannot
-disagree with its rows. No path of the machine that ran it is left in.
+disagree with its rows. Paths of the machine that ran it are cut out.
 
-Refused are runs that miss cells (`--unfinished` takes those: what they would tell is then said to
+A run is refused if it misses cells (`--unfinished` takes it: what it would tell is then said to
 be not measured), ran without a GPU, or came from a changed working tree (`--allow-dirty` takes it).
 What is published already stays, unless `--replace` is given.
 """
@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import replicates
-from djinn_lib.analysis.run import Run, load_run
+from djinn_lib.analysis.run import REPLICATES, Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.profile import load_profile
@@ -30,14 +30,16 @@ from djinn_lib.files import write_json
 from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
 from djinn_lib.publishing.merge import missing_cells
 from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
-from djinn_lib.publishing.scrub import scrub, scrub_notebook, scrub_text
 from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.rows import read_manifest, read_rows, write_manifest, write_rows
 
-PUBLISHED = ("requests", replicates.FOLDER, "traces", "notebooks", "figures", "machine.json",
+PUBLISHED = ("requests", REPLICATES, "traces", "notebooks", "figures", "machine.json",
              "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip
 NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
 _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
+# An absolute path of two parts or more. What comes before keeps URLs, rates (GB/s), HTML tags and
+# paths relative to something, `{folder}/a/b` among them, out of it.
+_ABSOLUTE = re.compile(r"(?<![\w./:<}\]-])/(?:[\w.+@{}\[\]-]+/)+([\w.+@{}\[\]-]+)/?")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"published in {REFERENCE.relative_to(REPO)} and {FIGURES.name}/; next: "
-          "python -m djinn_lib.publishing.readme, then the tests")  # fmt: skip
+          "python -m djinn_lib.publishing.pages, then the tests")  # fmt: skip
     return 0
 
 
@@ -97,7 +99,7 @@ def publish(
         made.mkdir()
         _copy(run, made)
         _read(made, reference)
-        for folder in ("notebooks", replicates.FOLDER):
+        for folder in ("notebooks", REPLICATES):
             for path in sorted((made / folder).glob("*.ipynb")):
                 _tidy(path, made)
         for file in ("claims.json", "comparison_summary.json"):
@@ -131,11 +133,10 @@ def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
 
 def _copy(run: Run, made: Path) -> None:
     """Copy what was measured, without paths of the machine that measured it."""
-    for folder in ("requests", replicates.FOLDER):
+    for folder in ("requests", REPLICATES):
         for path in sorted((run.folder / folder).glob("*.parquet")):
             rows = read_rows(path)
-            for column in ("error", "note"):
-                rows[column] = rows[column].map(scrub_text)
+            rows[["error", "note"]] = rows[["error", "note"]].map(scrub_text)
             write_rows(rows, made / folder / path.name)
             manifest = path.with_suffix(".manifest.json")
             write_manifest(scrub(read_manifest(manifest)), made / folder / manifest.name)
@@ -143,7 +144,10 @@ def _copy(run: Run, made: Path) -> None:
             shutil.copy(path, made / folder)
     shutil.copytree(run.folder / "traces", made / "traces")
     state = json.loads((run.folder / "machine.json").read_text())
-    models = {name: _at_home(name, facts) for name, facts in state["models"].items()}
+    models = {  # the folder that a model has in any checkout
+        name: {**facts, "folder": f"data/models/{name}"} if isinstance(facts, dict) else facts
+        for name, facts in state["models"].items()
+    }
     write_json(made / "machine.json", scrub({**state, "models": models}))
     if (run.folder / large_results.ROWS).exists():
         manifest = json.loads((run.folder / large_results.MANIFEST).read_text())
@@ -155,17 +159,11 @@ def _copy(run: Run, made: Path) -> None:
                 shutil.copy(path, made / "notebooks")
 
 
-def _at_home(name: str, facts: Any) -> Any:
-    """A model's entry in machine.json, with the folder that it has in any checkout."""
-    return {**facts, "folder": f"data/models/{name}"} if isinstance(facts, dict) else facts
-
-
 def _read(made: Path, reference: Path) -> None:
     """Execute the notebooks that read rows on the copies."""
     for path in reference.glob("engine*.json"):
         shutil.copy(path, made)
-    failed = [status for status in read_again(made, made) if status.state != "ok"]
-    if failed:
+    if failed := [status for status in read_again(made, made) if status.state != "ok"]:
         raise RecordError(
             "expected every notebook that reads rows to go through, got "
             + "; ".join(f"{status.task}: {status.error}" for status in failed)
@@ -173,7 +171,17 @@ def _read(made: Path, reference: Path) -> None:
 
 
 def _tidy(path: Path, made: Path) -> None:
-    scrub_notebook(path, _READ_FROM, {str(made): _READ_FROM})
+    """Take the paths out of an executed notebook.
+
+    Papermill notes the run's folder and the repository, as they were on the machine.
+    """
+    content, known = json.loads(path.read_text()), {str(made): _READ_FROM}
+    papermill = content.get("metadata", {}).get("papermill", {})
+    if executed := papermill.get("parameters", {}).get("run_dir"):
+        known[executed] = _READ_FROM
+    if source := papermill.get("input_path"):
+        known[str(Path(source).parent.parent)] = "."
+    path.write_text(json.dumps(scrub(content, known), indent=1, ensure_ascii=False) + "\n")
     if (size := path.stat().st_size) > NOTEBOOK_BYTES:
         raise RecordError(
             f"expected executed notebooks of at most {NOTEBOOK_BYTES >> 20} MiB, which code hosts "
@@ -191,6 +199,33 @@ def _assemble(new: Path, made: Path, reference: Path) -> None:
     for name in PUBLISHED:
         if (made / name).exists():  # not every run has models larger than the ring
             shutil.move(made / name, new / name)
+
+
+def scrub(value: Any, known: Mapping[str, str] | None = None) -> Any:
+    """Return plain data with every text in it scrubbed; pictures (keys "image/...") stay."""
+    if isinstance(value, str):
+        return scrub_text(value, known)
+    if isinstance(value, list):
+        return [scrub(item, known) for item in value]
+    if isinstance(value, dict):
+        return {
+            key: item if str(key).startswith("image/") else scrub(item, known)
+            for key, item in value.items()
+        }
+    return value
+
+
+def scrub_text(text: str, known: Mapping[str, str] | None = None) -> str:
+    """Return a text with known folders renamed, and every other absolute path cut to its last part.
+
+    Args:
+        text: any.
+        known: folders and what to write instead; longer ones are replaced first.
+    """
+    text = text.replace("file:///", "/")
+    for folder, instead in sorted((known or {}).items(), key=lambda item: -len(item[0])):
+        text = re.sub(rf"{re.escape(folder)}(?=/|\b)", lambda _, new=instead: new, text)
+    return _ABSOLUTE.sub(lambda found: found[1], text)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from djinn_lib.analysis import replicates
-from djinn_lib.analysis.run import load_run
+from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
@@ -124,7 +123,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        taken = ("requests", replicates.FOLDER, "traces", "machine.json", *large_results.FILES)
+        taken = ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES)
         for part in taken:
             if (reference / part).exists():
                 (scratch / part).symlink_to(reference / part)

@@ -1,36 +1,39 @@
 """One page that shows a whole run: claims, figures, systems, failures, notebooks, provenance.
 
-The page and the notebooks beside it are plain files: they need no network and no server.
+The page and the notebooks next to it are plain files: they need no network and no server.
+nbconvert's own pages fetch RequireJS, MathJax and Mermaid from the web. These do not, and they
+follow the reader's choice of a light or a dark screen.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from nbconvert import HTMLExporter
 
-from djinn_lib.analysis.claims import format_value
-from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
+from djinn_lib.analysis.claims import Verdict, read_claims
+from djinn_lib.analysis.plots.style import split_unavailable, system_look
+from djinn_lib.analysis.results import systems_table
 from djinn_lib.analysis.run import Run, load_run
-from djinn_lib.analysis.tables import facts_table
-from djinn_lib.errors import DjinnError
+from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
+from djinn_lib.analysis.tables import as_text, facts_table
+from djinn_lib.errors import DjinnError, RecordError
 from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import cell_id
 from djinn_lib.files import write_text
-from djinn_lib.metrics import sequential, summarise
 from djinn_lib.paths import user_path
-from djinn_lib.publishing.notebook_html import Page, convert_notebooks
-from djinn_lib.units import format_bytes, three_digits
 
-MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
+_NO_ALT = "No description has been provided for this image"
 # Figures in the order of the page, with title and caption; others follow by name.
 CAPTIONS = {
     "latency_cdf": (
@@ -56,7 +59,7 @@ CAPTIONS = {
     ),
     "bytes_loaded": (
         "Bytes moved",
-        "Weights moved for the whole trace, beside the least that was possible.",
+        "Weights moved for the whole trace, compared with the least that was possible.",
     ),
     "zipf": (
         "A longer trace",
@@ -69,9 +72,18 @@ CAPTIONS = {
     ),
     "large_models": (
         "A model larger than the ring",
-        "Time per token when layers take turns, beside accelerate's offloading.",
+        "Time per token when layers take turns, compared with accelerate's offloading.",
     ),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An executed notebook as HTML; `error` says why there is none."""
+
+    notebook: Path
+    html: Path
+    error: str = ""
 
 
 def build_report(run_dir: Path | str) -> Path:
@@ -95,18 +107,44 @@ def build_report(run_dir: Path | str) -> Path:
     return folder / "index.html"
 
 
+def convert_notebooks(folder: Path) -> list[Page]:
+    """Convert every notebook of a folder whose HTML is missing or older; returns all of them.
+
+    A notebook that cannot be converted does not stop the others.
+    """
+    template = (_TEMPLATES / "notebook.html.j2").read_text()
+    exporter = HTMLExporter(raw_template=template, embed_images=True)
+    exporter.log.setLevel(logging.ERROR)  # pictures without a description get one here
+    notebooks = sorted(folder.glob("*.ipynb"))
+    whole = [path for path in notebooks if not path.name.endswith(".partial.ipynb")]
+    return [_convert(exporter, notebook) for notebook in whole]
+
+
+def _convert(exporter: HTMLExporter, notebook: Path) -> Page:
+    html = notebook.with_suffix(".html")
+    if html.exists() and html.stat().st_mtime_ns > notebook.stat().st_mtime_ns:
+        return Page(notebook, html)
+    names = {"metadata": {"name": notebook.stem, "path": str(notebook.parent)}}
+    try:
+        content = nbformat.read(notebook, as_version=4)
+        body, _ = exporter.from_notebook_node(content, names)
+    except Exception as error:  # whatever a broken file makes the libraries raise
+        html.unlink(missing_ok=True)
+        return Page(notebook, html, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+    write_text(html, body.replace(_NO_ALT, "Figure drawn by the cell above"))
+    return Page(notebook, html)
+
+
 def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     """Everything that the page's template shows."""
-    problems = [
-        f"{page.notebook.name} cannot be read: {page.error}" for page in pages if page.error
-    ]
+    problems = [f"{p.notebook.name} cannot be read: {p.error}" for p in pages if p.error]
     try:
-        run = load_run(folder)
+        of_run = _of_run(load_run(folder))
     except DjinnError as error:
-        run = None
+        of_run = _no_run()
         problems.append(str(error))
-    statuses, claims = _statuses(folder), _claims(folder, problems)
-    of_run = _of_run(run) if run else _no_run()
+    claims = _claims(folder / "claims.json", problems)
+    statuses = {status.task: asdict(status) for status in read_statuses(folder / "status")}
     listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"
@@ -118,7 +156,7 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "main_trace": MAIN_TRACE,
         "main_capacity": MAIN_CAPACITY,
         "claims": claims,
-        "verdict_counts": Counter(claim["verdict"] for claim in claims),
+        "verdict_counts": Counter(claim.verdict for claim in claims),
         "figures": list(_figures(folder)),
         "notebooks": [_notebook(page, statuses) for page in pages],
         "problems": problems,
@@ -130,15 +168,15 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
 
 
 def _of_run(run: Run) -> dict[str, Any]:
-    rows = run.rows
-    _, unavailable = split_unavailable(rows)
+    manifests, (_, unavailable) = run.manifests.values(), split_unavailable(run.rows)
+    origins = {m["git_commit"][:12] + " with local changes" * m["git_dirty"] for m in manifests}
     return {
         "machine": facts_table(run.machine).itertuples(),
         "device": f"{run.machine['device_name']} ({run.machine['device']})",
-        "origins": sorted(set(_origins(run.manifests.values()))),
-        "started": min((m["started_at_utc"] for m in run.manifests.values()), default="")[:16],
-        "notes": sorted({note for m in run.manifests.values() for note in m["notes"]}),
-        "summary": _summary(rows),
+        "origins": sorted(origins),
+        "started": min((m["started_at_utc"] for m in manifests), default="")[:16],
+        "notes": sorted({note for m in manifests for note in m["notes"]}),
+        "summary": _summary(run),
         "failures": _failures(run.failures),
         "unavailable": {system_look(s).label: reason for s, reason in unavailable.items()},
     }
@@ -149,36 +187,13 @@ def _no_run() -> dict[str, Any]:
     return {**empty, "device": "", "started": "", "summary": None, "unavailable": {}}
 
 
-def _origins(manifests: Any) -> Iterator[str]:
-    for manifest in manifests:
-        changed = " with local changes" if manifest["git_dirty"] else ""
-        yield f"{manifest['git_commit'][:12]}{changed}"
-
-
-def _summary(rows: pd.DataFrame) -> Markup | None:
-    """The main cells side by side as an HTML table."""
-    main = sequential(rows)
-    main = main[(main["trace"] == MAIN_TRACE) & (main["capacity_label"] == MAIN_CAPACITY)]
-    main, _ = split_unavailable(main)
-    if main.empty:
+def _summary(run: Run) -> Markup | None:
+    """The main cells side by side as an HTML table; None if the run has none."""
+    try:
+        table = systems_table(run)
+    except RecordError:
         return None
-    return Markup(summary_table(summarise(main)).to_html(border=0, index_names=False))
-
-
-def summary_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return a summary's cells in the figures' order of systems, as texts for people."""
-    cells = summary.reset_index().set_index("system")
-    cells = cells.loc[order_systems(cells.index)]
-    table = pd.DataFrame(index=[system_look(system).label for system in cells.index])
-    table["served"] = [f"{c} of {n}" for c, n in zip(cells["completed"], cells["n"], strict=True)]
-    for name in ("p50", "p90", "p99"):
-        table[f"{name.upper()} (ms)"] = cells[f"{name}_total_ms"].map(three_digits).to_list()
-    table["TTFT P50 (ms)"] = cells["p50_ttft_ms"].map(three_digits).to_list()
-    table["switch, mean (ms)"] = cells["mean_switch_ms"].map(three_digits).to_list()
-    table["loaded nothing (%)"] = (100.0 * cells["zero_load_share"]).map(three_digits).to_list()
-    for name, title in (("loaded", "loaded"), ("writeback", "written back")):
-        table[title] = [format_bytes(int(size)) for size in cells[f"{name}_bytes"]]
-    return table
+    return Markup(as_text(table).rename_axis(None).to_html(border=0))
 
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
@@ -195,29 +210,13 @@ def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _claims(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The verdicts with texts for people; none, and a problem more, if the file is broken."""
-    path = folder / "claims.json"
+def _claims(path: Path, problems: list[str]) -> list[Verdict]:
+    """The verdicts; none, and a problem more, if the file is broken."""
     try:
-        claims = json.loads(path.read_text()) if path.exists() else []
-        return [
-            {
-                **claim,
-                "measured_text": format_value(claim["measured"], claim["unit"]) or "-",
-                "interval_text": _interval_text(claim),
-            }
-            for claim in claims
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        problems.append(f"{path.name} cannot be read: {error!r}: run notebook 05_claims again")
+        return read_claims(path) if path.exists() else []
+    except RecordError as error:
+        problems.append(str(error))
         return []
-
-
-def _interval_text(claim: Mapping[str, Any]) -> str:
-    low, high = claim["low"], claim["high"]
-    if low is None or high is None or low == high:
-        return ""
-    return f"{format_value(low, claim['unit'])} to {format_value(high, claim['unit'])}"
 
 
 def _figures(folder: Path) -> Iterator[dict[str, str]]:
@@ -232,10 +231,6 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
             "pdf": f"figures/{name}.pdf" if pdf.exists() else "",
             "caption": caption,
         }
-
-
-def _statuses(folder: Path) -> dict[str, dict[str, Any]]:
-    return {status.task: asdict(status) for status in read_statuses(folder / "status")}
 
 
 def _notebook(page: Page, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

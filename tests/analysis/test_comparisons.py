@@ -1,36 +1,30 @@
-"""What headline comparisons rest on: the sentences follow the rows, and say what is unfair."""
+"""What the headline comparisons rest on: ratios, parts of the gain, tokens, rates."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
-from row_factory import SIZES, cell_rows
-from run_factory import GPU_MACHINE, on_another_machine, write_run
+from row_factory import cell_rows
+from run_factory import GPU_MACHINE, on_another_machine
 
 from djinn_lib.analysis.claims import judge, load_claims
-from djinn_lib.analysis.comparisons import fairness, gain, like_for_like, other_tokens
-from djinn_lib.analysis.explanations import explanations
-from djinn_lib.analysis.run import Run, load_run, published
+from djinn_lib.analysis.comparisons import (
+    decomposition,
+    gain_table,
+    pinned_table,
+    ratio_table,
+    token_table,
+)
+from djinn_lib.analysis.run import Run, published
+from djinn_lib.analysis.selection import CPU_CLOCKS
 from djinn_lib.rows import no_rows
 
 PAPER = published()
-
-
-@pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return load_run(write_run(tmp_path_factory.mktemp("gpu"), gpu=True))
-
-
-@pytest.fixture(scope="module")
-def cpu(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return load_run(write_run(tmp_path_factory.mktemp("cpu")))
-
-
-def median_ms(system: str) -> float:
-    return cell_rows(system, gpu=True)["total_ms"].median()
+SLEEP = "vLLM sleep, the better form"
+PARTS = ["copy (ms)", "write-back (ms)", "rest of the switch (ms)", "prefill (ms)", "decode (ms)"]
 
 
 def changed(run: Run, system: str, **columns: object) -> Run:
@@ -42,141 +36,154 @@ def changed(run: Run, system: str, **columns: object) -> Run:
     return replace(run, rows=rows)
 
 
-# -- sleep mode ------------------------------------------------------------------------------
+# -- ratios ----------------------------------------------------------------------------------
 
 
-def test_sleep_mode_is_compared_by_rows(gpu: Run):
-    said = fairness(gpu, PAPER)
-    ratio = median_ms("vllm_sleep") / median_ms("djinn")
-    assert f"{ratio:.2f}x (median)" in said and "13.1x" in said
-    assert f"In vLLM 0.24.0 the median with it is {median_ms('vllm_sleep'):,.0f} ms" in said
-    assert "the fair comparison is with sleep mode" in said
-
-
-def test_the_same_sentences_follow_other_rows(gpu: Run):
-    said = fairness(changed(gpu, "vllm_recreate", total_ms=400.0), PAPER)
-    assert "no unfair stand-in" in said
+def test_ratios_are_those_of_the_rows_and_of_the_paper(gpu: Run):
+    table = ratio_table(gpu, PAPER)
+    medians = {name: cell_rows(name, gpu=True)["total_ms"].median()
+               for name in ("pytorch_pinned", "djinn", "djinn_eager")}  # fmt: skip
+    alike = table.loc["PyTorch pinned", "Djinn, eager decode", "P50"]
+    assert alike["measured (x)"] == medians["pytorch_pinned"] / medians["djinn_eager"]
+    assert alike["low (x)"] < alike["measured (x)"] < alike["high (x)"]
+    own = table.loc["PyTorch pinned", "Djinn", "P50"]
+    assert own["measured (x)"] == medians["pytorch_pinned"] / medians["djinn"]
+    assert own["paper (x)"] == alike["paper (x)"] == 4302 / 1392
+    assert table.loc["vLLM re-created", "Djinn", "P50"]["paper (x)"] == 18213 / 1392
+    assert table.xs(SLEEP)["paper (x)"].isna().all()
 
 
 def test_each_statistic_is_compared_with_the_form_that_is_best_in_it(gpu: Run):
-    djinn = cell_rows("djinn", gpu=True)["total_ms"]
-    slow_at_times = [100.0] * 27 + [9000.0] * 3
-    run = changed(gpu, "vllm_sleep", total_ms=slow_at_times)
+    run = changed(gpu, "vllm_sleep", total_ms=[100.0] * 27 + [9000.0] * 3)
     run = changed(run, "vllm_sleep_naive", total_ms=[800.0] * 30)
-    said = fairness(run, PAPER)
-    assert f"{100 / djinn.median():.2f}x (median)" in said
-    assert f"{800 / djinn.mean():.2f}x (mean)" in said
-    assert f"{800 / djinn.quantile(0.9):.2f}x (P90)" in said
-    assert f"{800 / djinn.max():.2f}x (max)" in said
+    found = ratio_table(run, PAPER).xs(SLEEP).xs("Djinn")["measured (x)"]
+    djinn = cell_rows("djinn", gpu=True)["total_ms"]
+    assert found["P50"] == pytest.approx(100 / djinn.median())
+    assert found["mean"] == pytest.approx(800 / djinn.mean())
+    assert found["P90"] == pytest.approx(800 / djinn.quantile(0.9))
+    assert found["max"] == pytest.approx(800 / djinn.max())
     listed = {claim.id: claim for claim in load_claims()}
-    of_claims = judge([listed[f"ours-{name}-vs-sleep"] for name in ("p50", "mean", "p90")],
-                      run.evidence)  # fmt: skip
-    for verdict, label in zip(of_claims, ("median", "mean", "P90"), strict=True):
-        assert f"{verdict.measured:.2f}x ({label})" in said  # one thing, one number
-
-
-def test_what_favours_djinn_is_said(gpu: Run):
-    assert "copies the weights back" not in fairness(gpu, PAPER)  # made-up rows copy nothing back
-    run = changed(gpu, "vllm_sleep", writeback_bytes=60_000_000, switch_ms=30.0)
-    said = fairness(run, PAPER)
-    assert "takes 10 ms of its mean switch of 30 ms" in said  # at 6 GB/s
-    assert "a sleep mode without it was not measured" in said
-    one, other = sorted(SIZES.values())[-2:]
-    missing = one + other - int(run.cells("paper", "25")["capacity_bytes"].iloc[0])
-    assert f"miss fitting together by {missing / 2**30:.2f} GiB" in said
-    swept = cell_rows("vllm_sleep", "40", gpu=True)
-    swept = replace(run, rows=pd.concat([run.rows, swept], ignore_index=True))
-    assert "miss fitting" not in fairness(swept, PAPER)
+    verdicts = judge([listed[f"ours-{name}-vs-sleep"] for name in ("p50", "mean", "p90")], run)
+    assert [v.measured for v in verdicts] == [found[name] for name in ("P50", "mean", "P90")]
 
 
 def test_systems_are_compared_on_a_machine_that_ran_both(gpu: Run):
     elsewhere = on_another_machine(gpu, "djinn", total_ms=lambda ms: ms / 2)
-    assert fairness(elsewhere, PAPER) == fairness(gpu, PAPER)  # where vllm_sleep ran
+    values = ["paper (x)", "measured (x)", "low (x)", "high (x)"]
+    expected = ratio_table(gpu, PAPER)[values]
+    pd.testing.assert_frame_equal(ratio_table(elsewhere, PAPER)[values], expected)
     forgotten = replace(elsewhere, replicates=no_rows(), replicate_manifests={})
-    assert fairness(forgotten, PAPER) != fairness(gpu, PAPER)
+    assert not ratio_table(forgotten, PAPER)[values].equals(expected)
 
 
-# -- like for like ---------------------------------------------------------------------------
+def test_ratios_that_cannot_be_measured_have_the_reason(gpu: Run, cpu: Run):
+    table = ratio_table(cpu, PAPER)
+    assert set(table["remark"]) == {CPU_CLOCKS} and table["measured (x)"].isna().all()
+    no_vllm = replace(gpu, rows=gpu.rows[~gpu.rows["system"].str.startswith("vllm")])
+    table = ratio_table(no_vllm, PAPER)
+    assert table["measured (x)"].notna().sum() == 4
+    assert all("no rows of system 'vllm" in why for why in table["remark"][4:])
 
 
-def test_the_headline_is_judged_where_both_sides_decode_alike(gpu: Run):
-    said = like_for_like(gpu, PAPER)
-    assert said in explanations(gpu, PAPER)
-    ratio = median_ms("pytorch_pinned") / median_ms("djinn_eager")
-    assert f"median is {ratio:.2f}x lower" in said and "3.1x lower" in said
-    assert said.startswith("**Is the paper's headline reproduced?** Yes, like for like.") == (
-        ratio >= 4302 / 1392
-    )
-    slower = changed(gpu, "djinn_eager", total_ms=2 * median_ms("pytorch_pinned"))
-    assert "0.50x lower" in like_for_like(slower, PAPER)
-    assert "No, not like for like." in like_for_like(slower, PAPER)
-    much_faster = changed(gpu, "djinn_eager", total_ms=median_ms("pytorch_pinned") / 4)
-    assert "Yes, like for like." in like_for_like(much_faster, PAPER)
+# -- the gain --------------------------------------------------------------------------------
 
 
 def test_the_gain_is_taken_apart(gpu: Run):
-    said = gain(gpu, PAPER)
-    assert said in explanations(gpu, PAPER)
-    rows = {name: cell_rows(name, gpu=True) for name in ("djinn", "pytorch_pinned", "djinn_eager")}
-    mean_ms = {name: part["total_ms"].mean() for name, part in rows.items()}
-    switch_ms = {name: part["switch_ms"].mean() for name, part in rows.items()}
-    gain_ms = mean_ms["pytorch_pinned"] - mean_ms["djinn"]
-    assert f"takes {gain_ms:,.0f} ms less" in said
-    share = (switch_ms["pytorch_pinned"] - switch_ms["djinn"]) / gain_ms
-    assert f"So {share:.0%} of the gain is how weights move" in said
-    assert f"{1 - share:.0%} of that gain is faster computing" in like_for_like(gpu, PAPER)
-    eager = mean_ms["pytorch_pinned"] / mean_ms["djinn_eager"]
-    assert f"{eager:.2f}x less than PyTorch pinned" in said
-    assert "machine" not in said.partition("own steps")[2]
-    slower = {**GPU_MACHINE, "eager_operator_us": 9.0}
-    manifest = {**gpu.manifests["paper-25-djinn_eager"], "machine": slower}
-    apart = replace(gpu, manifests={**gpu.manifests, "paper-25-djinn_eager": manifest})
-    assert "decoded, on the machines 1 and 2, in" in gain(apart, PAPER)
-    listed = [{"part": "monday", "machine": GPU_MACHINE}, {"part": "tuesday", "machine": slower}]
-    named = replace(apart, listed_machines=listed)
-    assert "decoded, on the machines monday and tuesday, in" in gain(named, PAPER)
-    without = gpu.rows[gpu.rows["system"] != "djinn_eager"]
-    assert "own steps" not in gain(replace(gpu, rows=without), PAPER)
+    table = gain_table(gpu)
+    rows = {name: cell_rows(name, gpu=True) for name in ("djinn", "pytorch_pinned")}
+    less_ms = rows["pytorch_pinned"]["total_ms"].mean() - rows["djinn"]["total_ms"].mean()
+    assert table.loc["total", "less (ms)"] == pytest.approx(less_ms)
+    switch_ms = rows["pytorch_pinned"]["switch_ms"].mean() - rows["djinn"]["switch_ms"].mean()
+    share = table["share of the gain (%)"]
+    assert share["switch"] == pytest.approx(100 * switch_ms / less_ms)
+    assert share[["switch", "prefill", "decode"]].sum() == pytest.approx(share["total"]) == 100
+    assert table.index.name == "part"  # one machine ran all
+    moved = on_another_machine(gpu, "djinn", total_ms=lambda ms: 2 * ms)
+    pd.testing.assert_frame_equal(gain_table(moved), table, check_names=False)
+    assert gain_table(moved).index.name == "part, on machine 1"
+
+
+def test_a_gain_that_cannot_be_measured_has_the_reason(gpu: Run, cpu: Run):
+    assert gain_table(cpu)["not measured because"].tolist() == [CPU_CLOCKS]
+    lru = replace(gpu, rows=gpu.rows[gpu.rows["system"] == "pytorch_lru"])
+    for table in (gain_table(lru), pinned_table(lru, PAPER)):
+        assert "no rows of system 'pytorch_pinned'" in table["not measured because"].iloc[0]
 
 
 # -- tokens ----------------------------------------------------------------------------------
 
 
 def test_requests_with_other_tokens_are_counted(gpu: Run):
-    said = other_tokens(gpu, PAPER)
-    assert said in explanations(gpu, PAPER)
-    assert "On the trace `paper` 0% of the requests (0 of 30) get other tokens from Djinn" in said
-    assert "different repeats" not in said
+    assert (token_table(gpu)["with other tokens"] == 0).all()
     shas = cell_rows("djinn", gpu=True)["token_sha"].tolist()
     run = changed(gpu, "djinn", token_sha=["other"] * 13 + shas[13:])
-    run = changed(run, "vllm_sleep", token_sha=["another"] * 15 + shas[15:])
-    said = other_tokens(run, PAPER)
-    assert "43% of the requests (13 of 30) get other tokens from Djinn" in said
-    assert "and 50% (15 of 30) from vLLM's sleep mode" in said
     again = cell_rows("djinn_graph", gpu=True).assign(repeat=1)
     again.loc[:3, "token_sha"] = "changed"
-    unsteady = replace(run, rows=pd.concat([run.rows, again], ignore_index=True))
-    assert "`djinn_graph` gave 4 of 30 requests different tokens" in other_tokens(unsteady, PAPER)
+    table = token_table(replace(run, rows=pd.concat([run.rows, again], ignore_index=True)))
+    djinn, graph = (table.loc["paper", name] for name in ("Djinn", "Djinn, not compiled"))
+    assert (djinn["requests"], djinn["with other tokens"]) == (30, 13)
+    assert djinn["with other tokens (%)"] == pytest.approx(100 * 13 / 30)
+    assert (djinn["in another repeat"], graph["in another repeat"]) == (0, 4)
+    assert "PyTorch pinned" not in table.index.get_level_values("system")  # the reference
 
 
-def test_steps_of_transformers_give_their_tokens(cpu: Run):
-    assert "Yes: on this machine" in other_tokens(cpu, PAPER)
+def test_tokens_without_a_reference_are_not_compared(gpu: Run):
+    run = replace(gpu, rows=gpu.rows[gpu.rows["system"].str.startswith("djinn")])
+    assert "not measured because" in token_table(run)
 
 
-def test_without_a_gpu_nothing_is_said_of_times(cpu: Run):
-    assert "Nothing can be said here: sleep mode needs CUDA" in fairness(cpu, PAPER)
-    assert "Nothing can be said here: no rows of system 'djinn_eager'" in like_for_like(cpu, PAPER)
-    assert "Nothing can be said here: times on a shared CPU" in gain(cpu, PAPER)
+# -- rates -----------------------------------------------------------------------------------
 
 
-def test_what_is_not_there_is_not_compared(gpu: Run):
-    nothing = replace(gpu, rows=gpu.rows[gpu.rows["system"] == "pytorch_lru"])
-    for tell in (fairness, like_for_like, other_tokens, gain):
-        assert "Nothing can be said here: no rows of system" in tell(nothing, PAPER)
-    no_vllm = replace(gpu, rows=gpu.rows[~gpu.rows["system"].str.startswith("vllm")])
-    assert "no trace was served by djinn" in other_tokens(no_vllm, PAPER)
+def test_the_baseline_is_taken_apart(gpu: Run):
+    rows = gpu.rows.copy()
+    pageable = (rows["system"] == "pytorch_pageable") & rows["ok"]
+    rows.loc[pageable, "ttft_ms"] -= 50.0  # the way back comes after the last token
+    value = pinned_table(replace(gpu, rows=rows), PAPER)["value"]
+    pinned = cell_rows("pytorch_pinned", gpu=True)
+    assert value["P50 (s)"] == pytest.approx(pinned["total_ms"].median() / 1e3)
+    moved = (pinned["loaded_bytes"] + pinned["writeback_bytes"]).mean()
+    computing_s = (pinned["total_ms"] - pinned["switch_ms"]).mean() / 1e3
+    assert value["mean prefill and decode (s)"] == pytest.approx(computing_s)
+    implied = moved / (4.302 - computing_s) / 1e9
+    assert value["implied rate in the paper (GB/s)"] == pytest.approx(implied)
+    there_ms = rows.loc[pageable, "switch_ms"] - 50.0
+    rate = rows.loc[pageable, "loaded_bytes"].sum() / there_ms.sum() / 1e6
+    assert value["from pageable memory: rate (GB/s)"] == pytest.approx(rate)
+    assert value["to pageable memory: mean (s)"] == pytest.approx(0.05)
+    without = replace(gpu, rows=rows[~pageable])
+    assert len(pinned_table(without, PAPER)) == len(value) - 3
 
 
-def test_the_folder_of_a_run_names_its_machines(tmp_path: Path):
-    run = load_run(write_run(tmp_path / "alone", gpu=True))
-    assert set(run.machine_names.values()) == {"1"} and not run.listed_machines
+def test_the_parts_add_up_to_the_total(gpu: Run):
+    parts = decomposition(gpu, PAPER)
+    assert (parts[PARTS].sum(axis=1) - parts["total (ms)"]).abs().max() < 1e-6
+    assert parts.loc["pytorch_pinned", "paper: P50 (ms)"] == 4302
+    assert parts.loc[["djinn_whole", "vllm_sleep"], "paper: P50 (ms)"].isna().all()
+    assert (parts["n"] == 30).sum() == len(parts) - 1 and parts.loc["vllm_recreate", "n"] == 22
+
+
+def test_copies_cost_their_bytes_at_the_rates_of_the_machine_that_ran_the_cell(gpu: Run):
+    mean_bytes = cell_rows("pytorch_pinned", gpu=True)["loaded_bytes"].mean()
+    before = decomposition(gpu, PAPER)
+    parts, link = before.loc["pytorch_pinned"], GPU_MACHINE["link_rate_bytes_per_s"]
+    back = GPU_MACHINE["d2h_rate_bytes_per_s"]
+    assert parts["copy (ms)"] == pytest.approx(mean_bytes / link * 1e3)
+    assert parts["write-back (ms)"] == pytest.approx(mean_bytes / back * 1e3)
+    cell = "paper-25-pytorch_pinned"
+    slow = {**gpu.manifests[cell], "machine": {**GPU_MACHINE, "link_rate_bytes_per_s": link / 2}}
+    elsewhere = decomposition(replace(gpu, manifests={**gpu.manifests, cell: slow}), PAPER)
+    copy_ms = elsewhere["copy (ms)"]
+    assert copy_ms["pytorch_pinned"] == pytest.approx(2 * parts["copy (ms)"])
+    assert copy_ms["djinn"] == before.loc["djinn", "copy (ms)"]
+
+
+def test_the_ceiling_is_bytes_over_the_link_and_tokens_out_of_memory(gpu: Run, cpu: Run):
+    rows = gpu.cells("paper", "25").query("system == 'djinn'")
+    read = (rows["model"].map(gpu.needed_sizes) * (rows["n_tokens"] - 1)).mean()
+    parts = decomposition(gpu, PAPER).loc["djinn"]
+    decode_ms = read / GPU_MACHINE["hbm_read_rate_bytes_per_s"] * 1e3
+    assert parts["ceiling (ms)"] == pytest.approx(parts["copy (ms)"] + decode_ms)
+    reached = 100 * parts["ceiling (ms)"] / parts["total (ms)"]
+    assert parts["ceiling reached (%)"] == pytest.approx(reached)
+    assert math.isnan(decomposition(cpu, PAPER).loc["djinn", "ceiling reached (%)"])

@@ -10,10 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, UNAVAILABLE, cell_rows, run_rows
 
-from djinn_lib.analysis.plots import latency as plots
-from djinn_lib.analysis.plots.latency import phase_means_ms
+from djinn_lib.analysis.plots.latency import (
+    bytes_loaded,
+    latency_breakdown,
+    latency_cdf,
+    phase_means_ms,
+)
 from djinn_lib.analysis.plots.pace import decode_pace
-from djinn_lib.analysis.plots.sensitivity import hit_table, speedup_table
+from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
     MODEL_COLORS,
     SYSTEM_STYLE,
@@ -21,9 +25,14 @@ from djinn_lib.analysis.plots.style import (
     model_colors,
     order_systems,
     sample_note,
+    save_figure,
     system_look,
 )
-from djinn_lib.analysis.plots.timeline import resident_bytes
+from djinn_lib.analysis.plots.timeline import (
+    residency_over_time,
+    resident_bytes,
+    trace_timeline,
+)
 from djinn_lib.errors import RecordError
 from djinn_lib.trace import paper_trace
 
@@ -31,7 +40,7 @@ PAPER = {
     "systems": {"djinn": {"p50_total_ms": 1392, "p99_total_ms": 14905, "completed": 30}},
     "sensitivity": {"speedup": [3.07, 3.13], "hit_share": [0.53, 1.0]},
 }
-COMPARING = [plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded]
+COMPARING = [latency_cdf, latency_breakdown, bytes_loaded]
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +57,13 @@ def at_25(rows: pd.DataFrame) -> pd.DataFrame:
 def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
     sweep = rows[rows["system"].isin(["djinn", "pytorch_lru", "pytorch_pinned"])]
     return {
-        "latency_cdf": plots.latency_cdf(at_25, PAPER),
-        "latency_breakdown": plots.latency_breakdown(at_25),
+        "latency_cdf": latency_cdf(at_25, PAPER),
+        "latency_breakdown": latency_breakdown(at_25),
         "decode_pace": decode_pace(at_25),
-        "bytes_loaded": plots.bytes_loaded(at_25, 3e9, TOTAL_BYTES),
-        "sensitivity": plots.sensitivity(sweep, paper=PAPER),
-        "residency_over_time": plots.residency_over_time(at_25),
-        "trace_timeline": plots.trace_timeline(paper_trace()),
+        "bytes_loaded": bytes_loaded(at_25, 3e9, TOTAL_BYTES),
+        "sensitivity": sensitivity(sweep, paper=PAPER),
+        "residency_over_time": residency_over_time(at_25),
+        "trace_timeline": trace_timeline(paper_trace()),
     }
 
 
@@ -75,9 +84,9 @@ def test_figures_say_how_many_requests_they_rest_on():
     two = both[both["system"] != "pytorch_pinned"]
     assert sample_note(two) == "n, requests: 30 of PyTorch LRU. 150 of Djinn."
     assert sample_note(both.iloc[:0]) == ""
-    for draw in (plots.latency_cdf, plots.latency_breakdown, plots.bytes_loaded):
+    for draw in (latency_cdf, latency_breakdown, bytes_loaded):
         assert "n, requests: 150 of Djinn" in draw(both).get_supxlabel()
-    assert "at each capacity" in plots.sensitivity(sweep, "pytorch_lru").get_supxlabel()
+    assert "at each capacity" in sensitivity(sweep, "pytorch_lru").get_supxlabel()
 
 
 def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
@@ -102,7 +111,7 @@ def test_modes_are_not_mixed():
         with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
             draw(both)
     with pytest.raises(RecordError, match="rows of one mode"):
-        plots.sensitivity(both, "djinn")
+        sensitivity(both, "djinn")
 
 
 def test_no_two_systems_look_alike():
@@ -145,7 +154,7 @@ def test_byte_scale(n_bytes: int, unit: str):
 
 def test_figures_leave_matplotlib_as_it_was(at_25: pd.DataFrame):
     before, open_before = dict(mpl.rcParams), plt.get_fignums()
-    plots.latency_cdf(at_25)
+    latency_cdf(at_25)
     assert dict(mpl.rcParams) == before
     assert plt.get_fignums() == open_before
 
@@ -205,7 +214,7 @@ def test_a_system_that_no_table_knows_is_drawn(draw):
 
 
 def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
-    lines = {line.get_label(): line for line in plots.latency_cdf(at_25).axes[0].lines}
+    lines = {line.get_label(): line for line in latency_cdf(at_25).axes[0].lines}
     heights = lines["vLLM re-created\n(8 of 30 failed)"].get_ydata()
     assert heights[-1] == pytest.approx(100 * 22 / 30)
     assert lines["Djinn"].get_ydata()[-1] == 100
@@ -213,14 +222,14 @@ def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
 
 def test_cdf_passes_through_the_median():
     rows = cell_rows("djinn")
-    line = plots.latency_cdf(rows).axes[0].lines[0]
+    line = latency_cdf(rows).axes[0].lines[0]
     x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
 
 
 def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
-    assert "published" in texts(plots.latency_cdf(at_25, PAPER))
-    assert "published" not in texts(plots.latency_cdf(at_25))
+    assert "published" in texts(latency_cdf(at_25, PAPER))
+    assert "published" not in texts(latency_cdf(at_25))
 
 
 def test_phases_add_up_to_the_mean_total(at_25: pd.DataFrame):
@@ -231,7 +240,7 @@ def test_phases_add_up_to_the_mean_total(at_25: pd.DataFrame):
 
 
 def test_bytes_are_the_mean_over_repeats():
-    once, thrice = (plots.bytes_loaded(cell_rows("djinn", repeats=n)) for n in (1, 3))
+    once, thrice = (bytes_loaded(cell_rows("djinn", repeats=n)) for n in (1, 3))
     widths = [figure.axes[0].patches[0].get_width() for figure in (once, thrice)]
     assert widths[0] == pytest.approx(widths[1])
 
@@ -242,36 +251,14 @@ def test_bytes_lines_say_their_value(figures: dict[str, Figure]):
     assert "every model once: 1.25 GiB" in shown
 
 
-def test_speedup_is_a_ratio_of_medians_inside_its_interval(rows: pd.DataFrame):
-    table = speedup_table(rows, "pytorch_pinned")
-    medians = rows[rows["ok"]].groupby(["capacity_label", "system"])["total_ms"].median()
-    for row in table.itertuples():
-        expected = medians[row.capacity_label, "pytorch_pinned"]
-        expected /= medians[row.capacity_label, row.system]
-        assert row.speedup == pytest.approx(expected)
-        assert row.low <= row.speedup <= row.high
-        slow, fast = (
-            rows[(rows["system"] == system) & (rows["capacity_label"] == row.capacity_label)]
-            for system in ("pytorch_pinned", row.system)
-        )
-        before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (slow, fast)]
-        assert row.up_to_decoding == pytest.approx(before[0] / before[1])
-    assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
-
-
-def test_a_failed_request_is_not_a_hit():
-    rows = cell_rows("vllm_recreate")  # all its failed rows have loaded_bytes == 0
-    assert hit_table(rows)["hit"].tolist() == [0.0]
-
-
 def test_sensitivity_needs_its_baseline():
     with pytest.raises(RecordError, match="rows of the baseline 'pytorch_pinned'"):
-        plots.sensitivity(cell_rows("djinn"))
+        sensitivity(cell_rows("djinn"))
 
 
 def test_sensitivity_needs_rows(rows: pd.DataFrame):
     with pytest.raises(RecordError, match="got none"):
-        plots.sensitivity(rows.iloc[:0])
+        sensitivity(rows.iloc[:0])
 
 
 def test_sensitivity_marks_what_was_published(figures: dict[str, Figure]):
@@ -280,7 +267,7 @@ def test_sensitivity_marks_what_was_published(figures: dict[str, Figure]):
 
 def test_residency_bars_add_up_to_the_reported_bytes():
     rows = cell_rows("djinn")
-    held = plots.residency_over_time(rows).axes[0]
+    held = residency_over_time(rows).axes[0]
     scale, _ = byte_scale(CAPACITIES["25"])
     drawn = sum(bar.get_height() for bar in held.patches)
     assert drawn * scale == pytest.approx(resident_bytes(rows).to_numpy().sum())
@@ -289,7 +276,7 @@ def test_residency_bars_add_up_to_the_reported_bytes():
 
 def test_residency_hatches_exactly_the_partial_models():
     rows = cell_rows("djinn")
-    held = plots.residency_over_time(rows).axes[0]
+    held = residency_over_time(rows).axes[0]
     table = resident_bytes(rows)
     partial = sum(((table[m] > 0) & (table[m] < size)).sum() for m, size in SIZES.items())
     hatched = [bar for bar in held.patches if bar.get_hatch() and bar.get_height() > 0]
@@ -298,10 +285,10 @@ def test_residency_hatches_exactly_the_partial_models():
 
 def test_residency_of_a_system_that_does_not_report_says_so():
     assert "does not report residency" in texts(
-        plots.residency_over_time(cell_rows("pytorch_pinned"), "pytorch_pinned")
+        residency_over_time(cell_rows("pytorch_pinned"), "pytorch_pinned")
     )
     assert "does not report residency" in texts(
-        plots.residency_over_time(cell_rows("vllm_sleep"), "vllm_sleep")
+        residency_over_time(cell_rows("vllm_sleep"), "vllm_sleep")
     )
 
 
@@ -309,17 +296,17 @@ def test_residency_leaves_failed_requests_blank():
     rows = cell_rows("djinn")
     rows.loc[5, ["ok", "error_kind", "resident_bytes"]] = [False, "oom", "{}"]
     assert resident_bytes(rows).loc[5].isna().all()
-    assert "1 of 30 requests failed" in texts(plots.residency_over_time(rows))
+    assert "1 of 30 requests failed" in texts(residency_over_time(rows))
 
 
 def test_residency_of_a_system_that_was_not_run_says_what_was():
-    figure = plots.residency_over_time(cell_rows("djinn"), "nobody")
+    figure = residency_over_time(cell_rows("djinn"), "nobody")
     assert "No rows of 'nobody' here, only of: djinn." in texts(figure)
 
 
 def test_residency_needs_rows(rows: pd.DataFrame):
     with pytest.raises(RecordError, match="got none"):
-        plots.residency_over_time(rows.iloc[:0])
+        residency_over_time(rows.iloc[:0])
 
 
 def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
@@ -330,8 +317,8 @@ def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
 
 
 def test_saved_files_are_the_same_bytes_every_time(tmp_path, at_25: pd.DataFrame):
-    first = plots.save_figure(plots.latency_cdf(at_25), tmp_path / "a", "cdf")
-    second = plots.save_figure(plots.latency_cdf(at_25), tmp_path / "b", "cdf")
+    first = save_figure(latency_cdf(at_25), tmp_path / "a", "cdf")
+    second = save_figure(latency_cdf(at_25), tmp_path / "b", "cdf")
     assert [p.name for p in first] == ["cdf.pdf", "cdf.png"]
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
@@ -339,14 +326,14 @@ def test_saved_files_are_the_same_bytes_every_time(tmp_path, at_25: pd.DataFrame
 
 
 def test_saved_pdf_has_truetype_text_and_no_date(tmp_path, at_25: pd.DataFrame):
-    pdf = plots.save_figure(plots.latency_breakdown(at_25), tmp_path, "x")[0].read_bytes()
+    pdf = save_figure(latency_breakdown(at_25), tmp_path, "x")[0].read_bytes()
     assert b"/CreationDate" not in pdf
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
 
 
 def test_saved_png_is_opaque_at_200_dpi(tmp_path, at_25: pd.DataFrame):
-    figure = plots.latency_breakdown(at_25)
-    image = plt.imread(plots.save_figure(figure, tmp_path, "x")[1])
+    figure = latency_breakdown(at_25)
+    image = plt.imread(save_figure(figure, tmp_path, "x")[1])
     assert image.shape[1] == round(200 * figure.get_figwidth())
     assert (image[..., 3] == 1).all() if image.shape[2] == 4 else True
     assert (image[0, 0, :3] == 1).all()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from row_factory import MIB, SIZES, UNAVAILABLE, cell_rows
-from run_factory import MACHINE
+from run_factory import GPU_MACHINE, MACHINE, run_of
 
 from djinn_lib.analysis.tables import (
+    as_text,
     cell_table,
     facts_table,
-    machine_names,
-    machine_numbers,
     machines_table,
     request_table,
     trace_table,
@@ -31,44 +31,28 @@ def test_facts_are_in_units_for_people():
     assert "versions" not in facts
 
 
-def manifest(started: str, **facts: object) -> dict:
-    return {"started_at_utc": started, "machine": {**MACHINE, **facts}}
-
-
-def test_machines_are_numbered_by_their_first_cell():
-    cells = {
-        "b": manifest("2026-11-24T07:00", eager_operator_us=4.9, versions={"ray": "2.60.0"}),
-        "a": manifest("2026-11-24T08:00", eager_operator_us=3.5),
-        "c": manifest("2026-11-24T09:00", eager_operator_us=4.9),
-    }
-    assert machine_numbers(cells) == {"b": 1, "a": 2, "c": 1}
-    table = machines_table(cells)
-    assert table["cells"].to_dict() == {1: 2, 2: 1}
-    assert table["eager operator (µs)"].to_dict() == {1: 4.9, 2: 3.5}
-
-
-def test_machines_are_called_as_in_machine_json():
-    cells = {
-        "b": manifest("2026-11-24T07:00", eager_operator_us=4.9, versions={"ray": "2.60.0"}),
-        "a": manifest("2026-11-24T08:00", eager_operator_us=3.5),
-        "c": manifest("2026-11-24T09:00", eager_operator_us=6.5),
-    }
-    assert machine_names(cells) == {1: "1", 2: "2", 3: "3"}
-    listed = [
-        {"part": "tuesday", "machine": {**MACHINE, "eager_operator_us": 3.5}},
-        {"part": "monday", "machine": {**MACHINE, "eager_operator_us": 4.9}},
-        {"part": "monday again", "machine": {**MACHINE, "eager_operator_us": 4.9}},
-    ]
-    names = machine_names(cells, listed)
-    assert names == {1: "monday", 2: "tuesday", 3: "3"}  # one is not in the list
-    assert list(machines_table(cells, names).index) == ["monday", "tuesday", "3"]
-
-
-def test_machines_of_older_runs_lack_the_operator():
-    cells = {"a": {"started_at_utc": "2026", "machine": dict(MACHINE)}}
-    del cells["a"]["machine"]["eager_operator_us"]
-    table = machines_table(cells)
+def test_machines_have_their_measures_and_their_cells():
+    run = run_of(pd.concat([cell_rows("djinn"), cell_rows("pytorch_lru")]))
+    one, other = run.manifests.values()
+    later = {**other, "machine": {**GPU_MACHINE, "eager_operator_us": 9.0},
+             "started_at_utc": "2026-11-30", "stolen_share": 0.125}  # fmt: skip
+    table = machines_table(replace(run, manifests={"a": later, "b": one}))
+    assert list(table.index) == ["1", "2"] and list(table["cells"]) == [1, 1]
+    assert list(table["eager operator (µs)"]) == [3.5, 9.0]
+    assert list(table["d2h_rate (GB/s)"]) == [6.0, 6.0]
+    assert list(table["time of others (%)"]) == [0.0, 12.5]
+    older = {name: value for name, value in GPU_MACHINE.items() if name != "eager_operator_us"}
+    table = machines_table(replace(run, manifests={"b": {**one, "machine": older}}))
     assert table["eager operator (µs)"].isna().all() and list(table["cells"]) == [1]
+
+
+def test_texts_have_three_digits_and_say_where_nothing_is():
+    table = pd.DataFrame({"ms": [1234.5, 0.123456, math.nan], "n": [9000, 1, 2],
+                          "ok": [True, False, True], "why": ["", "late", ""]})  # fmt: skip
+    assert as_text(table).to_dict("list") == {
+        "ms": ["1,234", "0.123", "-"], "n": ["9,000", "1", "2"],
+        "ok": ["yes", "no", "yes"], "why": ["-", "late", "-"],
+    }  # fmt: skip
 
 
 def test_a_trace_is_counted():

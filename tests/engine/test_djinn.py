@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import djinn_lib as dj
 from djinn_lib import ModelSpec
-from djinn_lib.engine.memory.devices import copier
-from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES
+from djinn_lib.engine.memory.devices import base
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.memory.policies import POLICIES
 from djinn_lib.errors import (
     CapacityError,
@@ -122,10 +122,10 @@ def test_lookup_tables_stay_in_the_host(folders):
             assert g.loaded_bytes == int(djinn.residency().resident_bytes[0])
         with host.lease("m") as model:
             table = model.get_input_embeddings().weight
-            master = host.pool.layout("m").views(host.pool.master("m"))
+            master = host.masters.layout("m").views(host.masters.master("m"))
             assert table.data_ptr() == master["model.embed_tokens.weight"].data_ptr()
             assert model.lm_head.weight.data_ptr() != master["lm_head.weight"].data_ptr()
-        assert abs(host.pool.n_bytes - ring.pool.n_bytes) < ALIGNMENT_BYTES
+        assert abs(host.masters.n_bytes - ring.masters.n_bytes) < ALIGNMENT_BYTES
 
 
 def test_places_of_lookup_tables(folders, tmp_path):
@@ -175,7 +175,7 @@ def test_a_generation_tells_what_it_cost(folders):
 
 @pytest.mark.parametrize("decode", ["eager", "graph"])
 def test_what_a_prefill_waits_for_is_part_of_the_switch(folders, monkeypatch, decode):
-    real = copier.copy_page
+    real = base.copy_page
 
     def slow(target, source):
         time.sleep(0.002)
@@ -184,7 +184,7 @@ def test_what_a_prefill_waits_for_is_part_of_the_switch(folders, monkeypatch, de
     with dj.Djinn("1MiB", page=PAGE, decode=decode, max_model_len=40) as djinn:
         djinn.add("m", folders / "llama")
         djinn.evict("m")
-        monkeypatch.setattr(copier, "copy_page", slow)
+        monkeypatch.setattr(base, "copy_page", slow)
         g = djinn.generate("m", PROMPT, 4, ignore_eos=True)
     assert 20 < g.stall_ms <= g.switch_ms <= g.ttft_ms
 
@@ -278,7 +278,7 @@ def test_a_failed_copy_fails_one_request_only(folders, monkeypatch):
             raise OSError(5, "Input/output error")
         target.copy_(source)
 
-    monkeypatch.setattr(copier, "copy_page", fail_once)
+    monkeypatch.setattr(base, "copy_page", fail_once)
     with dj.Djinn("1MiB", page=PAGE) as djinn:
         djinn.add("m", folders / "llama")
         with pytest.raises(DjinnError, match="try the request again"):

@@ -27,7 +27,7 @@ SCENARIOS = [
     ["nothing_leaks"],
     ["graph_after_remapping"],
     ["failing_copy"],
-    ["copier_contract"],
+    ["device_contract"],
     ["weights_after_the_lease"],
     ["positions"],
     ["too_much"],

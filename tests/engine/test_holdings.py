@@ -193,7 +193,7 @@ METHODS = {
     "check": lambda djinn: djinn.check(),
     "overlap": lambda djinn: djinn.overlap,
     "overlap=": lambda djinn: setattr(djinn, "overlap", False),
-    "pool": lambda djinn: djinn.pool,
+    "pool": lambda djinn: djinn.masters,
     "kv_cache_bytes": lambda djinn: djinn.kv_cache_bytes,
     "capacity_bytes": lambda djinn: djinn.capacity_bytes,
 }

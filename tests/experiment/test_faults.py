@@ -18,7 +18,7 @@ from tiny import PROMPT, ordinary_tokens, spec
 from tiny_run import SYSTEMS, cell_of, copied, prepare
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier, host_memory
+from djinn_lib.engine.memory.devices import base, host
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
 from djinn_lib.experiment import cell_record
 from djinn_lib.experiment.bench import Bench
@@ -217,7 +217,7 @@ def test_a_failed_copy_leaks_nothing(monkeypatch, nothing_leaks):
             assert djinn.generate("m", PROMPT, 2).token_ids
             djinn.check()
 
-    monkeypatch.setattr(copier, "copy_page", fail_once)
+    monkeypatch.setattr(base, "copy_page", fail_once)
     use()
     with nothing_leaks():
         use()
@@ -243,7 +243,7 @@ class FakeRuntime:
 @pytest.mark.parametrize("fails", ["nothing", "pinning", "reading", "binding"])
 def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
     runtime = FakeRuntime(refuse=fails == "pinning")
-    monkeypatch.setattr(host_memory, "_cudart", lambda: runtime)
+    monkeypatch.setattr(host, "_cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with dj.Djinn("1MiB", page="16KiB") as djinn:
         djinn._pool._pin = True
@@ -257,7 +257,7 @@ def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
         else:
             with pytest.raises((CapacityError, torch.OutOfMemoryError)):
                 djinn.add("m", spec("llama"))
-            assert (runtime.pinned, djinn.pool.n_bytes) == (set(), 0)
+            assert (runtime.pinned, djinn.masters.n_bytes) == (set(), 0)
             assert list(djinn._pager.ring.models) == []
     assert runtime.pinned == set()
 

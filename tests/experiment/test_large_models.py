@@ -10,7 +10,7 @@ from tiny import CONFIGS, PROMPT, spec
 
 from djinn_lib.analysis.plots import large_models as plot_large
 from djinn_lib.analysis.plots import switches as plot_switches
-from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec, skeleton
@@ -124,7 +124,7 @@ def test_plain_weights_are_seeded_and_need_no_second_copy():
     config = {**CONFIGS["llama"].to_dict(), "initializer_range": 0.1}
     made = []
     for _ in range(2):
-        pool, opened = SwapPool(), open_source(ModelSpec(config, "float32", 7, init="plain"))
+        pool, opened = HostMasters(), open_source(ModelSpec(config, "float32", 7, init="plain"))
         layout, _ = pack(opened.module)
         pool.add("m", layout, opened.fill)
         made.append((pool.sha256("m"), layout.views(pool.master("m"))))

@@ -14,7 +14,6 @@ from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
 from djinn_lib import replacing
-from djinn_lib.analysis.replicates import read_replicates
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
@@ -111,7 +110,7 @@ def test_machine_json_tells_of_every_machine(parts, tmp_path):
     assert state["machine"]["eager_operator_us"] == 2.5
     assert [(m["part"], len(m["cells"])) for m in state["machines"]] == [("one", 2), ("two", 1)]
     assert state["machines"][1]["machine"]["link_rate_bytes_per_s"] == 10e9
-    table = machines_table(load_run(tmp_path / "run").manifests)
+    table = machines_table(load_run(tmp_path / "run"))
     assert list(table["link_rate (GB/s)"]) == [8.0, 10.0] and list(table["cells"]) == [2, 1]
 
 
@@ -147,7 +146,8 @@ def test_of_a_cell_in_two_parts_the_later_whole_one_is_taken(tmp_path, capsys, f
     other = "early" if taken == "later" else "later (2026-11-25T06:00, 3 of 30 requests failed)"
     assert f"taken from {taken}" in said and f"also run: {other}" in said
     notes = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")["notes"]
-    rows, manifests = read_replicates(tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    rows, manifests = run.replicates, run.replicate_manifests
     if taken == "early":  # one that failed requests is not kept, and that is said
         assert any(f"left out: {other}" in note for note in notes) and rows.empty
     else:
@@ -167,11 +167,11 @@ def test_replicates_go_on_into_the_next_merge_once(tmp_path, capsys):
     change_manifest(last, "djinn", started_at_utc="2026-11-26T06:00:00+00:00", run_id="last")
     (cell,) = merge(tmp_path / "run", [tmp_path / "half", early, last])
     assert cell.manifest["run_id"] == "last"
-    rows, manifests = read_replicates(tmp_path / "run")
-    assert set(manifests) == {"later", "paper-25-djinn-test"} and len(rows) == 60
     run = load_run(tmp_path / "run")
-    assert run.machine_numbers == {"paper-25-djinn": 2, "later": 2, "paper-25-djinn-test": 1}
-    assert list(machines_table(run.all_manifests)["cells"]) == [1, 2]
+    rows, manifests = run.replicates, run.replicate_manifests
+    assert set(manifests) == {"later", "paper-25-djinn-test"} and len(rows) == 60
+    assert run.machine_numbers == {"last": 2, "later": 2, "paper-25-djinn-test": 1}
+    assert list(machines_table(run)["cells"]) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_replicates_go_on_into_the_next_merge_once(tmp_path, capsys):
         ({"parameters": {"page_bytes": 1 << 20, "new_tokens": 7}}, "parameter new_tokens"),
         ({"trace_sha256": "f" * 64}, "sha256 of the trace paper"),
         ({"git_commit": "fedcba98"}, "commit: 0123456789abcdef in one .*fedcba98 in two"),
-        ({"git_dirty": True}, "changes beside the commit"),
+        ({"git_dirty": True}, "uncommitted changes"),
         ({"machine": {**GPU_MACHINE, "device_name": "Other GPU"}}, "device_name: Test GPU"),
         (
             {"machine": {**GPU_MACHINE, "versions": {**GPU_MACHINE["versions"], "driver": "590"}}},

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import djinn_lib as dj
 from djinn_lib.analysis.plots.timeline import residency_over_time
 from djinn_lib.analysis.validation import looking_ahead
-from djinn_lib.engine.memory.masters import Layout, SwapPool
+from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, POLICIES
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
@@ -38,7 +39,7 @@ def test_every_request_loads_what_the_pager_loads(policy, residency):
     rng, page = random.Random(1), 4096
     sizes = {name: rng.randint(1, 9) * page - rng.randint(0, page - 1) for name in "abcdef"}
     requests = rng.choices("abcdef", k=150)
-    pool = SwapPool()
+    pool = HostMasters()
     for name, n_bytes in sizes.items():
         pool.add(name, Layout.pack([("w", (n_bytes,), torch.uint8)]), lambda views: None)
     pager = Pager(pool, 16 * page, page, torch.device("cpu"), policy, residency)
@@ -47,8 +48,10 @@ def test_every_request_loads_what_the_pager_loads(policy, residency):
     measured = []
     for name in requests:
         with pager.lease(name) as lease:
-            pager.finish(name)
-        measured.append((lease.resident_before_bytes, lease.loaded_bytes, lease.evicted_bytes))
+            pager.block_until_loaded(name)
+        measured.append(
+            (lease.stats.resident_before_bytes, lease.stats.loaded_bytes, lease.stats.evicted_bytes)
+        )
     pager.close()
     rows = simulate(requests, sizes, 16 * page, policy, page_bytes=page, residency=residency)
     columns = ["resident_before_bytes", "loaded_bytes", "evicted_bytes"]
@@ -212,6 +215,7 @@ def test_fleets():
         fleet(0)
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_request_does_not_depend_on_their_number():
     command = [sys.executable, str(REPO / "benchmarks" / "simulator.py"), "--one"]
     small, large = (

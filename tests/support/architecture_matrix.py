@@ -13,12 +13,15 @@ import argparse
 import contextlib
 import json
 import logging
+import multiprocessing
+import os
 import resource
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +166,33 @@ def _words(error: BaseException) -> str:
 
 
 def judge_apart(name: str) -> dict[str, str]:
-    """`judge` in a process of its own, with limits; what ends it is a verdict too."""
-    command = [sys.executable, __file__, "--one", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=_limit)
-    if done.returncode:
-        return dict.fromkeys(MODES, f"DIED: status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """`judge` in a process of its own, with limits; what ends it is a verdict too.
+
+    It is forked off a server that has imported everything, and has computed nothing: the threads of
+    a process that has computed do not survive a fork.
+    """
+    receiving, sending = _SERVER.Pipe(duplex=False)
+    child = _SERVER.Process(target=_judge_for, args=(name, sending))
+    child.start()
+    sending.close()
+    verdicts = {}
+    with receiving, contextlib.suppress(EOFError):
+        verdicts = receiving.recv()
+    child.join()
+    return verdicts or dict.fromkeys(MODES, f"DIED: status {child.exitcode}")
 
 
-def _limit() -> None:
+def _judge_for(name: str, sending: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_S, LIMIT_CPU_S))
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    sending.send(judge(name))
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["architecture_matrix"])
 
 
 def is_good(verdict: str) -> bool:
@@ -241,24 +260,17 @@ def main() -> int:
     """Judge some architectures, or all and write the results; returns how many are bad."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--one", help="judge this one in this process, and print JSON")
-    arguments = parser.parse_args()
-    names = arguments.names
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    if arguments.one:
-        print(json.dumps(judge(arguments.one)))
-        return 0
-    n_bad, results = 0, {}
-    for name in names or architectures.NAMES:
-        results[name] = judge_apart(name)
-        for mode, verdict in results[name].items():
-            if not is_good(verdict):
-                n_bad += 1
-            print(f"{name:22} {mode:22} {verdict}", flush=True)
-    if not names:
+    names = parser.parse_args().names or architectures.NAMES
+    results: dict[str, dict[str, str]] = {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for name, verdicts in zip(names, threads.map(judge_apart, names), strict=True):
+            results[name] = verdicts
+            for mode, verdict in verdicts.items():
+                print(f"{name:22} {mode:22} {verdict}", flush=True)
+    if names is architectures.NAMES:
         write(results)
+    n_bad = sum(not is_good(v) for verdicts in results.values() for v in verdicts.values())
+    print(f"{len(results)} architectures, {n_bad} verdicts of them bad")
     return n_bad
 
 

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from djinn_lib.engine.memory.masters import Layout
+from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.fleet.client import RingModel
 from djinn_lib.fleet.connection import Connection
 

@@ -15,13 +15,13 @@ from unittest import mock
 
 import pynvml
 import torch
-from copier_contract import CONTRACT
+from device_contract import CONTRACT
 from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PhiConfig
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.eager import generate_eager
-from djinn_lib.engine.memory.devices import copier
-from djinn_lib.engine.memory.devices.address_space_cuda import CudaAddressSpace
+from djinn_lib.engine.memory.devices import base
+from djinn_lib.engine.memory.devices.cuda import CudaAddressSpace
 from djinn_lib.errors import CapacityError, DjinnError, LeaseError
 
 PAGE = 2 << 20
@@ -267,7 +267,7 @@ def tables_in_the_host():
             tokens[place] = djinn.generate("a", PROMPT, 20, ignore_eos=True).token_ids
             djinn.evict("a")
             assert djinn.generate("a", PROMPT, 20, ignore_eos=True).token_ids == tokens[place]
-            master = djinn.pool.layout("a").views(djinn.pool.master("a"))
+            master = djinn.masters.layout("a").views(djinn.masters.master("a"))
             with djinn.lease("a") as model:
                 table = model.get_input_embeddings().weight
                 rows, address = table[torch.tensor(ids, device=CUDA)].cpu(), table.data_ptr()
@@ -360,7 +360,7 @@ def graph_after_remapping():
 
 def failing_copy():
     """A copy that fails midway fails one request; the next one works."""
-    real, calls = copier.copy_page, []
+    real, calls = base.copy_page, []
 
     def fail_once(target, source):
         calls.append(1)
@@ -372,7 +372,7 @@ def failing_copy():
     expected = undisturbed_tokens(spec)
     with dj.Djinn(100 << 20, "cuda", page=PAGE, decode="eager") as djinn:
         djinn.add("a", spec)
-        copier.copy_page = fail_once
+        base.copy_page = fail_once
         try:
             djinn.generate("a", PROMPT, 2)
             raise AssertionError("expected the request to fail")
@@ -382,8 +382,8 @@ def failing_copy():
         djinn.check()
 
 
-def copier_contract():
-    """What the copier of the CPU promises, in the same words."""
+def device_contract():
+    """What the CPU promises, in the same words."""
     for name, promise in CONTRACT.items():
         promise(CUDA)
         torch.cuda.synchronize()
@@ -479,7 +479,7 @@ SCENARIOS = {
         nothing_leaks,
         graph_after_remapping,
         failing_copy,
-        copier_contract,
+        device_contract,
         weights_after_the_lease,
         positions,
         too_much,

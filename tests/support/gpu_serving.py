@@ -156,7 +156,7 @@ def masters_on_disk(device: str = "cuda") -> None:
         for name, future in zip(names, pending, strict=True):
             assert future.result(120).token_ids == expected[name], name
         djinn.check()
-        assert djinn.pool.n_bytes < sum(djinn.residency().bytes)
+        assert djinn.masters.n_bytes < sum(djinn.residency().bytes)
 
 
 def main() -> None:

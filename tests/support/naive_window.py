@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 
-from djinn_lib.engine.memory.masters import Extents
+from djinn_lib.engine.memory.layout import Extents
 
 
 def one_after_another(sizes: Sequence[int], begin: int = 0) -> list[Extents]:

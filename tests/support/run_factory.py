@@ -94,6 +94,15 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
     (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
 
 
+def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
+    """A run of rows alone, with a manifest for each run id and the paper's trace; no files."""
+    manifests = {}
+    for _, row in rows.drop_duplicates("run_id").iterrows():
+        cell = f"{row['trace']}-{row['capacity_label']}-{row['system']}"
+        manifests[row["run_id"]] = _manifest(cell, row, machine)
+    return Run(Path(), rows, machine, {"paper": paper_trace(tuple(SIZES))}, manifests)
+
+
 def on_another_machine(
     run: Run, system: str, cell: str = "paper-25-{}", **changed: Callable[[pd.Series], pd.Series]
 ) -> Run:
@@ -142,5 +151,7 @@ def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
         "started_at_utc": "2026-11-23T06:00:00+00:00",
         "wall_s": 10.0,
         "setup_s": 1.0,
+        "stolen_share": None,
+        "host_loop_us": [],
         "notes": [],
     }

@@ -13,7 +13,7 @@ import pytest
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
-from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.arrivals import send
@@ -77,7 +77,12 @@ def capacity_bytes(models):
     return sizes[-1] + sizes[-2] // 2
 
 
-@pytest.fixture(params=VARIANTS, ids=ids_of, scope="module")
+def marked(variant):
+    """Ray takes a minute to start its actors again and again."""
+    return pytest.param(variant, marks=[pytest.mark.slow] if variant[0] == "ray_actors" else [])
+
+
+@pytest.fixture(params=map(marked, VARIANTS), ids=ids_of, scope="module")
 def system(request, models, capacity_bytes):
     name, options = request.param
     cls = system_class(name)

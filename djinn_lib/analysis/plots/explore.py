@@ -31,14 +31,6 @@ N_REQUESTS = 300
 SCREEN_DPI = 110
 TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
 CHOICES = [*POLICIES, "oracle"]
-LABELS = {
-    "capacity_gib": "capacity, GiB",
-    "n_models": "models",
-    "alpha": "skew",
-    "link_gb_per_s": "link, GB/s",
-    "policy": "policy",
-    "traffic": "traffic",
-}
 
 
 def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:

@@ -14,7 +14,8 @@ from djinn_lib.analysis.plots.style import (
     require_rows,
     styled,
 )
-from djinn_lib.experiment.large_results import SYSTEMS, shares
+from djinn_lib.analysis.results import large_table
+from djinn_lib.experiment.large_results import SYSTEMS
 from djinn_lib.units import three_digits
 
 _LABELS = {
@@ -35,19 +36,21 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
         RecordError: there are no rows.
     """
     require_rows(rows, "models larger than the ring")
-    table, models = shares(rows), list(rows["model"].unique())
+    models = list(rows["model"].unique())
+    link_ms = large_table(rows)["these at the link's rate (ms)"]
     figure, grid = plt.subplots(
         len(models), 1, figsize=(COLUMN_IN, 0.35 + 1.15 * len(models)), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     notes = []
     for model, axes in zip(models, grid[:, 0], strict=True):
-        part = table[table.model == model].set_index("system")
-        shown = [system for system in SYSTEMS if system in part.index]
+        part = rows[rows.model == model]
+        shown = [system for system in SYSTEMS if system in set(part.system)]
         for y, system in enumerate(shown):
-            values = rows[(rows.model == model) & (rows.system == system)].ms_per_token.dropna()
+            own = part[part.system == system]
+            values = own.ms_per_token.dropna()
             if values.empty:
-                notes.append(f"{model}, {_LABELS[system]}: {part.error[system]}")
+                notes.append(f"{model}, {_LABELS[system]}: {own.error.max()}")
                 continue
             axes.barh(y, values.median(), color=_COLORS[system], height=0.62)
             axes.plot(values, [y] * len(values), ".", color="black", markersize=2.5)
@@ -55,13 +58,17 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
                 f"{three_digits(values.median())} ms", (values.max(), y), (4, 0), va="center",
                 textcoords="offset points", fontsize=SMALL_PT,
             )  # fmt: skip
-        link_ms = part.link_ms.get("djinn", float("nan"))
-        axes.axvline(link_ms, color="#D55E00", linewidth=1.0, linestyle="--")
+        axes.axvline(
+            link_ms.get((model, "djinn"), float("nan")),
+            color="#D55E00",
+            linewidth=1.0,
+            linestyle="--",
+        )
         axes.set_yticks(range(len(shown)), [_LABELS[system] for system in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.margins(x=0.25)
         axes.set_xlim(left=0)
-        case = rows[rows.model == model].iloc[0]
+        case = part.iloc[0]
         scale, unit = byte_scale(case.model_bytes)
         sizes = (case.model_bytes / scale, case.capacity_bytes / scale)
         axes.set_title(f"{model}: {sizes[0]:.3g} {unit} in {sizes[1]:.3g} {unit}")

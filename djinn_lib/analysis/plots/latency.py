@@ -1,4 +1,4 @@
-"""Every figure of the evaluation, drawn from rows alone; each function returns a Figure.
+"""Figures of one trace at one capacity: latencies, where the time goes, which bytes move.
 
 A system that failed requests, or that cannot run on the machine at hand, is drawn or named as such:
 no figure drops one in silence.
@@ -18,7 +18,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     PHASE_COLORS,
@@ -29,24 +28,12 @@ from djinn_lib.analysis.plots.style import (
     order_systems,
     require_one_cell_each,
     sample_note,
-    save_figure,
     split_unavailable,
     styled,
     system_look,
     unavailable_notes,
 )
-from djinn_lib.analysis.plots.timeline import residency_over_time, trace_timeline
 from djinn_lib.metrics import prefill_ms, served
-
-__all__ = [
-    "bytes_loaded",
-    "latency_breakdown",
-    "latency_cdf",
-    "residency_over_time",
-    "save_figure",
-    "sensitivity",
-    "trace_timeline",
-]
 
 
 @styled

@@ -26,8 +26,9 @@ from djinn_lib.analysis.plots.style import (
     system_look,
     unavailable_notes,
 )
+from djinn_lib.analysis.results import hit_table, speedup_table
 from djinn_lib.errors import RecordError
-from djinn_lib.metrics import HIT_MS, mean_before_decode_ms, ratio_of_medians, served
+from djinn_lib.metrics import HIT_MS
 
 _RING: dict[str, Any] = {"markersize": 8.5, "markerfacecolor": "none", "linestyle": ":"}
 
@@ -73,40 +74,6 @@ def sensitivity(
     figure.legend(handles=handles, loc="outside upper center", ncols=n_columns)
     footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
-
-
-def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return the ratio of median total latencies, baseline over system, with its 95% interval.
-
-    One row for each capacity label and system, over the requests that each served. Column
-    `up_to_decoding` is the ratio of the mean latencies without the decode.
-    """
-    cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
-    labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
-    found = []
-    for system in order_systems(rows["system"]):
-        for label in labels:
-            if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
-                continue
-            slow, fast = cells[label, baseline], cells[label, system]
-            medians = ratio_of_medians(slow["total_ms"], fast["total_ms"])
-            means = mean_before_decode_ms(slow) / mean_before_decode_ms(fast)
-            found.append((system, label, *medians, means))
-    columns = ["system", "capacity_label", "speedup", "low", "high", "up_to_decoding"]
-    return pd.DataFrame(found, columns=columns)
-
-
-def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, per capacity label and system, the percentage of all requests that hit.
-
-    `hit` loaded no byte; `fast` is the paper's measure: a switch of less than 10 ms. A failed
-    request is neither.
-    """
-    marked = rows.assign(
-        hit=100.0 * (rows["ok"] & (rows["loaded_bytes"] == 0)),
-        fast=100.0 * (rows["ok"] & (rows["switch_ms"] < HIT_MS)),
-    )
-    return marked.groupby(["system", "capacity_label"])[["hit", "fast"]].mean().reset_index()
 
 
 def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from djinn_lib.analysis.batching import split_unbatched
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     footnote,
@@ -23,6 +22,7 @@ from djinn_lib.analysis.plots.style import (
     system_look,
     unavailable_notes,
 )
+from djinn_lib.analysis.selection import COULD_NOT_BATCH
 from djinn_lib.metrics import attempted, later_touches
 
 _LEAST_MS = 0.01  # where a logarithmic axis begins; what is less is drawn there
@@ -41,7 +41,10 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
     """
     figure, (left, right) = _two_panels()
-    fair, left_out = split_unbatched(concurrent)
+    unfair = concurrent["system"].isin(COULD_NOT_BATCH) & (
+        concurrent["error_kind"] != "unavailable"
+    )
+    fair, left_out = concurrent[~unfair], _left_out(concurrent.loc[unfair, "system"])
     _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
     _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
@@ -63,6 +66,12 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
     _finish(figure, left, right, "total latency of a request (ms, log scale)")
     return figure
+
+
+def _left_out(systems: pd.Series) -> list[str]:
+    names = [system_look(system).label for system in order_systems(systems)]
+    why = "vLLM batches by default, and was given one request at a time"
+    return [f"Left out: {', '.join(names)} ({why})."] if names else []
 
 
 def _two_panels() -> tuple[Figure, Sequence[Axes]]:

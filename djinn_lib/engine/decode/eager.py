@@ -29,8 +29,8 @@ from djinn_lib.engine.decode.generation_options import ensure_generates, mode_of
 from djinn_lib.engine.decode.positions import check_positions
 from djinn_lib.engine.decode.rotations import forget_lengths
 from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
-from djinn_lib.engine.memory.lease import Lease
-from djinn_lib.engine.memory.masters import Extents
+from djinn_lib.engine.memory.layout import Extents
+from djinn_lib.engine.memory.lease import LeaseStats
 from djinn_lib.engine.models.hooks import Hook
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.engine.prompts import read_ids
@@ -75,19 +75,19 @@ class Generation:
 
     @classmethod
     def of(
-        cls, tokens: Tokens, text: str | None, lease: Lease, queue_s: float, lead_s: float
+        cls, tokens: Tokens, text: str | None, stats: LeaseStats, queue_s: float, lead_s: float
     ) -> Generation:
         """Add up a request: `lead_s` seconds, the queue included, passed before its computation."""
         return cls(
             tokens.token_ids,
             text,
-            lease.loaded_bytes,
-            lease.evicted_bytes,
-            lease.resident_before_bytes,
-            lease.prefetched_bytes,
+            stats.loaded_bytes,
+            stats.evicted_bytes,
+            stats.resident_before_bytes,
+            stats.prefetched_bytes,
             queue_ms=queue_s * 1e3,
-            stall_ms=lease.stall_s * 1e3,
-            switch_ms=(lease.plan_s + lease.stalls.first_token_s) * 1e3,
+            stall_ms=stats.stall_s * 1e3,
+            switch_ms=stats.switch_s * 1e3,
             ttft_ms=(lead_s + tokens.first_s) * 1e3,
             decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
             total_ms=(lead_s + tokens.last_s) * 1e3,

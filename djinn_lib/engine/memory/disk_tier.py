@@ -1,7 +1,7 @@
 """Master copies on disk, of which host memory holds as many pages as it may.
 
-The number of models is then bounded by the disk alone. What the swap pool is to the device, the
-disk is to the pool: a `Ring` of host frames decides which pages of which master are in memory, a
+The number of models is then bounded by the disk alone. What host memory is to the device, the disk
+is to host memory: a `Ring` of host frames decides which pages of which master are in memory, a
 model that loses some loses its tail, and nothing is written back.
 
 Each master has a `SwapFile`, whose pages are read straight into their frames, several at a time.
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from djinn_lib.engine.memory.devices import host_memory
-from djinn_lib.engine.memory.masters import Fill, Layout, SwapPool
+from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.masters import HostMasters, Masters
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Extent, Ring, n_frames_in
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
@@ -34,7 +35,7 @@ N_READERS = 8
 
 
 class DiskTier:
-    """A `PageSource` with masters on disk and a host memory of `capacity_bytes` before it.
+    """`Masters` on disk, and a host memory of `capacity_bytes` before it.
 
     Args:
         capacity_bytes: host memory for pages of masters; rounded down to whole pages.
@@ -58,18 +59,16 @@ class DiskTier:
         self._page_bytes, self._folder, self._pin = page_bytes, Path(folder), pin
         self.ring = Ring(n_frames_in(capacity_bytes, page_bytes, "host_capacity"))
         n_bytes = self.ring.n_frames * page_bytes
-        self._frames = host_memory.allocate(
-            n_bytes, "host_capacity", "lower host_capacity", now=True
-        )
+        self._frames = host.allocate(n_bytes, "host_capacity", "lower host_capacity", now=True)
         if pin:
-            host_memory.pin(self._frames)
+            host.pin(self._frames)
         self._policy = LRU()
         self._files: dict[str, SwapFile] = {}
         self._reading: set[str] = set()
         self._n_brief = 0  # holds that are not lasting
         self._changed = threading.Condition()
         self._readers = ThreadPoolExecutor(N_READERS, "djinn-reader")
-        self._finish_copies: Callable[[str], None] = lambda model: None
+        self._block_until_copied: Callable[[str], None] = lambda model: None
         self.bytes_read = 0
 
     @property
@@ -78,13 +77,11 @@ class DiskTier:
         return self._frames.numel()
 
     def add(self, model: str, layout: Layout, fill: Fill) -> None:
-        """Write the master of `model`: `fill` gets its tensors by name and writes all of them.
-
-        A `fill` that raises leaves nothing behind.
+        """Write the master of `model`; see `Masters.add`.
 
         Raises:
-            ConfigError: the name is taken, the layout is empty, or the folder cannot be used.
-            CapacityError: the master is larger than the host memory, or the disk is full.
+            CapacityError: it is larger than the host memory, or the disk is full.
+            ConfigError: as there; or the folder cannot be used.
         """
         if model in self._files:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
@@ -113,7 +110,7 @@ class DiskTier:
             )
             if model in self._files:
                 self.ring.ensure_unleased(model)
-                self._finish_copies(model)
+                self._block_until_copied(model)
                 self.ring.remove(model)
                 self._policy.forget(model)
                 self._files.pop(model).close()
@@ -158,7 +155,7 @@ class DiskTier:
 
     def _take_frames(self, model: str) -> Extent:
         for extent in self.ring.make_room(model, self._policy):
-            self._finish_copies(extent.model)
+            self._block_until_copied(extent.model)
         missing = self.ring.map_missing(model)
         self._policy.touch(model, 0.0)
         if missing.frames:
@@ -242,9 +239,9 @@ class DiskTier:
             )
         return {}
 
-    def when_reused(self, finish_copies: Callable[[str], None]) -> None:
-        """Have `finish_copies(model)` called before frames of a model get other content."""
-        self._finish_copies = finish_copies
+    def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
+        """Have `block_until_copied(model)` called before frames of a model get other content."""
+        self._block_until_copied = block_until_copied
 
     def sha256(self, model: str) -> str:
         """Hash of the packed bytes, to compare two masters or a master with the device."""
@@ -263,15 +260,12 @@ class DiskTier:
         with self._changed:
             self._changed.wait_for(lambda: not self._reading)
             for model in list(self._files):
-                self._finish_copies(model)
+                self._block_until_copied(model)
                 self._files.pop(model).close()
         self._readers.shutdown()
         if self._pin and self._frames.numel():
-            host_memory.unpin(self._frames)
+            host.unpin(self._frames)
         self._frames = self._frames[:0].clone()
-
-
-Masters = SwapPool | DiskTier
 
 
 def open_masters(
@@ -293,7 +287,7 @@ def open_masters(
     """
     folder = None if swap_dir is None else user_path(swap_dir, "swap_dir")
     if host_capacity is None:
-        return SwapPool(pin)
+        return HostMasters(pin)
     return DiskTier(parse_bytes(host_capacity), page_bytes, folder or default_folder(), pin)
 
 

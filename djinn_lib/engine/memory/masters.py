@@ -1,121 +1,99 @@
-"""The host swap pool: the master copy of every model's weights, packed for loading.
+"""Masters: the complete copy of every model's weights, packed for loading.
 
-A master is one buffer of exactly the model's size, tensors back to back in execution order, so that
-loading the first pages is loading the first layers. Masters are filled once and only read after
-that; an eviction has nothing to save.
-
-Lookup tables can be an exception. Of a table of embeddings a token needs one row of some kilobytes,
-while the table takes a quarter of a gigabyte of every 7B model; so it can stay where it is: it lies
-behind the pages, is never loaded, and the device fetches the rows that it needs over the link.
+A master is filled once and only read after that; an eviction has nothing to save. `HostMasters`
+keeps all of them in host memory; `DiskTier` keeps them on disk, behind as much host memory as it
+may use.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from djinn_lib.engine.memory.devices import host_memory
+from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.layout import Fill, Layout
 from djinn_lib.errors import ConfigError
 
-ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own allocator, count on
 
-Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after the last), ascending
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Where one tensor lies in a packed model: `offset` and `n_bytes` in bytes from its start."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
+class Masters(Protocol):
+    """Masters by the name of their model, wherever they are kept."""
 
     @property
     def n_bytes(self) -> int:
-        """Size of the tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Host memory that they take, in bytes."""
+        ...
 
-    @property
-    def end(self) -> int:
-        """First byte after the tensor."""
-        return self.offset + self.n_bytes
+    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+        """Make the master of `model`: `fill` gets its tensors by name and writes all of them.
 
-    def view(self, packed: torch.Tensor) -> torch.Tensor:
-        """The tensor as a view of `packed`, the model's bytes (1-d uint8)."""
-        return packed[self.offset : self.end].view(self.dtype).view(self.shape)
+        A `fill` that raises leaves nothing behind.
 
+        Raises:
+            ConfigError: the name is taken, or the layout is empty or cannot be kept here.
+            CapacityError: there is too little memory, or disk space.
+        """
+        ...
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The slots of a packed model, in order of their offsets; the last `n_tables` are not paged."""
+    def discard(self, model: str) -> None:
+        """Free the master of `model`, if there is one."""
+        ...
 
-    slots: tuple[Slot, ...]
-    n_tables: int = 0
+    def layout(self, model: str) -> Layout:
+        """How the tensors of `model` are packed."""
+        ...
 
-    @classmethod
-    def pack(cls, tensors: Iterable[Shaped], tables: Iterable[Shaped] = ()) -> Layout:
-        """Lay tensors out in the given order, aligned to `ALIGNMENT_BYTES`, then lookup tables."""
-        slots, offset, behind = [], 0, list(tables)
-        for name, shape, dtype in [*tensors, *behind]:
-            slot = Slot(name, tuple(shape), dtype, offset)
-            slots.append(slot)
-            offset = -(-slot.end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return cls(tuple(slots), len(behind))
+    def hold(self, model: str, lasting: bool = False) -> None:
+        """Have all bytes of `model` in host memory, and keep them there until `let_go`.
 
-    @property
-    def n_bytes(self) -> int:
-        """Size of the packed model in bytes."""
-        return self.slots[-1].end if self.slots else 0
+        May take as long as reading them from disk does. Every call needs a `let_go`. `lasting` says
+        that it will come when somebody else wants it to, not as soon as the caller is done.
 
-    @property
-    def paged(self) -> tuple[Slot, ...]:
-        """The slots of all tensors but the lookup tables."""
-        return self.slots[: len(self.slots) - self.n_tables]
+        Raises:
+            CapacityError: host memory does not allow it.
+            DjinnError: they cannot be read.
+        """
+        ...
 
-    @property
-    def paged_bytes(self) -> int:
-        """Size of what is paged, which comes first, in bytes."""
-        return self.paged[-1].end if self.paged else 0
+    def let_go(self, model: str, lasting: bool = False) -> None:
+        """Undo one `hold` of the same kind.
 
-    def extents(self, names: Collection[str]) -> Extents:
-        """Where the paged tensors among `names` lie; neighbours are one extent."""
-        found: list[tuple[int, int]] = []
-        for slot in self.paged:
-            if slot.name not in names:
-                continue
-            if found and slot.offset - found[-1][1] < ALIGNMENT_BYTES:
-                found[-1] = found[-1][0], slot.end
-            else:
-                found.append((slot.offset, slot.end))
-        return tuple(found)
+        Bytes that a copy still reads are guarded by `when_reused`.
+        """
+        ...
 
-    def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every tensor by name, as views of `packed` (1-d uint8 of at least `n_bytes`)."""
-        return {slot.name: slot.view(packed) for slot in self.slots}
+    def read(self, model: str, begin: int, end: int) -> torch.Tensor:
+        """Bytes `begin` to `end` of a held model (1-d uint8, host), within one page of the pager.
 
-    def paged_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every tensor but the lookup tables, as views of at least `paged_bytes`."""
-        return {slot.name: slot.view(packed) for slot in self.paged}
+        To be read only.
+        """
+        ...
 
-    def table_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The lookup tables, as views of at least `n_bytes`."""
-        tables = self.slots[len(self.paged) :]
-        return {slot.name: slot.view(packed) for slot in tables}
+    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+        """The lookup tables of `model`, in host memory, as tensors that `device` can read.
+
+        Raises:
+            PlatformError: it cannot.
+        """
+        ...
+
+    def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
+        """Have `block_until_copied(model)` called before memory of a model gets other content."""
+        ...
+
+    def sha256(self, model: str) -> str:
+        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        ...
+
+    def close(self) -> None:
+        """Free all masters; twice is harmless."""
+        ...
 
 
-Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
-Fill = Callable[[Mapping[str, torch.Tensor]], None]
-
-
-class SwapPool:
-    """One master per model in host memory.
-
-    A `PageSource` that holds everything in memory all the time.
+class HostMasters:
+    """Masters in host memory, one buffer a model, all the time.
 
     Args:
         pin: register masters with the CUDA driver, so that copies run at the rate of the link. A
@@ -128,22 +106,15 @@ class SwapPool:
         self._layouts: dict[str, Layout] = {}
 
     def add(self, model: str, layout: Layout, fill: Fill) -> None:
-        """Make the master of `model`: `fill` gets its tensors by name and writes all of them.
-
-        A `fill` that raises leaves nothing behind.
-
-        Raises:
-            ConfigError: the name is taken or the layout is empty.
-            CapacityError: the host has too little memory.
-        """
+        """Make the master of `model`; see `Masters.add`."""
         if model in self._masters:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
         if not layout.n_bytes:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
-        master = host_memory.allocate(layout.n_bytes)
+        master = host.allocate(layout.n_bytes)
         fill(layout.views(master))
         if self._pin:
-            host_memory.pin(master)
+            host.pin(master)
         self._masters[model], self._layouts[model] = master, layout
 
     def discard(self, model: str) -> None:
@@ -151,7 +122,7 @@ class SwapPool:
         master = self._masters.pop(model, None)
         self._layouts.pop(model, None)
         if master is not None and self._pin:
-            host_memory.unpin(master)
+            host.unpin(master)
 
     def layout(self, model: str) -> Layout:
         """How the tensors of `model` are packed."""
@@ -180,9 +151,9 @@ class SwapPool:
         layout = self._layouts[model]
         if not layout.n_tables:
             return {}
-        return layout.table_views(host_memory.seen_from(self._masters[model], device))
+        return layout.table_views(host.seen_from(self._masters[model], device))
 
-    def when_reused(self, finish_copies: Callable[[str], None]) -> None:
+    def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
         """Masters stay where they are until they are discarded, after their models are removed."""
 
     def sha256(self, model: str) -> str:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from djinn_lib.engine.memory.devices.address_space import AddressSpace, Range
-from djinn_lib.engine.memory.devices.copier import Copier, Load, Page, Stalls
-from djinn_lib.engine.memory.lease import StallClock
-from djinn_lib.engine.memory.page_source import PageSource
+from djinn_lib.engine.memory.devices.base import AddressSpace, Copier, Page, Range
+from djinn_lib.engine.memory.lease import LeaseStats, Tally
+from djinn_lib.engine.memory.load import Load
+from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.ring import Extent
 from djinn_lib.engine.memory.window import Streamed, Window
 
@@ -39,10 +39,10 @@ class PagedModel:
         window: Window | None,
         space: AddressSpace,
         copier: Copier,
-        source: PageSource,
+        masters: Masters,
     ) -> None:
         self.name, self.n_bytes, self.window = name, n_bytes, window
-        self._space, self._copier, self._source = space, copier, source
+        self._space, self._copier, self._masters = space, copier, masters
         self.page_bytes = space.page_bytes
         self.area: Range = space.reserve(-(-n_bytes // self.page_bytes))
         try:
@@ -69,7 +69,7 @@ class PagedModel:
         return max(0, min(end, self.n_bytes) - begin)
 
     def _read(self, begin: int, end: int) -> torch.Tensor:
-        return self._source.read(self.name, begin, end)
+        return self._masters.read(self.name, begin, end)
 
     def check_bytes(self, n_bytes: int) -> None:
         """Compare its first bytes, all of them resident, with its master.
@@ -80,7 +80,7 @@ class PagedModel:
         Raises:
             AssertionError: naming the first byte that differs.
         """
-        self._source.hold(self.name)
+        self._masters.hold(self.name)
         try:
             for begin in range(0, n_bytes, self.page_bytes):
                 held = self.view[begin : min(begin + self.page_bytes, n_bytes)]
@@ -89,40 +89,36 @@ class PagedModel:
                     first = begin + int((held != master).int().argmax())
                     raise AssertionError(f"{self.name!r} differs from its master at byte {first}")
         finally:
-            self._source.let_go(self.name)
+            self._masters.let_go(self.name)
 
     # -- mapping ---------------------------------------------------------------------------
 
     def load(self, extent: Extent) -> None:
-        """Map missing pages and start to copy them.
+        """Map missing pages and start to copy them, a few at a time.
+
+        The copies of a few pages are queued while the next few are mapped. A mapping that fails is
+        an error of this call; a copy that fails is one of those that wait for its bytes.
 
         Raises:
             DjinnError: mapping failed; nothing of the extent is mapped or in flight any more.
         """
         n_stable = max(0, min(len(extent.frames), self.n_stable_pages - extent.first_page))
+        load = Load(self._copier, extent.first_page * self.page_bytes)
         try:
             self._map_window(extent, n_stable)
-            if n_stable:
-                self._load_stable(extent.first_page, extent.frames[:n_stable])
+            for begin, end in _batches(n_stable):
+                first_page = extent.first_page + begin
+                self._space.map(self.area, first_page, extent.frames[begin:end])
+                load.copy([self._page(first_page + i) for i in range(end - begin)])
         except BaseException:
+            load.block_until_ended()  # what is in flight would write to pages that are unmapped
             self.unmap(extent.first_page, len(extent.frames))
             raise
-
-    def _load_stable(self, first_page: int, frames: tuple[int, ...]) -> None:
-        """Map pages in batches, and queue the copies of each while the next one is mapped."""
-        first_byte = first_page * self.page_bytes
-        load = self._copier.begin(first_byte, first_byte + self.bytes_of(first_page, len(frames)))
-        try:
-            for begin, end in _batches(len(frames)):
-                self._space.map(self.area, first_page + begin, frames[begin:end])
-                load.copy([self._page(first_page + i) for i in range(begin, end)])
-        except BaseException:
-            load.finish()  # what is in flight would write to pages that are unmapped next
-            raise
-        self.loads.append(load)
+        if n_stable:
+            self.loads.append(load)
 
     def _page(self, page: int) -> Page:
-        """Where a page is copied to and from; a source may give it away once no copy reads it."""
+        """Where a page is copied to and from; masters may reuse it once no copy reads it."""
         begin = page * self.page_bytes
         end = min(begin + self.page_bytes, self.n_bytes)
         return self.view[begin:end], self._read(begin, end)
@@ -145,27 +141,37 @@ class PagedModel:
 
     def release(self) -> None:
         """Give the addresses back; tensors over them must not be used any more."""
-        self.finish_use()
+        self.block_until_unused()
         self._space.release(self.area)
+
+    @property
+    def ring_pages(self) -> frozenset[int]:
+        """Pages of the ring of which every address is mapped; for audits."""
+        mapped = self._space.mapped_pages(self.area)
+        pages = {page for page in mapped if page < self.n_stable_pages}
+        if self.window:
+            for slot in range(self.window.n_slots):
+                homes = {page for page, _ in self.window.homes(slot, 1)}
+                pages |= {self.window.n_prefix + slot} if homes <= mapped else set()
+        return frozenset(pages)
 
     # -- copies and computations in flight ---------------------------------------------------
 
     def wait(self, end_byte: int) -> None:
         """Hold the caller's computation until bytes up to `end_byte` are there."""
         for load in tuple(self.loads):
-            if load.first_byte < end_byte:
-                load.wait(end_byte)
+            load.wait(end_byte)
 
-    def finish_copies(self) -> None:
-        """Block until no copy of this model is in flight."""
+    def block_until_copied(self) -> None:
+        """Block the host until no copy of this model is in flight."""
         for load in tuple(self.loads):
-            load.finish()
+            load.block_until_ended()
         if self.streamed:
-            self.streamed.finish()
+            self.streamed.block_until_ended()
 
-    def finish_use(self) -> None:
-        """Block until its frames may get other content: nothing writes or reads them any more."""
-        self.finish_copies()
+    def block_until_unused(self) -> None:
+        """Block the host until nothing writes or reads its frames: others may have them."""
+        self.block_until_copied()
         if self.streamed:
             self.streamed.reset()
         self._last_use()
@@ -182,23 +188,19 @@ class PagedModel:
         failed = next((load for load in self.loads if load.error), None)
         if failed is None:
             return None
-        self.finish_copies()
+        self.block_until_copied()
         return failed.good_bytes
 
-    def forget_ended(self) -> None:
+    def forget_arrived(self) -> None:
         """Drop the loads that went well."""
-        self.loads = [load for load in self.loads if load.error or not load.ended]
+        self.loads = [load for load in self.loads if not load.arrived]
 
-    def begin_clock(self) -> tuple[StallClock, Callable[[], int]]:
-        """Return what tells, from now on: seconds of hold-ups, and bytes through the window."""
-        window, before_bytes = Stalls(), 0
+    def begin_stats(self) -> LeaseStats:
+        """Return what counts hold-ups, and bytes through the window, from now on."""
+        tally = Tally()
         if self.streamed:
-            self.streamed.stalls, before_bytes = window, self.streamed.loaded_bytes
-
-        def streamed_bytes() -> int:
-            return self.streamed.loaded_bytes - before_bytes if self.streamed else 0
-
-        return StallClock([*(load.stalls for load in self.loads), window]), streamed_bytes
+            self.streamed.tally = tally
+        return LeaseStats([load.stalls for load in self.loads], tally)
 
 
 def _batches(n_pages: int) -> Iterator[tuple[int, int]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from djinn_lib.engine.memory.masters import Fill, Layout
+from djinn_lib.engine.memory.layout import Fill, Layout
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.units import format_bytes
 

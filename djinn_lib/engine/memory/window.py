@@ -18,8 +18,10 @@ from itertools import pairwise
 
 import torch
 
-from djinn_lib.engine.memory.devices.copier import Arrival, Copier, Stalls
-from djinn_lib.engine.memory.masters import Extents
+from djinn_lib.engine.memory.devices.base import Copier, PageCopy
+from djinn_lib.engine.memory.layout import Extents
+from djinn_lib.engine.memory.lease import Tally
+from djinn_lib.engine.memory.load import copy_failed
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.units import format_bytes
 
@@ -171,15 +173,14 @@ class Streamed:
     """The rest of one model on its way through the window.
 
     Attributes:
-        loaded_bytes: copied since the model was added.
-        stalls: how long computations waited; may be replaced.
+        tally: what is copied and waited for; replaced with each lease.
         rotation: which pages are in the window.
 
     Args:
         window: of the model.
         n_bytes: of the model.
         view: its range of addresses (1-d uint8, device).
-        read: gives bytes of its master copy (see `PageSource.read`).
+        read: gives bytes of its master copy (see `Masters.read`).
         copier: of the device.
     """
 
@@ -194,10 +195,9 @@ class Streamed:
         self._window, self._n_bytes, self._view, self._read = window, n_bytes, view, read
         self._copier = copier
         self.rotation = Rotation(window.n_tail, window.n_slots)
-        self._arrivals: dict[int, Arrival] = {}
+        self._copies: dict[int, PageCopy] = {}
         self._last: tuple[int, int] = (0, 0)  # positions of the unit that is being computed
-        self.stalls = Stalls()
-        self.loaded_bytes = 0
+        self.tally = Tally()
 
     def wait(self, extents: Extents) -> None:
         """Hold the caller's computation until the bytes of a unit are in their places.
@@ -215,31 +215,33 @@ class Streamed:
         try:
             self._submit()
             for position in range(*self._last):
-                self._arrivals[position].wait(self.stalls)
+                self._copies[position].wait(self.tally.stalls)
+                if error := self._copies[position].error:
+                    raise copy_failed("a page of weights", "none", error)
         except BaseException:
             self.reset()
             raise
 
     def _submit(self) -> None:
-        for position in [q for q in self._arrivals if q < self.rotation.begin]:
-            del self._arrivals[position]
+        for position in [q for q in self._copies if q < self.rotation.begin]:
+            del self._copies[position]
         mark = self._copier.mark()
         while (position := self.rotation.take()) is not None:
             page = self._window.n_prefix + position % self._window.n_tail
             begin = page * self._window.page_bytes
             end = min(begin + self._window.page_bytes, self._n_bytes)
             source = self._read(begin, end)
-            self._arrivals[position] = self._copier.submit(self._view[begin:end], source, mark)
-            self.loaded_bytes += end - begin
+            self._copies[position] = self._copier.submit(self._view[begin:end], source, mark)
+            self.tally.loaded_bytes += end - begin
 
-    def finish(self) -> None:
-        """Block until no copy is in flight; never raises a copy's error."""
-        for arrival in tuple(self._arrivals.values()):  # another thread may let go of some
-            arrival.finish()
+    def block_until_ended(self) -> None:
+        """Block the host until no copy is in flight; never raises a copy's error."""
+        for page_copy in tuple(self._copies.values()):  # another thread may let go of some
+            page_copy.block_until_ended()
 
     def reset(self) -> None:
-        """Finish, and forget what is in the window, whose frames may go to another model."""
-        self.finish()
-        self._arrivals.clear()
+        """Forget what is in the window, when no copy is in flight: others may get its frames."""
+        self.block_until_ended()
+        self._copies.clear()
         self.rotation.reset()
         self._last = (0, 0)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.memory.masters import Extents, Layout
+from djinn_lib.engine.memory.layout import Extents, Layout
 from djinn_lib.engine.models.tracing import Event, needs_of, observe
 from djinn_lib.errors import ConfigError
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.arguments import flag
-from djinn_lib.engine.memory.masters import Fill
+from djinn_lib.engine.memory.layout import Fill
 from djinn_lib.engine.models.checkpoint import load_pretrained, weight_files
 from djinn_lib.engine.models.hub import resolve_folder
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, fill_from_spec, skeleton

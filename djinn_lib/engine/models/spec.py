@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from djinn_lib.arguments import whole_number
-from djinn_lib.engine.memory.masters import Fill
+from djinn_lib.engine.memory.layout import Fill
 from djinn_lib.engine.models.construction import (
     DefaultDtype,
     as_its_own,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from djinn_lib.engine.memory.masters import Fill
+from djinn_lib.engine.memory.layout import Fill
 from djinn_lib.errors import CheckpointError
 
 _BLOCK_BYTES = 16 << 20  # what one thread reads at a time

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.memory.devices.address_space import Range
-from djinn_lib.engine.memory.devices.address_space_cpu import CpuAddressSpace
+from djinn_lib.engine.memory.devices.base import Range
+from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace
 
 Event = tuple[Literal["call", "return", "read"], str]  # of a module, or of a parameter
 PROMPT_LENGTH = 4

@@ -1,4 +1,4 @@
-"""The models of a `Djinn`: read into the swap pool, bound to their addresses, ready to decode."""
+"""The models of a `Djinn`: read into masters, bound to their addresses, ready to decode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from djinn_lib.engine.decode.eager import hold_back
 from djinn_lib.engine.decode.modes import Decode, parse_decode
 from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.lending.lender import Lending
-from djinn_lib.engine.memory.disk_tier import Masters
+from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.models.packing import Embeddings, Unit, bind, pack
 from djinn_lib.engine.models.sources import OpenedModel
@@ -32,7 +32,7 @@ class Catalog:
     """Served models by name.
 
     Args:
-        pool: gets their master copies.
+        masters: gets their master copies.
         pager: gets their pages.
         turn: takes a turn on the device, for what needs one while a model is added.
         device: where they run.
@@ -44,7 +44,7 @@ class Catalog:
 
     def __init__(
         self,
-        pool: Masters,
+        masters: Masters,
         pager: Pager,
         turn: Callable[[str], AbstractContextManager[None]],
         device: torch.device,
@@ -53,7 +53,7 @@ class Catalog:
         embeddings: Embeddings,
         progress: Callable[[str], None],
     ) -> None:
-        self._pool, self._pager, self._turn, self._device = pool, pager, turn, device
+        self._masters, self._pager, self._turn, self._device = masters, pager, turn, device
         self.decode: Decode = decode
         self._max_model_len = max_model_len
         self._embeddings: Embeddings = embeddings
@@ -93,8 +93,8 @@ class Catalog:
         # First, since a refusal costs no reading.
         device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
-            self._pool.add(name, layout, opened.fill)
-            tables = self._pool.tables(name, self._device)
+            self._masters.add(name, layout, opened.fill)
+            tables = self._masters.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
             hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
             addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
@@ -109,7 +109,7 @@ class Catalog:
             decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
         except BaseException:
             self._pager.remove(name)
-            self._pool.discard(name)
+            self._masters.discard(name)
             raise
         self._models[name] = ServedModel(
             name, module, units, layout.paged_bytes, opened.tokenizer, decoder, lending
@@ -139,7 +139,7 @@ class Catalog:
         if decode == "eager" or self._pager.is_streamed(name):
             return EagerDecoder(module, own)
         with self._turn(name), self._pager.lease(name):
-            self._pager.finish(name)
+            self._pager.block_until_loaded(name)
             return make_decoder(
                 decode,
                 module,
@@ -166,14 +166,14 @@ class Catalog:
     def wait(self, name: str) -> None:
         """Block until a leased model is on the device; see `Djinn.wait`."""
         lending = self[name].lending
-        self._pager.finish(name)
+        self._pager.block_until_loaded(name)
         lending.now_whole()
 
     def remove(self, name: str) -> None:
         """Forget a model and free all that it holds; see `Djinn.remove`."""
         model = self[name]
         self._pager.remove(name)
-        self._pool.discard(name)
+        self._masters.discard(name)
         model.removed = True  # before another model can have the name, and a lease
         del self._models[name]
         model.lending.retire("it was removed")

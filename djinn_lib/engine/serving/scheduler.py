@@ -110,11 +110,11 @@ class Server:
                 )
             self._look_ahead()
             if not self.overlap:
-                self._pager.wait_whole(model.name)
+                self._pager.wait(model.name)
             lead_s = time.perf_counter() - request.begin_s
 
             def proceed() -> None:
-                lease.stalls.note_first_token()
+                lease.stats.note_first_token()
                 request.proceed()
 
             tokens = model.decoder.generate(
@@ -126,7 +126,7 @@ class Server:
                 proceed,
             )
             text = model.text(tokens.token_ids)
-            return Generation.of(tokens, text, lease, queue_s, lead_s)
+            return Generation.of(tokens, text, lease.stats, queue_s, lead_s)
 
     def _look_ahead(self) -> None:
         if self._ahead:

@@ -16,7 +16,7 @@ from tiny import PROMPT, spec
 from torch import nn
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier
+from djinn_lib.engine.memory.devices import base
 from djinn_lib.errors import LeaseError
 from djinn_lib.paths import REPO
 
@@ -264,8 +264,8 @@ def test_no_operation_on_an_unmapped_weight_ends_the_process():
 
 def slowly(monkeypatch):
     """Copies take a moment, so that what does not wait for them reads what is not there yet."""
-    real = copier.copy_page
-    monkeypatch.setattr(copier, "copy_page", lambda to, of: (time.sleep(0.005), real(to, of)))
+    real = base.copy_page
+    monkeypatch.setattr(base, "copy_page", lambda to, of: (time.sleep(0.005), real(to, of)))
 
 
 def test_a_lent_model_is_whole(djinn, plain, tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ from tiny import PROMPT, ordinary_tokens, spec
 
 import djinn_lib as dj
 from djinn_lib.engine.memory import disk_tier
-from djinn_lib.engine.memory.devices import copier, host_memory
+from djinn_lib.engine.memory.devices import base, host
 from djinn_lib.engine.memory.disk_tier import DiskTier, open_masters
-from djinn_lib.engine.memory.masters import Layout, SwapPool
+from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
 
@@ -143,7 +144,7 @@ def test_one_can_be_used_while_another_is_read(tier, monkeypatch):
 
 
 def test_hash_is_that_of_the_packed_bytes(tier):
-    pool = SwapPool()
+    pool = HostMasters()
     for name, n_bytes in SIZES.items():
         layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
         pool.add(name, layout, lambda views, name=name: views["w"].copy_(contents(name)))
@@ -335,7 +336,7 @@ def test_bad_input(tmp_path, monkeypatch):
         DiskTier(8 * PAGE, 1000, tmp_path)
     with pytest.raises(CapacityError, match="at least one page"):
         DiskTier(PAGE - 1, PAGE, tmp_path)
-    monkeypatch.setattr(host_memory, "host_bytes_available", lambda: 100)
+    monkeypatch.setattr(host, "host_bytes_available", lambda: 100)
     with pytest.raises(CapacityError, match="of host memory"):
         DiskTier(PAGE, PAGE, tmp_path)
     monkeypatch.undo()
@@ -378,7 +379,7 @@ def test_a_fill_that_fails_leaves_nothing(tmp_path):
 
 
 def test_without_a_budget_masters_are_in_memory(tmp_path, monkeypatch):
-    assert isinstance(open_masters(None, PAGE), SwapPool)
+    assert isinstance(open_masters(None, PAGE), HostMasters)
     monkeypatch.setenv("DJINN_SWAP_DIR", str(tmp_path / "swap"))
     tier = open_masters("32KiB", PAGE)
     assert isinstance(tier, DiskTier)
@@ -400,7 +401,7 @@ def test_tokens_are_the_same_whatever_is_in_host_memory(tmp_path, lookahead):
     with dj.Djinn("560KiB", "cpu", "16KiB", **options) as djinn:
         for name in NAMES:
             djinn.add(name, tmp_path / name)
-        assert djinn.pool.n_bytes == 800 << 10 < djinn.residency().bytes.sum()
+        assert djinn.masters.n_bytes == 800 << 10 < djinn.residency().bytes.sum()
         assert any(djinn._pager.is_streamed(name) for name in NAMES)
         for name in NAMES * 2:
             assert djinn.generate(name, PROMPT, 6, ignore_eos=True).token_ids == expected[name]
@@ -409,7 +410,7 @@ def test_tokens_are_the_same_whatever_is_in_host_memory(tmp_path, lookahead):
         for name, future in zip(NAMES * 3, pending, strict=True):
             assert future.result(60).token_ids == expected[name]
         djinn.check()
-        djinn.pool.ring.check()
+        djinn.masters.ring.check()
         djinn.remove("phi")
 
 
@@ -437,4 +438,4 @@ def test_a_ring_that_does_not_fit_gives_the_host_memory_back(tmp_path, monkeypat
         with pytest.raises(CapacityError):
             dj.Djinn("1TiB", "cpu", "64MiB", host_capacity="64MiB", swap_dir=tmp_path)
     assert threading.active_count() == threads
-    assert copier.copy_page  # the module is whole
+    assert base.copy_page  # the module is whole

@@ -18,8 +18,9 @@ from naive_window import frames_by_prefix, merged, one_after_another
 from test_pager import CPU, PAGE, Flaky
 
 from djinn_lib.engine.memory import disk_tier
-from djinn_lib.engine.memory.devices import address_space_cpu
-from djinn_lib.engine.memory.masters import Layout, SwapPool
+from djinn_lib.engine.memory.devices import cpu
+from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import POLICIES
 from djinn_lib.errors import CapacityError, DjinnError, LeaseError, PlatformError
@@ -50,7 +51,7 @@ class PagerMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.flaky = Flaky(self.patch)
         self.folder = tempfile.TemporaryDirectory()
-        self.pool = SwapPool()
+        self.pool = HostMasters()
         if on_disk:  # room for the largest model and a little more
             self.pool = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
         self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, residency)
@@ -101,14 +102,15 @@ class PagerMachine(RuleBasedStateMachine):
             self.forward(model)
         if not self.pager.is_streamed(model):
             assert self.pager.resident_bytes(model) == len(self.masters[model])
-            assert lease.loaded_bytes + lease.resident_before_bytes >= len(self.masters[model])
+            assert lease.stats.loaded_bytes + lease.stats.resident_before_bytes >= len(
+                self.masters[model]
+            )
         self.held.append(lease) if hold else lease.release()
 
     @rule(data=st.data(), fail_at=st.integers(1, 8))
     def request_whose_copy_fails(self, data, fail_at):
         model = self.draw(data)
-        for paged in self.pager._models.values():
-            paged.finish_copies()
+        self.pager.check()  # blocks until no copy is in flight
         self.flaky.n_copied, self.flaky.fail_at = 0, fail_at
         try:
             if lease := self.acquire(model):
@@ -118,7 +120,7 @@ class PagerMachine(RuleBasedStateMachine):
                     assert isinstance(error.__cause__, OSError)
                 finally:
                     lease.release()
-                self.pager._models[model].finish_copies()
+                self.pager.check()
         finally:
             self.flaky.fail_at = None
 
@@ -131,7 +133,7 @@ class PagerMachine(RuleBasedStateMachine):
             raise PlatformError("no mappings")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(address_space_cpu.CpuAddressSpace, "map", refuse)
+            patch.setattr(cpu.CpuAddressSpace, "map", refuse)
             try:
                 if ahead:
                     self.pager.prefetch(model)
@@ -230,9 +232,6 @@ class PagerMachine(RuleBasedStateMachine):
             self.pager.ring.check()
             if isinstance(self.pool, disk_tier.DiskTier):
                 self.pool.ring.check()
-            for paged in self.pager._models.values():
-                if paged.streamed:
-                    paged.streamed.rotation.check()
 
     def teardown(self):
         if hasattr(self, "pager"):

@@ -11,8 +11,9 @@ from test_pager import CPU, PAGE, Flaky
 from tiny import CONFIGS, PROMPT, SHARING, ordinary_tokens, spec
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier
-from djinn_lib.engine.memory.masters import Layout, SwapPool
+from djinn_lib.engine.memory.devices import base
+from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.window import Rotation, Window
 from djinn_lib.engine.models.packing import pack
@@ -127,7 +128,7 @@ def test_homes_of_slots():
 @pytest.fixture
 def large():
     """A pager of 8 frames, a model of 20 pages in units of 2, and one of 4 pages."""
-    pool, sizes = SwapPool(), {"large": 20 * PAGE - 5, "small": 4 * PAGE}
+    pool, sizes = HostMasters(), {"large": 20 * PAGE - 5, "small": 4 * PAGE}
     generator = torch.Generator().manual_seed(0)
     for name, n_bytes in sizes.items():
         layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
@@ -153,10 +154,10 @@ def test_layers_take_turns_and_smaller_models_come_between(large):
     assert pager.is_streamed("large") and not pager.is_streamed("small")
     for _ in range(3):
         with pager.lease("large") as lease:
-            pager.finish("large")
+            pager.block_until_loaded("large")
             for _ in range(3):
                 forward(pager, pool, views, units)
-        assert lease.loaded_bytes >= 3 * 15 * PAGE  # 4 of 20 pages stay, and some come ahead
+        assert lease.stats.loaded_bytes >= 3 * 15 * PAGE  # 4 of 20 pages stay, and some come ahead
         assert pager.resident_bytes("large") == 4 * PAGE
         with pager.lease("small") as lease:
             pager.wait("small", 4 * PAGE)
@@ -170,10 +171,10 @@ def test_a_pass_copies_only_what_does_not_stay(large):
     pager, pool, views, units = large
     with pager.lease("large") as lease:
         forward(pager, pool, views, units)
-        first = lease.loaded_bytes
+        first = lease.stats.loaded_bytes
         for _ in range(4):
             forward(pager, pool, views, units)
-        assert lease.loaded_bytes - first == 4 * (16 * PAGE - 5)
+        assert lease.stats.loaded_bytes - first == 4 * (16 * PAGE - 5)
 
 
 def test_a_copy_that_fails_in_mid_pass_can_be_repeated(large, monkeypatch):
@@ -247,7 +248,7 @@ def test_larger_and_smaller_models_in_turns(tmp_path):
 def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(tmp_path, monkeypatch):
     """Every token waits for copies; a switch is what the first one waits for."""
     spec("llama").build().save_pretrained(tmp_path / "llama")
-    real = copier.copy_page
+    real = base.copy_page
 
     def slow(target, source):
         time.sleep(0.002)
@@ -255,7 +256,7 @@ def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(tmp_path
 
     with dj.Djinn("280KiB", "cpu", "4KiB") as djinn:
         djinn.add("m", tmp_path / "llama")
-        monkeypatch.setattr(copier, "copy_page", slow)
+        monkeypatch.setattr(base, "copy_page", slow)
         g = djinn.generate("m", PROMPT, 4, ignore_eos=True)
         one = djinn.generate("m", PROMPT, 1, ignore_eos=True)
     assert 50 < g.switch_ms <= g.ttft_ms

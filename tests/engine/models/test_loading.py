@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.masters import SwapPool
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models.packing import bind, pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
@@ -29,7 +29,7 @@ from djinn_lib.errors import CheckpointError, DjinnError
 
 def as_served(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model that `Djinn.add` makes of a folder, bound to its master copy."""
-    opened, pool = open_source(folder, dtype), SwapPool()
+    opened, pool = open_source(folder, dtype), HostMasters()
     layout, _ = pack(opened.module)
     pool.add("m", layout, opened.fill)
     bind(opened.module, layout.views(pool.master("m")), torch.device("cpu"))
@@ -245,7 +245,7 @@ def test_a_spec_in_half_precision_is_what_saving_and_loading_it_gives(tmp_path):
     config = architectures.tiny("gptj")
     built = ModelSpec(config, "bfloat16", seed=3).build()
     built.save_pretrained(tmp_path)
-    opened, pool = open_source(ModelSpec(config, "bfloat16", seed=3)), SwapPool()
+    opened, pool = open_source(ModelSpec(config, "bfloat16", seed=3)), HostMasters()
     pool.add("m", layout := pack(opened.module)[0], opened.fill)
     bind(opened.module, layout.views(pool.master("m")), torch.device("cpu"))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)

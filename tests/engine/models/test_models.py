@@ -10,8 +10,8 @@ from tiny import CONFIGS, PROMPT, spec
 from torch import nn
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier
-from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES
+from djinn_lib.engine.memory.devices import base
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.models.packing import bind, pack
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, skeleton
 from djinn_lib.errors import ConfigError
@@ -125,7 +125,7 @@ def test_the_first_layer_runs_before_the_last_has_arrived(monkeypatch):
         n_pages = -(-int(djinn.residency().bytes[0]) // djinn.page_bytes)
         model = djinn._models["m"].module
         model.model.layers[0].register_forward_hook(lambda *_: first_layer_done.set())
-        monkeypatch.setattr(copier, "copy_page", hold_the_last_page)
+        monkeypatch.setattr(base, "copy_page", hold_the_last_page)
         djinn.generate("m", PROMPT, 2, ignore_eos=True)
         assert len(pages) == n_pages and first_layer_done.is_set()
         djinn.check()
@@ -133,8 +133,8 @@ def test_the_first_layer_runs_before_the_last_has_arrived(monkeypatch):
 
 def test_without_overlap_nothing_runs_before_everything_is_there(monkeypatch):
     n_copied, seen = [], []
-    real = copier.copy_page
-    monkeypatch.setattr(copier, "copy_page", lambda t, s: (real(t, s), n_copied.append(1)))
+    real = base.copy_page
+    monkeypatch.setattr(base, "copy_page", lambda t, s: (real(t, s), n_copied.append(1)))
     with dj.Djinn("1MiB", page="16KiB", overlap=False) as djinn:
         djinn.add("m", spec("llama"))
         model = djinn._models["m"].module

@@ -11,7 +11,7 @@ from tiny import CONFIGS, spec
 from torch import nn
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier
+from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.models import tracing
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.tracing import needs_of, observe
@@ -124,8 +124,8 @@ def save(folder, **options):
 def test_weights_that_others_read_are_there_in_a_ring_of_any_size(tmp_path, options, monkeypatch):
     """From the smallest window to the whole model; copies are slow, so that nothing is early."""
     units, expected = save(tmp_path, **options)
-    real = copier.copy_page
-    monkeypatch.setattr(copier, "copy_page", lambda *pages: (time.sleep(2e-4), real(*pages)))
+    real = base.copy_page
+    monkeypatch.setattr(base, "copy_page", lambda *pages: (time.sleep(2e-4), real(*pages)))
     frames = frames_by_prefix([unit.extents for unit in units], PAGE)
     least = min(frames.values())
     for n_frames in (least, least + 1, (least + len(frames)) // 2, len(frames), len(frames) + 9):

@@ -11,7 +11,7 @@ import pytest
 from tiny import PROMPT, VOCAB, ordinary_tokens, spec
 
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices import copier
+from djinn_lib.engine.memory.devices import base
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError, RequestCancelled
 
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
@@ -257,7 +257,7 @@ def test_without_lookahead_nothing_is_loaded_ahead(opened):
 
 
 def test_a_copy_ahead_that_fails_costs_nobody_a_request(opened, expected, monkeypatch):
-    djinn, real = opened(), copier.copy_page
+    djinn, real = opened(), base.copy_page
     for name in NAMES:
         djinn.evict(name)
     failing = threading.Event()
@@ -267,14 +267,14 @@ def test_a_copy_ahead_that_fails_costs_nobody_a_request(opened, expected, monkey
             raise OSError(5, "Input/output error")
         real(target, source)
 
-    monkeypatch.setattr(copier, "copy_page", copy_page)
+    monkeypatch.setattr(base, "copy_page", copy_page)
     with djinn.lease("opt"):
         djinn.wait("opt")
         failing.set()
         pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
         while not djinn._pager._models["phi"].loads:
             time.sleep(0.001)
-        djinn._pager._models["phi"].finish_copies()
+        djinn._pager._models["phi"].block_until_copied()
         failing.clear()
     assert pending.result(60).token_ids == expected["phi"]
 

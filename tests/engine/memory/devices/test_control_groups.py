@@ -9,7 +9,7 @@ import pytest
 
 from djinn_lib.engine.memory.devices import control_groups
 from djinn_lib.engine.memory.devices.control_groups import bytes_left, groups_of, limits_of
-from djinn_lib.engine.memory.devices.host_memory import host_bytes_available
+from djinn_lib.engine.memory.devices.host import host_bytes_available
 
 MIB = 1 << 20
 UNLIMITED = {1: str((1 << 63) - 4096), 2: "max"}  # as the kernel writes it
@@ -146,7 +146,7 @@ from pathlib import Path
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
 import torch
 import djinn_lib as dj
-from djinn_lib.engine.memory.devices.host_memory import allocate
+from djinn_lib.engine.memory.devices.host import allocate
 for use in (
     lambda: dj.Djinn("2GiB", "cpu"),
     lambda: allocate(2 << 30),

@@ -1,4 +1,4 @@
-"""The address space of the CPU: frames in one `memfd`, ranges and pages by `mmap`.
+"""The CPU as a device: frames in one `memfd`, ranges and pages by `mmap`, copies by a thread.
 
 The frames are one anonymous file in memory (`memfd_create(2)`), a range is `mmap(PROT_NONE)`, and
 mapping a page is `mmap(MAP_FIXED | MAP_SHARED)` of the frame's offset in that file. An access to an
@@ -11,23 +11,29 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from djinn_lib.engine.memory.devices import host_memory
-from djinn_lib.engine.memory.devices.address_space import (
+from djinn_lib.engine.memory.devices import base, host
+from djinn_lib.engine.memory.devices.base import (
     AddressSpace,
+    Copier,
+    PageCopy,
     Range,
-    not_mapped,
-    not_reserved,
+    Refused,
+    Stalls,
 )
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE, _MAP_POPULATE = 0, 0x10, 0x4000, 0x8000
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_INACCESSIBLE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
 
 
 class CpuAddressSpace(AddressSpace):
@@ -39,14 +45,13 @@ class CpuAddressSpace(AddressSpace):
 
     Raises:
         PlatformError: not Linux, or the kernel allows too few mappings for that many frames.
-        CapacityError: the frames need more than `host_memory.host_bytes_available`.
+        CapacityError: the frames need more than `host.host_bytes_available`.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, n_frames: int, page_bytes: int, frames: Sequence[int] | None = None) -> None:
         self._fd = -1
-        self._areas: dict[int, Range] = {}
         _require_memfd()
         super().__init__(n_frames, page_bytes)
         _require_mappings(n_frames)
@@ -58,7 +63,7 @@ class CpuAddressSpace(AddressSpace):
 
     def _make_frames(self) -> None:
         n_bytes = self.n_frames * self.page_bytes
-        host_memory.require(n_bytes, "the ring", "lower the capacity")
+        host.require(n_bytes, "the ring", "lower the capacity")
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
             os.posix_fallocate(self._fd, 0, n_bytes)
@@ -66,56 +71,42 @@ class CpuAddressSpace(AddressSpace):
             self.close()
             raise CapacityError(
                 f"expected {format_bytes(n_bytes)} of host memory for the ring, got "
-                f" {error.strerror}: free memory or lower the capacity"
+                f"{error.strerror}: free memory or lower the capacity"
             ) from error
 
     def granularity_bytes(self) -> int:
         """The page size of the operating system."""
         return mmap.PAGESIZE
 
-    def reserve(self, n_pages: int) -> Range:
-        """Reserve inaccessible addresses (`PROT_NONE`)."""
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        n_bytes = n_pages * self.page_bytes
-        try:
-            address = self._mmap(None, n_bytes, _PROT_NONE, flags, -1, 0)
-        except OSError as error:
-            raise not_reserved(n_bytes, error.strerror) from error
-        area = self._areas[address] = Range(address, n_pages)
-        return area
+    def _reserve(self, n_bytes: int) -> int:
+        return self._mmap(None, n_bytes, _PROT_NONE, _INACCESSIBLE, -1, 0)
 
-    def release(self, area: Range) -> None:
-        """Unmap the whole range from the process."""
-        if self._areas.pop(area.address, None):
-            self._libc.munmap(area.address, area.n_pages * self.page_bytes)
+    def _release(self, area: Range, pages: Sequence[int]) -> None:
+        self._libc.munmap(area.address, area.n_pages * self.page_bytes)
 
-    def map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
-        """Map frames, one call for each run of neighbours."""
+    def _map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
+        """One call for each run of neighbouring frames."""
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         # Populated at once: otherwise the copy that follows takes a page fault every 4 KiB.
         flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
-        try:
-            for index, frame, n_frames in _runs(frames):
-                address = area.address + (first_page + index) * self.page_bytes
-                n_bytes, offset = n_frames * self.page_bytes, frame * self.page_bytes
-                self._mmap(address, n_bytes, prot, flags, self._fd, offset)
-        except OSError as error:
-            self.unmap(area, first_page, len(frames))
-            raise not_mapped(len(frames), self.page_bytes, error.strerror) from error
+        for index, frame, n_frames in _runs(frames):
+            page = first_page + index
+            address, offset = area.address + page * self.page_bytes, frame * self.page_bytes
+            self._mmap(address, n_frames * self.page_bytes, prot, flags, self._fd, offset)
+            self._mapped[area.address].update(range(page, page + n_frames))
 
-    def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
+    def _unmap(self, area: Range, pages: Sequence[int]) -> None:
         """Put inaccessible memory in the place of the pages; the range stays reserved."""
-        if not n_pages:
-            return
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-        address = area.address + first_page * self.page_bytes
-        try:
-            self._mmap(address, n_pages * self.page_bytes, _PROT_NONE, flags, -1, 0)
-        except OSError as error:  # a hole in a mapping makes two of it, and may be one too many
-            raise PlatformError(
-                f"expected {n_pages} pages of {format_bytes(self.page_bytes)} to be unmapped, got "
-                f"{error.strerror}: use fewer, larger pages, or raise vm.max_map_count"
-            ) from error
+        for _, page, n_pages in _runs(pages):
+            address, n_bytes = area.address + page * self.page_bytes, n_pages * self.page_bytes
+            try:
+                self._mmap(address, n_bytes, _PROT_NONE, _INACCESSIBLE | _MAP_FIXED, -1, 0)
+            except Refused as error:  # a hole in a mapping makes two of it: maybe one too many
+                raise PlatformError(
+                    f"expected {n_pages} pages of {format_bytes(self.page_bytes)} to be unmapped, "
+                    f"got {error}: use fewer, larger pages, or raise vm.max_map_count"
+                ) from error
+            self._mapped[area.address].difference_update(range(page, page + n_pages))
 
     def bytes_view(self, area: Range) -> torch.Tensor:
         """A tensor over the addresses; making it touches none of them."""
@@ -139,16 +130,16 @@ class CpuAddressSpace(AddressSpace):
     ) -> int:
         got = self._libc.mmap(address, n_bytes, prot, flags, fd, offset)
         if got == _MAP_FAILED:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            raise Refused(os.strerror(ctypes.get_errno()))
         return got
 
 
-def _runs(frames: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (index, first frame, length) of each run of consecutive frame numbers."""
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (index, first number, length) of each run of consecutive numbers."""
     start = 0
-    for i in range(1, len(frames) + 1):
-        if i == len(frames) or frames[i] != frames[i - 1] + 1:
-            yield start, frames[start], i - start
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield start, numbers[start], i - start
             start = i
 
 
@@ -176,3 +167,53 @@ def _require_mappings(n_frames: int) -> None:
             f"expected at most {limit // 2} frames (half of vm.max_map_count), got {n_frames}: "
             "choose larger pages"
         )
+
+
+class ThreadCopy(PageCopy):
+    """A page that a host thread copies."""
+
+    def __init__(self, copied: Future[None]) -> None:
+        self._copied = copied
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is done with the page."""
+        return self._copied.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """Known once the thread is done."""
+        return self._copied.exception() if self._copied.done() else None
+
+    def wait(self, stalls: Stalls) -> None:
+        """Block: on the CPU a computation is its caller."""
+        if not self._copied.done():
+            begin_s = time.perf_counter()
+            self._copied.exception()
+            stalls.add(time.perf_counter() - begin_s)
+
+    def block_until_ended(self) -> None:
+        """Block until the thread is done with the page."""
+        self._copied.exception()
+
+
+class ThreadCopier(Copier):
+    """Copies with one background thread; torch releases the interpreter lock while it copies."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="djinn-copier")
+
+    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> ThreadCopy:
+        """Hand the page to the thread; computations before this call have ended."""
+        return ThreadCopy(self._thread.submit(base.copy_page, target, source))
+
+    def mark(self) -> None:
+        """Nothing: on the CPU a computation ends with its call."""
+
+    def fence(self) -> Callable[[], None]:
+        """There is nothing to block for."""
+        return lambda: None
+
+    def close(self) -> None:
+        """End the thread after what is queued."""
+        self._thread.shutdown()

@@ -8,8 +8,8 @@ import psutil
 import pytest
 import torch
 
-from djinn_lib.engine.memory.devices import host_memory
-from djinn_lib.engine.memory.devices.address_space_cpu import CpuAddressSpace
+from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace
 from djinn_lib.engine.memory.disk_tier import DiskTier
 from djinn_lib.errors import CapacityError
 
@@ -30,14 +30,14 @@ def kernel_flags(address: int) -> set[str]:
 
 
 def test_memory_is_zeroed_exact_and_aligned():
-    memory = host_memory.allocate(3 * _MIB + 5)
+    memory = host.allocate(3 * _MIB + 5)
     assert memory.dtype == torch.uint8 and memory.shape == (3 * _MIB + 5,)
     assert memory.data_ptr() % 4096 == 0
     assert not memory.any()
 
 
 def test_children_get_no_copy_and_huge_pages_are_asked_for():
-    memory = host_memory.allocate(8 * _MIB)
+    memory = host.allocate(8 * _MIB)
     flags = kernel_flags(memory.data_ptr())
     assert "dc" in flags  # not copied by fork
     assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
@@ -46,16 +46,16 @@ def test_children_get_no_copy_and_huge_pages_are_asked_for():
 def test_memory_that_is_taken_now_is_there():
     process = psutil.Process()
     before = process.memory_info().rss
-    memory = host_memory.allocate(64 * _MIB, now=True)
+    memory = host.allocate(64 * _MIB, now=True)
     assert process.memory_info().rss - before >= 60 * _MIB
     assert not memory.any()
 
 
 def test_more_than_there_is_is_refused_with_what_else_to_do(monkeypatch):
-    monkeypatch.setattr(host_memory, "host_bytes_available", lambda: 5 * _MIB)
-    host_memory.allocate(5 * _MIB)
+    monkeypatch.setattr(host, "host_bytes_available", lambda: 5 * _MIB)
+    host.allocate(5 * _MIB)
     with pytest.raises(CapacityError, match=r"6.0 MiB of host memory for a master copy, got 5.0"):
-        host_memory.allocate(6 * _MIB)
+        host.allocate(6 * _MIB)
     with pytest.raises(CapacityError, match=r"for the ring, got 5.0 MiB .*: .* lower the capacity"):
         CpuAddressSpace(3, 2 * _MIB)
     with pytest.raises(CapacityError, match=r"for host_capacity, got .* lower host_capacity"):
@@ -65,13 +65,13 @@ def test_more_than_there_is_is_refused_with_what_else_to_do(monkeypatch):
 LIMITED = """
 import resource, sys
 import torch
-from djinn_lib.engine.memory.devices import host_memory
+from djinn_lib.engine.memory.devices import host
 from djinn_lib.errors import CapacityError
-limit = host_memory.psutil.Process().memory_info().vms + (100 << 20)
+limit = host.psutil.Process().memory_info().vms + (100 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-assert host_memory.host_bytes_available() <= 100 << 20
+assert host.host_bytes_available() <= 100 << 20
 try:
-    host_memory.allocate(200 << 20)
+    host.allocate(200 << 20)
 except CapacityError as error:
     print(error)
 """

@@ -40,7 +40,7 @@ def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         return master
-    seen = torch.as_tensor(_Pinned(master), device=device)
+    seen = tensor_at(master.data_ptr(), master.numel(), device, owner=master)
     if seen.data_ptr() != master.data_ptr():
         raise PlatformError(
             f"expected {device} to read host memory at the host's addresses, got a copy: "
@@ -49,15 +49,23 @@ def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
     return seen
 
 
-class _Pinned:
-    """Host memory as the CUDA array interface describes it; kept by the tensors over it."""
+def tensor_at(address: int, n_bytes: int, gpu: torch.device, owner: Any = None) -> torch.Tensor:
+    """Return addresses as a tensor of a GPU (1-d uint8), which keeps `owner` alive.
 
-    def __init__(self, master: torch.Tensor) -> None:
-        self._master = master
+    torch looks the address up at this moment, so its first bytes have to be mapped.
+    """
+    return torch.as_tensor(_Bytes(address, n_bytes, owner), device=gpu)
+
+
+class _Bytes:
+    """Addresses as the CUDA array interface describes them; kept by the tensors over it."""
+
+    def __init__(self, address: int, n_bytes: int, owner: Any) -> None:
+        self._owner = owner
         self.__cuda_array_interface__ = {
-            "shape": (master.numel(),),
+            "shape": (n_bytes,),
             "typestr": "|u1",
-            "data": (master.data_ptr(), False),
+            "data": (address, False),
             "version": 3,
         }
 

@@ -1,8 +1,8 @@
-"""The copier of the CPU keeps the contract of all copiers; that of a GPU does in `test_gpu`."""
+"""The CPU keeps the contract of all devices; a GPU does in `test_gpu`."""
 
 import pytest
 import torch
-from copier_contract import CONTRACT
+from device_contract import CONTRACT
 
 
 @pytest.mark.parametrize("name", CONTRACT)

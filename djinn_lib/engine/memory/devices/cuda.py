@@ -1,4 +1,4 @@
-"""The address space of an NVIDIA GPU: the driver's virtual memory management.
+"""An NVIDIA GPU as a device: the driver's virtual memory management, and copies on a stream.
 
 Frames are physical allocations (`cuMemCreate`), a range is `cuMemAddressReserve`, and a page is
 mapped with `cuMemMap` and `cuMemSetAccess`. None of these waits for the device, so copies and
@@ -7,16 +7,20 @@ kernels in flight are not stalled. See the CUDA driver API, "Virtual Memory Mana
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from djinn_lib.engine.memory.devices.address_space import (
+from djinn_lib.engine.memory.devices import base, host
+from djinn_lib.engine.memory.devices.base import (
     AddressSpace,
+    Copier,
+    PageCopy,
     Range,
-    not_mapped,
-    not_reserved,
+    Refused,
+    Stalls,
 )
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.nvml import gpu_processes
@@ -51,8 +55,6 @@ class CudaAddressSpace(AddressSpace):
         frames: Sequence[int] | None = None,
     ) -> None:
         self._frames: list[Any] = []
-        self._areas: dict[int, Range] = {}
-        self._mapped: dict[int, set[int]] = {}  # addresses of mapped pages, by range
         _require_cuda(device)
         torch.cuda.init()
         self.device = torch.device("cuda", torch.cuda.current_device()
@@ -109,52 +111,32 @@ class CudaAddressSpace(AddressSpace):
         if not int(_call(driver.cuCtxGetCurrent)):
             _call(driver.cuCtxSetCurrent, self._context)
 
-    def reserve(self, n_pages: int) -> Range:
-        """Reserve addresses; nothing is mapped."""
+    def _reserve(self, n_bytes: int) -> int:
         self._enter_context()
-        n_bytes = n_pages * self.page_bytes
-        try:
-            address = int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
-        except PlatformError as error:
-            raise not_reserved(n_bytes, error) from error
-        area = self._areas[address] = Range(address, n_pages)
-        self._mapped[address] = set()
-        return area
+        return int(_call(driver.cuMemAddressReserve, n_bytes, 0, 0, 0))
 
-    def release(self, area: Range) -> None:
-        """Unmap what is mapped and give the addresses back."""
-        if self._areas.pop(area.address, None):
-            self._enter_context()
-            for address in sorted(self._mapped.pop(area.address)):
-                _call(driver.cuMemUnmap, address, self.page_bytes)
-            _call(driver.cuMemAddressFree, area.address, area.n_pages * self.page_bytes)
+    def _release(self, area: Range, pages: Sequence[int]) -> None:
+        self._enter_context()
+        for page in pages:
+            _call(driver.cuMemUnmap, area.address + page * self.page_bytes, self.page_bytes)
+        _call(driver.cuMemAddressFree, area.address, area.n_pages * self.page_bytes)
 
-    def map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
+    def _map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
         """Map frames one by one, then allow access to all of them at once."""
-        if not frames:
-            return
         self._enter_context()
         begin = area.address + first_page * self.page_bytes
-        mapped, n_before = self._mapped[area.address], len(self._mapped[area.address])
-        try:
-            for i, frame in enumerate(frames):
-                address = begin + i * self.page_bytes
-                _call(driver.cuMemMap, address, self.page_bytes, 0, self._frames[frame], 0)
-                mapped.add(address)
-            n_bytes = len(frames) * self.page_bytes
-            _call(driver.cuMemSetAccess, begin, n_bytes, [self._access], 1)
-        except PlatformError as error:
-            self.unmap(area, first_page, len(mapped) - n_before)
-            raise not_mapped(len(frames), self.page_bytes, error) from error
+        for i, frame in enumerate(frames):
+            address = begin + i * self.page_bytes
+            _call(driver.cuMemMap, address, self.page_bytes, 0, self._frames[frame], 0)
+            self._mapped[area.address].add(first_page + i)
+        _call(driver.cuMemSetAccess, begin, len(frames) * self.page_bytes, [self._access], 1)
 
-    def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
+    def _unmap(self, area: Range, pages: Sequence[int]) -> None:
         """Unmap pages one by one: a mapping can only be taken back whole."""
         self._enter_context()
-        for page in range(first_page, first_page + n_pages):
-            address = area.address + page * self.page_bytes
-            if address in self._mapped[area.address]:
-                _call(driver.cuMemUnmap, address, self.page_bytes)
-                self._mapped[area.address].remove(address)
+        for page in pages:
+            _call(driver.cuMemUnmap, area.address + page * self.page_bytes, self.page_bytes)
+            self._mapped[area.address].remove(page)
 
     def bytes_view(self, area: Range) -> torch.Tensor:
         """A tensor over the addresses, through the CUDA array interface.
@@ -163,7 +145,7 @@ class CudaAddressSpace(AddressSpace):
         """
         self.map(area, 0, [0])
         try:
-            return torch.as_tensor(_Bytes(area, self.page_bytes), device=self.device)
+            return host.tensor_at(area.address, area.n_pages * self.page_bytes, self.device)
         finally:
             self.unmap(area, 0, 1)
 
@@ -189,27 +171,15 @@ class CudaAddressSpace(AddressSpace):
             _call(driver.cuMemRelease, self._frames.pop())
 
 
-class _Bytes:
-    """Addresses as the CUDA array interface describes them."""
-
-    def __init__(self, area: Range, page_bytes: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (area.n_pages * page_bytes,),
-            "typestr": "|u1",
-            "data": (area.address, False),
-            "version": 3,
-        }
-
-
 def _call(function: Any, *arguments: Any) -> Any:
     """Call the driver and return its value.
 
     Raises:
-        PlatformError: it answered with an error; the message has its name.
+        Refused: it answered with an error; the message has its name.
     """
     status, *values = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise PlatformError(f"{function.__name__} failed with {status.name}")
+        raise Refused(f"{function.__name__} failed with {status.name}")
     return values[0] if values else None
 
 
@@ -254,3 +224,81 @@ def _require_virtual_memory(device: torch.device) -> None:
             f"expected a GPU with virtual memory management, got "
             f"{torch.cuda.get_device_name(device)}: use a GPU of Pascal or later, not under WSL1"
         )
+
+
+class StreamCopy(PageCopy):
+    """A page that a CUDA stream copies, or why it could not be submitted.
+
+    Args:
+        arrival: recorded behind the copy.
+        error: of a copy that could not be submitted.
+    """
+
+    def __init__(
+        self, arrival: torch.cuda.Event | None, error: BaseException | None = None
+    ) -> None:
+        self._arrival, self._error = arrival, error
+
+    @property
+    def ended(self) -> bool:
+        """Whether the page is there, or failed."""
+        arrival = self._arrival
+        if arrival is not None and arrival.query():
+            self._arrival = None  # not asked again
+        return self._arrival is None
+
+    @property
+    def error(self) -> BaseException | None:
+        """Known from the beginning."""
+        return self._error
+
+    def wait(self, stalls: Stalls) -> None:
+        """Make the current stream wait for the page; the host does not wait."""
+        if (arrival := self._arrival) is not None and not self.ended:
+            stalls.hold(arrival)
+
+    def block_until_ended(self) -> None:
+        """Block until the page is there."""
+        if (arrival := self._arrival) is not None:
+            arrival.synchronize()
+
+
+class StreamCopier(Copier):
+    """Copies on a CUDA stream of its own, from pinned memory at the rate of the link."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> StreamCopy:
+        """Submit the page to the stream; the host does not wait for it."""
+        try:
+            if after is not None:
+                self._stream.wait_event(after)
+            with torch.cuda.stream(self._stream):
+                base.copy_page(target, source)
+                return StreamCopy(_event(self._stream))
+        except BaseException as error:
+            with suppress(RuntimeError):  # perhaps it was submitted after all, and has no event
+                self._stream.synchronize()
+            if not isinstance(error, Exception):  # an interrupt of the caller
+                raise
+            return StreamCopy(None, error)
+
+    def mark(self) -> torch.cuda.Event:
+        """Mark the current stream."""
+        return _event(torch.cuda.current_stream(self._stream.device))
+
+    def fence(self) -> Callable[[], None]:
+        """Mark the current stream."""
+        return self.mark().synchronize
+
+    def close(self) -> None:
+        """Block until no copy is in flight."""
+        self._stream.synchronize()
+
+
+def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind the work that the stream has been given so far."""
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn_lib.engine.memory.devices import host_memory
-from djinn_lib.engine.memory.masters import ALIGNMENT_BYTES, Layout, SwapPool
+from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES, Layout
+from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.errors import CapacityError, ConfigError
 
 TENSORS = st.lists(
@@ -60,7 +61,7 @@ def test_tables_lie_behind_what_is_paged(tensors, tables):
 
 
 def test_tables_are_those_of_the_master():
-    pool = SwapPool()
+    pool = HostMasters()
     layout = Layout.pack([("w", (10,), torch.uint8)], [("t", (3, 4), torch.float32)])
     pool.add("m", layout, lambda views: (views["w"].fill_(1), views["t"].fill_(2.0)))
     (table,) = pool.tables("m", torch.device("cpu")).values()
@@ -75,7 +76,7 @@ def layout_of(n_bytes):
 
 
 def test_masters_have_exactly_the_models_size():
-    pool, sizes = SwapPool(), [1000, 4096, 123_457]
+    pool, sizes = HostMasters(), [1000, 4096, 123_457]
     for n_bytes in sizes:
         pool.add(f"m{n_bytes}", layout_of(n_bytes), lambda views: views["w"].fill_(7))
         assert pool.master(f"m{n_bytes}").tolist() == [7] * n_bytes
@@ -83,7 +84,7 @@ def test_masters_have_exactly_the_models_size():
 
 
 def test_host_memory_is_given_back():
-    process, pool = psutil.Process(), SwapPool()
+    process, pool = psutil.Process(), HostMasters()
     before = process.memory_info().rss
     for i in range(4):
         pool.add(f"m{i}", layout_of(32 << 20), lambda views: views["w"].fill_(1))
@@ -95,7 +96,7 @@ def test_host_memory_is_given_back():
 
 
 def test_a_fill_that_fails_leaves_nothing_behind():
-    pool = SwapPool()
+    pool = HostMasters()
 
     def broken(views):
         raise RuntimeError("half way")
@@ -108,14 +109,14 @@ def test_a_fill_that_fails_leaves_nothing_behind():
 
 
 def test_hash_tells_two_masters_apart():
-    pool = SwapPool()
+    pool = HostMasters()
     for name, value in (("a", 1), ("b", 1), ("c", 2)):
         pool.add(name, layout_of(100), lambda views, value=value: views["w"].fill_(value))
     assert pool.sha256("a") == pool.sha256("b") != pool.sha256("c")
 
 
 def test_bad_input_is_refused():
-    pool = SwapPool()
+    pool = HostMasters()
     pool.add("a", layout_of(10), lambda views: None)
     with pytest.raises(ConfigError, match="added before"):
         pool.add("a", layout_of(10), lambda views: None)
@@ -132,8 +133,8 @@ def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch)
         def cudaHostRegister(self, address, n_bytes, flags):
             return 2
 
-    monkeypatch.setattr(host_memory, "_cudart", Runtime)
-    pool = SwapPool(pin=True)
+    monkeypatch.setattr(host, "_cudart", Runtime)
+    pool = HostMasters(pin=True)
     with pytest.raises(CapacityError, match=r"host memory that can be pinned, got CUDA error 2"):
         pool.add("m", Layout.pack([("w", (10,), torch.float32)]), lambda views: None)
     assert pool.n_bytes == 0
@@ -141,20 +142,20 @@ def test_memory_that_cannot_be_pinned_is_an_error_and_nothing_stays(monkeypatch)
 
 
 def test_more_than_the_host_has_is_refused_before_it_is_touched(monkeypatch):
-    monkeypatch.setattr(host_memory, "host_bytes_available", lambda: 100)
+    monkeypatch.setattr(host, "host_bytes_available", lambda: 100)
     filled = []
-    pool = SwapPool()
+    pool = HostMasters()
     with pytest.raises(CapacityError, match=r"expected 400 B of host memory.*got 100 B available"):
         pool.add("m", Layout.pack([("w", (100,), torch.float32)]), filled.append)
     assert not filled and pool.n_bytes == 0
 
 
 def test_a_container_may_have_less_than_the_machine(tmp_path):
-    everything = host_memory.host_bytes_available(tmp_path / "no-such-group")
+    everything = host.host_bytes_available(tmp_path / "no-such-group")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\nfile 270\nshmem 20\n")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert host_memory.host_bytes_available(tmp_path) == 550
+    assert host.host_bytes_available(tmp_path) == 550
     (tmp_path / "memory.max").write_text("max\n")
-    now = host_memory.host_bytes_available(tmp_path)
+    now = host.host_bytes_available(tmp_path)
     assert abs(now - everything) < 1 << 30

@@ -1,0 +1,288 @@
+"""Results of a run as tables: systems, capacities, steps of the ablation. Units are in the heads.
+
+A column "machine" says where rows come from, if the run has rows of several machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.analysis.comparisons import decomposition
+from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
+from djinn_lib.analysis.run import Run
+from djinn_lib.analysis.selection import COULD_NOT_BATCH, sweep
+from djinn_lib.metrics import (
+    HIT_MS,
+    attempted,
+    decode_spread,
+    difference_of_means,
+    latency,
+    later_touches,
+    mean_before_decode_ms,
+    ratio_interval,
+    sequential,
+    served,
+)
+from djinn_lib.simulator.optimal import optimal_bytes
+
+_GIB = 2**30
+# From whole models to Djinn, one thing at a time: system, and what it adds to the one before.
+STEPS = (
+    ("djinn_whole", "whole models, nothing else"),
+    ("djinn_partial_no_overlap", "partial residency"),
+    ("djinn_eager", "loading behind the prefill"),
+    ("djinn_graph", "decoding from CUDA graphs"),
+    ("djinn_compiled", "a compiled step"),
+    ("djinn", "lookup tables in the host"),
+)
+_SERVED = ["requests", "served", "repeats"]
+
+
+def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a system, in the figures' order, with everything that is counted or timed.
+
+    Args:
+        run: that the rows are of.
+        rows: of one trace, capacity and mode. Systems that cannot run here have no row.
+    """
+    by_system = dict(iter(attempted(rows).groupby("system")))
+    found = {name: _measures(run, by_system[name]) for name in order_systems(by_system)}
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("system")
+
+
+def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
+    done, repeats = served(rows), rows["repeat"].nunique()
+    times = latency(done["total_ms"])
+    moved = done[["loaded_bytes", "writeback_bytes"]].sum() / repeats / _GIB
+    return {
+        "requests": len(rows),
+        "served": len(done),
+        "repeats": repeats,
+        **{f"{name} (ms)": times[name.lower()] for name in ("P50", "P90", "P99", "max", "mean")},
+        "up to decoding (ms)": mean_before_decode_ms(done),
+        "mean TTFT (ms)": done["ttft_ms"].mean(),
+        "mean switch (ms)": done["switch_ms"].mean(),
+        "mean decode (ms)": done["decode_ms"].mean(),
+        "slowest / fastest decode (x)": decode_spread(rows),
+        "loaded (GiB)": moved["loaded_bytes"],
+        "written back (GiB)": moved["writeback_bytes"],
+        "loaded nothing (%)": 100 * (done["loaded_bytes"] == 0).mean(),
+        "machine": run.machines_of(rows),
+    }
+
+
+def _labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """The systems by their names, and no column of machines if it says nothing."""
+    table = table.rename(index=lambda name: system_look(name).label, level="system")
+    return table.drop(columns="machine") if table["machine"].nunique() < 2 else table
+
+
+def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
+    """Return a row a system: latencies, switches, bytes, and the share of what physics allows.
+
+    `link share` is the time that the moved bytes need at the link's rates over that of the
+    switches; it exceeds 100% where copying hides behind computing. `ceiling reached` is explained
+    at `decomposition`. A system that cannot run on this machine has a row that says why.
+
+    Raises:
+        RecordError: there are no rows of that trace and capacity.
+    """
+    rows = run.cells(trace, capacity_label)
+    table, parts = measures(run, rows), decomposition(run, {}, trace, capacity_label)
+    moving_ms = parts["copy (ms)"] + parts["write-back (ms)"]
+    switch_ms = moving_ms + parts["rest of the switch (ms)"]
+    table["link share (%)"] = (100 * moving_ms / switch_ms).where(switch_ms > 0)
+    table["ceiling reached (%)"] = parts["ceiling reached (%)"]
+    _, unavailable = split_unavailable(rows)
+    if unavailable:
+        table = table.reindex([*table.index, *unavailable]).rename_axis("system")
+        table["not run because"] = pd.Series(unavailable).reindex(table.index).fillna("")
+    columns = [*_SERVED, "P50 (ms)", "P90 (ms)", "max (ms)", "mean (ms)", "mean switch (ms)",
+               "loaded (GiB)", "written back (GiB)", "loaded nothing (%)", "link share (%)",
+               "ceiling reached (%)", "machine", "not run because"]  # fmt: skip
+    return _labelled(table[[name for name in columns if name in table]])
+
+
+def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Return the ratio of median total latencies, baseline over system, with its 95% interval.
+
+    One row for each capacity label and system, over the requests that each served. Column
+    `up_to_decoding` is the ratio of the mean latencies without the decode.
+    """
+    cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
+    labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
+    found = []
+    for system in order_systems(rows["system"]):
+        for label in labels:
+            if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
+                continue
+            slow, fast = cells[label, baseline], cells[label, system]
+            medians = ratio_interval(slow["total_ms"], fast["total_ms"], "p50")
+            means = mean_before_decode_ms(slow) / mean_before_decode_ms(fast)
+            found.append((system, label, *medians, means))
+    columns = ["system", "capacity_label", "speedup", "low", "high", "up_to_decoding"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, per capacity label and system, the percentage of all requests that hit.
+
+    `hit` loaded no byte; `fast` is the paper's measure: a switch of less than 10 ms. A failed
+    request is neither.
+    """
+    marked = rows.assign(
+        hit=100.0 * (rows["ok"] & (rows["loaded_bytes"] == 0)),
+        fast=100.0 * (rows["ok"] & (rows["switch_ms"] < HIT_MS)),
+    )
+    return marked.groupby(["system", "capacity_label"])[["hit", "fast"]].mean().reset_index()
+
+
+def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper") -> pd.DataFrame:
+    """Return a row a capacity and system: speed-up, requests that loaded nothing, bytes.
+
+    `could load nothing` is the share of requests for a model that was asked for before: no system
+    that starts cold can do better.
+
+    Raises:
+        RecordError: there are no rows of that trace.
+    """
+    rows, _ = split_unavailable(sweep(run, trace, baseline))
+    table = pd.concat(dict(_at_each_capacity(run, rows, trace)), names=["capacity (GiB)", "system"])
+    gains = speedup_table(rows, baseline)
+    sizes = rows.groupby("capacity_label")["capacity_bytes"].max().map(_in_gib)
+    gains = gains.assign(capacity=gains["capacity_label"].map(sizes))
+    gains = gains.set_index(["capacity", "system"])[["speedup", "low", "high"]]
+    table[["speed-up of the P50 (x)", "low (x)", "high (x)"]] = gains.reindex(table.index)
+    columns = [*_SERVED, "P50 (ms)", "speed-up of the P50 (x)", "low (x)", "high (x)",
+               "up to decoding (ms)", "loaded nothing (%)", "could load nothing (%)",
+               "bytes / optimum (x)", "machine"]  # fmt: skip
+    return _labelled(table[columns])
+
+
+def _at_each_capacity(
+    run: Run, rows: pd.DataFrame, trace: str
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    for _, here in rows.sort_values("capacity_bytes").groupby("capacity_label", sort=False):
+        n_bytes, table = int(here["capacity_bytes"].max()), measures(run, here)
+        least = [optimal_bytes(run.traces[trace], run.device_sizes.get(name) or run.sizes, n_bytes)
+                 for name in table.index]  # fmt: skip
+        table["bytes / optimum (x)"] = table["loaded (GiB)"] * _GIB / least
+        again = later_touches(here).groupby("system").size()
+        table["could load nothing (%)"] = 100 * again / table["requests"]
+        yield _in_gib(n_bytes), table
+
+
+def _in_gib(n_bytes: int) -> str:
+    return f"{n_bytes / _GIB:.4g}"
+
+
+def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
+    """Return a row a step from whole models to Djinn, and what it takes off the mean latency.
+
+    Steps that were not measured are counted with the next one that was. Where `other machine` is
+    true the step before ran on another machine, and part of the difference may be the machine's.
+
+    Raises:
+        RecordError: there are no rows of that trace and capacity.
+    """
+    rows = run.cells(trace, capacity_label)
+    table, lines, whats = measures(run, rows), {}, []
+    before: pd.DataFrame | None = None
+    for system, what in STEPS:
+        whats.append(what)
+        if system not in table.index:
+            continue
+        own = rows[rows["system"] == system]
+        line = table.loc[system].to_dict()
+        if before is not None:
+            saved = difference_of_means(served(before)["total_ms"], served(own)["total_ms"])
+            line |= dict(zip(("mean saved (ms)", "low (ms)", "high (ms)"), saved, strict=True))
+            line["other machine"] = run.machines_of(before) != run.machines_of(own)
+        lines["".join(["+ " if before is not None else "", " + ".join(whats)]), system] = line
+        before, whats = own, []
+    table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(["step", "system"])
+    columns = [*_SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
+               "mean saved (ms)", "low (ms)", "high (ms)", "machine", "other machine"]  # fmt: skip
+    table = table.reindex(columns=columns)
+    if table["machine"].nunique() < 2:
+        return table.drop(columns=["machine", "other machine"])
+    return table.assign(**{"other machine": table["other machine"].eq(True)})
+
+
+def replicates_table(run: Run) -> pd.DataFrame:
+    """Return a row a measurement of each cell that was measured more than once, oldest first."""
+    again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
+    found = [m for m in run.all_manifests.values() if m["cell"] in again]
+    by_run = dict(iter(run.every_row.groupby("run_id")))
+    table = pd.concat(
+        [measures(run, by_run[m["run_id"]]).assign(cell=m["cell"], started=m["started_at_utc"])
+         for m in found] or [measures(run, run.rows.iloc[:0]).reindex(columns=["cell", "started"])]
+    )  # fmt: skip
+    order = {name: place for place, name in enumerate(order_systems(table.index))}
+    table = table.assign(place=table.index.map(order)).sort_values(["place", "cell", "started"])
+    columns = ["machine", *_SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
+               "mean decode (ms)", "slowest / fastest decode (x)", "loaded (GiB)"]  # fmt: skip
+    return table.set_index("cell").reindex(columns=columns)
+
+
+def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
+    """Return a row a system whose requests were sent as they arrived: what switches still cost.
+
+    Switches are counted after the first touch of each model. The first row, for comparison, has
+    Djinn's requests one after the other. Systems that could have batched are left out.
+    """
+    waiting = run.concurrent_cells(trace, capacity_label)
+    waiting = waiting[~waiting["system"].isin(COULD_NOT_BATCH)]
+    alone = sequential(run.rows)
+    alone = alone[(alone["trace"] == trace) & (alone["capacity_label"] == capacity_label)]
+    groups = {"sequential": alone[alone["system"] == "djinn"], "concurrent": waiting}
+    table = pd.concat(
+        {mode: measures(run, rows).join(_exposed(rows)) for mode, rows in groups.items()
+         if len(rows)} or {"": measures(run, waiting)}, names=["mode", "system"],
+    )  # fmt: skip
+    columns = [*_SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
+               "all done (s)"]  # fmt: skip
+    table = table.rename(index=lambda name: system_look(name).label, level="system")
+    return table.reindex(columns=columns)
+
+
+def _exposed(rows: pd.DataFrame) -> pd.DataFrame:
+    """What switches cost after the first touch of each model, and how long a repeat took."""
+    switches = served(later_touches(rows)).groupby("system")["switch_ms"]
+    end_s = rows["start_s"] + (rows["total_ms"] - rows["queue_ms"]) / 1e3
+    repeats = rows.assign(end_s=end_s).groupby(["system", "repeat"])
+    took_s = repeats["end_s"].max() - repeats["start_s"].min()
+    return pd.DataFrame({
+        "mean later switch (ms)": switches.mean(),
+        "longest later switch (ms)": switches.max(),
+        "all done (s)": took_s.groupby("system").mean(),
+    })  # fmt: skip
+
+
+def large_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a model and system: what a token takes where the model exceeds the ring.
+
+    `these at the link's rate` is what the bytes of a token take at the best rate that was measured.
+    The ceiling is the longer of that and of computing alone, where everything is resident. Failed
+    systems have their error and no numbers.
+    """
+    groups = rows.groupby(["model", "system"], sort=False)
+    n_bytes = groups["loaded_bytes_per_token"].median()
+    table = pd.DataFrame({
+        "model (GiB)": groups["model_bytes"].first() / _GIB,
+        "ring (GiB)": groups["capacity_bytes"].first() / _GIB,
+        "repeats": groups["ok"].sum(),
+        "per token (ms)": groups["ms_per_token"].median(),
+        "per token (GiB)": n_bytes / _GIB,
+        "these at the link's rate (ms)": n_bytes / rows["link_bytes_per_s"].max() * 1e3,
+        "failed because": groups["error"].max(),
+    })  # fmt: skip
+    resident = rows[rows["system"] == "resident"].groupby("model")["ms_per_token"].median()
+    computing = table.index.get_level_values("model").map(resident)
+    ceiling = table[["these at the link's rate (ms)"]].assign(computing=computing).max(axis=1)
+    share = 100 * ceiling / table["per token (ms)"]
+    table.insert(len(table.columns) - 1, "share of the ceiling (%)", share)
+    return table if table["failed because"].any() else table.drop(columns="failed because")

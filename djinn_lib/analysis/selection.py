@@ -1,0 +1,172 @@
+"""The rows of a run that a question asks for, and which of them may be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
+
+import pandas as pd
+
+from djinn_lib import metrics
+from djinn_lib.analysis.run import Run
+from djinn_lib.metrics import attempted
+
+CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
+MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
+# vLLM batches the requests of a model by default. These systems gave its engines one request at a
+# time, so how long their queues took says nothing of vLLM, and is not compared.
+COULD_NOT_BATCH = frozenset({"vllm_recreate", "vllm_sleep", "vllm_sleep_naive"})
+
+
+_P = ParamSpec("_P")
+
+
+class NotMeasured(Exception):
+    """The run does not say; the message says why."""
+
+
+def or_reason(make: Callable[_P, pd.DataFrame]) -> Callable[_P, pd.DataFrame]:
+    """Let a function return a table of one line with the reason where it cannot measure."""
+
+    @wraps(make)
+    def made(*args: _P.args, **kwargs: _P.kwargs) -> pd.DataFrame:
+        try:
+            return make(*args, **kwargs)
+        except NotMeasured as reason:
+            return pd.DataFrame({"not measured because": [str(reason)]})
+
+    return made
+
+
+def need_clocks(run: Run) -> None:
+    """Make sure that the times of a run can be compared.
+
+    Raises:
+        NotMeasured: they come from a CPU that is shared with other work.
+    """
+    if not run.has_clocks:
+        raise NotMeasured(CPU_CLOCKS)
+
+
+def select(
+    run: Run,
+    system: str | None,
+    trace: str | None = MAIN_TRACE,
+    capacity_label: str | None = MAIN_CAPACITY,
+    mode: str = "sequential",
+) -> pd.DataFrame:
+    """Return the attempted rows of a system; None stands for all.
+
+    Raises:
+        NotMeasured: there are none, or the system cannot run on this machine.
+    """
+    return _matching(run.rows, system, trace, capacity_label, mode)
+
+
+def select_every(run: Run, system: str | None, **where: Any) -> pd.DataFrame:
+    """Return what `select` does, replicates among the rows."""
+    return _matching(run.every_row, system, **where)
+
+
+def _matching(
+    rows: pd.DataFrame,
+    system: str | None,
+    trace: str | None = MAIN_TRACE,
+    capacity_label: str | None = MAIN_CAPACITY,
+    mode: str = "sequential",
+) -> pd.DataFrame:
+    wanted = {"system": system, "trace": trace, "capacity_label": capacity_label, "mode": mode}
+    for column, value in wanted.items():
+        if value is not None:
+            rows = rows[rows[column] == value]
+    found = attempted(rows)
+    if found.empty:
+        where = ", ".join(f"{k} {v!r}" for k, v in wanted.items() if v)
+        raise NotMeasured(rows["error"].iloc[0] if len(rows) else f"no rows of {where} in this run")
+    return found
+
+
+def served(run: Run, system: str, **where: Any) -> pd.DataFrame:
+    """Return the rows of the requests that a system served.
+
+    Raises:
+        NotMeasured: it served none.
+    """
+    rows = select(run, system, **where)
+    if not rows["ok"].any():
+        raise NotMeasured(f"{system} served no request: {rows['error'].iloc[0]}")
+    return metrics.served(rows)
+
+
+def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd.DataFrame]:
+    """Return the attempted rows of a cell of each system, of one machine if all of them ran on one.
+
+    Machines of one kind differ, so systems are compared on the newest machine that ran them all,
+    with replicates if need be. Where there is none, they are the rows that `select` gives.
+
+    Raises:
+        NotMeasured: one of them has none, or cannot run on this machine.
+    """
+    own = {system: select(run, system, **where) for system in systems}
+    by_machine = {
+        system: {
+            run.machine_numbers.get(str(run_id), 0): rows
+            for run_id, rows in select_every(run, system, **where).groupby("run_id", sort=True)
+        }
+        for system in systems
+    }
+    common = set.intersection(*(set(found) for found in by_machine.values()))
+    if not common:
+        return own
+    newest = max(common)
+    return {
+        system: own[system] if _numbers(run, own[system]) == {newest} else found[newest]
+        for system, found in by_machine.items()
+    }
+
+
+def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -> pd.DataFrame:
+    """Return the rows of the systems that were run at more than one capacity, if any were.
+
+    The baseline is among them wherever it was run, so that an unfinished run can be looked at.
+    At each capacity they are rows of one machine, where one ran all that were run there.
+
+    Raises:
+        RecordError: there are none.
+    """
+    rows = run.cells(trace)
+    several = rows.groupby("system")["capacity_label"].transform("nunique") > 1
+    rows = rows[several | (rows["system"] == baseline)] if several.any() else rows
+    found = []
+    for label in rows["capacity_label"].unique():
+        here = rows[rows["capacity_label"] == label]
+        systems = [str(name) for name in attempted(here)["system"].unique()]
+        if systems:
+            found += side_by_side(run, systems, trace=trace, capacity_label=str(label)).values()
+        found.append(here[here["error_kind"] == "unavailable"])
+    return pd.concat(found)
+
+
+def swept(rows: pd.DataFrame) -> list[str]:
+    """Return the capacities that rows were served at, the least first; a sweep has several.
+
+    Raises:
+        NotMeasured: there is only one.
+    """
+    by_room = rows.sort_values("capacity_bytes")
+    labels = [str(label) for label in by_room["capacity_label"].unique()]
+    if len(labels) < 2:
+        raise NotMeasured(f"rows of one capacity only ({labels[0]}) in this run")
+    return labels
+
+
+def ran_on(run: Run, *frames: pd.DataFrame) -> str:
+    """Say which machine rows come from, where the run has rows of several; "" otherwise."""
+    if len(set(run.machine_numbers.values())) < 2:
+        return ""
+    return f"on machine {run.machines_of(pd.concat(frames))}"
+
+
+def _numbers(run: Run, rows: pd.DataFrame) -> set[int]:
+    return {run.machine_numbers.get(str(run_id), 0) for run_id in rows["run_id"].unique()}

@@ -1,0 +1,196 @@
+"""The tables of README.md and docs/results.md: `python -m djinn_lib.publishing.pages`.
+
+Each stands between two comments, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and is made
+again from the reference run. The prose around them is written by hand. A test fails when a page and
+the data disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.analysis import validation
+from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
+from djinn_lib.analysis.comparisons import gain_table, ratio_table, token_table
+from djinn_lib.analysis.host_pace import decode_table, loop_table
+from djinn_lib.analysis.results import (
+    ablation_table,
+    large_table,
+    replicates_table,
+    sweep_table,
+    systems_table,
+    waiting_table,
+)
+from djinn_lib.analysis.run import Run, load_run, published
+from djinn_lib.analysis.selection import NotMeasured
+from djinn_lib.analysis.tables import as_text, machines_table
+from djinn_lib.errors import RecordError
+from djinn_lib.experiment.large_results import read_large
+from djinn_lib.files import write_text
+from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
+from djinn_lib.simulator.cost_model import engine_rows
+
+PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
+_STRESSED = ("not reproduced", "withdrawn")
+
+
+def main() -> None:
+    """Bring the pages up to date."""
+    for path in PAGES:
+        write_text(path, render(path.read_text(), load_run(REFERENCE)))
+
+
+def render(text: str, run: Run) -> str:
+    """Return a page with every table made again from the reference run."""
+    for name, table in TABLES.items():
+        block = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        if block.search(text):
+            made = _made(table, run)
+            text = block.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
+def _made(table: Callable[[Run], pd.DataFrame], run: Run) -> str:
+    try:
+        return markdown(table(run))
+    except (RecordError, NotMeasured) as reason:  # of a run that was published unfinished
+        return f"Not measured: {reason}."
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table in Markdown: its index as the first columns, numbers with three digits."""
+    flat = table if table.index.names == [None] else table.reset_index()
+    text = as_text(flat).replace(r"\|", r"\\|", regex=True)
+    return text.to_markdown(index=False, disable_numparse=True, tablefmt="github")
+
+
+def claims_summary(run: Run) -> pd.DataFrame:
+    """Return every claim with its verdict on the reference run, and on one without a GPU."""
+    verdicts = read_claims(run.folder / "claims.json")
+    elsewhere = {v.id: v for v in read_claims(run.folder.parent / "cpu" / "claims.json")}
+    return pd.DataFrame({
+        "claim": verdict.quote,
+        "expected": verdict.expected,
+        "measured": verdict.measured_text,
+        "95% interval": verdict.interval_text,
+        "n": verdict.n or "",
+        "verdict": f"**{verdict.verdict}**" if verdict.verdict in _STRESSED else verdict.verdict,
+        "without a GPU": _elsewhere(elsewhere[verdict.id]),
+    } for verdict in verdicts)  # fmt: skip
+
+
+def _elsewhere(verdict: Verdict) -> str:
+    if verdict.verdict in OPEN:
+        return ""
+    return f"{verdict.measured_text}, {verdict.verdict}"
+
+
+def engine_targets(run: Run) -> pd.DataFrame:
+    """Return what the engine should reach, and reaches."""
+    table = pd.DataFrame(engine_rows(run.folder)["targets"])
+    table["met"] = table["met"].map({True: "yes", False: "**no**"})
+    return table[["name", "target", "measured", "unit", "met"]].rename(columns={"name": "measure"})
+
+
+def engine_cases(run: Run) -> pd.DataFrame:
+    """Return hits in every way of decoding, and misses."""
+    result = engine_rows(run.folder)
+    table = pd.DataFrame(case for case in result["cases"] if "decode" in case)
+    order = table["model"].map({model: place for place, model in enumerate(result["sizes"])})
+    table = table.iloc[order.argsort(kind="stable")]
+    return _columns(table, model="model", case="case", decode="decode", loaded_bytes="loaded (GiB)",
+                    switch_ms="switch (ms)", ttft_ms="first token (ms)",
+                    ms_per_token="per token (ms)")  # fmt: skip
+
+
+def engine_pages(run: Run) -> pd.DataFrame:
+    """Return what the size of a page changes."""
+    table = pd.DataFrame(engine_rows(run.folder)["page_curve"])
+    table["page"] = table["page_bytes"] // 2**20
+    return _columns(table, page="page (MiB)", full_ms="full load (ms)",
+                    partial_ms="partial load (ms)",
+                    partial_loaded_bytes="partial load (GiB)")  # fmt: skip
+
+
+def _columns(table: pd.DataFrame, **names: str) -> pd.DataFrame:
+    """Some columns under other names, bytes as GiB."""
+    chosen = table[list(names)].rename(columns=names)
+    in_gib = [name for name in chosen if name.endswith("(GiB)")]
+    return chosen.assign(**{name: chosen[name] / 2**30 for name in in_gib})
+
+
+def policies(_: Run) -> pd.DataFrame:
+    """Return bytes loaded over the optimum, means over the study."""
+    study = pd.read_parquet(STUDY / "points.parquet")
+    study = study[study["mode"] == "sequential"]
+    means = study.pivot_table("ratio", "policy", "traffic", margins=True, margins_name="all")
+    return means.drop(index="all").sort_values("all")
+
+
+def zipf_policies(run: Run) -> pd.DataFrame:
+    """Return what other policies are predicted to be worth on the Zipfian trace."""
+    table = validation.predicted_policies(run.folder, "zipf-25-djinn")
+    paper = validation.predicted_policies(run.folder, "paper-25-djinn")
+    table["paper's trace: bytes / optimum (x)"] = paper["bytes / optimum (x)"]
+    return table
+
+
+def soaks(_: Run, kept: Mapping[str, Path] = SOAKS) -> pd.DataFrame:
+    """Return what happened to many requests at once."""
+    return pd.DataFrame.from_dict({
+        where: _soak(json.loads(path.read_text())) for where, path in kept.items()
+    }, orient="index").rename_axis("machine")  # fmt: skip
+
+
+def _soak(result: Mapping[str, Any]) -> dict[str, Any]:
+    n_of = result["outcomes"].get
+    return {
+        "requests": result["requests"],
+        "served": n_of("ok", 0),
+        "given up": n_of("cancelled", 0),
+        "failed": n_of("failed", 0),
+        "with other tokens": n_of("mismatched", 0),
+        "flat": result["flat"],
+    }
+
+
+def _verdict_counts(run: Run) -> pd.DataFrame:
+    return verdict_counts(read_claims(run.folder / "claims.json"))
+
+
+TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
+    "verdicts": _verdict_counts,
+    "claims": claims_summary,
+    "ratios": lambda run: ratio_table(run, published()),
+    "systems": systems_table,
+    "gain": gain_table,
+    "gain with transformers' steps": partial(gain_table, fast="djinn_eager"),
+    "tokens": token_table,
+    "sweep": sweep_table,
+    "zipf": partial(systems_table, trace="zipf"),
+    "zipf policies": zipf_policies,
+    "ablation": ablation_table,
+    "replicates": replicates_table,
+    "machines": machines_table,
+    "decode": decode_table,
+    "loop": loop_table,
+    "waiting": waiting_table,
+    "waiting, predicted": lambda run: validation.looking_ahead(run.folder),
+    "large": lambda run: large_table(read_large(run.folder)),
+    "engine targets": engine_targets,
+    "engine cases": engine_cases,
+    "engine pages": engine_pages,
+    "policies": policies,
+    "soaks": soaks,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""The cells of a run folder that is a part of a larger run, and whether parts belong together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from djinn_lib.analysis.run import REPLICATES, read_machine
+from djinn_lib.errors import RecordError
+from djinn_lib.experiment import large_results
+from djinn_lib.metrics import attempted
+from djinn_lib.rows import read_manifest, read_rows, write_manifest
+
+_RAN_IN = "ran in the part "
+_OF_A_CELL = ("repeats", "page_bytes", "mode", "speed")  # parameters that differ between cells
+
+
+@dataclass(frozen=True)
+class PartCell:
+    """One measurement of a cell in one part, and where its rows and executed notebook are."""
+
+    part: str
+    rows_path: Path
+    notebook_path: Path
+    manifest: dict[str, Any]
+    n_rows: int
+    n_failed: int
+
+    @property
+    def name(self) -> str:
+        """The cell's id."""
+        return self.manifest["cell"]
+
+    @property
+    def rank(self) -> tuple[bool, bool, str]:
+        """What could run before what could not, whole ones before others, later before earlier."""
+        return self.n_rows > 0, self.n_failed == 0, self.manifest["started_at_utc"]
+
+    @property
+    def notes(self) -> list[str]:
+        """Its notes, which part it is from among them."""
+        notes = list(self.manifest["notes"])
+        if not any(note.startswith(_RAN_IN) for note in notes):  # a merged part has said so
+            notes.append(f"{_RAN_IN}{self.part}")
+        return notes
+
+    def write(self, rows_path: Path, notebook_path: Path, notes: Sequence[str]) -> None:
+        """Copy rows, manifest and notebook to another run."""
+        shutil.copy(self.rows_path, rows_path)
+        manifest = {**self.manifest, "notes": [*notes]}
+        write_manifest(manifest, rows_path.with_suffix(".manifest.json"))
+        if self.notebook_path.exists():
+            shutil.copy(self.notebook_path, notebook_path)
+
+    def __str__(self) -> str:
+        failed = f", {self.n_failed} of {self.n_rows} requests failed" if self.n_failed else ""
+        return f"{self.part} ({self.manifest['started_at_utc'][:16]}{failed})"
+
+
+def read_part(folder: Path, label: str) -> list[PartCell]:
+    """Read every cell of a run folder, replicates included.
+
+    There may be none if it has rows of models larger than the ring.
+
+    Raises:
+        RecordError: it has neither, or rows, a manifest or machine.json are missing or broken.
+    """
+    read_machine(folder)
+    paths = sorted((folder / "requests").glob("*.parquet"))
+    notebooks = [folder / "notebooks" / f"02_run_system.{path.stem}.ipynb" for path in paths]
+    again = sorted((folder / REPLICATES).glob("*.parquet"))
+    notebooks += [path.with_suffix(".ipynb") for path in again]
+    if not [*paths, *again] and not (folder / large_results.ROWS).exists():
+        raise RecordError(
+            f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
+            f"least one cell, or with {large_results.ROWS}"
+        )
+    cells = []
+    for path, notebook in zip([*paths, *again], notebooks, strict=True):
+        rows, manifest = (
+            attempted(read_rows(path)),
+            read_manifest(path.with_suffix(".manifest.json")),
+        )
+        n_failed = int((~rows["ok"]).sum())
+        cells.append(PartCell(label, path, notebook, manifest, len(rows), n_failed))
+    return cells
+
+
+def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[str]:
+    """Return a line for each thing in which cells differ that must not; none: they fit together.
+
+    A package that is not installed in one place was not used there, and is no difference.
+    """
+    lines: dict[str, None] = {}  # in order, each once
+    first: dict[str, tuple[PartCell, Any]] = {}
+    for cell in cells:
+        for what, value in _must_agree(cell.manifest, allow_commits):
+            where, known = first.setdefault(what, (cell, value))
+            if value != known:
+                lines[f"{what}: {known} in {where}, {value} in {cell}"] = None
+    return list(lines)
+
+
+def _must_agree(manifest: Mapping[str, Any], allow_commits: bool) -> Iterator[tuple[str, Any]]:
+    """What must be equal, under a name that says among which cells.
+
+    A system may have an environment of its own, and a label of the profile's systems its options
+    and what it keeps on the device; a trace's hash must agree among the cells that use it.
+    """
+    machine = manifest["machine"]
+    trace, _, label, *_ = manifest["cell"].split("-")
+    yield "profile", manifest["profile"]
+    for name, value in manifest["parameters"].items():
+        if name not in _OF_A_CELL:
+            yield f"parameter {name}", value
+    for model, facts in manifest["models"].items():
+        for name, value in facts.items():
+            among = f", {label}" if name == "device_bytes" else ""
+            yield f"{name} of the weights of {model}{among}", value
+    yield "device", machine.get("device")
+    yield "device_name", machine.get("device_name")
+    for package, version in machine["versions"].items():
+        yield f"version of {package}, set-up", version
+    for package, version in manifest["versions"].items():
+        yield f"version of {package}, {manifest['system']}", version
+    yield f"options of {label}", manifest["options"]
+    yield f"sha256 of the trace {trace}", manifest["trace_sha256"]
+    if not allow_commits:
+        yield "commit", manifest["git_commit"]
+        yield "uncommitted changes", manifest["git_dirty"]

@@ -1,0 +1,202 @@
+"""Tables of a run, against numbers that the rows give."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from row_factory import CAPACITIES, TOTAL_BYTES, cell_rows, run_rows
+from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
+
+from djinn_lib.analysis.results import (
+    ablation_table,
+    hit_table,
+    large_table,
+    measures,
+    replicates_table,
+    speedup_table,
+    sweep_table,
+    systems_table,
+    waiting_table,
+)
+from djinn_lib.analysis.run import Run
+from djinn_lib.metrics import later_touches
+from djinn_lib.rows import no_rows
+
+TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
+
+
+def with_machine(run: Run, system: str, **facts: float) -> Run:
+    """The run as if another machine had served a system's main cell."""
+    cell = f"paper-25-{system}"
+    manifest = {**run.manifests[cell], "machine": {**GPU_MACHINE, **facts}}
+    return replace(run, manifests={**run.manifests, cell: manifest})
+
+
+def test_measures_are_those_of_the_rows():
+    rows = pd.concat([cell_rows("vllm_recreate"), cell_rows("djinn", repeats=3)])
+    table = measures(run_of(rows), rows)
+    assert list(table.index) == ["djinn", "vllm_recreate"]  # the figures' order
+    own, line = rows[rows["system"] == "djinn"], table.loc["djinn"]
+    assert (line["requests"], line["served"], line["repeats"]) == (90, 90, 3)
+    assert line["P50 (ms)"] == own["total_ms"].median()
+    assert line["P90 (ms)"] == own["total_ms"].quantile(0.9)
+    assert line["max (ms)"] == line["P99 (ms)"] == own["total_ms"].max()
+    assert line["up to decoding (ms)"] == (own["total_ms"] - own["decode_ms"]).mean()
+    assert line["loaded (GiB)"] == pytest.approx(own["loaded_bytes"].sum() / 3 / 2**30)
+    assert line["loaded nothing (%)"] == 100 * (own["loaded_bytes"] == 0).mean()
+    assert table.loc["vllm_recreate", "served"] == 22
+    assert measures(run_of(rows), rows.iloc[:0]).empty
+
+
+def test_the_link_share_is_what_the_bytes_need_of_the_switches(gpu: Run):
+    pinned = cell_rows("pytorch_pinned", gpu=True)
+    there = pinned["loaded_bytes"].mean() / GPU_MACHINE["link_rate_bytes_per_s"]
+    back = pinned["writeback_bytes"].mean() / GPU_MACHINE["d2h_rate_bytes_per_s"]
+    share = 1e5 * (there + back) / pinned["switch_ms"].mean()
+    table = systems_table(gpu)
+    assert table.loc["PyTorch pinned", "link share (%)"] == pytest.approx(share)
+    assert "machine" not in table and "not run because" not in table  # they say nothing
+
+
+def test_a_system_that_cannot_run_has_the_reason(cpu: Run):
+    table = systems_table(cpu)
+    assert table.loc["vLLM sleep", "not run because"].startswith("sleep mode needs CUDA")
+    assert math.isnan(table.loc["vLLM sleep", "P50 (ms)"])
+    assert table.loc["Djinn", "not run because"] == ""
+    assert table["ceiling reached (%)"].isna().all()  # no rate of device memory
+
+
+def test_a_system_that_served_nothing_has_counts_and_no_times():
+    broken = cell_rows("vllm_sleep").assign(error_kind="oom")
+    table = systems_table(run_of(pd.concat([cell_rows("djinn"), broken])))
+    line = table.loc["vLLM sleep"]
+    assert (line["requests"], line["served"]) == (30, 0) and math.isnan(line["mean (ms)"])
+
+
+def test_speedup_is_a_ratio_of_medians_inside_its_interval():
+    rows = run_rows()
+    table = speedup_table(rows, "pytorch_pinned")
+    cells = dict(iter(rows[rows["ok"]].groupby(["capacity_label", "system"])))
+    for row in table.itertuples():
+        slow, fast = (cells[row.capacity_label, name] for name in ("pytorch_pinned", row.system))
+        assert row.speedup == slow["total_ms"].median() / fast["total_ms"].median()
+        assert row.low <= row.speedup <= row.high
+        before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (slow, fast)]
+        assert row.up_to_decoding == pytest.approx(before[0] / before[1])
+    assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
+
+
+def test_a_failed_request_is_not_a_hit():
+    rows = cell_rows("vllm_recreate")  # all its failed rows have loaded_bytes == 0
+    assert hit_table(rows)["hit"].tolist() == [0.0]
+
+
+def test_the_sweep_has_every_capacity_of_the_systems_swept(gpu: Run):
+    table = sweep_table(gpu)
+    assert len(table) == 3 * len(CAPACITIES) and "machine" not in table
+    djinn = table.xs("Djinn", level="system")
+    assert djinn["bytes / optimum (x)"].between(1, 1.25).all()
+    assert (djinn["could load nothing (%)"] == 90).all()  # three models in thirty requests
+    assert (djinn["loaded nothing (%)"] <= djinn["could load nothing (%)"]).all()
+    assert list(djinn.index) == [f"{CAPACITIES[label] / 2**30:.4g}" for label in CAPACITIES]
+    pinned = table.xs("PyTorch pinned", level="system")
+    assert pinned["speed-up of the P50 (x)"].isna().all()
+    fast, slow = cell_rows("djinn", "40"), cell_rows("pytorch_pinned", "40")
+    ratio = slow["total_ms"].median() / fast["total_ms"].median()
+    assert djinn["speed-up of the P50 (x)"].iloc[-1] == pytest.approx(ratio)
+    assert djinn["loaded (GiB)" if "loaded (GiB)" in djinn else "served"].iloc[-1] == 30
+
+
+def test_the_sweep_tells_machines_apart(gpu: Run):
+    again = on_another_machine(gpu, "djinn")
+    table = sweep_table(replace(again, replicates=no_rows(), replicate_manifests={}))
+    places = table["machine"].unstack()
+    differs = places["Djinn"] != places["PyTorch pinned"]
+    assert list(differs[differs].index) == [f"{CAPACITIES['25'] / 2**30:.4g}"]
+
+
+def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
+    table = ablation_table(gpu)
+    steps = ["djinn_whole", "djinn_partial_no_overlap", "djinn_eager", "djinn_graph",
+             "djinn_compiled", "djinn"]  # fmt: skip
+    assert list(table.index.get_level_values("system")) == steps
+    means = table["mean (ms)"].to_numpy()
+    assert math.isnan(table["mean saved (ms)"].iloc[0])
+    assert table["mean saved (ms)"].iloc[1:].to_numpy() == pytest.approx(means[:-1] - means[1:])
+    assert (table["low (ms)"] < table["mean saved (ms)"])[1:].all()
+    assert "machine" not in table and "other machine" not in table
+    apart = ablation_table(with_machine(gpu, "djinn_eager", eager_operator_us=9.0))
+    marked = apart.index.get_level_values("system")[apart["other machine"]]
+    assert list(marked) == ["djinn_eager", "djinn_graph"]
+
+
+def test_a_step_counts_the_requests_that_it_served(gpu: Run):
+    rows = gpu.rows.copy()
+    first = rows.index[(rows["system"] == "djinn_eager")][0]
+    rows.loc[first, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
+    rows.loc[first, TIMES] = math.nan
+    line = ablation_table(replace(gpu, rows=rows)).xs("djinn_eager", level="system").iloc[0]
+    mean_ms = cell_rows("djinn_eager", gpu=True)["total_ms"][1:].mean()
+    assert line["served"] == 29 and line["mean (ms)"] == pytest.approx(mean_ms)
+
+
+def test_steps_that_were_not_measured_count_with_the_next(gpu: Run):
+    rows = gpu.rows[~gpu.rows["system"].isin(["djinn_graph", "djinn_compiled"])]
+    table = ablation_table(replace(gpu, rows=rows))
+    steps = table.index.get_level_values("step")
+    assert len(table) == 4 and steps[-1].count("+") == 3 and steps[-2].count("+") == 1
+
+
+def test_cells_that_were_measured_again_stand_next_to_each_other(gpu: Run):
+    assert replicates_table(gpu).empty
+    faster = on_another_machine(
+        gpu, "djinn", decode_ms=lambda ms: ms.mask(ms.index == ms.index[3], ms / 5)
+    )
+    table = replicates_table(faster)
+    assert list(table.index) == ["paper-25-djinn"] * 2 and list(table["machine"]) == ["1", "2"]
+    before, after = table["slowest / fastest decode (x)"]
+    assert after > 4 > 2 > before > 1
+    assert len(systems_table(faster)) == len(systems_table(gpu))  # of the run's own cells
+
+
+def test_requests_that_wait_are_shown_with_those_that_do_not(gpu: Run):
+    rows = cell_rows("djinn", repeats=2)
+    start_s = rows.groupby("repeat")["total_ms"].cumsum().sub(rows["total_ms"]) / 1e3
+    waiting = rows.assign(
+        mode="concurrent", run_id="other", start_s=5.0 + start_s, queue_ms=7.0,
+        total_ms=rows["total_ms"] + 7.0, switch_ms=rows["switch_ms"] / 100,
+    )  # fmt: skip
+    unfair = cell_rows("vllm_sleep", gpu=True).assign(mode="concurrent", run_id="unfair")
+    table = waiting_table(run_of(pd.concat([rows, waiting, unfair])))
+    assert list(table.index) == [("sequential", "Djinn"), ("concurrent", "Djinn")]  # no vLLM
+    alone, queued = table.iloc[0], table.iloc[1]
+    later = later_touches(rows)["switch_ms"]
+    assert alone["mean later switch (ms)"] == pytest.approx(later.mean())
+    assert queued["longest later switch (ms)"] == pytest.approx(later.max() / 100)
+    done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
+    assert queued["all done (s)"] == pytest.approx(done_s) == alone["all done (s)"]
+    assert waiting_table(run_of(cell_rows("pytorch_lru"))).empty
+
+
+def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
+    rows = write_large_rows(tmp_path)
+    table = large_table(rows).xs("llama", level="model")
+    link_ms = (6 << 30) / 8e9 * 1e3
+    assert list(table.index) == ["resident", "djinn", "accelerate"]
+    assert table.loc["djinn", "these at the link's rate (ms)"] == pytest.approx(link_ms)
+    assert table.loc["djinn", "share of the ceiling (%)"] == pytest.approx(100 * link_ms / 900)
+    assert table.loc["resident", "share of the ceiling (%)"] == 100
+    failed = rows.assign(error="", ms_per_token=rows["ms_per_token"].mask(rows.index == 2))
+    failed.loc[2, ["ok", "error"]] = [False, "no room"]
+    table = large_table(failed).xs("llama", level="model")
+    assert table.loc["accelerate", "failed because"] == "no room"
+    assert math.isnan(table.loc["accelerate", "per token (ms)"])
+
+
+def test_every_model_once_is_all_that_must_be_loaded(gpu: Run):
+    lru = sweep_table(gpu).xs("PyTorch LRU", level="system").iloc[-1]
+    loaded = cell_rows("pytorch_lru", "40")["loaded_bytes"].sum()
+    assert lru["bytes / optimum (x)"] == pytest.approx(loaded / TOTAL_BYTES)

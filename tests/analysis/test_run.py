@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, cell_rows
+from run_factory import GPU_MACHINE, MACHINE, on_another_machine, write_cell
+
+from djinn_lib.analysis.claim_metrics import METRICS
+from djinn_lib.analysis.plots.sensitivity import sensitivity
+from djinn_lib.analysis.results import speedup_table
+from djinn_lib.analysis.run import Run, load_run, published
+from djinn_lib.analysis.selection import sweep
+from djinn_lib.errors import RecordError
+from djinn_lib.paths import REPO
+from djinn_lib.rows import no_rows
+
+NOTEBOOKS = REPO / "notebooks"
+TARGETS = {
+    "03_sensitivity": ["figures/sensitivity.pdf", "figures/sensitivity.png"],
+    "04_figures": [
+        f"figures/{name}.{ending}"
+        for name in (
+            "latency_cdf",
+            "latency_breakdown",
+            "decode_pace",
+            "residency_over_time",
+            "bytes_loaded",
+        )
+        for ending in ("pdf", "png")
+    ],
+    "05_claims": ["claims.json", "comparison_summary.json"],
+}
+
+
+def code_cells(notebook: str) -> list[dict]:
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_a_run_holds_everything(cpu: Run):
+    assert cpu.machine == MACHINE and not cpu.has_clocks
+    assert cpu.sizes == SIZES
+    assert set(cpu.traces) == {"paper"}
+    assert set(cpu.rows["capacity_label"]) == set(CAPACITIES)
+    assert "paper-25-djinn" in cpu.manifests
+
+
+def test_failures_leave_out_what_cannot_run_here(cpu: Run):
+    assert set(cpu.failures["system"]) == {"vllm_recreate"}
+    assert len(cpu.failures) == 8
+
+
+def test_sweep_is_of_systems_at_several_capacities(cpu: Run):
+    assert set(sweep(cpu)["system"]) == {"djinn", "pytorch_lru", "pytorch_pinned"}
+    alone = replace(cpu, rows=cpu.rows[cpu.rows["capacity_label"] == "25"])
+    assert set(sweep(alone)["capacity_label"]) == {"25"}  # all of it
+
+
+def test_sweep_keeps_a_baseline_that_was_run_at_one_capacity(cpu: Run):
+    swept = cpu.rows["system"].str.startswith("pytorch_") & (cpu.rows["capacity_label"] != "25")
+    run = replace(cpu, rows=cpu.rows[~swept])
+    assert set(sweep(run)["system"]) == {"djinn", "pytorch_pinned"}
+    assert set(sweep(run, baseline="pytorch_lru")["system"]) == {"djinn", "pytorch_lru"}
+    gains = speedup_table(sweep(run), "pytorch_pinned")
+    assert gains["capacity_label"].to_list() == ["25"]
+    sensitivity(sweep(run), "pytorch_pinned")
+
+
+def test_concurrent_rows_are_in_no_cell_or_sweep(cpu: Run):
+    queued = cell_rows("djinn").assign(system="djinn_queue", mode="concurrent")
+    both = replace(cpu, rows=pd.concat([cpu.rows, queued]))
+    for rows, same in ((both.cells("paper", "25"), cpu.cells("paper", "25")),
+                       (sweep(both), sweep(cpu))):  # fmt: skip
+        assert rows.reset_index(drop=True).equals(same.reset_index(drop=True))
+    assert len(both.concurrent_cells()) == 30 and cpu.concurrent_cells().empty
+
+
+def test_cells_that_were_not_run_are_refused(cpu: Run):
+    with pytest.raises(RecordError, match=r"capacity 99, got rows of .*\('paper', '20'\)"):
+        cpu.cells("paper", "99")
+
+
+def test_bounds_on_bytes(cpu: Run):
+    assert cpu.compulsory_bytes("paper") == TOTAL_BYTES
+    assert cpu.least_bytes("paper", "40") == TOTAL_BYTES  # all of it fits
+    assert TOTAL_BYTES < cpu.least_bytes("paper", "25") < cpu.least_bytes("paper", "20")
+
+
+def test_bounds_count_what_must_be_on_the_device(cpu: Run):
+    """Of a system that leaves tables in the host only the rest is bound to be loaded."""
+    half = SIZES["phi-mini"] // 2
+    models = {n: {"bytes": b, "device_bytes": b} for n, b in SIZES.items()}
+    models["phi-mini"]["device_bytes"] = half
+    manifests = {cell: {**m, "models": models} if m["system"] == "djinn" else m
+                 for cell, m in cpu.manifests.items()}  # fmt: skip
+    run = replace(cpu, manifests=manifests)
+    assert run.sizes == cpu.sizes == cpu.needed_sizes == cpu.device_sizes["djinn"]
+    assert run.needed_sizes == run.device_sizes["djinn"] == {**SIZES, "phi-mini": half}
+    assert run.device_sizes["pytorch_lru"] == SIZES
+    assert run.least_bytes("paper", "20") < cpu.least_bytes("paper", "20")
+    assert run.compulsory_bytes("paper") == TOTAL_BYTES - half
+    ratio = METRICS["bytes_to_optimum"]
+    assert ratio(run, "djinn", "20").value > ratio(cpu, "djinn", "20").value
+    assert ratio(run, "pytorch_lru", "20").value == ratio(cpu, "pytorch_lru", "20").value
+
+
+def test_link_floor_is_size_over_rate(cpu: Run):
+    floor = cpu.link_floor()["at the link rate (ms)"]
+    assert floor["phi-mini"] == pytest.approx(SIZES["phi-mini"] / 8e9 * 1000)
+
+
+def test_machines_are_numbered_by_their_first_cell_and_named_by_machine_json(gpu: Run):
+    slower = {**GPU_MACHINE, "eager_operator_us": 9.0, "versions": {}}
+    late = {"machine": slower, "started_at_utc": "2026-11-30T00:00:00+00:00"}
+    cell = "paper-25-djinn"
+    run = replace(gpu, manifests={**gpu.manifests, cell: {**gpu.manifests[cell], **late}})
+    own = run.rows[run.rows["run_id"] == f"{cell}-test"]
+    assert run.machine_numbers[f"{cell}-test"] == 2 and len({*run.machine_numbers.values()}) == 2
+    assert run.machines_of(own) == "2" and run.machines_of(run.rows) == "1, 2"
+    listed = [{"part": "tuesday", "machine": slower}, {"part": "tuesday again", "machine": slower}]
+    named = replace(run, listed_machines=listed)
+    assert named.machine_names == {1: "1", 2: "tuesday"}  # one is not in the list
+    assert named.machines_of(own.assign(run_id="unknown")) == "0"
+
+
+def test_the_sweep_is_of_one_machine_where_one_ran_all(gpu: Run):
+    slower = on_another_machine(gpu, "djinn", total_ms=lambda ms: 2 * ms)  # but run there before
+    assert set(sweep(slower)["run_id"]) == set(sweep(gpu)["run_id"])
+    forgotten = replace(slower, replicates=no_rows(), replicate_manifests={})
+    assert "again" in set(sweep(forgotten)["run_id"])
+
+
+def test_cells_of_different_weights_are_refused(cpu: Run):
+    cell = "paper-40-djinn"
+    models = {name: {"bytes": size + 1} for name, size in SIZES.items()}
+    other = {**cpu.manifests[cell], "models": models}
+    with pytest.raises(RecordError, match=r"weights of '.*'.*paper-40-djinn"):
+        _ = replace(cpu, manifests={**cpu.manifests, cell: other}).sizes
+
+
+def test_a_run_without_rows_says_what_to_do(tmp_path: Path):
+    with pytest.raises(RecordError, match="run notebook 02_run_system first"):
+        load_run(tmp_path)
+
+
+def test_a_run_without_set_up_says_what_to_do(tmp_path: Path):
+    (tmp_path / "status").mkdir()
+    write_cell(tmp_path, cell_rows("djinn"))
+    with pytest.raises(RecordError, match="run notebook 00_setup first"):
+        load_run(tmp_path)
+
+
+def test_published_numbers_that_are_missing_say_so(tmp_path: Path):
+    with pytest.raises(RecordError, match="restore the file"):
+        published(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("notebook", TARGETS)
+def test_notebooks_hold_no_logic_and_no_outputs(notebook: str):
+    cells = code_cells(notebook)
+    assert sum("parameters" in cell["metadata"].get("tags", []) for cell in cells) == 1
+    for cell in cells:
+        assert not cell["outputs"] and cell["execution_count"] is None
+        assert len(cell["source"]) <= 25
+        assert not any(
+            line.startswith(("for ", "def ", "if ", "while ")) for line in cell["source"]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", TARGETS)
+def test_notebooks_run_and_leave_their_files(notebook: str, cpu: Run, monkeypatch):
+    monkeypatch.chdir(NOTEBOOKS)
+    names: dict = {}
+    for cell in code_cells(notebook):
+        exec("".join(cell["source"]), names)
+        if "parameters" in cell["metadata"].get("tags", []):
+            names["run_dir"] = str(cpu.folder)
+    assert [name for name in TARGETS[notebook] if not (cpu.folder / name).stat().st_size] == []
