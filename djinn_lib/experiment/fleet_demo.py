@@ -25,7 +25,8 @@ from djinn_lib.experiment.bench import Bench
 from djinn_lib.files import write_json
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.engines import EngineClient
-from djinn_lib.fleet.fleet import KV_CACHE_BYTES, Fleet
+from djinn_lib.fleet.fleet import Fleet
+from djinn_lib.fleet.options import KV_CACHE_BYTES
 from djinn_lib.rows import token_sha
 from djinn_lib.units import parse_bytes
 

@@ -7,8 +7,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Unpack
@@ -22,6 +22,8 @@ from djinn_lib.engine.prompts import Prompt, read_prompts
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.fleet.engines import EngineClient, PendingResult
 from djinn_lib.fleet.environment import vllm_python
+from djinn_lib.fleet.live import drawn_again
+from djinn_lib.fleet.options import engine_environment, engine_options
 from djinn_lib.fleet.requests import (
     Part,
     check_prompt,
@@ -38,10 +40,7 @@ from djinn_lib.units import parse_bytes
 if TYPE_CHECKING:
     import pandas as pd
 
-KV_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
-_WORKERS = {"cpu": "RingCPUWorker", "cuda": "RingWorker"}
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 class Fleet:
@@ -122,7 +121,7 @@ class Fleet:
             CapacityError: the model is larger than the ring.
             EngineFailed: vLLM did not start; the message has the end of its log.
         """
-        settings = self._settings(name, source, options)
+        settings = engine_options(name, source, self.device.type, options)
         with self._lock:
             self._ensure_open()
             if name in self._engines or not name:
@@ -137,7 +136,7 @@ class Fleet:
                 self._python,
                 settings,
                 self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
-                self._environment(),
+                engine_environment(self.socket),
             )
         except BaseException:
             with self._lock:
@@ -150,40 +149,6 @@ class Fleet:
                 return
         engine.close()  # the fleet was closed meanwhile
         self._ensure_open()
-
-    def _settings(
-        self, name: str, source: str | Path, options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        for option in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-            if options.get(option, 1) != 1:
-                raise ConfigError(
-                    f"{option}={shown(options[option])} cannot be used: a model on the ring runs "
-                    "on one device; leave it out"
-                )
-        if "worker_cls" in options:
-            raise ConfigError("worker_cls is the ring's own: leave it out")
-        folder = Path(source)
-        if folder.is_dir() and not (folder / "config.json").exists():
-            raise ConfigError(f"{folder} holds no model: name a folder with a config.json")
-        has_tokenizer = not folder.is_dir() or any((folder / one).exists() for one in _TOKENIZERS)
-        return {
-            "model": str(source),
-            "served_model_name": [name],
-            "skip_tokenizer_init": not has_tokenizer,
-            "kv_cache_memory_bytes": KV_CACHE_BYTES[self.device.type],
-            "enforce_eager": self.device.type == "cpu",  # compiling for a CPU takes a minute
-            "disable_log_stats": True,
-            **options,
-            "worker_cls": f"djinn_lib.fleet.vllm_worker.{_WORKERS[self.device.type]}",
-        }
-
-    def _environment(self) -> dict[str, str]:
-        return {
-            "DJINN_RING": str(self.socket),
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_RPC_BASE_PATH": str(self._folder),
-        }
 
     def remove(self, name: str) -> None:
         """End the engine of a model; its frames are free. Requests that wait for it fail."""
@@ -322,63 +287,19 @@ class Fleet:
 
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames; bytes are whole pages."""
-        import pandas as pd
-
-        status = self.status()
-        rows = [
-            (one.model, one.n_pages * status.page_bytes, one.n_resident * status.page_bytes,
-             one.n_resident)
-            for one in status.models
-        ]  # fmt: skip
-        return pd.DataFrame(rows, columns=["model", "bytes", "resident_bytes", "frames"])
+        return self.status().residency()
 
     def stats(self) -> pd.DataFrame:
         """One row a model: what leases cost it since it was added."""
-        import pandas as pd
-
-        status = self.status()
-        rows = [
-            {
-                "model": one.model,
-                "engine": one.state,
-                "leases": one.counts.leases,
-                "switches": one.counts.switches,
-                "loaded_bytes": one.counts.loaded_pages * status.page_bytes,
-                "evicted_bytes": one.counts.evicted_pages * status.page_bytes,
-                "revoked": one.counts.revoked,
-                "waited_s": one.counts.waited_s,
-                "longest_wait_s": one.counts.longest_wait_s,
-            }
-            for one in status.models
-        ]
-        return pd.DataFrame(rows)
+        return self.status().stats()
 
     def _repr_html_(self) -> str:
         """Draw the ring, in a notebook."""
         return "<i>closed</i>" if self.closed else self.status().html()
 
-    @contextmanager
-    def live(self, every_s: float = 0.2) -> Iterator[None]:
+    def live(self, every_s: float = 0.2) -> AbstractContextManager[None]:
         """Show the ring in a notebook, drawn again and again until the block ends."""
-        from IPython.display import HTML, display
-
-        shown_ring: Any = display(HTML(self._repr_html_()), display_id=True)
-        ended = threading.Event()
-
-        def draw() -> None:
-            while not ended.wait(every_s):
-                with suppress(DjinnError):
-                    shown_ring.update(HTML(self._repr_html_()))
-
-        drawing = threading.Thread(target=draw, name="djinn-live", daemon=True)
-        drawing.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            drawing.join()
-            if shown_ring is not None:
-                shown_ring.update(HTML(self._repr_html_()))
+        return drawn_again(self._repr_html_, every_s)
 
     @property
     def closed(self) -> bool:

@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 
 from djinn_lib.errors import ConfigError, first_line, shown
+from djinn_lib.fleet.options import ON_ONE_DEVICE
 
 _OURS = ("worker_cls", "served_model_name", "host", "port", "uds", "api_server_count")
-_ONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _check_model(path: Path, name: object, options: object) -> None:
         )
     if ours := [one for one in _OURS if one in options]:
         raise ConfigError(f"`{ours[0]}` of {name!r} in {path} is set by djinn: leave it out")
-    if split := [one for one in _ONE if options.get(one, 1) != 1]:
+    if split := [one for one in ON_ONE_DEVICE if options.get(one, 1) != 1]:
         raise ConfigError(
             f"`{split[0]}` of {name!r} in {path} is above 1, and a model on the ring runs on one "
             "device: leave it out"

@@ -17,11 +17,11 @@ from djinn_lib.errors import DjinnError, PlatformError
 from djinn_lib.fleet import children
 from djinn_lib.fleet.environment import vllm_python
 from djinn_lib.fleet.fleet_file import FleetFile, vllm_arguments
+from djinn_lib.fleet.options import WORKERS
 from djinn_lib.fleet.ring_process import RingProcess
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
 
-_WORKERS = {"cpu": "RingCPUWorker", "cuda": "RingWorker"}
 _SERVER_STARTS_S = 1800.0
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
@@ -90,10 +90,9 @@ def running(
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         ring = RingProcess(folder, {**file.ring_options(), "device": device})
         undo.callback(ring.end)
-        worker = f"djinn_lib.fleet.vllm_worker.{_WORKERS[device.type]}"
         servers: dict[str, Server] = {}
         for name, options in file.models.items():
-            arguments = [*vllm_arguments(name, options), "--worker-cls", worker]
+            arguments = [*vllm_arguments(name, options), "--worker-cls", WORKERS[device.type]]
             log = folder / f"server-{len(servers)}.log"
             servers[name] = Server(name, python, arguments, log, ring.socket)
             undo.callback(servers[name].end)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
+import pandas as pd
+
 from djinn_lib.fleet.leases import Counts, Leases
 from djinn_lib.units import format_bytes
 
@@ -76,6 +78,34 @@ class RingStatus:
     def resident_bytes(self) -> dict[str, int]:
         """Bytes of frames that each model has."""
         return {model.model: model.n_resident * self.page_bytes for model in self.models}
+
+    def residency(self) -> pd.DataFrame:
+        """One row a model: model, bytes, resident_bytes, frames; bytes are whole pages."""
+        rows = {
+            "model": [one.model for one in self.models],
+            "bytes": [one.n_pages * self.page_bytes for one in self.models],
+            "resident_bytes": list(self.resident_bytes().values()),
+            "frames": [one.n_resident for one in self.models],
+        }
+        return pd.DataFrame(rows)
+
+    def stats(self) -> pd.DataFrame:
+        """One row a model: what its engine does, and what leases cost it since it joined."""
+        rows = [
+            {
+                "model": one.model,
+                "engine": one.state,
+                "leases": one.counts.leases,
+                "switches": one.counts.switches,
+                "loaded_bytes": one.counts.loaded_pages * self.page_bytes,
+                "evicted_bytes": one.counts.evicted_pages * self.page_bytes,
+                "revoked": one.counts.revoked,
+                "waited_s": one.counts.waited_s,
+                "longest_wait_s": one.counts.longest_wait_s,
+            }
+            for one in self.models
+        ]
+        return pd.DataFrame(rows)
 
     def html(self) -> str:
         """Draw the ring: a cell for each frame (or for neighbours), in the colour of its model."""
