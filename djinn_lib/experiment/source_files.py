@@ -2,7 +2,7 @@
 
 Told from the text, without importing anything: statements wherever they stand, so that what a
 function imports when it is called counts too, and names in strings like
-"djinn_lib.systems.vllm_sleep:SleepingEngine", by which other processes are told what to run.
+"djinn_lib.fleet.vllm_engine", by which other processes are told what to run.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 _PARENT = "DJINN_PARENT"
@@ -71,18 +72,19 @@ def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
 
 
 def end(process: subprocess.Popen[bytes], asked: bool = False) -> None:
-    """Make sure that a process has ended.
+    """Make sure that a process has ended, and what it started as well.
 
     Args:
         process: to end; it may have ended.
         asked: it has been told to end, so it gets a moment for that.
     """
-    if asked and _has_ended(process, _ASKED_S):
-        return
-    process.terminate()
-    if not _has_ended(process, _TOLD_S):
-        process.kill()
-        process.wait()
+    if not (asked and _has_ended(process, _ASKED_S)):
+        process.terminate()
+        if not _has_ended(process, _TOLD_S):
+            process.kill()
+            process.wait()
+    with suppress(ProcessLookupError):  # as a rule nobody is left in its session
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _has_ended(process: subprocess.Popen[bytes], within_s: float) -> bool:

@@ -21,7 +21,7 @@ Result = dict[str, Any]  # see `vllm_engine`
 OnPart = Callable[[list[int], str], None]
 
 
-class EngineFailed(DjinnError, RuntimeError):
+class EngineDied(DjinnError, RuntimeError):
     """An engine did not start, or ended while requests were waiting."""
 
 
@@ -70,7 +70,7 @@ class EngineClient:
         start_timeout_s: how long it may take to start.
 
     Raises:
-        DjinnError: it did not start: the worker's own error, or `EngineFailed` with the last lines
+        DjinnError: it did not start: the worker's own error, or `EngineDied` with the last lines
             of its log.
     """
 
@@ -122,7 +122,7 @@ class EngineClient:
         """The error of an engine that did not start; one of ours needs no log to explain it."""
         if ours := error_class(kind):
             return ours(f"the engine of {self.name!r} did not start: {why}")
-        return EngineFailed(
+        return EngineDied(
             f"the engine of {self.name!r} did not start ({kind or 'no error'}: {why}): correct its "
             f"options. The end of its log:\n{children.last_lines(self.log)}"
         )
@@ -158,7 +158,7 @@ class EngineClient:
             convert: makes the outcome of the engine's result and the moment of this call.
 
         Raises:
-            EngineFailed: the engine has ended.
+            EngineDied: the engine has ended.
         """
         ids = prompt if isinstance(prompt, str) else list(prompt)
         pending = PendingResult(lambda: self._withdraw(pending), on_part, convert)
@@ -168,7 +168,7 @@ class EngineClient:
         """Call a method of the worker, between two steps, and return its result.
 
         Raises:
-            EngineFailed: the engine has ended.
+            EngineDied: the engine has ended.
         """
         pending = PendingResult(lambda: None)
         return self._ask(pending, "call", method, arguments).result(timeout_s)
@@ -231,8 +231,8 @@ class EngineClient:
             else:
                 pending.answer(values[0])
 
-    def _failed(self) -> EngineFailed:
-        return EngineFailed(
+    def _failed(self) -> EngineDied:
+        return EngineDied(
             f"the engine of {self.name!r} ended ({self._ended or 'its process is gone'}): remove "
             f"the model and add it again. The end of its log:\n{children.last_lines(self.log, 4)}"
         )

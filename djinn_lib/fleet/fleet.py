@@ -119,7 +119,7 @@ class Fleet:
         Raises:
             ConfigError: the name is taken, or the options cannot be used with a ring.
             CapacityError: the model is larger than the ring.
-            EngineFailed: vLLM did not start; the message has the end of its log.
+            EngineDied: vLLM did not start; the message has the end of its log.
         """
         settings = engine_options(name, source, self.device.type, options)
         with self._lock:
@@ -207,7 +207,7 @@ class Fleet:
 
         Raises:
             ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
-            EngineFailed: its engine ended.
+            EngineDied: its engine ended.
         """
         asked = self.submit(name, prompt, max_new_tokens, ignore_eos, stop, **sampling)
         if not isinstance(asked, list):
@@ -258,7 +258,7 @@ class Fleet:
         Leaving the loop early gives the request up.
 
         Raises:
-            ConfigError, EngineFailed: as for `generate`.
+            ConfigError, EngineDied: as for `generate`.
         """
         engine = self.engine(name)
         parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))

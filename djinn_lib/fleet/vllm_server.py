@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 
 from djinn_lib.fleet import children
+
+SERVER = "DJINN_SERVER"  # process id, for the worker, whose own parent may be another process
 
 
 def main() -> None:
     """Run vLLM's own command with the arguments of this one."""
     children.end_with_parent()
+    os.environ[SERVER] = str(os.getpid())
     from vllm.entrypoints.cli.main import main as vllm
 
     _name_the_version()

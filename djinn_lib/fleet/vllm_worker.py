@@ -18,8 +18,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -30,6 +31,7 @@ from djinn_lib.fleet import vllm_hooks
 from djinn_lib.fleet.client import Costs, RingModel
 from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.parameters import PackedParameters
+from djinn_lib.fleet.vllm_server import SERVER
 from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ class LeasedSteps(_Worker):
                 f"a model on the ring runs on one device, and this one is split over "
                 f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
             )
-        _end_with_parent()
+        _end_with_server()
         super().init_device()
 
     def load_model(self, **options: Any) -> None:
@@ -253,16 +255,34 @@ def _end_process(error: DjinnError) -> None:
     threading.Event().wait(_LAST_STEP_S)
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(_LAST_STEP_S)
-    os._exit(1)
+    _end_engine()
 
 
-def _end_with_parent() -> None:
-    """End vLLM's engine process with the one that started it, however that ends."""
+def _end_with_server() -> None:
+    """End vLLM's processes with the one that was started, however that ends.
+
+    vLLM may have up to two between that and the worker, and ends none of them if it is killed.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    ends: list[int] = [parent.sentinel]
+    with suppress(OSError, ValueError):
+        ends.append(os.pidfd_open(int(os.environ.get(SERVER, ""))))
+
+    def watch() -> None:
+        wait(ends)
+        _end_engine()
+
+    threading.Thread(target=watch, name="djinn-parent", daemon=True).start()
+
+
+def _end_engine() -> None:
+    """End this process at once, and vLLM's engine core, if that is another one."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(
-            target=lambda: (parent.join(), os._exit(1)), name="djinn-parent", daemon=True
-        ).start()
+    if parent and parent.pid and str(parent.pid) != os.environ.get(SERVER):
+        with suppress(ProcessLookupError):
+            os.kill(parent.pid, signal.SIGKILL)
+    os._exit(1)
 
 
 _BASES = {

@@ -16,7 +16,7 @@ import djinn_lib as dj
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet import fleet as fleet_module
-from djinn_lib.fleet.engines import EngineClient, EngineFailed
+from djinn_lib.fleet.engines import EngineClient, EngineDied
 from djinn_lib.fleet.fleet import Fleet
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -131,8 +131,8 @@ def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):
 
 def test_a_model_that_cannot_be_added(fleet, patched, tmp_path):
     for options, kind, says in [
-        ({"fails": "start"}, EngineFailed, "RuntimeError: no kernel for this device.*its log"),
-        ({"fails": "die"}, EngineFailed, "exit status 7"),
+        ({"fails": "start"}, EngineDied, "RuntimeError: no kernel for this device.*its log"),
+        ({"fails": "die"}, EngineDied, "exit status 7"),
         ({"n_bytes": 11 * MIB}, CapacityError, "'d' did not start: .*raise the capacity"),
         ({"tensor_parallel_size": 2}, ConfigError, "one device"),
         ({"worker_cls": "x"}, ConfigError, "leave it out"),
@@ -151,7 +151,7 @@ def test_an_engine_that_is_killed_fails_its_requests_and_can_be_added_again(flee
     asked = fleet.submit("c", [[i] for i in range(5)], 60)
     os.kill(fleet.engine("c").pid, signal.SIGKILL)
     for one in asked:
-        with pytest.raises(EngineFailed, match=r"exit status -9.*add it again"):
+        with pytest.raises(EngineDied, match=r"exit status -9.*add it again"):
             one.result(20)
     assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
     until(lambda: len(fleet.status().models) == 2, "its frames are free")
@@ -162,9 +162,9 @@ def test_an_engine_that_is_killed_fails_its_requests_and_can_be_added_again(flee
 
 def test_an_engine_whose_step_fails_tells_its_requests(patched, fleet):
     fleet.add("d", patched, n_bytes=MIB, fails="step")
-    with pytest.raises(EngineFailed, match="an illegal memory access"):
+    with pytest.raises(EngineDied, match="an illegal memory access"):
         fleet.generate("d", [1], 3)
-    with pytest.raises(EngineFailed):
+    with pytest.raises(EngineDied):
         fleet.generate("d", [1], 3)
     fleet.remove("d")
 
@@ -184,7 +184,7 @@ def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
         asked = fleet.submit("c", [1], 60)
         folder, pid = fleet.socket.parent, fleet.engine("c").pid
         fleet.close()
-        with pytest.raises(EngineFailed, match="it was closed"):
+        with pytest.raises(EngineDied, match="it was closed"):
             asked.result(20)
         assert not folder.exists() and not Path(f"/proc/{pid}").exists()
         fleet.close()
@@ -254,5 +254,5 @@ def test_which_python_runs_vllm(monkeypatch, tmp_path):
 
 
 def test_an_engine_that_says_nothing_is_given_up(patched, tmp_path):
-    with pytest.raises(EngineFailed, match="said nothing within 0 s"):
+    with pytest.raises(EngineDied, match="said nothing within 0 s"):
         EngineClient("x", sys.executable, {}, tmp_path / "log", start_timeout_s=0.01)

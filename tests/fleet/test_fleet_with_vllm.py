@@ -24,7 +24,7 @@ from fleet_models import (
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.fleet import environment
-from djinn_lib.fleet.engines import EngineFailed
+from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.fleet.fleet import Fleet
 
 pytestmark = [
@@ -183,8 +183,8 @@ def test_a_model_that_cannot_be_added_is_one_message_and_leaves_nothing(fleet, f
         ("x", tmp_path, {}, ConfigError, "config.json"),
         ("x", folders["llama"], {"tensor_parallel_size": 2}, ConfigError, "one device"),
         ("x", folders["llama"], {"worker_cls": "y"}, ConfigError, "leave it out"),
-        ("x", folders["llama"], {"no_such_option": 1}, EngineFailed, "no_such_option"),
-        ("x", folders["llama"], {**OPTIONS, "max_model_len": 10**6}, EngineFailed, "max_model_len"),
+        ("x", folders["llama"], {"no_such_option": 1}, EngineDied, "no_such_option"),
+        ("x", folders["llama"], {**OPTIONS, "max_model_len": 10**6}, EngineDied, "max_model_len"),
     ]:
         with pytest.raises(kind, match=says):
             fleet.add(name, source, **options)
@@ -220,10 +220,10 @@ def test_an_engine_killed_in_mid_step_fails_its_own_requests_only(fleet, folders
     os.kill(victim.pid, signal.SIGKILL)
     try:
         for one in asked:
-            with pytest.raises(EngineFailed, match=r"exit status -9.*add it again"):
+            with pytest.raises(EngineDied, match=r"exit status -9.*add it again"):
                 one.result(60)
         until(lambda: len(fleet.status().models) == 3, "its frames are free")
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineDied):
             ask(fleet, "mixtral", 0)
         time.sleep(0.5)
     finally:
@@ -244,7 +244,7 @@ def test_a_broker_that_dies_ends_everything_with_one_message(folders):
         processes = set(descendants()) - set(before)
         asked = fleet.submit("llama", PROMPTS, 50, ignore_eos=True)
         fleet._ring.process.kill()
-        with pytest.raises(EngineFailed, match="the broker of the ring ended"):
+        with pytest.raises(EngineDied, match="the broker of the ring ended"):
             for one in asked:
                 one.result(60)
         with pytest.raises(DjinnError):

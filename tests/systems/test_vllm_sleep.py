@@ -11,7 +11,7 @@ from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.weights import describe
 from djinn_lib.fleet import environment
-from djinn_lib.fleet.engines import EngineFailed
+from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.systems import vllm_sleep
 from djinn_lib.systems.vllm_sleep import VllmSleep
 
@@ -39,7 +39,7 @@ class NotedEngine:
 
     def fail_if(self, what):
         if NotedEngine.fails.get(self.name) == what:
-            raise EngineFailed(f"{what} failed")
+            raise EngineDied(f"{what} failed")
 
     def call(self, method, *arguments):
         self.note(method)
@@ -49,7 +49,7 @@ class NotedEngine:
         self.note("generate")
         pending = Future()
         if NotedEngine.fails.get(self.name) == "generate":
-            pending.set_exception(EngineFailed("generate failed"))
+            pending.set_exception(EngineDied("generate failed"))
         else:
             now_s = time.perf_counter()
             ids = list(range(parameters["max_tokens"]))
@@ -170,7 +170,7 @@ def test_the_naive_form_lets_all_others_sleep_at_every_change(models, noted):
 def test_an_engine_that_fails_fails_its_request_and_is_started_anew(system, fails):
     system.serve("phi", PROMPT, 2)
     NotedEngine.fails = {"llama": fails}
-    with pytest.raises(EngineFailed, match=fails):
+    with pytest.raises(EngineDied, match=fails):
         system.serve("llama", PROMPT, 2)
     NotedEngine.fails, n = {}, len(NotedEngine.notes)
     served = system.serve("llama", PROMPT, 2)
