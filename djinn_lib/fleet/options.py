@@ -47,12 +47,23 @@ def engine_options(
         "model": str(source),
         "served_model_name": [name],
         "skip_tokenizer_init": not has_tokenizer,
-        "kv_cache_memory_bytes": KV_CACHE_BYTES[device],
-        "enforce_eager": device == "cpu",  # compiling for a CPU takes a minute
         "disable_log_stats": True,
+        **defaults_on(device),
         **options,
         "worker_cls": WORKERS[device],
     }
+
+
+def defaults_on(device: str) -> dict[str, Any]:
+    """Return what differs from vLLM's defaults for every engine on a ring.
+
+    vLLM would measure its share of a GPU by what is free when it starts, and the ring and other
+    engines have theirs already. So it is told how much memory its KV cache may take.
+    """
+    options: dict[str, Any] = {"kv_cache_memory_bytes": KV_CACHE_BYTES[device]}
+    if device == "cpu":
+        return {**options, "enforce_eager": True}  # compiling for a CPU takes a minute
+    return {**options, "gpu_memory_utilization": 0.05}  # only asked for at the start, to be free
 
 
 def engine_environment(socket: Path) -> dict[str, str]:

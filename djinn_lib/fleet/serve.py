@@ -17,7 +17,7 @@ from djinn_lib.errors import DjinnError, PlatformError
 from djinn_lib.fleet import children
 from djinn_lib.fleet.environment import vllm_python
 from djinn_lib.fleet.fleet_file import FleetFile, vllm_arguments
-from djinn_lib.fleet.options import WORKERS
+from djinn_lib.fleet.options import WORKERS, defaults_on
 from djinn_lib.fleet.ring_process import RingProcess
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
@@ -92,7 +92,8 @@ def running(
         undo.callback(ring.end)
         servers: dict[str, Server] = {}
         for name, options in file.models.items():
-            arguments = [*vllm_arguments(name, options), "--worker-cls", WORKERS[device.type]]
+            asked = {**defaults_on(device.type), **options}
+            arguments = [*vllm_arguments(name, asked), "--worker-cls", WORKERS[device.type]]
             log = folder / f"server-{len(servers)}.log"
             servers[name] = Server(name, python, arguments, log, ring.socket)
             undo.callback(servers[name].end)
