@@ -15,7 +15,6 @@ HAVE_GPU := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo yes)
 PROFILE ?= $(if $(HAVE_GPU),gpu,cpu)
 PROFILES := $(patsubst params/%.yml,%,$(wildcard params/*.yml))
 EXECUTOR ?= local
-TIME_LIMIT ?=
 FROM ?=
 EXECUTORS := local ray
 VENV ?= .venv
@@ -57,14 +56,13 @@ help: ## show this list
 	@echo
 	@echo "  PROFILE=$(PROFILE)   one of: $(PROFILES) (default: gpu where nvidia-smi lists a GPU, else cpu)"
 	@echo "  EXECUTOR=$(EXECUTOR)   one of: $(EXECUTORS) (ray: cells run on the cluster at RAY_ADDRESS, or on one started here)"
-	@echo "  TIME_LIMIT=...  seconds: begin no cell that is not expected to end in time; the next make goes on"
 	@echo "  PYTHON=...  the Python (>= 3.11) to build $(VENV) from"
 	@echo "  PY=...        an existing environment's python: use it, build nothing"
 	@echo "  VENV=$(VENV)    PYTEST_ARGS=...    LAB_ARGS=...    TORCH_PIP_ARGS=... (for pip, when it fetches torch)"
 
 .PHONY: reproduce
 reproduce: check-profile check-executor $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
-	$(RUN) -m djinn_lib.experiment.reproduce --profile $(PROFILE) --executor $(EXECUTOR) $(if $(TIME_LIMIT),--time-limit $(TIME_LIMIT))
+	$(RUN) -m djinn_lib.experiment.reproduce --profile $(PROFILE) --executor $(EXECUTOR)
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu

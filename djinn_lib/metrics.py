@@ -201,16 +201,6 @@ def share_interval(hits: Sequence[bool] | pd.Series) -> Interval:
     return k / n, float(interval.low), float(interval.high)
 
 
-def ratio_of_medians(
-    numerator: Sequence[float] | pd.Series,
-    denominator: Sequence[float] | pd.Series,
-    seed: int = 0,
-    n_resamples: int = 2000,
-) -> Interval:
-    """Return the ratio of two medians and its interval, resampling both sides independently."""
-    return ratio_interval(numerator, denominator, "p50", seed, n_resamples)
-
-
 def ratio_interval(
     numerator: Sequence[float] | pd.Series,
     denominator: Sequence[float] | pd.Series,

@@ -9,6 +9,7 @@ from djinn_lib.errors import ConfigError, shown
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our own run
+NOTEBOOKS = REPO / "notebooks"
 FIGURES = REPO / "figures"  # as published
 STUDY = REPO / "data" / "reference" / "study"  # points of the study of policies
 SOAKS = {  # kept results of benchmarks/soak.py

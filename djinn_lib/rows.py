@@ -1,4 +1,4 @@
-"""Rows and manifests: what a cell leaves behind, checked when it is written and when it is read.
+"""Rows: what a cell leaves behind, checked when it is written and when it is read.
 
 A row is one request. Files appear whole or not at all. The schema says what a row is, not what a
 clock may say: rows whose times contradict each other are kept, and `clock_warning` names them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from djinn_lib.errors import DjinnError, RecordError
-from djinn_lib.files import write_atomically, write_text
+from djinn_lib.files import write_atomically
 
 ERROR_KINDS = (
     "oom", "engine_died", "kernel_died", "timeout", "unavailable", "bad_input", "disk_full",
@@ -240,65 +238,3 @@ def read_run(run_dir: Path) -> pd.DataFrame:
             f"expected rows in {run_dir / 'requests'}, got none: run notebook 02_run_system first"
         )
     return pd.concat([read_rows(path) for path in paths], ignore_index=True)
-
-
-class Manifest(BaseModel):
-    """Where the rows of a cell come from."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    run_id: str
-    cell: str
-    system: str
-    options: dict[str, Any]
-    profile: str
-    git_commit: str
-    git_dirty: bool
-    other_gpu_processes: list[str]
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    trace_sha256: str
-    models: dict[str, dict[str, Any]]
-    parameters: dict[str, Any]
-    started_at_utc: str
-    wall_s: float
-    setup_s: float
-    # Of the host, and not in older manifests: the share of its processors' time that others had,
-    # and its pace before each request, a list a repeat.
-    stolen_share: float | None = None
-    host_loop_us: list[list[float]] = []
-    notes: list[str]
-
-
-def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
-    """Write a checked manifest as JSON; the file appears whole or not at all.
-
-    Raises:
-        RecordError: a field is missing, unknown, of the wrong type or nothing that JSON can hold.
-    """
-    checked = _manifest(manifest, str(path)).model_dump()
-    try:
-        text = json.dumps(checked, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path}: expected plain data in the manifest, got: {error}") from error
-    write_text(path, text)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read and check a manifest.
-
-    Raises:
-        RecordError: it is missing, not JSON, or breaks the schema.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RecordError(f"expected a manifest in {path}, got {error}") from error
-    return _manifest(content, str(path)).model_dump()
-
-
-def _manifest(content: Mapping[str, Any], where: str) -> Manifest:
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        raise RecordError(f"{where}: expected a manifest of the schema, got:\n{error}") from error

@@ -178,11 +178,6 @@ def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None
     assert "EXECUTOR=local   one of: local ray" in tree.make("help").stdout
 
 
-def test_a_limit_of_time_is_passed_on(tree: Tree) -> None:
-    assert "--time-limit 540" in tree.make("-n", "reproduce", "TIME_LIMIT=540").stdout
-    assert "--time-limit" not in tree.make("-n", "reproduce").stdout
-
-
 def test_figures_are_the_published_ones_or_those_of_a_run(tree: Tree) -> None:
     assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.publishing.redraw")
     own = tree.make("-n", "figures", "FROM=data/runs/cpu").stdout

@@ -12,9 +12,10 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.errors import RecordError
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.metrics import sequential
 from djinn_lib.paths import REPO, user_path
-from djinn_lib.rows import no_rows, read_manifest, read_rows, read_run
+from djinn_lib.rows import no_rows, read_rows, read_run
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.trace import Trace, read_trace
 

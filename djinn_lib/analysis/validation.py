@@ -15,9 +15,10 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis.run import REPLICATES
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 from djinn_lib.simulator.cost_model import engine_rows, fit, reference_costs
 from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import paper_trace

@@ -1,4 +1,4 @@
-"""A run's folder: what set-up leaves there, and where everything else goes."""
+"""What all cells of a run share, as the set-up makes and leaves it: models, machine, traces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pandas as pd
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.machine import describe_machine
-from djinn_lib.experiment.profile import REPO, Cell, Profile, parse_capacity
+from djinn_lib.experiment.profile import REPO, Profile, parse_capacity
+from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.weights import prepare_models
 from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.systems.base import ModelFiles
@@ -24,10 +25,17 @@ MODELS_DIR = REPO / "data" / "models"
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells of a run share: the profile, its run folder and the model folders."""
+    """What all cells of a run share.
+
+    Args:
+        profile: of the run.
+        run: its folder.
+        models: the models' files, by name.
+        machine: facts of the machine that the set-up ran on.
+    """
 
     profile: Profile
-    run_dir: Path
+    run: RunFolder
     models: dict[str, ModelFiles]
     machine: dict[str, Any]
 
@@ -38,7 +46,7 @@ class Bench:
         Raises:
             ConfigError: the set-up has not been run there, or with other models.
         """
-        path = run_dir / "machine.json"
+        path = RunFolder(run_dir).machine
         try:
             state = json.loads(path.read_text())
             models = {
@@ -56,7 +64,12 @@ class Bench:
                 f"expected a set-up of the models {list(profile.models)} in {path}, got "
                 f"{list(models)}: run notebook 00_setup again"
             )
-        return cls(profile, run_dir, models, state["machine"])
+        return cls(profile, RunFolder(run_dir), models, state["machine"])
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.run.path
 
     @property
     def total_bytes(self) -> int:
@@ -66,22 +79,6 @@ class Bench:
     def capacity_bytes(self, label: str) -> int:
         """Capacity of a label in bytes."""
         return parse_capacity(self.profile.capacities[label], self.total_bytes)
-
-    def trace_path(self, name: str) -> Path:
-        """File of a trace."""
-        return self.run_dir / "traces" / f"{name}.jsonl"
-
-    def rows_path(self, cell: Cell) -> Path:
-        """File of a cell's rows."""
-        return self.run_dir / "requests" / f"{cell.id}.parquet"
-
-    def manifest_path(self, cell: Cell) -> Path:
-        """File of a cell's manifest."""
-        return self.run_dir / "requests" / f"{cell.id}.manifest.json"
-
-    def journal_path(self, cell: Cell) -> Path:
-        """File in which rows are noted while the cell runs."""
-        return self.run_dir / "requests" / f"{cell.id}.journal.jsonl"
 
     def models_table(self) -> pd.DataFrame:
         """One row a model: what it stands for, its size, and its share of all weights."""
@@ -114,10 +111,10 @@ class Bench:
     def write_traces(self) -> dict[str, Trace]:
         """Generate and write every trace of the profile; returns them by name."""
         traces = {name: self.profile.make_trace(name) for name in self.profile.traces}
+        self.run.traces.mkdir(parents=True, exist_ok=True)
         for name, trace in traces.items():
             check_models(trace, self.models)
-            self.trace_path(name).parent.mkdir(parents=True, exist_ok=True)
-            write_trace(trace, self.trace_path(name))
+            write_trace(trace, self.run.trace(name))
         return traces
 
 
@@ -143,5 +140,6 @@ def set_up(
             name: {**asdict(f), "folder": str(f.folder.resolve())} for name, f in files.items()
         },
     }
-    write_json(run_dir / "machine.json", state)
-    return Bench(profile, run_dir, files, facts)
+    run = RunFolder(run_dir)
+    write_json(run.machine, state)
+    return Bench(profile, run, files, facts)

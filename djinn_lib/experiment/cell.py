@@ -28,20 +28,13 @@ from tqdm import tqdm
 from djinn_lib.errors import DjinnError, TraceError, in_words
 from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.cell_record import CellRecord
 from djinn_lib.experiment.integrity import WeightsWatch
-from djinn_lib.experiment.kept_rows import DIED, read_journal, rows_that_stay, whole_frame
+from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, whole_frame
 from djinn_lib.experiment.profile import Cell
+from djinn_lib.experiment.record import CellRecord
 from djinn_lib.experiment.weights import prompt_ids
 from djinn_lib.files import ensure_writable
-from djinn_lib.rows import (
-    classify_error,
-    clock_warning,
-    failed_row,
-    token_sha,
-    write_manifest,
-    write_rows,
-)
+from djinn_lib.rows import classify_error, clock_warning, failed_row, token_sha
 from djinn_lib.systems import system_class
 from djinn_lib.systems.base import Served, SystemUnderTest
 from djinn_lib.trace import Request, Trace, check_models, read_trace
@@ -56,15 +49,15 @@ def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
         RecordError: the rows break the schema, which is a bug of the system.
         OSError: the disk is full; the rows so far are in the journal, if they could be written.
     """
-    trace = _read_trace(bench, cell)
+    trace, files = _read_trace(bench, cell), bench.run.cell(cell.id)
     check_models(trace, bench.models)
-    ensure_writable(bench.rows_path(cell).parent)  # before minutes are spent
+    ensure_writable(files.rows.parent)  # before minutes are spent
     begun = CellRecord(bench, cell, trace)
     rows = whole_frame(_rows(begun))
     if warning := clock_warning(rows):
         begun.notes.append(warning)
-    _put(rows, begun)
-    bench.journal_path(cell).unlink(missing_ok=True)
+    keep(files, rows, begun.manifest())
+    files.journal.unlink(missing_ok=True)
     return rows
 
 
@@ -87,7 +80,7 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
         TraceError: the trace is broken or empty, so that nobody knows what to write.
         OSError: the rows cannot be written either; the journal is still there then.
     """
-    begun = CellRecord(bench, cell, _read_trace(bench, cell))
+    begun, files = CellRecord(bench, cell, _read_trace(bench, cell)), bench.run.cell(cell.id)
     noted = _noted(begun)
     begun.take_over(list(noted.values()))
     begun.notes.append(f"{DIED}{error}")
@@ -97,20 +90,9 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
         if (repeat, request.request) not in noted
     ]
     measured = {row["run_id"] for row in noted.values()}
-    rows = _put(whole_frame([*noted.values(), *left]), begun)
+    rows = keep(files, whole_frame([*noted.values(), *left]), begun.manifest())
     if measured <= set(rows["run_id"]):  # else what it did measure is in the journal alone
-        bench.journal_path(cell).unlink(missing_ok=True)
-    return rows
-
-
-def _put(rows: pd.DataFrame, begun: CellRecord) -> pd.DataFrame:
-    """Write rows and manifest, unless those on disk stay; returns the rows that are there now."""
-    path, manifest = begun.bench.rows_path(begun.cell), begun.manifest()
-    staying = rows_that_stay(path, rows, manifest)
-    if staying is not None:
-        return staying
-    write_rows(rows, path)
-    write_manifest(manifest, begun.bench.manifest_path(begun.cell))
+        files.journal.unlink(missing_ok=True)
     return rows
 
 
@@ -118,7 +100,7 @@ def _noted(begun: CellRecord) -> dict[tuple[int, int], dict[str, Any]]:
     """The rows of a cell's journal by repeat and request, if this cell asks for them."""
     asked = {(repeat, r.request): r.model for repeat, r in _requests(begun)}
     noted: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in read_journal(begun.bench.journal_path(begun.cell)):
+    for row in read_journal(begun.bench.run.cell(begun.cell.id).journal):
         key = row["repeat"], row["request"]
         if asked.get(key) == row["model"]:
             noted.setdefault(key, row)
@@ -126,11 +108,11 @@ def _noted(begun: CellRecord) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def _read_trace(bench: Bench, cell: Cell) -> Trace:
-    trace = read_trace(bench.trace_path(cell.trace))
+    path = bench.run.trace(cell.trace)
+    trace = read_trace(path)
     if not trace.requests:
         raise TraceError(
-            f"expected a trace of at least 1 request, got none in {bench.trace_path(cell.trace)}: "
-            "make the trace anew"
+            f"expected a trace of at least 1 request, got none in {path}: make the trace anew"
         )
     return trace
 
@@ -141,7 +123,7 @@ def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
     if reason := cls.unavailable(profile.device):
         yield from _all_failed(begun, "unavailable", reason)
         return
-    journal = begun.bench.journal_path(begun.cell)
+    journal = begun.bench.run.cell(begun.cell.id).journal
     journal.unlink(missing_ok=True)
     with ExitStack() as running:
         try:

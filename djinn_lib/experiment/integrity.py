@@ -14,12 +14,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from djinn_lib.engine.models.checkpoint import weight_files
 from djinn_lib.errors import CheckpointError
-from djinn_lib.systems.base import ModelFiles
+
+if TYPE_CHECKING:
+    from djinn_lib.systems.base import ModelFiles
 
 _BLOCK_BYTES = 64 << 20  # what one thread hashes at a time
 _READ_BYTES = 4 << 20
@@ -39,14 +41,22 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 def _digests(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield names and digests, config.json first: it says which files the weights are in."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    with _threads() as threads:
         for path in _files(folder):
             try:
-                begins = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
-                blocks = threads.map(lambda begin, path=path: _block_digest(path, begin), begins)
-                yield path.name, hashlib.sha256(b"".join(blocks)).hexdigest()
+                yield path.name, _digest(path, threads)
             except OSError as error:
                 raise _unreadable(path, error) from error
+
+
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+
+
+def _digest(path: Path, threads: Executor) -> str:
+    begins = range(0, max(path.stat().st_size, 1), _BLOCK_BYTES)
+    blocks = threads.map(lambda begin: _block_digest(path, begin), begins)
+    return hashlib.sha256(b"".join(blocks)).hexdigest()
 
 
 def weights_digest(digests: Mapping[str, str]) -> str:
@@ -74,39 +84,22 @@ def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) ->
         raise _changed(folder / name, digest, None, remedy)
 
 
-def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
-    """Return the digests of files that a set-up noted, by model; none without a set-up."""
+def files_are_as_set_up(machine_json: Path) -> bool:
+    """Whether all model files are still those that a set-up noted, byte by byte.
+
+    Which files a model has, the set-up has noted too: nothing of a checkpoint is understood here,
+    and no torch imported.
+    """
     try:
         models = json.loads(machine_json.read_text())["models"]
-        return {name: dict(files["digests"]) for name, files in models.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def files_are_as_set_up(machine_json: Path) -> bool:
-    """Whether all model files are still those that a set-up noted; without a set-up they are."""
-    recorded = recorded_digests(machine_json)
-    if not recorded:
-        return True
-    folders = json.loads(machine_json.read_text())["models"]
-    try:
-        return all(
-            _digests_of(Path(folders[name]["folder"])) == digests
-            for name, digests in recorded.items()
-        )
-    except CheckpointError:
+        with _threads() as threads:
+            return all(
+                digest == _digest(Path(files["folder"]) / name, threads)
+                for files in models.values()
+                for name, digest in files["digests"].items()
+            )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
-
-
-_known: dict[Path, tuple[Stamps, dict[str, str]]] = {}
-
-
-def _digests_of(folder: Path) -> dict[str, str]:
-    """Like `file_digests`, read once in a process unless stamps say that a file changed."""
-    stamps = _stamps(folder)
-    if folder not in _known or _known[folder][0] != stamps:
-        _known[folder] = stamps, file_digests(folder)
-    return _known[folder][1]
 
 
 class WeightsWatch:
@@ -147,6 +140,8 @@ class WeightsWatch:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    from djinn_lib.engine.models.checkpoint import weight_files  # which imports torch
+
     yield folder / "config.json"
     yield from weight_files(folder)
 

@@ -1,9 +1,8 @@
 """What becomes of a cell's rows when an execution of it ends: nothing measured is lost to failures.
 
 A measurement that came to its end replaces what was there. An execution that died does not: rows on
-disk that answer the same questions stay, unless it had served more requests itself. The manifest
-then says that something failed after they were measured. Rows that served more than those that take
-their place are kept in a folder beside them, which nothing reads but people.
+disk that answer the same questions stay, unless it had served more requests itself. Rows that
+served more than those that take their place are kept in a folder beside them.
 """
 
 from __future__ import annotations
@@ -13,54 +12,46 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib.errors import RecordError
-from djinn_lib.rows import (
-    COLUMNS,
-    failed_row,
-    read_manifest,
-    read_rows,
-    rows_frame,
-    write_manifest,
-)
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
+from djinn_lib.experiment.run_folder import CellFiles
+from djinn_lib.rows import COLUMNS, failed_row, read_rows, rows_frame, write_rows
 
 DIED = "the process of this cell died: "  # begins a note of rows that failures complete
-FAILED_LATER = "after these rows were measured an execution failed: "
-EARLIER = "earlier"  # folder, beside the rows
 _KEYS = (*COLUMNS[: COLUMNS.index("queue_ms")], "note")  # say which request a row is about
 _SAME_REQUESTS = ["mode", "capacity_bytes", "trace", "repeat", "request", "model"]
 
 
-def rows_that_stay(
-    path: Path, rows: pd.DataFrame, manifest: Mapping[str, Any]
-) -> pd.DataFrame | None:
-    """Return the rows on disk if they stay; None if those of an execution are to be written there.
-
-    If they stay, their manifest says what failed; if they go though more requests were served among
-    them, they are kept beside the others.
+def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    """Put the rows and the manifest of an execution in their place, unless those there stay.
 
     Args:
-        path: of the cell's rows. The manifest lies beside them.
+        files: of the cell.
         rows: of the execution, one for every request of the cell.
         manifest: of the execution; a note that begins with `DIED` says that it did.
 
+    Returns:
+        The rows that are there now.
+
     Raises:
+        RecordError: rows or manifest break their schema.
         OSError: the disk is full; what was there is still there.
     """
-    earlier = _OnDisk.read(path)
-    if earlier is None:
-        return None
-    if _died(manifest) and earlier.outweighs(rows, manifest):
-        earlier.note_failure(manifest, path)
-        return earlier.rows
-    if _n_served(earlier.rows) > _n_served(rows):
-        _keep_beside(path, str(earlier.rows["run_id"].iloc[0]))
-    return None
+    earlier = _on_disk(files)
+    if earlier is not None:
+        of_earlier, its_manifest = earlier
+        if _died(manifest) and _outweighs(of_earlier, its_manifest, rows, manifest):
+            return of_earlier
+        if _n_served(of_earlier) > _n_served(rows):
+            _keep_beside(files, str(of_earlier["run_id"].iloc[0]))
+    write_rows(rows, files.rows)
+    write_manifest(manifest, files.manifest)
+    return rows
 
 
 def whole_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -84,59 +75,46 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return _mended([row for line in lines if (row := _parsed(line))])
 
 
-def set_aside(path: Path) -> None:
-    """Move a file of rows to the folder beside it whose files nothing but people read."""
-    if path.exists():
-        (path.parent / EARLIER).mkdir(exist_ok=True)
-        os.replace(path, path.parent / EARLIER / path.name)
+def set_aside(files: CellFiles) -> None:
+    """Move the journal of an execution that was interrupted to where only people read it.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    if files.journal.exists():
+        files.earlier.mkdir(exist_ok=True)
+        os.replace(files.journal, files.earlier / files.journal.name)
 
 
-@dataclass(frozen=True)
-class _OnDisk:
-    """Rows of a cell that are there already; `manifest` is None where none belongs to them."""
-
-    rows: pd.DataFrame
-    manifest: dict[str, Any] | None
-
-    @classmethod
-    def read(cls, path: Path) -> _OnDisk | None:
-        """Read them; None where there are none that can be read."""
-        try:
-            rows = read_rows(path)
-        except RecordError:
-            return None
-        with suppress(RecordError):
-            manifest = read_manifest(_manifest_path(path))
-            if manifest["run_id"] in set(rows["run_id"]):
-                return cls(rows, manifest)
-        return cls(rows, None)
-
-    def outweighs(self, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> bool:
-        """Whether these answer what the rows of an execution that died were to answer, and more."""
-        if self.manifest and _questions(self.manifest) != _questions(manifest):
-            return False
-        if _requests(self.rows) != _requests(rows):
-            return False
-        n_served, n_others = _n_served(self.rows), _n_served(rows)
-        finished = self.manifest is None or not _died(self.manifest)
-        return n_served > n_others or (finished and n_served == n_others)
-
-    def note_failure(self, manifest: Mapping[str, Any], path: Path) -> None:
-        """Say in the manifest of these rows that an execution failed after they were measured."""
-        cause = next(n.removeprefix(DIED) for n in manifest["notes"] if n.startswith(DIED))
-        if self.manifest is None:  # the process died between writing the rows and their manifest
-            notes = [note for note in manifest["notes"] if not note.startswith(DIED)]
-            own = {**manifest, "run_id": str(self.rows["run_id"].iloc[0])}
-            write_manifest({**own, "notes": [*notes, FAILED_LATER + cause]}, _manifest_path(path))
-            return
-        notes = [note for note in self.manifest["notes"] if not note.startswith(FAILED_LATER)]
-        with suppress(OSError):  # a full disk: the status says it too
-            content = {**self.manifest, "notes": [*notes, FAILED_LATER + cause]}
-            write_manifest(content, _manifest_path(path))
+def _on_disk(files: CellFiles) -> tuple[pd.DataFrame, dict[str, Any] | None] | None:
+    """The rows that are there and can be read, and their manifest if it is theirs."""
+    try:
+        rows = read_rows(files.rows)
+    except RecordError:
+        return None
+    with suppress(RecordError):
+        manifest = read_manifest(files.manifest)
+        if manifest["run_id"] in set(rows["run_id"]):
+            return rows, manifest
+    return rows, None
 
 
-def _manifest_path(path: Path) -> Path:
-    return path.with_suffix(".manifest.json")
+def _outweighs(
+    earlier: pd.DataFrame,
+    its_manifest: Mapping[str, Any] | None,
+    rows: pd.DataFrame,
+    manifest: Mapping[str, Any],
+) -> bool:
+    """Whether earlier rows answer what those of an execution that died were to answer, and more.
+
+    Rows without a manifest tell nothing of what they answer.
+    """
+    if its_manifest is None or _questions(its_manifest) != _questions(manifest):
+        return False
+    if _requests(earlier) != _requests(rows):
+        return False
+    more = _n_served(earlier) - _n_served(rows)
+    return more > 0 or (more == 0 and not _died(its_manifest))
 
 
 def _died(manifest: Mapping[str, Any]) -> bool:
@@ -161,12 +139,11 @@ def _questions(manifest: Mapping[str, Any]) -> str:
     return json.dumps([asked, weights], sort_keys=True, default=str)
 
 
-def _keep_beside(path: Path, run_id: str) -> None:
+def _keep_beside(files: CellFiles, run_id: str) -> None:
     """Keep rows and manifest under another name as well, before others take their place."""
-    folder = path.parent / EARLIER
-    folder.mkdir(exist_ok=True)
-    for source in (path, _manifest_path(path)):
-        target = folder / source.name.replace(path.stem, run_id, 1)
+    files.earlier.mkdir(exist_ok=True)
+    for source in (files.rows, files.manifest):
+        target = files.earlier / source.name.replace(files.id, run_id, 1)
         target.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             try:

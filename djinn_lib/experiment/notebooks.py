@@ -1,38 +1,34 @@
 """Runs notebooks headlessly with papermill, and never takes half a result for a whole one.
 
 Papermill warns of an unknown parameter and says nothing of a killed kernel in the notebook it
-leaves. So parameters are checked first, the executed copy appears under its name only when it is
-complete or has failed for good, and each execution leaves a status file.
+leaves. So parameters are checked first, and the executed copy appears under its name only when it
+is complete or has failed for good.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import papermill
-from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_core.utils import ensure_event_loop
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
-from djinn_lib.files import write_json
-from djinn_lib.paths import REPO, python_path
+from djinn_lib.experiment.kernels import ForkingKernelManager
+from djinn_lib.experiment.status import Status
+from djinn_lib.paths import NOTEBOOKS, python_path
 from djinn_lib.rows import classify_error
 from djinn_lib.sockets import socket_folder
 
-NOTEBOOKS_DIR = REPO / "notebooks"
-State = Literal["ok", "failed", "unavailable"]
 _NAMED_KINDS = {
     **dict.fromkeys(("MemoryError", "CapacityError", "OutOfMemoryError"), "oom"),
     **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
@@ -40,19 +36,6 @@ _NAMED_KINDS = {
 }
 _START_S = 180  # for a kernel to answer; on a machine that is busy a minute may not do
 _SOCKET = "/djinn-kernel-12345678/socket-5"  # how a kernel's sockets are called in their folder
-
-
-@dataclass(frozen=True)
-class Status:
-    """How an execution ended; `error_kind` is "" when it is ok, as in the rows."""
-
-    task: str
-    state: State
-    seconds: float
-    error_kind: str = ""
-    error: str = ""
-
-
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
@@ -80,16 +63,12 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
             )
 
 
-def has_kernel(name: str) -> bool:
-    """Whether a Jupyter kernel of that name is installed in this environment."""
-    return name in KernelSpecManager().find_kernel_specs()
-
-
 def execute(
     notebook: str,
     output: Path,
     parameters: Mapping[str, Any],
     kernel: str | None = None,
+    fork: bool = False,
 ) -> Status:
     """Execute a notebook of `notebooks/` into `output`.
 
@@ -99,6 +78,7 @@ def execute(
             was there before goes.
         parameters: values for its parameters cell, of plain JSON types.
         kernel: a Jupyter kernel; default is the one that the notebook names.
+        fork: whether the kernel may be a fork, which starts at once; see `kernels`.
 
     Returns:
         How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
@@ -108,7 +88,7 @@ def execute(
         ConfigError: notebook or parameters are unknown; nothing has been run then.
         KeyboardInterrupt: the kernel has been ended, and no copy is left.
     """
-    source = NOTEBOOKS_DIR / f"{notebook}.ipynb"
+    source = NOTEBOOKS / f"{notebook}.ipynb"
     check_parameters(source, parameters)
     partial = output.with_suffix(".partial.ipynb")
     begin_s, kind, error = time.perf_counter(), "", ""
@@ -116,7 +96,7 @@ def execute(
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in (output, partial):
             left.unlink(missing_ok=True)
-        _papermill(source, partial, parameters, kernel)
+        _papermill(source, partial, parameters, kernel, fork)
     except PapermillExecutionError as failure:
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
@@ -150,22 +130,24 @@ def _kind(failure: PapermillExecutionError) -> str:
 
 
 def _papermill(
-    source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None
+    source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None, fork: bool
 ) -> None:
     # Kernels find djinn_lib in this checkout, also those of another environment.
     os.environ["PYTHONPATH"] = python_path()
+    own = {"kernel_manager_class": ForkingKernelManager} if fork and kernel is None else {}
     with _sockets() as config:
         papermill.execute_notebook(
             _literally(source),
             _literally(output),
             parameters=dict(parameters),
             kernel_name=kernel,
-            cwd=str(NOTEBOOKS_DIR),
+            cwd=str(NOTEBOOKS),
             progress_bar=False,
             start_timeout=_START_S,
             shutdown_kernel="immediate",
             extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
             config=config,
+            **own,
         )
 
 
@@ -184,24 +166,3 @@ def _sockets() -> Iterator[Config]:
     folder = socket_folder(len(_SOCKET))
     with tempfile.TemporaryDirectory(prefix="djinn-kernel-", dir=folder) as own:
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{own}/socket"}})
-
-
-def write_status(status: Status, folder: Path) -> None:
-    """Keep a status as ``<folder>/<task>.json``."""
-    write_json(folder / f"{status.task}.json", asdict(status))
-
-
-def read_statuses(folder: Path) -> list[Status]:
-    """Return every status kept in a folder, by task name.
-
-    One that cannot be read says that its task failed, so that it runs again.
-    """
-    return [_read_status(path) for path in sorted(folder.glob("*.json"))]
-
-
-def _read_status(path: Path) -> Status:
-    try:
-        return Status(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        said = f"expected a status in {path.name}, got {error!r}: run the task again"
-        return Status(path.stem, "failed", 0.0, "other", said)

@@ -1,84 +1,49 @@
-"""`make reproduce`: runs the tasks of `dodo.py` for one profile and says how it went.
+"""`make reproduce`: brings the notebooks of one profile up to date, and says how it went.
+
+    python -m djinn_lib.experiment.reproduce --profile cpu
+    python -m djinn_lib.experiment.reproduce --profile cpu cell:paper-25-djinn figures
+
+First the set-up and the traces, then each cell in a process of its own, then what reads rows, then
+the page. Named cells and notebooks are run alone, in the order of their names, after the set-up
+that they need. What has ended well, with what there is now, is not run again: a run that was
+stopped or killed goes on with the cell that it was in.
 
 The exit status is 0 when every request of every cell that can run here was served and every
 notebook went through; 1 when something failed, which the last lines then name; 2 for bad input and
-for a run folder or GPU that another run uses; 75 (of sysexits.h: try again later) when cells were
-left over because of `--time-limit`; 130 when it was interrupted (Ctrl-C) or told to stop. After 75
-and 130 the same command goes on where it was.
-
-A file that is edited while a task runs, be it code, profile, trace or weights, has it run again by
-the next command: what it left belongs to what it was begun with.
-
-With `--time-limit` no cell begins that is not expected to end in time. doit keeps its records cell
-by cell, so that whatever ends the process, even a kill, costs no more than the cell that it runs.
-
-With `--executor ray` the cells run on a Ray cluster. doit still owns all tracking: after set-up and
-trace it says which cells are not up to date; those go to the workers, each of which executes its
-notebook in a scratch folder; and whenever an outcome comes back, doit runs that cell's task, whose
-action then only puts the files in place. So a cell that Ray ran is up to date for either executor,
-at once, and a run that is interrupted goes on where it was. What is left after the cells, doit runs
-here as always.
+for a run folder or GPU that another run uses; 130 when it was interrupted or told to stop.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from djinn_lib import nvml
 from djinn_lib.errors import ConfigError, DjinnError
-from djinn_lib.experiment.bench import ensure_writable
-from djinn_lib.experiment.fan_out import Job, Result, ensure_ray, fan_out
+from djinn_lib.experiment.cell_runs import run_cells, stale_cells
+from djinn_lib.experiment.executors import ensure_ray
+from djinn_lib.experiment.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.locks import run_locks
-from djinn_lib.experiment.notebooks import Status, read_statuses
-from djinn_lib.experiment.profile import REPO, Cell, Profile, load_profile
-from djinn_lib.experiment.schedule import Limit, estimate_s, left_over_lines, run_within, span
-from djinn_lib.experiment.tasks import (
-    CellOutcome,
-    Driver,
-    cell_inputs,
-    failed_outcome,
-    give_up,
-    run_cell_apart,
-)
-from djinn_lib.paths import user_path
+from djinn_lib.experiment.profile import Cell, Profile, load_profile
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.experiment.status import Status, read_execution, read_status
+from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
+from djinn_lib.files import ensure_writable
+from djinn_lib.paths import REPO, user_path
 
-INCOMPLETE = 75  # EX_TEMPFAIL
-READING_S = 90.0  # what the notebooks that only read rows and the report take, all together
+EXECUTORS = ("local", "ray")
+_CELL = "cell:"
+_PAGE = "page"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a profile; returns the exit status."""
-    options = _options(arguments)
-    begin_s, limit = time.perf_counter(), Limit(options.time_limit)
-    try:
-        profile = load_profile(options.profile)
-        _ensure_device(profile)
-        run_dir = (options.run_dir or REPO / "data" / "runs" / profile.name).resolve()
-        ensure_writable(run_dir)
-        locked = run_locks(run_dir, profile.device if options.executor == "local" else "cpu")
-        with locked, _told_to_stop():
-            code = _run(profile, run_dir, options.tasks, options.executor, limit)
-    except DjinnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "interrupted: the same command goes on with the first unfinished cell", file=sys.stderr
-        )
-        return 130
-    print(f"finished in {time.perf_counter() - begin_s:.0f} s", flush=True)
-    return max(code, _summary(run_dir))
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="djinn_lib.experiment.reproduce", description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument(
@@ -86,27 +51,138 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--executor",
-        choices=("local", "ray"),
+        choices=EXECUTORS,
         default="local",
         help="where cells run: here, one after the other, or on a Ray cluster (RAY_ADDRESS)",
     )
-    parser.add_argument(
-        "--time-limit",
-        type=_seconds,
-        metavar="SECONDS",
-        help="begin no cell that is not expected to end in time; exit status 75 if some are left",
-    )
-    parser.add_argument("tasks", nargs="*", help="tasks of dodo.py; default all")
+    parser.add_argument("tasks", nargs="*", help="cell:NAME, or a notebook; default all")
     options = parser.parse_args(arguments)
-    if options.time_limit is not None and options.executor == "ray":
-        parser.error("--time-limit: expected the local executor, which runs one cell after another")
-    return options
+    try:
+        return reproduce(options.profile, options.run_dir, options.executor, options.tasks)
+    except DjinnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        return 130
 
 
-def _seconds(text: str) -> float:
-    if (seconds := float(text)) <= 0:
-        raise ValueError(f"expected more than 0 seconds, got {text}")
-    return seconds
+def reproduce(
+    profile_name: str,
+    run_dir: Path | None = None,
+    executor: str = "local",
+    names: Sequence[str] = (),
+) -> int:
+    """Run what is missing or changed of a profile; returns 0, or 1 if something failed.
+
+    Args:
+        profile_name: a file of ``params/``, without its ending, or the path of a .yml file.
+        run_dir: where results go; default ``data/runs/<profile>``.
+        executor: where cells run: "local" or "ray".
+        names: of cells ("cell:paper-25-djinn") and notebooks ("figures"); default all.
+
+    Raises:
+        ConfigError: there is no such profile or name, no device for it, the folder cannot be
+            written to, or another run uses it or the GPU.
+        PlatformError: Ray cannot be used.
+        KeyboardInterrupt: also where the process was told to stop.
+    """
+    begin_s, profile = time.perf_counter(), load_profile(profile_name)
+    work = Work.named(profile, names)
+    _ensure_device(profile)
+    run = RunFolder((run_dir or REPO / "data" / "runs" / profile.name).resolve())
+    ensure_writable(run.path)
+    if executor == "ray":
+        ensure_ray()  # before the set-up, which takes a while
+    device = profile.device if executor == "local" else "cpu"
+    with run_locks(run.path, device), _told_to_stop():
+        ended = {status.task: status for status in _run(work, run, profile, executor)}
+    print(f"finished in {time.perf_counter() - begin_s:.0f} s", flush=True)
+    return _summary(_statuses(work, run, ended), run)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command is to bring up to date.
+
+    Args:
+        cells: in the order in which they are to run.
+        steps: notebooks that come after them.
+        set_up: whether set-up and traces are among it, which cells need.
+        page: whether the page is.
+    """
+
+    cells: Sequence[Cell]
+    steps: Sequence[Step]
+    set_up: bool = True
+    page: bool = True
+
+    @classmethod
+    def named(cls, profile: Profile, names: Sequence[str]) -> Work:
+        """Return what these names stand for; no names stand for all.
+
+        Raises:
+            ConfigError: the profile has no such cell, or there is no such notebook.
+        """
+        cells = {f"{_CELL}{cell.id}": cell for cell in profile.all_cells()}
+        if not names:
+            return cls(list(cells.values()), READING)
+        steps = {name: step for step in STEPS for name in (step.name, step.notebook)}
+        for name in names:
+            if name not in (*cells, *steps, _PAGE):
+                raise ConfigError(
+                    f"the profile {profile.name!r} has no {name!r}: name a notebook out of "
+                    f"{[step.name for step in STEPS]}, {_PAGE!r}, or a cell, such as "
+                    f"{next(iter(cells))}"
+                )
+        chosen = [cells[name] for name in names if name in cells]
+        named = [steps[name] for name in names if name in steps]
+        reading = [step for step in READING if step in named]
+        needs_set_up = bool(chosen) or any(step not in READING or step.measures for step in named)
+        return cls(chosen, reading, needs_set_up, _PAGE in names)
+
+
+def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterator[Status]:
+    """Bring everything up to date in its order; yields how what was executed ended."""
+    if work.set_up:
+        ended = set_up(run, profile)
+        yield from ended
+        if not all(status.settled for status in ended):
+            print("without set-up and traces nothing else can run", flush=True)
+            return
+    if cells := stale_cells(run, profile, work.cells):
+        print(_ahead(run, profile, cells, len(work.cells)), flush=True)
+        if executor == "ray":
+            from djinn_lib.experiment.ray_cells import run_cells_on_ray
+
+            yield from run_cells_on_ray(run, profile, cells)
+        else:
+            yield from run_cells(run, profile, cells)
+    yield from run_steps(work.steps, run, profile)
+    if work.page:
+        _make_page(run)
+
+
+def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) -> str:
+    known = [s for cell in cells if (s := expected_s(run, profile, cell)) is not None]
+    text = f"{len(cells)} of {n_all} cells to run"
+    if known:
+        text += f", about {sum(known) / 60:.1f} min for {len(known)} of them"
+    return text
+
+
+def _make_page(run: RunFolder) -> None:
+    """Write the page, unless nothing that it shows is newer than it."""
+    code = LIBRARY / "publishing"
+    shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
+             *run.notebooks.glob("*.ipynb"), *code.glob("*.py"), *code.rglob("*.j2")]  # fmt: skip
+    newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
+    if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
+        # Of a wing above this one, and seconds to import.
+        from djinn_lib.publishing.report import build_report
+
+        print("index.html ...", flush=True)
+        build_report(run.path)
 
 
 @contextmanager
@@ -134,170 +210,23 @@ def _ensure_device(profile: Profile) -> None:
             )
 
 
-def _run(profile: Profile, run_dir: Path, tasks: list[str], executor: str, limit: Limit) -> int:
-    os.environ["DJINN_PROFILE"], os.environ["DJINN_RUN_DIR"] = profile.name, str(run_dir)
-    sys.path.insert(0, str(REPO))
-    if executor == "ray":
-        ensure_ray()  # before the set-up, which takes a while
-    if _stale_cells(tasks):
-        if code := _doit(["setup", "trace"]):
-            return code
-        cells = _as_named(_stale_cells(tasks), tasks)
-        if executor == "ray":
-            _fan_out_cells(profile, run_dir, cells)
-        elif _run_cells(profile, run_dir, cells, limit):
-            return INCOMPLETE
-    if not limit.allows(None if tasks else READING_S):
-        print(f"the limit of {span(limit.seconds or 0)} is near: what only reads rows is left")
-        return INCOMPLETE
-    return _doit(tasks)
+def _statuses(work: Work, run: RunFolder, ended: dict[str, Status]) -> list[Status]:
+    """How all that was asked for ended, now or before."""
+    steps = [*(STEPS[:2] if work.set_up else ()), *work.steps]
+    kept = [
+        *(read_status(run.notebook(step.notebook)) for step in steps),
+        *(read_execution(run.cell(cell.id).manifest) for cell in work.cells),
+    ]
+    return list(({status.task: status for status in kept if status} | ended).values())
 
 
-def _as_named(cells: list[Cell], tasks: list[str]) -> list[Cell]:
-    """Put the cells that are named themselves first, in the order of their names."""
-    place = {task: i for i, task in enumerate(tasks)}
-    return sorted(cells, key=lambda cell: place.get(f"cell:{cell.id}", len(place)))
-
-
-def _run_cells(profile: Profile, run_dir: Path, cells: list[Cell], limit: Limit) -> list[Cell]:
-    """Run cells here, one after the other; returns those for which there was no time.
-
-    Those that failed before come last: others have not had their turn.
-    """
-    import dodo
-
-    def estimate(cell: Cell) -> float | None:
-        return estimate_s(cell, profile, run_dir)
-
-    def begin(cell: Cell) -> None:
-        dodo.TRIED.discard(cell.id)
-        _doit(["--single", f"cell:{cell.id}"])
-        dodo.TRIED.add(cell.id)
-        if left := nvml.await_memory(base_bytes):
-            print(f"warning: {left}", flush=True)
-
-    base_bytes = nvml.used_bytes() if profile.device == "cuda" else None
-    tried = {status.task for status in read_statuses(run_dir / "status")}
-    in_order = sorted(cells, key=lambda cell: f"02_run_system.{cell.id}" in tried)
-    left_over = run_within(in_order, begin, estimate, limit)
-    if left_over:
-        print("\n".join(left_over_lines(left_over, estimate, limit)), flush=True)
-    return left_over
-
-
-def _doit(arguments: list[str]) -> int:
-    from doit.cmd_base import ModuleTaskLoader
-    from doit.doit_cmd import DoitMain
-
-    import dodo
-
-    return DoitMain(ModuleTaskLoader(dodo)).run(
-        ["run", "--continue", "--reporter", "error-only", *arguments]
-    )
-
-
-def _stale_cells(tasks: list[str]) -> list[Cell]:
-    """Return the cells that the tasks need and that are not up to date, by doit's own records.
-
-    Raises:
-        ConfigError: there is no such task.
-    """
-    from doit.cmd_base import DoitCmdBase, ModuleTaskLoader
-    from doit.control import TaskControl
-    from doit.exceptions import InvalidCommand
-
-    import dodo
-
-    stale: set[str] = set()
-
-    class Stale(DoitCmdBase):
-        def _execute(self) -> None:
-            control = TaskControl(self.task_list)
-            control.process(self.sel_tasks)
-            names = _with_needed(control.tasks, control.selected_tasks)
-            for name in names:
-                status = self.dep_manager.get_status(control.tasks[name], control.tasks)
-                stale.update([] if status.status == "up-to-date" else [name])
-            self.dep_manager.close()
-
-    try:
-        Stale(task_loader=ModuleTaskLoader(dodo)).parse_execute(tasks)
-    except InvalidCommand as error:
-        raise ConfigError(f"{error}") from error
-    return [cell for cell in dodo.CELLS if f"cell:{cell.id}" in stale]
-
-
-def _with_needed(tasks: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-    """Return the names of tasks and of all that have to run before them."""
-    needed, open_names = set(), list(names)
-    while open_names:
-        name = open_names.pop()
-        if name not in needed:
-            needed.add(name)
-            open_names += tasks[name].task_dep
-    return needed
-
-
-def _fan_out_cells(profile: Profile, run_dir: Path, cells: list[Cell]) -> None:
-    """Run cells on Ray; each is in its place, and up to date for doit, as soon as it is back."""
-
-    def on_done(job: Job, result: Result) -> None:
-        _, cell, inputs, *_ = job.arguments
-        try:
-            _keep(cell, _whole_outcome(profile, cell, inputs, result))
-        except Exception as error:  # of one cell, whose rows no disk has room for, say
-            give_up(cell, run_dir, error)
-
-    import dodo
-
-    for cell in cells:
-        dodo.BEGUN.note(f"cell:{cell.id}", dodo.inputs_of(cell))
-    fan_out([_job(profile, run_dir, cell) for cell in cells], on_done)
-
-
-def _whole_outcome(
-    profile: Profile, cell: Cell, inputs: dict[str, bytes], result: Result
-) -> CellOutcome:
-    """What a cell came to, with rows for every request whatever came back."""
-    outcome: CellOutcome | None = result.value
-    if outcome is None:
-        kind = "kernel_died" if result.lost else "other"
-        return failed_outcome(profile, cell, inputs, kind, result.error)
-    if outcome.is_whole:
-        return outcome
-    status, came_back = outcome.status, {**inputs, **outcome.files}
-    return failed_outcome(profile, cell, came_back, status.error_kind, status.error)
-
-
-def _job(profile: Profile, run_dir: Path, cell: Cell) -> Job:
-    arguments = (profile, cell, cell_inputs(run_dir, cell), run_dir, Driver.this())
-    if profile.device == "cuda":
-        return Job(cell.id, run_cell_apart, arguments, num_gpus=1)
-    return Job(cell.id, run_cell_apart, arguments, whole_node=True)  # it computes on all cores
-
-
-def _keep(cell: Cell, outcome: CellOutcome) -> None:
-    import dodo
-
-    dodo.OUTCOMES[cell.id] = outcome
-    _doit(["--single", f"cell:{cell.id}"])
-    if outcome.status.state != "ok":
-        print(f"{outcome.status.state}: {_line(outcome.status)}", flush=True)
-
-
-def _summary(run_dir: Path) -> int:
-    statuses = read_statuses(run_dir / "status")
+def _summary(statuses: Sequence[Status], run: RunFolder) -> int:
+    failed = [status for status in statuses if not status.settled]
     for status in statuses:
         if status.state != "ok":
-            print(f"{status.state}: {_line(status)}")
-    failed = [status for status in statuses if status.state == "failed"]
-    page = run_dir / "index.html"
-    print(f"{len(statuses)} notebooks, {len(failed)} failed; results: {page}", flush=True)
+            print(status)
+    print(f"{len(statuses)} notebooks, {len(failed)} failed; results: {run.page}", flush=True)
     return 1 if failed else 0
-
-
-def _line(status: Status) -> str:
-    return f"{status.task} ({status.error_kind}: {status.error})"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
-from djinn_lib.experiment.fan_out import Job, Result, fan_out
+from djinn_lib.experiment.executors import Job, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
 from djinn_lib.paths import REPO, user_path
@@ -127,16 +127,14 @@ def on_ray(
         ConfigError, PlatformError: no cluster can be had.
         DjinnError: a point failed; the message has its cause.
     """
-    results: list[Result] = []
     chunks = [points[i : i + CHUNK] for i in range(0, len(points), CHUNK)]
     jobs = [
         Job(f"points {i * CHUNK} to {i * CHUNK + len(chunk) - 1}", _map_chunk, (function, chunk))
         for i, chunk in enumerate(chunks)
     ]
-    fan_out(jobs, lambda job, result: results.append(result))
-    for result in results:
+    for job, result in fan_out(jobs):
         if result.error:
-            raise DjinnError(f"expected every point of the study, got {result.error}")
+            raise DjinnError(f"{job.name} of the study failed: {result.error}")
         yield from result.value
 
 

@@ -27,12 +27,12 @@ from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
+from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import write_json
 from djinn_lib.paths import user_path
 from djinn_lib.publishing.parts import PartCell, differences, read_part
 from djinn_lib.replacing import recover, replace_folders
-from djinn_lib.rows import read_manifest
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
 
@@ -107,7 +107,7 @@ def merge(
     unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
     with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
         made = Path(scratch) / "run"
-        for name in ("requests", "traces", "notebooks", "status", "figures"):
+        for name in ("requests", "traces", "notebooks", "figures"):
             (made / name).mkdir(parents=True)
         _write_cells(made, chosen, others)
         _write_rest(made, {cell.part: labels[cell.part] for cell in found}, found, chosen)
@@ -152,7 +152,6 @@ def _write_cells(made: Path, chosen: Sequence[PartCell], others: Sequence[PartCe
         notebook = f"02_run_system.{cell.name}"
         cell.write(made / "requests" / f"{cell.name}.parquet",
                    made / "notebooks" / f"{notebook}.ipynb", notes)  # fmt: skip
-        _copy_status(cell.rows_path.parent.parent, made, notebook)
     for cell in others:
         path = made / REPLICATES / f"{cell.manifest['run_id']}.parquet"
         path.parent.mkdir(exist_ok=True)
@@ -225,16 +224,9 @@ def _copy_large(made: Path, parts: Sequence[Path]) -> None:
 
 
 def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:
-    """Copy an executed notebook and its status, where a part has them."""
+    """Copy an executed notebook, where a part has it."""
     if (notebook := part / "notebooks" / f"{name}.ipynb").exists():
         shutil.copy(notebook, made / "notebooks" / f"{new}.ipynb")
-    _copy_status(part, made, name, new)
-
-
-def _copy_status(part: Path, made: Path, name: str, new: str = "") -> None:
-    if (status := part / "status" / f"{name}.json").exists():
-        content = {**json.loads(status.read_text()), "task": new or name}
-        write_json(made / "status" / f"{new or name}.json", content)
 
 
 if __name__ == "__main__":

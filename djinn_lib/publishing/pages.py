@@ -92,6 +92,12 @@ def _elsewhere(verdict: Verdict) -> str:
     return f"{verdict.measured_text}, {verdict.verdict}"
 
 
+def results(run: Run) -> pd.DataFrame:
+    """Return the systems with few columns, as the README shows them."""
+    columns = ["requests", "served", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
+    return systems_table(run)[columns]
+
+
 def engine_targets(run: Run) -> pd.DataFrame:
     """Return what the engine should reach, and reaches."""
     table = pd.DataFrame(engine_rows(run.folder)["targets"])
@@ -169,6 +175,7 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "verdicts": _verdict_counts,
     "claims": claims_summary,
     "ratios": lambda run: ratio_table(run, published()),
+    "results": results,
     "systems": systems_table,
     "gain": gain_table,
     "gain with transformers' steps": partial(gain_table, fast="djinn_eager"),

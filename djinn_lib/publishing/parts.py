@@ -11,8 +11,9 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.metrics import attempted
-from djinn_lib.rows import read_manifest, read_rows, write_manifest
+from djinn_lib.rows import read_rows
 
 _RAN_IN = "ran in the part "
 _OF_A_CELL = ("repeats", "page_bytes", "mode", "speed")  # parameters that differ between cells

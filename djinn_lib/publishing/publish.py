@@ -25,13 +25,14 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json
 from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
 from djinn_lib.publishing.merge import missing_cells
 from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
 from djinn_lib.replacing import recover, replace_folders
-from djinn_lib.rows import read_manifest, read_rows, write_manifest, write_rows
+from djinn_lib.rows import read_rows, write_rows
 
 PUBLISHED = ("requests", REPLICATES, "traces", "notebooks", "figures", "machine.json",
              "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip

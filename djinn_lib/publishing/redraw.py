@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,8 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
-from djinn_lib.experiment.notebooks import Status, execute, read_statuses, write_status
+from djinn_lib.experiment.notebooks import execute
+from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
 from djinn_lib.replacing import recover, replace_folders
@@ -34,6 +35,10 @@ MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
 _processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
 # Those that take longest come first, so that none is left over for the end.
 READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
+FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and the file it writes
+    "cdf": ("04_figures", "latency_cdf"),
+    "sensitivity": ("03_sensitivity", "sensitivity"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,11 +77,13 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         profile = large_results.profile_of(run_dir)
         more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
         parameters[large_results.NOTEBOOK] = more
+    ended = []
     for status in _side_by_side(run_dir / "notebooks", parameters):
-        write_status(status, run_dir / "status")
-        took = f"{status.state} in {status.seconds:.1f} s {status.error}".rstrip()
-        print(f"{status.task}: {took}", flush=True)
-    return [status for status in read_statuses(run_dir / "status") if status.task in parameters]
+        with suppress(OSError):  # of a process that was killed there is no copy
+            keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
+        print(status, flush=True)
+        ended.append(status)
+    return ended
 
 
 def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:
@@ -106,6 +113,47 @@ def _status(ended: Future[Status], name: str) -> Status:
         return Status(name, "failed", 0.0, "kernel_died", f"its process ended: {error}")
 
 
+def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = None) -> Path:
+    """Draw one figure from the rows of a run; returns where it is.
+
+    Args:
+        figure: a key of `FIGURE_NOTEBOOKS`.
+        run_dir: the run's folder; default is the published run, whose folder is left as it is.
+        output: where it goes, as PDF or PNG; default is the run's ``figures/``, or the
+            working directory for the published run.
+
+    Raises:
+        ConfigError: there is no such figure or ending, or it could not be drawn.
+        RecordError: the folder holds no run that can be read.
+    """
+    if figure not in FIGURE_NOTEBOOKS:
+        raise ConfigError(f"there is no figure {figure!r}; choose from {list(FIGURE_NOTEBOOKS)}")
+    notebook, name = FIGURE_NOTEBOOKS[figure]
+    ending = (output.suffix if output else ".pdf").lower()
+    if ending not in (".pdf", ".png"):
+        raise ConfigError(f"{output} is no .pdf or .png file; choose one of these endings")
+    rows = (run_dir or REFERENCE).resolve()
+    load_run(rows)
+    with TemporaryDirectory(prefix="djinn-figure-") as scratch:
+        _link_rows(rows, Path(scratch))
+        copy = Path(scratch).resolve() / f"{notebook}.ipynb"
+        status = execute(notebook, copy, {"run_dir": str(copy.parent)})
+        if status.state != "ok":
+            raise ConfigError(f"{figure} could not be drawn: {status.error}")
+        default = (rows / "figures" if run_dir else Path()) / f"{name}{ending}"
+        target = output or default
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(copy.parent / "figures" / f"{name}{ending}", target)
+    return target
+
+
+def _link_rows(run_dir: Path, scratch: Path) -> None:
+    """Let a scratch folder have the rows of a run, and nothing that was made from them."""
+    for part in ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES):
+        if (run_dir / part).exists():
+            (scratch / part).symlink_to(run_dir / part)
+
+
 def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> list[Status]:
     """Draw the published figures again from the reference rows; returns what failed.
 
@@ -123,10 +171,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        taken = ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES)
-        for part in taken:
-            if (reference / part).exists():
-                (scratch / part).symlink_to(reference / part)
+        _link_rows(reference, scratch)
         failed = [s for s in read_again(scratch, reference) if s.state != "ok"]
         if not failed:
             with new_figures(figures) as drawn:

@@ -27,8 +27,8 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
 from djinn_lib.analysis.tables import as_text, facts_table
 from djinn_lib.errors import DjinnError, RecordError
-from djinn_lib.experiment.notebooks import read_statuses
 from djinn_lib.experiment.profile import cell_id
+from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
 from djinn_lib.paths import user_path
 
@@ -148,7 +148,7 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         of_run = _no_run()
         problems.append(str(error))
     claims = _claims(folder / "claims.json", problems)
-    statuses = {status.task: asdict(status) for status in read_statuses(folder / "status")}
+    statuses = {status.task: asdict(status) for status in read_statuses(folder)}
     listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"

@@ -26,6 +26,8 @@ SYSTEMS = {
     "vllm_sleep": ("vllm_sleep", "VllmSleep"),
     "vllm_sleep_readonly": ("vllm_sleep_readonly", "VllmSleepReadonly"),
 }
+# Jupyter kernels of environments of their own, for systems that need one where there is no GPU.
+KERNELS = {"vllm_recreate": "djinn-vllm"}
 
 
 def system_class(name: str) -> type[SystemUnderTest]:

@@ -69,7 +69,6 @@ class SystemUnderTest(ABC):
     """
 
     option_names: ClassVar[frozenset[str]] = frozenset()
-    kernel: ClassVar[str | None] = None  # a Jupyter kernel of its own, if it needs one
     reads_files_while_serving: ClassVar[bool] = False  # else the start has read all there is
 
     def __init__(

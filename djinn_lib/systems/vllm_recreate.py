@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -36,7 +36,6 @@ class VllmRecreate(SystemUnderTest):
 
     option_names = frozenset({"enforce_eager", "max_model_len", "gpu_memory_utilization"})
     reads_files_while_serving = True
-    kernel: ClassVar[str | None] = "djinn-vllm"
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:

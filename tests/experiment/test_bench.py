@@ -12,6 +12,7 @@ from profile_factory import LLAMA, entry, tiny_profile
 from djinn_lib.errors import CheckpointError, ConfigError, TraceError
 from djinn_lib.experiment import bench as bench_module
 from djinn_lib.experiment.bench import Bench, ensure_writable, set_up
+from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import read_trace
 
@@ -38,7 +39,7 @@ def bench_of(sizes: dict[str, int], **fields: Any) -> Bench:
     """A bench over models of these sizes, without any files."""
     models = {name: ModelFiles(name, Path("/none"), n, "float32") for name, n in sizes.items()}
     profile = tiny_profile({name: entry(LLAMA) for name in sizes}, **fields)
-    return Bench(profile, Path("/run"), models, FACTS)
+    return Bench(profile, RunFolder(Path("/run")), models, FACTS)
 
 
 def test_what_set_up_leaves_is_what_a_cell_opens(tmp_path):
@@ -133,19 +134,10 @@ def test_the_tables():
     assert capacities["written_as"].tolist() == ["1/2", "5MiB"]
 
 
-def test_a_cell_has_its_files():
-    bench = bench_of({"a": 1000})
-    (cell,) = bench.profile.all_cells()
-    assert bench.rows_path(cell) == Path("/run/requests/zipf-all-djinn.parquet")
-    assert bench.manifest_path(cell) == Path("/run/requests/zipf-all-djinn.manifest.json")
-    assert bench.journal_path(cell) == Path("/run/requests/zipf-all-djinn.journal.jsonl")
-    assert bench.trace_path("zipf") == Path("/run/traces/zipf.jsonl")
-
-
 def test_traces_are_written_over_the_models(tmp_path):
     bench = set_up_in(tmp_path)
     traces = bench.write_traces()
-    assert list(traces) == ["zipf"] and read_trace(bench.trace_path("zipf")) == traces["zipf"]
+    assert list(traces) == ["zipf"] and read_trace(bench.run.trace("zipf")) == traces["zipf"]
     assert set(traces["zipf"].models) <= {"llama", "gpt2"}
 
 
@@ -154,7 +146,7 @@ def test_a_trace_that_cannot_be_made_writes_nothing(tmp_path):
         traces={"paper": {"kind": "paper"}},
         cells=[{"traces": ["paper"], "capacities": ["all"], "systems": ["djinn"]}],
     )
-    bench = Bench(profile, tmp_path, {}, FACTS)
+    bench = Bench(profile, RunFolder(tmp_path), {}, FACTS)
     with pytest.raises(TraceError, match="three different models"):
         bench.write_traces()
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,8 @@ from djinn_lib.errors import TraceError
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.cell import close_dead_cell, run_cell
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.rows import read_rows
 from djinn_lib.systems.pytorch import PyTorchPinned
 from djinn_lib.trace import write_trace, zipf_trace
 
@@ -40,14 +41,14 @@ def cell_of(bench, system, label="half"):
 def test_rows_and_manifest(bench):
     cell = cell_of(bench, "djinn")
     rows = run_cell(bench, cell)
-    assert rows.equals(read_rows(bench.rows_path(cell)))
+    assert rows.equals(read_rows(bench.run.cell(cell.id).rows))
     assert rows["ok"].all()
     assert list(zip(rows["repeat"], rows["request"], strict=True)) == [
         (repeat, request) for repeat in range(2) for request in range(6)
     ]
     assert (rows["n_tokens"] == bench.profile.new_tokens).all()
-    assert not bench.journal_path(cell).exists()
-    manifest = read_manifest(bench.manifest_path(cell))
+    assert not bench.run.cell(cell.id).journal.exists()
+    manifest = read_manifest(bench.run.cell(cell.id).manifest)
     assert manifest["run_id"] == rows["run_id"][0]
     assert manifest["parameters"]["page_bytes"] == 4096
     facts = manifest["models"].values()
@@ -89,7 +90,7 @@ def test_requests_that_arrive_together_wait_for_each_other(bench, system):
     keys = ["repeat", "request"]
     tokens = rows.set_index(keys).token_sha.sort_index()
     assert tokens.equals(one_by_one.set_index(keys).token_sha.sort_index())
-    manifest = read_manifest(bench.manifest_path(cell))
+    manifest = read_manifest(bench.run.cell(cell.id).manifest)
     assert manifest["parameters"]["mode"] == "concurrent"
     assert manifest["host_loop_us"] == []  # a loop beside requests would hold them up
 
@@ -121,7 +122,7 @@ def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
 def test_residency_after_each_request_is_kept(bench):
     cell = cell_of(bench, "djinn")
     rows = run_cell(bench, cell)
-    models = read_manifest(bench.manifest_path(cell))["models"]
+    models = read_manifest(bench.run.cell(cell.id).manifest)["models"]
     for row in rows.itertuples():
         resident = json.loads(row.resident_bytes)
         assert resident[row.model] == models[row.model]["device_bytes"]
@@ -145,7 +146,7 @@ def test_notes_are_in_rows_and_manifest(bench):
     cell = cell_of(bench, "pytorch_pinned")
     rows = run_cell(bench, cell)
     assert rows["note"].str.contains("pinning is a no-op").all()
-    assert any("no-op" in note for note in read_manifest(bench.manifest_path(cell))["notes"])
+    assert any("no-op" in note for note in read_manifest(bench.run.cell(cell.id).manifest)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -183,20 +184,20 @@ def test_a_cell_that_dies_keeps_the_rows_it_finished(bench, monkeypatch):
     monkeypatch.setattr(PyTorchPinned, "serve", serve)
     with pytest.raises(KeyboardInterrupt):
         run_cell(bench, cell)
-    assert not bench.rows_path(cell).exists()  # half a result is not taken for a whole one
-    with bench.journal_path(cell).open("a") as journal:
+    assert not bench.run.cell(cell.id).rows.exists()  # half a result is not taken for a whole one
+    with bench.run.cell(cell.id).journal.open("a") as journal:
         journal.write('{"run_id": "cut sh')  # the process died while it wrote
     rows = close_dead_cell(bench, cell, "kernel_died", "killed by signal 9")
     assert rows["ok"].tolist() == [True] * 4 + [False] * 8
     assert set(rows.loc[~rows["ok"], "error_kind"]) == {"kernel_died"}
     assert any("killed by signal 9" in note for note in
-               read_manifest(bench.manifest_path(cell))["notes"])  # fmt: skip
-    assert not bench.journal_path(cell).exists()
+               read_manifest(bench.run.cell(cell.id).manifest)["notes"])  # fmt: skip
+    assert not bench.run.cell(cell.id).journal.exists()
 
 
 def test_a_death_before_the_first_request(bench):
     cell = cell_of(bench, "djinn", "all")
-    bench.journal_path(cell).unlink(missing_ok=True)
+    bench.run.cell(cell.id).journal.unlink(missing_ok=True)
     rows = close_dead_cell(bench, cell, "kernel_died", "out of memory")
     assert not rows["ok"].any()
     assert len(rows) == 12
@@ -204,7 +205,7 @@ def test_a_death_before_the_first_request(bench):
 
 def test_the_journal_of_an_earlier_try_is_not_taken_over(bench):
     cell = cell_of(bench, "djinn", "all")
-    bench.journal_path(cell).write_text('{"repeat": 0}\n')
+    bench.run.cell(cell.id).journal.write_text('{"repeat": 0}\n')
     assert run_cell(bench, cell)["ok"].all()
 
 
@@ -216,7 +217,7 @@ def test_a_system_that_cannot_start_fails_every_request_with_the_cause(bench):
 
 
 def test_a_trace_over_other_models_is_refused(bench, tmp_path):
-    path = bench.trace_path("zipf")
+    path = bench.run.trace("zipf")
     before = path.read_bytes()
     try:
         write_trace(zipf_trace(4, 1.0, ["stranger"], 1, 1.0), path)
@@ -231,7 +232,7 @@ def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):
     monkeypatch.setattr(machine, "other_gpu_processes", lambda: ["12 python 5"])
     cell = cell_of(bench, "djinn")
     run_cell(bench, cell)
-    manifest = read_manifest(bench.manifest_path(cell))
+    manifest = read_manifest(bench.run.cell(cell.id).manifest)
     assert (manifest["git_commit"], manifest["git_dirty"]) == ("abc", True)
     assert any("working tree" in note for note in manifest["notes"])
     assert any("other processes" in note for note in manifest["notes"])

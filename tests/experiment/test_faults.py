@@ -20,7 +20,7 @@ from tiny_run import SYSTEMS, cell_of, copied, prepare
 import djinn_lib as dj
 from djinn_lib.engine.memory.devices import base, host
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
-from djinn_lib.experiment import cell_record
+from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.weights import describe
@@ -177,7 +177,7 @@ def test_no_memory_outside_the_ring(decode, moment, monkeypatch, nothing_leaks):
             djinn.check()
             for name in ("llama", "phi"):
                 djinn.evict(name)  # no lease is left either
-            assert djinn._pager.ring.n_free == djinn._pager.ring.n_frames
+            assert djinn.stats().n_free == djinn.capacity_bytes // djinn.page_bytes
 
     use()
     with nothing_leaks():
@@ -258,7 +258,7 @@ def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
             with pytest.raises((CapacityError, torch.OutOfMemoryError)):
                 djinn.add("m", spec("llama"))
             assert (runtime.pinned, djinn.masters.n_bytes) == (set(), 0)
-            assert list(djinn._pager.ring.models) == []
+            assert djinn.stats().resident_bytes == {}
     assert runtime.pinned == set()
 
 
@@ -326,18 +326,19 @@ def test_options_that_a_system_does_not_have(bench):
 
 
 def test_a_trace_without_requests(bench):
-    write_trace(Trace("none", {}, ()), bench.trace_path("zipf"))
+    write_trace(Trace("none", {}, ()), bench.run.trace("zipf"))
     cell = cell_of(bench, "djinn")
     with pytest.raises(TraceError, match=r"at least 1 request, .*make the trace anew"):
         run_cell(bench, cell)
-    assert not bench.rows_path(cell).exists()
+    assert not bench.run.cell(cell.id).rows.exists()
 
 
 def test_a_trace_of_one_request_goes_all_the_way(bench):
     from djinn_lib.analysis import tables
-    from djinn_lib.analysis.claims import claims_table, judge, load_claims
-    from djinn_lib.analysis.plots import latency as plots
+    from djinn_lib.analysis.claims import judge, load_claims
+    from djinn_lib.analysis.plots import latency, sensitivity, timeline
     from djinn_lib.analysis.run import load_run
+    from djinn_lib.analysis.selection import sweep
     from djinn_lib.metrics import comparison_summary
 
     profile = tiny_profile(
@@ -347,7 +348,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
         cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
     )
     short = replace(bench, profile=profile)
-    short.trace_path("zipf").unlink()
+    short.run.trace("zipf").unlink()
     short.write_traces()
     for cell in profile.all_cells():
         run_cell(short, cell)
@@ -355,14 +356,12 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     rows = run.cells("paper", "25")
     assert (len(run.rows), rows["ok"].sum()) == (8, 3)
     tables.cell_table(rows[rows["system"] == "djinn"])
-    plots.latency_cdf(rows)
-    plots.latency_breakdown(rows)
-    plots.residency_over_time(rows, "djinn")
-    plots.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
-    plots.sensitivity(run.sweep("paper"), "pytorch_pinned")
-    plots.plt.close("all")
-    verdicts = judge(load_claims(), run.evidence)
-    assert len(claims_table(verdicts)) == len(verdicts)
+    latency.latency_cdf(rows)
+    latency.latency_breakdown(rows)
+    timeline.residency_over_time(rows, "djinn")
+    latency.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
+    sensitivity.sensitivity(sweep(run), "pytorch_pinned")
+    verdicts = judge(load_claims(), run)
     assert any(verdict.measured is not None for verdict in verdicts)
     assert comparison_summary(run.rows, "25")
 
@@ -386,7 +385,7 @@ def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
 
     monkeypatch.setattr(time, "time", Jumping.time)
     monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(cell_record, "datetime", Jumping)
+    monkeypatch.setattr(record, "datetime", Jumping)
     begin_s = time.perf_counter()
     rows = run_cell(bench, cell_of(bench, "djinn"))
     wall_s = time.perf_counter() - begin_s

@@ -1,249 +1,138 @@
-"""What comes from outside: names, parameters, code in checkpoints. Nothing runs, nothing strays."""
+"""What executions are begun with: what changes a digest, and what leaves it alone."""
 
 from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from profile_factory import LLAMA, entry, tiny_profile
-from pydantic import ValidationError
-from tiny import PROMPT, spec
-from transformers import AutoTokenizer
 
-import djinn_lib as dj
-from djinn_lib.errors import CheckpointError, ConfigError, TraceError
-from djinn_lib.experiment.bench import Bench, set_up
-from djinn_lib.experiment.notebooks import NOTEBOOKS_DIR, Status, check_parameters
-from djinn_lib.experiment.parameters import folder, one_of
-from djinn_lib.experiment.tasks import CellOutcome, keep_outcome
-from djinn_lib.files import path_below
-from djinn_lib.trace import Request, Trace, read_trace, write_trace
+from djinn_lib.experiment import inputs
+from djinn_lib.experiment.inputs import (
+    cell_inputs,
+    changed,
+    code_of,
+    digest_files,
+    duration,
+    expected_s,
+    recorded_digests,
+)
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.profile import load_profile
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.paths import REFERENCE, REPO
+from djinn_lib.systems import SYSTEMS
 
-STRAYING = ["../x", "..", "/etc/x", "a/b", "a\\b", "a\0b", "", " ", ".hidden", "a\n", "x" * 65]
-
-# -- names -----------------------------------------------------------------------------------
+SYSTEM_FILES = REPO / "djinn_lib" / "systems"
 
 
-@pytest.mark.parametrize("name", STRAYING, ids=repr)
-@pytest.mark.parametrize("kind", ["traces", "capacities", "systems", "models", "name"])
-def test_names_of_a_profile_stay_in_their_folder(kind, name):
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    run = RunFolder(tmp_path)
+    run.traces.mkdir()
+    run.trace("zipf").write_text("a trace")
+    set_up_with(run, "1" * 64)
+    return run
+
+
+def set_up_with(run: RunFolder, digest: str) -> None:
+    models = {"llama": {"digests": {"model.safetensors": digest}}}
+    run.machine.write_text(json.dumps({"machine": {}, "models": models}))
+
+
+def begun(run: RunFolder, **fields) -> dict[str, str]:
+    profile = tiny_profile(**fields)
+    return cell_inputs(run, profile, profile.cell("zipf", "all", "djinn"))
+
+
+def test_what_a_cell_is_made_from(run):
+    before = begun(run)
+    assert sorted(before) == ["code", "profile", "trace", "weights"]
+    run.trace("zipf").write_text("another trace")
+    assert changed(before, begun(run)) == ["trace"]
+    set_up_with(run, "2" * 64)
+    assert changed(before, begun(run)) == ["trace", "weights"]
+
+
+def test_a_profile_s_other_cells_leave_a_cell_alone(run):
+    before = begun(run)
     zipf = {"kind": "zipf", "n": 6, "alpha": 1.0, "seed": 3, "rate_per_s": 2.0}
-    fields = {
-        "traces": {"traces": {"zipf": zipf, name: zipf}},
-        "capacities": {"capacities": {"all": "64MiB", name: "64MiB"}},
-        "systems": {"systems": {"djinn": {"system": "djinn"}, name: {"system": "djinn"}}},
-        "models": {"models": {name: entry(LLAMA)}},
-        "name": {"name": name},
-    }[kind]
-    with pytest.raises(ValidationError):
-        tiny_profile(**fields)
+    djinn = {"system": "djinn"}
+    for same in (
+        {"capacities": {"half": "1/3", "all": "64MiB", "more": "1GiB"}},
+        {"systems": {"djinn": djinn, "lru": {"system": "pytorch_lru"}}},
+        {"traces": {"zipf": zipf, "paper": {"kind": "paper"}}},
+    ):
+        assert begun(run, **same) == before
+    for other in (
+        {"capacities": {"half": "1/2", "all": "32MiB"}},
+        {"systems": {"djinn": {**djinn, "options": {"decode": "eager"}}}},
+        {"new_tokens": 3},
+        {"repeats": 2},
+        {"models": {"llama": entry(LLAMA, 9)}},
+    ):
+        assert changed(before, begun(run, **other)) == ["profile"]
 
 
-def test_the_longest_names_make_files_that_can_be_made(tmp_path):
-    label = "x" * 64
-    profile = tiny_profile(
-        traces={label: {"kind": "zipf", "n": 1, "alpha": 1.0, "seed": 1, "rate_per_s": 1.0}},
-        capacities={label: "64MiB"},
-        systems={label: {"system": "djinn"}},
-        cells=[
-            {"traces": [label], "capacities": [label], "systems": [label], "mode": "concurrent"}
-        ],
-    )
-    (cell,) = profile.all_cells()
-    bench = Bench(profile, tmp_path, {}, {})
-    longest = [f"02_run_system.{cell.id}.partial.ipynb", f"02_run_system.{cell.id}.json.partial"]
-    for name in [*longest, f"{bench.manifest_path(cell).name}.partial"]:
-        (tmp_path / name).touch()
-        assert (tmp_path / name).is_file()
+def test_the_code_of_a_cell_is_the_engine_and_its_own_system():
+    for system, (module, _) in SYSTEMS.items():
+        files = code_of(system)
+        assert {REPO / "djinn_lib" / "engine", SYSTEM_FILES / "base.py"} < set(files)
+        assert SYSTEM_FILES / f"{module}.py" in files and all(path.exists() for path in files)
+    assert SYSTEM_FILES / "pytorch.py" not in code_of("djinn")
 
 
-def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):
-    profile = tiny_profile()
-    bench = set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    bench.write_traces()
-    before = sorted(tmp_path.rglob("*"))
-    trace = Trace("zipf", {}, (Request(0, 0.0, "../../stray"),))
-    write_trace(trace, bench.trace_path("zipf"))
-    assert read_trace(bench.trace_path("zipf")) == trace
-    with pytest.raises(TraceError, match="stray"):
-        from djinn_lib.experiment.cell import run_cell
-
-        run_cell(bench, profile.cell("zipf", "all", "djinn"))
-    assert sorted(tmp_path.rglob("*")) == before
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_no_module_of_another_system_is_overlooked(system):
+    files = {path.stem for path in code_of(system) if path.parent == SYSTEM_FILES}
+    text = "".join((SYSTEM_FILES / f"{name}.py").read_text() for name in files)
+    assert set(re.findall(r"djinn_lib\.systems\.(\w+)", text)) <= files
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", "a\0b"], ids=repr)
-def test_what_comes_back_from_a_worker_stays_in_the_run(tmp_path, name):
-    run = tmp_path / "run"
-    with pytest.raises(ConfigError, match="expected the name of a file below"):
-        keep_outcome(CellOutcome(Status("t", "ok", 1.0), {name: b"x"}), run)
-    assert list(tmp_path.iterdir()) == []
-    assert path_below(run, "requests/a.parquet") == run / "requests" / "a.parquet"
+def test_a_digest_is_of_names_and_contents_and_not_of_the_place(tmp_path):
+    for place in ("here", "there"):
+        folder = tmp_path / place / "engine"
+        folder.mkdir(parents=True)
+        (folder / "ring.py").write_text("ring")
+    here, there = tmp_path / "here", tmp_path / "there"
+    digest = digest_files([here / "engine"], here)
+    assert digest == digest_files([there / "engine"], there)
+    (there / "engine" / "__pycache__").mkdir()
+    (there / "engine" / "__pycache__" / "ring.pyc").touch()
+    assert digest == digest_files([there / "engine"], there)
+    (there / "engine" / "ring.py").rename(there / "engine" / "pager.py")
+    assert digest != digest_files([there / "engine"], there)
+    (here / "engine" / "ring.py").write_text("another")
+    assert digest != digest_files([here / "engine"], here)
+    assert digest_files([here / "none"], here) != digest_files([], here)
 
 
-# -- parameters of notebooks -----------------------------------------------------------------
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"m": {}}}', '{"models": [1]}'])
+def test_what_is_no_set_up_records_nothing(tmp_path, content):
+    (tmp_path / "machine.json").write_text(content)
+    assert recorded_digests(tmp_path / "machine.json") == {}
 
 
-@pytest.mark.parametrize("value", [5, None, "", "  ", ["a"], "a\0b"], ids=repr)
-def test_what_is_no_folder(value):
-    with pytest.raises(ConfigError, match="expected a folder as run_dir"):
-        folder(value)
+def test_a_kernel_of_its_own_is_part_of_what_a_cell_is_begun_with(run, monkeypatch):
+    systems = {name: {"system": name} for name in ("djinn", "vllm_recreate")}
+    profile = tiny_profile(systems=systems)
+    cell = profile.cell("zipf", "all", "vllm_recreate")
+    before = cell_inputs(run, profile, cell)
+    monkeypatch.setattr(inputs, "kernel_name", lambda *_: "djinn-vllm")
+    assert changed(before, cell_inputs(run, profile, cell)) == ["profile"]
 
 
-def test_folders(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="got the file"):
-        folder(str(tmp_path / "file"))
-    with pytest.raises(ConfigError, match="that exists as study_dir"):
-        folder(tmp_path / "none", "study_dir", must_exist=True)
-    assert folder(str(tmp_path / "none")) == tmp_path / "none"
-    assert one_of("a", ["a", "b"], "grid") == "a"
-    for value in ("c", 1, None, ["a"]):
-        with pytest.raises(ConfigError, match=r"expected grid out of \['a', 'b'\]"):
-            one_of(value, ["a", "b"], "grid")
+def test_the_reference_run_tells_how_long_a_cell_takes(tmp_path):
+    profile = load_profile("gpu")
+    cell = profile.cell("paper", "25", "djinn")
+    kept = RunFolder(REFERENCE).cell(cell.id).manifest
+    assert expected_s(RunFolder(tmp_path), profile, cell) == read_manifest(kept)["wall_s"]
+    other = load_profile("cpu")
+    assert expected_s(RunFolder(tmp_path), other, other.cell("paper", "25", "djinn")) is None
 
 
-NOTEBOOKS = sorted(path.stem for path in NOTEBOOKS_DIR.glob("*.ipynb"))
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_every_parameter_has_a_type_that_is_checked(name):
-    notebook = NOTEBOOKS_DIR / f"{name}.ipynb"
-    cells = json.loads(notebook.read_text())["cells"]
-    tagged = next(c for c in cells if c["metadata"].get("tags") == ["parameters"])
-    kinds = dict(re.match(r"(\w+): (str|int|bool) = ", line).groups() for line in tagged["source"])
-    assert kinds
-    for parameter, kind in kinds.items():
-        for value in ({"str": 25, "int": "25", "bool": "yes"}[kind], None, ["a"]):
-            message = f"{parameter!r} of {name}.* to be of type {kind}"
-            with pytest.raises(ConfigError, match=message):
-                check_parameters(notebook, {parameter: value})
-
-
-def code_before_results(name: str) -> str:
-    """The first code cell after the parameters."""
-    cells = json.loads((NOTEBOOKS_DIR / f"{name}.ipynb").read_text())["cells"]
-    codes = [c for c in cells if c["cell_type"] == "code"]
-    return "".join(codes[1]["source"])
-
-
-WRONG = {
-    "00_setup": [{"profile": "nonsense"}, {"profile": "../cpu"}, {"run_dir": "FILE"}],
-    "01_trace": [{"profile": "nonsense"}, {"run_dir": "FILE"}, {"run_dir": "EMPTY"}],
-    "02_run_system": [
-        {"profile": "nonsense"},
-        {"run_dir": "FILE"},
-        {"run_dir": "EMPTY"},
-        {"system": "nonsense"},
-        {"trace": "../paper"},
-        {"capacity_label": "26"},
-    ],
-    "03_sensitivity": [{"run_dir": "FILE"}, {"run_dir": "EMPTY"}],
-    "04_figures": [{"run_dir": "FILE"}, {"run_dir": "EMPTY"}],
-    "06_policies": [
-        {"run_dir": "FILE"},
-        {"grid": "huge"},
-        {"study_dir": "EMPTY/none"},
-        {"reference_dir": "FILE"},
-    ],
-    "explore": [{"figures_dir": "FILE"}],
-}
-CASES = [(name, wrong) for name, wrongs in WRONG.items() for wrong in wrongs]
-
-
-@pytest.mark.parametrize(("name", "wrong"), CASES, ids=str)
-def test_wrong_values_end_a_notebook_before_anything_runs(tmp_path, monkeypatch, name, wrong):
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    places = {"FILE": str(tmp_path / "file"), "EMPTY": str(tmp_path / "empty"),
-              "EMPTY/none": str(tmp_path / "empty" / "none")}  # fmt: skip
-    monkeypatch.chdir(NOTEBOOKS_DIR)
-    notebook = json.loads((NOTEBOOKS_DIR / f"{name}.ipynb").read_text())
-    given = next(c for c in notebook["cells"] if c["metadata"].get("tags") == ["parameters"])
-    scope: dict = {}
-    exec("".join(given["source"]), scope)
-    scope |= {key: places.get(value, value) for key, value in wrong.items()}
-    if "run_dir" not in wrong and "run_dir" in scope:
-        scope["run_dir"] = str(tmp_path / "empty" / "run")
-    with pytest.raises(ValueError, match="expected"):  # ConfigError or RecordError
-        exec(code_before_results(name), scope)
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
-# -- code in checkpoints ---------------------------------------------------------------------
-
-CODE = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-Path({mark!r}).touch()
-class Config(LlamaConfig):
-    model_type = {model_type!r}
-class Model(LlamaForCausalLM):
-    config_class = Config
-class Tokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-
-
-@pytest.fixture(params=["custom-llama", "llama"])
-def with_code(request, tmp_path) -> tuple[Path, Path]:
-    """A checkpoint that brings Python along, and the mark that running it would leave."""
-    source, mark = tmp_path / "model", tmp_path / "code ran"
-    spec("llama").build().save_pretrained(source)
-    source.joinpath("custom.py").write_text(CODE.format(mark=str(mark), model_type=request.param))
-    config = json.loads((source / "config.json").read_text())
-    config |= {
-        "model_type": request.param,
-        "auto_map": {"AutoConfig": "custom.Config", "AutoModelForCausalLM": "custom.Model"},
-    }
-    (source / "config.json").write_text(json.dumps(config))
-    return source, mark
-
-
-def test_code_of_a_checkpoint_does_not_run_unless_asked_for(with_code, monkeypatch):
-    source, mark = with_code
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # not even where somebody would agree
-    known = json.loads((source / "config.json").read_text())["model_type"] == "llama"
-    with dj.Djinn("1MiB", page="16KiB") as djinn:
-        if known:  # transformers has code of its own for it
-            djinn.add("m", source)
-        else:
-            with pytest.raises(CheckpointError, match="trust_remote_code"):
-                djinn.add("m", source)
-        assert not mark.exists()
-
-
-def test_code_of_a_checkpoint_runs_when_asked_for(with_code, tmp_path, monkeypatch):
-    source, mark = with_code
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
-    monkeypatch.syspath_prepend(str(tmp_path / "c"))
-    monkeypatch.setattr("builtins.input", None)  # to have been asked once is enough
-    with dj.Djinn("1MiB", page="16KiB") as djinn:
-        djinn.add("m", source, trust_remote_code=True)
-        assert len(djinn.generate("m", PROMPT, 2, ignore_eos=True).token_ids) == 2
-    assert mark.exists()
-
-
-def test_code_of_a_profile_s_model_never_runs(with_code, tmp_path, monkeypatch):
-    source, mark = with_code
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    profile = tiny_profile({"m": {"stands_for": "phi-2", "folder": str(source)}})
-    if json.loads((source / "config.json").read_text())["model_type"] == "llama":
-        set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    else:
-        with pytest.raises(CheckpointError, match="trust_remote_code"):
-            set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    assert not mark.exists()
-
-
-def test_the_tokenizer_s_code_does_not_run_either(tmp_path, monkeypatch):
-    from djinn_lib.experiment import weights
-
-    asked = {}
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda *_, **options: asked.update(options)
-    )
-    weights._tokenizer(tmp_path)
-    assert asked == {"trust_remote_code": False}
+def test_durations_for_people():
+    said = [duration(seconds) for seconds in (None, 0.4, 40.2, 89, 90, 600)]
+    assert said == ["duration unknown", "about 0 s", "about 40 s", "about 89 s", "about 1.5 min",
+                    "about 10.0 min"]  # fmt: skip

@@ -13,16 +13,10 @@ from row_factory import SIZES, cell_rows
 
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment import kept_rows
-from djinn_lib.experiment.kept_rows import (
-    DIED,
-    EARLIER,
-    FAILED_LATER,
-    read_journal,
-    rows_that_stay,
-    set_aside,
-    whole_frame,
-)
-from djinn_lib.rows import read_manifest, read_rows, rows_frame, write_manifest, write_rows
+from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, set_aside, whole_frame
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.run_folder import CellFiles, RunFolder
+from djinn_lib.rows import read_rows, rows_frame
 
 TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
 MANIFEST = {
@@ -60,26 +54,20 @@ def execution(
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "requests" / "paper-25-djinn.parquet"
+def cell(tmp_path: Path) -> CellFiles:
+    return RunFolder(tmp_path).cell("paper-25-djinn")
 
 
-def write(path: Path, rows: pd.DataFrame, manifest: dict[str, Any]) -> dict[str, bytes]:
-    write_rows(rows, path)
-    write_manifest(manifest, path.with_suffix(".manifest.json"))
-    return contents(path)
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+def aside(cell: CellFiles) -> list[str]:
+    return sorted(path.name for path in cell.earlier.glob("*"))
 
 
-def manifest_of(path: Path) -> dict[str, Any]:
-    return read_manifest(path.with_suffix(".manifest.json"))
-
-
-def aside(path: Path) -> list[str]:
-    return sorted(p.name for p in path.parent.glob(f"{EARLIER}/*"))
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -97,20 +85,21 @@ def aside(path: Path) -> list[str]:
     ],
     ids=str,
 )
-def test_what_an_execution_may_replace(path, earlier, later, stays):
-    before = write(path, *execution("earlier", *earlier))
+def test_what_an_execution_may_replace(cell, earlier, later, stays):
+    of_earlier = keep(cell, *execution("earlier", *earlier))
+    before = contents(cell.run)
     rows, manifest = execution("later", *later)
-    kept = rows_that_stay(path, rows, manifest)
-    assert (kept is not None) == stays
-    assert read_rows(path)["run_id"].eq("earlier").all()  # the caller writes, not this
+    kept = keep(cell, rows, manifest)
+    pd.testing.assert_frame_equal(kept, of_earlier if stays else rows)
+    pd.testing.assert_frame_equal(read_rows(cell.rows), kept)
+    assert read_manifest(cell.manifest)["run_id"] == kept["run_id"][0]
     if stays:
-        assert path.read_bytes() == before[str(path)] and not aside(path)
-        assert manifest_of(path)["notes"][-1] == f"{FAILED_LATER}killed by signal 9"
+        assert contents(cell.run) == before
     elif earlier[0] > later[0]:
-        assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
-        assert read_rows(path.parent / EARLIER / "earlier.parquet")["ok"].sum() == earlier[0]
+        assert aside(cell) == ["earlier.manifest.json", "earlier.parquet"]
+        assert read_rows(cell.earlier / "earlier.parquet")["ok"].sum() == earlier[0]
     else:
-        assert contents(path) == before
+        assert not aside(cell)
 
 
 @pytest.mark.parametrize(
@@ -123,79 +112,67 @@ def test_what_an_execution_may_replace(path, earlier, later, stays):
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_rows_that_answer_another_question_go_but_not_for_ever(path, changed):
-    write(path, *execution("earlier", 30))
-    assert rows_that_stay(path, *execution("later", 0, True, **changed)) is None
-    assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
+def test_rows_that_answer_another_question_go_but_not_for_ever(cell, changed):
+    keep(cell, *execution("earlier", 30))
+    assert not keep(cell, *execution("later", 0, True, **changed))["ok"].any()
+    assert aside(cell) == ["earlier.manifest.json", "earlier.parquet"]
 
 
-def test_rows_of_other_code_or_of_another_day_answer_the_same_question(path):
-    write(path, *execution("earlier", 30))
+def test_rows_of_other_code_or_of_another_day_answer_the_same_question(cell):
+    keep(cell, *execution("earlier", 30))
     of_now = {"git_commit": "f" * 16, "git_dirty": True, "versions": {"torch": "3"}, "wall_s": 0.1}
-    assert rows_that_stay(path, *execution("later", 0, True, **of_now)) is not None
-    manifest = manifest_of(path)
+    assert keep(cell, *execution("later", 0, True, **of_now))["ok"].all()
+    manifest = read_manifest(cell.manifest)
     assert (manifest["git_commit"], manifest["run_id"]) == ("0123456789abcdef", "earlier")
 
 
-def test_rows_of_other_requests_go(path):
+def test_rows_of_other_requests_go(cell):
     rows, manifest = execution("earlier", 30)
-    write(path, rows.iloc[:20], manifest)
-    assert rows_that_stay(path, *execution("later", 0, True)) is None
+    keep(cell, rows.iloc[:20], manifest)
+    assert len(keep(cell, *execution("later", 0, True))) == 30
 
 
 @pytest.mark.parametrize("manifest", [None, "of another run", "broken"])
-def test_rows_without_a_manifest_of_their_own_stay_and_get_one(path, manifest):
-    """The process died after it had written the rows."""
+def test_rows_without_a_manifest_of_their_own_go_but_not_for_ever(cell, manifest):
+    """The process died after it had written the rows; what died later tells nothing of them."""
     rows, own = execution("finished", 30)
-    write(path, rows, {**own, "run_id": "another"})
-    if manifest != "of another run":
-        path.with_suffix(".manifest.json").write_text("{" if manifest else "")
-    assert rows_that_stay(path, *execution("later", 0, True)).equals(rows)
-    made = manifest_of(path)
-    assert made["run_id"] == "finished"
-    assert made["notes"] == ["pinning does nothing", f"{FAILED_LATER}killed by signal 9"]
+    keep(cell, rows, {**own, "run_id": "another"})
+    if manifest is None:
+        cell.manifest.unlink()
+    elif manifest == "broken":
+        cell.manifest.write_text("{")
+    assert not keep(cell, *execution("later", 0, True))["ok"].any()
+    assert read_rows(cell.earlier / "finished.parquet").equals(rows)
+    assert read_manifest(cell.manifest)["run_id"] == "later"
 
 
-def test_only_the_latest_failure_is_noted(path):
-    write(path, *execution("earlier", 30))
-    for _ in range(3):
-        assert rows_that_stay(path, *execution("later", 0, True)) is not None
-    assert len(manifest_of(path)["notes"]) == 2
-
-
-def test_a_full_disk_takes_no_rows(path, monkeypatch):
-    before = write(path, *execution("earlier", 30))
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(kept_rows, "write_manifest", full)
-    assert rows_that_stay(path, *execution("later", 0, True)) is not None
-    assert contents(path) == before
+def test_a_full_disk_takes_no_rows(cell, monkeypatch):
+    rows, manifest = execution("earlier", 30)
+    keep(cell, rows, manifest)
+    before = cell.rows.read_bytes()
     monkeypatch.setattr(kept_rows.os, "link", full)
     monkeypatch.setattr(kept_rows.shutil, "copy", full)
     with pytest.raises(OSError, match="No space"):  # before anything is replaced
-        rows_that_stay(path, *execution("later", 0, False))
-    assert path.read_bytes() == before[str(path)]
+        keep(cell, *execution("later", 0, False))
+    assert cell.rows.read_bytes() == before
 
 
-def test_without_links_rows_are_copied_aside(path, monkeypatch):
+def test_without_links_rows_are_copied_aside(cell, monkeypatch):
     def none(*_: Any) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    write(path, *execution("earlier", 30))
+    keep(cell, *execution("earlier", 30))
     monkeypatch.setattr(kept_rows.os, "link", none)
-    for _ in range(2):
-        assert rows_that_stay(path, *execution("later", 0)) is None
-    assert aside(path) == ["earlier.manifest.json", "earlier.parquet"]
+    keep(cell, *execution("later", 0))
+    assert aside(cell) == ["earlier.manifest.json", "earlier.parquet"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut"])
-def test_what_cannot_be_read_does_not_stay(path, content):
-    path.parent.mkdir()
-    assert rows_that_stay(path, *execution("later", 0, True)) is None
-    path.write_bytes(content)
-    assert rows_that_stay(path, *execution("later", 0, True)) is None
+def test_what_cannot_be_read_does_not_stay(cell, content):
+    cell.rows.parent.mkdir()
+    cell.rows.write_bytes(content)
+    assert len(keep(cell, *execution("later", 0, True))) == 30
+    assert read_rows(cell.rows)["run_id"].eq("later").all()
 
 
 # -- rows that break the schema ----------------------------------------------------------------
@@ -242,11 +219,12 @@ def test_a_journal_gives_what_can_be_read_of_it(tmp_path):
     assert (wrong["request"], wrong["ok"]) == (1, False) and "colour" in wrong["error"]
 
 
-def test_a_journal_that_is_set_aside_is_kept(tmp_path):
-    journal = tmp_path / "cell.journal.jsonl"
-    set_aside(journal)
-    assert not list(tmp_path.iterdir())
+def test_a_journal_that_is_set_aside_is_kept(cell):
+    set_aside(cell)
+    assert not list(cell.run.iterdir())
+    cell.journal.parent.mkdir()
     for text in ("first", "second"):
-        journal.write_text(text)
-        set_aside(journal)
-        assert (tmp_path / EARLIER / journal.name).read_text() == text and not journal.exists()
+        cell.journal.write_text(text)
+        set_aside(cell)
+        assert (cell.earlier / cell.journal.name).read_text() == text
+        assert not cell.journal.exists()

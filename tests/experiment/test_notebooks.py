@@ -1,28 +1,28 @@
-"""Headless execution, tasks and the command line: a real kernel, real deaths."""
+"""Headless execution: real kernels, real deaths, and how an execution ended."""
 
 import json
-import os
+import multiprocessing
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from profile_factory import tiny_profile
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import notebooks, reproduce, tasks
-from djinn_lib.experiment.bench import Bench, set_up
-from djinn_lib.experiment.notebooks import (
-    Status,
-    check_parameters,
-    execute,
-    read_statuses,
-    write_status,
-)
-from djinn_lib.paths import REPO
-from djinn_lib.rows import read_rows
+from djinn_lib.experiment import notebooks
+from djinn_lib.experiment.cell_runs import execute_cell
+from djinn_lib.experiment.inputs import LIBRARY
+from djinn_lib.experiment.notebooks import check_parameters, execute
+from djinn_lib.experiment.profile import Profile
+from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
+from djinn_lib.experiment.status import Status, keep_status, read_status, read_statuses
+from djinn_lib.experiment.steps import STEPS
+from djinn_lib.paths import NOTEBOOKS, REPO
 
 
 @pytest.fixture
@@ -32,6 +32,8 @@ def folder(tmp_path, monkeypatch):
         "good": "import djinn_lib; print(n + 1)",
         "raises": "raise ValueError('expected 1, got ' + str(n))",
         "listens": "import json, ipykernel; print(open(ipykernel.get_connection_file()).read())",
+        "waits": "import os, time; from pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'kernel.pid').write_text(str(os.getpid())); time.sleep(600)",
         "dies": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     }
     for name, code in codes.items():
@@ -45,7 +47,7 @@ def folder(tmp_path, monkeypatch):
             metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}},
         )
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", tmp_path)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
     return tmp_path
 
 
@@ -87,26 +89,13 @@ def test_paths_are_taken_literally(folder, monkeypatch, name):
     inside = folder / name
     inside.mkdir()
     (folder / "good.ipynb").rename(inside / "good.ipynb")
-    monkeypatch.setattr(notebooks, "NOTEBOOKS_DIR", inside)
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", inside)
     monkeypatch.setattr(notebooks.papermill, "execute_notebook", run_here)
     output = inside / "out" / "good.ipynb"
     status = execute("good", output, {"n": 1})
     assert status.state == "ok", status
     assert given == [inside / "good.ipynb", output.with_suffix(".partial.ipynb")]
     assert output.read_text() == "{}"
-
-
-@pytest.mark.slow
-def test_a_run_below_braces_is_a_run_like_any_other(tmp_path):
-    """Set-up and one cell through the real command, in a folder that papermill would fill in."""
-    run_dir = tmp_path / "{profile} {0} [x] %s"
-    command = [sys.executable, "-m", "djinn_lib.experiment.reproduce", "--profile", "smoke",
-               "--run-dir", str(run_dir), "cell:paper-25-pytorch_lru"]  # fmt: skip
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert read_rows(run_dir / "requests" / "paper-25-pytorch_lru.parquet")["ok"].all()
-    assert (run_dir / "notebooks" / "02_run_system.paper-25-pytorch_lru.ipynb").exists()
-    assert [path.name for path in tmp_path.iterdir()] == [run_dir.name]
 
 
 def test_an_error_in_a_notebook_is_a_status(folder):
@@ -182,110 +171,82 @@ def test_unknown_notebooks_and_parameters_are_refused_before_anything_runs(folde
     assert not output.exists()
 
 
-def test_every_notebook_of_the_package_takes_the_parameters_it_is_given():
-    basic = {"profile": "cpu", "run_dir": "x"}
-    given = {
-        "00_setup": basic,
-        "01_trace": basic,
-        "02_run_system": {**basic, "system": "", "trace": "", "capacity_label": ""},
-        "03_sensitivity": {"run_dir": "x"},
-        "04_figures": {"run_dir": "x"},
-        "05_claims": {"run_dir": "x"},
-    }
+def test_every_notebook_of_the_package_takes_the_parameters_it_is_given(tmp_path):
+    profile, run = tiny_profile(), RunFolder(tmp_path)
+    given = {step.notebook: step.parameters(run, profile) for step in STEPS}
+    names = ("profile", "run_dir", "system", "trace", "capacity_label", "mode")
+    given[CELL_NOTEBOOK] = dict.fromkeys(names, "x")
+    assert sorted(given) == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     for name, parameters in given.items():
-        check_parameters(REPO / "notebooks" / f"{name}.ipynb", parameters)
+        check_parameters(NOTEBOOKS / f"{name}.ipynb", parameters)
 
 
-def test_statuses_round_trip(tmp_path):
-    statuses = [Status("a", "ok", 1.5), Status("b", "failed", 2.0, "oom", "too large")]
-    for status in statuses:
-        write_status(status, tmp_path)
-    assert read_statuses(tmp_path) == statuses
-    (tmp_path / "a.json").write_text('{"task": "a", "sta')
-    (tmp_path / "c.json").write_text('{"task": "c", "colour": 1}')
-    torn, whole, other = read_statuses(tmp_path)
-    assert whole == statuses[1]
-    assert (torn.task, torn.state, other.task, other.state) == ("a", "failed", "c", "failed")
-    assert "run the task again" in torn.error and "colour" in other.error
+def test_a_cell_s_notebook_is_given_its_cell(tmp_path, monkeypatch):
+    profile, given = tiny_profile(), {}
+    (cell,) = profile.all_cells()
+
+    def execute(notebook, output, parameters, kernel, fork):
+        given.update(parameters, notebook=notebook)
+        return Status(output.stem, "ok", 1.0)
+
+    monkeypatch.setattr(notebooks, "execute", execute)
+    execute_cell(RunFolder(tmp_path), profile, cell)
+    assert given.pop("notebook") == CELL_NOTEBOOK
+    check_parameters(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", given)
+    assert profile.cell(*(given[n] for n in ("trace", "capacity_label", "system", "mode"))) == cell
 
 
-@pytest.fixture
-def bench(tmp_path):
-    profile = tiny_profile(
-        systems={"djinn": {"system": "djinn"}, "vllm_sleep": {"system": "vllm_sleep"}}
-    )
-    bench = set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    bench.write_traces()
-    return Bench.open(profile, tmp_path / "run")
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_every_file_that_a_notebook_is_made_from_is_there(step):
+    assert not [part for part in step.code if not (LIBRARY / part).exists()]
+    assert not [path for path in step.data if not path.exists()]
+    assert set(step.profile) <= set(Profile.model_fields)
 
 
-def test_a_cell_whose_kernel_dies_becomes_failed_rows_and_the_run_goes_on(bench, monkeypatch):
-    cell = bench.profile.cell("zipf", "all", "djinn")
-    died = Status(f"02_run_system.{cell.id}", "failed", 1.0, "kernel_died", "killed")
-    monkeypatch.setattr(tasks, "execute", lambda *_, **__: died)
-    assert tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "cell 1 of 1")
-    rows = read_rows(bench.rows_path(cell))
-    assert set(rows["error_kind"]) == {"kernel_died"}
-    assert not tasks.is_settled(bench.run_dir, f"02_run_system.{cell.id}")
-    assert reproduce._summary(bench.run_dir) == 1
+# -- how executions ended ------------------------------------------------------------------------
 
 
-def test_an_unavailable_system_is_settled_and_no_failure(bench, monkeypatch):
-    from djinn_lib.experiment.cell import run_cell
-
-    cell = bench.profile.cell("zipf", "all", "vllm_sleep")
-    run_cell(bench, cell)
-    done = Status(f"02_run_system.{cell.id}", "ok", 1.0)
-    monkeypatch.setattr(tasks, "execute", lambda *_, **__: done)
-    tasks.run_cell_notebook(bench.profile, cell, bench.run_dir, "cell 1 of 1")
-    (status,) = read_statuses(bench.run_dir / "status")
-    assert (status.state, status.error_kind) == ("unavailable", "unavailable")
-    assert tasks.is_settled(bench.run_dir, status.task)
-    assert reproduce._summary(bench.run_dir) == 0
-
-
-def test_a_task_that_never_ran_is_not_settled(tmp_path):
-    assert not tasks.is_settled(tmp_path, "00_setup")
+def test_a_status_is_kept_in_the_executed_copy(tmp_path):
+    run = RunFolder(tmp_path)
+    path = run.notebook("04_figures")
+    path.parent.mkdir()
+    path.write_text(json.dumps({"cells": [], "metadata": {"papermill": {}}}))
+    assert read_status(path) is None
+    status = Status("04_figures", "failed", 2.0, "oom", "zu groß", {"code": "1"}, ["a.png"])
+    keep_status(status, path)
+    assert read_status(path) == status and read_statuses(tmp_path) == [status]
+    assert "papermill" in json.loads(path.read_text())["metadata"]
+    for content in ("", "{}", '{"metadata": {"djinn": {"colour": 1}}}', '{"metadata": []}'):
+        path.write_text(content)
+        assert read_status(path) is None
+    assert read_statuses(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--profile", "nonsense"], "expected a profile out of"),
-        (["--profile", "../cpu"], "expected a profile out of"),
-        (["--profile", "smoke", "--run-dir", "/proc/nowhere"], "written to"),
-    ],
-)
-def test_bad_arguments_end_with_a_message_and_status_2(arguments, message, capsys):
-    assert reproduce.main(arguments) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_gpu_profile_needs_a_gpu(capsys, monkeypatch):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert reproduce.main(["--profile", "gpu"]) == 2
-    assert "PROFILE=cpu" in capsys.readouterr().err
+# -- forked kernels ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_part_of_the_smoke_profile_and_a_rerun_that_does_nothing(tmp_path):
-    """Set-up, trace and one cell through the real command; then nothing is left to do."""
+def test_a_forked_kernel_is_a_process_of_its_own_like_any_other(folder):
+    assert execute("good", folder / "out" / "good.ipynb", {"n": 41}, fork=True).state == "ok"
+    assert "42" in printed(folder / "out" / "good.ipynb")
+    assert execute("dies", folder / "out" / "dies.ipynb", {}, fork=True).error_kind == "kernel_died"
+    assert "ValueError" in execute("raises", folder / "out" / "r.ipynb", {}, fork=True).error
+    assert multiprocessing.active_children() == []
 
-    def run():
-        command = [sys.executable, "-m", "djinn_lib.experiment.reproduce", "--profile", "smoke",
-                   "--run-dir", str(tmp_path), "cell:paper-25-djinn"]  # fmt: skip
-        return subprocess.run(
-            command, cwd=REPO, capture_output=True, text=True, env={**os.environ, "CI": "1"}
-        )
 
-    first = run()
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "02_run_system.paper-25-djinn: ok" in first.stdout
-    rows = tmp_path / "requests" / "paper-25-djinn.parquet"
-    before = rows.stat().st_mtime_ns
-    second = run()
-    assert second.returncode == 0
-    assert "..." not in second.stdout  # no notebook was executed
-    assert rows.stat().st_mtime_ns == before
+@pytest.mark.slow
+def test_a_forked_kernel_ends_with_its_run_even_if_that_is_killed(folder):
+    script = (
+        "import sys; from pathlib import Path; from djinn_lib.experiment import notebooks\n"
+        "notebooks.NOTEBOOKS = Path(sys.argv[1])\n"
+        "notebooks.execute('waits', Path(sys.argv[1]) / 'out.ipynb', {}, fork=True)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script, str(folder)], cwd=REPO)
+    mark, until_s = folder / "kernel.pid", time.monotonic() + 120
+    while not (mark.exists() and mark.read_text()):
+        assert run.poll() is None and time.monotonic() < until_s
+        time.sleep(0.05)
+    kernel = psutil.Process(int(mark.read_text()))
+    run.kill()
+    run.wait()
+    assert not psutil.wait_procs([kernel], timeout=20)[1]

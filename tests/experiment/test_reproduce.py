@@ -1,189 +1,269 @@
-"""A run in parts: which cells are handed to doit, in what order, and with what status it ends."""
+"""A whole run: what is executed in which order, what is not executed again, and how it goes on."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from profile_factory import tiny_profile
+from row_factory import cell_rows
+from run_factory import MACHINE, manifest_of
 
-from djinn_lib import nvml
-from djinn_lib.experiment import reproduce
-from djinn_lib.experiment.notebooks import Status, read_statuses, write_status
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment import inputs, notebooks, reproduce, steps
+from djinn_lib.experiment.kept_rows import keep
 from djinn_lib.experiment.profile import load_profile
-from djinn_lib.experiment.reproduce import INCOMPLETE, main
-from djinn_lib.experiment.schedule import Limit
-from djinn_lib.paths import REPO
+from djinn_lib.experiment.reproduce import Work, main
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.experiment.status import Status, read_statuses
+from djinn_lib.publishing import report
 
-CELLS = load_profile("smoke").all_cells()
+LABELS = ("djinn", "pytorch_lru", "pytorch_pinned")
+PROFILE = tiny_profile(
+    systems={label: {"system": label} for label in LABELS},
+    traces={"paper": {"kind": "zipf", "n": 6, "alpha": 1.0, "seed": 3, "rate_per_s": 2.0}},
+    capacities={"25": "1/2"},
+    cells=[{"traces": ["paper"], "capacities": ["25"], "systems": list(LABELS)}],
+)
+CELLS = [f"02_run_system.paper-25-{label}" for label in LABELS]
+READING = [step.notebook for step in steps.READING]
 
 
-class Doit:
-    """Stands for doit: remembers what it is told to run; cells in `takes` take some seconds."""
+class Kernels:
+    """Stands for papermill and kernels: notes what is executed, and leaves what each would leave.
 
-    def __init__(self, clock: dict[str, float], takes: dict[str, float]) -> None:
-        self.clock, self.takes, self.told = clock, takes, list[str]()
+    What is in `during` is called while the notebook of that name is executed; a text that it
+    returns fails the notebook.
+    """
 
-    def __call__(self, arguments: list[str]) -> int:
-        self.told.append(" ".join(arguments))
-        self.clock["now_s"] += self.takes.get(arguments[-1] if arguments else "", 0.0)
-        return 0
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.executed = run, list[str]()
+        self.during: dict[str, Callable[[], str | None]] = {}
+
+    def __call__(self, notebook: str, output: Path, parameters: dict[str, Any], **_: Any) -> Status:
+        self.executed.append(output.stem)
+        error = self.during.get(output.stem, lambda: None)()
+        output.parent.mkdir(exist_ok=True)
+        output.write_text('{"metadata": {}}')
+        leave = getattr(self, f"_{notebook}", None)
+        if leave and not error:
+            leave(parameters)
+        return Status(
+            output.stem, "failed" if error else "ok", 1.0, "other" * bool(error), error or ""
+        )
+
+    def _00_setup(self, _: Any) -> None:
+        self.run.machine.write_text(json.dumps({"machine": MACHINE, "models": {}}))
+
+    def _01_trace(self, _: Any) -> None:
+        self.run.traces.mkdir(exist_ok=True)
+        self.run.trace("paper").write_text("a trace")
+
+    def _02_run_system(self, parameters: dict[str, Any]) -> None:
+        rows = cell_rows(parameters["system"])
+        cell = self.run.cell(f"paper-25-{parameters['system']}")
+        keep(cell, rows, manifest_of(cell.id, rows.iloc[0], MACHINE))
+
+    def _04_figures(self, _: Any) -> None:
+        self.run.figures.mkdir(exist_ok=True)
+        (self.run.figures / "zipf.png").write_text("a figure")
+
+    def since(self) -> list[str]:
+        """What was executed since the last call."""
+        executed, self.executed = self.executed, []
+        return executed
 
 
 @pytest.fixture
-def doit(monkeypatch) -> Callable[..., Doit]:
-    def make(takes: dict[str, float]) -> Doit:
-        clock = {"now_s": 0.0}
-        made = Doit(clock, takes)
-
-        def limit(seconds: float | None) -> object:
-            return Limit(seconds, lambda: clock["now_s"])
-
-        monkeypatch.setattr(reproduce, "Limit", limit)
-        monkeypatch.setattr(reproduce, "_doit", made)
-        monkeypatch.setattr(reproduce, "_stale_cells", lambda tasks: CELLS[:3])
-        return made
-
-    return make
+def library(tmp_path, monkeypatch) -> Path:
+    """A djinn_lib of one's own to edit; its digest is what code is made from."""
+    library = tmp_path / "djinn_lib"
+    for name in ("engine/ring.py", "experiment/cell.py", "analysis/claims.py",
+                 "systems/djinn.py", "systems/pytorch.py"):  # fmt: skip
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(name)
+    monkeypatch.setattr(inputs, "LIBRARY", library)
+    monkeypatch.setattr(steps, "LIBRARY", library)
+    return library
 
 
-def run(tmp_path: Path, *arguments: str) -> int:
-    return main(["--profile", "smoke", "--run-dir", str(tmp_path), *arguments])
+@pytest.fixture
+def kernels(tmp_path, monkeypatch, library) -> Kernels:
+    made = Kernels(RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(notebooks, "execute", made)
+    monkeypatch.setattr(reproduce, "load_profile", lambda _: PROFILE)
+    monkeypatch.setattr(steps, "_pool", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(report, "build_report", lambda path: (path / "index.html").write_text("x"))
+    return made
 
 
-def test_cells_are_handed_to_doit_one_by_one_and_then_the_rest(doit, tmp_path):
-    told = doit({})
-    assert run(tmp_path) == 0
-    cells = [f"--single cell:{cell.id}" for cell in CELLS[:3]]
-    assert told.told == ["setup trace", *cells, ""]
+@pytest.fixture
+def run(kernels) -> Callable[..., tuple[int, list[str]]]:
+    """Runs the command; returns its exit status and what was executed."""
+
+    def command(*names: str) -> tuple[int, list[str]]:
+        code = main(["--profile", "tiny", "--run-dir", str(kernels.run.path), *names])
+        return code, kernels.since()
+
+    return command
 
 
-def test_cells_that_are_named_run_in_the_order_of_their_names(doit, tmp_path):
-    told = doit({})
-    first, second, third = (f"cell:{cell.id}" for cell in CELLS[:3])
-    assert run(tmp_path, third, first) == 0
-    cells = [f"--single {cell}" for cell in (third, first, second)]
-    assert told.told == ["setup trace", *cells, f"{third} {first}"]
+def test_everything_runs_in_its_order_and_a_second_time_nothing(run, kernels, capsys):
+    assert run() == (0, ["00_setup", "01_trace", *CELLS, *READING])
+    said = capsys.readouterr().out
+    assert "paper-25-djinn (cell 1 of 3, duration unknown) ..." in said
+    assert said.splitlines()[-1].startswith("12 notebooks, 0 failed; results: ")
+    before = {path: path.stat().st_mtime_ns for path in kernels.run.path.rglob("*.*")}
+    assert run() == (0, [])
+    after = {path: path.stat().st_mtime_ns for path in kernels.run.path.rglob("*.*")}
+    assert {path for path in after if before.get(path) != after[path]} <= {kernels.run.lock}
+    assert "..." not in capsys.readouterr().out
+    states = {status.task: status.state for status in read_statuses(kernels.run.path)}
+    assert states == dict.fromkeys(["00_setup", "01_trace", *CELLS, *READING], "ok")
 
 
-def test_what_does_not_fit_is_left_over_and_the_rest_is_not_begun(doit, tmp_path, capsys):
-    told = doit({f"cell:{CELLS[0].id}": 50.0, f"cell:{CELLS[1].id}": 60.0})
-    assert run(tmp_path, "--time-limit", "100") == INCOMPLETE
-    assert told.told[-1] == f"--single cell:{CELLS[1].id}"
-    assert f"cell:{CELLS[2].id}" in capsys.readouterr().out
+def test_an_edit_runs_what_it_can_change(run, library):
+    run()
+    (library / "analysis" / "claims.py").write_text("another verdict")
+    assert run() == (0, [n for n in READING if n not in ("07_large_models", "08_fleet")])
+    (library / "systems" / "djinn.py").write_text("another system")
+    executed = run()[1]
+    assert executed[0] == CELLS[0] and not set(CELLS[1:]) & set(executed)
+    (library / "engine" / "ring.py").write_text("another ring")
+    assert set(CELLS) < set(run()[1])
 
 
-def test_reading_needs_time_too(doit, tmp_path, capsys):
-    told = doit({f"cell:{cell.id}": 15.0 for cell in CELLS[:3]})
-    assert run(tmp_path, "--time-limit", "100") == INCOMPLETE
-    assert told.told[-1].startswith("--single") and "only reads rows" in capsys.readouterr().out
-    assert run(tmp_path, "--time-limit", "1000") == 0
+def test_what_is_gone_is_made_again(run, kernels):
+    run()
+    cell = kernels.run.cell("paper-25-djinn")
+    for path, again in (
+        (cell.notebook, CELLS[0]),
+        (cell.rows, CELLS[0]),
+        (kernels.run.figures / "zipf.png", "04_figures"),
+        (kernels.run.trace("paper"), "01_trace"),
+    ):
+        path.unlink()
+        assert again in run()[1] and path.exists()
+    kernels.run.page.unlink()
+    assert run() == (0, []) and kernels.run.page.exists()
 
 
-def test_cells_that_failed_before_come_last(doit, tmp_path):
-    told = doit({})
-    task = f"02_run_system.{CELLS[0].id}"
-    write_status(Status(task, "failed", 1.0, "oom", "no memory"), tmp_path / "status")
-    assert run(tmp_path) == 1  # what failed is still said
-    assert told.told[1:4] == [f"--single cell:{CELLS[i].id}" for i in (1, 2, 0)]
+def test_a_file_edited_while_a_cell_runs_has_it_run_again_by_the_next_command(
+    run, kernels, library, capsys
+):
+    run()
+    kernels.during[CELLS[1]] = lambda: (
+        (library / "systems" / "pytorch.py").write_text("new") and None
+    )
+    (library / "systems" / "pytorch.py").write_text("edited")
+    assert run()[1][:2] == CELLS[1:]
+    assert "code changed while it ran: the next run does it again" in capsys.readouterr().out
+    del kernels.during[CELLS[1]]
+    assert run()[1][:1] == [CELLS[1]]
+    assert run() == (0, [])
 
 
-def test_a_cell_that_was_tried_is_not_tried_again_by_the_rest(doit, tmp_path):
-    import dodo
+def test_a_failure_costs_only_its_own_and_is_the_exit_status(run, kernels, capsys):
+    kernels.during["04_figures"] = lambda: "no picture"
+    code, executed = run()
+    assert code == 1 and executed[-len(READING) :] == READING
+    assert "04_figures: failed in 1.0 s (other: no picture)" in capsys.readouterr().out
+    assert run() == (1, ["04_figures"])
+    del kernels.during["04_figures"]
+    assert run() == (0, ["04_figures"])
 
-    doit({})
-    dodo.TRIED.clear()
-    run(tmp_path)
-    assert {cell.id for cell in CELLS[:3]} <= dodo.TRIED
-    dodo.TRIED.clear()
+
+def test_without_a_set_up_nothing_else_runs(run, kernels):
+    kernels.during["00_setup"] = lambda: "no weights"
+    assert run() == (1, ["00_setup"])
 
 
-def test_being_told_to_stop_is_incomplete_and_no_error(doit, tmp_path, monkeypatch, capsys):
-    doit({})
-    monkeypatch.setattr(reproduce, "_doit", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_what_is_interrupted_goes_on_where_it_was(run, kernels, number, capsys):
+    kernels.during[CELLS[1]] = lambda: os.kill(os.getpid(), number)
     before = signal.getsignal(signal.SIGTERM)
-    assert run(tmp_path) == 130
+    assert run() == (130, ["00_setup", "01_trace", *CELLS[:2]])
     assert "the same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+    del kernels.during[CELLS[1]]
+    assert run() == (0, [*CELLS[1:], *READING])
+    assert not kernels.executed
+
+
+def test_what_is_named_runs_alone_in_the_order_of_its_names(run, kernels):
+    assert run("cell:paper-25-pytorch_lru", "cell:paper-25-djinn") == (
+        0, ["00_setup", "01_trace", CELLS[1], CELLS[0]]
+    )  # fmt: skip
+    assert run("figures") == (0, ["04_figures"])
+    assert not kernels.run.page.exists()
+    assert run("page") == (0, []) and kernels.run.page.exists()
+    assert run("04_figures", "cell:paper-25-djinn") == (0, [])
+
+
+def test_what_there_is_not_cannot_be_named(run, capsys):
+    assert run("cell:nonsense") == (2, [])
+    said = capsys.readouterr().err
+    assert "no 'cell:nonsense'" in said and "cell:paper-25-djinn" in said and "figures" in said
+
+
+def test_every_name_stands_for_something():
+    profile = load_profile("cpu")
+    everything = Work.named(profile, [])
+    assert [cell.id for cell in everything.cells] == [cell.id for cell in profile.all_cells()]
+    for step in steps.STEPS:
+        for name in (step.name, step.notebook):
+            work = Work.named(profile, [name])
+            assert not work.cells and (work.set_up or work.steps == [step])
+    with pytest.raises(ConfigError):
+        Work.named(profile, ["dodo"])
+
+
+def test_how_long_is_expected_is_said_of_what_ran_before(run, library, capsys):
+    run()
+    (library / "engine" / "ring.py").write_text("another ring")
+    capsys.readouterr()
+    run()
+    said = capsys.readouterr().out
+    assert "(cell 2 of 3, about 1 s)" in said and "07_large_models (about 1 s)" in said
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--time-limit", "0"], ["--time-limit", "x"],
-                  ["--time-limit", "9", "--executor", "ray"]]
-)  # fmt: skip
-def test_a_limit_that_cannot_be_is_refused(tmp_path, arguments, capsys):
-    with pytest.raises(SystemExit) as refused:
-        run(tmp_path, *arguments)
-    assert refused.value.code == 2 and "--time-limit" in capsys.readouterr().err
+    ("arguments", "message"),
+    [
+        (["--profile", "nonsense"], "expected a profile out of"),
+        (["--profile", "../cpu"], "expected a profile out of"),
+        (["--profile", "smoke", "--run-dir", "/proc/nowhere"], "written to"),
+    ],
+)
+def test_bad_arguments_end_with_a_message_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_memory_of_the_gpu_is_waited_for(monkeypatch):
-    used = iter([9 << 30, 5 << 30, 1 << 30])
-    monkeypatch.setattr(nvml, "used_bytes", lambda: next(used))
-    assert nvml.await_memory(1 << 30) == ""
-    assert nvml.await_memory(None) == ""  # without a driver there is nothing to wait for
-    monkeypatch.setattr(nvml, "used_bytes", lambda: 9 << 30)
-    monkeypatch.setattr(nvml, "gpu_processes", lambda with_this_one: ["12 python 8589934592"])
-    said = nvml.await_memory(1 << 30, patience_s=0)
-    assert "as before, got 9,663,676,416" in said and "12 python" in said
+def test_a_run_folder_below_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["--profile", "smoke", "--run-dir", str(tmp_path / "file" / "run")]) == 2
+    assert "choose another run_dir" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_keeps_its_cells(tmp_path):
-    """For real: killed in its second cell, the run goes on with that one and keeps the first."""
-    command = [sys.executable, "-m", "djinn_lib.experiment.reproduce", "--profile", "smoke",
-               "--run-dir", str(tmp_path)]  # fmt: skip
-    cells = [f"cell:{cell.id}" for cell in CELLS[:2]]
-    first, second = (tmp_path / "requests" / f"{cell.id}.parquet" for cell in CELLS[:2])
-    process = subprocess.Popen([*command, *cells], cwd=REPO, stdout=subprocess.DEVNULL)
-    deadline_s = time.monotonic() + 120
-    while not (tmp_path / "status" / f"02_run_system.{CELLS[0].id}.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline_s
-        time.sleep(0.2)
-    time.sleep(2.0)
-    process.kill()
-    process.wait()
-    assert first.exists() and not second.exists()
-    before = first.stat().st_mtime_ns
-    done = subprocess.run([*command, *cells], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert first.stat().st_mtime_ns == before and second.exists()
-    assert {status.state for status in read_statuses(tmp_path / "status")} == {"ok"}
+def test_the_gpu_profile_needs_a_gpu(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--profile", "gpu"]) == 2
+    assert "PROFILE=cpu" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_file_edited_while_a_cell_runs_has_it_run_again(tmp_path):
-    """For real, in a checkout of its own: the rows belong to the ring as it was at the start."""
-    repo = tmp_path / "checkout"
-    of_runs = shutil.ignore_patterns(".*", "runs", "models", "__pycache__")
-    shutil.copytree(REPO, repo, ignore=of_runs)
-    command = [sys.executable, "-m", "djinn_lib.experiment.reproduce", "--profile", "smoke"]
-    cell, environment = CELLS[0], {**os.environ, "PYTHONPATH": str(repo)}
-    rows = repo / "data" / "runs" / "smoke" / "requests" / f"{cell.id}.parquet"
-    ring = repo / "djinn_lib" / "engine" / "memory" / "ring.py"
-
-    def run() -> subprocess.Popen[str]:
-        return subprocess.Popen([*command, f"cell:{cell.id}"], cwd=repo, env=environment,
-                                stdout=subprocess.PIPE, text=True)  # fmt: skip
-
-    first = run()
-    while not rows.with_name(f"{cell.id}.journal.jsonl").exists():
-        assert first.poll() is None
-        time.sleep(0.1)
-    ring.write_text(ring.read_text() + "\n# another ring\n")
-    said, _ = first.communicate()
-    assert first.returncode == 0, said
-    assert f"cell:{cell.id}: ring.py changed while it ran: the next run does it again" in said
-    times = [rows.stat().st_mtime_ns]
-    for _ in range(2):
-        again = run()
-        said, _ = again.communicate()
-        assert again.returncode == 0, said
-        times.append(rows.stat().st_mtime_ns)
-    assert times[0] < times[1] == times[2]  # once more, and then it is up to date
+def test_a_cluster_that_does_not_answer_ends_a_run_before_the_set_up(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    smoke = ["--profile", "smoke", "--run-dir", str(tmp_path), "--executor", "ray"]
+    assert main(smoke) == 2
+    said = capsys.readouterr()
+    assert "unset RAY_ADDRESS" in said.err and "00_setup" not in said.out

@@ -20,6 +20,7 @@ import djinn_lib as dj
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CheckpointError
 from djinn_lib.experiment import integrity, weights
+from djinn_lib.experiment.inputs import recorded_digests
 from djinn_lib.experiment.weights import describe, files_sha256, prepare_models, prompt_ids
 from djinn_lib.files import write_json
 from djinn_lib.systems.base import ModelFiles
@@ -287,21 +288,15 @@ def test_a_folder_without_a_configuration_cannot_be_described(tmp_path):
 # -- since the set-up ----------------------------------------------------------------------------
 
 
-def test_a_set_up_whose_files_changed_is_noticed_and_each_state_read_once(
-    tmp_path, files, monkeypatch
-):
+def test_a_set_up_whose_files_changed_is_noticed(tmp_path, files):
     machine = tmp_path / "machine.json"
-    assert integrity.files_are_as_set_up(machine)  # no set-up: nothing can differ from it
+    assert not integrity.files_are_as_set_up(machine)
     models = {
         name: {"folder": str(f.folder), "digests": dict(f.digests)} for name, f in files.items()
     }
     write_json(machine, {"machine": {}, "models": models})
-    assert integrity.recorded_digests(machine) == {n: m["digests"] for n, m in models.items()}
+    assert recorded_digests(machine) == {n: m["digests"] for n, m in models.items()}
     assert integrity.files_are_as_set_up(machine)
-    real = integrity.file_digests
-    monkeypatch.setattr(integrity, "file_digests", None)  # no second look at the same files
-    assert integrity.files_are_as_set_up(machine)
-    monkeypatch.setattr(integrity, "file_digests", real)
     weights_file = files["llama"].folder / "model.safetensors"
     content = bytearray(weights_file.read_bytes())
     content[-1] ^= 1
@@ -309,10 +304,3 @@ def test_a_set_up_whose_files_changed_is_noticed_and_each_state_read_once(
     assert not integrity.files_are_as_set_up(machine)
     weights_file.unlink()
     assert not integrity.files_are_as_set_up(machine)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"m": {}}}', '{"models": [1]}'])
-def test_what_is_no_set_up_records_nothing(tmp_path, content):
-    (tmp_path / "machine.json").write_text(content)
-    assert integrity.recorded_digests(tmp_path / "machine.json") == {}
-    assert integrity.files_are_as_set_up(tmp_path / "machine.json")

@@ -19,11 +19,12 @@ from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.locks import run_locks
-from djinn_lib.experiment.notebooks import read_statuses
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_json
 from djinn_lib.publishing import merge as merge_module
 from djinn_lib.publishing.merge import main, merge
-from djinn_lib.rows import read_manifest, read_rows
+from djinn_lib.rows import read_rows
 from djinn_lib.trace import paper_trace, write_trace
 
 FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5}
@@ -31,7 +32,7 @@ FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5
 
 def part_of(folder: Path, systems: dict[str, int], machine: dict[str, Any] = GPU_MACHINE) -> Path:
     """A run folder with cells of these systems, each with so many failed requests."""
-    for name in ("requests", "traces", "notebooks", "status"):
+    for name in ("requests", "traces", "notebooks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     models = {name: {"folder": f"/home/me/models/{name}"} for name in SIZES}
     write_json(folder / "machine.json", {"machine": machine, "models": models})
@@ -71,7 +72,7 @@ def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
                 read_rows(path), read_rows(tmp_path / "run" / "requests" / path.name)
             )
     assert run.manifests["paper-25-djinn"]["notes"] == ["ran in the part one"]
-    tasks = {status.task: status.state for status in read_statuses(tmp_path / "run" / "status")}
+    tasks = {status.task: status.state for status in read_statuses(tmp_path / "run")}
     assert tasks["02_run_system.paper-25-djinn"] == "ok" and len(tasks) == 3
     notebooks = {path.name for path in (tmp_path / "run" / "notebooks").iterdir()}
     assert {"00_setup.ipynb", "00_setup.one.ipynb"} <= notebooks and len(notebooks) == 5
@@ -285,7 +286,7 @@ def test_nothing_is_overwritten_unless_told(parts, tmp_path):
 @pytest.mark.parametrize("step", range(2))
 def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch, capsys, step):
     merge(tmp_path / "run", parts[:1])
-    (tmp_path / "run" / ".doit.db").write_text("records")
+    (tmp_path / "run" / "notes.txt").write_text("precious")
     before = contents(tmp_path / "run")
     real, calls = os.rename, []
 
@@ -320,7 +321,7 @@ def test_a_folder_that_a_run_uses_is_not_replaced(parts, tmp_path):
     merge(tmp_path / "run", parts[:1])
     with run_locks(tmp_path / "run", "cpu"):
         before = contents(tmp_path / "run")
-        with pytest.raises(ConfigError, match=r"the run folder .* to be free"):
+        with pytest.raises(ConfigError, match=r"the run folder .* is in use"):
             merge(tmp_path / "run", parts, replace=True)
         assert contents(tmp_path / "run") == before
     merge(tmp_path / "run", parts, replace=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
@@ -13,9 +14,11 @@ from run_factory import write_run
 
 from djinn_lib.analysis.claims import judge, load_claims, write_claims
 from djinn_lib.analysis.run import load_run
-from djinn_lib.experiment.notebooks import Status, write_status
+from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
+from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
+from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.publishing.report import build_report, convert_notebooks
-from djinn_lib.rows import read_manifest, rows_frame, write_manifest, write_rows
+from djinn_lib.rows import rows_frame, write_rows
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -30,6 +33,18 @@ def write_notebook(path: Path) -> None:
     ]
     cells = [new_markdown_cell("# Title"), new_code_cell("x = 1", outputs=outputs)]
     nbformat.write(new_notebook(cells=cells), path)
+
+
+def note(folder: Path, status: Status) -> None:
+    """Keep how an execution ended where a run keeps it."""
+    run = RunFolder(folder)
+    if status.task.startswith(CELL_NOTEBOOK):
+        cell = run.cell(status.task.removeprefix(f"{CELL_NOTEBOOK}."))
+        note_execution(cell.manifest, asdict(status))
+        return
+    run.notebooks.mkdir(exist_ok=True)
+    run.notebook(status.task).write_text('{"cells": [], "metadata": {}}')
+    keep_status(status, run.notebook(status.task))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +103,7 @@ def test_failures_are_counted_by_cell(page: str):
 
 
 def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
     rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
     rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
@@ -98,7 +113,7 @@ def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
     own = {**manifest, "cell": "paper-25-djinn-concurrent", "run_id": "beside"}
     write_manifest(own, Path(f"{stem}-concurrent.manifest.json"))
     task = "02_run_system.paper-25-djinn-concurrent"
-    write_status(Status(task, "failed", 1.0, "timeout", "5 of 30 requests"), folder / "status")
+    note(folder, Status(task, "failed", 1.0, "timeout", "5 of 30 requests"))
     page = build_report(folder).read_text()
     assert "<strong>paper-25-djinn-concurrent</strong>: 5 requests, timeout: too late" in page
     assert "<strong>paper-25-djinn</strong>" not in page
@@ -106,9 +121,9 @@ def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
 
 
 def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     task = "02_run_system.paper-25-vllm_recreate"
-    write_status(Status(task, "failed", 1.0, "other", "no picture"), folder / "status")
+    note(folder, Status(task, "failed", 1.0, "other", "no picture"))
     page = build_report(folder).read_text()
     assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
     assert f"{task}: other: no picture" in page
@@ -185,13 +200,13 @@ def test_broken_claims_are_a_problem_not_a_crash(tmp_path: Path):
     assert "claims.json cannot be read" in build_report(tmp_path).read_text()
 
 
-def test_a_failed_notebook_without_a_copy_is_listed(tmp_path: Path):
-    write_status(Status("00_setup", "failed", 1.0, "kernel_died", "killed"), tmp_path / "status")
+def test_a_notebook_that_failed_is_listed(tmp_path: Path):
+    note(tmp_path, Status("00_setup", "failed", 1.0, "kernel_died", "killed"))
     assert "00_setup: kernel_died: killed" in build_report(tmp_path).read_text()
 
 
 def test_errors_are_escaped(tmp_path: Path):
-    write_status(Status("00_setup", "failed", 1.0, "other", "<b>&"), tmp_path / "status")
+    note(tmp_path, Status("00_setup", "failed", 1.0, "other", "<b>&"))
     assert "&lt;b&gt;&amp;" in build_report(tmp_path).read_text()
 
 

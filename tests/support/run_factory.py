@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
+from row_factory import CAPACITIES, GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
 from djinn_lib.analysis.run import Run
 from djinn_lib.experiment.large_results import write_large
-from djinn_lib.rows import rows_frame, write_manifest, write_rows
+from djinn_lib.experiment.manifest import write_manifest
+from djinn_lib.rows import rows_frame, write_rows
 from djinn_lib.trace import paper_trace, write_trace
 
 MACHINE = {
@@ -42,17 +47,33 @@ GPU_MACHINE = {
 }
 
 
-def write_run(folder: Path, gpu: bool = False) -> Path:
-    """Write rows, manifests, the trace, the machine's facts and statuses; returns the folder."""
+SWEPT = ("djinn", "pytorch_lru", "pytorch_pinned")
+FEW = (*SWEPT, "vllm_recreate")
+
+
+def write_run(folder: Path, gpu: bool = False, few: bool = False) -> Path:
+    """Write rows, manifests, the trace, the machine's facts; returns the folder.
+
+    With `few`, there are the systems of `FEW`, and two capacities.
+    """
+    shutil.copytree(_template(gpu, few), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _template(gpu: bool, few: bool) -> Path:
+    """A run made once, because checking rows takes a while."""
+    folder = Path(tempfile.mkdtemp(prefix="djinn-run-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     machine, more = (GPU_MACHINE, GPU_SYSTEMS) if gpu else (MACHINE, UNAVAILABLE)
-    for name in ("requests", "traces", "notebooks", "figures", "status"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+    for name in ("requests", "traces", "notebooks", "figures"):
+        (folder / name).mkdir()
     state = {"machine": machine, "models": dict.fromkeys(SIZES, "unused")}
     (folder / "machine.json").write_text(json.dumps(state))
     write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
-    sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
-    for label in ("20", "25", "32", "40"):
-        for system in [*SYSTEMS, *more] if label == "25" else sweep:
+    for label in ("25", "40") if few else CAPACITIES:
+        everything = FEW if few else [*SYSTEMS, *more]
+        for system in everything if label == "25" else SWEPT:
             write_cell(folder, cell_rows(system, label, gpu=gpu), machine)
     return folder
 
@@ -76,11 +97,10 @@ def write_large_rows(folder: Path, started: str = "2026-11-23T07:00:00+00:00") -
 
 
 def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> None:
-    """Write the rows of one cell, its manifest and its status."""
+    """Write the rows of one cell, and its manifest with how its execution ended."""
     first = rows.iloc[0]
     cell = f"{first['trace']}-{first['capacity_label']}-{first['system']}"
     write_rows(rows_frame(rows.to_dict("records")), folder / "requests" / f"{cell}.parquet")
-    write_manifest(_manifest(cell, first, machine), folder / "requests" / f"{cell}.manifest.json")
     n_failed = int((~rows["ok"]).sum())
     kind = rows["error_kind"].max()
     state = "ok" if not n_failed else "unavailable" if kind == "unavailable" else "failed"
@@ -91,7 +111,8 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
         "error_kind": kind,
         "error": rows["error"].max(),
     }
-    (folder / "status" / f"{status['task']}.json").write_text(json.dumps(status))
+    manifest = {**manifest_of(cell, first, machine), "execution": status}
+    write_manifest(manifest, folder / "requests" / f"{cell}.manifest.json")
 
 
 def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
@@ -99,7 +120,7 @@ def run_of(rows: pd.DataFrame, machine: dict = GPU_MACHINE) -> Run:
     manifests = {}
     for _, row in rows.drop_duplicates("run_id").iterrows():
         cell = f"{row['trace']}-{row['capacity_label']}-{row['system']}"
-        manifests[row["run_id"]] = _manifest(cell, row, machine)
+        manifests[row["run_id"]] = manifest_of(cell, row, machine)
     return Run(Path(), rows, machine, {"paper": paper_trace(tuple(SIZES))}, manifests)
 
 
@@ -130,7 +151,7 @@ def on_another_machine(
     )
 
 
-def _manifest(cell: str, row: pd.Series, machine: dict) -> dict:
+def manifest_of(cell: str, row: pd.Series, machine: dict) -> dict:
     return {
         "run_id": row["run_id"],
         "cell": cell,

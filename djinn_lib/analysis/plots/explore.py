@@ -12,6 +12,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -69,7 +70,7 @@ def picture(
     least = np.cumsum(optimal_loads(trace, sizes, capacity, PAGE_BYTES)) / GIB
     figure, (top, left, right) = _axes()
     _draw_residency(top, rows, sizes, capacity)
-    left.ecdf(rows["switch_ms"], color=POLICY_STYLE[policy].color)
+    sns.ecdfplot(rows, x="switch_ms", color=POLICY_STYLE[policy].color, ax=left)
     left.set(xlabel="switch, ms", ylabel="requests", title="What switches cost")
     left.axvline(10, color="0.6", linestyle=":")
     loaded = rows["loaded_bytes"].cumsum() / GIB

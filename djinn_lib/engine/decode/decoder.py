@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.decode.cuda_graphs import Wait
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.engine.decode.generation_options import beyond_greedy
 from djinn_lib.engine.decode.modes import Decode
@@ -43,10 +42,9 @@ class Decoder(Protocol):
         max_new_tokens: int,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
-        wait: Wait = ...,
         proceed: Proceed | None = None,
     ) -> Tokens:
-        """Continue a prompt, calling `wait(end_byte)` before weights up to there are read.
+        """Continue a prompt; weights need not be there yet, and are waited for.
 
         `proceed` is called for each token; what it raises ends the generation.
         """
@@ -87,7 +85,6 @@ class EagerDecoder:
         max_new_tokens: int,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
-        wait: Wait = lambda end_byte: None,
         proceed: Proceed | None = None,
     ) -> Tokens:
         """Continue a prompt.
@@ -105,8 +102,10 @@ class EagerDecoder:
                 proceed,
                 tokenizer=self._tokenizer,
             )
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            if isinstance(error, DjinnError):
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+            # Subclasses of RuntimeError are of the device: no memory, a kernel that failed.
+            of_device = isinstance(error, RuntimeError) and type(error) is not RuntimeError
+            if isinstance(error, DjinnError) or of_device:
                 raise
             raise ConfigError(
                 f"expected a {self.model.config.model_type} that transformers' generate can serve, "

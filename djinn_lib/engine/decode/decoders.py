@@ -13,7 +13,7 @@ from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.recorded import RecordedDecoder
 from djinn_lib.engine.decode.rotations import changing_rotation
-from djinn_lib.engine.models.packing import Unit
+from djinn_lib.engine.models.packing import Unit, Wait
 
 
 def make_decoder(
@@ -24,6 +24,7 @@ def make_decoder(
     recorder: Recorder,
     progress: Callable[[str], None],
     tokenizer: Any | None = None,
+    wait: Wait = lambda extents: None,
 ) -> Decoder:
     """Return a decoder that works as wished, or as near to that as gives transformers' tokens.
 
@@ -31,6 +32,11 @@ def make_decoder(
     (some look at values on the host), not every one gives the same with a cache of fixed length,
     and not all that a generation_config may ask for can be done by a recorded step. Such a model is
     served the next slower way, with a warning.
+
+    Args:
+        decode: the way that is wished.
+        model, units, max_model_len, recorder, progress, wait: see `RecordedDecoder`.
+        tokenizer: of the model, if it has one.
 
     Raises:
         ConfigError: the model's generation_config is one that transformers cannot follow.
@@ -42,7 +48,7 @@ def make_decoder(
         return _warned(eager, reason)
     compiled = decode == "compiled"
     try:
-        return RecordedDecoder(model, units, max_model_len, recorder, compiled, progress)
+        return RecordedDecoder(model, units, max_model_len, recorder, compiled, progress, wait)
     except Exception as error:  # of any kind: it comes from the architecture's own code
         said = str(error).strip().split("\n")[0]
         return _warned(eager, f"{type(error).__name__}: {said}")

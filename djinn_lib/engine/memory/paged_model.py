@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier, Page, Range
+from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.lease import LeaseStats, Tally
 from djinn_lib.engine.memory.load import Load
 from djinn_lib.engine.memory.masters import Masters
-from djinn_lib.engine.memory.ring import Extent
 from djinn_lib.engine.memory.window import Streamed, Window
 
 LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -43,6 +43,7 @@ class Unit:
         return self.extents[-1][1]
 
 
+Wait = Callable[[Extents], None]  # holds the caller's computation until these bytes are there
 Embeddings = Literal["host", "ring"]
 
 

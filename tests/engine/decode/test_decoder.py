@@ -150,6 +150,9 @@ def test_sampled_tokens(folders, decode):
         before = torch.random.get_rng_state()
         sample(temperature=1.0)
         assert torch.equal(before, torch.random.get_rng_state())
+        drawn = sample(temperature=1.5, top_k=50, top_p=0.9, seed=9)
+        djinn.set_decode("m", "eager" if decode == "graph" else "graph")
+        assert sample(temperature=1.5, top_k=50, top_p=0.9, seed=9) == drawn
 
 
 def test_draws_follow_the_probabilities():
@@ -289,20 +292,26 @@ class FakeGraph:
         self.log.append(self)
 
 
+def upto(end_byte):
+    return ((0, end_byte),)
+
+
 def test_pieces_begin_where_more_bytes_are_needed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(FakeGraph, "log", [])
-    capture = recording._Capture(pool=None, end_byte=0)
+    capture = recording._Capture(pool=None, extents=())
     capture.begin()
     for end_byte in (100, 300, 300, 200, 400):
-        capture.need(end_byte)
+        capture.need(upto(end_byte))
     capture.end()
-    assert [end_byte for end_byte, _ in capture.pieces] == [100, 300, 400]
+    assert [extents for extents, _ in capture.pieces] == [upto(100), upto(300), upto(400)]
     assert FakeGraph.log == ["begin", "end"] * 3
     FakeGraph.log.clear()
-    recording.GraphRecording(capture.pieces).replay(FakeGraph.log.append)
+    recording.GraphRecording(capture.pieces, FakeGraph.log.append).replay()
     graphs = [graph for _, graph in capture.pieces]
-    assert FakeGraph.log == [100, graphs[0], 300, graphs[1], 400, graphs[2]]
+    assert FakeGraph.log == [
+        upto(100), graphs[0], upto(300), graphs[1], upto(400), graphs[2]
+    ]  # fmt: skip
 
 
 def test_room_for_no_tokens_is_refused():

@@ -148,10 +148,10 @@ def test_what_is_recorded_is_compared_and_not_only_the_code(monkeypatch, caplog)
     """A capture may hold a value that Python computed once."""
 
     class Frozen(Repeated):
-        def replay(self, wait):
+        def replay(self):
             position = decoders[0].cache.position
             before = position.clone()
-            super().replay(wait)
+            super().replay()
             if torch.equal(before, position - 1):  # a step, not a prefill
                 position.copy_(before)
 

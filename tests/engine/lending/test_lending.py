@@ -324,7 +324,7 @@ def test_a_model_can_be_lent_before_it_is_whole(djinn, plain, monkeypatch):
 def test_layers_of_a_model_larger_than_the_ring_cannot_be_read_by_hand(plain, tmp_path):
     with dj.Djinn("300KiB", "cpu", PAGE) as djinn:
         djinn.add("m", spec("phi"))
-        assert djinn._pager.is_streamed("m")
+        assert "m" in djinn.stats().streamed
         tokens, kept = djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids, []
         for wait in (True, False):
             with djinn.lease("m", wait=wait) as model, torch.no_grad():

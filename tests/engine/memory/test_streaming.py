@@ -226,7 +226,7 @@ def test_blocks_that_several_layers_use(tmp_path, name):
     for n_frames in (min(frames.values()), len(frames) - 1):
         with dj.Djinn(n_frames * 4096, "cpu", 4096, decode="eager") as djinn:
             djinn.add("m", tmp_path)
-            assert djinn._pager.is_streamed("m")
+            assert "m" in djinn.stats().streamed
             assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
             djinn.check()
 

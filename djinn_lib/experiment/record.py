@@ -1,4 +1,4 @@
-"""What is noted of a cell while it runs: the keys of its rows, and its manifest."""
+"""What is noted of a cell while it runs: the keys of its rows, and what its manifest says."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Independent jobs on Ray: one call hands them out, and takes back one result for each.
+"""Independent jobs on a Ray cluster: one call hands them out, and takes back one result for each.
 
-Jobs write nothing that others read: values come back to the driver, the only one to keep them, so a
+Jobs write nothing that others read: values come back to the caller, the only one to keep them, so a
 result is there whole or not at all, and no file system has to be shared for results.
 
 An exception is a job's own doing: it is its result, is not tried again, and stops no other job. The
@@ -35,39 +35,38 @@ Resources = Mapping[str, float]
 class Job:
     """One call of a function that a node can import, and what of the node it occupies.
 
-    With `whole_node` it has all cores of one of the largest nodes, not `num_cpus`.
+    With `whole_node` it has all cores of one of the largest nodes, else one.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
-    num_cpus: float = 1
     num_gpus: float = 0
     whole_node: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended: its value, or the cause of its failure."""
+    """How a job ended: its value, or the cause of its failure.
+
+    `lost` says that its worker or node went, each time that it was tried.
+    """
 
     value: Any = None
-    seconds: float = 0.0  # on its worker; if no worker ended it, since it was handed out
     error: str = ""
-    lost: bool = False  # its worker or node went, each time that it was tried
+    lost: bool = False
 
 
 def fan_out(
     jobs: Sequence[Job],
-    on_done: Callable[[Job, Result], None],
     address: str | None = None,
     max_retries: int = 3,
     patience_s: float = 60.0,
-) -> None:
-    """Run jobs on a Ray cluster and call `on_done` in this process for each as it ends.
+) -> Iterator[tuple[Job, Result]]:
+    """Run jobs on a Ray cluster and yield each with its result as it ends.
 
     Args:
         jobs: to be run, in any order.
-        on_done: called once a job, one call at a time; what it raises ends the fan-out.
         address: of a cluster, as "host:port"; default `RAY_ADDRESS`, and without that a cluster
             on this machine is started, and stopped in the end.
         max_retries: how often a job is run again whose worker or node is lost.
@@ -77,12 +76,21 @@ def fan_out(
         ConfigError: the address is none, or nothing answers there.
         PlatformError: Ray is not installed, or no node has what a job needs; nothing has run then.
     """
-    with _cluster(address):
-        pending = _submit(jobs, max_retries)
-        for n_done, (job, result) in enumerate(_results(pending, patience_s), start=1):
-            how = f"{'failed' if result.error else 'done'} in {result.seconds:.1f} s"
-            print(f"{job.name}: {how}, {n_done} of {len(jobs)} {result.error}".strip(), flush=True)
-            on_done(job, result)
+    with _cluster(ensure_ray(address)):
+        import ray
+
+        pending, fitted_s = _submit(jobs, max_retries), time.perf_counter()
+        while pending:
+            for ref in ray.wait(list(pending), timeout=_LOOK_S)[0]:
+                yield pending.pop(ref)[0], _result(ref)
+            nodes = _nodes()
+            stuck = [ref for ref, (_, needs) in pending.items() if not _fits(needs, nodes)]
+            fitted_s = fitted_s if stuck else time.perf_counter()
+            if time.perf_counter() - fitted_s > patience_s:
+                for ref in stuck:
+                    ray.cancel(ref, force=True)
+                    job, needs = pending.pop(ref)
+                    yield job, Result(error=_no_node(job, needs, nodes), lost=True)
 
 
 def ensure_ray(address: str | None = None) -> str | None:
@@ -125,35 +133,22 @@ def _ensure_answers(host: str, port: int) -> None:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
+def _cluster(joined: str | None) -> Iterator[None]:
     """Be connected to a cluster; one that was started here ends here, another goes on."""
-    joined = ensure_ray(address)
-    import ray
-
-    _connect(joined)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _connect(joined: str | None) -> None:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["PYTHONPATH"] = python_path()  # a cluster that is started here inherits it
-    environment = {"env_vars": {"PYTHONPATH": python_path()}} if joined else None
-    folder = None if joined else ray_folder()
     try:
         ray.init(
             address=joined or "local",
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _temp_dir=folder,
+            _temp_dir=None if joined else ray_folder(),
             object_store_memory=None if joined else _OBJECT_STORE_BYTES,
-            runtime_env=environment,
+            runtime_env={"env_vars": {"PYTHONPATH": python_path()}} if joined else None,
         )
     except Exception as error:  # Ray raises its plainest one where a node does not start in time
         remedy = (
@@ -164,41 +159,47 @@ def _connect(joined: str | None) -> None:
         raise PlatformError(
             f"expected to use Ray at {joined or 'this machine'}, got {in_words(error)}: {remedy}"
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
-@dataclass(frozen=True)
-class _Pending:
-    job: Job
-    needs: Resources
-    begin_s: float
-
-    def lost(self, error: str) -> Result:
-        return Result(None, time.perf_counter() - self.begin_s, error, lost=True)
-
-
-def _submit(jobs: Sequence[Job], max_retries: int) -> dict[Any, _Pending]:
+def _submit(jobs: Sequence[Job], max_retries: int) -> dict[Any, tuple[Job, Resources]]:
     """Hand out all jobs, if each fits a node; returns them by Ray's reference to the result."""
     import ray
 
-    nodes, pending = _nodes(), {}
-    waiting = [_Pending(job, _needs(job, nodes), time.perf_counter()) for job in jobs]
-    if misfits := [waits for waits in waiting if not _fits(waits.needs, nodes)]:
-        raise PlatformError(_no_node(misfits[0], nodes))
+    nodes = _nodes()
+    wanted = [(job, _needs(job, nodes)) for job in jobs]
+    for job, needs in wanted:
+        if not _fits(needs, nodes):
+            raise PlatformError(_no_node(job, needs, nodes))
     run = ray.remote(max_retries=max_retries, retry_exceptions=False)(_run)
-    for waits in waiting:
-        placed = run.options(num_cpus=waits.needs["CPU"], num_gpus=waits.needs["GPU"])
-        pending[placed.remote(waits.job.function, waits.job.arguments)] = waits
+    pending = {}
+    for job, needs in wanted:
+        placed = run.options(num_cpus=needs["CPU"], num_gpus=needs["GPU"])
+        pending[placed.remote(job.function, job.arguments)] = job, needs
     return pending
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Result:
     """Run a job on its worker. An exception goes back as text, for not all can be pickled."""
-    begin_s = time.perf_counter()
     try:
-        value = function(*arguments)
+        return Result(function(*arguments))
     except (Exception, SystemExit) as error:  # a worker that exits would be taken for a lost one
-        return Result(None, time.perf_counter() - begin_s, f"{type(error).__name__}: {error}")
-    return Result(value, time.perf_counter() - begin_s)
+        return Result(error=f"{type(error).__name__}: {error}")
+
+
+def _result(ref: Any) -> Result:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:  # beside the job itself: a module or value that is not pickled
+        return Result(error=f"{error.cause}")
+    except RayError as error:
+        return Result(error=f"{type(error).__name__}: {error}", lost=True)
 
 
 def _nodes() -> list[Resources]:
@@ -210,50 +211,17 @@ def _nodes() -> list[Resources]:
 
 def _needs(job: Job, nodes: Sequence[Resources]) -> Resources:
     """What to ask Ray for. Two jobs that each need the most cores that a node has never meet."""
-    most = max((n.get("CPU", 0) for n in nodes if n.get("GPU", 0) >= job.num_gpus), default=1)
-    return {"CPU": most if job.whole_node else job.num_cpus, "GPU": job.num_gpus}
+    cores = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= job.num_gpus]
+    return {"CPU": max(cores, default=1) if job.whole_node else 1, "GPU": job.num_gpus}
 
 
 def _fits(needs: Resources, nodes: Sequence[Resources]) -> bool:
     return any(all(node.get(key, 0) >= n for key, n in needs.items()) for node in nodes)
 
 
-def _no_node(waits: _Pending, nodes: Sequence[Resources]) -> str:
+def _no_node(job: Job, needs: Resources, nodes: Sequence[Resources]) -> str:
     have = [f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes]
     return (
-        f"expected a node with {waits.needs['CPU']:g} CPU and {waits.needs['GPU']:g} GPU for "
-        f"{waits.job.name!r}, got nodes with {', '.join(have) or 'nothing'}: add such a node"
+        f"expected a node with {needs['CPU']:g} CPU and {needs['GPU']:g} GPU for {job.name!r}, "
+        f"got nodes with {', '.join(have) or 'nothing'}: add such a node"
     )
-
-
-def _results(pending: dict[Any, _Pending], patience_s: float) -> Iterator[tuple[Job, Result]]:
-    """Yield each job with its result as it ends; jobs that no node can hold any more end too."""
-    import ray
-
-    fitted_s = time.perf_counter()
-    while pending:
-        ready, _ = ray.wait(list(pending), timeout=_LOOK_S)
-        for ref in ready:
-            done = pending.pop(ref)
-            yield done.job, _result(ref, done)
-        nodes = _nodes()
-        stuck = [ref for ref, waits in pending.items() if not _fits(waits.needs, nodes)]
-        if not stuck:
-            fitted_s = time.perf_counter()
-        elif time.perf_counter() - fitted_s > patience_s:
-            for ref in stuck:
-                ray.cancel(ref, force=True)
-                waits = pending.pop(ref)
-                yield waits.job, waits.lost(_no_node(waits, nodes))
-
-
-def _result(ref: Any, done: _Pending) -> Result:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:  # beside the job itself: a module or value that is not pickled
-        return Result(None, time.perf_counter() - done.begin_s, f"{error.cause}")
-    except RayError as error:
-        return done.lost(f"{type(error).__name__}: {error}")

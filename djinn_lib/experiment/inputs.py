@@ -1,0 +1,155 @@
+"""What executions are begun with, as digests: one is up to date while nothing of it has changed.
+
+Digests are taken before an execution begins and kept with its status. So a file that is edited
+while a cell runs does not pass for what its rows were made with: the next command runs it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.profile import Cell, Profile
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.experiment.status import Status, read_execution
+from djinn_lib.paths import REFERENCE, REPO
+from djinn_lib.systems import KERNELS, SYSTEMS
+
+LIBRARY = REPO / "djinn_lib"
+# Beside the engine and the system's own module: what sends requests and writes rows.
+_OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
+_BUILDS_ON = {"vllm_sleep": ("vllm_recreate",)}  # modules of other systems
+
+
+def digest(value: Any) -> str:
+    """Return a digest of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_files(paths: Iterable[Path], root: Path = REPO) -> str:
+    """Return one digest of the names and contents of files, and of those below folders.
+
+    A file that is not there, or cannot be read, is part of the digest as such. Names count as seen
+    from `root`, so that a moved checkout is the same.
+    """
+    return digest([(_name(path, root), _content(path)) for path in sorted(set(_files(paths)))])
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from (p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        else:
+            yield path
+
+
+def _name(path: Path, root: Path) -> str:
+    return str(path.relative_to(root) if path.is_relative_to(root) else path.name)
+
+
+def _content(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"not read: {error.strerror}"
+
+
+def cell_inputs(run: RunFolder, profile: Profile, cell: Cell) -> dict[str, str]:
+    """Return digests of all that the rows of a cell are made from."""
+    return {
+        "profile": digest(_part_of(profile, cell)),
+        "trace": _content(run.trace(cell.trace)),
+        "weights": digest(recorded_digests(run.machine)),
+        "code": digest_files(code_of(profile.systems[cell.system].system)),
+    }
+
+
+def _part_of(profile: Profile, cell: Cell) -> dict[str, Any]:
+    """The part of a profile that a cell reads; others may change without it."""
+    apart = {"cells", "systems", "capacities", "traces", "large"}
+    return {
+        "cell": cell.model_dump(),
+        "system": profile.systems[cell.system].model_dump(),
+        "capacity": profile.capacities[cell.capacity_label],
+        "trace": profile.traces[cell.trace].model_dump(),
+        "kernel": kernel_name(profile, cell),
+        **profile.model_dump(exclude=apart),
+    }
+
+
+def code_of(system: str) -> list[Path]:
+    """Return the files, and folders of files, of the code that makes the rows of a system.
+
+    Of the systems' modules: its own, those that it builds on, and those that belong to no system.
+    """
+    own, _ = SYSTEMS[system]
+    others = {module for module, _ in SYSTEMS.values()} - {own, *_BUILDS_ON.get(own, ())}
+    modules = (LIBRARY / "systems").glob("*.py")
+    return [
+        *(LIBRARY / part for part in _OF_EVERY_CELL),
+        *(path for path in modules if path.stem not in others),
+    ]
+
+
+def kernel_name(profile: Profile, cell: Cell) -> str | None:
+    """Return the kernel of an environment of its own that a cell needs, where it is installed."""
+    wanted = KERNELS.get(profile.systems[cell.system].system)
+    if profile.device != "cpu" or wanted is None:
+        return None
+    from jupyter_client.kernelspec import KernelSpecManager  # only where it matters
+
+    return wanted if wanted in KernelSpecManager().find_kernel_specs() else None
+
+
+def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
+    """Return the digests of files that a set-up noted, by model; none without a set-up."""
+    try:
+        models = json.loads(machine_json.read_text())["models"]
+        return {name: dict(files["digests"]) for name, files in models.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def is_current(run: RunFolder, profile: Profile, cell: Cell) -> bool:
+    """Whether a cell need not be run: its latest execution ended well, with what there is now."""
+    files = run.cell(cell.id)
+    status = read_execution(files.manifest)
+    return (
+        status is not None
+        and status.settled
+        and status.begun_with == cell_inputs(run, profile, cell)
+        and files.rows.exists()
+        and files.notebook.exists()
+    )
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Return the names of what differs."""
+    return [
+        name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
+    ]
+
+
+def expected_s(
+    run: RunFolder, profile: Profile, cell: Cell, reference: Path = REFERENCE
+) -> float | None:
+    """Return the seconds that a cell took before, here or in the reference run of its profile."""
+    status: Status | None = read_execution(run.cell(cell.id).manifest)
+    if status and status.settled:
+        return status.seconds
+    try:
+        manifest = read_manifest(RunFolder(reference).cell(cell.id).manifest)
+    except ValueError:
+        return None
+    return manifest["wall_s"] if manifest["profile"] == profile.name else None
+
+
+def duration(seconds: float | None) -> str:
+    """Return an expected duration for people: "about 40 s", "about 2.5 min"."""
+    if seconds is None:
+        return "duration unknown"
+    return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.1f} min"

@@ -1,0 +1,121 @@
+"""Kernels that start at once: each is forked from a process that has done what all of them import.
+
+torch and transformers take seconds of each core to import, a small cell on the CPU takes less. What
+is imported beforehand are other people's packages alone, which do not change during a run: every
+kernel still imports djinn_lib itself, as it is on the disk when its cell begins. A forked kernel is
+a process of its own like any other, and ends with the run that started it, even if that is killed.
+
+Not for GPUs: a process that has used one cannot be forked, and importing may use it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning.local_provisioner import LocalProvisioner
+
+# What cells and the notebooks that read import, by what takes longest. One that is missing here, or
+# in another version of its package, costs time and nothing else.
+_IMPORTED = [
+    "torch._dynamo", "transformers.modeling_utils", "transformers.generation",
+    "transformers.loss.loss_utils", "transformers.conversion_mapping",
+    "transformers.integrations.finegrained_fp8", "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral",
+    "transformers.models.phi.modeling_phi", "transformers.generation.continuous_batching",
+    "safetensors.torch", "pandera.pandas", "pandera.backends.pandas.register",
+    "pandera.strategies.pandas_strategies", "pyarrow.dataset", "pyarrow.parquet",
+    "scipy.stats", "pydantic", "yaml", "tqdm", "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "seaborn",
+    "matplotlib_inline.backend_inline",
+    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute",
+]  # fmt: skip
+
+
+def fork_context() -> ForkServerContext:
+    """Return where processes are forked from one that has imported what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+class ForkingKernelManager(AsyncKernelManager):
+    """Starts the kernel of this environment as a fork; all else is Jupyter's own."""
+
+    async def _async_pre_start_kernel(self, **options: Any) -> tuple[list[str], dict[str, Any]]:
+        self.kernel_id = self.kernel_id or str(uuid.uuid4())
+        if self.provisioner is None:
+            self.provisioner = _ForkProvisioner(
+                kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self
+            )
+        return await super()._async_pre_start_kernel(**options)
+
+
+class _ForkProvisioner(LocalProvisioner):
+    async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
+        arguments = cmd[cmd.index("-f") :]  # before them stands how to start Python
+        cwd = Path(options.get("cwd") or Path.cwd())
+        self.process = _Forked(arguments, options["env"], cwd)
+        self.pid = self.pgid = self.process.pid
+        self.cwd = cwd
+        return self.connection_info
+
+
+class _Forked:
+    """A forked process with what Jupyter asks of a `subprocess.Popen`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], cwd: Path) -> None:
+        self._process: ForkServerProcess = fork_context().Process(
+            target=_serve, args=(list(arguments), dict(environment), str(cwd)), name="djinn-kernel"
+        )
+        self._process.start()
+        self.pid = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+
+def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
+    """Be a kernel, in a forked process."""
+    os.setsid()  # Ctrl-C is for the run, which ends its kernels itself
+    threading.Thread(target=_end_with_the_run, name="djinn-run-watch", daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    from ipykernel.kernelapp import IPKernelApp
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # its own is for processes, and would outlive a killed kernel
+    # 1 stands for a parent that is watched by others.
+    IPKernelApp.launch_instance([*arguments, "--IPKernelApp.parent_handle=1"])
+
+
+def _end_with_the_run() -> None:
+    """Wait for the end of the process that asked for this one; the fork server would live on."""
+    run = multiprocessing.parent_process()
+    if run is not None:
+        run.join()
+        os._exit(1)

@@ -1,0 +1,181 @@
+"""Cells on a Ray cluster: each worker executes one in a scratch folder, and all it left comes back.
+
+What becomes of it is decided here alone, in the run's folder, as for a cell that ran here. So a
+cell that Ray ran is up to date for either executor, at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pandas as pd
+
+from djinn_lib.errors import in_words
+from djinn_lib.experiment.cell_runs import execute_cell, report, settle
+from djinn_lib.experiment.executors import Job, Result, fan_out
+from djinn_lib.experiment.inputs import cell_inputs, changed
+from djinn_lib.experiment.kept_rows import keep, set_aside
+from djinn_lib.experiment.locks import gpu_lock
+from djinn_lib.experiment.profile import Cell, Profile
+from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, CellFiles, RunFolder
+from djinn_lib.experiment.status import Status
+from djinn_lib.files import write_atomically
+from djinn_lib.paths import NOTEBOOKS
+from djinn_lib.rows import classify_error
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What a worker has to know of the process that it works for."""
+
+    run_dir: Path
+    host: str
+    threads: str | None  # its OMP_NUM_THREADS
+
+    @classmethod
+    def this(cls, run: RunFolder) -> Driver:
+        """Describe this process."""
+        return cls(run.path, socket.gethostname(), os.environ.get("OMP_NUM_THREADS"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell's notebook ended on a worker, on which host, and the files that it left."""
+
+    status: Status
+    host: str
+    rows: bytes | None
+    manifest: bytes | None
+    journal: bytes | None
+    notebook: bytes | None
+
+
+def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
+    """Run cells on Ray; each is in its place as soon as it is back, and its status is yielded.
+
+    Raises:
+        ConfigError, PlatformError: no cluster can be had; nothing has run then.
+    """
+    begun = {cell.id: cell_inputs(run, profile, cell) for cell in cells}
+    by_id, driver = {cell.id: cell for cell in cells}, Driver.this(run)
+    gpus = 1 if profile.device == "cuda" else 0  # without one it computes on all cores
+    jobs = [
+        Job(cell.id, run_apart, (profile, cell, _inputs(run, cell), driver),
+            num_gpus=gpus, whole_node=not gpus)
+        for cell in cells
+    ]  # fmt: skip
+    for n_done, (job, result) in enumerate(fan_out(jobs), start=1):
+        cell = by_id[job.name]
+        status = take_back(run, profile, cell, result, begun[cell.id])
+        print(f"{cell.id}: {n_done} of {len(cells)} back", flush=True)
+        report(status, changed(begun[cell.id], cell_inputs(run, profile, cell)))
+        yield status
+
+
+def _inputs(run: RunFolder, cell: Cell) -> dict[str, bytes]:
+    """The files of the run folder that a cell reads, by their path there."""
+    paths = (run.machine, run.trace(cell.trace))
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in paths}
+
+
+def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Driver) -> Outcome:
+    """Execute a cell in a scratch folder, for a run whose folder may be on another machine.
+
+    Args:
+        profile: of the run; its file and the models must be at the same paths on this machine.
+        cell: to be run.
+        inputs: the files that it reads, by their path in the run's folder.
+        driver: the process that the outcome goes to.
+
+    Raises:
+        ConfigError: another run uses the GPU of this machine that Ray has given to the cell.
+    """
+    lock = gpu_lock(driver.run_dir) if profile.device == "cuda" else nullcontext()
+    with lock, TemporaryDirectory(prefix="djinn-cell-") as name, _environment(driver):
+        scratch = RunFolder(Path(name).resolve())
+        for path, content in inputs.items():
+            (scratch.path / path).parent.mkdir(exist_ok=True)
+            (scratch.path / path).write_bytes(content)
+        status = execute_cell(scratch, profile, cell)
+        files = scratch.cell(cell.id)
+        left = (files.rows, files.manifest, files.journal, files.notebook)
+        rows, manifest, journal, notebook = (p.read_bytes() if p.exists() else None for p in left)
+        if notebook:  # its reader is to find the run's folder in it, not one that is gone
+            notebook = notebook.replace(_in_json(scratch.path), _in_json(driver.run_dir))
+        return Outcome(status, socket.gethostname(), rows, manifest, journal, notebook)
+
+
+def take_back(
+    run: RunFolder, profile: Profile, cell: Cell, result: Result, begun: dict[str, str]
+) -> Status:
+    """Put what came back of a cell in its place, and return how that ended.
+
+    Of a cell of which nothing came back, and of one without rows, every request that its journal
+    lacks gets a failed row. What cannot be kept is a status too: other cells go on.
+    """
+    files, outcome = run.cell(cell.id), result.value
+    if outcome is None:
+        kind = "kernel_died" if result.lost else "other"
+        status = Status(files.task, "failed", 0.0, kind, result.error, begun)
+    else:
+        status = replace(outcome.status, begun_with=begun)
+        if status.settled and not (outcome.rows and outcome.manifest):
+            status = replace(status, state="failed", error_kind="other", error="no rows came back")
+    try:
+        set_aside(files)
+        _put(outcome, files)
+    except Exception as error:  # of one cell, whose rows no disk has room for, say
+        said = f"its rows cannot be kept: {in_words(error)}"
+        return replace(status, state="failed", error_kind=classify_error(error), error=said)
+    return settle(run, profile, cell, status)
+
+
+def _put(outcome: Outcome | None, files: CellFiles) -> None:
+    if outcome is None or outcome.notebook is None:
+        files.notebook.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", files.notebook)
+    if outcome is None:
+        return
+    for content, path in ((outcome.notebook, files.notebook), (outcome.journal, files.journal)):
+        if content is not None:
+            write_atomically(path, lambda to, content=content: to.write_bytes(content))
+    if outcome.rows and outcome.manifest:
+        manifest = json.loads(outcome.manifest)
+        if outcome.host != (here := socket.gethostname()):
+            note = f"run on {outcome.host}; the machine described here is {here}"
+            manifest["notes"].append(note)
+        keep(files, pd.read_parquet(BytesIO(outcome.rows)), manifest)
+
+
+def _in_json(path: Path) -> bytes:
+    """A path as it stands within a text of a notebook."""
+    return json.dumps(str(path), ensure_ascii=False)[1:-1].encode()
+
+
+@contextmanager
+def _environment(driver: Driver) -> Iterator[None]:
+    """Give kernels the environment that they have without Ray.
+
+    A cell may start a Ray of its own, which must not find the one that runs the cell, and Ray sets
+    the number of threads, which the systems under test choose themselves.
+    """
+    kept = dict(os.environ)
+    for name in [name for name in kept if name.startswith("RAY_") or name == "OMP_NUM_THREADS"]:
+        del os.environ[name]
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if driver.threads:
+        os.environ["OMP_NUM_THREADS"] = driver.threads
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)

@@ -1,0 +1,153 @@
+"""A run's folder: the one place that knows where everything of a run lies.
+
+run = RunFolder(Path("data/runs/cpu"))
+run.machine, run.trace("paper"), run.cell("paper-25-djinn").rows, run.page
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CELL_NOTEBOOK = "02_run_system"  # executed once a cell, as `02_run_system.<cell>.ipynb`
+_ROWS, _MANIFEST = ".parquet", ".manifest.json"
+
+
+@dataclass(frozen=True)
+class CellFiles:
+    """The files of one cell, whether or not they are there.
+
+    Args:
+        run: the run's folder.
+        id: of the cell, which is the stem of its files.
+    """
+
+    run: Path
+    id: str
+
+    @property
+    def task(self) -> str:
+        """Name of the cell's executed notebook, by which its executions are called."""
+        return f"{CELL_NOTEBOOK}.{self.id}"
+
+    @property
+    def rows(self) -> Path:
+        """A row a request."""
+        return self.run / "requests" / f"{self.id}{_ROWS}"
+
+    @property
+    def manifest(self) -> Path:
+        """Where the rows come from, and how the latest execution of the cell ended."""
+        return self.run / "requests" / f"{self.id}{_MANIFEST}"
+
+    @property
+    def journal(self) -> Path:
+        """Rows, a line each, while the cell runs."""
+        return self.run / "requests" / f"{self.id}.journal.jsonl"
+
+    @property
+    def notebook(self) -> Path:
+        """The executed notebook."""
+        return self.run / "notebooks" / f"{self.task}.ipynb"
+
+    @property
+    def earlier(self) -> Path:
+        """A folder of rows and journals that others took the place of; only people read them."""
+        return self.run / "requests" / "earlier"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, whether or not it is there.
+
+    Args:
+        path: of the folder.
+    """
+
+    path: Path
+
+    def cell(self, cell_id: str) -> CellFiles:
+        """Return the files of a cell."""
+        return CellFiles(self.path, cell_id)
+
+    def cells(self) -> list[CellFiles]:
+        """Return the cells that have rows, by name."""
+        return [self.cell(path.stem) for path in sorted(self.requests.glob(f"*{_ROWS}"))]
+
+    def manifests(self) -> list[CellFiles]:
+        """Return the cells that have a manifest, by name."""
+        paths = sorted(self.requests.glob(f"*{_MANIFEST}"))
+        return [self.cell(path.name.removesuffix(_MANIFEST)) for path in paths]
+
+    def trace(self, name: str) -> Path:
+        """Return the file of a trace."""
+        return self.traces / f"{name}.jsonl"
+
+    def notebook(self, name: str) -> Path:
+        """Return the executed copy of a notebook that is not a cell's."""
+        return self.notebooks / f"{name}.ipynb"
+
+    def executed(self) -> list[Path]:
+        """Return the executed notebooks that are not cells', by name."""
+        paths = sorted(self.notebooks.glob("*.ipynb"))
+        return [p for p in paths if not p.name.startswith(f"{CELL_NOTEBOOK}.")]
+
+    @property
+    def requests(self) -> Path:
+        """Folder of the cells' rows, manifests and journals."""
+        return self.path / "requests"
+
+    @property
+    def traces(self) -> Path:
+        """Folder of the traces."""
+        return self.path / "traces"
+
+    @property
+    def notebooks(self) -> Path:
+        """Folder of the executed notebooks, and of the same as HTML."""
+        return self.path / "notebooks"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures, as PDF and PNG."""
+        return self.path / "figures"
+
+    @property
+    def replicates(self) -> Path:
+        """Folder of further measurements of cells."""
+        return self.path / "replicates"
+
+    @property
+    def machine(self) -> Path:
+        """What the set-up noted of the machine and of the models' files."""
+        return self.path / "machine.json"
+
+    @property
+    def large_rows(self) -> Path:
+        """Rows of models larger than the ring."""
+        return self.path / "large_models.parquet"
+
+    @property
+    def large_manifest(self) -> Path:
+        """Where the rows of models larger than the ring come from."""
+        return self.path / "large_models.manifest.json"
+
+    @property
+    def claims(self) -> Path:
+        """A verdict on every claim."""
+        return self.path / "claims.json"
+
+    @property
+    def comparison(self) -> Path:
+        """The systems side by side, as the paper's own summary has them."""
+        return self.path / "comparison_summary.json"
+
+    @property
+    def page(self) -> Path:
+        """The page that shows the whole run."""
+        return self.path / "index.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one run that may write here."""
+        return self.path / ".lock"

@@ -1,0 +1,208 @@
+"""The notebooks of a run that are no cells: what each is given, and what it is made from.
+
+Each is executed again when something changed that it is made from, or when something is gone that
+it left. That is read off the executed copy, which keeps what it was begun with.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from djinn_lib.experiment.cell_runs import report
+from djinn_lib.experiment.inputs import (
+    LIBRARY,
+    changed,
+    digest,
+    digest_files,
+    duration,
+    recorded_digests,
+)
+from djinn_lib.experiment.integrity import files_are_as_set_up
+from djinn_lib.experiment.profile import Profile
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.experiment.status import Status, keep_status, read_status
+from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
+
+_DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
+_PAPER = REPO / "data" / "paper"
+_AT_ONCE = 4  # each takes up to a gigabyte of memory
+_MEASURED = ("requests", "replicates", "traces", "machine.json")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook that a run executes once.
+
+    Args:
+        notebook: its name.
+        code: files and folders of djinn_lib that it runs.
+        data: files and folders of the repository that it reads.
+        reads: files and folders of the run that it reads.
+        gives: which of its parameters it is given, out of `parameters`.
+        profile: fields of the profile that it depends on.
+        measures: whether it runs models, on their weights; else it may run beside others.
+    """
+
+    notebook: str
+    code: tuple[str, ...]
+    data: tuple[Path, ...] = ()
+    reads: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ("run_dir",)
+    profile: tuple[str, ...] = ()
+    measures: bool = False
+
+    @property
+    def name(self) -> str:
+        """How it is called on the command line: "figures" for 04_figures."""
+        return self.notebook.lstrip("0123456789_")
+
+    def parameters(self, run: RunFolder, profile: Profile) -> dict[str, Any]:
+        """What the notebook is given."""
+        known = {
+            "profile": profile.given,
+            "run_dir": str(run.path),
+            "figures_dir": str(run.figures),
+        }
+        return {name: known[name] for name in self.gives}
+
+    def inputs(self, run: RunFolder, profile: Profile) -> dict[str, str]:
+        """Return digests of all that the notebook is made from."""
+        return {
+            "notebook": digest_files([NOTEBOOKS / f"{self.notebook}.ipynb"]),
+            "code": digest_files(LIBRARY / part for part in self.code),
+            "data": digest_files([*self.data, *(run.path / part for part in self.reads)], run.path),
+            "profile": digest(profile.model_dump(include=set(self.profile))),
+            "weights": digest(recorded_digests(run.machine) if self.measures else None),
+        }
+
+    def is_current(self, run: RunFolder, profile: Profile) -> bool:
+        """Whether it need not be executed."""
+        status = read_status(run.notebook(self.notebook))
+        return (
+            status is not None
+            and status.settled
+            and all((run.path / name).exists() for name in status.left)
+            and status.begun_with == self.inputs(run, profile)
+        )
+
+
+SETUP = Step(
+    "00_setup",
+    code=("experiment/bench.py", "experiment/machine.py", "experiment/weights.py",
+          "engine/models/packing.py", "engine/models/checkpoint.py"),
+    gives=("profile", "run_dir"),
+    profile=("device", "dtype", "page", "models", "capacities"),
+)  # fmt: skip
+TRACE = Step(
+    "01_trace",
+    code=("trace.py", "experiment/bench.py", "analysis/plots/timeline.py"),
+    gives=("profile", "run_dir"),
+    profile=("models", "traces"),
+)
+READING = (  # those that take longest come first
+    Step("08_fleet", ("engine", "fleet", "analysis/plots", "experiment/fleet_demo.py"),
+         gives=("profile", "run_dir"), measures=True,
+         profile=("device", "dtype", "page", "prompt_tokens", "models")),
+    Step("07_large_models", ("engine", "analysis/plots", "experiment/large_models.py",
+                             "experiment/large_results.py"),
+         gives=("profile", "run_dir"), measures=True,
+         profile=("device", "dtype", "page", "prompt_tokens", "models", "large")),
+    Step("06_policies", (*_DRAWING, "engine/memory/policies.py", "experiment/study.py"),
+         (REFERENCE / "requests", REFERENCE / "engine.json", STUDY)),
+    Step("04_figures", _DRAWING, (_PAPER,), _MEASURED),
+    Step("05_claims", _DRAWING, (_PAPER, REPO / "claims.yml"), _MEASURED),
+    Step("03_sensitivity", _DRAWING, (_PAPER,), _MEASURED),
+    Step("explore", (*_DRAWING, "engine/memory/policies.py"), (REFERENCE / "engine.json",),
+         gives=("figures_dir",)),
+)  # fmt: skip
+STEPS = (SETUP, TRACE, *READING)
+
+
+def set_up(run: RunFolder, profile: Profile) -> list[Status]:
+    """Execute the set-up and the traces, as far as they are not current; returns how they ended.
+
+    The set-up is executed again, too, when a model's file is not as it left it. Without a set-up
+    there are no traces.
+    """
+    ended = []
+    if not (SETUP.is_current(run, profile) and files_are_as_set_up(run.machine)):
+        ended.append(run_step(SETUP, run, profile))
+    if not (ended and not ended[0].settled) and not TRACE.is_current(run, profile):
+        ended.append(run_step(TRACE, run, profile))
+    return ended
+
+
+def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
+    """Execute a notebook into the run folder, and keep in its copy how it ended."""
+    from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
+
+    before = read_status(run.notebook(step.notebook))
+    took_s = before.seconds if before and before.settled else None
+    print(f"{step.notebook} ({duration(took_s)}) ...", flush=True)
+    begun, begin_s = step.inputs(run, profile), time.time()
+    output, parameters = run.notebook(step.notebook), step.parameters(run, profile)
+    fork = profile.device == "cpu" or not step.measures
+    status = execute(step.notebook, output, parameters, fork=fork)
+    status = replace(status, begun_with=begun, left=_written_since(begin_s, run))
+    with suppress(OSError, ValueError):  # a full disk: without its status it runs again
+        keep_status(status, output)
+    report(status, changed(begun, step.inputs(run, profile)))
+    return status
+
+
+def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterator[Status]:
+    """Execute notebooks that are not current: what measures alone, the others side by side.
+
+    Yields how each ended, as it does.
+    """
+    stale = [step for step in steps if not step.is_current(run, profile)]
+    for step in [step for step in stale if step.measures]:
+        yield run_step(step, run, profile)
+    if not (reading := [step for step in stale if not step.measures]):
+        return
+    with _pool(min(len(reading), len(os.sched_getaffinity(0)), _AT_ONCE)) as pool:
+        running = {pool.submit(run_step, step, run, profile): step for step in reading}
+        try:
+            for ended in as_completed(running):
+                yield _status(ended, running[ended])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # their kernels end with them
+                process.kill()
+            raise
+
+
+def _pool(n: int) -> Executor:
+    """Processes, because papermill changes the working directory of its own."""
+    from djinn_lib.experiment.kernels import fork_context  # Jupyter: only where it is needed
+
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends them itself
+    return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
+
+
+def _status(ended: Future[Status], step: Step) -> Status:
+    try:
+        return ended.result()
+    except BrokenProcessPool as error:
+        said = f"its process ended: {error}"
+        return Status(step.notebook, "failed", 0.0, "kernel_died", said)
+
+
+def _written_since(begin_s: float, run: RunFolder) -> list[str]:
+    """Files of the run, but executed notebooks, that were written since a moment.
+
+    Where notebooks run side by side, some may be another's: if they go, both run again.
+    """
+    places = [*run.path.glob("*.*"), *run.figures.glob("*"), *run.traces.glob("*")]
+    written = [p for p in places if p.is_file() and p.stat().st_mtime >= begin_s]
+    return sorted(str(p.relative_to(run.path)) for p in written if p != run.lock)

@@ -1,0 +1,138 @@
+"""Manifests: what they hold, and how an execution is noted in one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from djinn_lib import files
+from djinn_lib.errors import RecordError
+from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
+from djinn_lib.experiment.status import Status, read_execution
+from djinn_lib.paths import REFERENCE
+
+MANIFEST = {
+    "run_id": "paper-25-djinn-20261123",
+    "cell": "paper-25-djinn",
+    "system": "djinn",
+    "options": {"overlap": False},
+    "profile": "cpu",
+    "git_commit": "0123456789abcdef",
+    "git_dirty": True,
+    "other_gpu_processes": [],
+    "versions": {"python": "3.11.2"},
+    "machine": {"device": "cpu", "link_rate_bytes_per_s": 8e9, "hbm_rate_bytes_per_s": None},
+    "trace_sha256": "0" * 64,
+    "models": {"phi-mini": {"bytes": 1000, "dtype": "float32", "sha256": "1" * 64}},
+    "parameters": {"page_bytes": 1 << 20},
+    "started_at_utc": "2026-11-23T06:00:00+00:00",
+    "wall_s": 10.5,
+    "setup_s": 1.0,
+    "stolen_share": 0.01,
+    "host_loop_us": [[210.5, 211.0], [209.9, 640.2]],
+    "notes": ["pinning does nothing without CUDA"],
+    "execution": None,
+}
+
+
+def test_a_manifest_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "new" / "cell.manifest.json"
+    write_manifest(MANIFEST, path)
+    assert read_manifest(path) == json.loads(path.read_text()) == MANIFEST
+    assert [file.name for file in path.parent.iterdir()] == ["cell.manifest.json"]
+
+
+NEWER = {
+    "stolen_share": None,
+    "host_loop_us": [],
+    "execution": None,
+}  # fields that older manifests lack
+
+
+@pytest.mark.parametrize("field", [name for name in MANIFEST if name not in NEWER])
+def test_every_field_of_a_manifest_must_be_there(tmp_path, field):
+    path = tmp_path / "cell.manifest.json"
+    less = {name: value for name, value in MANIFEST.items() if name != field}
+    with pytest.raises(RecordError, match=rf"{path}: expected a manifest(?s:.*){field}"):
+        write_manifest(less, path)
+    assert not path.exists()
+    path.write_text(json.dumps(less))
+    with pytest.raises(RecordError, match=field):
+        read_manifest(path)
+
+
+def test_manifests_of_before_the_host_was_watched_can_be_read(tmp_path):
+    path = tmp_path / "cell.manifest.json"
+    older = {name: value for name, value in MANIFEST.items() if name not in NEWER}
+    path.write_text(json.dumps(older))
+    assert read_manifest(path) == older | NEWER
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("colour", "red"),
+        ("git_dirty", "perhaps"),
+        ("notes", "one"),
+        ("wall_s", "long"),
+        ("wall_s", math.nan),
+        ("options", {"folder": Path("/")}),
+        ("machine", {"link_rate_bytes_per_s": math.inf}),
+        ("models", ["phi-mini"]),
+    ],
+    ids=str,
+)
+def test_a_manifest_takes_plain_data_of_the_right_types(tmp_path, field, value):
+    with pytest.raises(RecordError, match=r"cell\.manifest\.json"):
+        write_manifest({**MANIFEST, field: value}, tmp_path / "cell.manifest.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"text"', "\x00"])
+def test_a_broken_manifest_is_refused(tmp_path, content):
+    path = tmp_path / "cell.manifest.json"
+    with pytest.raises(RecordError, match="expected a manifest"):
+        read_manifest(path)
+    path.write_text(content)
+    with pytest.raises(RecordError, match="expected a manifest"):
+        read_manifest(path)
+
+
+def test_an_execution_is_noted_beside_what_the_rows_are_from(tmp_path):
+    path = tmp_path / "cell.manifest.json"
+    write_manifest(MANIFEST, path)
+    assert read_execution(path) is None
+    status = Status("02_run_system.cell", "failed", 3.5, "oom", "no room", {"code": "abc"})
+    note_execution(path, asdict(status))
+    assert read_execution(path) == status
+    assert read_manifest(path) == {**MANIFEST, "execution": asdict(status)}
+
+
+def test_a_full_disk_leaves_the_manifest_as_it_was(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "cell.manifest.json"
+    write_manifest(MANIFEST, path)
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        note_execution(path, asdict(Status("t", "ok", 1.0)))
+    assert read_manifest(path) == MANIFEST and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_says_nothing_of_an_execution_is_none(tmp_path):
+    path = tmp_path / "cell.manifest.json"
+    assert read_execution(path) is None
+    write_manifest({**MANIFEST, "execution": {"colour": "red"}}, path)
+    assert read_execution(path) is None
+
+
+def test_manifests_of_the_reference_run_can_be_read():
+    paths = sorted((REFERENCE / "requests").glob("*.manifest.json"))
+    assert len(paths) > 30
+    assert {read_manifest(path)["profile"] for path in paths} == {"gpu"}
