@@ -154,6 +154,7 @@ def test_a_folder_without_figures_is_refused(tmp_path):
         copy_figures(tmp_path, tmp_path / "to")
 
 
+@pytest.mark.slow
 def test_what_only_reads_rows_needs_no_torch():
     found = (path for wing in ("analysis", "publishing", "simulator")
              for path in (REPO / "djinn_lib" / wing).rglob("[a-z]*.py"))  # fmt: skip
