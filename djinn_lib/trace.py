@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from djinn_lib.files import write_text
 
 FORMAT = "djinn-trace/1"
 PAPER_MODELS = ("llama-7b", "mistral-7b", "phi-2")
-_PAPER = {"n": 30, "seed": 42, "mean_gap_s": 2.0, "probabilities": [0.4, 0.4, 0.2]}
+_PAPER: dict[str, Any] = {"n": 30, "seed": 42, "mean_gap_s": 2.0, "probabilities": [0.4, 0.4, 0.2]}
 _MAX_REQUESTS = 10_000_000
 
 
@@ -71,21 +71,31 @@ def _requests(arrivals_s: np.ndarray, models: Sequence[str]) -> tuple[Request, .
     return tuple(Request(i, at_s, model) for i, (at_s, model) in enumerate(pairs))
 
 
-def paper_trace(models: Sequence[str] = PAPER_MODELS) -> Trace:
-    """Return the published trace: 30 exponential gaps, then 30 draws with 40/40/20 percent.
+def paper_trace(
+    models: Sequence[str] = PAPER_MODELS, n: int = _PAPER["n"], seed: int = _PAPER["seed"]
+) -> Trace:
+    """Return a trace drawn as the paper's: exponential gaps, then models with 40/40/20 percent.
+
+    With the default `n` and `seed` it is the published trace of 30 requests.
 
     Args:
         models: three names that take the places of llama-7b, mistral-7b and phi-2.
+        n: number of requests, at least 1.
+        seed: of NumPy's RandomState.
 
     Raises:
-        TraceError: not three different names.
+        TraceError: not three different names, or a number out of its range.
     """
     if len(models) != 3 or len(set(models)) != 3:
         raise TraceError(f"expected three different models for the paper's trace, got {models}")
-    generator = np.random.RandomState(_PAPER["seed"])  # its stream is frozen, so for ever the same
-    arrivals_s = generator.exponential(_PAPER["mean_gap_s"], _PAPER["n"]).cumsum()
-    drawn = generator.choice(3, size=_PAPER["n"], p=_PAPER["probabilities"])
-    params = {**_PAPER, "models": list(models)}
+    if not 1 <= n <= _MAX_REQUESTS:
+        raise TraceError(f"expected 1 to {_MAX_REQUESTS} requests, got {n}")
+    if not 0 <= seed < 2**32:
+        raise TraceError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
+    generator = np.random.RandomState(seed)  # its stream never changes between versions of NumPy
+    arrivals_s = generator.exponential(_PAPER["mean_gap_s"], n).cumsum()
+    drawn = generator.choice(3, size=n, p=_PAPER["probabilities"])
+    params = {**_PAPER, "n": n, "seed": seed, "models": list(models)}
     return Trace("paper", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
@@ -185,6 +195,17 @@ def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per
         raise TraceError(f"expected a seed of at least 0, got {seed}")
     if not models or len(set(models)) != len(models):
         raise TraceError(f"expected one or more different models, got {list(models)}")
+
+
+def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) -> Trace:
+    """Return a trace whose models are called by `names`, but for those in `keep`."""
+    requests = tuple(
+        request
+        if request.model in keep
+        else replace(request, model=names.get(request.model, request.model))
+        for request in trace.requests
+    )
+    return replace(trace, requests=requests)
 
 
 def check_models(trace: Trace, known: Collection[str]) -> None:

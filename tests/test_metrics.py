@@ -23,7 +23,7 @@ from djinn_lib.metrics import (
     latency,
     p99_is_max,
     prefill_ms,
-    ratio_of_medians,
+    ratio_interval,
     served,
     share_interval,
     summarise,
@@ -175,9 +175,9 @@ def test_intervals_are_the_same_every_time_and_depend_on_the_confidence():
 
 
 def test_nothing_has_no_interval():
-    for interval in (bootstrap_interval([]), share_interval([]), ratio_of_medians([], [1.0])):
+    for interval in (bootstrap_interval([]), share_interval([]), ratio_interval([], [1.0], "p50")):
         assert all(math.isnan(value) for value in interval)
-    assert all(math.isnan(value) for value in ratio_of_medians([1.0], []))
+    assert all(math.isnan(value) for value in ratio_interval([1.0], [], "p50"))
 
 
 def test_a_95_percent_interval_covers_the_truth_that_often(rng):
@@ -224,13 +224,13 @@ def test_a_difference_of_means_has_the_width_that_theory_has(rng):
     assert all(math.isnan(value) for value in difference_of_means([], other))
 
 
-def test_ratio_of_medians():
-    assert ratio_of_medians([6.0] * 5, [2.0] * 9) == (3.0, 3.0, 3.0)
+def test_the_ratio_of_medians():
+    assert ratio_interval([6.0] * 5, [2.0] * 9, "p50") == (3.0, 3.0, 3.0)
     top, bottom = [4.0, 5.0, 6.0, 7.0, 8.0], [1.0, 2.0, 3.0]
-    ratio, low, high = ratio_of_medians(top, pd.Series(bottom))
+    ratio, low, high = ratio_interval(top, pd.Series(bottom), "p50")
     assert ratio == 3.0 and 4 / 3 <= low < 3.0 < high <= 8.0
-    assert ratio_of_medians(top, bottom) == (ratio, low, high)
-    _, narrower, _ = ratio_of_medians(top, [2.0] * 3)  # less spread below, less in the ratio
+    assert ratio_interval(top, bottom, "p50") == (ratio, low, high)
+    _, narrower, _ = ratio_interval(top, [2.0] * 3, "p50")  # less spread below, less in the ratio
     assert narrower > low
 
 
@@ -238,13 +238,13 @@ def test_the_interval_of_a_ratio_is_as_wide_as_theory_has_it(rng):
     sample, constant = rng.normal(100, 10, 400), [100.0] * 400
     width = 2 * 1.96 * math.sqrt(math.pi / 2) * 10 / math.sqrt(400) / 100  # of a sample's median
     for pair in ((sample, constant), (constant, sample)):
-        _, low, high = ratio_of_medians(*pair)
+        _, low, high = ratio_interval(*pair, "p50")
         assert width / 1.5 < high - low < width * 1.5
 
 
 @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40), st.floats(0.5, 50))
 def test_ratios_scale_with_the_numerator(values, factor):
-    ratio, low, high = ratio_of_medians([factor * v for v in values], values, n_resamples=50)
+    ratio, low, high = ratio_interval([factor * v for v in values], values, "p50", n_resamples=50)
     assert ratio == pytest.approx(factor)
     assert max(values) / min(values) * factor >= high * 0.999
     assert low <= high

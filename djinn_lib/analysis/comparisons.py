@@ -115,7 +115,7 @@ def token_table(run: Run) -> pd.DataFrame:
             except NotMeasured:
                 continue
     if not found:
-        raise NotMeasured("no system with transformers' own steps was run beside another one")
+        raise NotMeasured("no system was run on a trace together with PyTorch's systems")
     return pd.DataFrame.from_dict(found, orient="index").rename_axis(["trace", "system"])
 
 

@@ -6,6 +6,8 @@ import torch
 
 from djinn_lib.errors import ConfigError, shown
 
+DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+
 
 def parse_device(device: str | torch.device | None) -> torch.device:
     """Return a device by name; None is a GPU where there is one, else the CPU.

@@ -2,71 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.arguments import flag, function
-from djinn_lib.engine.decode.eager import Generation
-from djinn_lib.engine.decode.modes import Decode, default_decode
-from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.device import parse_device
+from djinn_lib.arguments import flag
+from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.holdings import Holdings
-from djinn_lib.engine.memory.disk_tier import open_masters
+from djinn_lib.engine.memory.lease import PagerStats
 from djinn_lib.engine.memory.masters import Masters
-from djinn_lib.engine.memory.pager import Pager
-from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency
-from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
-from djinn_lib.engine.prompts import Prompt
-from djinn_lib.engine.serving.catalog import Catalog, check_decoding
-from djinn_lib.engine.serving.queue import Order, RequestQueue
-from djinn_lib.engine.serving.request import PendingGeneration, for_each
-from djinn_lib.engine.serving.scheduler import Server
-from djinn_lib.engine.serving.turns import Ticket
+from djinn_lib.engine.serving.catalog import Catalog
+from djinn_lib.engine.serving.options import EngineOptions, takes_options
+from djinn_lib.engine.serving.requests import Requests
+from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
-from djinn_lib.units import parse_bytes
-
-DEFAULT_PAGE_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 
 
-class Djinn:
+class Djinn(Requests):
     """Serves models that together are larger than the device memory given to them.
 
-    Args:
-        capacity: device memory for weights, in bytes or as text ("25GiB").
-        device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
-        page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
-        policy: who loses pages when the ring is full: "lru", or a `Policy`.
-        residency: "partial" evicts only what is needed; "whole" evicts entire models.
-        overlap: start computing while later layers still load; else wait for all of them first.
-        decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
-            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
-            kernels of its own for the step, or those of `torch.compile`, once made. Default
-            is "compiled" on a GPU, "eager" on the CPU. A model that cannot be recorded is served
-            eagerly, with a warning.
-        max_model_len: tokens of a prompt and its continuation together, where decoding is not
-            eager; device memory for keys and values is set aside for as many.
-        order: of requests that wait: "fifo", or "affinity", which serves the oldest one whose model
-            is resident first.
-        max_overtaken: with "affinity", by how many later requests one is overtaken at most.
-        lookahead: while one request computes, load what the next ones miss.
-        embeddings: "host" leaves lookup tables (embeddings that are not tied to the head) in host
-            memory, from where the device reads a row a token; "ring" pages them like all else.
-            Default is "host", but "ring" with `host_capacity`.
-        host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
-            and read when it is needed. Default is as much as all models need.
-        swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
-        progress: told what a longer step of `add` is doing.
+    ``Djinn("25GiB")`` is enough on most machines; all parameters are those of `EngineOptions`.
 
     Raises:
         ConfigError: a parameter has no meaning.
@@ -74,71 +37,24 @@ class Djinn:
         PlatformError: the platform lacks what the device's backend needs.
     """
 
-    def __init__(
-        self,
-        capacity: int | str,
-        device: str | torch.device | None = None,
-        page: int | str | None = None,
-        policy: str | Policy = "lru",
-        residency: Residency = "partial",
-        overlap: bool = True,
-        decode: Decode | None = None,
-        max_model_len: int = 512,
-        order: Order = "fifo",
-        max_overtaken: int = 8,
-        lookahead: bool = True,
-        embeddings: Embeddings | None = None,
-        host_capacity: int | str | None = None,
-        swap_dir: str | Path | None = None,
-        progress: Callable[[str], None] = print,
-    ) -> None:
-        self.device = parse_device(device)
-        if page is None:
-            page = DEFAULT_PAGE_BYTES.get(self.device.type, 1 << 20)
-        decode = default_decode(self.device.type) if decode is None else decode
-        check_decoding(decode, max_model_len)
-        overlap, lookahead = flag(overlap, "overlap"), flag(lookahead, "lookahead")
-        function(progress, "progress")
-        queue = RequestQueue[Ticket](order, max_overtaken)
-        chosen = sparing_what_waits(make_policy(policy)) if lookahead else make_policy(policy)
-        place = choose_embeddings(embeddings, host_capacity is None)
-        n_bytes, page_bytes = parse_bytes(capacity), parse_bytes(page)
-        with ExitStack() as undo:  # what was made, should the next step fail
-            masters = open_masters(host_capacity, page_bytes, swap_dir, self.device.type == "cuda")
-            undo.callback(masters.close)
-            pager = Pager(masters, n_bytes, page_bytes, self.device, chosen, residency)
-            undo.callback(pager.close)
-            server = Server(pager, queue, overlap, lookahead)
-            models = Catalog(
-                masters,
-                pager,
-                server.turn,
-                self.device,
-                decode,
-                int(max_model_len),
-                place,
-                progress,
-            )
-            undo.pop_all()
-        self._holdings = Holdings(server, pager, models, masters)
+    @takes_options
+    def __init__(self, options: EngineOptions) -> None:
+        self.device = options.torch_device
+        self._holdings = Holdings.made_of(options)
         # At the end of the process the system frees everything, and waits for nobody.
         weakref.finalize(self, self._holdings.collect).atexit = False
 
     @property
-    def _server(self) -> Server:
-        return self._holdings.ensure_open().server
-
-    @property
-    def _pager(self) -> Pager:
-        return self._holdings.ensure_open().pager
+    def _open(self) -> Holdings:
+        return self._holdings.ensure_open()
 
     @property
     def _models(self) -> Catalog:
-        return self._holdings.ensure_open().models
+        return self._open.models
 
     @property
-    def _masters(self) -> Masters:
-        return self._holdings.ensure_open().masters
+    def _scheduler(self) -> Scheduler:
+        return self._open.scheduler
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied, pickled or sent to another process."""
@@ -195,119 +111,7 @@ class Djinn:
         """
         self._models.remove(name)
 
-    # -- requests --------------------------------------------------------------------------
-
-    def generate(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
-        """Continue a prompt, or each of a list of them.
-
-        Safe to be called from many threads: requests wait for each other. See `submit` and
-        `agenerate` for callers that do not want to wait.
-
-        Args:
-            name: which model.
-            prompt: text, for a model with a tokenizer; token ids, as a list or an array of shape
-                [n] or [1, n]; or what a tokenizer returns, whose padding is dropped. A list of
-                prompts is served one after the other, as is the output of a tokenizer for several.
-            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
-            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
-            sampling: temperature, top_k, top_p and seed; see `Sampling`. The default is greedy.
-
-        Returns:
-            What the model said and what it cost; for a list of prompts a list.
-
-        Raises:
-            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning;
-                nothing was loaded for it.
-            DjinnError: the weights could not be copied; the request can be tried again.
-        """
-        model = self._models[name]
-        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._server.generate(model, request))
-
-    def chat(
-        self,
-        name: str,
-        messages: Sequence[Mapping[str, Any]],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation:
-        """Answer a conversation, formatted with the chat template of the model's tokenizer.
-
-        Args:
-            name: which model.
-            messages: each with "role" and "content", both text: ``[{"role": "user", "content":
-                "Hi"}]``.
-            max_new_tokens, ignore_eos, sampling: see `generate`.
-
-        Raises:
-            ConfigError: as for `generate`; or the model has no chat template, or its template
-                cannot take these messages.
-            DjinnError: the weights could not be copied; the request can be tried again.
-        """
-        ids = self._models[name].chat_ids(messages)
-        return self.generate(name, ids, max_new_tokens, ignore_eos, **sampling)
-
-    def submit(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> PendingGeneration | Any:  # Any: see `generate`
-        """Queue what `generate` does, and return at once; a thread of this object serves it.
-
-        Returns:
-            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
-            list of prompts a list of them.
-
-        Raises:
-            ConfigError: as for `generate`; nothing was queued.
-        """
-        model = self._models[name]
-        asked = model.ask(prompt, max_new_tokens, ignore_eos, Sampling.of(sampling))
-        return for_each(asked, lambda request: self._server.submit(model, request))
-
-    async def agenerate(
-        self,
-        name: str,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Any:  # Any: see `generate`
-        """`generate` for asyncio; cancelling the task gives the request up.
-
-        Raises:
-            LeaseError: the task, or one that it was started from, holds a lease.
-        """
-        self._server.ensure_may_await(name)
-        pending = self.submit(name, prompt, max_new_tokens, ignore_eos, **sampling)
-        if not isinstance(pending, list):
-            return await asyncio.wrap_future(pending)
-        waiting = [asyncio.wrap_future(one) for one in pending]
-        try:
-            return await asyncio.gather(*waiting)
-        finally:
-            for one in waiting:  # where one failed, nobody waits for the others
-                one.cancel()
-
-    def tokenize(self, name: str, text: str) -> list[int]:
-        """Return the token ids of `text`, as `generate` would have them.
-
-        Raises:
-            ConfigError: unknown model, the model has no tokenizer, or its tokenizer cannot encode
-                this.
-        """
-        return self._models[name].tokenize(text)
+    # -- leases ------------------------------------------------------------------------------
 
     @contextmanager
     def lease(self, name: str, *, wait: bool = True) -> Iterator[PreTrainedModel]:
@@ -331,7 +135,7 @@ class Djinn:
                 are loaded again.
             DjinnError: the weights could not be copied.
         """
-        with self._server.turn(name), self._models.lend(name, wait) as module:
+        with self._scheduler.turn(name), self._models.lend(name, wait) as module:
             yield module
 
     def wait(self, name: str) -> None:
@@ -341,7 +145,7 @@ class Djinn:
             LeaseError: the model holds no lease.
             DjinnError: the copy failed.
         """
-        self._models.wait(name)
+        self._models.block_until_loaded(name)
 
     def evict(self, name: str) -> int:
         """Take all pages of a model off the device; returns how many bytes that freed.
@@ -350,36 +154,36 @@ class Djinn:
             LeaseError: somebody is using it.
         """
         self._models[name]
-        return self._pager.evict(name)
+        return self._open.pager.evict(name)
 
     def reset(self) -> None:
-        """Take all pages off the device, and forget what was asked for: a ring as it was at first.
+        """Take all pages off the device, and forget what was asked for.
 
         Raises:
             LeaseError: somebody is using one of them; nothing was done.
         """
-        self._pager.reset()
+        self._open.pager.reset()
 
     @property
     def overlap(self) -> bool:
         """Whether computation starts while later layers still load; may be changed."""
-        return self._server.overlap
+        return self._scheduler.overlap
 
     @overlap.setter
     def overlap(self, overlap: bool) -> None:
-        self._server.overlap = flag(overlap, "overlap")
+        self._scheduler.overlap = flag(overlap, "overlap")
 
     # -- state -----------------------------------------------------------------------------
 
     @property
     def capacity_bytes(self) -> int:
         """Device memory for weights: all frames together."""
-        return self._pager.capacity_bytes
+        return self._open.pager.capacity_bytes
 
     @property
     def page_bytes(self) -> int:
         """Size of a page and of a frame."""
-        return self._pager.page_bytes
+        return self._open.pager.page_bytes
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -387,9 +191,18 @@ class Djinn:
         return sum(model.decoder.kv_cache_bytes for model in self._models)
 
     @property
+    def decode_modes(self) -> dict[str, Decode]:
+        """How each model decodes, which may be a slower way than the one asked for."""
+        return {model.name: model.decoder.mode for model in self._models}
+
+    def stats(self) -> PagerStats:
+        """Return what the ring holds at this moment, and for whom."""
+        return self._open.pager.stats()
+
+    @property
     def masters(self) -> Masters:
         """The master copies; to be read only."""
-        return self._masters
+        return self._open.masters
 
     def residency(self) -> pd.DataFrame:
         """One row a model: model, bytes, resident_bytes, frames (how many it holds).
@@ -401,7 +214,7 @@ class Djinn:
     def sha256(self, name: str) -> str:
         """Hash of a model's master copy in packing order."""
         self._models[name]
-        return self._masters.sha256(name)
+        return self._open.masters.sha256(name)
 
     def check(self) -> None:
         """Audit the page tables, and compare all resident bytes with their masters.
@@ -409,7 +222,7 @@ class Djinn:
         Raises:
             AssertionError: naming what is broken.
         """
-        self._pager.check()
+        self._open.pager.check()
 
     @property
     def closed(self) -> bool:

@@ -6,10 +6,12 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
+from djinn_lib.engine.memory.disk_tier import open_masters
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
-from djinn_lib.engine.serving.scheduler import Server
+from djinn_lib.engine.serving.options import EngineOptions
+from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
 _OWN_THREADS = "djinn-"  # how the names of the threads begin that are started for a Djinn
@@ -21,11 +23,36 @@ class Holdings:
     Nothing here refers to the `Djinn`, so that it can be collected while this still works.
     """
 
-    def __init__(self, server: Server, pager: Pager, models: Catalog, masters: Masters) -> None:
-        self.server, self.pager, self.models, self.masters = server, pager, models, masters
+    def __init__(
+        self, scheduler: Scheduler, pager: Pager, models: Catalog, masters: Masters
+    ) -> None:
+        self.scheduler, self.pager = scheduler, pager
+        self.models, self.masters = models, masters
         self._process = os.getpid()
         self._releasing = threading.Lock()
         self._is_closed = self._is_released = False
+
+    @classmethod
+    def made_of(cls, options: EngineOptions) -> Holdings:
+        """Make everything that a `Djinn` needs; a failure leaves nothing.
+
+        Raises:
+            CapacityError: the capacity is below one page or above the free memory.
+            PlatformError: the platform lacks what the device's backend needs.
+        """
+        device, page_bytes = options.torch_device, options.page_bytes
+        with ExitStack() as undo:
+            masters = open_masters(
+                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
+            )
+            undo.callback(masters.close)
+            capacity_bytes, policy = options.capacity_bytes, options.eviction
+            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.residency)
+            undo.callback(pager.close)
+            scheduler = Scheduler(pager, options)
+            models = Catalog(masters, pager, scheduler.turn, options)
+            undo.pop_all()
+        return cls(scheduler, pager, models, masters)
 
     @property
     def is_of_this_process(self) -> bool:
@@ -62,7 +89,7 @@ class Holdings:
             DjinnError: called in a process that these holdings do not belong to.
         """
         if not self._is_closed:
-            self.ensure_open().server.ensure_no_turn("close()")
+            self.ensure_open().scheduler.ensure_no_turn("close()")
         self._is_closed = True
         self._release(is_collected=False)
 
@@ -89,5 +116,5 @@ class Holdings:
                 steps.callback(self.masters.close)
                 steps.callback(self.models.clear)
                 steps.callback(self.pager.close)  # it waits for what the device still does
-                steps.callback(self.server.close, is_collected)
+                steps.callback(self.scheduler.close, is_collected)
             self._is_released = True

@@ -80,7 +80,7 @@ def execute_cell(run: RunFolder, profile: Profile, cell: Cell, fork: bool = Fals
         CELL_NOTEBOOK,
         files.notebook,
         {
-            "profile": profile.name,
+            "profile": profile.given,
             "run_dir": str(run.path),
             "system": cell.system,
             "trace": cell.trace,

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.paths import REPO
+from djinn_lib.experiment.paper_form import load_trace
+from djinn_lib.paths import REPO, user_path
 from djinn_lib.systems import SYSTEMS
-from djinn_lib.trace import Trace, paper_trace, zipf_trace
+from djinn_lib.trace import Trace, check_models, paper_trace, renamed, zipf_trace
 from djinn_lib.units import parse_bytes
 
 # Parts of names of files, of which a file system takes 255 characters, and of folders.
@@ -49,9 +57,13 @@ class ModelEntry(_Strict):
 
 
 class TraceEntry(_Strict):
-    """A trace of a profile; the fields beside `kind` belong to the kind "zipf"."""
+    """A trace of a profile: the paper's, drawn by Zipf's law, or read from a file.
 
-    kind: Literal["paper", "zipf"]
+    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, the kind "file" has `path`.
+    """
+
+    kind: Literal["paper", "zipf", "file"]
+    path: str | None = None
     n: int | None = None
     alpha: float | None = None
     seed: int | None = None
@@ -64,6 +76,8 @@ class TraceEntry(_Strict):
             raise ValueError(
                 "expected n, alpha, seed and rate_per_s for kind 'zipf', and only there"
             )
+        if (self.kind == "file") != (self.path is not None):
+            raise ValueError("expected a path for kind 'file', and only there")
         return self
 
 
@@ -142,6 +156,7 @@ class Profile(_Strict):
     systems: dict[Label, SystemEntry] = Field(min_length=1)
     cells: list[CellsEntry] = Field(min_length=1)
     large: dict[Name, LargeEntry] = {}
+    _given: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
@@ -159,6 +174,11 @@ class Profile(_Strict):
         for text in [*self.capacities.values(), *large]:
             parse_capacity(text, total_bytes=1 << 40)
         return self
+
+    @property
+    def given(self) -> str:
+        """What `load_profile` finds it by: a name, or the path of a file."""
+        return self._given or self.name
 
     def all_cells(self) -> list[Cell]:
         """Every cell once, in the order of the profile."""
@@ -178,12 +198,19 @@ class Profile(_Strict):
                         cells.setdefault(cell.id, cell)
         return list(cells.values())
 
-    def cell(self, trace: str, capacity_label: str, system: str, mode: str = "sequential") -> Cell:
+    def cell(
+        self, trace: str, capacity_label: str | float, system: str, mode: str = "sequential"
+    ) -> Cell:
         """Return a cell by its names, whether or not the profile lists it.
+
+        A label of digits may come as a number: papermill's ``-p`` makes one of it. A cell that is
+        not listed takes its speed from the first listed one of its mode.
 
         Raises:
             ConfigError: one of the names is unknown.
         """
+        if not isinstance(capacity_label, str):
+            capacity_label = f"{capacity_label:g}"
         try:
             _ensure_known("trace", [trace], self.traces)
             _ensure_known("capacity", [capacity_label], self.capacities)
@@ -192,20 +219,26 @@ class Profile(_Strict):
         except ValueError as error:
             raise ConfigError(f"profile {self.name!r}: {error}") from error
         listed = {cell.id: cell for cell in self.all_cells()}
+        speed = next((cell.speed for cell in listed.values() if cell.mode == mode), 1.0)
         names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode}
-        cell = Cell.model_validate({**names, "repeats": self.repeats})
+        cell = Cell.model_validate({**names, "repeats": self.repeats, "speed": speed})
         return listed.get(cell.id, cell)
 
     def make_trace(self, name: str) -> Trace:
         """Generate a trace over the profile's models.
 
         Raises:
-            TraceError: the trace cannot be made from the models at hand.
+            TraceError: the trace cannot be made from the models at hand, or read.
         """
         entry, models = self.traces[name], tuple(self.models)
         if entry.kind == "paper":
             return paper_trace(models=models)
-        fields = entry.model_dump(exclude={"kind"})
+        if entry.path is not None:
+            stand_ins = {model.stands_for: name for name, model in self.models.items()}
+            trace = renamed(load_trace(user_path(entry.path)), stand_ins, keep=self.models)
+            check_models(trace, self.models)
+            return trace
+        fields = entry.model_dump(exclude={"kind", "path"})
         return zipf_trace(models=models, **fields)
 
 
@@ -233,17 +266,31 @@ def parse_capacity(text: str, total_bytes: int) -> int:
         ) from error
 
 
-def load_profile(name: str, folder: Path = REPO / "params") -> Profile:
-    """Read and check ``<folder>/<name>.yml``.
+def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
+    """Read and check a profile.
+
+    Args:
+        given: a name, for ``<folder>/<name>.yml``, or the path of a file that ends in ``.yml``.
+        folder: of the named profiles.
 
     Raises:
         ConfigError: no such profile, or one of its fields cannot be used; the message says which.
     """
-    known = sorted(path.stem for path in folder.glob("*.yml"))
-    if name not in known:
-        raise ConfigError(f"expected a profile out of {known} (files in {folder}), got {name!r}")
-    path = folder / f"{name}.yml"
+    if given.endswith(".yml"):
+        path = user_path(given).resolve()
+        if not path.is_file():
+            raise ConfigError(f"the profile {given!r} does not exist: check the path")
+    else:
+        known = sorted(path.stem for path in folder.glob("*.yml"))
+        if given not in known:
+            raise ConfigError(
+                f"there is no profile {given!r}: choose one of {known} (files in {folder}), or "
+                "give the path of a .yml file"
+            )
+        path = folder / f"{given}.yml"
     try:
-        return Profile.model_validate({**yaml.safe_load(path.read_text()), "name": name})
-    except (ValidationError, yaml.YAMLError, TypeError) as error:
+        profile = Profile.model_validate({**yaml.safe_load(path.read_text()), "name": path.stem})
+    except (ValidationError, yaml.YAMLError, TypeError, OSError) as error:
         raise ConfigError(f"{path} cannot be used:\n{error}") from error
+    profile._given = str(path) if given.endswith(".yml") else None
+    return profile

@@ -76,7 +76,7 @@ def reproduce(
     """Run what is missing or changed of a profile; returns 0, or 1 if something failed.
 
     Args:
-        profile_name: a file of ``params/``, without its ending.
+        profile_name: a file of ``params/``, without its ending, or the path of a .yml file.
         run_dir: where results go; default ``data/runs/<profile>``.
         executor: where cells run: "local" or "ray".
         names: of cells ("cell:paper-25-djinn") and notebooks ("figures"); default all.

@@ -69,7 +69,7 @@ class Step:
     def parameters(self, run: RunFolder, profile: Profile) -> dict[str, Any]:
         """What the notebook is given."""
         known = {
-            "profile": profile.name,
+            "profile": profile.given,
             "run_dir": str(run.path),
             "figures_dir": str(run.figures),
         }

@@ -2,8 +2,8 @@
 
 The notebooks that only read rows are the one definition of every figure, so they are what runs
 here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
-again; with one it is a run of your own, whose figures, claims, notebooks and page are made anew.
-Notebooks run side by side, one a core: it takes about a minute and needs no GPU.
+again. With one it is a run of your own, whose figures, claims, notebooks and page are made again.
+Notebooks run in parallel, one a core: it takes about a minute and needs no GPU.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ from djinn_lib.replacing import recover, replace_folders
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
 _processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-# Those that take longest come first, so that none is left over for the end.
+# Those that take longest come first.
 READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
+FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and the file it writes
+    "cdf": ("04_figures", "latency_cdf"),
+    "sensitivity": ("03_sensitivity", "sensitivity"),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,8 +89,8 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
 def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:
     """Execute notebooks into a folder; yields how each ended, the first to end first.
 
-    In processes, because papermill changes the working directory of its own. They only read the
-    same rows, so that it does not matter which comes first, nor how long another makes it take.
+    In processes, because papermill changes its working directory. They only read the same rows, so
+    their order does not matter.
     """
     with _processes(min(len(parameters), len(os.sched_getaffinity(0)), MOST_AT_ONCE)) as pool:
         running = {
@@ -109,6 +113,47 @@ def _status(ended: Future[Status], name: str) -> Status:
         return Status(name, "failed", 0.0, "kernel_died", f"its process ended: {error}")
 
 
+def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = None) -> Path:
+    """Draw one figure from the rows of a run; returns where it is.
+
+    Args:
+        figure: a key of `FIGURE_NOTEBOOKS`.
+        run_dir: the run's folder; default is the published run, whose folder is left as it is.
+        output: where it goes, as PDF or PNG; default is the run's ``figures/``, or the
+            working directory for the published run.
+
+    Raises:
+        ConfigError: there is no such figure or ending, or it could not be drawn.
+        RecordError: the folder holds no run that can be read.
+    """
+    if figure not in FIGURE_NOTEBOOKS:
+        raise ConfigError(f"there is no figure {figure!r}; choose from {list(FIGURE_NOTEBOOKS)}")
+    notebook, name = FIGURE_NOTEBOOKS[figure]
+    ending = (output.suffix if output else ".pdf").lower()
+    if ending not in (".pdf", ".png"):
+        raise ConfigError(f"{output} is no .pdf or .png file; choose one of these endings")
+    rows = (run_dir or REFERENCE).resolve()
+    load_run(rows)
+    with TemporaryDirectory(prefix="djinn-figure-") as scratch:
+        _link_rows(rows, Path(scratch))
+        copy = Path(scratch).resolve() / f"{notebook}.ipynb"
+        status = execute(notebook, copy, {"run_dir": str(copy.parent)})
+        if status.state != "ok":
+            raise ConfigError(f"{figure} could not be drawn: {status.error}")
+        default = (rows / "figures" if run_dir else Path()) / f"{name}{ending}"
+        target = output or default
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(copy.parent / "figures" / f"{name}{ending}", target)
+    return target
+
+
+def _link_rows(run_dir: Path, scratch: Path) -> None:
+    """Let a scratch folder have the rows of a run, and nothing that was made from them."""
+    for part in ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES):
+        if (run_dir / part).exists():
+            (scratch / part).symlink_to(run_dir / part)
+
+
 def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> list[Status]:
     """Draw the published figures again from the reference rows; returns what failed.
 
@@ -126,10 +171,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
         )
     with TemporaryDirectory(prefix="djinn-figures-") as name:
         scratch = Path(name).resolve()
-        taken = ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES)
-        for part in taken:
-            if (reference / part).exists():
-                (scratch / part).symlink_to(reference / part)
+        _link_rows(reference, scratch)
         failed = [s for s in read_again(scratch, reference) if s.state != "ok"]
         if not failed:
             with new_figures(figures) as drawn:

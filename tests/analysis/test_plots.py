@@ -95,7 +95,7 @@ def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
     slow = (rows["repeat"] == 1) & (rows["request"] == 4)
     rows.loc[slow, "decode_ms"] *= 3
     other = cell_rows("vllm_recreate")
-    image = decode_pace(pd.concat([rows, other])).axes[0].images[0].get_array()
+    image = decode_pace(pd.concat([rows, other])).axes[0].collections[0].get_array()
     grid = np.ma.filled(image, np.nan)
     assert grid.shape == (2 + 1 + 1, 30)  # lines of the first, a gap, a line of the other
     expected = np.ones((2, 30))

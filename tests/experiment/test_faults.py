@@ -177,7 +177,7 @@ def test_no_memory_outside_the_ring(decode, moment, monkeypatch, nothing_leaks):
             djinn.check()
             for name in ("llama", "phi"):
                 djinn.evict(name)  # no lease is left either
-            assert djinn._pager.ring.n_free == djinn._pager.ring.n_frames
+            assert djinn.stats().n_free == djinn.capacity_bytes // djinn.page_bytes
 
     use()
     with nothing_leaks():
@@ -258,7 +258,7 @@ def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
             with pytest.raises((CapacityError, torch.OutOfMemoryError)):
                 djinn.add("m", spec("llama"))
             assert (runtime.pinned, djinn.masters.n_bytes) == (set(), 0)
-            assert list(djinn._pager.ring.models) == []
+            assert djinn.stats().resident_bytes == {}
     assert runtime.pinned == set()
 
 
@@ -335,9 +335,10 @@ def test_a_trace_without_requests(bench):
 
 def test_a_trace_of_one_request_goes_all_the_way(bench):
     from djinn_lib.analysis import tables
-    from djinn_lib.analysis.claims import claims_table, judge, load_claims
-    from djinn_lib.analysis.plots import latency as plots
+    from djinn_lib.analysis.claims import judge, load_claims
+    from djinn_lib.analysis.plots import latency, sensitivity, timeline
     from djinn_lib.analysis.run import load_run
+    from djinn_lib.analysis.selection import sweep
     from djinn_lib.metrics import comparison_summary
 
     profile = tiny_profile(
@@ -355,14 +356,12 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     rows = run.cells("paper", "25")
     assert (len(run.rows), rows["ok"].sum()) == (8, 3)
     tables.cell_table(rows[rows["system"] == "djinn"])
-    plots.latency_cdf(rows)
-    plots.latency_breakdown(rows)
-    plots.residency_over_time(rows, "djinn")
-    plots.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
-    plots.sensitivity(run.sweep("paper"), "pytorch_pinned")
-    plots.plt.close("all")
-    verdicts = judge(load_claims(), run.evidence)
-    assert len(claims_table(verdicts)) == len(verdicts)
+    latency.latency_cdf(rows)
+    latency.latency_breakdown(rows)
+    timeline.residency_over_time(rows, "djinn")
+    latency.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
+    sensitivity.sensitivity(sweep(run), "pytorch_pinned")
+    verdicts = judge(load_claims(), run)
     assert any(verdict.measured is not None for verdict in verdicts)
     assert comparison_summary(run.rows, "25")
 

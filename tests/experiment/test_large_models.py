@@ -10,6 +10,7 @@ from tiny import CONFIGS, PROMPT, spec
 
 from djinn_lib.analysis.plots import large_models as plot_large
 from djinn_lib.analysis.plots import switches as plot_switches
+from djinn_lib.analysis.results import large_table
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.sources import open_source
@@ -24,7 +25,6 @@ from djinn_lib.experiment.large_results import (
     ROWS,
     profile_of,
     read_large,
-    shares,
 )
 
 N_BYTES = pack(open_source(spec("llama")).module)[0].n_bytes
@@ -56,15 +56,16 @@ def test_what_does_not_stay_is_brought_in_for_every_token(rows):
 
 
 def test_shares_of_the_ceiling(rows):
-    table = shares(rows).set_index(["model", "system"])
+    table = large_table(rows)
     djinn = table.loc[("llama", "djinn")]
     link_bytes_per_s = rows.link_bytes_per_s.max()
     assert link_bytes_per_s > 1e8  # measured, a memory bus
-    assert djinn.link_ms == pytest.approx(djinn.gib_per_token * 2**30 / link_bytes_per_s * 1e3)
-    assert djinn.compute_ms == table.loc[("llama", "resident")].ms_per_token
-    ceiling_ms = max(djinn.link_ms, djinn.compute_ms)
-    assert djinn.share_of_ceiling == pytest.approx(ceiling_ms / djinn.ms_per_token)
-    assert table.n.eq(2).all()
+    link_ms = djinn["per token (GiB)"] * 2**30 / link_bytes_per_s * 1e3
+    assert djinn["these at the link's rate (ms)"] == pytest.approx(link_ms)
+    compute_ms = table.loc[("llama", "resident"), "per token (ms)"]
+    share = 100 * max(link_ms, compute_ms) / djinn["per token (ms)"]
+    assert djinn["share of the ceiling (%)"] == pytest.approx(share)
+    assert table["repeats"].eq(2).all()
 
 
 def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):

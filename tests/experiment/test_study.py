@@ -133,19 +133,20 @@ def test_without_measured_rows_there_is_nothing_to_compare(tmp_path):
         validation.compared(tmp_path)
 
 
-def test_other_policies_are_foretold_for_a_measured_cell():
-    table = validation.foretold_policies()
+def test_other_policies_are_predicted_for_a_measured_cell():
+    table = validation.predicted_policies()
     measured = read_rows(REFERENCE / "requests" / "zipf-25-djinn.parquet")
     loaded = measured.groupby("repeat")["loaded_bytes"].sum() / 2**30
-    assert set(loaded) == {table.loaded_gib["lru"]}  # the policy that was measured
-    assert table.mean_ms["lru"] == pytest.approx(measured["total_ms"].mean(), rel=0.05)
-    assert table.to_optimum["oracle"] == 1 == table.to_optimum.min()
-    assert table.to_optimum["adaptive"] < table.to_optimum["lru"]  # requests are independent
+    assert set(loaded) == {table["loaded (GiB)"]["lru"]}  # the policy that was measured
+    assert table["mean (ms)"]["lru"] == pytest.approx(measured["total_ms"].mean(), rel=0.05)
+    to_optimum = table["bytes / optimum (x)"]
+    assert to_optimum["oracle"] == 1 == to_optimum.min()
+    assert to_optimum["adaptive"] < to_optimum["lru"]  # requests are independent
     adaptive = read_rows(REFERENCE / "requests" / "zipf-25-djinn_adaptive.parquet")
     loaded = adaptive.groupby("repeat")["loaded_bytes"].sum() / 2**30
-    assert set(loaded) == {table.loaded_gib["adaptive"]}
+    assert set(loaded) == {table["loaded (GiB)"]["adaptive"]}
     with pytest.raises(RecordError):
-        validation.foretold_policies(cell="zipf-25-nobody")
+        validation.predicted_policies(cell="zipf-25-nobody")
 
 
 # -- the study -----------------------------------------------------------------------------
@@ -287,7 +288,7 @@ def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     box = explore.explorer(tmp_path)
     controls, keep = box.children[0].children
     sliders = {control.description: control for control in controls.children}
-    assert set(sliders) == set(explore.LABELS.values())
+    assert len(sliders) == 6
     assert drawn == [{"capacity_gib": 25, "n_models": 3, "alpha": 1.0, "link_gb_per_s": 54,
                       "policy": "lru", "traffic": explore.TRAFFIC[0]}]  # fmt: skip
     canvas = box.children[1]

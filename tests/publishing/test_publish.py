@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from profile_factory import tiny_profile
-from row_factory import CAPACITIES, GPU_SYSTEMS, SYSTEMS, cell_rows
-from run_factory import GPU_MACHINE, write_large_rows, write_run
+from row_factory import CAPACITIES, cell_rows
+from run_factory import FEW, GPU_MACHINE, SWEPT, write_large_rows, write_run
 
 from djinn_lib import replacing
 from djinn_lib.analysis.run import load_run
@@ -32,15 +32,13 @@ HOME = "/home/me/djinn"
 @pytest.fixture(autouse=True)
 def profile(monkeypatch) -> None:
     """The profile whose run the factory writes."""
-    systems = [*SYSTEMS, *GPU_SYSTEMS]
-    sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
     made = tiny_profile(
         traces={"paper": {"kind": "paper"}},
         capacities={label: f"{size}B" for label, size in CAPACITIES.items()},
-        systems={name: {"system": "djinn"} for name in systems},
+        systems={name: {"system": "djinn"} for name in FEW},
         cells=[
-            {"traces": ["paper"], "capacities": ["25"], "systems": systems},
-            {"traces": ["paper"], "capacities": ["20", "32", "40"], "systems": sweep},
+            {"traces": ["paper"], "capacities": ["25"], "systems": [*FEW]},
+            {"traces": ["paper"], "capacities": ["40"], "systems": [*SWEPT]},
         ],
     )
     monkeypatch.setattr(publish_module, "load_profile", lambda name: made)
@@ -69,7 +67,7 @@ def reading(monkeypatch) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A finished run, with paths of the machine that ran it in every place that may hold one."""
-    folder = write_run(tmp_path / "run", gpu=True)
+    folder = write_run(tmp_path / "run", gpu=True, few=True)
     models = {"llama": {"folder": f"{HOME}/data/models/llama", "n_bytes": 5}}
     write_json(folder / "machine.json", {"machine": GPU_MACHINE, "models": models})
     notebook = {
@@ -191,7 +189,7 @@ def test_a_changed_tree_can_be_allowed(run_dir, reference, tmp_path, reading):
 
 
 def test_a_cpu_run_is_refused(tmp_path, reference):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     with pytest.raises(RecordError, match="a run on the device 'cpu'"):
         publish(folder, reference=reference, figures=tmp_path / "figures")
 

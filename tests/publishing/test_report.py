@@ -103,7 +103,7 @@ def test_failures_are_counted_by_cell(page: str):
 
 
 def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
     rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
     rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
@@ -121,7 +121,7 @@ def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
 
 
 def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu")
+    folder = write_run(tmp_path / "cpu", few=True)
     task = "02_run_system.paper-25-vllm_recreate"
     note(folder, Status(task, "failed", 1.0, "other", "no picture"))
     page = build_report(folder).read_text()

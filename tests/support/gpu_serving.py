@@ -95,7 +95,7 @@ def many_at_once(device: str = "cuda") -> None:
         for thread in threads:
             thread.join()
         djinn.check()
-        assert not djinn._pager.ring.any_leased
+        assert not djinn.stats().leased
     assert not failures, failures[:3]
 
 
@@ -110,7 +110,7 @@ def larger_than_the_ring(device: str = "cuda") -> None:
                   progress=lambda step: None) as djinn:  # fmt: skip
         djinn.add("large", large)
         djinn.add("small", small)
-        assert djinn._pager.is_streamed("large")
+        assert "large" in djinn.stats().streamed
         for name in ("large", "large", "small", "large", "small", "small", "large") * 3:
             g = djinn.generate(name, PROMPT, N_NEW, ignore_eos=True)
             assert g.token_ids == expected[name], (name, g.token_ids, expected[name])
@@ -128,7 +128,7 @@ def blocks_that_layers_share(device: str = "cuda") -> None:
     with dj.Djinn(int(size_of(large) * 0.8), device, page_of(device), decode="graph",
                   max_model_len=64, progress=lambda step: None) as djinn:  # fmt: skip
         djinn.add("large", large)
-        assert djinn._pager.is_streamed("large")
+        assert "large" in djinn.stats().streamed
         assert any(len(unit.extents) > 1 for unit in djinn._models["large"].units)
         for _ in range(4):
             g = djinn.generate("large", PROMPT, N_NEW, ignore_eos=True)

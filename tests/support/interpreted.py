@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PhiConfig, Qwen2Config
 
-from djinn_lib.engine.decode import faster_steps, fused_layers
+from djinn_lib.engine.decode import compiled, fused_layers
 from djinn_lib.engine.decode.cuda_graphs import Recorder
 from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.decode.fused_layers import FusedUnits
@@ -161,12 +161,12 @@ def decoder(broken: bool) -> dict[str, Any]:
     real = decode_operators.multiply
     wrong = mock.patch.object(fused_layers, "multiply", lambda *a, **k: real(*a, **k) * 1.1)
     with (
-        mock.patch.object(faster_steps, "has_triton", lambda device: True),
-        mock.patch.object(faster_steps, "attentions", lambda device: []),
+        mock.patch.object(compiled, "has_triton", lambda device: True),
+        mock.patch.object(compiled, "attentions", lambda device: []),
         wrong if broken else nullcontext(),
     ):
         made = RecordedDecoder(model, pack(model)[1], CAPACITY, Recorder(CPU), compiled=True)
-        tokens = made.generate(PROMPT, 4, True, None, lambda end_byte: None).token_ids
+        tokens = made.generate(PROMPT, 4, ignore_eos=True).token_ids
     own = generate_eager(model, PROMPT, 4, ignore_eos=True).token_ids
     return {"way": made.way, "mode": made.mode, "alike": tokens == own}
 

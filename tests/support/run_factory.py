@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
-from row_factory import GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
+from row_factory import CAPACITIES, GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABLE, cell_rows
 
 from djinn_lib.analysis.run import Run
 from djinn_lib.experiment.large_results import write_large
@@ -43,17 +47,33 @@ GPU_MACHINE = {
 }
 
 
-def write_run(folder: Path, gpu: bool = False) -> Path:
-    """Write rows, manifests, the trace and the machine's facts; returns the folder."""
+SWEPT = ("djinn", "pytorch_lru", "pytorch_pinned")
+FEW = (*SWEPT, "vllm_recreate")
+
+
+def write_run(folder: Path, gpu: bool = False, few: bool = False) -> Path:
+    """Write rows, manifests, the trace, the machine's facts; returns the folder.
+
+    With `few`, there are the systems of `FEW`, and two capacities.
+    """
+    shutil.copytree(_template(gpu, few), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _template(gpu: bool, few: bool) -> Path:
+    """A run made once, because checking rows takes a while."""
+    folder = Path(tempfile.mkdtemp(prefix="djinn-run-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     machine, more = (GPU_MACHINE, GPU_SYSTEMS) if gpu else (MACHINE, UNAVAILABLE)
     for name in ("requests", "traces", "notebooks", "figures"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir()
     state = {"machine": machine, "models": dict.fromkeys(SIZES, "unused")}
     (folder / "machine.json").write_text(json.dumps(state))
     write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
-    sweep = ["djinn", "pytorch_lru", "pytorch_pinned"]
-    for label in ("20", "25", "32", "40"):
-        for system in [*SYSTEMS, *more] if label == "25" else sweep:
+    for label in ("25", "40") if few else CAPACITIES:
+        everything = FEW if few else [*SYSTEMS, *more]
+        for system in everything if label == "25" else SWEPT:
             write_cell(folder, cell_rows(system, label, gpu=gpu), machine)
     return folder
 

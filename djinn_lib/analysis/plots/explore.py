@@ -12,6 +12,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -69,7 +70,7 @@ def picture(
     least = np.cumsum(optimal_loads(trace, sizes, capacity, PAGE_BYTES)) / GIB
     figure, (top, left, right) = _axes()
     _draw_residency(top, rows, sizes, capacity)
-    left.ecdf(rows["switch_ms"], color=POLICY_STYLE[policy].color)
+    sns.ecdfplot(rows, x="switch_ms", color=POLICY_STYLE[policy].color, ax=left)
     left.set(xlabel="switch, ms", ylabel="requests", title="What switches cost")
     left.axvline(10, color="0.6", linestyle=":")
     loaded = rows["loaded_bytes"].cumsum() / GIB
@@ -130,7 +131,7 @@ def explorer(folder: Path = REPO / "figures") -> Any:
     }
     for control in controls.values():
         control.continuous_update = False
-    # No Output widget: whoever executes a notebook that has one may wait for its end for ever
+    # No Output widget: executing a notebook that has one may never end
     # (jupyter/nbclient#312).
     canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     keep = widgets.Button(description="keep this picture", icon="save")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from djinn_lib.analysis.plots.style import (
@@ -52,8 +53,6 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
             if values.empty:
                 notes.append(f"{model}, {_LABELS[system]}: {own.error.max()}")
                 continue
-            axes.barh(y, values.median(), color=_COLORS[system], height=0.62)
-            axes.plot(values, [y] * len(values), ".", color="black", markersize=2.5)
             axes.annotate(
                 f"{three_digits(values.median())} ms", (values.max(), y), (4, 0), va="center",
                 textcoords="offset points", fontsize=SMALL_PT,
@@ -64,8 +63,12 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
             linewidth=1.0,
             linestyle="--",
         )
+        bars = {"data": part, "x": "ms_per_token", "y": "system", "order": shown, "ax": axes}
+        sns.barplot(**bars, hue="system", palette=_COLORS, saturation=1.0, estimator="median",
+                    errorbar=None, width=0.62, legend=False)  # fmt: skip
+        sns.stripplot(**bars, color="black", size=2.5, jitter=False)
         axes.set_yticks(range(len(shown)), [_LABELS[system] for system in shown])
-        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set(xlabel="", ylabel="")
         axes.margins(x=0.25)
         axes.set_xlim(left=0)
         case = part.iloc[0]

@@ -1,7 +1,7 @@
 """Figures of one trace at one capacity: latencies, where the time goes, which bytes move.
 
-A system that failed requests, or that cannot run on the machine at hand, is drawn or named as such:
-no figure drops one in silence.
+A system that failed requests, or that cannot run on this machine, is drawn or named as such; no
+figure drops one silently.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,6 +24,7 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     SYSTEM_STYLE,
     byte_scale,
+    draw_cdf,
     footnote,
     order_systems,
     require_one_cell_each,
@@ -34,14 +35,15 @@ from djinn_lib.analysis.plots.style import (
     unavailable_notes,
 )
 from djinn_lib.metrics import prefill_ms, served
+from djinn_lib.units import three_digits
 
 
 @styled
 def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
     """Draw the share of requests that were served within a time, per system.
 
-    Failed requests count in the share's denominator, so that the curve of a system that failed some
-    ends below 100%, at a cross.
+    Failed requests count in the denominator, so the curve of a system that failed some ends below
+    100%, at a cross.
 
     Args:
         rows: of one trace and one capacity.
@@ -53,13 +55,14 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
     systems = order_systems(rows["system"])
-    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # the legend stands beside, the notes below
+    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # for the legend at the right
     figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+    axes.set_xscale("log")
     for system in systems:
-        _draw_cdf(axes, rows[rows["system"] == system], system)
+        _draw_system(axes, rows[rows["system"] == system], system)
         if paper:
             _draw_published(axes, paper, system)
-    axes.set(xscale="log", ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
+    axes.set(ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
     axes.set_ylabel("share of all requests served")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
     axes.yaxis.set_major_formatter(PercentFormatter())
@@ -73,19 +76,14 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     return figure
 
 
-def _draw_cdf(axes: Axes, rows: pd.DataFrame, system: str) -> None:
-    look, n_all = system_look(system), len(rows)
-    times = np.sort(rows.loc[rows["ok"], "total_ms"].to_numpy())
-    share = 100.0 * np.arange(len(times) + 1) / n_all
-    label = look.label
-    if len(times) < n_all:
-        label += f"\n({n_all - len(times)} of {n_all} failed)"
-    axes.step(
-        [*times[:1], *times], share[: len(times) + len(times[:1])], zorder=_front(system),
-        where="post", color=look.color, linestyle=look.linestyle, label=label,
-    )  # fmt: skip
-    if 0 < len(times) < n_all:
-        axes.plot(times[-1], share[-1], "x", color=look.color, markersize=6, markeredgewidth=1.6)
+def _draw_system(axes: Axes, rows: pd.DataFrame, system: str) -> None:
+    look, n_all, n_failed = system_look(system), len(rows), int((~rows["ok"]).sum())
+    label = look.label + (f"\n({n_failed} of {n_all} failed)" if n_failed else "")
+    draw_cdf(axes, rows, "total_ms", color=look.color, linestyle=look.linestyle, label=label,
+             zorder=_front(system))  # fmt: skip
+    if 0 < n_failed < n_all:
+        end = rows["total_ms"].max(), 100.0 * (n_all - n_failed) / n_all
+        axes.plot(*end, "x", color=look.color, markersize=6, markeredgewidth=1.6)
 
 
 def _front(system: str) -> float:
@@ -132,11 +130,10 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
     _stack(left, phases)
     _stack(right, phases.div(total_ms, axis=0) * 100)
     for place, value in enumerate(total_ms.fillna(0.0)):
-        _write_beside(left, value, place, _short(value))
+        _write_after(left, value, place, three_digits(value))
     left.set_xlim(0, float(total_ms.max()) * 1.15 if len(total_ms) else 1)
     left.set_yticks(range(len(phases)), _bar_labels(rows, phases.index))
     left.set(xlabel="mean latency of a served request (ms)")
-    left.invert_yaxis()
     right.set(xlabel="share of it", xlim=(0, 100))
     right.xaxis.set_major_formatter(PercentFormatter())
     handles = [
@@ -165,14 +162,17 @@ def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _stack(axes: Axes, table: pd.DataFrame) -> None:
-    base = np.zeros(len(table))
-    for phase, color in PHASE_COLORS.items():
-        axes.barh(
-            range(len(table)), table[phase], 0.72, base, color=color, edgecolor="white",
-            linewidth=0.4,
-        )  # fmt: skip
-        base += table[phase].fillna(0.0).to_numpy()
+    """Draw a bar a row, made of the columns, the first one at the axis."""
     axes.grid(axis="x")
+    if table.empty:
+        return
+    long = table.rename_axis("system").reset_index().melt("system", var_name="phase").fillna(0.0)
+    sns.histplot(
+        long, y="system", hue="phase", weights="value", multiple="stack", discrete=True,
+        shrink=0.72, hue_order=[*reversed(PHASE_COLORS)], palette=PHASE_COLORS, alpha=1.0,
+        edgecolor="white", linewidth=0.4, legend=False, ax=axes,
+    )  # fmt: skip
+    axes.set_ylabel("")
 
 
 @styled
@@ -207,14 +207,13 @@ def bytes_loaded(
     ]
     for (name, value), style in zip(lines.items(), ("--", ":"), strict=True):
         if value is not None:
-            label = f"{name}: {_short(value / scale)} {unit}"
+            label = f"{name}: {three_digits(value / scale)} {unit}"
             axes.axvline(value / scale, color="black", linestyle=style, linewidth=1.1)
             handles.append(
                 Line2D([], [], color="black", linestyle=style, linewidth=1.1, label=label)
             )
     axes.set_yticks(range(len(totals)), _bar_labels(rows, totals.index))
     axes.set_xlim(0, longest / scale * 1.16)
-    axes.invert_yaxis()
     axes.set_xlabel(f"weights moved for the whole trace ({unit})")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
     footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
@@ -222,26 +221,28 @@ def bytes_loaded(
 
 
 def _draw_byte_bars(axes: Axes, totals: pd.DataFrame) -> None:
-    for place, (system, loaded, written) in enumerate(totals.itertuples()):
-        color = system_look(str(system)).color
-        axes.barh(place, loaded, 0.72, color=color)
-        axes.barh(place, written, 0.72, loaded, color="white", edgecolor=color, hatch="/////")
-        text = _short(loaded) + (f" + {_short(written)}" if written else "")
-        _write_beside(axes, loaded + written, place, text)
     axes.grid(axis="x")
+    if totals.empty:
+        return
+    together = totals.sum(axis=1)
+    colors = {system: system_look(system).color for system in totals.index}
+    bars = {"y": list(totals.index), "orient": "h", "width": 0.72, "ax": axes}
+    written = sns.barplot(x=together, color="white", hatch="/////", **bars).containers[-1]
+    for bar, color in zip(written, colors.values(), strict=True):
+        bar.set_edgecolor(color)
+    sns.barplot(x=totals["loaded_bytes"], hue=list(colors), palette=colors, saturation=1.0,
+                legend=False, **bars)  # fmt: skip
+    axes.set_ylabel("")
+    for place, (loaded, back) in enumerate(totals.itertuples(index=False)):
+        text = three_digits(loaded) + (f" + {three_digits(back)}" if back else "")
+        _write_after(axes, loaded + back, place, text)
 
 
-def _write_beside(axes: Axes, value: float, place: int, text: str) -> None:
+def _write_after(axes: Axes, value: float, place: int, text: str) -> None:
     axes.annotate(
         text, (value, place), (3, 0), textcoords="offset points", va="center",
         fontsize=SMALL_PT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip
-
-
-def _short(value: float) -> str:
-    """A number with three digits, or all those before the point."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f}" if value else "0"
 
 
 def _bars_height(n_bars: int) -> float:

@@ -1,10 +1,11 @@
-"""A picture of how steady decoding is: every request's decode beside the fastest of its kind."""
+"""A figure of how steady decoding is: every decode over the fastest of its kind."""
 
 from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -31,9 +32,8 @@ _SLOWEST = 4.0  # where the scale of colours ends
 def decode_pace(rows: pd.DataFrame) -> Figure:
     """Draw each request's time to decode, as a multiple of the fastest of its model and system.
 
-    A band a system, in it a line a repeat from the first request to the last. Patches are what came
-    at one time from outside; columns would be what the requests themselves ask for. A request that
-    failed is left white.
+    A band is a system, and a line in it is a repeat. Patches are disturbances from outside;
+    columns would come from the requests themselves. A request that failed is left white.
 
     Args:
         rows: of one trace and capacity, served in sequence.
@@ -48,14 +48,13 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     grid, middles = _stacked(list(bands.values()))
     size_in = (DOUBLE_COLUMN_IN, 0.9 + _ROW_IN * max(len(grid), 12))
     figure, axes = plt.subplots(figsize=size_in, layout="constrained")
-    image = axes.imshow(
-        grid, aspect="auto", interpolation="none", cmap="magma_r", norm=LogNorm(1.0, _SLOWEST)
-    )
-    axes.set_yticks(middles, [system_look(system).label for system in bands])
+    sns.heatmap(grid, cmap="magma_r", norm=LogNorm(1.0, _SLOWEST), xticklabels=5, rasterized=True,
+                cbar=False, ax=axes)  # fmt: skip
+    axes.set_yticks(middles, [system_look(system).label for system in bands], rotation=0)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("request of the trace")
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, extend="max", pad=0.01)
+    image = axes.collections[0]
+    bar = figure.colorbar(image, ax=axes, extend="max", pad=0.01, fraction=0.04, aspect=40)
     bar.set_label("decode / fastest of its model", fontsize=SMALL_PT)
     bar.set_ticks([1, 1.5, 2, 3, 4])
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
@@ -76,7 +75,7 @@ def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
     gap = np.full((_GAP, max(band.shape[1] for band in bands)), np.nan)
     parts, middles, top = [], [], 0
     for band in bands:
-        middles.append(top + (len(band) - 1) / 2)
+        middles.append(top + len(band) / 2)
         parts += [band, gap]
         top += len(band) + _GAP
     return np.vstack(parts[:-1]), middles

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
@@ -105,15 +106,16 @@ def capacity_that_suffices(study: pd.DataFrame, policy: str = "adaptive") -> Fig
         1, len(traffics), figsize=(DOUBLE_COLUMN_IN, 2.4), sharey=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    greys = plt.get_cmap("viridis")(np.linspace(0.05, 0.85, part["n_models"].nunique()))
+    free["fleet"] = free["n_models"].map("{} models".format)
     for traffic, axes in zip(traffics, grid[0], strict=True):
-        for color, (n, group) in zip(
-            greys, free[free["traffic"] == traffic].groupby("n_models"), strict=True
-        ):
-            axes.plot(group["alpha"], group["share"], color=color, marker="o", markersize=4,
-                      label=f"{n} models")  # fmt: skip
+        sns.lineplot(
+            free[free["traffic"] == traffic], x="alpha", y="share", hue="fleet", palette="viridis",
+            marker="o", markersize=5, errorbar=None, ax=axes,
+        )  # fmt: skip
+        axes.get_legend().remove()
         axes.set(title=TRAFFIC[traffic], xlabel=r"skew $\alpha$", ylim=(0, 1.05))
         axes.set_xlim(part["alpha"].min() - 0.1, part["alpha"].max() + 0.1)
+        axes.set_xticks(sorted(part["alpha"].unique()))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(axis="y")
     grid[0][0].set_ylabel("capacity / all weights")
@@ -142,11 +144,13 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
     left.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="0.88", linewidth=0)
     left.plot(ends, ends, color="0.5", linewidth=0.8)
     loads = requests["measured_bytes"] > 0
-    for chosen, label, marker in ((~loads, "hit", "o"), (loads, "something to load", "^")):
-        part = requests[chosen]
-        left.plot(part["measured_ms"], part["simulated_ms"], linestyle="", marker=marker,
-                  markersize=5, color="#0072B2" if marker == "o" else "#D55E00", alpha=0.8,
-                  label=label)  # fmt: skip
+    kinds = loads.map({False: "hit", True: "something to load"}).rename(None)
+    looks = {"hit": ("#0072B2", "o"), "something to load": ("#D55E00", "^")}
+    sns.scatterplot(
+        requests, x="measured_ms", y="simulated_ms", hue=kinds, style=kinds, s=28, alpha=0.8,
+        hue_order=looks, palette={name: color for name, (color, _) in looks.items()},
+        markers={name: marker for name, (_, marker) in looks.items()}, linewidth=0, ax=left,
+    )  # fmt: skip
     left.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms",
              ylabel="simulated, ms", title="Each request")  # fmt: skip
     left.legend(loc="upper left")
@@ -158,8 +162,8 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
         ("measured_ms", "-", "measured"),
         ("simulated_ms", "--", "simulated"),
     ):
-        right.ecdf(requests[column], linestyle=style, color="#0072B2", label=label)
-    right.set(xlabel="ms", ylabel="requests", title="All of them")
+        sns.ecdfplot(requests, x=column, linestyle=style, color="#0072B2", label=label, ax=right)
+    right.set(xlabel="ms", ylabel="requests", title="All of them", ylim=(0, 1.03))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(loc="lower right")
     equal = "equal" if errors(requests)["bytes_equal"].all() else "NOT equal"
@@ -184,9 +188,9 @@ def growth(scale: Mapping[str, Any]) -> Figure:
     )
     for policy, rows in table.groupby("policy", sort=False):
         look = POLICY_STYLE[policy]
-        line = {"color": look.color, "marker": look.marker, "markersize": 4, "label": look.label}
-        left.plot(rows["n_requests"], rows["seconds"], **line)
-        right.plot(rows["n_requests"], rows["peak_mib"], **line)
+        for axes, y in ((left, "seconds"), (right, "peak_mib")):
+            sns.lineplot(rows, x="n_requests", y=y, color=look.color, marker=look.marker,
+                         markersize=5, label=look.label, legend=False, ax=axes)  # fmt: skip
     ends = np.array([table["n_requests"].min(), table["n_requests"].max()])
     slope = table["seconds"].max() / ends[1]
     left.plot(ends, ends * slope, color="0.6", linestyle=":", label="proportional")
@@ -199,12 +203,15 @@ def growth(scale: Mapping[str, Any]) -> Figure:
 
 
 def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
-    present = [policy for policy in POLICY_STYLE if policy in set(points["policy"])]
-    for policy in present:
-        means = points[points["policy"] == policy].groupby(x)[y].mean()
-        look = POLICY_STYLE[policy]
-        axes.plot(means.index, means, color=look.color, linestyle=look.linestyle,
-                  marker=look.marker, markersize=3.5, label=look.label)  # fmt: skip
+    """Draw a line a policy through the means of its points."""
+    looks = {
+        policy: look for policy, look in POLICY_STYLE.items() if policy in set(points["policy"])
+    }
+    for policy, look in looks.items():
+        sns.lineplot(points[points["policy"] == policy], x=x, y=y, errorbar=None, ax=axes,
+                     color=look.color, linestyle=look.linestyle, marker=look.marker,
+                     markersize=4, markeredgewidth=0, label=look.label, legend=False)  # fmt: skip
+    axes.set(xlabel="", ylabel="")
     axes.tick_params(labelsize=SMALL_PT)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,7 +19,10 @@ from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from djinn_lib.errors import RecordError
@@ -37,17 +41,25 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 8,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.8,
     "axes.axisbelow": True,
     "axes.grid": False,
     "grid.color": "0.88",
     "grid.linewidth": 0.6,
     "legend.fontsize": SMALL_PT,
     "legend.frameon": False,
+    "legend.title_fontsize": SMALL_PT,
     "xtick.labelsize": SMALL_PT,
     "ytick.labelsize": SMALL_PT,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+    "xtick.minor.size": 1.8,
+    "ytick.minor.size": 1.8,
     "hatch.linewidth": 0.6,
     "lines.linewidth": 1.4,
     "figure.constrained_layout.h_pad": 0.05,
@@ -121,6 +133,15 @@ def model_colors(models: Iterable[str]) -> dict[str, str]:
     return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
 
 
+@contextmanager
+def theme() -> Iterator[None]:
+    """Set seaborn's theme, in the figures' sizes, for as long as the block runs."""
+    with mpl.rc_context():
+        # Colour codes would be changed for good, also outside of the block.
+        sns.set_theme(context="paper", style="ticks", color_codes=False, rc=STYLE)
+        yield
+
+
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     """Run a drawing function in the figures' style, leaving matplotlib's own settings alone.
 
@@ -130,7 +151,7 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
     @wraps(draw)
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
+        with theme():
             figure = draw(*args, **kwargs)
             figure.canvas.draw()
             plt.close(figure)
@@ -213,6 +234,25 @@ def unavailable_notes(reasons: dict[str, str]) -> list[str]:
     ]
 
 
+def draw_cdf(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
+    """Draw the percentage of all requests that took no more than a time.
+
+    Failed requests count in the denominator, so the curve of a system that failed some ends below
+    100%. A system that served none has an entry in the legend, and no curve.
+    """
+    times = rows.loc[rows["ok"], column].to_numpy(dtype=float)
+    if rows.empty:
+        return
+    if not len(times):
+        axes.plot([], [], **style)
+        return
+    sns.ecdfplot(x=times, stat="count", ax=axes, **style)
+    # The curve begins at the first request, not at the left end of the axis.
+    line = axes.lines[-1]
+    ends, counts = np.asarray(line.get_xdata())[1:], np.asarray(line.get_ydata())
+    line.set_data([times.min(), *ends], 100.0 * counts / len(rows))
+
+
 def byte_scale(n_bytes: float) -> tuple[float, str]:
     """Return the unit for an axis that ends at `n_bytes`: bytes per unit, and its name."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
@@ -234,7 +274,7 @@ def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Pa
         "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
         "png": {"metadata": {"Software": None}, "dpi": 200},
     }
-    with mpl.rc_context(STYLE):
+    with theme():
         for ending, settings in options.items():
             partial = folder / f".{name}.partial.{ending}"
             figure.savefig(partial, format=ending, **settings)

@@ -1,4 +1,4 @@
-"""Pictures of what switches cost: beside requests that wait, and on a longer trace."""
+"""Figures of what switches cost: where requests wait, and on a longer trace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentF
 
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
+    draw_cdf,
     footnote,
     order_systems,
     sample_note,
@@ -47,7 +47,7 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
     fair, left_out = concurrent[~unfair], _left_out(concurrent.loc[unfair, "system"])
     _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
-    _steps(left, later_touches(attempted(sequential)), "switch_ms", **before)
+    _draw_switches(left, attempted(sequential), **before)
     _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
     return figure
 
@@ -75,8 +75,12 @@ def _left_out(systems: pd.Series) -> list[str]:
 
 
 def _two_panels() -> tuple[Figure, Sequence[Axes]]:
-    size_in = (DOUBLE_COLUMN_IN, 2.6)
-    return plt.subplots(1, 2, figsize=size_in, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.6), sharey=True, layout="constrained"
+    )
+    for axes in panels:
+        axes.set_xscale("log")
+    return figure, panels
 
 
 def _draw_systems(
@@ -92,10 +96,15 @@ def _draw_systems(
     for system in order_systems(rows["system"]):
         part, look = rows[rows["system"] == system], system_look(system)
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
-        _steps(left, later_touches(part), "switch_ms", **style)
-        _steps(right, part, "total_ms", **style)
+        _draw_switches(left, part, **style)
+        draw_cdf(right, part, "total_ms", **style)
     note = sample_note(rows) if len(rows) else none_there
     footnote(figure, [note, *unavailable_notes(unavailable), *left_out])
+
+
+def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
+    later = later_touches(rows)
+    draw_cdf(axes, later.assign(ms=later["switch_ms"].clip(lower=_LEAST_MS)), "ms", **style)
 
 
 def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
@@ -104,7 +113,7 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
     right.set_xlabel(right_label)
     left.yaxis.set_major_formatter(PercentFormatter())
     for axes in (left, right):
-        axes.set(xscale="log", ylim=(0, 103))
+        axes.set_ylim(0, 103)
         _label_times(axes)
         axes.grid(which="major")
     handles = left.get_legend_handles_labels()[0]
@@ -121,11 +130,3 @@ def _label_times(axes: Axes) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _steps(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
-    """A cumulative share; failed requests count in the denominator."""
-    times = np.sort(rows.loc[rows["ok"], column].clip(lower=_LEAST_MS).to_numpy())
-    if len(times):
-        share = 100.0 * np.arange(len(times) + 1) / len(rows)
-        axes.step([times[0], *times], share, where="post", **style)

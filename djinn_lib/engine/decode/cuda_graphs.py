@@ -16,18 +16,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.models.packing import Unit
+from djinn_lib.engine.memory.layout import Extents
+from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.errors import ConfigError
 
-Wait = Callable[[int], None]
 WARM_UPS = 2
 
 
 class Recording(Protocol):
-    """A computation that can be run again."""
+    """A computation that can be run again, and waits for the weights that it reads."""
 
-    def replay(self, wait: Wait) -> None:
-        """Run it; `wait(end_byte)` comes before whatever reads weights up to there."""
+    def replay(self) -> None:
+        """Run it."""
         ...
 
 
@@ -37,21 +37,22 @@ class Repeated:
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
-    def replay(self, wait: Wait) -> None:
+    def replay(self) -> None:
         """Call the function."""
         self._function()
 
 
 class GraphRecording:
-    """CUDA graphs, one after each other, and the bytes that each of them needs."""
+    """CUDA graphs, one after each other, and the bytes that each of them waits for."""
 
-    def __init__(self, pieces: Sequence[tuple[int, torch.cuda.CUDAGraph]]) -> None:
-        self._pieces = tuple(pieces)
+    def __init__(self, pieces: Sequence[tuple[Extents, torch.cuda.CUDAGraph]], wait: Wait) -> None:
+        self._pieces, self._wait = tuple(pieces), wait
 
-    def replay(self, wait: Wait) -> None:
+    def replay(self) -> None:
         """Submit all graphs to the current stream."""
-        for end_byte, graph in self._pieces:
-            wait(end_byte)
+        for extents, graph in self._pieces:
+            if extents:
+                self._wait(extents)
             graph.replay()
 
 
@@ -113,7 +114,8 @@ class Recorder:
         function: Callable[[], None],
         model: PreTrainedModel,
         units: Sequence[Unit],
-        end_byte: int = 0,
+        wait: Wait = lambda extents: None,
+        extents: Extents = (),
     ) -> Recording:
         """Record `function`, which runs `model` once, with a piece for each of `units`.
 
@@ -124,7 +126,9 @@ class Recorder:
             function: reads and writes tensors that stay where they are.
             model: calls of its units mark where pieces begin.
             units: in the order of execution; none to record a single piece.
-            end_byte: the first piece needs weights up to there.
+            wait: called before each piece with the bytes that it needs. What is not recorded
+                waits by the model's own hooks (see `hold_back`).
+            extents: bytes that the first piece needs.
 
         Raises:
             Exception: whatever the function raises; later recordings are none the worse for it.
@@ -137,10 +141,10 @@ class Recorder:
             for _ in range(WARM_UPS):
                 function()
             self._stream.synchronize()
-            capture = _Capture(self._pool, end_byte)
+            capture = _Capture(self._pool, extents)
             hooks = [
                 model.get_submodule(unit.module).register_forward_pre_hook(
-                    lambda *_, end_byte=unit.end_byte: capture.need(end_byte)
+                    lambda *_, extents=unit.extents: capture.need(extents)
                 )
                 for unit in units
             ]
@@ -156,7 +160,7 @@ class Recorder:
                 for hook in hooks:
                     hook.remove()
         current.wait_stream(self._stream)
-        return GraphRecording(capture.pieces)
+        return GraphRecording(capture.pieces, wait)
 
 
 @cache
@@ -172,10 +176,9 @@ _ABANDONED: list[torch.cuda.CUDAGraph] = []
 class _Capture:
     """The capture under way: ends one graph and begins the next when more bytes are needed."""
 
-    def __init__(self, pool: Any, end_byte: int) -> None:
-        self._pool = pool
-        self.pieces: list[tuple[int, torch.cuda.CUDAGraph]] = []
-        self._end_byte = end_byte
+    def __init__(self, pool: Any, extents: Extents) -> None:
+        self._pool, self._extents = pool, extents
+        self.pieces: list[tuple[Extents, torch.cuda.CUDAGraph]] = []
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -184,7 +187,7 @@ class _Capture:
 
     def end(self) -> None:
         self._graph.capture_end()
-        self.pieces.append((self._end_byte, self._graph))
+        self.pieces.append((self._extents, self._graph))
 
     def abandon(self) -> None:
         """Take back what has begun, after an error.
@@ -198,11 +201,32 @@ class _Capture:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
         _ABANDONED.append(self._graph)
 
-    def need(self, end_byte: int) -> None:
-        """What comes next reads weights up to `end_byte`."""
-        if end_byte <= self._end_byte:
+    def need(self, extents: Extents) -> None:
+        """What comes next reads these bytes; a new piece begins if they end after earlier ones."""
+        if self._extents and extents[-1][1] <= self._extents[-1][1]:
             return
-        if self._end_byte:
+        if self._extents:
             self.end()
             self.begin()
-        self._end_byte = end_byte
+        self._extents = extents
+
+
+class Mailbox:
+    """Token ids on their way to the host, each with an event that says when it is there."""
+
+    def __init__(self, n_slots: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._ids = torch.zeros(n_slots, dtype=torch.long, pin_memory=self._on_gpu)
+        self._events = [torch.cuda.Event() for _ in range(n_slots if self._on_gpu else 0)]
+
+    def send(self, slot: int, token: torch.Tensor) -> None:
+        """Copy a token (1, 1) to a slot once the work submitted before is done."""
+        self._ids[slot : slot + 1].copy_(token.view(1), non_blocking=True)
+        if self._on_gpu:
+            self._events[slot].record()
+
+    def receive(self, slot: int) -> int:
+        """Wait for the token of a slot and return it."""
+        if self._on_gpu:
+            self._events[slot].synchronize()
+        return int(self._ids[slot])

@@ -8,14 +8,14 @@ for its bytes, so that a prefill follows the copy layer by layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import (
     StoppingCriteria,
@@ -26,16 +26,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.generation_options import ensure_generates, mode_of, request_options
-from djinn_lib.engine.decode.positions import check_positions
-from djinn_lib.engine.decode.rotations import forget_lengths
-from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
-from djinn_lib.engine.memory.layout import Extents
+from djinn_lib.engine.decode.positions import check_positions, forget_lengths
+from djinn_lib.engine.decode.sampling import (
+    MOST_TOKENS,
+    DrawNext,
+    OwnDraws,
+    Sampler,
+    Sampling,
+)
 from djinn_lib.engine.memory.lease import LeaseStats
 from djinn_lib.engine.models.hooks import Hook
-from djinn_lib.engine.models.packing import Unit
+from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.engine.prompts import read_ids
 from djinn_lib.errors import ConfigError, shown
 
+Proceed = Callable[[], None]  # called for each token; what it raises ends the generation
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
@@ -94,9 +99,7 @@ class Generation:
         )
 
 
-def hold_back(
-    model: PreTrainedModel, units: Sequence[Unit], wait: Callable[[Extents], None]
-) -> None:
+def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Wait) -> None:
     """Call `wait(unit.extents)` before each unit of `model` runs, from now on."""
     for unit in units:
         hook = Hook(wait, unit.extents)
@@ -155,7 +158,7 @@ def check_prompt(prompt: Sequence[int], vocab_size: int, max_new_tokens: int) ->
 class _Proceed(StoppingCriteria):
     """Asks after each token whether to go on; whoever says no raises."""
 
-    def __init__(self, proceed: Callable[[], None]) -> None:
+    def __init__(self, proceed: Proceed) -> None:
         self._proceed = proceed
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -187,7 +190,7 @@ def generate_eager(
     max_new_tokens: int,
     ignore_eos: bool = False,
     sampling: Sampling | None = None,
-    proceed: Callable[[], None] | None = None,
+    proceed: Proceed | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any | None = None,
 ) -> Tokens:
@@ -218,11 +221,18 @@ def generate_eager(
         options["stop_strings"] = None  # else `generate` would hand the tokenizer to the model
     if model.generation_config.token_healing:
         options["tokenizer"] = tokenizer
-    clock = _FirstToken()
-    if mode_of(model, options) not in _BEAMS:  # no token is known before the last
+    clock, mode = _FirstToken(), mode_of(model, options)
+    if mode not in _BEAMS:  # no token is known before the last
         options["streamer"] = clock
-    device = torch.device(device or model.device)
-    with _seeded(sampling, device):
+    device, drawing = torch.device(device or model.device), nullcontext()
+    if sampling is not None and not sampling.greedy:
+        sampler = Sampler(sampling, device)
+        if mode in _BEAMS or model.generation_config.watermarking_config:
+            drawing = OwnDraws(sampler)
+        else:  # as a recorded step does
+            options |= request_options(model, max_new_tokens, ignore_eos)
+            options["logits_processor"] = LogitsProcessorList([DrawNext(sampler)])
+    with drawing:
         output = call_generate(model, ids, device, stopping_criteria=criteria, **options)
     new_ids = tuple(output[0, len(ids) :].tolist())
     last_s = time.perf_counter() - begin_s
@@ -241,14 +251,3 @@ def call_generate(
     generate: Any = model.generate  # its signature is wider than its annotations say
     with torch.no_grad():
         return generate(inputs, **options)
-
-
-@contextmanager
-def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
-    """Draw from the seed of `sampling`, and leave the global generators as they were."""
-    if sampling is None or sampling.greedy:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.next_seed())
-        yield

@@ -63,7 +63,7 @@ def request_options(
     model: PreTrainedModel,
     max_new_tokens: int,
     ignore_eos: bool,
-    sampling: Sampling | None,
+    sampling: Sampling | None = None,
 ) -> dict[str, Any]:
     """Return what transformers' `generate` is called with for a request, beside its input."""
     options = {**_ALWAYS, "max_new_tokens": max_new_tokens}
@@ -136,7 +136,7 @@ def _demands(
 ) -> list[str]:
     """Names of what `generate(do_sample=False)` would do beside taking the most likely token."""
     hidden: Any = model  # these are transformers' own steps, in its own order
-    options = {**request_options(model, 4, ignore_eos=False, sampling=None), **changes}
+    options = {**request_options(model, 4, ignore_eos=False), **changes}
     config, _ = hidden._prepare_generation_config(None, **options)
     hidden._prepare_special_tokens(config, True, device="cpu", batch_size=1)
     mode = mode_of(model, options)

@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.decode.cuda_graphs import Recorder, Recording, Repeated, Wait
-from djinn_lib.engine.decode.decoder import Proceed
-from djinn_lib.engine.decode.eager import Tokens
-from djinn_lib.engine.decode.faster_steps import Manner, faster_ways, note_refusal
+from djinn_lib.engine.decode.compiled import Manner, faster_ways, note_refusal
+from djinn_lib.engine.decode.cuda_graphs import Mailbox, Recorder, Recording, Repeated
+from djinn_lib.engine.decode.eager import Proceed, Tokens
 from djinn_lib.engine.decode.generation_options import eos_ids
 from djinn_lib.engine.decode.kv_cache import KvCache
-from djinn_lib.engine.decode.mailbox import Mailbox
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.positions import check_positions, longest
 from djinn_lib.engine.decode.reference import N_TOKENS, Followed, Reference, References
 from djinn_lib.engine.decode.sampling import Sampler, Sampling
-from djinn_lib.engine.models.packing import Unit
+from djinn_lib.engine.memory.layout import Extents
+from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.errors import ConfigError
 
 SHORTEST_PREFILL = 32
@@ -46,6 +45,7 @@ class RecordedDecoder:
         recorder: makes the recordings.
         compiled: make the step faster than transformers' code is, before it is recorded.
         progress: told what begins.
+        wait: called before a recorded piece runs, with the bytes of weights that it needs.
 
     Raises:
         ConfigError: the architecture cannot be served from a `KvCache`.
@@ -61,6 +61,7 @@ class RecordedDecoder:
         recorder: Recorder,
         compiled: bool = False,
         progress: Callable[[str], None] = lambda step: None,
+        wait: Wait = lambda extents: None,
     ) -> None:
         self.model, self.max_model_len, self.device = model, max_model_len, model.device
         if "logits_to_keep" not in signature(model.forward).parameters:
@@ -88,11 +89,11 @@ class RecordedDecoder:
         for length in self._prefills:
             progress(f"recording the prefill of up to {length} tokens")
             self._prefills[length] = recorder.record(
-                lambda length=length: self._prefill(length), model, units
+                lambda length=length: self._prefill(length), model, units, wait
             )
         self.mode: Decode = "graph"
         self.way = "plain"
-        self._step = self._record_step(recorder, units, compiled, progress, references)
+        self._step = self._record_step(recorder, units, compiled, progress, wait, references)
         self._asked = _asked(model)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes
@@ -103,12 +104,13 @@ class RecordedDecoder:
         units: Sequence[Unit],
         compiled: bool,
         progress: Callable[[str], None],
+        wait: Wait,
         references: References,
     ) -> Recording:
-        end_byte = max(unit.end_byte for unit in units)
+        whole: Extents = ((0, max(unit.end_byte for unit in units)),)
 
         def record() -> Recording:
-            step = recorder.record(self._decode, self.model, (), end_byte)
+            step = recorder.record(self._decode, self.model, (), wait, whole)
             references.ensure_alike(lambda reference: self._follow(reference, step))
             return step
 
@@ -131,19 +133,20 @@ class RecordedDecoder:
         rows, tokens = [], []
         with torch.no_grad():
             self._load_prompt(reference.prompt_ids)
-            self._prefills[self._prefill_length(len(reference.prompt_ids))].replay(_no_wait)
+            self._prefills[self._prefill_length(len(reference.prompt_ids))].replay()
             for token in reference.token_ids:
                 rows.append(self._logits[0].clone())
                 tokens.append(int(self._token))
                 if len(rows) < len(reference.token_ids):
                     self._token.fill_(token)
-                    step.replay(_no_wait)
+                    step.replay()
         return Followed(torch.stack(rows), tuple(tokens))
 
     def close(self) -> None:
-        """Release the recordings and the cache."""
+        """Release the recordings and the cache; twice is harmless."""
         self._prefills.clear()
-        del self._step, self._manner, self.cache
+        for held in ("_step", "_manner", "cache"):
+            vars(self).pop(held, None)
 
     # -- what is recorded ------------------------------------------------------------------
 
@@ -183,7 +186,6 @@ class RecordedDecoder:
         max_new_tokens: int,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
-        wait: Wait = lambda end_byte: None,
         proceed: Proceed | None = None,
     ) -> Tokens:
         """Continue a prompt whose ids and length have been checked.
@@ -196,7 +198,6 @@ class RecordedDecoder:
             max_new_tokens: upper limit of new tokens; with `ignore_eos` exactly as many.
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
-            wait: called before a piece runs that needs weights up to a byte.
             proceed: called once each token is submitted; what it raises ends the generation.
         """
         begin_s = time.perf_counter()
@@ -209,9 +210,9 @@ class RecordedDecoder:
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
                 if n_submitted == 1:
-                    self._prefills[self._prefill_length(len(prompt_ids))].replay(wait)
+                    self._prefills[self._prefill_length(len(prompt_ids))].replay()
                 else:
-                    self._step.replay(wait)
+                    self._step.replay()
                 if proceed:
                     proceed()
                 if sampler:
@@ -282,7 +283,3 @@ def _probe_lengths(room: int, longest_window: int) -> list[int]:
 def _asked(model: PreTrainedModel) -> dict[str, Any]:
     """What a generation_config asks for, but for the ends of a sequence: they are looked up."""
     return {k: v for k, v in vars(model.generation_config).items() if k != "eos_token_id"}
-
-
-def _no_wait(end_byte: int) -> None:
-    """All weights are there."""

@@ -123,7 +123,7 @@ def take_reference(model: PreTrainedModel, prompt_ids: tuple[int, ...], n_tokens
     Raises:
         DjinnError: it gives no logits.
     """
-    options = request_options(model, n_tokens, ignore_eos=True, sampling=None)
+    options = request_options(model, n_tokens, ignore_eos=True)
     options |= {"return_dict_in_generate": True, "output_logits": True}
     output: Any = call_generate(model, prompt_ids, model.device, **options)
     if not getattr(output, "logits", None):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -110,5 +112,40 @@ class Sampler:
         the checks for which `torch.multinomial` would wait for the device.
         """
         scores = self._warpers(torch.empty(0), logits.float())  # type: ignore[arg-type]
-        noise = torch.empty_like(scores).exponential_(generator=self._generator)
-        return (scores.softmax(-1) / noise).argmax(-1, keepdim=True)
+        return self.choose(scores.softmax(-1), 1)
+
+    def choose(self, probabilities: torch.Tensor, n: int) -> torch.Tensor:
+        """Return `n` different ids a row, for probabilities (rows, ids); they need no sum of 1."""
+        noise = torch.empty_like(probabilities).exponential_(generator=self._generator)
+        return (probabilities / noise).topk(n).indices
+
+
+class DrawNext(LogitsProcessor):
+    """As the last processor of a greedy `generate`: leaves only the token that a sampler draws."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Called with the sequence so far, and logits of shape (1, vocabulary)."""
+        drawn = self._sampler.draw(scores)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class OwnDraws(TorchFunctionMode):
+    """Draws with a sampler what `torch.multinomial` is asked for, in the calling thread only.
+
+    For what transformers draws itself (several beams at once, say): it would draw from the global
+    generator, which other threads use too.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.multinomial:
+            given = dict(zip(("input", "num_samples"), args, strict=False)) | (kwargs or {})
+            return self._sampler.choose(given["input"], given["num_samples"])
+        return func(*args, **(kwargs or {}))

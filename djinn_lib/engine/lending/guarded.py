@@ -1,8 +1,8 @@
 """Weights as users get them: readable while they are lent, and refused in words at all other times.
 
-Pages come and go under a weight's addresses. To read an unmapped page ends the process (SIGSEGV),
-or on a GPU all its use of the device; to write one would change what every later request computes.
-So users never get the tensors that the library computes with. They get others of the same bytes,
+Pages come and go under a weight's addresses. Reading an unmapped page ends the process (SIGSEGV),
+or on a GPU all its use of the device; writing one would change what later requests compute. So
+users never get the tensors that the library computes with. They get others of the same bytes,
 of the type `LentTensor`: torch hands every operation on those to `__torch_function__`, which looks
 at the `Loan` first. What an operation returns is such a tensor again if it shares the memory; what
 leaves torch (NumPy, DLPack) is a copy.
@@ -60,8 +60,8 @@ class Loan:
 
         Args:
             name: of the weight, for reports.
-            weight: not lent at present.
-            place: of the weight, whose bytes are there.
+            weight: not lent at present, whose bytes are there.
+            place: of the weight.
         """
         view, storage = place.view()
         with DisableTorchFunctionSubclass():
@@ -70,10 +70,10 @@ class Loan:
         weight.loan = self
 
     def close(self, successor: Loan) -> tuple[list[str], list[str]]:
-        """End the loan; returns the names of weights that were written to, and of replaced ones.
+        """End the loan; `successor`, closed as well, is that of the weights from now on.
 
-        Args:
-            successor: the loan of the weights from now on, closed as well.
+        Returns:
+            Names of weights that were written to, and of those that were replaced.
         """
         self.refusal = (
             f"a tensor that shares memory with weights of {self.model!r} outlived the lease or the "
@@ -99,8 +99,8 @@ class Loan:
     def in_storage_to_hand_out(self, tensor: Tensor) -> Tensor:
         """Return a tensor like `tensor` whose storage a user may have.
 
-        A write through a storage goes unnoticed. So a master itself is copied, once a loan. What
-        can be loaded again is handed out, and to be compared with its master afterwards.
+        Writes through it go unnoticed: a master itself is copied, once a loan; what can be loaded
+        again is handed out, and is compared with its master afterwards.
         """
         if self.replaceable:
             self.exposed = True
@@ -202,9 +202,6 @@ def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
             raise _refused_write(module.load_state_dict, parameter)
 
 
-# -- one operation -------------------------------------------------------------------------------
-
-
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation with lent tensors among its arguments, if their loans allow it."""
     use = use_of(func)
@@ -268,9 +265,6 @@ def _refused_write(func: Any, tensor: Any) -> LeaseError:
         f"weights of {tensor.loan.model!r} cannot be written to ({name}), since all requests share "
         "them: copy the model first (copy.deepcopy(model)), and change the copy"
     )
-
-
-# -- what leaves torch ---------------------------------------------------------------------------
 
 
 def _from_a_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

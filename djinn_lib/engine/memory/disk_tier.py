@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.frames import Extent, n_frames_in
 from djinn_lib.engine.memory.layout import Fill, Layout
 from djinn_lib.engine.memory.masters import HostMasters, Masters
 from djinn_lib.engine.memory.policies import LRU
-from djinn_lib.engine.memory.ring import Extent, Ring, n_frames_in
+from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.paths import user_path

@@ -1,4 +1,4 @@
-"""Leases: the right to use a model, and what it measured."""
+"""Leases: the right to use a model, what it measured, and what a pager holds for whom."""
 
 from __future__ import annotations
 
@@ -86,3 +86,24 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+@dataclass(frozen=True, slots=True)
+class PagerStats:
+    """What a pager holds at a moment.
+
+    Attributes:
+        n_free: frames that no model has.
+        leased: models that hold a lease.
+        loading: models of which copies are in flight, or failed and not yet rolled back.
+        streamed: models larger than the ring, whose layers take turns.
+        resident_bytes: of each model.
+        frames: of each model's resident pages, in page order.
+    """
+
+    n_free: int
+    leased: frozenset[str]
+    loading: frozenset[str]
+    streamed: frozenset[str]
+    resident_bytes: dict[str, int]
+    frames: dict[str, tuple[int, ...]]

@@ -7,10 +7,11 @@ takes no lock: the pager does.
 from __future__ import annotations
 
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier
+from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.policies import Policy
-from djinn_lib.engine.memory.ring import Extent, Ring
+from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.engine.memory.window import Window
 from djinn_lib.errors import ConfigError
 

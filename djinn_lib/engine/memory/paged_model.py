@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier, Page, Range
+from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.lease import LeaseStats, Tally
 from djinn_lib.engine.memory.load import Load
 from djinn_lib.engine.memory.masters import Masters
-from djinn_lib.engine.memory.ring import Extent
 from djinn_lib.engine.memory.window import Streamed, Window
 
 LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
@@ -190,6 +190,11 @@ class PagedModel:
             return None
         self.block_until_copied()
         return failed.good_bytes
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load is in flight, or failed and not yet rolled back."""
+        return not all(load.arrived for load in tuple(self.loads))
 
     def forget_arrived(self) -> None:
         """Drop the loads that went well."""

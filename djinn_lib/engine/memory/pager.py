@@ -13,40 +13,21 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from djinn_lib.engine.memory.devices import open_address_space, open_copier
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier
+from djinn_lib.engine.memory.frames import n_frames_in
 from djinn_lib.engine.memory.layout import Extents
-from djinn_lib.engine.memory.lease import Lease
+from djinn_lib.engine.memory.lease import Lease, PagerStats
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.mover import Mover
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.policies import Policy, make_policy
-from djinn_lib.engine.memory.ring import Residency, Ring, n_frames_in
+from djinn_lib.engine.memory.ring import Residency, Ring
 from djinn_lib.engine.memory.window import Window
 from djinn_lib.errors import DjinnError, LeaseError
-
-
-@dataclass(frozen=True, slots=True)
-class PagerStats:
-    """What a pager holds at a moment.
-
-    Attributes:
-        n_free: frames that no model has.
-        leased: models that hold a lease.
-        loading: models of which copies are in flight, or failed and not yet rolled back.
-        streamed: models larger than the ring, whose layers take turns.
-        resident_bytes: of each model.
-    """
-
-    n_free: int
-    leased: frozenset[str]
-    loading: frozenset[str]
-    streamed: frozenset[str]
-    resident_bytes: dict[str, int]
 
 
 class Pager:
@@ -57,8 +38,7 @@ class Pager:
         capacity_bytes: device memory for weights; rounded down to whole frames.
         page_bytes: size of a page and a frame.
         device: where the frames are.
-        policy: who loses pages, by name or as an object.
-        residency: whether victims lose only what is needed ("partial") or everything ("whole").
+        policy, residency: who loses pages, and how many; see `Mover` and `Ring`.
 
     Raises:
         CapacityError: the capacity is below one page, or the device has less memory.
@@ -107,29 +87,17 @@ class Pager:
             return self._mover.add(model, n_bytes, window).view
 
     def remove(self, model: str) -> None:
-        """Free the frames and the addresses of an unleased model.
-
-        Raises:
-            LeaseError: the model is leased; nothing changes.
-        """
+        """Free the frames and addresses of a model, or raise `LeaseError` if it is leased."""
         with self._lock:
             self._mover.remove(model)
 
     def evict(self, model: str) -> int:
-        """Unmap all pages of an unleased model; returns their bytes.
-
-        Raises:
-            LeaseError: the model is leased.
-        """
+        """Unmap all pages of a model and return their bytes; a leased one is a `LeaseError`."""
         with self._lock:
             return self._mover.evict(model)
 
     def reset(self) -> None:
-        """Unmap all pages, and have the policy begin anew: a repeat that starts cold knows nothing.
-
-        Raises:
-            LeaseError: a model is leased; nothing was done.
-        """
+        """Unmap all pages, and have the policy begin anew; with a leased model a `LeaseError`."""
         with self._lock:
             if leased := [model for model in self.ring.models if self.ring.is_leased(model)]:
                 raise LeaseError(f"expected no leased models, got {leased}: release them first")
@@ -261,17 +229,14 @@ class Pager:
             return PagerStats(
                 self.ring.n_free,
                 frozenset(model for model, _ in models if self.ring.is_leased(model)),
-                frozenset(model for model, paged in models if paged.loads),
+                frozenset(model for model, paged in models if paged.is_loading),
                 frozenset(model for model, paged in models if paged.streamed),
                 {model: self.resident_bytes(model) for model, _ in models},
+                {model: self.ring.frames(model) for model, _ in models},
             )
 
     def check(self) -> None:
-        """Audit page tables and mappings, and that all resident bytes equal their masters.
-
-        Raises:
-            AssertionError: naming the model and the first byte that differs.
-        """
+        """Audit page tables, mappings and resident bytes; raises `AssertionError`."""
         with self._lock:
             self._mover.check()
 

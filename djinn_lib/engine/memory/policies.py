@@ -6,8 +6,8 @@ contract tests run over every entry. The same objects serve the GPU and the simu
 that asks others passes on everything that it is told, or they decide on less than they would alone.
 
 A model loses its tail and costs what it loses, so a byte is worth the same in every model: what
-counts is when its model is asked for next, not how large that is. Under independent requests the
-best that can be done without knowing the future is to keep the models asked for most often.
+counts is when its model is asked for next, not its size. Under independent requests it is best to
+keep the models that are asked for most often.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ class Policy(ABC):
         """Yield every model of `candidates` once, the first to lose pages first."""
 
     def admit(self, model: str, n_pages: int, n_frames: int) -> None:  # noqa: B027
-        """Be told of a new model of `n_pages` pages beside a ring of `n_frames`; few care."""
+        """Note a new model of `n_pages` pages, next to a ring of `n_frames`. Most ignore it."""
 
     def expect(self, upcoming: Sequence[str]) -> None:  # noqa: B027
-        """Be told which models wait to be served, the next one first; few care."""
+        """Note which models wait to be served, the next one first. Most ignore it."""
 
 
 class LRU(Policy):
     """Least recently used first (Denning, 1968); models never touched go before all others."""
 
     def __init__(self) -> None:
-        self._n_touches = 0
-        self._last: dict[str, int] = {}  # number of the last touch
+        self._n_touches, self._last = 0, dict[str, int]()  # the number of each model's last touch
 
     def touch(self, model: str, now_s: float) -> None:
         """Make `model` the most recently used."""
@@ -101,9 +100,8 @@ class LFU(Policy):
 class EWMA(Policy):
     """Latest expected next use first, from an average of the gaps between uses.
 
-    The time to the next use is taken as the average gap, or as the time since the last use where
-    that is longer: a model that has been idle for longer than usual is one that fell out of use. A
-    model used once has no gap; it goes before those that came back.
+    The time to the next use is taken as the average gap, or as the time since the last use if that
+    is longer: such a model fell out of use. A model used once has no gap and goes first.
 
     Args:
         weight: of the newest gap in the exponentially weighted moving average.
@@ -128,8 +126,8 @@ class EWMA(Policy):
 
     def forget(self, model: str) -> None:
         """Drop what is known of `model`."""
-        self._last.pop(model, None)
-        self._gap.pop(model, None)
+        for known in (self._last, self._gap):
+            known.pop(model, None)
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
         """Return `candidates`, the one expected back last first."""
@@ -142,12 +140,12 @@ class EWMA(Policy):
 
 
 class Adaptive(Policy):
-    """Whichever of several policies would have loaded least lately.
+    """The one of several policies that would have loaded least lately.
 
-    Recency wins where users stay with a model for a while, frequency where requests are
-    independent. Each expert runs a ring of its own, without bytes, over the same requests; the one
-    with the fewest loads, old ones counting less, orders the victims of the real ring (adaptive
-    caching by refetching: Gramacy et al., 2002; as experts: LeCaR, Vietri et al., 2018).
+    Recency wins where users stay with a model, frequency where requests are independent. Each
+    expert runs a ring of its own, without bytes; the one with the fewest loads, old ones counting
+    less, orders the victims of the real ring (adaptive caching by refetching: Gramacy et al., 2002;
+    as experts: LeCaR, Vietri et al., 2018).
 
     Args:
         experts: to choose from; default is LRU and LFU over the last few thousand requests.
@@ -156,9 +154,8 @@ class Adaptive(Policy):
 
     def __init__(self, experts: Sequence[Policy] | None = None, half_life: float = 1000.0) -> None:
         self._experts = list(experts) if experts else [LRU(), LFU(2000.0)]
-        self._decay = 2 ** (-1 / half_life)
+        self._decay, self._shadows = 2 ** (-1 / half_life), list[Ring]()
         self._lost = [0.0] * len(self._experts)
-        self._shadows: list[Ring] = []
 
     def admit(self, model: str, n_pages: int, n_frames: int) -> None:
         """Add the model to the ring of every expert."""
@@ -180,7 +177,7 @@ class Adaptive(Policy):
             expert.touch(model, now_s)
 
     def forget(self, model: str) -> None:
-        """Drop the model everywhere, and with the last one what the experts lost."""
+        """Drop the model, and with the last one what the experts lost."""
         for shadow in self._shadows:
             if model in shadow:
                 shadow.remove(model)
@@ -201,13 +198,10 @@ class Adaptive(Policy):
 
 
 class Lookahead(Policy):
-    """Spares what waits in the queue; orders the others, and what is equal, by another policy.
+    """Spares what waits in the queue; another policy (`beyond`, default LRU) orders the others.
 
     Among models that wait, the one whose turn comes last goes first (Belady, 1966, as far as the
     queue reaches).
-
-    Args:
-        beyond: orders the models that do not wait; default LRU.
     """
 
     def __init__(self, beyond: Policy | None = None) -> None:
@@ -224,8 +218,8 @@ class Lookahead(Policy):
 
     def forget(self, model: str) -> None:
         """Pass it on."""
-        self._beyond.forget(model)
         self._turn.pop(model, None)
+        self._beyond.forget(model)
 
     def expect(self, upcoming: Sequence[str]) -> None:
         """Remember whose turn is when, and pass it on."""
@@ -254,15 +248,9 @@ class Oracle(Policy):
         self._next_of: dict[str, float] = {}
 
     def touch(self, model: str, now_s: float) -> None:
-        """Go on to the next request.
-
-        Raises:
-            ConfigError: more requests came than were foretold.
-        """
+        """Go on to the next request; one more than were foretold is a `ConfigError`."""
         if self._n_touches == len(self._next):
-            raise ConfigError(
-                f"expected the {len(self._next)} requests that the oracle was told of, got one more"
-            )
+            raise ConfigError(f"more than the oracle's {len(self._next)} requests: give it all")
         self._next_of[model] = self._next[self._n_touches]
         self._n_touches += 1
 
@@ -284,27 +272,21 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(policy: str | Policy) -> Policy:
-    """Return a policy by name, or the object itself.
-
-    Raises:
-        ConfigError: no policy has that name.
-    """
+    """Return a policy by name (a `ConfigError` if there is none), or the object itself."""
     if isinstance(policy, Policy):
         return policy
     if policy == "oracle":
         raise ConfigError(
-            "expected a policy that needs no future, got 'oracle': it serves simulations; or pass "
-            "Oracle(models) with every request to come"
+            "the policy 'oracle' needs every request to come: pass Oracle(models), or use another"
         )
     if not isinstance(policy, str) or policy not in POLICIES:
-        raise ConfigError(
-            f"expected a policy out of {sorted(POLICIES)} or a Policy object, got {shown(policy)}"
-        )
+        known = sorted(POLICIES)
+        raise ConfigError(f"expected a policy out of {known} or a Policy, got {shown(policy)}")
     return POLICIES[policy]()
 
 
 def sparing_what_waits(policy: Policy) -> Policy:
-    """Return a policy behind `Lookahead`, or itself where it knows as much as that."""
+    """Return a policy behind `Lookahead`, or itself if it knows as much."""
     return policy if isinstance(policy, Lookahead | Oracle) else Lookahead(policy)
 
 

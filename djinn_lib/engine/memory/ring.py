@@ -21,46 +21,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
-from djinn_lib.units import format_bytes
 
 Residency = Literal["partial", "whole"]
-MOST_FRAMES = 1 << 24  # their tables take 1 GiB of host memory
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Consecutive pages of one model and the frame of each: `first_page + i` is in `frames[i]`."""
-
-    model: str
-    first_page: int
-    frames: tuple[int, ...]
-
-
-def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") -> int:
-    """Return how many whole frames fit into as many bytes; `what` names them in an error.
-
-    Raises:
-        ConfigError: pages have no size, or so many fit that the tables would fill the host.
-        CapacityError: not even one fits.
-    """
-    if page_bytes < 1:
-        raise ConfigError(f"expected a page size of at least 1 byte, got {page_bytes}")
-    if capacity_bytes < page_bytes:
-        raise CapacityError(
-            f"expected {what} of at least one page ({format_bytes(page_bytes)}), got "
-            f"{format_bytes(capacity_bytes)}: raise it or choose smaller pages"
-        )
-    if (n_frames := capacity_bytes // page_bytes) > MOST_FRAMES:
-        raise ConfigError(
-            f"expected {what} of at most {MOST_FRAMES} pages, got {n_frames} "
-            f"({format_bytes(capacity_bytes)} in pages of {format_bytes(page_bytes)}): lower it or "
-            "choose larger pages"
-        )
-    return n_frames
 
 
 class VictimOrder(Protocol):
@@ -104,7 +70,6 @@ class Ring:
         return tuple(self._n_pages)
 
     def __contains__(self, model: str) -> bool:
-        """Whether `model` was added."""
         return model in self._n_pages
 
     @property
@@ -175,11 +140,7 @@ class Ring:
         self._leases[model] = 0
 
     def remove(self, model: str) -> Extent:
-        """Forget an unleased model and free its frames; returns the extent that was resident.
-
-        Raises:
-            LeaseError: the model is leased; nothing changes.
-        """
+        """Forget an unleased model and free its frames; returns the extent that was resident."""
         extent = self.evict(model, self.n_resident(model))
         del self._n_pages[model], self._tables[model], self._leases[model]
         return extent
@@ -197,11 +158,7 @@ class Ring:
         self._leases[model] -= 1
 
     def ensure_unleased(self, model: str) -> None:
-        """Refuse a model whose pages have to stay.
-
-        Raises:
-            LeaseError: the model is leased.
-        """
+        """Raise `LeaseError` if the model is leased, so that its pages have to stay."""
         if self.is_leased(model):
             raise LeaseError(
                 f"expected an unleased model to evict, got {model!r}: release it first"
@@ -281,17 +238,12 @@ class Ring:
         )
 
     def evict(self, model: str, n_pages: int) -> Extent:
-        """Free the frames of the last `n_pages` resident pages of an unleased model.
-
-        Raises:
-            LeaseError: the model is leased.
-            ConfigError: it has fewer resident pages than that.
-        """
+        """Free the frames of the last `n_pages` resident pages of an unleased model."""
         self.ensure_unleased(model)
         return self.roll_back(model, n_pages)
 
     def roll_back(self, model: str, n_pages: int) -> Extent:
-        """Like `evict`, leased or not: for pages whose copy failed, so that nobody can use them."""
+        """Like `evict`, leased or not: for pages whose copy failed."""
         table = self._tables[self._known(model)]
         if not 0 <= n_pages <= len(table):
             raise ConfigError(f"expected 0 to {len(table)} pages of {model!r}, got {n_pages}")
@@ -312,7 +264,6 @@ class Ring:
 
         Raises:
             CapacityError: too few free frames; call `make_room` first.
-            ConfigError: fewer pages are missing.
         """
         table, n_missing = self._tables[self._known(model)], self.n_missing(model)
         n_pages = n_missing if n_pages is None else n_pages

@@ -28,7 +28,7 @@ _SENSE = re.compile(r"(?:mm_)?(vision|audio|speech|video)_(?:config|tower)")  # 
 
 @dataclass(frozen=True)
 class _Folder:
-    """Names and small JSON files of a folder; what cannot be read is as if it were not there."""
+    """Names and small JSON files of a folder; what cannot be read counts as absent."""
 
     path: Path
 
@@ -76,13 +76,12 @@ def explain_folder(folder: Path, refused: bool = False) -> str | None:
     """Return what a folder or file holds, and what to do; None if nothing is known against it.
 
     Args:
-        folder: where somebody expects a model.
+        folder: where a model is expected.
         refused: whether transformers has refused it as a decoder-only model. Some folders that it
             may serve as one, such as those of models that also see, are named only then.
 
     Returns:
-        A phrase that goes on after "got ", such as "a LoRA adapter (adapter_config.json) for
-        'base': merge it into that model, or load the base model".
+        A phrase for after "got ", such as "a LoRA adapter for 'base': merge it into that model".
     """
     if folder.is_file():
         return _explain_file(folder)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.cuda_graphs import Recorder
-from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder
-from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder, make_decoder
 from djinn_lib.engine.decode.eager import hold_back
 from djinn_lib.engine.decode.modes import Decode, parse_decode
-from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.lending.lender import Lending
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
-from djinn_lib.engine.models.packing import Embeddings, Unit, bind, pack
+from djinn_lib.engine.models.packing import Unit, Wait, bind, pack
 from djinn_lib.engine.models.sources import OpenedModel
 from djinn_lib.engine.models.tokenizer import Tokenizer
+from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.served_model import ServedModel
 from djinn_lib.errors import ConfigError, shown
-
-MIN_MODEL_LEN = 8
 
 
 class Catalog:
@@ -35,11 +31,7 @@ class Catalog:
         masters: gets their master copies.
         pager: gets their pages.
         turn: takes a turn on the device, for what needs one while a model is added.
-        device: where they run.
-        decode: how new ones decode.
-        max_model_len: tokens of a prompt and its continuation, unless decoding is eager.
-        embeddings: where lookup tables are.
-        progress: told what a longer step is doing.
+        options: how new ones decode, and where their lookup tables are.
     """
 
     def __init__(
@@ -47,18 +39,11 @@ class Catalog:
         masters: Masters,
         pager: Pager,
         turn: Callable[[str], AbstractContextManager[None]],
-        device: torch.device,
-        decode: Decode,
-        max_model_len: int,
-        embeddings: Embeddings,
-        progress: Callable[[str], None],
+        options: EngineOptions,
     ) -> None:
-        self._masters, self._pager, self._turn, self._device = masters, pager, turn, device
-        self.decode: Decode = decode
-        self._max_model_len = max_model_len
-        self._embeddings: Embeddings = embeddings
-        self._progress = progress
-        self._recorder = Recorder(device)
+        self._masters, self._pager, self._turn, self._options = masters, pager, turn, options
+        self._device = pager.space.device
+        self._recorder = Recorder(self._device)
         self._models: dict[str, ServedModel] = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -89,14 +74,14 @@ class Catalog:
     def add(self, name: str, opened: OpenedModel) -> None:
         """Read a model and prepare to decode with it; see `Djinn.add`. A failure leaves nothing."""
         module = opened.module
-        layout, units = pack(module, self._embeddings)
+        layout, units = pack(module, self._options.tables)
         # First, since a refusal costs no reading.
         device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
             self._masters.add(name, layout, opened.fill)
             tables = self._masters.tables(name, self._device)
             bind(module, layout.paged_views(device_bytes) | tables, self._device)
-            hold_back(module, units, lambda extents: self._pager.wait_for(name, extents))
+            hold_back(module, units, self._wait(name))
             addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
             lending = Lending(
                 name,
@@ -106,7 +91,9 @@ class Catalog:
                 self._pager.is_streamed(name),
                 lambda: self._pager.is_intact(name),
             )
-            decoder = self._make_decoder(name, module, units, self.decode, opened.tokenizer)
+            decoder = self._make_decoder(
+                name, module, units, self._options.decode_mode, opened.tokenizer
+            )
         except BaseException:
             self._pager.remove(name)
             self._masters.discard(name)
@@ -117,14 +104,20 @@ class Catalog:
 
     def set_decode(self, name: str, decode: str) -> Decode:
         """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
-        model = self[name]
-        with self._turn(name):
-            decoder = self._make_decoder(
-                name, model.module, model.units, parse_decode(decode), model.tokenizer
-            )
-            model.decoder.close()
-            model.decoder = decoder
+        mode = parse_decode(decode)
+        self[name]  # an unknown name is refused before anything waits
+        with self._turn(name), self._lease_to_record(name, mode):
+            model = self[name]  # as it is by now; while it is leased, nobody can remove it
+            decoder = self._make_decoder(name, model.module, model.units, mode, model.tokenizer)
+            before, model.decoder = model.decoder, decoder
+            before.close()
         return decoder.mode
+
+    def _lease_to_record(self, name: str, decode: Decode) -> AbstractContextManager[Any]:
+        """Lease a model whose weights are needed to make its decoder."""
+        # The step of a model whose layers take turns is bound by the link, recorded or not.
+        needless = decode == "eager" or self._pager.is_streamed(name)
+        return nullcontext() if needless else self._pager.lease(name)
 
     def _make_decoder(
         self,
@@ -135,7 +128,6 @@ class Catalog:
         tokenizer: Tokenizer | None,
     ) -> Decoder:
         own = tokenizer.own if tokenizer else None
-        # The step of a model whose layers take turns is bound by the link, recorded or not.
         if decode == "eager" or self._pager.is_streamed(name):
             return EagerDecoder(module, own)
         with self._turn(name), self._pager.lease(name):
@@ -144,26 +136,33 @@ class Catalog:
                 decode,
                 module,
                 units,
-                self._max_model_len,
+                self._options.max_model_len,
                 self._recorder,
-                lambda step: self._progress(f"{name}: {step}"),
+                lambda step: self._options.progress(f"{name}: {step}"),
                 own,
+                self._wait(name),
             )
+
+    def _wait(self, name: str) -> Wait:
+        """Return what holds back a unit of a model until its bytes are there."""
+        return lambda extents: self._pager.wait_for(name, extents)
 
     @contextmanager
     def lend(self, name: str, wait: bool) -> Iterator[PreTrainedModel]:
         """Lend a model to a user, who has a turn; see `Djinn.lease`."""
-        lending = self[name].lending
+        lending: Lending | None = None
         try:
-            with self._pager.lease(name), lending.lend() as module:
-                if wait:
-                    self.wait(name)
-                yield module
+            with self._pager.lease(name):
+                lending = self[name].lending  # from now on nobody can remove it
+                with lending.lend() as module:
+                    if wait:
+                        self.block_until_loaded(name)
+                    yield module
         finally:
-            if lending.take_stale():
+            if lending and lending.take_stale():
                 self._pager.evict(name)  # the next lease loads it from its master
 
-    def wait(self, name: str) -> None:
+    def block_until_loaded(self, name: str) -> None:
         """Block until a leased model is on the device; see `Djinn.wait`."""
         lending = self[name].lending
         self._pager.block_until_loaded(name)
@@ -196,13 +195,3 @@ class Catalog:
             model.lending.retire("its Djinn was closed")
             model.decoder.close()
         self._models.clear()
-
-
-def check_decoding(decode: str, max_model_len: int) -> None:
-    """Refuse what no `Catalog` can do.
-
-    Raises:
-        ConfigError: no such way to decode, or too few tokens.
-    """
-    parse_decode(decode)
-    whole_number(max_model_len, "max_model_len", MIN_MODEL_LEN, MOST_TOKENS)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class Request:
+class GenerationRequest:
     """What is asked of a model: a prompt that has been checked, and how to continue it.
 
     Attributes:
@@ -42,7 +42,9 @@ class Request:
             )
 
 
-def for_each(asked: Request | list[Request], serve: Callable[[Request], T]) -> T | list[T]:
+def for_each(
+    asked: GenerationRequest | list[GenerationRequest], serve: Callable[[GenerationRequest], T]
+) -> T | list[T]:
     """Serve a request, or each of a list in its order; returns what `serve` does, or a list."""
     return [serve(request) for request in asked] if isinstance(asked, list) else serve(asked)
 
@@ -59,7 +61,7 @@ class PendingGeneration(Future[Generation]):
 
     def __init__(
         self,
-        request: Request,
+        request: GenerationRequest,
         withdraw: Callable[[], bool],
         ensure_may_wait: Callable[[str, bool], None],
     ) -> None:

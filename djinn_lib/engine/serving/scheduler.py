@@ -1,6 +1,6 @@
 """Serves requests in turns: waits, leases, computes, and looks ahead at what waits.
 
-Whatever number of threads ask, two compute at most: the first that asked, and one of the server.
+However many threads ask, two compute at most: the first that asked, and one of the scheduler.
 Libraries keep something for each thread that has computed, and for as long as it lives: cuBLAS a
 handle and its workspace, tens of MB of device memory, OpenMP a team of threads.
 """
@@ -15,29 +15,30 @@ from contextlib import AbstractContextManager
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.lookahead import LoadAhead
+from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.queue import RequestQueue
-from djinn_lib.engine.serving.request import PendingGeneration, Request
+from djinn_lib.engine.serving.request import GenerationRequest, PendingGeneration
 from djinn_lib.engine.serving.served_model import ServedModel
 from djinn_lib.engine.serving.turns import Ticket, Turns
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 
 
-class Server:
+class Scheduler:
     """Computes one request at a time, whatever threads they come from.
 
     Args:
         pager: of the models.
-        queue: for the requests that wait.
-        overlap: start computing while later layers still load.
-        lookahead: load what the next requests miss while one computes.
+        options: how requests are ordered, and whether what waits is loaded ahead.
+
+    Attributes:
+        overlap: start computing while later layers still load; may be changed.
     """
 
-    def __init__(
-        self, pager: Pager, queue: RequestQueue[Ticket], overlap: bool, lookahead: bool
-    ) -> None:
-        self._pager, self.overlap = pager, overlap
+    def __init__(self, pager: Pager, options: EngineOptions) -> None:
+        self._pager, self.overlap = pager, options.overlap
+        queue = RequestQueue[Ticket](options.order, options.max_overtaken)
         self._turns = Turns(queue, pager.is_resident, self._look_ahead)
-        self._ahead = LoadAhead(pager, self._turns.upcoming) if lookahead else None
+        self._ahead = LoadAhead(pager, self._turns.upcoming) if options.lookahead else None
         self._thread: ThreadPoolExecutor | None = None  # serves what was submitted
         self._starting = threading.Lock()
         self._first_ident: int | None = None  # of the thread that asked first
@@ -51,7 +52,7 @@ class Server:
         """Raise `LeaseError` when a coroutine that awaits a request would wait for itself."""
         self._turns.ensure_may_wait(name, blocks_thread=False)
 
-    def generate(self, model: ServedModel, request: Request) -> Generation:
+    def generate(self, model: ServedModel, request: GenerationRequest) -> Generation:
         """Serve a request and wait for it: in the calling thread, if none asked before it did."""
         if self._turns.is_mine or self._may_compute():
             with self._turns.turn(model.name):
@@ -59,8 +60,8 @@ class Server:
         self._turns.ensure_may_wait(model.name)
         return self.submit(model, request).result()
 
-    def submit(self, model: ServedModel, request: Request) -> PendingGeneration:
-        """Queue a request, and serve it in a thread of the server when its turn comes."""
+    def submit(self, model: ServedModel, request: GenerationRequest) -> PendingGeneration:
+        """Queue a request, and serve it in a thread of the scheduler when its turn comes."""
         thread = self._started()
         ticket = self._turns.join(model.name)
         pending = PendingGeneration(
@@ -99,7 +100,7 @@ class Server:
         else:
             pending.set_exception(error)
 
-    def _serve(self, model: ServedModel, request: Request) -> Generation:
+    def _serve(self, model: ServedModel, request: GenerationRequest) -> Generation:
         request.proceed()
         queue_s = time.perf_counter() - request.begin_s
         with self._pager.lease(model.name) as lease:
@@ -122,7 +123,6 @@ class Server:
                 request.max_new_tokens,
                 request.ignore_eos,
                 request.sampling,
-                lambda end_byte: self._pager.wait(model.name, end_byte),
                 proceed,
             )
             text = model.text(tokens.token_ids)
@@ -144,7 +144,7 @@ class Server:
             self._own_ident = threading.get_ident()
 
         with self._starting:
-            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-server", note)
+            self._thread = self._thread or ThreadPoolExecutor(1, "djinn-scheduler", note)
             return self._thread
 
     def ensure_no_turn(self, action: str) -> None:
@@ -169,7 +169,7 @@ class Server:
             self._ahead.close()
 
 
-def _too_late(request: Request, error: BaseException) -> DjinnError:
+def _too_late(request: GenerationRequest, error: BaseException) -> DjinnError:
     failed = DjinnError(
         f"a request for {request.model!r} cannot be served any more, since the interpreter ends: "
         "wait for requests with result() before that"

@@ -17,7 +17,7 @@ from djinn_lib.engine.lending.lender import Lending
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.engine.prompts import ReadPrompt, read_prompts
-from djinn_lib.engine.serving.request import Request
+from djinn_lib.engine.serving.request import GenerationRequest
 from djinn_lib.errors import ConfigError, shown
 
 
@@ -51,7 +51,7 @@ class ServedModel:
 
     def ask(
         self, prompt: object, max_new_tokens: int, ignore_eos: bool, sampling: Sampling
-    ) -> Request | list[Request]:
+    ) -> GenerationRequest | list[GenerationRequest]:
         """Return the request for a prompt, or one for each of a list of them.
 
         Everything is checked here, before anything waits or is loaded.
@@ -75,7 +75,9 @@ class ServedModel:
                 ids = self._prompt_ids(one, max_new_tokens)
             except ConfigError as error:
                 raise ConfigError(f"prompt {i} of the list: {error}" if many else error) from error
-            requests.append(Request(self.name, ids, max_new_tokens, ignore_eos, sampling, begin_s))
+            requests.append(
+                GenerationRequest(self.name, ids, max_new_tokens, ignore_eos, sampling, begin_s)
+            )
         return requests if many else requests[0]
 
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:

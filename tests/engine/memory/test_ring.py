@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from djinn_lib.engine.memory.frames import n_frames_in
 from djinn_lib.engine.memory.policies import LRU
-from djinn_lib.engine.memory.ring import Ring, n_frames_in
+from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
 
 MODELS = ["a", "b", "c", "d"]

@@ -57,8 +57,8 @@ class CudaAddressSpace(AddressSpace):
         self._frames: list[Any] = []
         _require_cuda(device)
         torch.cuda.init()
-        self.device = torch.device("cuda", torch.cuda.current_device()
-                                   if device.index is None else device.index)  # fmt: skip
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
         with torch.cuda.device(self.device):
             torch.empty(1, device=self.device)  # makes torch's context, which the driver then uses
             self._context = _call(driver.cuCtxGetCurrent)
@@ -227,12 +227,7 @@ def _require_virtual_memory(device: torch.device) -> None:
 
 
 class StreamCopy(PageCopy):
-    """A page that a CUDA stream copies, or why it could not be submitted.
-
-    Args:
-        arrival: recorded behind the copy.
-        error: of a copy that could not be submitted.
-    """
+    """A page that a CUDA stream copies: the event behind it, or why it was not submitted."""
 
     def __init__(
         self, arrival: torch.cuda.Event | None, error: BaseException | None = None

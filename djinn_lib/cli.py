@@ -1,0 +1,250 @@
+"""The command line: `djinn --help`.
+
+Each command calls a function of the package that is imported only then, so that `djinn --help`
+answers at once. An error of ours is one line, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from djinn_lib.errors import DjinnError
+
+app = typer.Typer(
+    name="djinn",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="""Several language models share one device whose memory does not hold them all.
+
+    **The experiment:** `djinn reproduce` runs all of it, `djinn run` and `djinn sweep` a part that
+    you describe, `djinn trace` writes requests, `djinn plot` draws.
+
+    **For publishing:** `djinn merge`, `djinn publish`, `djinn figures`.
+
+    **Serving:** `djinn serve` and `djinn ring` put the ring under vLLM.""",
+)
+_EXPERIMENT, _PUBLISHING, _SERVING = "The experiment", "Publishing", "Serving"
+
+
+class Mode(enum.StrEnum):
+    """How requests are sent."""
+
+    sequential = "sequential"
+    concurrent = "concurrent"
+    both = "both"
+
+
+class Executor(enum.StrEnum):
+    """Where cells run."""
+
+    local = "local"
+    ray = "ray"
+
+
+class Kind(enum.StrEnum):
+    """How a trace is drawn."""
+
+    paper = "paper"
+    zipf = "zipf"
+
+
+class Figure(enum.StrEnum):
+    """What can be drawn."""
+
+    cdf = "cdf"
+    sensitivity = "sensitivity"
+
+
+_Config = Annotated[
+    str | None,
+    typer.Option(
+        help="profile: a name (smoke, cpu, gpu), a .yml file like params/gpu.yml, or a file of the "
+        "paper's form [default: gpu where there is a GPU, else cpu]"
+    ),
+]
+_TraceFile = Annotated[
+    Path | None,
+    typer.Option(help="requests: .jsonl of `djinn trace`, or .json of the paper's form "
+                      "[default: the paper's 30]"),
+]  # fmt: skip
+_ModeOption = Annotated[Mode, typer.Option(help="one request after another, or at their arrival")]
+_Repeats = Annotated[int, typer.Option(min=1, help="how often each system serves the trace")]
+_Speed = Annotated[float, typer.Option(help="with `concurrent`: arrive so many times as fast")]
+_ExecutorOption = Annotated[Executor, typer.Option(help="where cells run")]
+_BASELINES = (
+    "comma-separated: djinn, pytorch_pinned, pytorch_pageable, serverless, vllm, or a label of the "
+    "profile's systems; `all` for these five"
+)
+
+
+def _in_words(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Turn an error of ours into one line, and a returned status into the exit status."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except DjinnError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("interrupted: the same command continues where it stopped", file=sys.stderr)
+            raise typer.Exit(130) from error
+        raise typer.Exit(code or 0)
+
+    return wrapped
+
+
+def _default_config() -> str:
+    from djinn_lib import nvml
+
+    return "gpu" if nvml.first_gpu() else "cpu"
+
+
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def run(
+    output_dir: Annotated[Path, typer.Option(help="results go here; a second call continues")],
+    buffer_gb: Annotated[float, typer.Option(help="device memory for weights, in GiB")] = 25.0,
+    baselines: Annotated[str, typer.Option(help=_BASELINES)] = "all",
+    mode: _ModeOption = Mode.sequential,
+    trace_file: _TraceFile = None,
+    config_file: _Config = None,
+    repeats: _Repeats = 1,
+    speed: _Speed = 1.0,
+    executor: _ExecutorOption = Executor.local,
+) -> int:
+    """Compare systems on one trace at one capacity.
+
+    The output folder then has `index.html`, rows and executed notebooks, and in the paper's form
+    `comparison_summary.json`, `<system>_<mode>_results.json` and the trace. Without a GPU the
+    capacity is a share of the models: 25 stands for 25/31.3 of their bytes.
+    """
+    from djinn_lib.experiment.comparison import compare
+
+    return compare(
+        config_file or _default_config(), output_dir, [buffer_gb], baselines.split(","),
+        mode.value, trace_file, repeats, speed, executor.value,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def sweep(
+    output_dir: Annotated[Path, typer.Option(help="results go here; a second call continues")],
+    buffer_sizes: Annotated[str, typer.Option(help="capacities in GiB")] = "20,25,32,40",
+    baselines: Annotated[str, typer.Option(help=_BASELINES)] = "djinn,pytorch_pinned",
+    trace_file: _TraceFile = None,
+    config_file: _Config = None,
+    repeats: _Repeats = 1,
+    executor: _ExecutorOption = Executor.local,
+) -> int:
+    """Compare systems at several capacities, each in a process of its own."""
+    from djinn_lib.experiment.comparison import compare, parse_sizes
+
+    sizes, names = parse_sizes(buffer_sizes), baselines.split(",")
+    return compare(
+        config_file or _default_config(), output_dir, sizes, names, "sequential", trace_file,
+        repeats, executor=executor.value,
+    )  # fmt: skip
+
+
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def trace(
+    output: Annotated[Path, typer.Option(help=".jsonl, or .json for the paper's form")],
+    n_agents: Annotated[int, typer.Option(help="number of requests")] = 30,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same trace")] = 42,
+    kind: Annotated[Kind, typer.Option(help="40/40/20 percent, or Zipf's law")] = Kind.paper,
+    alpha: Annotated[float, typer.Option(help="with `zipf`: the skew")] = 1.0,
+    rate: Annotated[float, typer.Option(help="with `zipf`: requests a second")] = 0.5,
+) -> None:
+    """Write a trace: which of the paper's three models is asked for, and when."""
+    from djinn_lib.experiment.paper_form import save_trace
+    from djinn_lib.trace import PAPER_MODELS, paper_trace, zipf_trace
+
+    if kind is Kind.paper:
+        made = paper_trace(n=n_agents, seed=seed)
+    else:
+        made = zipf_trace(n_agents, alpha, PAPER_MODELS, seed, rate)
+    save_trace(made, output)
+    print(f"{len(made)} requests for {len(made.models)} models: {output}")
+
+
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def plot(
+    figure: Annotated[Figure, typer.Argument(help="the latency CDF, or the capacity's influence")],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="a run's folder [default: the published run]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=".pdf or .png [default: the run's figures/]")
+    ] = None,
+) -> None:
+    """Draw a figure from the rows of a run."""
+    from djinn_lib.publishing.redraw import draw_one
+
+    print(draw_one(figure.value, run_dir, output))
+
+
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def reproduce(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="`cell:paper-25-djinn`, or a notebook such as `figures` [default: all]"
+        ),
+    ] = None,
+    profile: _Config = None,
+    run_dir: Annotated[Path | None, typer.Option(help="[default: data/runs/PROFILE]")] = None,
+    executor: _ExecutorOption = Executor.local,
+) -> int:
+    """Run the whole experiment, or what is missing or changed of it; see also `make reproduce`."""
+    from djinn_lib.experiment.reproduce import reproduce as run_all
+
+    return run_all(profile or _default_config(), run_dir, executor.value, names or [])
+
+
+def _hand_on(name: str, module: str, panel: str, said: str) -> None:
+    """Add a command whose options are those of a module's `main`."""
+
+    @app.command(
+        name,
+        help=said,
+        rich_help_panel=panel,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    @_in_words
+    def command(context: typer.Context) -> int:
+        return import_module(module).main(context.args)
+
+
+_hand_on("study", "djinn_lib.experiment.study", _EXPERIMENT,
+         "Simulate policies, capacities and fleets of models.")  # fmt: skip
+_hand_on("figures", "djinn_lib.publishing.redraw", _PUBLISHING,
+         "Draw the published figures, or those of a run, from rows.")  # fmt: skip
+_hand_on("merge", "djinn_lib.publishing.merge", _PUBLISHING,
+         "Put the cells of several run folders into one.")  # fmt: skip
+_hand_on("publish", "djinn_lib.publishing.publish", _PUBLISHING,
+         "Make a finished run the reference.")  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""How a `Djinn` serves its models: all its parameters, checked and resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from inspect import Signature, signature
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec
+
+import torch
+
+from djinn_lib.arguments import flag, function, whole_number
+from djinn_lib.engine.decode.modes import Decode, default_decode, parse_decode
+from djinn_lib.engine.decode.sampling import MOST_TOKENS
+from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
+from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
+from djinn_lib.engine.memory.ring import Residency
+from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
+from djinn_lib.engine.serving.queue import Order, RequestQueue
+from djinn_lib.errors import ConfigError
+from djinn_lib.units import parse_bytes
+
+MIN_MODEL_LEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """The parameters of a `Djinn`.
+
+    Args:
+        capacity: device memory for weights, in bytes or as text ("25GiB").
+        device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
+        page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
+        policy: who loses pages when the ring is full: "lru", or a `Policy`.
+        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        overlap: start computing while later layers still load; else wait for all of them first.
+        decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
+            model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
+            kernels of its own for the step, or those of `torch.compile`, once made. Default
+            is "compiled" on a GPU, "eager" on the CPU. A model that cannot be recorded is served
+            eagerly, with a warning.
+        max_model_len: tokens of a prompt and its continuation together, where decoding is not
+            eager; device memory for keys and values is set aside for as many.
+        order: of requests that wait: "fifo", or "affinity", which serves the oldest one whose model
+            is resident first.
+        max_overtaken: with "affinity", by how many later requests one is overtaken at most.
+        lookahead: look at the requests that wait: load what they miss while another one computes,
+            and evict their models last.
+        embeddings: "host" leaves lookup tables (embeddings that are not tied to the head) in host
+            memory, from where the device reads a row a token; "ring" pages them like all else.
+            Default is "host", but "ring" with `host_capacity`.
+        host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
+            and read when it is needed. Default is as much as all models need.
+        swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
+        progress: called with what a longer step of `add` is doing.
+
+    Attributes:
+        torch_device, capacity_bytes, page_bytes: what `device`, `capacity` and `page` stand for.
+        decode_mode: how new models decode.
+        eviction: the policy, which spares models that wait, with `lookahead`.
+        tables: where lookup tables are.
+
+    Raises:
+        ConfigError: a parameter has no meaning.
+    """
+
+    capacity: int | str
+    device: str | torch.device | None = None
+    page: int | str | None = None
+    policy: str | Policy = "lru"
+    residency: Residency = "partial"
+    overlap: bool = True
+    decode: Decode | None = None
+    max_model_len: int = 512
+    order: Order = "fifo"
+    max_overtaken: int = 8
+    lookahead: bool = True
+    embeddings: Embeddings | None = None
+    host_capacity: int | str | None = None
+    swap_dir: str | Path | None = None
+    progress: Callable[[str], None] = print
+    torch_device: torch.device = field(init=False)
+    capacity_bytes: int = field(init=False)
+    page_bytes: int = field(init=False)
+    decode_mode: Decode = field(init=False)
+    eviction: Policy = field(init=False)
+    tables: Embeddings = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = parse_device(self.device)
+        page = DEFAULT_PAGE_BYTES[device.type] if self.page is None else self.page
+        decode = default_decode(device.type) if self.decode is None else self.decode
+        resolved: dict[str, object] = {
+            "torch_device": device,
+            "decode_mode": parse_decode(decode),
+            "max_model_len": whole_number(
+                self.max_model_len, "max_model_len", MIN_MODEL_LEN, MOST_TOKENS
+            ),
+            "overlap": flag(self.overlap, "overlap"),
+            "lookahead": flag(self.lookahead, "lookahead"),
+            "progress": function(self.progress, "progress"),
+        }
+        RequestQueue(self.order, self.max_overtaken)  # which refuses what it cannot do
+        resolved |= {
+            "eviction": self._eviction(),
+            "tables": choose_embeddings(self.embeddings, self.host_capacity is None),
+            "capacity_bytes": parse_bytes(self.capacity),
+            "page_bytes": parse_bytes(page),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+
+    def _eviction(self) -> Policy:
+        policy = make_policy(self.policy)
+        if self.lookahead:
+            return sparing_what_waits(policy)
+        if isinstance(policy, Lookahead):
+            raise ConfigError(
+                "the policy 'lookahead' looks at requests that wait, which lookahead=False rules "
+                "out: leave one of them out"
+            )
+        return policy
+
+
+P = ParamSpec("P")
+_Init = Callable[[Any, EngineOptions], None]
+
+
+def _takes(
+    options: Callable[P, EngineOptions],
+) -> Callable[[_Init], Callable[Concatenate[Any, P], None]]:
+    def decorate(init: _Init) -> Callable[Concatenate[Any, P], None]:
+        def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+            init(self, options(*args, **kwargs))
+
+        own = list(signature(init).parameters.values())[:1]
+        parameters = signature(options).parameters.values()
+        __init__.__signature__ = Signature([*own, *parameters])  # type: ignore[attr-defined]
+        return __init__
+
+    return decorate
+
+
+# Gives an `__init__` the parameters of `EngineOptions`, for callers, editors and type checkers.
+takes_options = _takes(EngineOptions)

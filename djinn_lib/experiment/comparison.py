@@ -1,0 +1,207 @@
+"""One comparison or sweep, described by a few options instead of a profile.
+
+The options become a profile of their own, which is kept in the output folder, and which
+`reproduce` runs: the same notebooks, rows and manifests as everything else. Results are written in
+the form of the paper's scripts as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment import paper_form
+from djinn_lib.experiment.profile import Cell, Profile, load_profile
+from djinn_lib.experiment.reproduce import reproduce
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.files import ensure_writable, write_json, write_text
+from djinn_lib.rows import read_rows
+from djinn_lib.trace import read_trace
+
+Modes = Literal["sequential", "concurrent", "both"]
+PAPER_GIB = 31.3  # of the paper's three models, of which a capacity without a GPU is a share
+TRACE = "paper"  # label of the trace in the profile, by which notebooks find it
+
+
+def compare(
+    config: str,
+    output_dir: Path,
+    buffers_gb: Sequence[float],
+    baselines: Sequence[str],
+    mode: Modes = "sequential",
+    trace_file: Path | None = None,
+    repeats: int = 1,
+    speed: float = 1.0,
+    executor: str = "local",
+) -> int:
+    """Run some systems on one trace at one or more capacities; returns `reproduce`'s exit status.
+
+    Args:
+        config: a profile's name or file, or a configuration of the paper's scripts.
+        output_dir: where everything goes; a second call goes on there.
+        buffers_gb: capacities in GiB; without a GPU shares of `PAPER_GIB`.
+        baselines: labels of the profile's systems, or the paper's names; "all" for its five.
+        mode: requests one after another, at their arrival, or both in turn.
+        trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
+        repeats: how often each system serves the trace.
+        speed: how many times as fast requests arrive in mode "concurrent".
+        executor: where cells run, "local" or "ray".
+
+    Raises:
+        ConfigError: an option has no meaning; the message says which.
+        TraceError: the trace cannot be used.
+    """
+    profile = describe(config, buffers_gb, baselines, mode, trace_file, repeats, speed)
+    ensure_writable(output_dir)
+    path = (output_dir / f"{profile.name}.yml").resolve()
+    write_text(path, yaml.safe_dump(_plain(profile), sort_keys=False))
+    profile = load_profile(str(path))
+    profile.make_trace(TRACE)  # refused before anything runs
+    cells = [f"cell:{cell.id}" for cell in profile.all_cells()]
+    drawn = ["sensitivity"] if len(buffers_gb) > 1 else []
+    code = reproduce(str(path), output_dir, executor, [*cells, "figures", *drawn, "page"])
+    write_paper_form(RunFolder(output_dir.resolve()), profile)
+    return code
+
+
+def describe(
+    config: str,
+    buffers_gb: Sequence[float],
+    baselines: Sequence[str],
+    mode: Modes = "sequential",
+    trace_file: Path | None = None,
+    repeats: int = 1,
+    speed: float = 1.0,
+) -> Profile:
+    """Return the profile that the options of `compare` stand for.
+
+    Raises:
+        ConfigError: one of them has no meaning.
+    """
+    base = _base(config)
+    capacities = dict(_capacity(base, gb) for gb in buffers_gb)
+    labels = [_label(base, name) for name in _paper_names(baselines)]
+    trace = {"kind": "file", "path": str(trace_file.resolve())} if trace_file else {"kind": "paper"}
+    modes = ("sequential", "concurrent") if mode == "both" else (mode,)
+    fields = {
+        **base.model_dump(exclude={"cells", "large"}),
+        "repeats": repeats,
+        "capacities": capacities,
+        "traces": {TRACE: trace},
+        "systems": {label: base.systems[label] for label in labels},
+        "cells": [
+            {
+                "traces": [TRACE],
+                "capacities": list(capacities),
+                "systems": labels,
+                "mode": each,
+                "speed": speed if each == "concurrent" else 1.0,
+            }
+            for each in modes
+        ],
+    }
+    return Profile.model_validate(fields)
+
+
+def write_paper_form(run: RunFolder, profile: Profile) -> None:
+    """Write what cells measured in the form of the paper's scripts.
+
+    With several capacities each has a folder of its own.
+    """
+    labels = list(profile.capacities)
+    for label in labels:
+        folder = run.path if len(labels) == 1 else run.path / f"{label}gb"
+        cells = [cell for cell in profile.all_cells() if cell.capacity_label == label]
+        found = {
+            f"{paper_form.baseline_name(cell.system)}_{cell.mode}": _result(run, cell)
+            for cell in cells
+            if run.cell(cell.id).rows.exists()
+        }
+        folder.mkdir(exist_ok=True)
+        for name, result in found.items():
+            write_json(folder / f"{name}_results.json", result)
+        write_json(folder / "comparison_summary.json", paper_form.summary(found))
+    if run.trace(TRACE).exists():
+        trace = read_trace(run.trace(TRACE))
+        paper_form.save_trace(trace, run.path / f"trace_n{len(trace)}.json")
+
+
+def _result(run: RunFolder, cell: Cell) -> dict[str, Any]:
+    return paper_form.result(read_rows(run.cell(cell.id).rows))
+
+
+def _base(config: str) -> Profile:
+    """A profile, or one with the models of a configuration of the paper's scripts."""
+    if not config.endswith((".yml", ".yaml")):
+        return load_profile(config)
+    try:
+        fields = yaml.safe_load(Path(config).read_text())
+        models = fields["models"]
+        theirs = {name: entry["model_id"] for name, entry in models.items()}
+    except OSError as error:
+        raise ConfigError(
+            f"{config!r} cannot be read ({error.strerror}): check the path"
+        ) from error
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return load_profile(config)  # which says what is wrong with it
+    base = load_profile("gpu")
+    if unknown := [name for name in theirs if name not in base.models]:
+        raise ConfigError(
+            f"{config}: the models {unknown} have no counterpart in the paper; write a profile "
+            f"like params/gpu.yml, or name models out of {list(base.models)}"
+        )
+    tokens = fields.get("experiment", {}).get("max_tokens", base.new_tokens)
+    named = {name: {"stands_for": name, "hub_id": hub_id} for name, hub_id in theirs.items()}
+    return Profile.model_validate({**base.model_dump(), "models": named, "new_tokens": tokens})
+
+
+def _capacity(base: Profile, gb: float) -> tuple[str, str]:
+    """Label and size of a capacity: the profile's own where it has one of that label."""
+    if not 0 < gb < 1 << 20:
+        raise ConfigError(f"a buffer of {gb:g} GB has no meaning; give a positive size")
+    label = f"{gb:g}"
+    if label in base.capacities:
+        return label, base.capacities[label]
+    return label, f"{label}GiB" if base.device == "cuda" else f"{label}/{PAPER_GIB}"
+
+
+def _paper_names(baselines: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in baselines if name.strip()]
+    if not names:
+        raise ConfigError("no baseline is named; name one or more, or 'all'")
+    return list(paper_form.BASELINES) if names == ["all"] else names
+
+
+def _label(base: Profile, name: str) -> str:
+    """The label of the profile's system that a name stands for."""
+    for label in (paper_form.BASELINES.get(name, name), name):
+        if label in base.systems:
+            return label
+    raise ConfigError(
+        f"there is no baseline {name!r}; choose from {list(paper_form.BASELINES)} or the systems "
+        f"of profile {base.name!r}: {list(base.systems)}"
+    )
+
+
+def _plain(profile: Profile) -> dict[str, Any]:
+    """A profile's fields as YAML has them, without what is not set."""
+    fields = profile.model_dump(exclude={"name"}, exclude_none=True)
+    return {key: value for key, value in fields.items() if value != {}}
+
+
+def parse_sizes(text: str) -> list[float]:
+    """Return sizes in GB from text such as "20,25,32,40".
+
+    Raises:
+        ConfigError: one of them is no number.
+    """
+    parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
+    try:
+        return [float(part) for part in parts]
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is no list of sizes; write for example 20,25,32,40") from error

@@ -1,0 +1,115 @@
+"""Traces and results in the form of the paper's scripts, beside our own.
+
+A trace of theirs is a JSON object whose ``agents`` have an ``agent_id``, a ``model`` and an
+``arrival_time`` in seconds. A result is an object of ``stats`` and of ``results``, one an agent.
+Their agents also have prompts and think times, which our requests do not have.
+
+Source: https://github.com/jaewan/Djinn, OSDI_Evaluation/exp1_semantic_scheduler.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.errors import TraceError
+from djinn_lib.files import write_json
+from djinn_lib.metrics import latency, served
+from djinn_lib.trace import Request, Trace, read_trace, write_trace
+
+# Names of their baselines, and of our systems that do the same.
+BASELINES = {
+    "djinn": "djinn",
+    "pytorch_pinned": "pytorch_pinned",
+    "pytorch_pageable": "pytorch_pageable",
+    "serverless": "serverless_warm",
+    "vllm": "vllm_recreate",
+}
+_THEIRS = {ours: theirs for theirs, ours in BASELINES.items()}
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a trace in our form (``.jsonl``) or in theirs (``.json``).
+
+    Raises:
+        TraceError: it is missing, or is not such a trace; the message says where.
+    """
+    if path.suffix != ".json":
+        return read_trace(path)
+    try:
+        agents = json.loads(path.read_text())["agents"]
+        asked = [(float(agent["arrival_time"]), str(agent["model"])) for agent in agents]
+    except OSError as error:
+        raise TraceError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise TraceError(
+            f"{path} is no trace of the paper's form ({type(error).__name__}: {error}): it needs "
+            "'agents' with an 'arrival_time' and a 'model' each"
+        ) from error
+    if not asked or not all(math.isfinite(at_s) and at_s >= 0 and model for at_s, model in asked):
+        raise TraceError(f"{path} needs one or more agents with finite arrival times and a model")
+    asked.sort(key=lambda pair: pair[0])
+    requests = tuple(Request(i, at_s, model) for i, (at_s, model) in enumerate(asked))
+    return Trace("file", {"file": path.name, "n": len(requests)}, requests)
+
+
+def save_trace(trace: Trace, path: Path) -> None:
+    """Write a trace, in their form where `path` ends in ``.json``, else in ours."""
+    if path.suffix != ".json":
+        write_trace(trace, path)
+        return
+    agents = [
+        {"agent_id": r.request, "model": r.model, "arrival_time": r.arrival_s}
+        for r in trace.requests
+    ]
+    known = {key: value for key, value in trace.params.items() if key not in ("n", "models")}
+    write_json(path, {"n_agents": len(agents), **known, "agents": agents})
+
+
+def baseline_name(label: str) -> str:
+    """Return what their scripts call a system of ours."""
+    return _THEIRS.get(label, label)
+
+
+def result(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the rows of one cell in the form of ``<system>_<mode>_results.json``.
+
+    Of repeated requests the first repeat is told one by one; the statistics are of all repeats.
+    """
+    ok = served(rows)
+    first, n_repeats = rows[rows["repeat"] == 0], rows["repeat"].nunique()
+    name = f"{baseline_name(str(rows['system'].iloc[0]))}_{rows['mode'].iloc[0]}"
+    stats: dict[str, Any] = {
+        "baseline": name,
+        "completed": round(len(ok) / n_repeats),
+        "failed": round((len(rows) - len(ok)) / n_repeats),
+        "repeats": n_repeats,
+    }
+    for column in ("total_ms", "switch_ms") if len(ok) else ():
+        found = latency(ok[column])
+        stats |= {f"{key}_{column}": round(found[key], 3) for key in ("p50", "p99", "mean")}
+    return {"stats": stats, "results": [_agent(row) for row in first.to_dict("records")]}
+
+
+def _agent(row: dict[str, Any]) -> dict[str, Any]:
+    agent = {"agent_id": row["request"], "model": row["model"], "success": row["ok"]}
+    if not row["ok"]:
+        return {**agent, "error": row["error"]}
+    times = {key: round(row[key], 3) for key in ("switch_ms", "ttft_ms", "decode_ms", "total_ms")}
+    return {**agent, **times, "output_tokens": row["n_tokens"]}
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return results by name in the form of ``comparison_summary.json``."""
+    fields = ("p50_total_ms", "p99_total_ms", "mean_total_ms")
+    return {
+        name: {
+            **{field: round(found["stats"][field]) for field in fields if field in found["stats"]},
+            "completed": found["stats"]["completed"],
+        }
+        for name, found in results.items()
+    }
