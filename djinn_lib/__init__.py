@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         RequestCancelled,
         TraceError,
     )
+    from djinn_lib.fleet.fleet import Fleet
     from djinn_lib.simulator.optimal import optimal_bytes
     from djinn_lib.simulator.simulate import simulate
 
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "Djinn",
     "DjinnError",
+    "Fleet",
     "Generation",
     "LeaseError",
     "ModelSpec",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 _HOMES = {
     "Djinn": "engine.djinn",
+    "Fleet": "fleet.fleet",
     "Generation": "engine.decode.eager",
     "ModelSpec": "engine.models.spec",
     "Sampling": "engine.decode.sampling",

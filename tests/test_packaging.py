@@ -67,7 +67,7 @@ def misfits(wanted: dict[str, Requirement], pinned: dict[str, str]) -> list[str]
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_cpu_lock_fits_pyproject(python: str) -> None:
-    wanted = declared("experiment", "ray", "dev")
+    wanted = declared("experiment", "ray", "fleet", "dev")
     assert misfits(wanted, pins(requirement_lines("cpu.lock"), python)) == []
 
 

@@ -18,7 +18,6 @@ from djinn_lib.experiment.executors import ensure_ray
 from djinn_lib.paths import REPO
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
 from djinn_lib.systems import vllm_recreate
-from djinn_lib.systems.engine_process import EngineProcess
 
 LONG = "scratch/users/some.user.name/jobs/slurm-1234567.batch/tmp"
 
@@ -107,16 +106,6 @@ def test_ray_that_does_not_start_is_an_error_in_words(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(executors.PlatformError, match="got Exception: The current node timed"):
         list(executors.fan_out([]))
-
-
-def test_engines_in_processes_of_their_own_need_no_path(long_tmpdir):
-    """Their pipes are pairs of sockets without a name."""
-    engine = EngineProcess("collections:Counter", "aab")
-    try:
-        assert engine.call("most_common", 1) == [("a", 2)]
-    finally:
-        engine.close()
-    assert not list(long_tmpdir.rglob("*listener*"))
 
 
 @pytest.mark.slow

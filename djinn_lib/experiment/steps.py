@@ -110,6 +110,9 @@ TRACE = Step(
     profile=("models", "traces"),
 )
 READING = (  # those that take longest come first
+    Step("08_fleet", ("engine", "fleet", "analysis/plots", "experiment/fleet_demo.py"),
+         gives=("profile", "run_dir"), measures=True,
+         profile=("device", "dtype", "page", "prompt_tokens", "models")),
     Step("07_large_models", ("engine", "analysis/plots", "experiment/large_models.py",
                              "experiment/large_results.py", "systems/accelerate.py"),
          gives=("profile", "run_dir"), measures=True,

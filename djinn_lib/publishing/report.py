@@ -74,6 +74,10 @@ CAPTIONS = {
         "A model larger than the ring",
         "Time per token when layers take turns, compared with accelerate's offloading.",
     ),
+    "fleet": (
+        "A fleet: vLLM engines on one ring",
+        "Requests to all models at once, and the bytes of each model on the ring meanwhile.",
+    ),
 }
 
 

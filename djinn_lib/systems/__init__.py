@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SYSTEMS = {
     "djinn": ("djinn", "DjinnRing"),
+    "djinn_vllm": ("djinn_vllm", "DjinnVllm"),
     "pytorch_pinned": ("pytorch", "PyTorchPinned"),
     "pytorch_pinned_readonly": ("pytorch", "PyTorchPinnedReadonly"),
     "pytorch_lru": ("pytorch", "PyTorchLRU"),
@@ -23,6 +24,7 @@ SYSTEMS = {
     "ray_actors": ("ray_actors", "RayActors"),
     "vllm_recreate": ("vllm_recreate", "VllmRecreate"),
     "vllm_sleep": ("vllm_sleep", "VllmSleep"),
+    "vllm_sleep_readonly": ("vllm_sleep_readonly", "VllmSleepReadonly"),
 }
 # Jupyter kernels of environments of their own, for systems that need one where there is no GPU.
 KERNELS = {"vllm_recreate": "djinn-vllm"}

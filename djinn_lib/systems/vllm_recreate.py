@@ -137,19 +137,23 @@ def check_request(
 
 def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: Any) -> Any:
     """Return a new `vllm.LLM` with the weights of a folder."""
-    return vllm.LLM(
-        model=str(files.folder),
-        load_format="safetensors",
-        skip_tokenizer_init=True,
-        dtype=files.dtype,
-        enable_prefix_caching=False,
-        max_model_len=options.get("max_model_len", MAX_MODEL_LEN),
-        gpu_memory_utilization=options.get("gpu_memory_utilization", 0.6),
-        kv_cache_memory_bytes=options.get("kv_cache_memory_bytes"),
-        enforce_eager=options.get("enforce_eager", True),
-        disable_log_stats=True,
-        **more,
-    )
+    return vllm.LLM(**engine_options(files, options), **more)
+
+
+def engine_options(files: ModelFiles, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what every vLLM engine of the experiment is made with."""
+    return {
+        "model": str(files.folder),
+        "load_format": "safetensors",
+        "skip_tokenizer_init": True,
+        "dtype": files.dtype,
+        "enable_prefix_caching": False,
+        "max_model_len": options.get("max_model_len", MAX_MODEL_LEN),
+        "gpu_memory_utilization": options.get("gpu_memory_utilization", 0.6),
+        "kv_cache_memory_bytes": options.get("kv_cache_memory_bytes"),
+        "enforce_eager": options.get("enforce_eager", True),
+        "disable_log_stats": True,
+    }
 
 
 def generate_stepwise(

@@ -2,63 +2,47 @@
 
 What vLLM itself offers for switching models: `sleep(level=1)` moves an engine's weights to host
 memory and drops its KV cache, `wake_up()` brings the weights back. CUDA graphs stay valid.
+
+Requests that arrive while others are served go to their engine at once, if it is awake, and vLLM
+batches them; for the others engines finish, sleep and wake in the order of `SleepOrder`.
 """
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from importlib.util import find_spec
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from djinn_lib.engine.models.checkpoint import folder_config
-from djinn_lib.errors import CapacityError, DjinnError
+from djinn_lib.errors import DjinnError
+from djinn_lib.fleet import environment
+from djinn_lib.fleet.engines import EngineClient, Result
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
-from djinn_lib.systems.engine_process import EngineProcess
-from djinn_lib.systems.vllm_recreate import (
-    build_engine,
-    check_request,
-    generate_stepwise,
-    set_environment,
-)
+from djinn_lib.systems.sleep_order import Run, Sleep, SleepOrder, Wake
+from djinn_lib.systems.vllm_recreate import check_request, engine_options
 
-ENGINE = "djinn_lib.systems.vllm_sleep:SleepingEngine"
 # For 4,000 tokens of a model without grouped heads. vLLM would take all that it may, and spend time
 # on giving it back and taking it again at every switch.
 KV_CACHE_BYTES = 2 << 30
 
 
-class SleepingEngine:
-    """What runs in an engine's process."""
+@dataclass(slots=True)
+class _Request:
+    """A request on its way; times are seconds, `begin_s` when it was taken up."""
 
-    def __init__(self, files: ModelFiles, options: dict[str, Any]) -> None:
-        set_environment()
-        import vllm
-
-        self.vllm = vllm
-        self.llm = build_engine(vllm, files, options, enable_sleep_mode=True)
-
-    def sleep(self) -> None:
-        """Move the weights to host memory."""
-        self.llm.sleep(level=1)
-
-    def wake_up(self) -> None:
-        """Bring the weights back."""
-        self.llm.wake_up()
-
-    def generate(self, prompt_ids: Sequence[int], n: int) -> tuple[tuple[int, ...], float, float]:
-        """Return the ids, and the clock (s) at the first and at the last of them.
-
-        Linux has one monotonic clock for all processes, so the caller can go on from it.
-        """
-        return generate_stepwise(self.vllm, self.llm, prompt_ids, n)
-
-    def close(self) -> None:
-        """Shut the engine down."""
-        self.llm.llm_engine.engine_core.shutdown()
+    prompt_ids: list[int]
+    n_new: int
+    result: Future[Served] = field(default_factory=Future)
+    begin_s: float | None = None
+    ready_s: float = 0.0
+    loaded_bytes: int = 0
+    evicted_bytes: int = 0
 
 
 class VllmSleep(SystemUnderTest):
@@ -66,6 +50,8 @@ class VllmSleep(SystemUnderTest):
 
     Options:
         naive: let every other engine sleep at each change of the model (default False).
+        max_wait_s: how long busy engines take new requests while an older one waits for their room
+            (default 1).
         enforce_eager: no CUDA graphs (default False: vLLM at its best).
         max_model_len, gpu_memory_utilization: of each engine (defaults 512 and 0.3). As many
             engines are started at once as their shares of the GPU allow.
@@ -73,115 +59,251 @@ class VllmSleep(SystemUnderTest):
     """
 
     option_names = frozenset(
-        {"naive", "enforce_eager", "max_model_len", "gpu_memory_utilization",
+        {"naive", "max_wait_s", "enforce_eager", "max_model_len", "gpu_memory_utilization",
          "kv_cache_memory_bytes"}
     )  # fmt: skip
     reads_files_while_serving = True  # an engine that died is started anew
+    writes_back = True  # level 1 copies the weights to the host
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
         """Sleep mode needs CUDA's virtual memory."""
         if device != "cuda":
             return "vLLM's sleep mode needs a CUDA device; vLLM for the CPU has none"
-        return None if find_spec("vllm") else "vLLM is not installed: pip install vllm==0.24.0"
+        return environment.unavailable()
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Start the engines, and let each sleep as soon as it runs."""
-        self.engines: dict[str, EngineProcess] = {}
-        self.awake: OrderedDict[str, None] = OrderedDict()
-        self.vocab_sizes: dict[str, int] = {}
+        self.engines: dict[str, EngineClient] = {}
+        self._lock = threading.RLock()  # of the engines, which several threads may start and end
+        self._changed = threading.Condition()  # of the order and what it has
+        # Room that is being made for a model: since when, and the bytes that went to sleep for it.
+        self._room: dict[str, tuple[float, int]] = {}
+        self._woken_bytes: dict[str, int] = {}  # by a wake that no request has paid for yet
+        self._is_closed = False
         self.engine_options = {
             "enforce_eager": False,
             "gpu_memory_utilization": 0.3,
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
-            **{name: value for name, value in self.options.items() if name != "naive"},
+            **{k: v for k, v in self.options.items() if k not in ("naive", "max_wait_s")},
         }
-        for name, files in self.models.items():
-            if files.n_bytes > self.capacity_bytes:
-                raise CapacityError(
-                    f"expected models of at most {self.capacity_bytes} bytes, got {name!r} with "
-                    f"{files.n_bytes}: raise the capacity"
-                )
-            self.vocab_sizes[name] = folder_config(files.folder).get_text_config().vocab_size
+        self.order = SleepOrder(
+            {name: files.n_bytes for name, files in self.models.items()},
+            self.capacity_bytes,
+            bool(self.options.get("naive")),
+            float(str(self.options.get("max_wait_s", 1.0))),
+        )
+        self.vocab_sizes = {
+            name: folder_config(files.folder).get_text_config().vocab_size
+            for name, files in self.models.items()
+        }
+        self._logs = Path(tempfile.mkdtemp(prefix="djinn-vllm-"))
+        self._prepare()
 
         def start_one(name: str) -> None:
             progress(f"starting vLLM's engine of {name}")
             self._start_asleep(name)
 
-        n_at_once = int(0.95 / float(self.engine_options["gpu_memory_utilization"]))
+        n_at_once = int(0.95 / float(str(self.engine_options["gpu_memory_utilization"])))
         with ThreadPoolExecutor(max(1, n_at_once)) as threads:
             list(threads.map(start_one, self.models))
+        self._dispatcher = threading.Thread(target=self._dispatch, name="djinn-sleep", daemon=True)
+        self._dispatcher.start()
+
+    # -- what an engine is, and how it sleeps ----------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Make what all engines share; nothing here."""
+
+    def _start_engine(self, files: ModelFiles) -> EngineClient:
+        return EngineClient(
+            files.name,
+            environment.vllm_python(),
+            {**engine_options(files, self.engine_options), "enable_sleep_mode": True},
+            self._logs / f"{files.name}-{time.monotonic_ns()}.log",
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+        )
+
+    def _sleep(self, engine: EngineClient) -> None:
+        engine.call("sleep", 1)
+
+    def _wake(self, engine: EngineClient) -> None:
+        engine.call("wake_up")
+
+    def _end_engine(self, name: str, engine: EngineClient) -> None:
+        engine.close()
 
     def _start_asleep(self, name: str) -> None:
         """Start the engine of a model, unless it runs, and let it sleep."""
-        if name not in self.engines:
-            self.engines[name] = EngineProcess(ENGINE, self.models[name], self.engine_options)
-            self._call(name, "sleep")
+        with self._lock:
+            running = name in self.engines
+        if not running:
+            engine = self._start_engine(self.models[name])
+            with self._lock:
+                self.engines[name] = engine
+            self._call(name, self._sleep)
 
-    def _call(self, name: str, method: str, *arguments: Any) -> Any:
+    def _call(self, name: str, method: Callable[[EngineClient], None]) -> None:
         """Call an engine; one that fails is ended, and starts anew when it is asked for again."""
         try:
-            return self.engines[name].call(method, *arguments)
-        except (DjinnError, TimeoutError):  # whether it still holds memory, nobody knows
-            self.awake.pop(name, None)
-            self.engines.pop(name).close()
+            method(self.engines[name])
+        except (DjinnError, TimeoutError):  # whether it still holds memory is unknown
+            self._lose(name)
             raise
+
+    def _lose(self, name: str) -> None:
+        with self._lock:
+            engine = self.engines.pop(name, None)
+        if engine:
+            self._end_engine(name, engine)
+
+    # -- requests ---------------------------------------------------------------------------------
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Wake the model's engine, letting others sleep where the capacity demands it."""
-        files = self.known(model)
-        ids = check_request(prompt_ids, self.vocab_sizes[model], max_new_tokens, self.options)
-        begin_s = time.perf_counter()
-        was_awake = model in self.awake
-        evicted_bytes = 0 if was_awake else self._make_room(files)
-        if not was_awake:
-            self._start_asleep(model)
-            self._call(model, "wake_up")
-        self.awake[model] = None
-        self.awake.move_to_end(model)
-        switched_s = time.perf_counter()
-        token_ids, first_s, last_s = self._call(model, "generate", ids, max_new_tokens)
+        return self._queue(model, prompt_ids, max_new_tokens).result()
+
+    def submit(
+        self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
+    ) -> Future[Served]:
+        """Queue a request; engines that are awake get theirs at once."""
+        return self._queue(model, prompt_ids, max_new_tokens)
+
+    def _queue(self, model: str, prompt_ids: Sequence[int], n_new: int) -> Future[Served]:
+        self.known(model)
+        ids = check_request(prompt_ids, self.vocab_sizes[model], n_new, self.options)
+        request = _Request(ids, n_new)
+        with self._changed:
+            if self._is_closed:
+                raise DjinnError("this system was closed: make a new one")
+            self.order.arrive(request, model, time.perf_counter())
+            self._changed.notify_all()
+        return request.result
+
+    def _dispatch(self) -> None:
+        """Carry out what the order decides, until closed."""
+        while True:
+            with self._changed:
+                while not self._is_closed:
+                    now_s = time.perf_counter()
+                    if decision := self.order.next(now_s):
+                        break
+                    deadline_s = self.order.deadline_s()
+                    self._changed.wait(
+                        None if deadline_s is None or deadline_s <= now_s else deadline_s - now_s
+                    )
+                else:
+                    return
+            self._carry_out(decision)
+
+    def _carry_out(self, decision: Run | Sleep | Wake) -> None:
+        if isinstance(decision, Run):
+            for i, waiting in enumerate(decision.requests):
+                self._hand_over(decision.model, waiting.key, is_first=i == 0)
+            return
+        wanted = decision.room_for if isinstance(decision, Sleep) else decision.model
+        self._room.setdefault(wanted, (time.perf_counter(), 0))
+        try:
+            if isinstance(decision, Sleep):
+                begin_s, n_bytes = self._room[wanted]
+                self._room[wanted] = begin_s, n_bytes + self.models[decision.model].n_bytes
+                with suppress(DjinnError, TimeoutError):  # it has ended then, and made room too
+                    self._call(decision.model, self._sleep)
+            else:
+                self._start_asleep(wanted)
+                self._call(wanted, self._wake)
+                self._woken_bytes[wanted] = self.models[wanted].n_bytes
+        except Exception as error:
+            self._fail(wanted, error)
+
+    def _hand_over(self, model: str, request: _Request, is_first: bool) -> None:
+        """Give a request to its engine; the first one after a wake pays for it."""
+        request.ready_s = time.perf_counter()
+        request.begin_s, evicted_bytes = self._room.get(model, (request.ready_s, 0))
+        if is_first:
+            request.loaded_bytes = self._woken_bytes.pop(model, 0)
+            request.evicted_bytes = evicted_bytes
+        parameters = {"max_tokens": request.n_new, "temperature": 0.0, "ignore_eos": True}
+        try:
+            pending = self.engines[model].submit(request.prompt_ids, parameters)
+        except (DjinnError, KeyError) as error:
+            self._ended(model, request, error)
+            return
+        self._room.pop(model, None)
+        pending.add_done_callback(lambda done: self._finish(model, request, done))
+
+    def _finish(self, model: str, request: _Request, done: Future[Result]) -> None:
+        try:
+            served = self._served(model, request, done.result())
+        except BaseException as error:
+            self._ended(model, request, error)
+            return
+        self._note_done(model)
+        request.result.set_result(served)
+
+    def _note_done(self, model: str) -> None:
+        with self._changed:
+            self.order.done(model)
+            self._changed.notify_all()
+
+    def _ended(self, model: str, request: _Request, error: BaseException) -> None:
+        """Fail a request whose engine failed; it is started anew when it is asked for again."""
+        self._note_done(model)
+        threading.Thread(target=self._fail, args=(model, error, request), daemon=True).start()
+
+    def _fail(self, model: str, error: BaseException, request: _Request | None = None) -> None:
+        """End an engine, and fail those that wait for it."""
+        with self._changed:
+            left = [waiting.key for waiting in self.order.forget(model)]
+            self._room.pop(model, None)
+            self._woken_bytes.pop(model, None)
+        self._lose(model)
+        for one in [*([request] if request else []), *left]:
+            one.result.set_exception(error)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _served(self, model: str, request: _Request, result: Result) -> Served:
+        begin_s = request.begin_s or request.ready_s
         return Served(
-            token_ids,
-            switch_ms=(switched_s - begin_s) * 1e3,
-            ttft_ms=(first_s - begin_s) * 1e3,
-            decode_ms=(last_s - first_s) * 1e3,
+            tuple(result["token_ids"]),
+            switch_ms=(request.ready_s - begin_s) * 1e3,
+            ttft_ms=(result["first_s"] - begin_s) * 1e3,
+            decode_ms=(result["last_s"] - result["first_s"]) * 1e3,
             total_ms=(time.perf_counter() - begin_s) * 1e3,
-            loaded_bytes=0 if was_awake else files.n_bytes,
-            evicted_bytes=evicted_bytes,
-            writeback_bytes=evicted_bytes,  # level 1 copies the weights to the host
-            resident_before_bytes=files.n_bytes if was_awake else 0,
+            loaded_bytes=request.loaded_bytes,
+            evicted_bytes=request.evicted_bytes,
+            writeback_bytes=request.evicted_bytes if self.writes_back else 0,
+            resident_before_bytes=0 if request.loaded_bytes else self.models[model].n_bytes,
             resident_bytes={
-                name: f.n_bytes if name in self.awake else 0 for name, f in self.models.items()
+                name: files.n_bytes if name in self.order.awake else 0
+                for name, files in self.models.items()
             },
         )
 
-    def _make_room(self, files: ModelFiles) -> int:
-        """Let engines sleep, least recently used first, until the model fits; returns bytes."""
-        evicted_bytes = 0
-        while self.awake and (self.options.get("naive") or not self._fits(files)):
-            victim = next(iter(self.awake))
-            self._call(victim, "sleep")
-            del self.awake[victim]
-            evicted_bytes += self.models[victim].n_bytes
-        return evicted_bytes
-
-    def _fits(self, files: ModelFiles) -> bool:
-        awake_bytes = sum(self.models[name].n_bytes for name in self.awake)
-        return awake_bytes + files.n_bytes <= self.capacity_bytes
-
     def reset(self) -> None:
         """Let every engine sleep; one that cannot is ended, which takes its weights off as well."""
-        for name in list(self.awake):
-            with suppress(DjinnError, TimeoutError):
-                self._call(name, "sleep")
-            self.awake.pop(name, None)
+        for name in list(self.order.awake):
+            with suppress(DjinnError, TimeoutError, KeyError):
+                self._call(name, self._sleep)
+            self.order.awake.pop(name, None)
 
     def close(self) -> None:
-        """End all engines."""
-        engines = list(getattr(self, "engines", {}).values())
-        for engine in engines:
+        """End all engines; requests that wait fail."""
+        if not hasattr(self, "_changed"):
+            return
+        with self._changed:
+            self._is_closed = True
+            left = self.order.forget_all() if hasattr(self, "order") else []
+            self._changed.notify_all()
+        for waiting in left:
+            waiting.key.result.set_exception(DjinnError("the system was closed"))
+        if hasattr(self, "_dispatcher"):
+            self._dispatcher.join()
+        engines, self.engines = self.engines, {}
+        for engine in engines.values():
             engine.ask_to_end()
-        for engine in engines:
-            engine.close()
-        self.engines = {}
+        for name, engine in engines.items():
+            self._end_engine(name, engine)
+        if hasattr(self, "_logs"):
+            shutil.rmtree(self._logs, ignore_errors=True)

@@ -3,19 +3,16 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import psutil
 import pytest
 import torch
 from tiny import PROMPT, spec
 
-from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.experiment.weights import describe
 from djinn_lib.systems import system_class
 from djinn_lib.systems.base import load_ordinarily
 from djinn_lib.systems.serverless import drop_page_cache
-from djinn_lib.systems.vllm_sleep import VllmSleep
 
 ARCHITECTURES = ["llama", "phi", "qwen2-tied"]
 
@@ -126,75 +123,6 @@ def test_actors_are_gone_when_their_room_is_given_away(models, monkeypatch):
     finally:
         system.close()
     assert [p for p in psutil.Process().children(recursive=True) if "ray" in p.name()] == []
-
-
-class FakeEngine:
-    """Answers what an engine's process would, in this process; `log` holds every call."""
-
-    log: ClassVar[list] = []
-
-    def __init__(self, target, files, options):
-        module, _, name = target.partition(":")
-        assert hasattr(__import__(module, fromlist=[name]), name)
-        assert "naive" not in options
-        self.name, self.fails, self.log = files.name, None, FakeEngine.log
-        self.log.append(("start", self.name))
-
-    def call(self, method, *arguments):
-        self.log.append((method, self.name))
-        if method == self.fails:
-            raise DjinnError(f"{method} failed")
-        return (tuple(range(arguments[1])), 0.0, 0.0) if method == "generate" else None
-
-    def ask_to_end(self):
-        self.log.append(("ask_to_end", self.name))
-
-    def close(self):
-        self.log.append(("close", self.name))
-
-
-@pytest.fixture
-def sleeping(models, monkeypatch):
-    """Makes a started `VllmSleep` of fake engines; room for all but the smallest model."""
-    monkeypatch.setattr("djinn_lib.systems.vllm_sleep.EngineProcess", FakeEngine)
-    monkeypatch.setattr(FakeEngine, "log", [])
-    sizes = sorted(files.n_bytes for files in models.values())
-
-    def make(**options):
-        system = VllmSleep(models, sum(sizes[1:]), "cuda", **options)
-        system.start()
-        return system
-
-    return make
-
-
-def test_an_answer_that_would_be_cut_short_is_refused(sleeping):
-    system = sleeping(max_model_len=len(PROMPT) + 2)
-    assert len(system.serve("llama", PROMPT, 2).token_ids) == 2
-    with pytest.raises(ConfigError, match="raise the option max_model_len"):
-        system.serve("llama", PROMPT, 3)
-    assert ("close", "llama") not in FakeEngine.log
-
-
-@pytest.mark.parametrize("fails", ["wake_up", "generate"])
-def test_an_engine_that_fails_is_started_anew(sleeping, fails):
-    system = sleeping()
-    system.engines["llama"].fails = fails
-    with pytest.raises(DjinnError, match=fails):
-        system.serve("llama", PROMPT, 2)
-    assert ("close", "llama") in FakeEngine.log
-    FakeEngine.log.clear()
-    assert system.serve("llama", PROMPT, 2).token_ids == (0, 1)
-    assert [method for method, _ in FakeEngine.log] == ["start", "sleep", "wake_up", "generate"]
-
-
-def test_a_victim_that_cannot_sleep_is_ended_for_its_memory(sleeping):
-    system = sleeping()
-    system.serve("llama", PROMPT, 1)
-    system.engines["llama"].fails = "sleep"
-    system.reset()
-    assert FakeEngine.log[-1] == ("close", "llama")
-    assert system.serve("llama", PROMPT, 1).resident_before_bytes == 0
 
 
 class FakeVllm:

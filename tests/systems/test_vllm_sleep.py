@@ -1,59 +1,67 @@
-"""Which engines are awake, with engines that only note what is asked of them."""
+"""`vllm_sleep` with engines that only note what is asked of them."""
 
-import json
-import os
-import signal
+import threading
 import time
-from pathlib import Path
+from concurrent.futures import Future
 
-import psutil
 import pytest
 from tiny import CONFIGS, PROMPT
 
 from djinn_lib.engine.models.spec import ModelSpec
-from djinn_lib.errors import CapacityError, DjinnError
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.weights import describe
+from djinn_lib.fleet import environment
+from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.systems import vllm_sleep
-from djinn_lib.systems.engine_process import EngineDied
 from djinn_lib.systems.vllm_sleep import VllmSleep
 
 MODELS = ("llama", "mistral", "phi")
-OTHERS_BEGIN_WITHIN_S = (
-    60.0  # a process begins by importing torch, which takes long on a busy machine
-)
+SOON_S = 20.0
 
 
 class NotedEngine:
-    """Starts when all have begun to, and appends what happens to a file beside the models."""
+    """An engine in this process; `notes` holds what happened to all of them."""
 
-    def __init__(self, files, options):
-        self.name, self.notes = files.name, files.folder.parent / "notes.jsonl"
+    notes: list = []  # noqa: RUF012
+    together: threading.Barrier | None = None
+    fails: dict = {}  # noqa: RUF012
+
+    def __init__(self, name, python, options, log, variables):
+        self.name, self.asked, self.holds = name, [], False
         self.note("start", **options)
-        deadline_s = time.monotonic() + OTHERS_BEGIN_WITHIN_S
-        while self.n_begun() < len(MODELS) and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        if (files.folder / "broken").exists():
-            raise RuntimeError("no kernel for this device")
+        if NotedEngine.together:
+            NotedEngine.together.wait(SOON_S)
+        self.fail_if("start")
         self.note("started")
 
-    def n_begun(self):
-        return self.notes.read_text().count('"what": "start"')
-
     def note(self, what, **more):
-        with self.notes.open("a") as notes:
-            notes.write(json.dumps({"model": self.name, "what": what, **more}) + "\n")
+        NotedEngine.notes.append((self.name, what, more))
 
-    def sleep(self):
-        self.note("sleep")
+    def fail_if(self, what):
+        if NotedEngine.fails.get(self.name) == what:
+            raise EngineDied(f"{what} failed")
 
-    def wake_up(self):
-        self.note("wake_up")
+    def call(self, method, *arguments):
+        self.note(method)
+        self.fail_if(method)
 
-    def generate(self, prompt_ids, n):
-        if (self.notes.parent / self.name / "dies").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
+    def submit(self, prompt, parameters):
         self.note("generate")
-        return tuple(range(n)), time.perf_counter(), time.perf_counter()
+        pending = Future()
+        if NotedEngine.fails.get(self.name) == "generate":
+            pending.set_exception(EngineDied("generate failed"))
+        else:
+            now_s = time.perf_counter()
+            ids = list(range(parameters["max_tokens"]))
+            result = {"token_ids": ids, "first_s": now_s, "last_s": now_s}
+            if self.holds:
+                self.asked.append((pending, result))
+            else:
+                pending.set_result(result)
+        return pending
+
+    def ask_to_end(self):
+        self.note("ask_to_end")
 
     def close(self):
         self.note("close")
@@ -65,19 +73,20 @@ def models(tmp_path_factory):
     for name in MODELS:
         ModelSpec(CONFIGS[name], "float32", seed=5).build().save_pretrained(folder / name)
         files[name] = describe(name, folder / name)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_sleep, "ENGINE", f"{__name__}:NotedEngine")
-        yield files
-    assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    return files
 
 
-def notes(models):
-    path = Path(models["llama"].folder.parent, "notes.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+@pytest.fixture(autouse=True)
+def noted(monkeypatch):
+    monkeypatch.setattr(vllm_sleep, "EngineClient", NotedEngine)
+    monkeypatch.setattr(environment, "vllm_python", lambda: "python")
+    monkeypatch.setattr(NotedEngine, "notes", [])
+    monkeypatch.setattr(NotedEngine, "fails", {})
+    monkeypatch.setattr(NotedEngine, "together", None)
 
 
-def since(models, n):
-    return [(note["model"], note["what"]) for note in notes(models)[n:]]
+def said(since=0):
+    return [(name, what) for name, what, _ in NotedEngine.notes[since:]]
 
 
 def room_for_two(models):
@@ -85,99 +94,128 @@ def room_for_two(models):
     return sizes[-1] + sizes[-2]
 
 
-@pytest.fixture(scope="module")
-def system(models):
+@pytest.fixture
+def system(models, noted):
     system = VllmSleep(models, room_for_two(models), "cuda")
     system.start()
     yield system
-    before = len(notes(models))
     system.close()
-    assert sorted(since(models, before)) == [(name, "close") for name in sorted(models)]
     system.close()  # closing twice is harmless
+    closed = [name for name, what in said() if what == "close"]
+    assert set(closed) >= set(models)
 
 
-@pytest.fixture
-def asleep(system):
-    system.reset()
-    return system
+def test_engines_start_together_and_sleep_as_soon_as_they_run(models, noted):
+    NotedEngine.together = threading.Barrier(3)
+    system = VllmSleep(models, room_for_two(models), "cuda")
+    system.start()
+    options = [more for _, what, more in NotedEngine.notes if what == "start"]
+    assert all(one["kv_cache_memory_bytes"] == 2 << 30 for one in options)
+    assert all(one["enable_sleep_mode"] and not one["enforce_eager"] for one in options)
+    assert not any("naive" in one or "max_wait_s" in one for one in options)
+    assert sorted(said(3)) == sorted((n, what) for n in MODELS for what in ("started", "sleep"))
+    system.close()
 
 
-def test_engines_start_together(models, system):
-    begun = notes(models)
-    assert [note["what"] for note in begun[:3]] == ["start"] * 3, "one waited for another"
-    assert all(note["kv_cache_memory_bytes"] == 2 << 30 for note in begun[:3])
-    assert not any(note["enforce_eager"] for note in begun[:3])
-    assert sorted(since(models, 3)[:6]) == sorted(
-        (name, what) for name in models for what in ("started", "sleep")
-    )
-
-
-def test_engines_stay_awake_while_they_fit_and_the_least_recent_sleeps_first(models, asleep):
-    sizes = {name: files.n_bytes for name, files in models.items()}
-    n = len(notes(models))
-    first = asleep.serve("llama", PROMPT, 4)
+def test_engines_stay_awake_while_they_fit_and_the_least_recent_sleeps_first(models, system):
+    sizes, n = {name: files.n_bytes for name, files in models.items()}, len(NotedEngine.notes)
+    first = system.serve("llama", PROMPT, 4)
     assert first.token_ids == (0, 1, 2, 3)
     assert (first.loaded_bytes, first.resident_before_bytes) == (sizes["llama"], 0)
-    again = asleep.serve("llama", PROMPT, 4)
+    again = system.serve("llama", PROMPT, 4)
     assert (again.loaded_bytes, again.resident_before_bytes) == (0, sizes["llama"])
-    assert asleep.serve("mistral", PROMPT, 4).evicted_bytes == 0
-    third = asleep.serve("phi", PROMPT, 4)
+    assert system.serve("mistral", PROMPT, 4).evicted_bytes == 0
+    third = system.serve("phi", PROMPT, 4)
     assert third.evicted_bytes == third.writeback_bytes == sizes["llama"]
     assert third.resident_bytes == {**sizes, "llama": 0}
     assert third.switch_ms <= third.ttft_ms <= third.total_ms
-    assert since(models, n) == [
+    assert said(n) == [
         ("llama", "wake_up"), ("llama", "generate"), ("llama", "generate"),
         ("mistral", "wake_up"), ("mistral", "generate"),
         ("llama", "sleep"), ("phi", "wake_up"), ("phi", "generate"),
     ]  # fmt: skip
-    n = len(notes(models))
-    asleep.reset()
-    assert sorted(since(models, n)) == [("mistral", "sleep"), ("phi", "sleep")]
+    n = len(NotedEngine.notes)
+    system.reset()
+    assert sorted(said(n)) == [("mistral", "sleep"), ("phi", "sleep")]
 
 
-def test_the_naive_form_lets_all_others_sleep_at_every_change(models, asleep, monkeypatch):
-    monkeypatch.setitem(asleep.options, "naive", True)
-    monkeypatch.setattr(asleep, "capacity_bytes", 10 * room_for_two(models))
-    n = len(notes(models))
+def test_requests_for_an_awake_engine_are_handed_over_while_it_computes(models, system):
+    system.engines["llama"].holds = True
+    asked = [system.submit(None, "llama", PROMPT, 2) for _ in range(3)]
+    asked.append(system.submit(None, "phi", PROMPT, 2))
+    engine = system.engines["llama"]
+    until_s = time.monotonic() + SOON_S
+    while len(engine.asked) < 3:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    assert asked[3].result(SOON_S).token_ids == (0, 1), "there is room for it beside llama"
+    for pending, result in engine.asked:
+        pending.set_result(result)
+    served = [one.result(SOON_S) for one in asked[:3]]
+    assert [one.loaded_bytes for one in served] == [models["llama"].n_bytes, 0, 0]
+
+
+def test_the_naive_form_lets_all_others_sleep_at_every_change(models, noted):
+    system = VllmSleep(models, 10 * room_for_two(models), "cuda", naive=True)
+    system.start()
+    n = len(NotedEngine.notes)
     for name in ("llama", "llama", "phi", "llama"):
-        asleep.serve(name, PROMPT, 1)
-    slept = [note for note in since(models, n) if note[1] == "sleep"]
+        system.serve(name, PROMPT, 1)
+    slept = [one for one in said(n) if one[1] == "sleep"]
     assert slept == [("llama", "sleep"), ("phi", "sleep")]
+    system.close()
 
 
-def test_an_engine_that_died_fails_one_request_and_starts_anew(models, asleep):
-    asleep.serve("phi", PROMPT, 2)
-    dies = models["llama"].folder / "dies"
-    dies.touch()
-    with pytest.raises(EngineDied):
-        asleep.serve("llama", PROMPT, 2)
-    dies.unlink()
-    served = asleep.serve("llama", PROMPT, 2)
+@pytest.mark.parametrize("fails", ["wake_up", "generate"])
+def test_an_engine_that_fails_fails_its_request_and_is_started_anew(system, fails):
+    system.serve("phi", PROMPT, 2)
+    NotedEngine.fails = {"llama": fails}
+    with pytest.raises(EngineDied, match=fails):
+        system.serve("llama", PROMPT, 2)
+    NotedEngine.fails, n = {}, len(NotedEngine.notes)
+    served = system.serve("llama", PROMPT, 2)
     assert served.token_ids == (0, 1)
-    assert served.resident_bytes["phi"] == models["phi"].n_bytes
+    assert [what for _, what in said(n)] == ["start", "started", "sleep", "wake_up", "generate"]
+    assert served.resident_bytes["phi"] > 0
 
 
-def test_engines_that_take_the_whole_gpu_start_one_by_one_and_all_end_when_one_fails(models):
+def test_a_victim_that_cannot_sleep_is_ended_for_its_memory(system):
+    system.serve("llama", PROMPT, 1)
+    NotedEngine.fails = {"llama": "sleep"}
+    system.reset()
+    assert said()[-1] == ("llama", "close")
+    NotedEngine.fails = {}
+    assert system.serve("llama", PROMPT, 1).resident_before_bytes == 0
+
+
+def test_an_answer_that_would_be_cut_short_is_refused(models, noted):
+    system = VllmSleep(models, room_for_two(models), "cuda", max_model_len=len(PROMPT) + 2)
+    system.start()
+    assert len(system.serve("llama", PROMPT, 2).token_ids) == 2
+    with pytest.raises(ConfigError, match="raise the option max_model_len"):
+        system.serve("llama", PROMPT, 3)
+    assert ("llama", "close") not in said()
+    system.close()
+
+
+def test_engines_that_take_the_whole_gpu_start_one_by_one_and_all_end_when_one_fails(models, noted):
     two = {name: models[name] for name in ("llama", "mistral")}
-    broken, n = models["mistral"].folder / "broken", len(notes(models))
-    broken.touch()
+    NotedEngine.fails = {"mistral": "start"}
     system = VllmSleep(two, room_for_two(models), "cuda", gpu_memory_utilization=0.8)
     try:
-        with pytest.raises(DjinnError, match="no kernel for this device"):
+        with pytest.raises(DjinnError, match="start failed"):
             system.start()
     finally:
         system.close()
-        broken.unlink()
-    assert since(models, n) == [
+    assert said() == [
         ("llama", "start"), ("llama", "started"), ("llama", "sleep"), ("mistral", "start"),
-        ("llama", "close"),
+        ("llama", "ask_to_end"), ("llama", "close"),
     ]  # fmt: skip
 
 
-def test_a_model_larger_than_the_capacity_is_refused_before_anything_starts(models):
-    n = len(notes(models))
+def test_a_model_larger_than_the_capacity_is_refused_before_anything_starts(models, noted):
     system = VllmSleep(models, 100, "cuda")
     with pytest.raises(CapacityError, match="raise the capacity"):
         system.start()
     system.close()
-    assert len(notes(models)) == n
+    assert not said()

@@ -100,6 +100,8 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "ray_actors": Look("Ray actors", _GREY, "-", "h"),
     "vllm_sleep": Look("vLLM sleep", _BLACK, "--", "d"),
     "vllm_sleep_naive": Look("vLLM sleep, naive", _BLACK, ":", "s"),
+    "vllm_sleep_readonly": Look("vLLM sleep, read-only", _BLACK, "-.", "v"),
+    "djinn_vllm": Look("Djinn under vLLM", _NAVY, "-", "s"),
     "vllm_recreate": Look("vLLM re-created", _BLACK, "-", "p"),
 }
 _FALLBACK_COLORS = ("#8C510A", "#5D3A9B", "#40B0A6", "#994F00", "#4B0092", "#1A85FF")

@@ -1,0 +1,329 @@
+"""A model on pages of a broker's ring, and the lease to compute with them.
+
+Knows nothing of vLLM: whoever has packed weights and computes in steps can be a client. The broker
+decides which pages are where; masters, mapping and copying are the engine's own (`engine.memory`).
+
+Two threads: the caller's, which computes, and one that listens to the broker. The listener maps and
+copies while the caller waits for its lease, and gives the lease back between two steps.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+
+import torch
+
+from djinn_lib.engine.memory.devices import open_address_space, open_copier
+from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.memory.paged_model import PagedModel
+from djinn_lib.engine.memory.ring import Extent
+from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fleet import protocol
+from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.protocol import BrokerGone, Message, ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What leases cost a model since it joined.
+
+    `waited_s` is the time until leases were held, `stalled_s` the time that computations then
+    waited for copies.
+    """
+
+    leases: int = 0
+    switches: int = 0
+    loaded_bytes: int = 0
+    evicted_bytes: int = 0  # of others, for this one
+    waited_s: float = 0.0
+    stalled_s: float = 0.0
+
+
+class RingModel:
+    """The weights of one model behind a broker.
+
+    Use `view` for the weights, compute between `begin_step` and `end_step`, and call `rest` when
+    there is nothing to compute.
+
+    Args:
+        connection: to a broker; closed with this object.
+        model: its name on the ring.
+        layout: how its weights are packed.
+        fill: writes them into the master copy.
+        device: where to compute; it has to be that of the ring.
+        on_loss: called by the listener when the broker is gone, after every step has failed.
+
+    Raises:
+        ConfigError: the ring is on another device, or has an engine for that model.
+        CapacityError: the model is larger than the ring, or the host is full.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        model: str,
+        layout: Layout,
+        fill: Fill,
+        device: torch.device,
+        on_loss: Callable[[DjinnError], None] = lambda error: None,
+    ) -> None:
+        self.model, self.n_bytes, self._connection = model, layout.n_bytes, connection
+        self.page_bytes, self._on_loss = connection.page_bytes, on_loss
+        self._is_cuda = device.type == "cuda"
+        self._closing = ExitStack()  # what was made, in case the next step fails, and for close
+        try:
+            self._closing.callback(connection.close)
+            self._paged = self._open(layout, fill, device)
+        except BaseException:
+            self._closing.close()
+            raise
+        self.view: torch.Tensor = self._paged.view
+        self._costs = Costs()
+        self._changed = threading.Condition()  # of everything below, and for sending
+        self._n_mapped = 0
+        self._in_step = self._is_asking = self._is_leased = self._is_revoked = False
+        self._is_switching = False  # pages were assigned since the engine asked
+        self._failure: DjinnError | None = None
+        self._is_closed = False
+        self._listener = threading.Thread(target=self._listen, name="djinn-ring", daemon=True)
+        self._listener.start()
+
+    def _open(self, layout: Layout, fill: Fill, device: torch.device) -> PagedModel:
+        connection = self._connection
+        if device.type != connection.device.type:
+            raise ConfigError(
+                f"the ring is on {connection.device} and the engine of {self.model!r} on {device}: "
+                "start both on the same device"
+            )
+        masters = HostMasters(pin=self._is_cuda)
+        self._closing.callback(masters.close)
+        n_pages = -(-layout.n_bytes // self.page_bytes)
+        descriptors = connection.join(self.model, n_pages)
+        try:
+            masters.add(self.model, layout, fill)
+            space = open_address_space(
+                device, connection.n_frames, self.page_bytes, frames=descriptors
+            )
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._closing.callback(space.close)
+        copier = open_copier(space.device)
+        self._closing.callback(copier.close)
+        return PagedModel(self.model, layout.n_bytes, None, space, copier, masters)
+
+    # -- what the computation calls -------------------------------------------------------------
+
+    def begin_step(self) -> None:
+        """Hold the lease until `end_step`; waits for it where the engine does not have it.
+
+        Within a step this does nothing: vLLM may begin the next one before it ends the first.
+        Pages may still be on their way: see `wait`.
+
+        Raises:
+            DjinnError: the broker is gone, or pages could not be mapped.
+        """
+        with self._changed:
+            if self._in_step:
+                return
+            self._changed.wait_for(lambda: not self._is_revoked or self._failure)
+            self._in_step = True  # before the lease comes: it must not be given back unused
+            try:
+                self._lease()
+            except BaseException:
+                self._in_step = False
+                self._changed.notify_all()
+                raise
+
+    def _lease(self) -> None:
+        if self._failure is None and not self._is_leased:
+            begin_s = time.perf_counter()
+            if not self._is_asking:  # an interrupt may have ended the wait for an earlier ask
+                self._is_asking, self._is_switching = True, False
+                self._send("ask")
+            self._changed.wait_for(lambda: self._is_leased or self._failure)
+            waited_s = time.perf_counter() - begin_s
+            self._costs = replace(self._costs, waited_s=self._costs.waited_s + waited_s)
+        if self._failure:
+            raise self._failure
+
+    def end_step(self) -> None:
+        """Let the broker have the lease back, if it has asked for it."""
+        with self._changed:
+            self._in_step = False
+            self._changed.notify_all()
+
+    def note_request(self) -> None:
+        """Tell the broker's policy of a request that needs no new lease."""
+        with self._changed:
+            if self._is_leased and not self._failure:
+                self._send("use")
+
+    def rest(self) -> None:
+        """Give the lease back: there is nothing to compute. Pages stay until others need frames."""
+        with self._changed:
+            if self._is_leased and not self._in_step:
+                self._give_back()
+
+    def sleep(self) -> None:
+        """Give the lease back and free all frames; the next step loads the whole model."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_step)
+            if self._failure:
+                raise self._failure
+            self._give_back(drop=True)
+            self._unmap(0)
+
+    @property
+    def costs(self) -> Costs:
+        """What leases cost so far; waits for the device to get past the last wait for a copy."""
+        with self._changed:
+            loads = tuple(self._paged.loads)
+            stalled_s = sum(load.stalls.total_s for load in loads)
+            return replace(self._costs, stalled_s=self._costs.stalled_s + stalled_s)
+
+    def wait(self, end_byte: int | None = None) -> None:
+        """Hold the caller's computation until the first `end_byte` bytes are there; default all.
+
+        Raises:
+            DjinnError: the copy failed.
+        """
+        self._paged.wait(self.n_bytes if end_byte is None else end_byte)
+
+    def check(self) -> None:
+        """Compare all mapped bytes with their master; for tests, inside a step.
+
+        Raises:
+            AssertionError: naming the first byte that differs.
+        """
+        self._paged.block_until_copied()
+        self._paged.check_bytes(self._paged.bytes_of(0, self._n_mapped))
+
+    def close(self) -> None:
+        """Leave the ring and free everything; the view must not be used any more."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            with suppress(DjinnError, RuntimeError):
+                self._fence()
+            with suppress(OSError):
+                protocol.send(self._connection.socket, "leave")
+                self._connection.socket.shutdown(socket.SHUT_RDWR)
+        self._listener.join()
+        self._closing.close()
+
+    # -- the listener ---------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._hear(protocol.receive(self._connection.socket))
+        except Exception as error:
+            if self._is_closed:
+                return
+            failure = error if isinstance(error, DjinnError) else _broken(self.model, error)
+            with self._changed:
+                self._failure = failure
+                self._changed.notify_all()
+            self._on_loss(failure)
+
+    def _hear(self, message: Message) -> None:
+        match message["kind"]:
+            case "frames":
+                self._take(message)
+            case "revoke":
+                self._revoke()
+            case kind:
+                raise ProtocolError(f"the ring cannot say {kind!r} to an engine")
+
+    def _take(self, message: Message) -> None:
+        """Map assigned frames and start their copies; the lease may come with them."""
+        n_kept, frames = message["n_kept"], tuple(message["frames"])
+        self._unmap(n_kept)
+        stalled_s = self._costs.stalled_s + self._forget_arrived()
+        if frames:
+            self._paged.load(Extent(self.model, n_kept, frames))
+            self._n_mapped += len(frames)
+        granted: bool = message["granted"]
+        n_bytes = self._paged.bytes_of(n_kept, len(frames))
+        with self._changed:
+            self._is_switching |= bool(frames)
+            costs = self._costs
+            self._costs = replace(
+                costs,
+                leases=costs.leases + granted,
+                switches=costs.switches + (granted and self._is_switching),
+                loaded_bytes=costs.loaded_bytes + n_bytes,
+                evicted_bytes=costs.evicted_bytes + message["n_evicted"] * self.page_bytes,
+                stalled_s=stalled_s,
+            )
+            if granted:
+                self._is_leased, self._is_asking = True, False
+                self._changed.notify_all()
+        if granted and self._is_switching:
+            self._report_arrival()
+
+    def _forget_arrived(self) -> float:
+        """Forget copies that went well; returns for how long (s) computations waited for them."""
+        loads = self._paged.loads
+        self._paged.forget_arrived()
+        return sum(load.stalls.total_s for load in loads if load not in self._paged.loads)
+
+    def _report_arrival(self) -> None:
+        """Tell the broker how long the lease had to wait for copies."""
+        begin_s = time.perf_counter()
+        self._paged.block_until_copied()
+        with self._changed:
+            if not self._is_closed:
+                self._send("loaded", seconds=time.perf_counter() - begin_s)
+
+    def _revoke(self) -> None:
+        """Give the lease back between two steps; ignored where `rest` has done so meanwhile."""
+        with self._changed:
+            self._is_revoked = self._is_leased
+            self._changed.wait_for(lambda: not self._in_step or not self._is_leased)
+            if self._is_leased and not self._is_closed:
+                self._give_back()
+            self._is_revoked = False
+            self._changed.notify_all()
+
+    def _give_back(self, drop: bool = False) -> None:
+        """End the lease once nothing on the device reads the pages; called with the lock."""
+        self._fence()
+        self._is_leased = False
+        self._send("give_back", drop=drop)
+
+    def _fence(self) -> None:
+        self._paged.block_until_copied()
+        if self._is_cuda:
+            torch.cuda.synchronize(self.view.device)
+
+    def _unmap(self, n_kept: int) -> None:
+        """Unmap the pages that others got; nothing of this process reads them any more."""
+        self._paged.unmap(n_kept, self._n_mapped - n_kept)
+        self._n_mapped = n_kept
+
+    def _send(self, kind: str, **fields: object) -> None:
+        try:
+            protocol.send(self._connection.socket, kind, **fields)
+        except OSError as error:
+            raise BrokerGone(
+                "the broker of the ring ended, or hung up: start it again, and then the engines"
+            ) from error
+
+
+def _broken(model: str, error: Exception) -> DjinnError:
+    failure = DjinnError(
+        f"pages of {model!r} could not be loaded ({type(error).__name__}: {error}): start its "
+        "engine again"
+    )
+    failure.__cause__ = error
+    return failure

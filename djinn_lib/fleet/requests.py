@@ -1,0 +1,102 @@
+"""Requests of a fleet: checked before an engine sees them, and made into `Generation`s after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any
+
+from djinn_lib.arguments import whole_number
+from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
+from djinn_lib.engine.prompts import ReadPrompt
+from djinn_lib.errors import ConfigError, shown
+from djinn_lib.fleet.engines import EngineClient, PendingResult, Result
+
+Part = str | list[int]
+
+
+def sampling_parameters(
+    max_new_tokens: int, ignore_eos: bool, stop: str | list[str] | None, sampling: Sampling
+) -> dict[str, Any]:
+    """Return a request's options as vLLM calls them."""
+    parameters: dict[str, Any] = {
+        "max_tokens": whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS),
+        "ignore_eos": bool(ignore_eos),
+        "temperature": 0.0 if sampling.greedy else sampling.temperature,
+    }
+    if not sampling.greedy:
+        seed = sampling.next_seed() & (2**63 - 1)  # vLLM's are signed
+        parameters |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed}
+    if stop:
+        parameters["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    return parameters
+
+
+def check_prompt(engine: EngineClient, prompt: ReadPrompt, max_new_tokens: int) -> None:
+    """Refuse a prompt that vLLM would cut, or read beyond its tables for.
+
+    Raises:
+        ConfigError: naming what is wrong with it.
+    """
+    facts = engine.facts
+    if isinstance(prompt, str):
+        if not facts["has_tokenizer"]:
+            raise ConfigError(f"{engine.name!r} has no tokenizer: pass token ids")
+        return
+    if not prompt:
+        raise ConfigError("a prompt without tokens cannot be continued: pass at least one")
+    if wrong := [one for one in prompt if not 0 <= one < facts["vocab_size"]]:
+        raise ConfigError(
+            f"token id {shown(wrong[0])} is none of {engine.name!r}: its ids go from 0 to "
+            f"{facts['vocab_size'] - 1}"
+        )
+    if len(prompt) + max_new_tokens > facts["max_model_len"]:
+        raise ConfigError(
+            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the "
+            f"{facts['max_model_len']} of {engine.name!r}: ask for fewer, or add the model with a "
+            "larger max_model_len"
+        )
+
+
+def generation_of(engine: EngineClient) -> Callable[[Result, float], Generation]:
+    """Return what makes a `Generation` of an engine's result and of when it was asked for."""
+
+    def convert(result: Result, submitted_s: float) -> Generation:
+        has_text = engine.facts["has_tokenizer"]
+        switch_ms = 1e3 * result["switch_s"]
+        return Generation(
+            token_ids=tuple(result["token_ids"]),
+            text=result["text"] if has_text else None,
+            loaded_bytes=result["loaded_bytes"],
+            evicted_bytes=result["evicted_bytes"],
+            resident_before_bytes=result["resident_before_bytes"],
+            prefetched_bytes=0,
+            queue_ms=1e3 * (result["begin_s"] - submitted_s),
+            stall_ms=switch_ms,
+            switch_ms=switch_ms,
+            ttft_ms=1e3 * (result["first_s"] - submitted_s),
+            decode_ms=1e3 * (result["last_s"] - result["first_s"]),
+            total_ms=1e3 * (result["last_s"] - submitted_s),
+        )
+
+    return convert
+
+
+def wait_for(pending: PendingResult) -> Generation:
+    """Wait for a request; an interrupt gives it up."""
+    try:
+        return pending.result()
+    except BaseException:
+        pending.cancel()
+        raise
+
+
+def parts_of(pending: PendingResult, parts: SimpleQueue[Part | None]) -> Iterator[Part]:
+    """Yield the parts of a request until it is done; leaving early gives it up."""
+    try:
+        while (part := parts.get()) is not None:
+            yield part
+        pending.result()
+    finally:
+        pending.cancel()

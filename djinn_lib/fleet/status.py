@@ -1,0 +1,140 @@
+"""What a ring looks like at one moment: who has which frames, who computes, who waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+from djinn_lib.fleet.leases import Counts, Leases
+from djinn_lib.units import format_bytes
+
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f")
+_MOST_CELLS = 240  # of a picture: a cell then stands for several neighbouring frames
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """One model: pages it has in all and on the ring, what its engine does, and what that took."""
+
+    model: str
+    state: str
+    n_pages: int
+    n_resident: int
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class RingStatus:
+    """A ring of `n_frames` frames; `frames[i]` is the number of the model in frame `i`, or -1."""
+
+    device: str
+    page_bytes: int
+    n_frames: int
+    models: tuple[ModelStatus, ...]
+    frames: tuple[int, ...]
+
+    @classmethod
+    def of(cls, leases: Leases, device: str, page_bytes: int) -> RingStatus:
+        """Look at a ring."""
+        ring, frames = leases.ring, [-1] * leases.ring.n_frames
+        models = []
+        for number, engine in enumerate(leases.engines):
+            for frame in ring.frames(engine.model):
+                frames[frame] = number
+            models.append(
+                ModelStatus(
+                    engine.model,
+                    engine.state.value,
+                    ring.n_pages(engine.model),
+                    ring.n_resident(engine.model),
+                    engine.counts,
+                )
+            )
+        return cls(device, page_bytes, ring.n_frames, tuple(models), tuple(frames))
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> RingStatus:
+        """Read what `fields` wrote."""
+        models = tuple(
+            ModelStatus(**{**model, "counts": Counts(**model["counts"])})
+            for model in message["models"]
+        )
+        return cls(
+            message["device"],
+            message["page_bytes"],
+            message["n_frames"],
+            models,
+            tuple(message["frames"]),
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as the fields of a message."""
+        return asdict(self)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes of frames that each model has."""
+        return {model.model: model.n_resident * self.page_bytes for model in self.models}
+
+    def residency(self) -> pd.DataFrame:
+        """One row a model: model, bytes, resident_bytes, frames; bytes are whole pages."""
+        rows = {
+            "model": [one.model for one in self.models],
+            "bytes": [one.n_pages * self.page_bytes for one in self.models],
+            "resident_bytes": list(self.resident_bytes().values()),
+            "frames": [one.n_resident for one in self.models],
+        }
+        return pd.DataFrame(rows)
+
+    def stats(self) -> pd.DataFrame:
+        """One row a model: what its engine does, and what leases cost it since it joined."""
+        rows = [
+            {
+                "model": one.model,
+                "engine": one.state,
+                "leases": one.counts.leases,
+                "switches": one.counts.switches,
+                "loaded_bytes": one.counts.loaded_pages * self.page_bytes,
+                "evicted_bytes": one.counts.evicted_pages * self.page_bytes,
+                "revoked": one.counts.revoked,
+                "waited_s": one.counts.waited_s,
+                "longest_wait_s": one.counts.longest_wait_s,
+            }
+            for one in self.models
+        ]
+        return pd.DataFrame(rows)
+
+    def html(self) -> str:
+        """Draw the ring: a cell for each frame (or for neighbours), in the colour of its model."""
+        per_cell = -(-self.n_frames // _MOST_CELLS)
+        cells = "".join(
+            f'<i style="display:inline-block;width:5px;height:18px;background:{_color(owner)}"></i>'
+            for owner in self.frames[::per_cell]
+        )
+        rows = "".join(
+            f"<tr><td><b style='color:{_color(number)}'>&#9632;</b> {escape(one.model)}</td>"
+            f"<td>{one.state}</td>"
+            f"<td>{format_bytes(one.n_resident * self.page_bytes)} of "
+            f"{format_bytes(one.n_pages * self.page_bytes)}</td>"
+            f"<td>{one.counts.switches}</td>"
+            f"<td>{format_bytes(one.counts.loaded_pages * self.page_bytes)}</td>"
+            f"<td>{1e3 * one.counts.longest_wait_s:.0f} ms</td></tr>"
+            for number, one in enumerate(self.models)
+        )
+        head = "".join(
+            f"<th>{title}</th>"
+            for title in ("model", "engine", "resident", "switches", "loaded", "longest wait")
+        )
+        ring = format_bytes(self.n_frames * self.page_bytes)
+        return (
+            f"<div>{ring} on {escape(self.device)}, {self.n_frames} frames of "
+            f"{format_bytes(self.page_bytes)}</div><div style='line-height:0'>{cells}</div>"
+            f"<table><tr>{head}</tr>{rows}</table>"
+        )
+
+
+def _color(number: int) -> str:
+    return "#dddddd" if number < 0 else _COLORS[number % len(_COLORS)]

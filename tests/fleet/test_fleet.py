@@ -1,0 +1,258 @@
+"""The fleet around a stand-in for vLLM, which starts faster: processes, requests, faults."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from fake_engine import weights_of
+from test_broker import MIB, until
+
+import djinn_lib as dj
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
+from djinn_lib.fleet import environment
+from djinn_lib.fleet import fleet as fleet_module
+from djinn_lib.fleet.engines import EngineClient, EngineDied
+from djinn_lib.fleet.fleet import Fleet
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SIZES = {"a": 6 * MIB, "b": 5 * MIB, "c": 3 * MIB}
+
+
+def tokens(model, prompt, n):
+    """What the stand-in says, computed here."""
+    weights, ids = weights_of(model, SIZES[model]), list(prompt)
+    for _ in range(n):
+        ids.append(int(weights[(len(ids) + sum(ids)) * 4099 % len(weights)]))
+    return tuple(ids[len(prompt) :])
+
+
+@pytest.fixture(scope="module")
+def patched(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        paths = [str(SUPPORT), str(SUPPORT / "fake_vllm")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setattr(fleet_module, "vllm_python", lambda python: Path(sys.executable))
+        folder = tmp_path_factory.mktemp("model")
+        (folder / "config.json").write_text("{}")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def fleet(patched):
+    with dj.Fleet(
+        "10MiB", "cpu", quantum_s=0.01, max_wait_s=0.1, progress=lambda step: None
+    ) as fleet:
+        with ThreadPoolExecutor(3) as threads:
+            adding = [
+                threads.submit(fleet.add, name, patched, n_bytes=n_bytes)
+                for name, n_bytes in SIZES.items()
+            ]
+        for one in adding:
+            one.result()
+        yield fleet
+    assert not fleet.socket.parent.exists()
+
+
+def test_requests_of_many_threads_to_models_that_do_not_fit_together(fleet):
+    tasks = [("abc"[i % 3], [i, i + 1], 3 + i % 5) for i in range(90)]
+    with ThreadPoolExecutor(8) as threads:
+        said = list(
+            threads.map(lambda t: fleet.generate(*t[:2], t[2], ignore_eos=True).token_ids, tasks)
+        )
+    assert said == [tokens(*task) for task in tasks]
+    stats = fleet.stats().set_index("model")
+    assert (stats.switches > 0).all() and stats.evicted_bytes.sum() > 0
+
+
+def test_a_list_is_batched_and_loads_once(fleet):
+    fleet.generate("a", [1], 1)
+    fleet.generate("b", [1], 1)
+    prompts = [[i, 1] for i in range(20)]
+    generations = fleet.generate("a", prompts, 4)
+    assert [g.token_ids for g in generations] == [tokens("a", p, 4) for p in prompts]
+    assert sum(bool(g.loaded_bytes) for g in generations) == 1
+    assert all(0 <= g.ttft_ms <= g.total_ms for g in generations)
+    assert generations[0].text is None
+
+
+def test_a_stream_can_be_left(fleet):
+    parts = [one for part in fleet.stream("c", [5], 6) for one in part]
+    assert tuple(parts) == tokens("c", [5], 6)
+    for part in fleet.stream("c", [5], 50):
+        assert part == list(tokens("c", [5], 1))
+        break
+    until(lambda: not fleet.engine("c").n_pending, "the request was given up")
+
+
+def test_a_request_can_be_cancelled(fleet):
+    asked = fleet.submit("c", [5], 60)
+    assert asked.cancel()
+    with pytest.raises(CancelledError):
+        asked.result()
+    assert fleet.generate("c", [6], 2).token_ids == tokens("c", [6], 2)
+
+
+def test_evicting_and_looking_at_the_ring(fleet):
+    fleet.generate("a", [1], 1)
+    fleet.evict("a")
+    residency = fleet.residency().set_index("model")
+    assert residency.resident_bytes["a"] == 0 and residency.bytes["a"] == 6 * MIB
+    html = fleet._repr_html_()
+    assert html.count("<i style") == 10 and "<script" not in html
+    assert all(f" {name}</td>" in html for name in SIZES)
+
+
+@pytest.mark.parametrize(
+    "name, prompt, options, says",
+    [
+        ("d", [1], {}, "no model is called 'd'"),
+        ("a", "text", {}, "has no tokenizer"),
+        ("a", [], {}, "at least one"),
+        ("a", [[1], []], {}, "at least one"),
+        ("a", [256], {}, "ids go from 0 to 255"),
+        ("a", [1] * 60, {"max_new_tokens": 5}, "more than the 64"),
+        ("a", [13], {}, "refused the request: 13 is bad luck"),
+        ("a", [1], {"max_new_tokens": 0}, "max_new_tokens"),
+        ("a", [1], {"temperature": -1}, "temperature"),
+        ("a", [1], {"temperature": 200.0}, "that is too hot"),
+        ("a", None, {}, "prompt"),
+    ],
+)
+def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):
+    with pytest.raises(ConfigError, match=says):
+        fleet.generate(name, prompt, **options)
+    assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
+
+
+def test_a_model_that_cannot_be_added(fleet, patched, tmp_path):
+    for options, kind, says in [
+        ({"fails": "start"}, EngineDied, "RuntimeError: no kernel for this device.*its log"),
+        ({"fails": "die"}, EngineDied, "exit status 7"),
+        ({"n_bytes": 11 * MIB}, CapacityError, "'d' did not start: .*raise the capacity"),
+        ({"tensor_parallel_size": 2}, ConfigError, "one device"),
+        ({"worker_cls": "x"}, ConfigError, "leave it out"),
+    ]:
+        with pytest.raises(kind, match=f"(?s){says}"):
+            fleet.add("d", patched, **options)
+    with pytest.raises(ConfigError, match="choose another name"):
+        fleet.add("a", patched)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        fleet.add("d", tmp_path)
+    assert set(fleet.models) == set(SIZES)
+    assert len(fleet.status().models) == 3
+
+
+def test_an_engine_that_is_killed_fails_its_requests_and_can_be_added_again(fleet, patched):
+    asked = fleet.submit("c", [[i] for i in range(5)], 60)
+    os.kill(fleet.engine("c").pid, signal.SIGKILL)
+    for one in asked:
+        with pytest.raises(EngineDied, match=r"exit status -9.*add it again"):
+            one.result(20)
+    assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
+    until(lambda: len(fleet.status().models) == 2, "its frames are free")
+    fleet.remove("c")
+    fleet.add("c", patched, n_bytes=SIZES["c"])
+    assert fleet.generate("c", [2], 2).token_ids == tokens("c", [2], 2)
+
+
+def test_an_engine_whose_step_fails_tells_its_requests(patched, fleet):
+    fleet.add("d", patched, n_bytes=MIB, fails="step")
+    with pytest.raises(EngineDied, match="an illegal memory access"):
+        fleet.generate("d", [1], 3)
+    with pytest.raises(EngineDied):
+        fleet.generate("d", [1], 3)
+    fleet.remove("d")
+
+
+def test_text_of_a_model_with_a_tokenizer(patched, fleet):
+    fleet.add("t", patched, n_bytes=MIB, skip_tokenizer_init=False)
+    g = fleet.generate("t", "hello", 5)
+    assert len(g.text) == 5 and len(g.token_ids) == 5
+    assert "".join(fleet.stream("t", "hello", 5)) == g.text
+    fleet.remove("t")
+
+
+def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
+    with nothing_leaks():
+        fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
+        fleet.add("c", patched, n_bytes=SIZES["c"], step_s=0.5)
+        asked = fleet.submit("c", [1], 60)
+        folder, pid = fleet.socket.parent, fleet.engine("c").pid
+        fleet.close()
+        with pytest.raises(EngineDied, match="it was closed"):
+            asked.result(20)
+        assert not folder.exists() and not Path(f"/proc/{pid}").exists()
+        fleet.close()
+        for use in (lambda: fleet.generate("c", [1]), lambda: fleet.add("x", patched), fleet.stats):
+            with pytest.raises(DjinnError, match="this fleet was closed"):
+                use()
+        assert fleet._repr_html_() == "<i>closed</i>"
+
+
+def test_a_fleet_that_is_forgotten_is_closed(patched):
+    fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
+    process, folder = fleet._ring.process, fleet.socket.parent
+    del fleet
+    until(lambda: process.poll() is not None and not folder.exists(), "it was collected")
+
+
+@pytest.mark.parametrize(
+    "options, kind, says",
+    [
+        ({"capacity": "10TiB", "page": "1GiB"}, CapacityError, "lower the capacity"),
+        ({"capacity": "x"}, ConfigError, "size"),
+        ({"capacity": "4MiB", "policy": "x"}, ConfigError, "policy"),
+        ({"capacity": "4MiB", "quantum_s": 5.0}, ConfigError, "longest wait"),
+        ({"capacity": "4MiB", "device": "tpu"}, ConfigError, "device"),
+    ],
+)
+def test_what_cannot_be_a_fleet(patched, nothing_leaks, options, kind, says):
+    with pytest.raises(kind, match=says):
+        Fleet(**{"device": "cpu", **options})
+
+
+def test_adding_while_it_is_closed(patched):
+    fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
+    failed = []
+
+    def add():
+        try:
+            fleet.add("c", patched, n_bytes=SIZES["c"])
+        except DjinnError as error:
+            failed.append(error)
+
+    adding = threading.Thread(target=add)
+    adding.start()
+    time.sleep(0.1)
+    fleet.close()
+    adding.join(60)
+    assert len(failed) == 1
+
+
+# -- the environment that has vLLM --
+
+
+def test_which_python_runs_vllm(monkeypatch, tmp_path):
+    monkeypatch.delenv(environment.VARIABLE, raising=False)
+    monkeypatch.setattr(environment, "find_spec", lambda name: True)
+    assert environment.vllm_python() == Path(sys.executable)
+    monkeypatch.setattr(environment, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment, "_built", lambda: None)
+    with pytest.raises(PlatformError, match="make vllm"):
+        environment.vllm_python()
+    assert "make vllm" in environment.unavailable()
+    monkeypatch.setenv(environment.VARIABLE, "/nonexistent/python")
+    with pytest.raises(PlatformError, match="/nonexistent/python is no Python with vLLM"):
+        environment.vllm_python()
+    with pytest.raises(PlatformError, match="no Python with vLLM"):
+        environment.vllm_python(tmp_path)
+
+
+def test_an_engine_that_says_nothing_is_given_up(patched, tmp_path):
+    with pytest.raises(EngineDied, match="said nothing within 0 s"):
+        EngineClient("x", sys.executable, {}, tmp_path / "log", start_timeout_s=0.01)

@@ -1,0 +1,251 @@
+"""One address in front of several servers, which are stand-ins here."""
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from djinn_lib.engine.memory.policies import LRU
+from djinn_lib.engine.memory.ring import Ring
+from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.fleet.fleet_file import read_fleet_file, vllm_arguments
+from djinn_lib.fleet.gateway import Gateway, Upstream
+from djinn_lib.fleet.leases import Leases
+from djinn_lib.fleet.status import RingStatus
+
+
+class Running:
+    """An ASGI application on a port of this machine."""
+
+    def __init__(self, app):
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def end(self):
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+class FakeServer:
+    """Answers as `vllm serve` does, as far as it matters; notes what it is asked."""
+
+    def __init__(self, model):
+        self.model, self.asked, self.given_up = model, [], threading.Event()
+        self.running = Running(
+            Starlette(
+                routes=[
+                    Route("/health", lambda request: Response()),
+                    Route("/v1/models", self.models),
+                    Route("/v1/completions", self.complete, methods=["POST"]),
+                ]
+            )
+        )
+
+    async def models(self, request):
+        return JSONResponse({"object": "list", "data": [{"id": self.model, "max_model_len": 64}]})
+
+    async def complete(self, request):
+        body = await request.json()
+        self.asked.append((body, dict(request.headers), request.url.query))
+        if body.get("wrong"):
+            return JSONResponse({"error": {"message": "too long"}}, 400, {"x-from": self.model})
+        if body.get("stream"):
+            return StreamingResponse(self.stream(body), media_type="text/event-stream")
+        if body.get("slow"):
+            try:
+                while not await request.is_disconnected():
+                    await asyncio.sleep(0.02)
+            finally:
+                self.given_up.set()
+        return JSONResponse({"text": f"{self.model} says {body['prompt']}"})
+
+    async def stream(self, body):
+        try:
+            for i in range(body["stream"]):
+                yield f"data: {i}\n\n"
+                await asyncio.sleep(0.02)
+        finally:
+            self.given_up.set()
+
+
+@pytest.fixture(scope="module")
+def servers():
+    servers = {name: FakeServer(name) for name in ("chat", "code")}
+    yield servers
+    for server in servers.values():
+        server.running.end()
+
+
+RING = Leases(Ring(10), LRU())
+RING.join("chat", 4)
+RING.ask("chat", 0.0)
+
+
+@pytest.fixture(scope="module")
+def gateway(servers):
+    upstreams = {n: Upstream(s.running.url, lambda: True) for n, s in servers.items()}
+    upstreams["dead"] = Upstream("http://127.0.0.1:9", lambda: False)
+    running = Running(Gateway(upstreams, lambda: RingStatus.of(RING, "cpu", 1 << 20)).app)
+    yield running.url
+    running.end()
+
+
+def complete(gateway, **body):
+    return httpx.post(f"{gateway}/v1/completions", json=body, timeout=20)
+
+
+def test_requests_go_to_their_model_and_are_passed_through(gateway, servers):
+    for model in ("chat", "code"):
+        answer = httpx.post(
+            f"{gateway}/v1/completions?x=1",
+            json={"model": model, "prompt": "hi"},
+            headers={"authorization": "Bearer secret"},
+        )
+        assert answer.json() == {"text": f"{model} says hi"}
+        body, headers, query = servers[model].asked[-1]
+        assert body == {"model": model, "prompt": "hi"} and query == "x=1"
+        assert headers["authorization"] == "Bearer secret"
+
+
+def test_models_are_listed_and_one_that_is_down_is_not(gateway):
+    listed = httpx.get(f"{gateway}/v1/models").json()
+    assert [one["id"] for one in listed["data"]] == ["chat", "code"]
+
+
+def test_an_answer_comes_as_it_is_made(gateway):
+    body = {"model": "chat", "stream": 5}
+    with httpx.stream("POST", f"{gateway}/v1/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        parts = [(time.monotonic(), part) for part in answer.iter_text()]
+    assert "".join(part for _, part in parts) == "".join(f"data: {i}\n\n" for i in range(5))
+    assert parts[-1][0] - parts[0][0] > 0.03, "it came piece by piece"
+
+
+@pytest.mark.parametrize("body", [{"stream": 10**6}, {"slow": True}])
+def test_a_caller_that_hangs_up_gives_its_request_up(gateway, servers, body):
+    servers["code"].given_up.clear()
+    n_asked = len(servers["code"].asked)
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        httpx.stream(
+            "POST", f"{gateway}/v1/completions", json={"model": "code", **body},
+            timeout=httpx.Timeout(20, read=0.3 if "slow" in body else 20),
+        ) as answer,
+    ):  # fmt: skip
+        next(answer.iter_text())
+        raise httpx.ReadTimeout("we have seen enough")
+    assert len(servers["code"].asked) == n_asked + 1
+    assert servers["code"].given_up.wait(10)
+
+
+def test_errors_are_passed_through_and_those_of_the_gateway_look_alike(gateway):
+    answer = complete(gateway, model="chat", wrong=True)
+    assert answer.status_code == 400 and answer.headers["x-from"] == "chat"
+    assert answer.json()["error"]["message"] == "too long"
+    for status, says, answer in [
+        (404, "choose from chat, code", complete(gateway, model="none")),
+        (400, "names no model", complete(gateway, prompt="hi")),
+        (400, "names no model", httpx.post(f"{gateway}/v1/completions", content=b"{")),
+        (400, "names no model", httpx.post(f"{gateway}/v1/completions", content=b"[]")),
+        (503, "has ended", complete(gateway, model="dead", prompt="hi")),
+    ]:
+        assert answer.status_code == status
+        assert says in answer.json()["error"]["message"]
+    assert httpx.get(f"{gateway}/v1/none").status_code == 405
+
+
+def test_health_names_what_is_down(gateway, servers):
+    answer = httpx.get(f"{gateway}/health")
+    assert answer.status_code == 503
+    assert answer.json() == {"chat": "ok", "code": "ok", "dead": "down", "ring": "ok"}
+    alone = Running(
+        Gateway(
+            {"chat": Upstream(servers["chat"].running.url, lambda: True)},
+            lambda: RingStatus.of(RING, "cpu", 1 << 20),
+        ).app
+    )
+    assert httpx.get(f"{alone.url}/health").status_code == 200
+    alone.end()
+
+
+def test_metrics_of_requests_and_of_the_ring(gateway):
+    complete(gateway, model="chat", prompt="hi")
+    said = httpx.get(f"{gateway}/metrics").text
+    for line in (
+        "djinn_ring_bytes 1.048576e+07",
+        'djinn_resident_bytes{model="chat"} 4.194304e+06',
+        'djinn_switches_total{model="chat"} 1.0',
+        'djinn_loaded_bytes_total{model="chat"} 4.194304e+06',
+        'djinn_requests_total{model="chat",status="200"}',
+    ):
+        assert line in said
+
+
+def test_metrics_without_a_ring():
+    def gone():
+        raise DjinnError("the broker ended")
+
+    running = Running(Gateway({}, gone).app)
+    assert "djinn_ring_bytes" not in httpx.get(f"{running.url}/metrics").text
+    assert httpx.get(f"{running.url}/health").json() == {"ring": "down"}
+    running.end()
+
+
+# -- the file --
+
+
+def written(tmp_path, text):
+    path = tmp_path / "fleet.yml"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def test_a_fleet_file(tmp_path):
+    models = {"chat": {"model": "org/a", "max_model_len": 8192, "enforce_eager": True,
+                       "enable_prefix_caching": False}}  # fmt: skip
+    file = read_fleet_file(written(tmp_path, {"capacity": 1 << 30, "models": models}))
+    assert file.ring_options()["capacity"] == f"{1 << 30}B"
+    assert vllm_arguments("chat", file.models["chat"]) == [
+        "serve", "org/a", "--served-model-name", "chat", "--max-model-len", "8192",
+        "--enforce-eager", "--no-enable-prefix-caching",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "needs at least"),
+        ("{", "cannot be read"),
+        ({"models": {"a": {"model": "x"}}}, "no `capacity`"),
+        ({"capacity": "1GiB"}, "no `models`"),
+        ({"capacity": "1GiB", "models": ["a"]}, "maps names to options"),
+        ({"capacity": "1GiB", "models": {"a": {}}}, "has no `model`"),
+        ({"capacity": "1GiB", "models": {"a": {"model": "x"}}, "ports": 1}, "unknown option"),
+        ({"capacity": "1GiB", "models": {"a": {"model": "x", "worker_cls": "y"}}}, "leave it out"),
+        (
+            {"capacity": "1GiB", "models": {"a": {"model": "x", "tensor_parallel_size": 2}}},
+            "one device",
+        ),
+    ],
+)
+def test_a_fleet_file_that_cannot_be_used(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=says):
+        read_fleet_file(written(tmp_path, text))
+
+
+def test_no_fleet_file(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_fleet_file(tmp_path / "none.yml")
