@@ -19,8 +19,9 @@ import torch
 
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.devices import open_address_space
+from djinn_lib.engine.memory.frames import n_frames_in
 from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency, Ring, n_frames_in
+from djinn_lib.engine.memory.ring import Residency, Ring
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.leases import Frames, Leases, Revoke
