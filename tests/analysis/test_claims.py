@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from djinn_lib.analysis.claims import (
     Expected,
     Verdict,
     claims_table,
+    colored,
     compare,
     judge,
     load_claims,
@@ -628,6 +630,14 @@ def test_the_table_for_people():
     assert list(table["95% interval"]) == ["30% to 70%", "", ""]
     assert list(claims_table([VERDICT, NOTHING], "not judged").index) == ["another"]
     assert claims_table([VERDICT], "withdrawn").empty
+    html, other = (colored(part).to_html() for part in (table, table.iloc[:1]))
+    assert html == colored(table).to_html() and html.count(">not judged<") == 1
+    ids = [set(re.findall('id="([^"]*)"', page)) for page in (html, other)]
+    assert ids[0] and not ids[0] & ids[1]  # two tables on a page do not colour each other
+
+
+def test_a_table_without_claims_is_shown():
+    assert "verdict" in colored(claims_table([VERDICT], "withdrawn")).to_html()
 
 
 def beside(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
