@@ -686,7 +686,7 @@ def test_a_ratio_is_that_of_the_newest_machine_that_ran_both():
     newest = [measured_on("a", 2, 20.0), measured_on("b", 1, 30.0)]
     again = [measured_on("a", 1, 10.0), measured_on("b", 2, 50.0)]
     for replicates, ratio, where in (
-        ([], 1.5, "on machine 1, 2"),
+        ([], 1.5, "on the machines 1 and 2"),
         (again[:1], 3.0, "on machine 1"),
         (again, 2.5, "on machine 2"),
     ):
