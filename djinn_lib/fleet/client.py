@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from djinn_lib.engine.memory.devices import open_address_space, open_copier
+from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.layout import Fill, Layout
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.paged_model import PagedModel
-from djinn_lib.engine.memory.ring import Extent
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.connection import Connection

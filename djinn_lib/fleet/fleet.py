@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
@@ -98,7 +99,9 @@ class Fleet:
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
-        self._finalizer = weakref.finalize(self, _close, self._engines, self._ring, self._folder)
+        self._finalizer = weakref.finalize(
+            self, _close, os.getpid(), self._engines, self._ring, self._folder
+        )
 
     @property
     def socket(self) -> Path:
@@ -331,8 +334,10 @@ class _Starting:
         """Nothing."""
 
 
-def _close(engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
-    """End everything that a fleet started."""
+def _close(owner: int, engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
+    """End everything that a fleet started; a forked child leaves its parent's as it is."""
+    if os.getpid() != owner:
+        return
     ending = list(engines.values())
     engines.clear()
     for engine in ending:
