@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.djinn import Djinn
-from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 
 MISS_TOKENS = 4  # of a request whose first token is what counts
@@ -125,7 +125,7 @@ class Cases:
 
 
 def page_curve(
-    pool: HostMasters,
+    masters: Masters,
     models: Sequence[str],
     capacity_bytes: int,
     pages_bytes: Sequence[int],
@@ -135,7 +135,7 @@ def page_curve(
     """What the size of a page changes, for two models that take turns.
 
     Args:
-        pool: master copies of the models.
+        masters: master copies of the models.
         models: two of them.
         capacity_bytes: of the ring, which must hold each of them.
         pages_bytes: the sizes to try.
@@ -143,22 +143,22 @@ def page_curve(
         repeats: of every switch.
     """
     return [
-        _page_row(pool, models, capacity_bytes, page_bytes, device, repeats)
+        _page_row(masters, models, capacity_bytes, page_bytes, device, repeats)
         for page_bytes in pages_bytes
     ]
 
 
 def _page_row(
-    pool: HostMasters,
+    masters: Masters,
     models: Sequence[str],
     capacity_bytes: int,
     page_bytes: int,
     device: torch.device,
     repeats: int,
 ) -> dict[str, Any]:
-    pager = Pager(pool, capacity_bytes, page_bytes, device)
+    pager = Pager(masters, capacity_bytes, page_bytes, device)
     for model in models:
-        pager.add(model, pool.layout(model).paged_bytes)
+        pager.add(model, masters.layout(model).paged_bytes)
 
     def switch(model: str) -> tuple[float, float, int]:
         begin_s = time.perf_counter()

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from djinn_lib.errors import DjinnError
+from djinn_lib.fleet import commands
 
 app = typer.Typer(
     name="djinn",
@@ -239,6 +240,8 @@ _hand_on("merge", "djinn_lib.publishing.merge", _PUBLISHING,
          "Put the cells of several run folders into one.")  # fmt: skip
 _hand_on("publish", "djinn_lib.publishing.publish", _PUBLISHING,
          "Make a finished run the reference.")  # fmt: skip
+for _served in (commands.serve, commands.ring):
+    app.command(rich_help_panel=_SERVING)(_served)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def later_touches(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def prefill_ms(rows: pd.DataFrame) -> pd.Series:
-    """Time of the prompt's forward pass: what is left of the total beside its other parts."""
+    """Time of the prompt's forward pass: the total without its other parts."""
     parts = rows["queue_ms"] + rows["switch_ms"] + rows["decode_ms"]
     return (rows["total_ms"] - parts).clip(lower=0).rename("prefill_ms")
 
@@ -112,7 +112,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     Columns: n, completed, failed, repeats, p50/p90/p99/mean/max of total_ms and ttft_ms,
     mean_switch_ms, hit_share (switch below `HIT_MS`), zero_load_share (nothing loaded), and
     loaded/evicted/writeback bytes of one repeat. `p99_is_max` says that n is too small for a 99th
-    percentile, so that the maximum stands in its place.
+    percentile, and the maximum stands in its place.
     """
     groups = dict(list(attempted(rows).groupby(CELL, sort=False)))
     index = pd.MultiIndex.from_tuples(groups, names=CELL)

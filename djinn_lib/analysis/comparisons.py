@@ -115,7 +115,7 @@ def token_table(run: Run) -> pd.DataFrame:
             except NotMeasured:
                 continue
     if not found:
-        raise NotMeasured("no system with transformers' own steps was run beside another one")
+        raise NotMeasured("no system was run on a trace together with PyTorch's systems")
     return pd.DataFrame.from_dict(found, orient="index").rename_axis(["trace", "system"])
 
 
@@ -193,15 +193,16 @@ def decomposition(
         RecordError: there are no rows of that trace and capacity.
     """
     rows = done(run.cells(trace, capacity_label))
-    found = {}
-    for name in order_systems(rows["system"]):
+    found, names = [], pd.Index(order_systems(rows["system"]), name="system")
+    for name in names:
         manifest = run.manifests.get(f"{trace}-{capacity_label}-{name}")
-        said = paper.get("systems", {}).get(name, {})
-        found[name] = _means(run, rows[rows["system"] == name],
-                             manifest["machine"] if manifest else run.machine)  # fmt: skip
-        found[name] |= {"paper: mean (ms)": float(said.get("mean_total_ms", "nan")),
-                        "paper: P50 (ms)": float(said.get("p50_total_ms", "nan"))}  # fmt: skip
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("system")
+        rates = manifest["machine"] if manifest else run.machine
+        found.append(_means(run, rows[rows["system"] == name], rates))
+    table = pd.DataFrame(found, names, list(_means(run, rows.iloc[:0], run.machine)))
+    said = paper.get("systems", {})
+    for label, key in (("mean", "mean_total_ms"), ("P50", "p50_total_ms")):
+        table[f"paper: {label} (ms)"] = [float(said.get(n, {}).get(key, nan)) for n in names]
+    return table
 
 
 def _means(run: Run, rows: pd.DataFrame, rates: Mapping[str, Any]) -> dict[str, float]:
@@ -212,7 +213,7 @@ def _means(run: Run, rows: pd.DataFrame, rates: Mapping[str, Any]) -> dict[str, 
     copy_ms = rows["loaded_bytes"].mean() / link * 1e3
     writeback_ms = rows["writeback_bytes"].mean() / back * 1e3
     total_ms = rows["total_ms"].mean()
-    read = rows["model"].map(run.needed_sizes) * (rows["n_tokens"] - 1)
+    read = rows["model"].map(run.needed_sizes).astype(float) * (rows["n_tokens"] - 1)
     ceiling_ms = copy_ms + (read.mean() / float(memory) * 1e3 if memory else 0.0)
     return {
         "n": len(rows),

@@ -109,9 +109,9 @@ def _with_the_loop(rows: pd.DataFrame) -> dict[str, float]:
 def rows_with_pace(run: Run) -> pd.DataFrame:
     """Return the served rows of every cell and replicate that noted the host's pace.
 
-    Of requests one after the other, decoded in the process that timed it. Columns beside `eager`
-    and `machine`: `host_loop_us`, the pace just before the request; `slower`, it as a multiple of
-    the machine's best; `longer`, the decode as a multiple of the fastest of that model, decoded
+    They are of requests one after the other, decoded in the process that timed the loop. More
+    columns are `eager`; `machine`; `host_loop_us`, the pace just before the request; `slower`, that
+    pace over the machine's best; `longer`, the decode over the fastest of that model, decoded in
     that way on that machine.
     """
     rows = served(sequential(run.every_row))

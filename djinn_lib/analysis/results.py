@@ -13,7 +13,7 @@ import pandas as pd
 from djinn_lib.analysis.comparisons import decomposition
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import COULD_NOT_BATCH, sweep
+from djinn_lib.analysis.selection import COULD_NOT_BATCH, NotMeasured, or_reason, sweep
 from djinn_lib.metrics import (
     HIT_MS,
     attempted,
@@ -23,7 +23,6 @@ from djinn_lib.metrics import (
     later_touches,
     mean_before_decode_ms,
     ratio_interval,
-    sequential,
     served,
 )
 from djinn_lib.simulator.optimal import optimal_bytes
@@ -49,8 +48,9 @@ def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
         rows: of one trace, capacity and mode. Systems that cannot run here have no row.
     """
     by_system = dict(iter(attempted(rows).groupby("system")))
-    found = {name: _measures(run, by_system[name]) for name in order_systems(by_system)}
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis("system")
+    names = pd.Index(order_systems(by_system), name="system")
+    columns = list(_measures(run, rows.iloc[:0]))  # also where nothing could run
+    return pd.DataFrame([_measures(run, by_system[name]) for name in names], names, columns)
 
 
 def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
@@ -140,6 +140,7 @@ def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
     return marked.groupby(["system", "capacity_label"])[["hit", "fast"]].mean().reset_index()
 
 
+@or_reason
 def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper") -> pd.DataFrame:
     """Return a row a capacity and system: speed-up, requests that loaded nothing, bytes.
 
@@ -150,6 +151,8 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
         RecordError: there are no rows of that trace.
     """
     rows, _ = split_unavailable(sweep(run, trace, baseline))
+    if rows.empty:
+        raise NotMeasured("no system of the sweep can run on this machine")
     table = pd.concat(dict(_at_each_capacity(run, rows, trace)), names=["capacity (GiB)", "system"])
     gains = speedup_table(rows, baseline)
     sizes = rows.groupby("capacity_label")["capacity_bytes"].max().map(_in_gib)
@@ -179,6 +182,7 @@ def _in_gib(n_bytes: int) -> str:
     return f"{n_bytes / _GIB:.4g}"
 
 
+@or_reason
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
     """Return a row a step from whole models to Djinn, and what it takes off the mean latency.
 
@@ -201,8 +205,11 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
             saved = difference_of_means(served(before)["total_ms"], served(own)["total_ms"])
             line |= dict(zip(("mean saved (ms)", "low (ms)", "high (ms)"), saved, strict=True))
             line["other machine"] = run.machines_of(before) != run.machines_of(own)
-        lines["".join(["+ " if before is not None else "", " + ".join(whats)]), system] = line
+        step = " + ".join(whats)
+        lines[step if before is None else f"+ {step}", system] = line
         before, whats = own, []
+    if not lines:
+        raise NotMeasured(f"no step of the ablation was run: {[system for system, _ in STEPS]}")
     table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(["step", "system"])
     columns = [*_SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
                "mean saved (ms)", "low (ms)", "high (ms)", "machine", "other machine"]  # fmt: skip
@@ -214,18 +221,20 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
 
 def replicates_table(run: Run) -> pd.DataFrame:
     """Return a row a measurement of each cell that was measured more than once, oldest first."""
-    again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
-    found = [m for m in run.all_manifests.values() if m["cell"] in again]
-    by_run = dict(iter(run.every_row.groupby("run_id")))
-    table = pd.concat(
-        [measures(run, by_run[m["run_id"]]).assign(cell=m["cell"], started=m["started_at_utc"])
-         for m in found] or [measures(run, run.rows.iloc[:0]).reindex(columns=["cell", "started"])]
-    )  # fmt: skip
-    order = {name: place for place, name in enumerate(order_systems(table.index))}
-    table = table.assign(place=table.index.map(order)).sort_values(["place", "cell", "started"])
     columns = ["machine", *_SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
                "mean decode (ms)", "slowest / fastest decode (x)", "loaded (GiB)"]  # fmt: skip
-    return table.set_index("cell").reindex(columns=columns)
+    again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
+    found = [m for m in run.all_manifests.values() if m["cell"] in again]
+    if not found:
+        return pd.DataFrame(columns=columns)
+    by_run = dict(iter(run.every_row.groupby("run_id")))
+    table = pd.concat(
+        measures(run, by_run[m["run_id"]]).assign(cell=m["cell"], started=m["started_at_utc"])
+        for m in found
+    )
+    order = {name: place for place, name in enumerate(order_systems(table.index))}
+    table = table.assign(place=table.index.map(order)).sort_values(["place", "cell", "started"])
+    return table.set_index("cell")[columns]
 
 
 def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
@@ -234,19 +243,20 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     Switches are counted after the first touch of each model. The first row, for comparison, has
     Djinn's requests one after the other. Systems that could have batched are left out.
     """
-    waiting = run.concurrent_cells(trace, capacity_label)
-    waiting = waiting[~waiting["system"].isin(COULD_NOT_BATCH)]
-    alone = sequential(run.rows)
-    alone = alone[(alone["trace"] == trace) & (alone["capacity_label"] == capacity_label)]
-    groups = {"sequential": alone[alone["system"] == "djinn"], "concurrent": waiting}
-    table = pd.concat(
-        {mode: measures(run, rows).join(_exposed(rows)) for mode, rows in groups.items()
-         if len(rows)} or {"": measures(run, waiting)}, names=["mode", "system"],
-    )  # fmt: skip
     columns = [*_SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
                "all done (s)"]  # fmt: skip
-    table = table.rename(index=lambda name: system_look(name).label, level="system")
-    return table.reindex(columns=columns)
+    alone = run.other_cells(trace, capacity_label)
+    waiting = run.concurrent_cells(trace, capacity_label)
+    modes = {
+        "sequential": alone[alone["system"] == "djinn"],
+        "concurrent": waiting[~waiting["system"].isin(COULD_NOT_BATCH)],
+    }
+    found = {mode: measures(run, rows).join(_exposed(rows))
+             for mode, rows in modes.items() if len(rows)}  # fmt: skip
+    if not found:
+        return pd.DataFrame(columns=columns)
+    table = pd.concat(found, names=["mode", "system"])[columns]
+    return table.rename(index=lambda name: system_look(name).label, level="system")
 
 
 def _exposed(rows: pd.DataFrame) -> pd.DataFrame:

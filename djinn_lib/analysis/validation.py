@@ -1,4 +1,4 @@
-"""Does the simulator tell the truth? Simulated rows beside measured ones.
+"""Does the simulator tell the truth? Simulated rows compared with measured ones.
 
 Measured are the rows of `SYSTEMS` in a reference run where there are any, else the cases of the
 engine's benchmark in which one model follows another. The cost model is fitted from hits, loads and

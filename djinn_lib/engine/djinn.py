@@ -190,6 +190,11 @@ class Djinn(Requests):
         """Device memory set aside for keys and values, beside the ring."""
         return sum(model.decoder.kv_cache_bytes for model in self._models)
 
+    @property
+    def decode_modes(self) -> dict[str, Decode]:
+        """How each model decodes, which may be a slower way than the one asked for."""
+        return {model.name: model.decoder.mode for model in self._models}
+
     def stats(self) -> PagerStats:
         """Return what the ring holds at this moment, and for whom."""
         return self._open.pager.stats()

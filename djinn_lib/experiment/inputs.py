@@ -22,6 +22,7 @@ from djinn_lib.systems import KERNELS, SYSTEMS
 LIBRARY = REPO / "djinn_lib"
 # Beside the engine and the system's own module: what sends requests and writes rows.
 _OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
+_OF_NO_CELL = {"accelerate"}  # 07_large_models measures it
 _BUILDS_ON = {"vllm_sleep": ("vllm_recreate",)}  # modules of other systems
 
 
@@ -87,7 +88,8 @@ def code_of(system: str) -> list[Path]:
     Of the systems' modules: its own, those that it builds on, and those that belong to no system.
     """
     own, _ = SYSTEMS[system]
-    others = {module for module, _ in SYSTEMS.values()} - {own, *_BUILDS_ON.get(own, ())}
+    others = {module for module, _ in SYSTEMS.values()} | _OF_NO_CELL
+    others -= {own, *_BUILDS_ON.get(own, ())}
     modules = (LIBRARY / "systems").glob("*.py")
     return [
         *(LIBRARY / part for part in _OF_EVERY_CELL),

@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from accelerate import cpu_offload
-from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.memory.masters import HostMasters
-from djinn_lib.engine.models.packing import Unit, pack
+from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import ConfigError
@@ -36,6 +33,7 @@ from djinn_lib.experiment.large_results import COLUMNS, read_large, write_large
 from djinn_lib.experiment.profile import REPO, parse_capacity
 from djinn_lib.provenance import git_state
 from djinn_lib.rows import token_sha
+from djinn_lib.systems.accelerate import offload
 from djinn_lib.units import format_bytes, parse_bytes
 
 Outcome = tuple[Tokens, int, float]  # tokens, bytes loaded, seconds of stalls
@@ -271,60 +269,3 @@ def _accelerate(
             yield tokens, bytes_per_pass * n_tokens, math.nan
     finally:
         pool.close()
-
-
-def offload(
-    model: PreTrainedModel,
-    units: Sequence[Unit],
-    weights: Mapping[str, torch.Tensor],
-    capacity_bytes: int,
-    device: str,
-) -> tuple[PreTrainedModel, int]:
-    """Give a model accelerate's hooks; returns it, and the bytes that each forward pass copies.
-
-    The first units stay on the device, as many as leave room for the largest of the others.
-
-    Args:
-        model: as `open_source` gives it, before `fill` or after.
-        units: of the model, in the order of execution.
-        weights: its master copies on the host, by name.
-        capacity_bytes: device memory for weights.
-        device: where it runs.
-    """
-    ends = sorted({unit.end_byte for unit in units})
-    sizes = {end: end - begin for begin, end in pairwise([0, *ends])}
-    stays_up_to = max((e for e in ends if e + max(sizes.values()) <= capacity_bytes), default=0)
-    going = {unit.module for unit in units if unit.end_byte > stays_up_to}
-    moved = {name: w for name, w in weights.items() if _owner(name, going) is None}
-    for name, parameter in model.named_parameters():
-        if name in moved:
-            parameter.data = _on_device(moved[name], device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    for unit in going:
-        own = {n.removeprefix(f"{unit}."): w for n, w in weights.items() if _owner(n, {unit})}
-        cpu_offload(model.get_submodule(unit), torch.device(device), state_dict=_Masters(own))
-    return model.requires_grad_(False), sum(
-        size for end, size in sizes.items() if end > stays_up_to
-    )
-
-
-def _owner(name: str, units: set[str]) -> str | None:
-    return next((unit for unit in units if name.startswith(f"{unit}.")), None)
-
-
-def _on_device(weight: torch.Tensor, device: str) -> torch.Tensor:
-    return weight.clone() if device == "cpu" else weight.to(device)
-
-
-class _Masters(dict[str, torch.Tensor]):
-    """Master copies as accelerate's hooks look them up.
-
-    On the CPU a weight that is looked up is copied, as on its way to any other device; the hooks
-    would use the master itself.
-    """
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        weight = super().__getitem__(name)
-        return weight if weight.is_pinned() else weight.clone()

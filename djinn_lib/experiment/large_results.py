@@ -1,6 +1,6 @@
 """Rows of models larger than the ring: written, read and checked.
 
-Rows lie beside those of requests in a run's folder, as `large_models.parquet`, and have a manifest
+Rows are next to those of requests in a run's folder, as `large_models.parquet`, and have a manifest
 of their own. One row is one repeat of one system on one model.
 """
 

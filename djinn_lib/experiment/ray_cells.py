@@ -38,13 +38,12 @@ class Driver:
     """What a worker has to know of the process that it works for."""
 
     run_dir: Path
-    host: str
     threads: str | None  # its OMP_NUM_THREADS
 
     @classmethod
     def this(cls, run: RunFolder) -> Driver:
         """Describe this process."""
-        return cls(run.path, socket.gethostname(), os.environ.get("OMP_NUM_THREADS"))
+        return cls(run.path, os.environ.get("OMP_NUM_THREADS"))
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ READING = (  # those that take longest come first
          gives=("profile", "run_dir"), measures=True,
          profile=("device", "dtype", "page", "prompt_tokens", "models")),
     Step("07_large_models", ("engine", "analysis/plots", "experiment/large_models.py",
-                             "experiment/large_results.py"),
+                             "experiment/large_results.py", "systems/accelerate.py"),
          gives=("profile", "run_dir"), measures=True,
          profile=("device", "dtype", "page", "prompt_tokens", "models", "large")),
     Step("06_policies", (*_DRAWING, "engine/memory/policies.py", "experiment/study.py"),

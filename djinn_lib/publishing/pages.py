@@ -31,7 +31,7 @@ from djinn_lib.analysis.results import (
 from djinn_lib.analysis.run import Run, load_run, published
 from djinn_lib.analysis.selection import NotMeasured
 from djinn_lib.analysis.tables import as_text, machines_table
-from djinn_lib.errors import RecordError
+from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
@@ -60,7 +60,7 @@ def render(text: str, run: Run) -> str:
 def _made(table: Callable[[Run], pd.DataFrame], run: Run) -> str:
     try:
         return markdown(table(run))
-    except (RecordError, NotMeasured) as reason:  # of a run that was published unfinished
+    except (DjinnError, NotMeasured) as reason:  # of a run that was published unfinished
         return f"Not measured: {reason}."
 
 

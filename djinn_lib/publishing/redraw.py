@@ -2,8 +2,8 @@
 
 The notebooks that only read rows are the one definition of every figure, so they are what runs
 here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
-again; with one it is a run of your own, whose figures, claims, notebooks and page are made anew.
-Notebooks run side by side, one a core: it takes about a minute and needs no GPU.
+again. With one it is a run of your own, whose figures, claims, notebooks and page are made again.
+Notebooks run in parallel, one a core: it takes about a minute and needs no GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from djinn_lib.replacing import recover, replace_folders
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
 _processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
-# Those that take longest come first, so that none is left over for the end.
+# Those that take longest come first.
 READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
 FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and the file it writes
     "cdf": ("04_figures", "latency_cdf"),
@@ -89,8 +89,8 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
 def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:
     """Execute notebooks into a folder; yields how each ended, the first to end first.
 
-    In processes, because papermill changes the working directory of its own. They only read the
-    same rows, so that it does not matter which comes first, nor how long another makes it take.
+    In processes, because papermill changes its working directory. They only read the same rows, so
+    their order does not matter.
     """
     with _processes(min(len(parameters), len(os.sched_getaffinity(0)), MOST_AT_ONCE)) as pool:
         running = {

@@ -496,14 +496,6 @@ def test_comparing(expected, tolerance, measured, judgement):
     assert compare(measured, expected, tolerance)[0] == judgement
 
 
-def test_the_reason_says_which_side():
-    assert compare(11.5, expect(value=10), 0.1)[1] == "better than expected (more)"
-    assert compare(8.5, expect(value=10, better="lower"), 0.1)[1] == "better than expected (less)"
-    assert compare(8.5, expect(value=10), 0.1)[1] == "less than expected"
-    assert compare(9.5, expect(value=10), 0.1)[1] == "as expected, within 10% of it"
-    assert compare(9.5, expect(low=9, high=10), 0.0)[1] == "as expected"
-
-
 @pytest.mark.parametrize(
     ("expected", "text"),
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ from djinn_lib.analysis.plots.latency import (
 from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
     MODEL_COLORS,
     SYSTEM_STYLE,
     byte_scale,
@@ -316,24 +318,28 @@ def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
     assert [bool((face[:3] < 1).any()) for face in faces] == filled
 
 
-def test_saved_files_are_the_same_bytes_every_time(tmp_path, at_25: pd.DataFrame):
-    first = save_figure(latency_cdf(at_25), tmp_path / "a", "cdf")
-    second = save_figure(latency_cdf(at_25), tmp_path / "b", "cdf")
-    assert [p.name for p in first] == ["cdf.pdf", "cdf.png"]
-    for one, other in zip(first, second, strict=True):
+@pytest.fixture(scope="module")
+def saved(at_25: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """The PDF and the PNG of one figure, drawn and saved twice."""
+    folder = tmp_path_factory.mktemp("saved")
+    return [save_figure(latency_breakdown(at_25), folder / name, "x") for name in "ab"]
+
+
+def test_saved_files_are_the_same_bytes_every_time(saved):
+    for one, other in zip(*saved, strict=True):
         assert one.read_bytes() == other.read_bytes()
-    assert not list(tmp_path.rglob("*.partial.*"))
+    assert [p.name for p in saved[0]] == ["x.pdf", "x.png"]
+    assert not list(saved[0][0].parent.glob("*.partial.*"))
 
 
-def test_saved_pdf_has_truetype_text_and_no_date(tmp_path, at_25: pd.DataFrame):
-    pdf = save_figure(latency_breakdown(at_25), tmp_path, "x")[0].read_bytes()
+def test_saved_pdf_has_truetype_text_and_no_date(saved):
+    pdf = saved[0][0].read_bytes()
     assert b"/CreationDate" not in pdf
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf
 
 
-def test_saved_png_is_opaque_at_200_dpi(tmp_path, at_25: pd.DataFrame):
-    figure = latency_breakdown(at_25)
-    image = plt.imread(save_figure(figure, tmp_path, "x")[1])
-    assert image.shape[1] == round(200 * figure.get_figwidth())
-    assert (image[..., 3] == 1).all() if image.shape[2] == 4 else True
+def test_saved_png_is_opaque_at_200_dpi(saved):
+    image = plt.imread(saved[0][1])
+    assert image.shape[1] == 200 * DOUBLE_COLUMN_IN
+    assert image.shape[2] == 3 or (image[..., 3] == 1).all()
     assert (image[0, 0, :3] == 1).all()

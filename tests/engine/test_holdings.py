@@ -80,7 +80,7 @@ def leave_it_to_a_callback(djinn):
     return pending, asked
 
 
-@pytest.mark.parametrize("options", [{}, {"decode": "graph"}, {"host_capacity": "2MiB"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"decode": "graph", "host_capacity": "2MiB"}], ids=str)
 @pytest.mark.parametrize(
     "use",
     [nothing, generate, submit, keep_the_model, look_ahead, fail, refer_to_itself,

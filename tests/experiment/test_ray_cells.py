@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,7 +168,7 @@ def test_a_run_folder_of_any_name_stands_in_the_notebook(bench, cell, monkeypatc
 def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "_shared_folder", lambda: tmp_path)
     profile = bench.profile.model_copy(update={"device": "cuda"})
-    driver = Driver(bench.run_dir, socket.gethostname(), None)
+    driver = Driver(bench.run_dir, None)
     with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match=r"the GPU .* is in use"):
         run_apart(profile, cell, {}, driver)
 

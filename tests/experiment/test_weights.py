@@ -164,6 +164,7 @@ def test_a_source_that_is_not_there_is_refused(tmp_path, source, message):
     assert not [name for name in names(tmp_path) if not name.endswith(".partial")]
 
 
+@pytest.mark.slow
 def test_the_real_model_answers(smollm2):
     assert smollm2.n_bytes == SMOLLM2_PARAMETERS * 4 and smollm2.dtype == "float32"
     with dj.Djinn("600MiB") as djinn:
@@ -189,6 +190,7 @@ def test_prompts_without_a_tokenizer(files, model):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [1, 24, 110, 700])
 def test_prompts_with_a_tokenizer(smollm2, n_tokens):
     prompts = [prompt_ids(smollm2, n_tokens, request) for request in range(30)]
@@ -199,11 +201,13 @@ def test_prompts_with_a_tokenizer(smollm2, n_tokens):
         assert len(set(map(tuple, prompts))) == 30
 
 
+@pytest.mark.slow
 def test_a_prompt_is_english(smollm2):
     text = weights._tokenizer(smollm2.folder).decode(prompt_ids(smollm2, 24, 7))
     assert text.startswith("7. Why is the sky blue? Sunlight reaches the air")
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_makes_too_few_tokens_is_refused(smollm2, monkeypatch):
     monkeypatch.setattr(weights, "_tokenizer", lambda _: lambda _: SimpleNamespace(input_ids=[1]))
     with pytest.raises(CheckpointError, match="at least 24 tokens of the passage, got 1: lower"):

@@ -16,7 +16,8 @@ import pytest
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment.notebooks import Status, check_parameters, read_statuses
+from djinn_lib.experiment.notebooks import check_parameters
+from djinn_lib.experiment.status import Status, read_statuses
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import redraw
 from djinn_lib.publishing.redraw import READING, copy_figures, read_again, redraw_published
@@ -50,7 +51,7 @@ def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def reference(tmp_path: Path) -> Path:
-    folder = write_run(tmp_path / "reference", gpu=True, few=True)
+    folder = write_run(tmp_path / "reference", gpu=True)
     (folder / "figures" / "old.png").write_bytes(b"PNG")
     return folder
 
@@ -64,11 +65,11 @@ def test_every_reading_notebook_runs_into_the_run_s_folder(reference, tmp_path, 
     monkeypatch.setattr(redraw, "execute", papermill)
     statuses = read_again(reference, tmp_path / "other")
     assert set(papermill.given) == set(READING)
-    assert [status.task for status in statuses] == sorted(READING)
+    assert sorted(status.task for status in statuses) == sorted(READING)
     assert papermill.given["05_claims"] == {"run_dir": str(reference)}
     assert papermill.given["06_policies"]["reference_dir"] == str(tmp_path / "other")
     assert {f"{name}.ipynb" for name in READING} <= names(reference / "notebooks")
-    kept = {status.task for status in read_statuses(reference / "status")}
+    kept = {status.task for status in read_statuses(reference)}
     assert set(READING) <= kept
 
 
@@ -153,13 +154,16 @@ def test_a_folder_without_figures_is_refused(tmp_path):
         copy_figures(tmp_path, tmp_path / "to")
 
 
+@pytest.mark.slow
 def test_what_only_reads_rows_needs_no_torch():
     found = (path for wing in ("analysis", "publishing", "simulator")
              for path in (REPO / "djinn_lib" / wing).rglob("[a-z]*.py"))  # fmt: skip
     names = sorted(".".join(path.relative_to(REPO).with_suffix("").parts) for path in found)
     assert len(names) > 20
-    found = "sorted({'torch', 'transformers'} & sys.modules.keys())"
-    code = f"import sys, {', '.join(names)}; print({found})"
+    code = (
+        f"import sys, {', '.join(names)}; "
+        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
 

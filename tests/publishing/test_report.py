@@ -49,7 +49,7 @@ def note(folder: Path, status: Status) -> None:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_run(tmp_path_factory.mktemp("data") / "cpu")
+    folder = write_run(tmp_path_factory.mktemp("data") / "cpu", few=True)
     write_notebook(folder / "notebooks" / "00_setup.ipynb")
     (folder / "notebooks" / "01_trace.ipynb").write_text('{"cells": [')
     (folder / "notebooks" / "02_half.partial.ipynb").write_text("{}")

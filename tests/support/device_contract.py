@@ -7,6 +7,7 @@ back completely.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from unittest import mock
 
@@ -125,6 +126,27 @@ def bytes_follow_frames_and_addresses_stay(device):
 def fence_of(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def frames_can_be_lent_to_another_address_space(device):
+    """As another process has one; a frame lives until the last of them lets it go."""
+    owner = open_address_space(device, 4, PAGE, shared=True)
+    descriptors = owner.export()
+    other = open_address_space(device, 4, PAGE, frames=descriptors)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    try:
+        areas = [space.reserve(2) for space in (owner, other)]
+        views = [s.bytes_view(area) for s, area in zip((owner, other), areas, strict=True)]
+        owner.map(areas[0], 0, [3, 1])
+        views[0][:PAGE], views[0][PAGE:] = 33, 11
+        fence_of(device)
+        other.map(areas[1], 0, [1, 3])
+        owner.close()
+        assert [int(views[1][page * PAGE + 5]) for page in range(2)] == [11, 33]
+    finally:
+        owner.close()
+        other.close()
 
 
 def a_mapping_that_is_refused_leaves_none_of_its_pages(device):
@@ -298,6 +320,7 @@ CONTRACT = {
     f.__name__: f
     for f in (
         bytes_follow_frames_and_addresses_stay,
+        frames_can_be_lent_to_another_address_space,
         a_mapping_that_is_refused_leaves_none_of_its_pages,
         pages_arrive_in_order,
         a_load_may_begin_in_the_middle,

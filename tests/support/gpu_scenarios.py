@@ -137,7 +137,7 @@ def switches(n_models="3", n_switches="200", decode="eager"):
         djinn.add(name, spec)
         with djinn.lease(name) as model:
             pointers[name] = [p.data_ptr() for p in model.parameters()]
-    assert {model.decoder.mode for model in djinn._models} == {decode}
+    assert set(djinn.decode_modes.values()) == {decode}
     partial = 0
     for i in range(int(n_switches)):
         name = rng.choice(sorted(specs))
@@ -290,7 +290,7 @@ def failed_recordings():
     with dj.Djinn(200 << 20, "cuda", page=PAGE, decode="graph", max_model_len=64) as djinn:
         for i, spec in enumerate(specs):
             djinn.add(f"m{i}", spec)
-        assert [m.decoder.mode for m in djinn._models] == ["eager", "graph", "graph"]
+        assert list(djinn.decode_modes.values()) == ["eager", "graph", "graph"]
         for i, tokens in enumerate(expected):
             assert djinn.generate(f"m{i}", PROMPT, 6, ignore_eos=True).token_ids == tokens
         module = djinn._models["m1"].module
@@ -345,16 +345,16 @@ def graph_after_remapping():
                 logits = model(ids, use_cache=False).logits
             graph.replay()
             torch.cuda.synchronize()
-            first, frames = logits.clone(), djinn._pager.ring.frames("a")
+            first, frames = logits.clone(), djinn.stats().frames["a"]
         djinn.evict("a")
         djinn.generate("b", PROMPT, 1)
         with djinn.lease("a"):
-            djinn._pager.wait("a", djinn.residency().set_index("model").bytes["a"])
+            djinn.wait("a")
             logits.zero_()
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(first, logits)
-            now = djinn._pager.ring.frames("a")
+            now = djinn.stats().frames["a"]
             assert all(x != y for x, y in zip(frames, now, strict=True)), "frames did not move"
 
 

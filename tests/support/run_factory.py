@@ -54,7 +54,7 @@ FEW = (*SWEPT, "vllm_recreate")
 def write_run(folder: Path, gpu: bool = False, few: bool = False) -> Path:
     """Write rows, manifests, the trace, the machine's facts; returns the folder.
 
-    With `few`, there are the systems of `FEW`, and two capacities.
+    With `few`, there are the systems of `FEW`, what cannot run here, and two capacities.
     """
     shutil.copytree(_template(gpu, few), folder, dirs_exist_ok=True)
     return folder
@@ -72,7 +72,8 @@ def _template(gpu: bool, few: bool) -> Path:
     (folder / "machine.json").write_text(json.dumps(state))
     write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
     for label in ("25", "40") if few else CAPACITIES:
-        everything = FEW if few else [*SYSTEMS, *more]
+        unavailable = () if gpu else UNAVAILABLE
+        everything = (*FEW, *unavailable) if few else (*SYSTEMS, *more)
         for system in everything if label == "25" else SWEPT:
             write_cell(folder, cell_rows(system, label, gpu=gpu), machine)
     return folder

@@ -131,7 +131,7 @@ def explorer(folder: Path = REPO / "figures") -> Any:
     }
     for control in controls.values():
         control.continuous_update = False
-    # No Output widget: whoever executes a notebook that has one may wait for its end for ever
+    # No Output widget: executing a notebook that has one may never end
     # (jupyter/nbclient#312).
     canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     keep = widgets.Button(description="keep this picture", icon="save")

@@ -1,7 +1,7 @@
 """Figures of one trace at one capacity: latencies, where the time goes, which bytes move.
 
-A system that failed requests, or that cannot run on the machine at hand, is drawn or named as such:
-no figure drops one in silence.
+A system that failed requests, or that cannot run on this machine, is drawn or named as such; no
+figure drops one silently.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from djinn_lib.analysis.plots.style import (
     unavailable_notes,
 )
 from djinn_lib.metrics import prefill_ms, served
+from djinn_lib.units import three_digits
 
 
 @styled
 def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
     """Draw the share of requests that were served within a time, per system.
 
-    Failed requests count in the share's denominator, so that the curve of a system that failed some
-    ends below 100%, at a cross.
+    Failed requests count in the denominator, so the curve of a system that failed some ends below
+    100%, at a cross.
 
     Args:
         rows: of one trace and one capacity.
@@ -54,7 +55,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
     systems = order_systems(rows["system"])
-    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # the legend stands beside, the notes below
+    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # for the legend at the right
     figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
     axes.set_xscale("log")
     for system in systems:
@@ -129,7 +130,7 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
     _stack(left, phases)
     _stack(right, phases.div(total_ms, axis=0) * 100)
     for place, value in enumerate(total_ms.fillna(0.0)):
-        _write_beside(left, value, place, _short(value))
+        _write_after(left, value, place, three_digits(value))
     left.set_xlim(0, float(total_ms.max()) * 1.15 if len(total_ms) else 1)
     left.set_yticks(range(len(phases)), _bar_labels(rows, phases.index))
     left.set(xlabel="mean latency of a served request (ms)")
@@ -206,7 +207,7 @@ def bytes_loaded(
     ]
     for (name, value), style in zip(lines.items(), ("--", ":"), strict=True):
         if value is not None:
-            label = f"{name}: {_short(value / scale)} {unit}"
+            label = f"{name}: {three_digits(value / scale)} {unit}"
             axes.axvline(value / scale, color="black", linestyle=style, linewidth=1.1)
             handles.append(
                 Line2D([], [], color="black", linestyle=style, linewidth=1.1, label=label)
@@ -233,21 +234,15 @@ def _draw_byte_bars(axes: Axes, totals: pd.DataFrame) -> None:
                 legend=False, **bars)  # fmt: skip
     axes.set_ylabel("")
     for place, (loaded, back) in enumerate(totals.itertuples(index=False)):
-        text = _short(loaded) + (f" + {_short(back)}" if back else "")
-        _write_beside(axes, loaded + back, place, text)
+        text = three_digits(loaded) + (f" + {three_digits(back)}" if back else "")
+        _write_after(axes, loaded + back, place, text)
 
 
-def _write_beside(axes: Axes, value: float, place: int, text: str) -> None:
+def _write_after(axes: Axes, value: float, place: int, text: str) -> None:
     axes.annotate(
         text, (value, place), (3, 0), textcoords="offset points", va="center",
         fontsize=SMALL_PT, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )  # fmt: skip
-
-
-def _short(value: float) -> str:
-    """A number with three digits, or all those before the point."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2
-    return f"{value:,.{digits}f}" if value else "0"
 
 
 def _bars_height(n_bars: int) -> float:

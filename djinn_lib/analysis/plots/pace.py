@@ -1,4 +1,4 @@
-"""A picture of how steady decoding is: every request's decode beside the fastest of its kind."""
+"""A figure of how steady decoding is: every decode over the fastest of its kind."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ _SLOWEST = 4.0  # where the scale of colours ends
 def decode_pace(rows: pd.DataFrame) -> Figure:
     """Draw each request's time to decode, as a multiple of the fastest of its model and system.
 
-    A band a system, in it a line a repeat from the first request to the last. Patches are what came
-    at one time from outside; columns would be what the requests themselves ask for. A request that
-    failed is left white.
+    A band is a system, and a line in it is a repeat. Patches are disturbances from outside;
+    columns would come from the requests themselves. A request that failed is left white.
 
     Args:
         rows: of one trace and capacity, served in sequence.

@@ -1,4 +1,4 @@
-"""Pictures of what switches cost: beside requests that wait, and on a longer trace."""
+"""Figures of what switches cost: where requests wait, and on a longer trace."""
 
 from __future__ import annotations
 

@@ -26,8 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.generation_options import ensure_generates, mode_of, request_options
-from djinn_lib.engine.decode.positions import check_positions
-from djinn_lib.engine.decode.rotations import forget_lengths
+from djinn_lib.engine.decode.positions import check_positions, forget_lengths
 from djinn_lib.engine.decode.sampling import (
     MOST_TOKENS,
     DrawNext,
@@ -41,6 +40,7 @@ from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.engine.prompts import read_ids
 from djinn_lib.errors import ConfigError, shown
 
+Proceed = Callable[[], None]  # called for each token; what it raises ends the generation
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
@@ -158,7 +158,7 @@ def check_prompt(prompt: Sequence[int], vocab_size: int, max_new_tokens: int) ->
 class _Proceed(StoppingCriteria):
     """Asks after each token whether to go on; whoever says no raises."""
 
-    def __init__(self, proceed: Callable[[], None]) -> None:
+    def __init__(self, proceed: Proceed) -> None:
         self._proceed = proceed
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ def generate_eager(
     max_new_tokens: int,
     ignore_eos: bool = False,
     sampling: Sampling | None = None,
-    proceed: Callable[[], None] | None = None,
+    proceed: Proceed | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any | None = None,
 ) -> Tokens:

@@ -1,6 +1,6 @@
 """Decoder layers of common architectures as a few kernels each, for steps of one token.
 
-What `compiling` leaves to `torch.compile` is written by hand here, for the layers that most models
+What `compiled` leaves to `torch.compile` is written by hand here, for the layers that most models
 share: a compiler does not move a norm into the product that follows it, nor does it start to read
 weights before the kernel before has ended. Whatever is not exactly one of these layers is refused,
 and then compiled; and whether the logits are those of the plain step is looked at anyway.

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.compiled import Manner, faster_ways, note_refusal
 from djinn_lib.engine.decode.cuda_graphs import Mailbox, Recorder, Recording, Repeated
-from djinn_lib.engine.decode.decoder import Proceed
-from djinn_lib.engine.decode.eager import Tokens
+from djinn_lib.engine.decode.eager import Proceed, Tokens
 from djinn_lib.engine.decode.generation_options import eos_ids
 from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.decode.modes import Decode

@@ -98,6 +98,7 @@ class PagerStats:
         loading: models of which copies are in flight, or failed and not yet rolled back.
         streamed: models larger than the ring, whose layers take turns.
         resident_bytes: of each model.
+        frames: of each model's resident pages, in page order.
     """
 
     n_free: int
@@ -105,3 +106,4 @@ class PagerStats:
     loading: frozenset[str]
     streamed: frozenset[str]
     resident_bytes: dict[str, int]
+    frames: dict[str, tuple[int, ...]]

@@ -191,6 +191,11 @@ class PagedModel:
         self.block_until_copied()
         return failed.good_bytes
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load is in flight, or failed and not yet rolled back."""
+        return not all(load.arrived for load in tuple(self.loads))
+
     def forget_arrived(self) -> None:
         """Drop the loads that went well."""
         self.loads = [load for load in self.loads if not load.arrived]

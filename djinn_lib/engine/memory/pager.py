@@ -229,9 +229,10 @@ class Pager:
             return PagerStats(
                 self.ring.n_free,
                 frozenset(model for model, _ in models if self.ring.is_leased(model)),
-                frozenset(model for model, paged in models if paged.loads),
+                frozenset(model for model, paged in models if paged.is_loading),
                 frozenset(model for model, paged in models if paged.streamed),
                 {model: self.resident_bytes(model) for model, _ in models},
+                {model: self.ring.frames(model) for model, _ in models},
             )
 
     def check(self) -> None:

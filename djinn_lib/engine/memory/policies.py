@@ -177,7 +177,7 @@ class Adaptive(Policy):
             expert.touch(model, now_s)
 
     def forget(self, model: str) -> None:
-        """Drop the model everywhere, and with the last one what the experts lost."""
+        """Drop the model, and with the last one what the experts lost."""
         for shadow in self._shadows:
             if model in shadow:
                 shadow.remove(model)
@@ -250,7 +250,7 @@ class Oracle(Policy):
     def touch(self, model: str, now_s: float) -> None:
         """Go on to the next request; one more than were foretold is a `ConfigError`."""
         if self._n_touches == len(self._next):
-            raise ConfigError(f"the oracle knows {len(self._next)} requests, and got one more")
+            raise ConfigError(f"more than the oracle's {len(self._next)} requests: give it all")
         self._next_of[model] = self._next[self._n_touches]
         self._n_touches += 1
 

@@ -72,7 +72,7 @@ def pack(
     """Return how to pack a model's parameters in execution order, and its units.
 
     Each parameter is packed once. Those that several units need come first, since they stay on the
-    device when the layers of a model take turns (see `streaming`); of these, the ones that no unit
+    device when the layers of a model take turns (see `window`); of these, the ones that no unit
     needs beside others come last, since they can do without. With embeddings in the host, lookup
     tables are behind all and belong to no unit: nobody waits for them.
     """

@@ -10,8 +10,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.cuda_graphs import Recorder
-from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder
-from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder, make_decoder
 from djinn_lib.engine.decode.eager import hold_back
 from djinn_lib.engine.decode.modes import Decode, parse_decode
 from djinn_lib.engine.lending.lender import Lending

@@ -14,8 +14,7 @@ from transformers import (
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.cuda_graphs import Recorder
-from djinn_lib.engine.decode.decoder import EagerDecoder
-from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.decoder import EagerDecoder, make_decoder
 from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.decode.generation_options import OF_SAMPLING, beyond_greedy, request_options
 from djinn_lib.engine.decode.sampling import Sampling
@@ -209,7 +208,7 @@ def test_nothing_else_than_ours_is_done_for_a_request_that_samples(model):
     model.generation_config = GenerationConfig(
         **{name: 0.5 for name in OF_SAMPLING if name != "top_k"}, top_k=3, do_sample=True
     )
-    options = request_options(model, N, False, Sampling(0.7, 5, 0.9))
+    options = request_options(model, N, False, Sampling(0.7, 5, 0.9))  # as with several beams
     config, unknown = model._prepare_generation_config(None, **options)
     model._prepare_special_tokens(config, True, device="cpu")
     processors = model._get_logits_processor(config, 4, logits_processor=LogitsProcessorList())
@@ -217,6 +216,37 @@ def test_nothing_else_than_ours_is_done_for_a_request_that_samples(model):
         "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"
     ]  # fmt: skip
     assert not unknown
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"watermarking_config": {"bias": 2.0}}], ids=first
+)
+def test_a_seed_decides_and_the_generator_of_the_process_is_left_alone(model, options):
+    ask_for(model, options)
+    before = torch.random.get_rng_state()
+    drawn = [
+        generate_eager(model, PROMPT, N, True, Sampling(1.5, seed=seed)).token_ids
+        for seed in (4, 4, 5)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_what_generate_refuses_is_said_and_errors_of_the_device_are_not(model, monkeypatch):
+    decoder = EagerDecoder(model)
+
+    def refuse(error):
+        def generate(*_, **__):
+            raise error
+
+        monkeypatch.setattr(model, "generate", generate)
+
+    refuse(RuntimeError("expected scalar type Half"))
+    with pytest.raises(ConfigError, match="generate can serve, got RuntimeError: expected scalar"):
+        decoder.generate(PROMPT, 4)
+    refuse(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.generate(PROMPT, 4)
 
 
 def words():

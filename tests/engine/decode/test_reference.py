@@ -16,7 +16,7 @@ from transformers import (
 from djinn_lib.engine.decode import cuda_graphs as recording
 from djinn_lib.engine.decode import reference
 from djinn_lib.engine.decode.cuda_graphs import Recorder, Repeated
-from djinn_lib.engine.decode.decoders import make_decoder
+from djinn_lib.engine.decode.decoder import make_decoder
 from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.decode.kv_cache import KvCache, KvLayer
 from djinn_lib.engine.decode.recorded import RecordedDecoder, _probe_lengths
@@ -87,7 +87,7 @@ def test_what_a_step_would_do_wrong_is_decoded_eagerly_with_a_warning(name, capl
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2", "opt", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2"])
 def test_rounding_is_no_reason(name, dtype, caplog):
     assert decoder_of(spec(name, dtype).build()).mode == "graph"
     assert not caplog.text

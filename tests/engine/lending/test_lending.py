@@ -109,23 +109,21 @@ USES = {
 
 
 @pytest.mark.parametrize("weight", [head, table], ids=["paged", "in the host"])
-@pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
-def test_weights_cannot_be_read_outside_a_lease(djinn, weight, read):
+def test_weights_cannot_be_read_outside_a_lease(djinn, weight):
     with djinn.lease("m") as model:
         pass
-    with pytest.raises(LeaseError, match=r"only be read while it is leased: .*inside `with djinn"):
-        read(weight(model))
+    for read in READINGS.values():
+        with pytest.raises(LeaseError, match=r"only be read while it is leased: .*inside `with dj"):
+            read(weight(model))
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_model_cannot_be_used_outside_a_lease(djinn, use, tmp_path):
+def test_a_model_cannot_be_used_outside_a_lease(djinn, tmp_path):
     with djinn.lease("m") as model:
         pass
     djinn.evict("m")
-    with pytest.raises(LeaseError, match="inside `with djinn"):
-        use(model)
-    with pytest.raises(LeaseError, match="inside `with djinn"):
-        model.save_pretrained(tmp_path)
+    for use in (*USES.values(), lambda model: model.save_pretrained(tmp_path)):
+        with pytest.raises(LeaseError, match="inside `with djinn"):
+            use(model)
 
 
 @pytest.mark.parametrize(("end", "words"), [("remove", "it was removed"), ("close", "was closed")])
@@ -188,21 +186,19 @@ ALIASES = {
 }
 
 
-@pytest.mark.parametrize("derive", ALIASES.values(), ids=ALIASES)
-def test_what_shares_memory_with_a_weight_ends_with_the_lease(djinn, derive):
-    with djinn.lease("m") as model:
-        alias = derive(model)
-        copied = alias.clone()
-        assert torch.equal(alias, copied)
-    djinn.evict("m")
-    for _ in range(2):
-        with pytest.raises(LeaseError, match="outlived the lease"):
-            alias.sum()
-        with pytest.raises(LeaseError, match="outlived the lease"):
-            alias[..., 0].tolist()
+def test_what_shares_memory_with_a_weight_ends_with_the_lease(djinn):
+    for derive in ALIASES.values():
+        with djinn.lease("m") as model:
+            alias = derive(model)
+            copied = alias.clone()
+            assert torch.equal(alias, copied)
+        djinn.evict("m")
+        for read in (torch.Tensor.sum, lambda alias: alias[..., 0].tolist()):
+            with pytest.raises(LeaseError, match="outlived the lease"):
+                read(alias)
         with djinn.lease("m"), pytest.raises(LeaseError, match="make it again in a new lease"):
             repr(alias)  # nor can it be read in another one
-    assert type(copied) is torch.Tensor and copied.isfinite().all()
+        assert type(copied) is torch.Tensor and copied.isfinite().all()
 
 
 def test_what_leaves_torch_is_a_copy(djinn, plain):
@@ -439,13 +435,12 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_writes_are_refused(djinn, write):
-    with (
-        djinn.lease("m") as model,
-        pytest.raises(LeaseError, match=r"cannot be written to .*copy\.deepcopy"),
-    ):
-        write(model)
+def test_writes_are_refused(djinn):
+    for write in WRITES.values():
+        refused = pytest.raises(LeaseError, match=r"cannot be written to .*copy\.deepcopy")
+        with djinn.lease("m") as model, refused:
+            write(model)
+        djinn.check()
 
 
 def bypassing(model):

@@ -391,7 +391,7 @@ def test_without_a_budget_masters_are_in_memory(tmp_path, monkeypatch):
 NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
 
-@pytest.mark.parametrize("lookahead", [True, False])
+@pytest.mark.parametrize("lookahead", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_tokens_are_the_same_whatever_is_in_host_memory(tmp_path, lookahead):
     """Models larger than the host memory together, one of them larger than the ring."""
     for name in NAMES:
@@ -403,11 +403,11 @@ def test_tokens_are_the_same_whatever_is_in_host_memory(tmp_path, lookahead):
             djinn.add(name, tmp_path / name)
         assert djinn.masters.n_bytes == 800 << 10 < djinn.residency().bytes.sum()
         assert any((name in djinn.stats().streamed) for name in NAMES)
-        for name in NAMES * 2:
+        for name in NAMES:
             assert djinn.generate(name, PROMPT, 6, ignore_eos=True).token_ids == expected[name]
             djinn.check()
-        pending = [djinn.submit(name, PROMPT, 6, True) for name in NAMES * 3]
-        for name, future in zip(NAMES * 3, pending, strict=True):
+        pending = [djinn.submit(name, PROMPT, 6, True) for name in NAMES * 2]
+        for name, future in zip(NAMES * 2, pending, strict=True):
             assert future.result(60).token_ids == expected[name]
         djinn.check()
         djinn.masters.ring.check()

@@ -245,7 +245,7 @@ class PagerMachine(RuleBasedStateMachine):
 
 
 PagerMachine.TestCase.settings = settings(
-    max_examples=80,
+    max_examples=40,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

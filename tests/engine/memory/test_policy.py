@@ -98,7 +98,7 @@ def test_the_oracle_refuses_what_it_was_not_told_of():
     oracle = Oracle("ab")
     oracle.touch("a", 0.0)
     oracle.touch("b", 1.0)
-    with pytest.raises(ConfigError, match="the 2 requests"):
+    with pytest.raises(ConfigError, match="the oracle's 2 requests"):
         oracle.touch("a", 2.0)
 
 
@@ -233,5 +233,5 @@ def test_make_policy_takes_names_and_objects_and_refuses_the_rest():
     assert make_policy(policy) is policy
     with pytest.raises(ConfigError, match="expected a policy out of"):
         make_policy("fifo")
-    with pytest.raises(ConfigError, match="needs no future"):
+    with pytest.raises(ConfigError, match="needs every request"):
         make_policy("oracle")

@@ -26,26 +26,10 @@ def space():
     space.close()
 
 
-def fill(view, first_page, values):
-    for i, value in enumerate(values):
-        view[(first_page + i) * PAGE : (first_page + i + 1) * PAGE] = value
-
-
 def read(view, page):
     values = view[page * PAGE : (page + 1) * PAGE].unique()
     assert len(values) == 1
     return int(values)
-
-
-def test_bytes_follow_the_frame_not_the_address(space):
-    a, b = space.reserve(4), space.reserve(4)
-    view_a, view_b = space.bytes_view(a), space.bytes_view(b)
-    space.map(a, 0, [5, 2, 3, 7])
-    fill(view_a, 0, [50, 20, 30, 70])
-    space.unmap(a, 0, 4)
-    space.map(b, 0, [7, 5])
-    space.map(b, 2, [3, 2])
-    assert [read(view_b, page) for page in range(4)] == [70, 50, 30, 20]
 
 
 def test_a_tensor_keeps_its_address_over_remapping(space):

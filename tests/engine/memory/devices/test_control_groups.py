@@ -188,6 +188,7 @@ def group(request):
                 folder.rmdir()
 
 
+@pytest.mark.slow
 def test_a_process_in_a_group_is_refused_and_not_killed(group, tmp_path):
     command = [sys.executable, "-c", IN_A_GROUP, str(group), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
