@@ -1,5 +1,6 @@
 """The fleet with a real vLLM on the CPU; skipped where there is none (`make vllm`)."""
 
+import json
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.fleet.fleet import Fleet
+from djinn_lib.paths import REPO
 
 pytestmark = [
     pytest.mark.slow,
@@ -256,6 +258,23 @@ def test_a_broker_that_dies_ends_everything_with_one_message(folders):
     assert_nothing_is_left(processes, folder)
     with pytest.raises(DjinnError, match="was closed"):
         fleet.generate("llama", PROMPTS[0], 5)
+
+
+def test_layers_compute_while_later_ones_load(folders):
+    script = Path(__file__).parents[1] / "support" / "vllm_overlap.py"
+    with Fleet("20MiB", "cpu", page="256KiB", progress=lambda step: None) as fleet:
+        variables = {
+            "DJINN_RING": str(fleet.socket), "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+        }  # fmt: skip
+        done = subprocess.run(
+            [environment.vllm_python(), script, folders["llama"]],
+            env=os.environ | variables, capture_output=True, text=True,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["cold"] == said["hit"]
+    assert len(said["waits"]) == 4 and min(said["waits"]) > 0.02, "each waits for its own pages"
 
 
 PROGRAM = """

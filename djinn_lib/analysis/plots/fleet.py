@@ -42,7 +42,7 @@ def requests_and_ring(
             labels=list(table),
             step="post",
         )
-        below.legend(loc="lower right")
+        figure.legend(loc="outside upper center", ncols=len(colors))
     below.axhline(capacity_bytes / scale, color="black", linewidth=0.8, linestyle="--")
     below.set_ylabel(f"on the ring ({unit})")
     below.set_xlabel("seconds")
