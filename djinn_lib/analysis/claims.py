@@ -254,7 +254,9 @@ def colored(table: pd.DataFrame) -> Styler:
         ink, back = _COLORS[verdict]
         return f"color: {ink}; background-color: {back}; font-weight: bold; white-space: nowrap"
 
-    style = table.style.set_uuid("claims")  # not random: the same every time
+    # Not random, but the same every time, and another one for each table of a page.
+    name = "-".join(["claims", *sorted(set(table["verdict"]))]).replace(" ", "-")
+    style = table.style.set_uuid(name)
     return style.map(look, subset=["verdict"]).set_properties(
         subset=None, **{"text-align": "left", "vertical-align": "top"}
     )

@@ -205,6 +205,14 @@ def decomposition(
     return table
 
 
+def parts_table(
+    run: Run, paper: Paper, trace: str = "paper", capacity_label: str = "25"
+) -> pd.DataFrame:
+    """Return the `decomposition` with the systems by their names."""
+    parts = decomposition(run, paper, trace, capacity_label)
+    return parts.rename(index=lambda name: system_look(name).label)
+
+
 def _means(run: Run, rows: pd.DataFrame, rates: Mapping[str, Any]) -> dict[str, float]:
     """Means of one system, by the rates of the machine that ran it."""
     link = float(rates["link_rate_bytes_per_s"])

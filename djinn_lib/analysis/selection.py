@@ -165,7 +165,8 @@ def ran_on(run: Run, *frames: pd.DataFrame) -> str:
     """Say which machine rows come from, where the run has rows of several; "" otherwise."""
     if len(set(run.machine_numbers.values())) < 2:
         return ""
-    return f"on machine {run.machines_of(pd.concat(frames))}"
+    *others, last = run.machines_of(pd.concat(frames)).split(", ")
+    return f"on the machines {', '.join(others)} and {last}" if others else f"on machine {last}"
 
 
 def _numbers(run: Run, rows: pd.DataFrame) -> set[int]:

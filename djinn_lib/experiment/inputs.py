@@ -23,7 +23,11 @@ LIBRARY = REPO / "djinn_lib"
 # Beside the engine and the system's own module: what sends requests and writes rows.
 _OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
 _OF_NO_CELL = {"accelerate"}  # 07_large_models measures it
-_BUILDS_ON = {"vllm_sleep": ("vllm_recreate",)}  # modules of other systems
+_BUILDS_ON = {  # modules of other systems
+    "djinn_vllm": ("vllm_recreate",),
+    "vllm_sleep": ("vllm_recreate",),
+    "vllm_sleep_readonly": ("vllm_recreate", "vllm_sleep"),
+}
 
 
 def digest(value: Any) -> str:

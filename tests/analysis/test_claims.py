@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from djinn_lib.analysis.claims import (
     Expected,
     Verdict,
     claims_table,
+    colored,
     compare,
     judge,
     load_claims,
@@ -628,6 +630,14 @@ def test_the_table_for_people():
     assert list(table["95% interval"]) == ["30% to 70%", "", ""]
     assert list(claims_table([VERDICT, NOTHING], "not judged").index) == ["another"]
     assert claims_table([VERDICT], "withdrawn").empty
+    html, other = (colored(part).to_html() for part in (table, table.iloc[:1]))
+    assert html == colored(table).to_html() and html.count(">not judged<") == 1
+    ids = [set(re.findall('id="([^"]*)"', page)) for page in (html, other)]
+    assert ids[0] and not ids[0] & ids[1]  # two tables on a page do not colour each other
+
+
+def test_a_table_without_claims_is_shown():
+    assert "verdict" in colored(claims_table([VERDICT], "withdrawn")).to_html()
 
 
 def beside(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
@@ -676,7 +686,7 @@ def test_a_ratio_is_that_of_the_newest_machine_that_ran_both():
     newest = [measured_on("a", 2, 20.0), measured_on("b", 1, 30.0)]
     again = [measured_on("a", 1, 10.0), measured_on("b", 2, 50.0)]
     for replicates, ratio, where in (
-        ([], 1.5, "on machine 1, 2"),
+        ([], 1.5, "on the machines 1 and 2"),
         (again[:1], 3.0, "on machine 1"),
         (again, 2.5, "on machine 2"),
     ):

@@ -236,8 +236,8 @@ def test_how_long_is_expected_is_said_of_what_ran_before(run, library, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--profile", "nonsense"], "expected a profile out of"),
-        (["--profile", "../cpu"], "expected a profile out of"),
+        (["--profile", "nonsense"], "there is no profile 'nonsense'"),
+        (["--profile", "../cpu"], "there is no profile '../cpu'"),
         (["--profile", "smoke", "--run-dir", "/proc/nowhere"], "written to"),
     ],
 )

@@ -9,6 +9,8 @@ import pytest
 
 from djinn_lib.paths import REPO
 
+pytestmark = pytest.mark.slow  # the interpreter takes a minute
+
 LAYERS = ["llama", "llama-biased-attention", "llama-dynamic", "mistral", "mistral-sliding", "qwen2",
           "qwen2-tied", "phi"]  # fmt: skip
 
