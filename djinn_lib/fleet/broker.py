@@ -24,7 +24,8 @@ from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_w
 from djinn_lib.engine.memory.ring import Residency, Ring
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
-from djinn_lib.fleet.leases import Frames, Leases, Revoke
+from djinn_lib.fleet.lease_states import Frames, Revoke
+from djinn_lib.fleet.leases import Leases
 from djinn_lib.fleet.listening import listening, only_one_on, process_ended, read_message
 from djinn_lib.fleet.protocol import Message, ProtocolError
 from djinn_lib.fleet.status import RingStatus

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -27,23 +27,8 @@ from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.costs import Costs
 from djinn_lib.fleet.protocol import BrokerGone, Message, ProtocolError
-
-
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What leases cost a model since it joined.
-
-    `waited_s` is the time until leases were held, `stalled_s` the time that computations then
-    waited for copies.
-    """
-
-    leases: int = 0
-    switches: int = 0
-    loaded_bytes: int = 0
-    evicted_bytes: int = 0  # of others, for this one
-    waited_s: float = 0.0
-    stalled_s: float = 0.0
 
 
 class RingModel:

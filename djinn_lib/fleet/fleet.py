@@ -8,31 +8,20 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from djinn_lib.engine.decode.eager import Generation
-from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
-from djinn_lib.engine.prompts import Prompt, read_prompts
 from djinn_lib.errors import ConfigError, DjinnError, shown
-from djinn_lib.fleet.engines import EngineClient, PendingResult
+from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
 from djinn_lib.fleet.live import drawn_again
 from djinn_lib.fleet.options import engine_environment, engine_options
-from djinn_lib.fleet.requests import (
-    Part,
-    check_prompt,
-    generation_of,
-    parts_of,
-    sampling_parameters,
-    wait_for,
-)
+from djinn_lib.fleet.requests import Requests
 from djinn_lib.fleet.ring_process import RingProcess
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
@@ -44,7 +33,7 @@ if TYPE_CHECKING:
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
-class Fleet:
+class Fleet(Requests):
     """Serves models that together are larger than the device memory given to them, with vLLM.
 
     Every model gets a vLLM engine in a process of its own, which batches its requests; all their
@@ -182,100 +171,6 @@ class Fleet:
     def models(self) -> list[str]:
         """The models that can be asked."""
         return [n for n, one in list(self._engines.items()) if not isinstance(one, _Starting)]
-
-    # -- requests --------------------------------------------------------------------------
-
-    def generate(
-        self,
-        name: str,
-        prompt: Prompt | list[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
-        """Continue a prompt, or all of a list of them at once.
-
-        Args:
-            name: which model.
-            prompt: as for `Djinn.generate`; a list of prompts is batched by vLLM.
-            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
-            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
-            stop: texts that end a continuation, for a model with a tokenizer.
-            sampling: temperature, top_k, top_p and seed; see `Sampling`. The default is greedy.
-
-        Returns:
-            What the model said and what it cost; for a list of prompts a list. Bytes that several
-            requests waited for count for the first of them.
-
-        Raises:
-            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
-            EngineDied: its engine ended.
-        """
-        asked = self.submit(name, prompt, max_new_tokens, ignore_eos, stop, **sampling)
-        if not isinstance(asked, list):
-            return wait_for(asked)
-        try:
-            return [wait_for(one) for one in asked]
-        finally:
-            for one in asked:  # where one failed, nobody waits for the others
-                one.cancel()
-
-    def submit(
-        self,
-        name: str,
-        prompt: Prompt | list[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> PendingResult | Any:  # Any: see `generate`
-        """Hand what `generate` does to the engine and return at once.
-
-        Returns:
-            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
-            list of prompts a list of them.
-
-        Raises:
-            ConfigError: as for `generate`; nothing was asked.
-        """
-        engine = self.engine(name)
-        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
-        prompts, several = read_prompts(prompt)
-        for one in prompts:
-            check_prompt(engine, one, parameters["max_tokens"])
-        pending = [engine.submit(one, parameters, convert=generation_of(engine)) for one in prompts]
-        return pending if several else pending[0]
-
-    def stream(
-        self,
-        name: str,
-        prompt: Prompt,
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
-        **sampling: Unpack[SamplingOptions],
-    ) -> Iterator[Part]:
-        """Yield a continuation as it comes: text, or token ids for a model without a tokenizer.
-
-        Leaving the loop early gives the request up.
-
-        Raises:
-            ConfigError, EngineDied: as for `generate`.
-        """
-        engine = self.engine(name)
-        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, Sampling.of(sampling))
-        prompts, several = read_prompts(prompt)
-        if several:
-            raise ConfigError("several prompts cannot be streamed at once: pass one")
-        check_prompt(engine, prompts[0], parameters["max_tokens"])
-        parts: SimpleQueue[Part | None] = SimpleQueue()
-        has_text = engine.facts["has_tokenizer"]
-        pending = engine.submit(
-            prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
-        )
-        pending.add_done_callback(lambda done: parts.put(None))
-        return parts_of(pending, parts)
 
     # -- state -----------------------------------------------------------------------------
 

@@ -20,69 +20,13 @@ together hold leases together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from enum import Enum
 
 from djinn_lib.engine.memory.policies import Policy
 from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import ConfigError, LeaseError
+from djinn_lib.fleet.lease_states import Engine, Frames, Revoke, State
 
 LOAD_SHARE = 5  # a lease lasts at least that many times as long as loading for it took
-
-
-class State(Enum):
-    """What an engine is doing, as far as the ring is concerned."""
-
-    IDLE = "idle"
-    WAITING = "waiting"
-    HOLDING = "holding"
-    REVOKED = "revoked"  # asked to give back, and not yet done with its step
-
-
-@dataclass(frozen=True, slots=True)
-class Frames:
-    """For an engine: keep `n_kept` pages, map `frames` after them and load those pages.
-
-    `granted`: nothing is missing after that, and the lease is held. `n_evicted` counts the pages
-    that other models lose for it.
-    """
-
-    model: str
-    n_kept: int
-    frames: tuple[int, ...]
-    granted: bool
-    n_evicted: int
-
-
-@dataclass(frozen=True, slots=True)
-class Revoke:
-    """For an engine: give the lease back at the end of the step at hand."""
-
-    model: str
-
-
-@dataclass(slots=True)
-class Counts:
-    """What happened to one model since it joined; `waited_s` counts the time up to each grant."""
-
-    leases: int = 0
-    switches: int = 0  # leases for which pages had to be loaded
-    loaded_pages: int = 0
-    evicted_pages: int = 0  # of this model, by others
-    revoked: int = 0
-    waited_s: float = 0.0
-    longest_wait_s: float = 0.0
-
-
-@dataclass(slots=True)
-class Engine:
-    """One engine's place in the queue and what it cost so far; times are seconds of any clock."""
-
-    model: str
-    state: State = State.IDLE
-    since_s: float = 0.0  # asked (waiting), or able to compute (holding)
-    quantum_s: float = 0.0
-    counts: Counts = field(default_factory=Counts)
 
 
 class Leases:

@@ -2,18 +2,143 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Unpack
 
 from djinn_lib.arguments import whole_number
 from djinn_lib.engine.decode.eager import Generation
-from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
-from djinn_lib.engine.prompts import ReadPrompt
+from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling, SamplingOptions
+from djinn_lib.engine.prompts import Prompt, ReadPrompt, read_prompts
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.fleet.engines import EngineClient, PendingResult, Result
 
 Part = str | list[int]
+
+
+class Requests(ABC):
+    """What a fleet is asked."""
+
+    @abstractmethod
+    def engine(self, name: str) -> EngineClient:
+        """Return the engine of a model.
+
+        Raises:
+            ConfigError: no model is called so.
+        """
+
+    def generate(
+        self,
+        name: str,
+        prompt: Prompt | list[Prompt],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
+        """Continue a prompt, or all of a list of them at once.
+
+        Args:
+            name: which model.
+            prompt: as for `Djinn.generate`; a list of prompts is batched by vLLM.
+            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
+            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
+            stop: texts that end a continuation, for a model with a tokenizer.
+            sampling: how to choose; or its fields as options: temperature, top_k, top_p and seed.
+                The default is greedy.
+            options: see `sampling`.
+
+        Returns:
+            What the model said and what it cost; for a list of prompts a list. Bytes that several
+            requests waited for count for the first of them.
+
+        Raises:
+            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
+            EngineDied: its engine ended.
+        """
+        asked = self.submit(name, prompt, max_new_tokens, ignore_eos, stop, sampling, **options)
+        if not isinstance(asked, list):
+            return wait_for(asked)
+        try:
+            return [wait_for(one) for one in asked]
+        finally:
+            for one in asked:  # where one failed, nobody waits for the others
+                one.cancel()
+
+    def submit(
+        self,
+        name: str,
+        prompt: Prompt | list[Prompt],
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> PendingResult | Any:  # Any: see `generate`
+        """Hand what `generate` does to the engine and return at once.
+
+        Returns:
+            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
+            list of prompts a list of them.
+
+        Raises:
+            ConfigError: as for `generate`; nothing was asked.
+        """
+        engine = self.engine(name)
+        chosen = one_sampling(sampling, options)
+        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, chosen)
+        prompts, several = read_prompts(prompt)
+        for one in prompts:
+            check_prompt(engine, one, parameters["max_tokens"])
+        pending = [engine.submit(one, parameters, convert=generation_of(engine)) for one in prompts]
+        return pending if several else pending[0]
+
+    def stream(
+        self,
+        name: str,
+        prompt: Prompt,
+        max_new_tokens: int = 50,
+        ignore_eos: bool = False,
+        stop: str | list[str] | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Part]:
+        """Yield a continuation as it comes: text, or token ids for a model without a tokenizer.
+
+        Leaving the loop early gives the request up.
+
+        Raises:
+            ConfigError, EngineDied: as for `generate`.
+        """
+        engine = self.engine(name)
+        chosen = one_sampling(sampling, options)
+        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, chosen)
+        prompts, several = read_prompts(prompt)
+        if several:
+            raise ConfigError("several prompts cannot be streamed at once: pass one")
+        check_prompt(engine, prompts[0], parameters["max_tokens"])
+        parts: SimpleQueue[Part | None] = SimpleQueue()
+        has_text = engine.facts["has_tokenizer"]
+        pending = engine.submit(
+            prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
+        )
+        pending.add_done_callback(lambda done: parts.put(None))
+        return parts_of(pending, parts)
+
+
+def one_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampling:
+    """Return how to choose, whichever way it was said.
+
+    Raises:
+        ConfigError: both ways, or a value has no meaning.
+    """
+    if sampling is None:
+        return Sampling.of(options)
+    if options:
+        raise ConfigError(f"sampling and {sorted(options)[0]} were both given: pass one of them")
+    return sampling
 
 
 def sampling_parameters(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from djinn_lib.fleet.leases import Counts, Leases
+from djinn_lib.fleet.lease_states import Counts
+from djinn_lib.fleet.leases import Leases
 from djinn_lib.units import format_bytes
 
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f")

@@ -12,26 +12,22 @@ VLLM_ENABLE_V1_MULTIPROCESSING=0 where several engines share a program.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
 
-from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.errors import ConfigError
 from djinn_lib.fleet import vllm_hooks
-from djinn_lib.fleet.client import Costs, RingModel
+from djinn_lib.fleet.client import RingModel
 from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.costs import Costs
 from djinn_lib.fleet.parameters import PackedParameters
-from djinn_lib.fleet.vllm_server import SERVER
+from djinn_lib.fleet.vllm_processes import end_process, end_with_server
 from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
 
 if TYPE_CHECKING:
@@ -53,7 +49,6 @@ else:
     _Worker = object
 
 SOCKET = "DJINN_RING"
-_LAST_STEP_S = 5.0  # for a step that fails to tell its requests, before the process ends
 
 
 class LeasedSteps(_Worker):
@@ -62,6 +57,7 @@ class LeasedSteps(_Worker):
     ring: RingModel | None = None
     _n_first_bytes = 0  # what has to be there before the first layer
     _sleep_mode: RingSleepMode | None = None
+    _n_open_steps = 0  # begun by `execute_model`, and waiting for `sample_tokens`
     _is_preparing = False  # within one long lease, whose steps are no leases of their own
 
     def init_device(self) -> None:
@@ -72,7 +68,7 @@ class LeasedSteps(_Worker):
                 f"a model on the ring runs on one device, and this one is split over "
                 f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
             )
-        _end_with_server()
+        end_with_server()
         super().init_device()
 
     def load_model(self, **options: Any) -> None:
@@ -90,7 +86,7 @@ class LeasedSteps(_Worker):
             connection.close()
             raise
         self.ring = ring = RingModel(
-            connection, self._name(), packed.layout, packed.fill, self.device, _end_process
+            connection, self._name(), packed.layout, packed.fill, self.device, end_process
         )
         packed.bind(ring.view)
         offloader.ends, offloader.ring = packed.layer_ends, ring
@@ -161,23 +157,31 @@ class LeasedSteps(_Worker):
         if scheduler_output.scheduled_new_reqs:
             ring.note_request()
         ring.begin_step()
+        self._n_open_steps += 1
+        output = None
         try:
             ring.wait(self._n_first_bytes)
             output = super().execute_model(scheduler_output)
         except BaseException:
-            ring.end_step()
+            self._end_step()
             raise
         if output is not None:
-            ring.end_step()
+            self._end_step()
         return output
+
+    def _end_step(self) -> None:
+        """End a step; the lease may be taken back when vLLM has begun no other one meanwhile."""
+        self._n_open_steps -= 1
+        if self.ring and not self._n_open_steps:
+            self.ring.end_step()
 
     def sample_tokens(self, *arguments: Any, **options: Any) -> Any:
         """End the step that `execute_model` began."""
         try:
             return super().sample_tokens(*arguments, **options)
         finally:
-            if self.ring and not self._is_preparing:
-                self.ring.end_step()
+            if self._n_open_steps:
+                self._end_step()
 
     # -- what an engine is asked beside requests -------------------------------------------------
 
@@ -244,45 +248,6 @@ def _socket_path() -> str:
             f"{SOCKET} to its socket"
         )
     return path
-
-
-def _end_process(error: DjinnError) -> None:
-    """End an engine whose ring is gone: its weights may be overwritten at any moment.
-
-    A step at hand has failed by then; vLLM gets a moment to tell its requests.
-    """
-    print(f"djinn: {error}", file=sys.stderr, flush=True)
-    threading.Event().wait(_LAST_STEP_S)
-    os.kill(os.getpid(), signal.SIGTERM)
-    threading.Event().wait(_LAST_STEP_S)
-    _end_engine()
-
-
-def _end_with_server() -> None:
-    """End vLLM's processes with the one that was started, however that ends.
-
-    vLLM may have up to two between that and the worker, and ends none of them if it is killed.
-    """
-    if (parent := multiprocessing.parent_process()) is None:
-        return
-    ends: list[int] = [parent.sentinel]
-    with suppress(OSError, ValueError):
-        ends.append(os.pidfd_open(int(os.environ.get(SERVER, ""))))
-
-    def watch() -> None:
-        wait(ends)
-        _end_engine()
-
-    threading.Thread(target=watch, name="djinn-parent", daemon=True).start()
-
-
-def _end_engine() -> None:
-    """End this process at once, and vLLM's engine core, if that is another one."""
-    parent = multiprocessing.parent_process()
-    if parent and parent.pid and str(parent.pid) != os.environ.get(SERVER):
-        with suppress(ProcessLookupError):
-            os.kill(parent.pid, signal.SIGKILL)
-    os._exit(1)
 
 
 _BASES = {

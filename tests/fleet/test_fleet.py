@@ -83,6 +83,7 @@ def test_a_list_is_batched_and_loads_once(fleet):
 def test_a_stream_can_be_left(fleet):
     parts = [one for part in fleet.stream("c", [5], 6) for one in part]
     assert tuple(parts) == tokens("c", [5], 6)
+    assert fleet.generate("c", [5], 6, sampling=dj.Sampling(seed=3)).token_ids == tuple(parts)
     for part in fleet.stream("c", [5], 50):
         assert part == list(tokens("c", [5], 1))
         break
@@ -121,6 +122,7 @@ def test_evicting_and_looking_at_the_ring(fleet):
         ("a", [1], {"temperature": -1}, "temperature"),
         ("a", [1], {"temperature": 200.0}, "that is too hot"),
         ("a", None, {}, "prompt"),
+        ("a", [1], {"sampling": dj.Sampling(), "seed": 1}, "sampling and seed were both given"),
     ],
 )
 def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from djinn_lib.engine.memory.policies import LRU, Lookahead
 from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
-from djinn_lib.fleet.leases import Frames, Leases, Revoke, State
+from djinn_lib.fleet.lease_states import Frames, Revoke, State
+from djinn_lib.fleet.leases import Leases
 
 QUANTUM_S, MAX_WAIT_S = 0.25, 1.0
 

@@ -10,7 +10,7 @@ import torch
 from test_broker import Ring, until
 
 from djinn_lib.errors import ConfigError, PlatformError
-from djinn_lib.fleet import vllm_hooks, vllm_worker
+from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_worker
 from djinn_lib.fleet.vllm_worker import LeasedSteps
 
 
@@ -134,6 +134,9 @@ def test_a_step_ends_with_its_tokens_and_an_empty_one_gives_the_lease_back(ring,
     assert other.is_alive(), "a is between execute_model and sample_tokens"
     assert a.execute_model(tokens(1)) is None, "a second one before its tokens"
     a.sample_tokens(None)
+    other.join(0.3)
+    assert other.is_alive(), "the second one has no tokens yet"
+    a.sample_tokens(None)
     other.join(20)
     assert not other.is_alive()
     b.execute_model(tokens(0))
@@ -187,10 +190,10 @@ def test_what_cannot_be_on_a_ring_is_refused_first(make, monkeypatch):
 
 def test_an_engine_whose_ring_is_gone_ends(monkeypatch, capsys):
     signals, ended = [], threading.Event()
-    monkeypatch.setattr(vllm_worker, "_LAST_STEP_S", 0.01)
+    monkeypatch.setattr(vllm_processes, "_LAST_STEP_S", 0.01)
     monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
     monkeypatch.setattr(os, "_exit", lambda status: ended.set())
-    vllm_worker._end_process(ConfigError("the ring is gone"))
+    vllm_processes.end_process(ConfigError("the ring is gone"))
     assert signals and signals[0][0] == os.getpid() and ended.is_set()
     assert capsys.readouterr().err == "djinn: the ring is gone\n"
 
