@@ -38,3 +38,16 @@ def one_of(value: object, known: Iterable[str], name: str) -> str:
     if not isinstance(value, str) or value not in names:
         raise ConfigError(f"expected {name} out of {names}, got {value!r}")
     return value
+
+
+def label(value: object) -> str:
+    """Return a label of a capacity as text, also where papermill's ``-p`` made it a number.
+
+    Raises:
+        ConfigError: it is neither text nor a number.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    raise ConfigError(f"expected a label of a capacity such as '25', got {value!r}")

@@ -18,6 +18,7 @@ from pydantic import (
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.paper_form import load_trace
+from djinn_lib.experiment.parameters import label
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, check_models, paper_trace, renamed, zipf_trace
@@ -160,8 +161,8 @@ class Profile(_Strict):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
-        for label, entry in self.systems.items():
-            _ensure_known(f"system of {label!r}", [entry.system], SYSTEMS)
+        for name, entry in self.systems.items():
+            _ensure_known(f"system of {name!r}", [entry.system], SYSTEMS)
         for entry in self.cells:
             _ensure_known("trace", entry.traces, self.traces)
             _ensure_known("capacity", entry.capacities, self.capacities)
@@ -185,11 +186,11 @@ class Profile(_Strict):
         cells = {}
         for entry in self.cells:
             for trace in entry.traces:
-                for label in entry.capacities:
+                for capacity_label in entry.capacities:
                     for system in entry.systems:
                         cell = Cell(
                             trace=trace,
-                            capacity_label=label,
+                            capacity_label=capacity_label,
                             system=system,
                             repeats=entry.repeats or self.repeats,
                             mode=entry.mode,
@@ -209,8 +210,7 @@ class Profile(_Strict):
         Raises:
             ConfigError: one of the names is unknown.
         """
-        if not isinstance(capacity_label, str):
-            capacity_label = f"{capacity_label:g}"
+        capacity_label = label(capacity_label)
         try:
             _ensure_known("trace", [trace], self.traces)
             _ensure_known("capacity", [capacity_label], self.capacities)
