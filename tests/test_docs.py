@@ -26,9 +26,6 @@ DOCS = REPO / "docs"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 GENERATED = {"results.md", "architectures.md"}  # as long as what was measured
 
-# Pages, folders and names that are being written elsewhere. Delete each entry once it exists.
-COMING = {DOCS / "architectures.md"}
-
 # Files that a run makes.
 OF_A_RUN = {"index.html", "trace.json"}
 _NOT_IN_GIT = (".venv", "data/runs", "data/models", "data/parts")
@@ -152,8 +149,6 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        if target in COMING and not target.exists():
-            continue
         assert target.exists(), f"{page.name} links {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name} links {link}"
@@ -167,8 +162,7 @@ def test_files_and_modules_exist(page):
         elif re.fullmatch(r"\d\d_\w+", span):
             assert (REPO / "notebooks" / f"{span}.ipynb").exists(), f"{page.name}: {span}"
         elif re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", span) and (REPO / span.split("/")[0]).is_dir():
-            is_there = (REPO / span).exists() or REPO / span in COMING
-            assert is_there or span.startswith(_NOT_IN_GIT), f"{page.name}: {span}"
+            assert (REPO / span).exists() or span.startswith(_NOT_IN_GIT), f"{page.name}: {span}"
         elif _FILE.fullmatch(span):
             assert span in file_names() | OF_A_RUN, f"{page.name}: {span}"
 

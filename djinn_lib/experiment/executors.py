@@ -35,12 +35,13 @@ Resources = Mapping[str, float]
 class Job:
     """One call of a function that a node can import, and what of the node it occupies.
 
-    With `whole_node` it has all cores of one of the largest nodes, else one.
+    With `whole_node` it has all cores of one of the largest nodes, not `num_cpus`.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
+    num_cpus: float = 1
     num_gpus: float = 0
     whole_node: bool = False
 
@@ -212,7 +213,7 @@ def _nodes() -> list[Resources]:
 def _needs(job: Job, nodes: Sequence[Resources]) -> Resources:
     """What to ask Ray for. Two jobs that each need the most cores that a node has never meet."""
     cores = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= job.num_gpus]
-    return {"CPU": max(cores, default=1) if job.whole_node else 1, "GPU": job.num_gpus}
+    return {"CPU": max(cores, default=1) if job.whole_node else job.num_cpus, "GPU": job.num_gpus}
 
 
 def _fits(needs: Resources, nodes: Sequence[Resources]) -> bool:

@@ -89,7 +89,7 @@ def test_jobs_of_a_lost_node_run_again_and_end_where_none_can_hold_them(shared, 
     jobs = [
         Job(name, note_and_sleep, (str(tmp_path), name, 2.0), whole_node=True) for name in names
     ]
-    only_there = Job("only-there", time.sleep, (300,), num_gpus=1)
+    only_there = Job("only-there", time.sleep, (300,), num_cpus=0, num_gpus=1)
     results: dict[str, Result] = {}
     for job, result in fan_out([*jobs, only_there], address=shared.address, patience_s=1):
         assert job.name not in results
@@ -98,7 +98,7 @@ def test_jobs_of_a_lost_node_run_again_and_end_where_none_can_hold_them(shared, 
             wait_for_a_try_on(doomed.node_id, tmp_path)
             shared.remove_node(doomed, allow_graceful=False)
     lost = results.pop("only-there")
-    assert lost.lost and "expected a node with 1 CPU and 1 GPU" in lost.error
+    assert lost.lost and "expected a node with 0 CPU and 1 GPU" in lost.error
     assert sorted(results) == names and not any(result.error for result in results.values())
     tries = [path.name.split(".")[0] for path in tmp_path.iterdir()]
     again = {name for name in names if tries.count(name) > 1}

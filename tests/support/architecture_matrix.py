@@ -3,8 +3,10 @@
 Every model is saved, loaded by transformers and by `Djinn`, and asked for greedy tokens. Each is
 tried in a process of its own, since the faults looked for include those that end a process.
 
-    python tests/support/architecture_matrix.py            # all of them, and writes the tables
-    python tests/support/architecture_matrix.py llama gpt2 # some, printed only
+    python tests/support/architecture_matrix.py            # all of them
+    python tests/support/architecture_matrix.py llama gpt2 # some
+
+Results are kept one by one in architecture_matrix.json, from which docs/architectures.md is made.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ PROMPTS = (
     [3 + 7 * i * i % 300 for i in range(70)],  # longer than windows, chunks and short factors
 )
 LIMIT_BYTES, LIMIT_CPU_S = 24 << 30, 240  # address space: torch alone maps gigabytes
-RESULTS = Path(__file__).parent / "architecture_matrix.json"
+RESULTS = Path(__file__).with_name("architecture_matrix.json")
 PAGE = REPO / "docs" / "architectures.md"
 
 
@@ -200,17 +202,19 @@ def is_good(verdict: str) -> bool:
     return verdict in (IDENTICAL, SLOWER) or verdict.startswith((REFUSED, NOT_MADE))
 
 
-def write(results: dict[str, dict[str, str]]) -> None:
-    """Write the results, and the page of the documentation that shows them."""
-    kept = {"transformers": transformers.__version__, "architectures": results}
+def keep(name: str, verdicts: dict[str, str]) -> None:
+    """Keep what became of an architecture, and write the page of the documentation again."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept[name] = {"transformers": transformers.__version__, "verdicts": verdicts}
     RESULTS.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
-    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(kept))
 
 
 def page(kept: dict[str, Any]) -> str:
     """Return docs/architectures.md."""
-    results: dict[str, dict[str, str]] = kept["architectures"]
+    results: dict[str, dict[str, str]] = {n: kept[n]["verdicts"] for n in sorted(kept)}
+    versions = sorted({entry["transformers"] for entry in kept.values()})
+    untried = [name for name in architectures.NAMES if name not in kept]
     same = [n for n, by in results.items() if set(by.values()) == {IDENTICAL}]
     slower = [n for n, by in results.items() if SLOWER in by.values()]
     refused = {
@@ -220,10 +224,9 @@ def page(kept: dict[str, Any]) -> str:
     lines = [
         "# Supported architectures",
         "",
-        "Any decoder-only transformers model in safetensors can be added. This table is generated:",
-        "each architecture of the pinned transformers was saved as a tiny random model, and its",
-        f"greedy tokens were compared with those of `from_pretrained(...).generate` (transformers "
-        f"{kept['transformers']}).",
+        "Any decoder-only transformers model in safetensors can be added. This page is generated:",
+        "each architecture was saved as a tiny random model, and its greedy tokens were compared",
+        f"with those of `from_pretrained(...).generate` (transformers {', '.join(versions)}).",
         f"The modes are {', '.join(MODES)}. To measure again: `make architectures`.",
         "",
         f"**Identical in every mode ({len(same)})**: {', '.join(same)}.",
@@ -231,7 +234,7 @@ def page(kept: dict[str, Any]) -> str:
         f"**Identical, but decoded eagerly where recording was asked for ({len(slower)})**; `add`",
         f"logs why: {', '.join(slower)}.",
         "",
-        "**Refused with an error**",
+        f"**Refused with an error ({len(refused)})**",
         "",
         "| architecture | mode | error |",
         "|---|---|---|",
@@ -242,8 +245,9 @@ def page(kept: dict[str, Any]) -> str:
             if verdict.startswith(REFUSED)
         ),
         "",
-        "**Not tried**: transformers itself could not make, save or run a tiny model with this",
-        "project's configuration of it.",
+        f"**Not made ({len(absent)})**: transformers itself could not make, save or run a tiny "
+        "model",
+        "with this project's configuration of it.",
         "",
         "| architecture | transformers' error |",
         "|---|---|",
@@ -252,12 +256,14 @@ def page(kept: dict[str, Any]) -> str:
             for name, by in absent.items()
         ),
         "",
+        f"**Not measured yet ({len(untried)})**: {', '.join(untried) or 'none'}.",
+        "",
     ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Judge some architectures, or all and write the results; returns how many are bad."""
+    """Judge some architectures, or all, and keep the results; returns how many are bad."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("names", nargs="*")
     names = parser.parse_args().names or architectures.NAMES
@@ -265,10 +271,9 @@ def main() -> int:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         for name, verdicts in zip(names, threads.map(judge_apart, names), strict=True):
             results[name] = verdicts
+            keep(name, verdicts)
             for mode, verdict in verdicts.items():
                 print(f"{name:22} {mode:22} {verdict}", flush=True)
-    if names is architectures.NAMES:
-        write(results)
     n_bad = sum(not is_good(v) for verdicts in results.values() for v in verdicts.values())
     print(f"{len(results)} architectures, {n_bad} verdicts of them bad")
     return n_bad
