@@ -95,4 +95,4 @@ def test_an_unknown_profile_is_an_error_and_no_traceback():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: expected a profile") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: there is no profile") and "Traceback" not in done.stderr

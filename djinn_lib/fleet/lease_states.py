@@ -57,5 +57,6 @@ class Engine:
     model: str
     state: State = State.IDLE
     since_s: float = 0.0  # asked (waiting), or able to compute (holding)
+    place: int = 0  # how many had asked before it did
     quantum_s: float = 0.0
     counts: Counts = field(default_factory=Counts)

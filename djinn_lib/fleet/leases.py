@@ -53,6 +53,7 @@ class Leases:
         self.ring, self._policy = ring, policy
         self._quantum_s, self._max_wait_s = quantum_s, max_wait_s
         self._engines: dict[str, Engine] = {}
+        self._n_asked = 0
         self._loading: str | None = None  # the oldest waiter, once frames were assigned to it
 
     def __contains__(self, model: str) -> bool:
@@ -92,7 +93,8 @@ class Leases:
             LeaseError: it waits already, or holds a lease.
         """
         engine = self._in_state(model, State.IDLE)
-        engine.state, engine.since_s = State.WAITING, now_s
+        engine.state, engine.since_s, engine.place = State.WAITING, now_s, self._n_asked
+        self._n_asked += 1
         self._policy.touch(model, now_s)
         return self._advance(now_s)
 
@@ -217,9 +219,9 @@ class Leases:
         engine.state = State.IDLE
 
     def _waiting(self) -> list[Engine]:
-        """Waiters, the oldest first; of several that asked at once, the one that joined first."""
+        """Waiters, the first that asked first, also of several that asked at one time."""
         waiting = [e for e in self._engines.values() if e.state is State.WAITING]
-        return sorted(waiting, key=lambda engine: engine.since_s)
+        return sorted(waiting, key=lambda engine: engine.place)
 
     def _holders(self) -> list[Engine]:
         return [e for e in self._engines.values() if e.state is State.HOLDING]

@@ -246,7 +246,7 @@ def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
     monkeypatch.setattr(host, "_cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with dj.Djinn("1MiB", page="16KiB") as djinn:
-        djinn._pool._pin = True
+        djinn.masters._pin = True
         if fails == "reading":
             monkeypatch.setattr(torch.Tensor, "copy_", run_out)
         if fails == "binding":
@@ -333,6 +333,7 @@ def test_a_trace_without_requests(bench):
     assert not bench.run.cell(cell.id).rows.exists()
 
 
+@pytest.mark.slow
 def test_a_trace_of_one_request_goes_all_the_way(bench):
     from djinn_lib.analysis import tables
     from djinn_lib.analysis.claims import judge, load_claims

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,16 @@ def test_without_a_set_up_nothing_else_runs(run, kernels):
     assert run() == (1, ["00_setup"])
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
-def test_what_is_interrupted_goes_on_where_it_was(run, kernels, number, capsys):
+def test_what_is_interrupted_goes_on_where_it_was(run, kernels, number, capsys, ctrl_c):
     kernels.during[CELLS[1]] = lambda: os.kill(os.getpid(), number)
     before = signal.getsignal(signal.SIGTERM)
     assert run() == (130, ["00_setup", "01_trace", *CELLS[:2]])

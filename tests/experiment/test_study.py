@@ -178,6 +178,7 @@ def test_order_and_executor_do_not_matter(small):
     pd.testing.assert_frame_equal(backwards.sort_values(keys, ignore_index=True), expected)
 
 
+@pytest.mark.slow
 def test_the_study_runs_on_ray(small, monkeypatch):
     from djinn_lib.experiment import study
 

@@ -40,6 +40,8 @@ VARIANTS = [
     ("ray_actors", {}),
     ("vllm_recreate", {}),
     ("vllm_sleep", {}),
+    ("vllm_sleep_readonly", {}),
+    ("djinn_vllm", {}),
 ]
 WRITES_BACK = {"pytorch_pinned", "pytorch_pageable"}
 KEEPS_TO_CAPACITY = {"djinn", "pytorch_lru", "ray_actors"}
@@ -78,8 +80,9 @@ def capacity_bytes(models):
 
 
 def marked(variant):
-    """Ray takes a minute to start its actors again and again."""
-    return pytest.param(variant, marks=[pytest.mark.slow] if variant[0] == "ray_actors" else [])
+    """Ray's actors and vLLM's engines take a minute to start again and again."""
+    is_slow = variant[0] in ("ray_actors", "vllm_sleep_readonly", "djinn_vllm")
+    return pytest.param(variant, marks=[pytest.mark.slow] if is_slow else [])
 
 
 @pytest.fixture(params=map(marked, VARIANTS), ids=ids_of, scope="module")

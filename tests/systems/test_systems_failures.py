@@ -108,6 +108,7 @@ def on_device(system, name):
     return [key for (key, p), master in pairs if p.data_ptr() != master.data_ptr()]
 
 
+@pytest.mark.slow
 def test_actors_are_gone_when_their_room_is_given_away(models, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # a cluster that is not ours to use
     system = system_class("ray_actors")(models, models["llama"].n_bytes + 1000, "cpu")

@@ -140,7 +140,9 @@ class HostMasters:
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
         """Bytes `begin` to `end` of `model`, to be read only."""
-        return self._masters[model][begin:end]
+        if (master := self._masters.get(model)) is None:
+            raise ConfigError(f"the model {model!r} is not in host memory yet; wait for its add()")
+        return master[begin:end]
 
     def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
         """The lookup tables of `model`, in host memory, as tensors that `device` can read.

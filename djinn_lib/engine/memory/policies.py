@@ -277,7 +277,7 @@ def make_policy(policy: str | Policy) -> Policy:
         return policy
     if policy == "oracle":
         raise ConfigError(
-            "the policy 'oracle' needs every request to come: pass Oracle(models), or use another"
+            "expected a policy that needs no future, got 'oracle': pass Oracle(models)"
         )
     if not isinstance(policy, str) or policy not in POLICIES:
         known = sorted(POLICIES)

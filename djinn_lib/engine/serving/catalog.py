@@ -150,6 +150,7 @@ class Catalog:
     @contextmanager
     def lend(self, name: str, wait: bool) -> Iterator[PreTrainedModel]:
         """Lend a model to a user, who has a turn; see `Djinn.lease`."""
+        self[name]  # an unknown name is refused before anything is loaded
         lending: Lending | None = None
         try:
             with self._pager.lease(name):

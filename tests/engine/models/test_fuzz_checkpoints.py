@@ -108,6 +108,7 @@ def ensure_in_words(said: dict[str, str]) -> None:
     assert not any(what.startswith("bare") for what in said.values()), said
 
 
+@pytest.mark.slow
 def test_the_whole_folder_is_served(worker, whole):
     assert worker.serve(whole) == dict.fromkeys(("add", "ids", "text", "chat"), "ok")
 
