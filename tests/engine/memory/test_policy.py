@@ -233,5 +233,5 @@ def test_make_policy_takes_names_and_objects_and_refuses_the_rest():
     assert make_policy(policy) is policy
     with pytest.raises(ConfigError, match="expected a policy out of"):
         make_policy("fifo")
-    with pytest.raises(ConfigError, match="needs every request"):
+    with pytest.raises(ConfigError, match="needs no future"):
         make_policy("oracle")
