@@ -184,8 +184,8 @@ def test_neighbouring_frames_are_mapped_by_one_call(space, monkeypatch):
 
 def test_close_gives_everything_back_and_can_be_repeated():
     process = psutil.Process()
-    before = process.num_fds(), len(process.memory_maps(grouped=False))
-    for _ in range(20):
+    before, n_cycles = (process.num_fds(), len(process.memory_maps(grouped=False))), 40
+    for _ in range(n_cycles):
         space = CpuAddressSpace(16, PAGE)
         area = space.reserve(16)
         space.map(area, 0, range(16))
@@ -193,7 +193,8 @@ def test_close_gives_everything_back_and_can_be_repeated():
         space.close()
         space.close()
     assert process.num_fds() == before[0]
-    assert len(process.memory_maps(grouped=False)) <= before[1] + 5
+    # Other threads of this process may map memory meanwhile, but not once a cycle.
+    assert len(process.memory_maps(grouped=False)) < before[1] + n_cycles
 
 
 @pytest.mark.parametrize("page_bytes", [0, 1, 1000, 4097, 6000])
