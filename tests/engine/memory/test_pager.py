@@ -3,9 +3,9 @@
 import threading
 import time
 
-import psutil
 import pytest
 import torch
+from open_files import n_open
 
 from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.memory.layout import Layout
@@ -312,7 +312,7 @@ def test_a_lease_ends_whatever_marking_its_end_raises(three, monkeypatch):
 
 def test_device_memory_is_released_whatever_the_copier_raises():
     pager, _, _ = make_pager({"a": PAGE}, 2)
-    n_fds = psutil.Process().num_fds()
+    n_fds = n_open()
 
     def broken():
         raise RuntimeError("CUDA error")
@@ -320,7 +320,7 @@ def test_device_memory_is_released_whatever_the_copier_raises():
     close, pager.copier.close = pager.copier.close, broken
     with pytest.raises(RuntimeError, match="CUDA error"):
         pager.close()
-    assert psutil.Process().num_fds() == n_fds - 1
+    assert n_open() == n_fds - 1
     close()
 
 
@@ -368,11 +368,10 @@ def test_capacity_and_page_limits():
 
 
 def test_nothing_leaks():
-    process = psutil.Process()
 
     def held():
         copiers = [t for t in threading.enumerate() if t.name.startswith("djinn-copier")]
-        return process.num_fds(), len(copiers)
+        return n_open(), len(copiers)
 
     def cycle():
         pager, _, _ = make_pager({"a": 8 * PAGE, "b": 8 * PAGE}, 12)
