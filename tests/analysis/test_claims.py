@@ -554,9 +554,15 @@ def test_a_withdrawn_claim_is_not_measured_and_says_why():
     assert verdict.expected == "75%"
 
 
-def test_a_whole_run_is_judged(claims):
+@pytest.fixture(scope="module")
+def verdicts(claims) -> list[Verdict]:
+    """Of rows as from a GPU, on a machine without one."""
+    return judge(claims, run_of(run_rows(gpu=True), MACHINE))
+
+
+def test_a_whole_run_is_judged(claims, verdicts):
     on_gpu = {v.id: v for v in judge(claims, run_of(run_rows(gpu=True)))}
-    on_cpu = {v.id: v for v in judge(claims, run_of(run_rows(gpu=True), MACHINE))}
+    on_cpu = {v.id: v for v in verdicts}
     assert list(on_gpu) == list(on_cpu) == [claim.id for claim in claims]
     assert on_gpu["paper-vllm-fails"].verdict == "reproduced"
     assert on_gpu["paper-djinn-reliable"].verdict == "reproduced"
@@ -596,9 +602,8 @@ NOTHING = replace(
 )
 
 
-def test_verdicts_come_back_from_their_file(tmp_path, claims):
+def test_verdicts_come_back_from_their_file(tmp_path, claims, verdicts):
     path = tmp_path / "run" / "claims.json"
-    verdicts = judge(claims, run_of(run_rows(), MACHINE))
     write_claims(verdicts, path)
 
     def refuse(constant: str) -> None:

@@ -209,7 +209,6 @@ def test_a_fleet_that_is_forgotten_is_closed(patched):
         ({"capacity": "10TiB", "page": "1GiB"}, CapacityError, "lower the capacity"),
         ({"capacity": "x"}, ConfigError, "size"),
         ({"capacity": "4MiB", "policy": "x"}, ConfigError, "policy"),
-        ({"capacity": "4MiB", "quantum_s": 5.0}, ConfigError, "longest wait"),
         ({"capacity": "4MiB", "device": "tpu"}, ConfigError, "device"),
     ],
 )
