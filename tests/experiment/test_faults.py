@@ -283,15 +283,6 @@ def test_requests_that_a_model_cannot_serve(system):
         served.close()
 
 
-def test_a_prompt_longer_than_the_kv_cache():
-    with dj.Djinn("1MiB", page="16KiB", decode="graph", max_model_len=20) as djinn:
-        djinn.add("m", spec("llama"))
-        with pytest.raises(ConfigError, match="20"):
-            djinn.generate("m", PROMPT, 7)
-        assert djinn.residency().resident_bytes[0] in (0, djinn.residency().bytes[0])
-        assert len(djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids) == 6
-
-
 @pytest.mark.parametrize("method", ["serve", "reset"])
 @pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("expected peace")], ids=str)
 def test_whatever_a_library_raises_fails_one_request(bench, monkeypatch, method, error):

@@ -196,6 +196,7 @@ def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
         assert fleet._repr_html_() == "<i>closed</i>"
 
 
+@pytest.mark.slow
 def test_a_fleet_that_is_forgotten_is_closed(patched):
     fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
     process, folder = fleet._ring.process, fleet.socket.parent
@@ -217,6 +218,7 @@ def test_what_cannot_be_a_fleet(patched, nothing_leaks, options, kind, says):
         Fleet(**{"device": "cpu", **options})
 
 
+@pytest.mark.slow
 def test_adding_while_it_is_closed(patched):
     fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
     failed = []

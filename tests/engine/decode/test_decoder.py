@@ -178,11 +178,6 @@ def test_sampling_that_means_nothing_is_refused(how):
         Sampling(**how)
 
 
-def test_a_way_of_decoding_that_there_is_not():
-    with pytest.raises(ConfigError, match=r"eager.*graph.*compiled.*'fast'"):
-        dj.Djinn("2MiB", "cpu", "16KiB", decode="fast")
-
-
 def test_a_model_that_cannot_be_recorded_decodes_eagerly(caplog):
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, state_size=4)
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph") as djinn, caplog.at_level("WARNING"):

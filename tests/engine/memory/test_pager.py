@@ -114,24 +114,6 @@ def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
         copied.join()
 
 
-def test_whole_residency_evicts_whole_models():
-    pager, _, _ = make_pager({"a": 10 * PAGE, "b": 9 * PAGE}, 16, residency="whole")
-    for name in "ab":
-        with pager.lease(name):
-            pager.wait(name, PAGE)
-    assert pager.resident_bytes("a") == 0
-    pager.close()
-
-
-def test_leased_pages_are_never_evicted(three):
-    pager, _, _ = three
-    with pager.lease("a"), pytest.raises(CapacityError, match="leases hold"):
-        pager.lease("b")
-    with pager.lease("b"):
-        pager.wait("b", 9 * PAGE)
-    pager.check()
-
-
 def test_use_without_a_lease_is_refused_instead_of_faulting(three):
     pager, _, _ = three
     with pytest.raises(LeaseError, match="inside `with"):
@@ -330,20 +312,6 @@ def test_a_lease_may_end_after_the_pager():
     pager.close()
     lease.release()
     pager.close()
-
-
-def test_evict_and_remove(three):
-    pager, _, _ = three
-    with pager.lease("a"):
-        pager.wait("a", PAGE)
-        with pytest.raises(LeaseError):
-            pager.evict("a")
-    assert pager.evict("a") == 10 * PAGE - 7
-    assert pager.evict("a") == 0
-    pager.remove("a")
-    with pytest.raises(ConfigError, match="add it first"):
-        pager.lease("a")
-    pager.check()
 
 
 def test_check_finds_a_changed_byte(three):
