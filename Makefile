@@ -84,7 +84,7 @@ test-all: style ## check the style and the types, and run all tests, on many mor
 define tests-and-types
 echo "==> tests"; said=$$(mktemp); $(MAKE) types >"$$said" 2>&1 & types=$$!; \
   $(RUN) -m pytest $(PYTEST_ARGS) $(1) && failed= || failed=tests; \
-  wait $$types || failed="$$failed types"; cat "$$said"; rm -f "$$said"; \
+  wait $$types || failed="$${failed:+$$failed, }types"; cat "$$said"; rm -f "$$said"; \
   [ -z "$$failed" ] || { echo "make: failed: $$failed" >&2; exit 1; }
 endef
 
