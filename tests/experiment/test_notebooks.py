@@ -156,7 +156,7 @@ def test_whatever_the_libraries_raise_is_a_status(folder, monkeypatch, error, ki
     monkeypatch.setattr(notebooks, "_papermill", refuse)
     status = execute("good", folder / "out" / "good.ipynb", {})
     assert (status.state, status.error_kind) == ("failed", kind)
-    assert status.error.startswith(type(error).__name__)
+    assert str(error) in status.error
 
 
 @pytest.mark.parametrize("long", [False, True])
