@@ -285,6 +285,7 @@ def test_every_choice_of_the_explorer_has_a_picture(policy, traffic):
     assert any("of the optimum" in axes.get_title("left") for axes in figure.axes)
 
 
+@pytest.mark.slow
 def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     drawn, real = [], explore.picture
     monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))
