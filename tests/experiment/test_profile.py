@@ -41,7 +41,7 @@ GOOD: dict[str, Any] = {
     },
     "systems": {
         "djinn": {"system": "djinn"},
-        "djinn_whole": {"system": "djinn", "options": {"residency": "whole"}},
+        "djinn_whole": {"system": "djinn", "options": {"eviction": "models"}},
     },
     "cells": [
         {"traces": ["paper"], "capacities": ["25"], "systems": ["djinn", "djinn_whole"]},

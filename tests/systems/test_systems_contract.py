@@ -28,7 +28,7 @@ N_NEW = 5
 VARIANTS = [
     ("djinn", {"page": "16KiB"}),
     ("djinn", {"page": "16KiB", "overlap": False}),
-    ("djinn", {"page": "16KiB", "residency": "whole"}),
+    ("djinn", {"page": "16KiB", "eviction": "models"}),
     ("djinn", {"page": "16KiB", "order": "affinity"}),
     ("djinn", {"page": "16KiB", "embeddings": "ring"}),
     ("pytorch_pinned", {}),

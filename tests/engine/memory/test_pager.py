@@ -19,14 +19,14 @@ CPU = torch.device("cpu")
 SIZES = {"a": 10 * PAGE - 7, "b": 9 * PAGE, "c": 4 * PAGE + 1}
 
 
-def make_pager(sizes, n_frames, residency="partial", policy="lru"):
+def make_pager(sizes, n_frames, eviction="pages", policy="lru"):
     """A pager over models of random bytes; `sizes` in bytes by name."""
     pool = HostMasters()
     generator = torch.Generator().manual_seed(0)
     for name, n_bytes in sizes.items():
         layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
         pool.add(name, layout, lambda views: views["w"].random_(0, 256, generator=generator))
-    pager = Pager(pool, n_frames * PAGE, PAGE, CPU, policy, residency)
+    pager = Pager(pool, n_frames * PAGE, PAGE, CPU, policy, eviction)
     views = {name: pager.add(name, n_bytes) for name, n_bytes in sizes.items()}
     return pager, pool, views
 
@@ -115,7 +115,7 @@ def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
 
 
 def test_whole_residency_evicts_whole_models():
-    pager, _, _ = make_pager({"a": 10 * PAGE, "b": 9 * PAGE}, 16, residency="whole")
+    pager, _, _ = make_pager({"a": 10 * PAGE, "b": 9 * PAGE}, 16, eviction="models")
     for name in "ab":
         with pager.lease(name):
             pager.wait(name, PAGE)

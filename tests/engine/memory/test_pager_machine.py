@@ -43,18 +43,18 @@ class PagerMachine(RuleBasedStateMachine):
     @initialize(
         n_frames=st.integers(5, 14),
         models=st.lists(MODEL, min_size=2, max_size=5),
-        residency=st.sampled_from(["partial", "whole"]),
+        eviction=st.sampled_from(["pages", "models"]),
         policy=st.sampled_from(sorted(POLICIES)),
         on_disk=st.booleans(),
     )
-    def start(self, n_frames, models, residency, policy, on_disk):
+    def start(self, n_frames, models, eviction, policy, on_disk):
         self.patch = pytest.MonkeyPatch()
         self.flaky = Flaky(self.patch)
         self.folder = tempfile.TemporaryDirectory()
         self.pool = HostMasters()
         if on_disk:  # room for the largest model and a little more
             self.pool = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
-        self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, residency)
+        self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, eviction)
         self.units, self.masters, self.views = {}, {}, {}
         self.held = []
         self.add("small", 0, [(PAGE, False)])  # one at least that fits, whatever is drawn
