@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.djinn import Djinn
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.systems.base import Served, SystemUnderTest
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import DjinnError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.fleet import Fleet

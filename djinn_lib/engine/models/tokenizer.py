@@ -75,7 +75,7 @@ class Tokenizer:
         """Return the token ids of a conversation, up to where the model is to answer.
 
         Args:
-            messages: mappings with "role" and "content", both text.
+            messages: mappings with "role" and "content", both text; or the text of one user.
 
         Raises:
             ConfigError: there is no chat template, or it cannot take these messages.
