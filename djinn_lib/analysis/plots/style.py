@@ -135,6 +135,12 @@ def model_colors(models: Iterable[str]) -> dict[str, str]:
     return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
 
 
+def is_light(color: str) -> bool:
+    """Whether dark text reads better than white on a colour such as "#DDCC77"."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
+
+
 @contextmanager
 def theme() -> Iterator[None]:
     """Set seaborn's theme, in the figures' sizes, for as long as the block runs."""

@@ -21,6 +21,7 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     byte_scale,
     footnote,
+    is_light,
     model_colors,
     order_systems,
     require_one_cell_each,
@@ -146,7 +147,7 @@ def _draw_asked(axes: Axes, rows: pd.DataFrame, colors: Mapping[str, str]) -> No
     columns = ["request", "model", "loaded_bytes", "resident_before_bytes"]
     for request, model, loaded, before in rows.loc[rows["ok"], columns].itertuples(index=False):
         glyph = _HIT if loaded == 0 else _PARTIAL if before else _MISS
-        ink = "black" if _is_light(colors[model]) else "white"
+        ink = "black" if is_light(colors[model]) else "white"
         axes.text(request, 0.46, glyph, color=ink, ha="center", va="center", fontsize=SMALL_PT)
 
 
@@ -173,11 +174,6 @@ def _residency_legend(
             for glyph, text in texts.items()
         ]
     figure.legend(handles=handles, loc="outside right upper")
-
-
-def _is_light(color: str) -> bool:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
 
 
 def _message(text: str) -> Figure:
