@@ -23,6 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
+from djinn_lib.experiment.by_hand import executing
 from djinn_lib.experiment.kernels import ForkingKernelManager
 from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.experiment.status import Status
@@ -97,7 +98,8 @@ def execute(
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in (output, partial, log_of(output)):
             left.unlink(missing_ok=True)
-        _papermill(source, partial, parameters, kernel, fork)
+        with executing(output.resolve()):
+            _papermill(source, partial, parameters, kernel, fork)
     except PapermillExecutionError as failure:
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
