@@ -106,13 +106,13 @@ def picture(
     figure, (top, left, right) = _axes()
     _draw_residency(top, rows, sizes, capacity)
     sns.ecdfplot(rows, x="switch_ms", color=POLICY_STYLE[policy].color, ax=left)
-    left.set(xlabel="switch, ms", ylabel="requests", title="What switches cost")
+    left.set(xlabel="switch (ms)", ylabel="share of requests", title="What switches cost")
     left.axvline(10, color="0.6", linestyle=":")
     loaded = rows["loaded_bytes"].cumsum() / GIB
     right.plot(loaded, color=POLICY_STYLE[policy].color, label=POLICY_STYLE[policy].label)
     right.plot(least, color="black", linestyle=":", label="optimum")
     ratio = loaded.iloc[-1] / least[-1]
-    right.set(xlabel="request", ylabel="GiB loaded", title=f"{ratio:.2f}x of the optimum")
+    right.set(xlabel="request", ylabel="loaded (GiB)", title=f"{ratio:.2f}x of the optimum")
     right.legend()
     return figure
 
@@ -134,7 +134,7 @@ def _draw_residency(axes: Axes, rows: pd.DataFrame, sizes: dict[str, int], capac
     bands = np.array([[row.get(model, 0) for row in held] for model in sizes]) / GIB
     axes.stackplot(rows["request"], bands, colors=[colors[m] for m in sizes], step="post")
     axes.axhline(capacity / GIB, color="black", linewidth=0.8)
-    axes.set(xlabel="request", ylabel="GiB resident", title="Which bytes are resident",
+    axes.set(xlabel="request", ylabel="resident (GiB)", title="Which bytes are resident",
              xlim=(0, len(rows) - 1))  # fmt: skip
     if len(sizes) <= 10:
         handles = [Rectangle((0, 0), 1, 1, color=colors[m]) for m in sizes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from djinn_lib.analysis.plots.style import (
     footnote,
     is_light,
     model_colors,
+    nothing_to_draw,
     order_systems,
     require_one_cell_each,
     styled,
@@ -59,11 +59,11 @@ def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
     known = order_systems(rows["system"])
     rows = rows[rows["system"] == system]
     if rows.empty:
-        return _message(f"No rows of {system!r} here, only of: {', '.join(known)}.")
+        return nothing_to_draw(f"No rows of {system!r} here, only of: {', '.join(known)}.")
     rows = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
     resident = resident_bytes(rows)
     if resident.empty:
-        return _message(f"{system_look(system).label} does not report residency here.")
+        return nothing_to_draw(f"{system_look(system).label} does not report residency here.")
     figure, (held, asked, loaded) = plt.subplots(
         3, 1, sharex=True, figsize=(DOUBLE_COLUMN_IN, 3.5), layout="constrained",
         height_ratios=[5, 0.5, 1.6],
@@ -174,14 +174,6 @@ def _residency_legend(
             for glyph, text in texts.items()
         ]
     figure.legend(handles=handles, loc="outside right upper")
-
-
-def _message(text: str) -> Figure:
-    """A picture of one sentence, where there is nothing to draw."""
-    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
-    axes.axis("off")
-    axes.text(0.5, 0.5, textwrap.fill(text, 100), ha="center", va="center", color="0.3")
-    return figure
 
 
 @styled
