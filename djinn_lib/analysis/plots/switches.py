@@ -15,6 +15,7 @@ from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     draw_cdf,
     footnote,
+    nothing_to_draw,
     order_systems,
     sample_note,
     split_unavailable,
@@ -40,12 +41,14 @@ def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) 
         concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
     """
-    figure, (left, right) = _two_panels()
     unfair = concurrent["system"].isin(COULD_NOT_BATCH) & (
         concurrent["error_kind"] != "unavailable"
     )
     fair, left_out = concurrent[~unfair], _left_out(concurrent.loc[unfair, "system"])
-    _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
+    if attempted(fair).empty:
+        return nothing_to_draw(" ".join(["This run has no concurrent cells here.", *left_out]))
+    figure, (left, right) = _two_panels()
+    _draw_systems(figure, left, right, fair, left_out)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
     _draw_switches(left, attempted(sequential), **before)
     _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
@@ -62,8 +65,10 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     Args:
         rows: of one trace and capacity, served in sequence; may be empty.
     """
+    if attempted(rows).empty:
+        return nothing_to_draw("This run has no rows of this trace.")
     figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
+    _draw_systems(figure, left, right, rows)
     _finish(figure, left, right, "total latency of a request (ms, log scale)")
     return figure
 
@@ -88,7 +93,6 @@ def _draw_systems(
     left: Axes,
     right: Axes,
     rows: pd.DataFrame,
-    none_there: str,
     left_out: Sequence[str] = (),
 ) -> None:
     """Both panels of every system, and below them on how many rows they rest."""
@@ -98,8 +102,7 @@ def _draw_systems(
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
         _draw_switches(left, part, **style)
         draw_cdf(right, part, "total_ms", **style)
-    note = sample_note(rows) if len(rows) else none_there
-    footnote(figure, [note, *unavailable_notes(unavailable), *left_out])
+    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable), *left_out])
 
 
 def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
@@ -116,12 +119,7 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
         axes.set_ylim(0, 103)
         _label_times(axes)
         axes.grid(which="major")
-    handles = left.get_legend_handles_labels()[0]
-    if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    else:  # the note below says why; axes without a curve say nothing
-        left.set_axis_off()
-        right.set_axis_off()
+    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
 
 
 def _label_times(axes: Axes) -> None:
