@@ -96,8 +96,11 @@ class PagedModel:
         """A page of the master, intact and decoded, on the device of the page it belongs to."""
         if isinstance(source, torch.Tensor):
             return source.to(held.device)
-        source.ensure_intact()
         copied = torch.empty_like(held)
+        if copied.is_cpu:
+            source.copy_to(copied)
+            return copied
+        source.ensure_intact()
         page_copy = self._copier.submit(copied, source, self._copier.mark())
         page_copy.block_until_ended()
         if page_copy.error:
