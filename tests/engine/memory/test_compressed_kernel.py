@@ -14,7 +14,7 @@ from djinn_lib.paths import REPO
 def test_the_kernel_in_the_interpreter():
     pytest.importorskip("triton", reason="needs triton, whose interpreter runs kernels on the CPU")
     done = subprocess.run(
-        [sys.executable, REPO / "tests" / "support" / "interpreted_pages.py"],
+        [sys.executable, REPO / "tests" / "support" / "decoded_pages.py", "cpu"],
         env={**os.environ, "PYTHONPATH": str(REPO), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
