@@ -110,9 +110,10 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell (system, trace, capacity_label, mode).
 
     Columns: n (requests of the trace), repeats, completed and failed (rows of all repeats),
-    p50/p90/p99/mean/max of total_ms and ttft_ms over requests, mean_switch_ms, hit_share (switch below `HIT_MS`), zero_load_share (nothing loaded), and
-    loaded/evicted/writeback bytes of one repeat. `p99_is_max` says that n is too small for a 99th
-    percentile, and the maximum stands in its place.
+    p50/p90/p99/mean/max of total_ms and ttft_ms over requests, mean_switch_ms, hit_share (switch
+    below `HIT_MS`), zero_load_share (nothing loaded), and loaded/evicted/writeback bytes of one
+    repeat. `p99_is_max` says that n is too small for a 99th percentile, and the maximum stands in
+    its place.
     """
     groups = dict(list(attempted(rows).groupby(CELL, sort=False)))
     index = pd.MultiIndex.from_tuples(groups, names=CELL)

@@ -204,7 +204,7 @@ def worst_bytes_to_optimum(run: Run, system: str, trace: str = MAIN_TRACE) -> Me
 def computed_hit_share(
     run: Run, capacity_label: str, residency: Residency, start: str = "cold"
 ) -> Measurement:
-    """Share of the main trace's requests that load nothing: computed by the simulator, not measured.
+    """Share of the main trace's requests that load nothing: simulated, not measured.
 
     Args:
         run: whose sizes and capacity are taken.

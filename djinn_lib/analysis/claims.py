@@ -260,7 +260,16 @@ def read_claims(path: Path) -> list[Verdict]:
 def claims_table(verdicts: Sequence[Verdict], *judgements: Judgement) -> pd.DataFrame:
     """Return one row a claim, as texts; of those with one of the judgements, if any are given."""
     chosen = [v for v in verdicts if not judgements or v.verdict in judgements]
-    columns = ["claim", "expected", "measured", "95% interval", "n", "verdict", "why", "bound set in"]
+    columns = [
+        "claim",
+        "expected",
+        "measured",
+        "95% interval",
+        "n",
+        "verdict",
+        "why",
+        "bound set in",
+    ]
     rows = [[v.quote, v.expected, v.measured_text, v.interval_text, v.n, v.verdict, v.why,
              v.set_in or ""] for v in chosen]  # fmt: skip
     return pd.DataFrame(rows, pd.Index([v.id for v in chosen], name="id"), columns)

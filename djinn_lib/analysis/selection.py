@@ -9,7 +9,7 @@ from typing import Any, ParamSpec
 import pandas as pd
 
 from djinn_lib import metrics
-from djinn_lib.analysis.run import Manifest, Run
+from djinn_lib.analysis.run import Run
 from djinn_lib.metrics import attempted
 
 NOT_BATCHED = "could not batch: its engines were given one request at a time"
@@ -141,7 +141,9 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     }
     common = set.intersection(*(set(found) for found in by_machine.values()))
     if not common:
-        raise NotMeasured(f"no machine ran all of {', '.join(systems)}: {ran_on(run, *own.values())}")
+        raise NotMeasured(
+            f"no machine ran all of {', '.join(systems)}: {ran_on(run, *own.values())}"
+        )
     newest = max(common)
     return {
         system: own[system] if _numbers(run, own[system]) == {newest} else found[newest]

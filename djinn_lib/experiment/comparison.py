@@ -17,7 +17,7 @@ import yaml
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import paper_form
-from djinn_lib.experiment.profile import Cell, Profile, load_profile
+from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.experiment.reproduce import reproduce
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.files import ensure_writable, write_text

@@ -123,9 +123,7 @@ class LargeEntry(_Strict):
         return self
 
 
-def cell_id(
-    trace: str, capacity_label: str, system: str, mode: str, start: str = "cold"
-) -> str:
+def cell_id(trace: str, capacity_label: str, system: str, mode: str, start: str = "cold") -> str:
     """Return the name of a cell, which is the stem of its files."""
     usual = {"sequential", "cold"}
     return "-".join([trace, capacity_label, system, *(x for x in (mode, start) if x not in usual)])

@@ -166,7 +166,9 @@ def load_ordinarily(
 ) -> PreTrainedModel:
     """Return the model on a device, loaded to the host and moved as transformers' users do.
 
-    With `device_map`, `from_pretrained` puts each weight on the device as it reads it. On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
+    With `device_map`, `from_pretrained` puts each weight on the device as it reads it.
+
+    On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
     that without the copy the first forward pass would read the weights, and loading cost nothing.
 
     Raises:

@@ -532,7 +532,9 @@ def test_token_agreement_lead():
         measure("token_agreement_lead", nobody, **asked)
 
 
-@pytest.mark.parametrize("name", sorted(METRICS.keys() - {"total_gib", "popularity_ratio", "model_gib", "highest_rate"}))
+@pytest.mark.parametrize(
+    "name", sorted(METRICS.keys() - {"total_gib", "popularity_ratio", "model_gib", "highest_rate"})
+)
 def test_what_was_not_run_is_not_measured(name):
     arguments = {
         "median_ratio": {"system": "a", "to": "b"},

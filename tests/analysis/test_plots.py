@@ -46,8 +46,10 @@ PAPER = {
         "djinn": {"p50_total_ms": 1392, "p99_total_ms": 14905, "completed": 30},
         "vllm_recreate": {"completed": 22},
     },
-    "switches_of_djinn": [{"share": 0.53, "low_ms": 0, "high_ms": 10},
-                          {"share": 0.07, "low_ms": 10000, "high_ms": None}],
+    "switches_of_djinn": [
+        {"share": 0.53, "low_ms": 0, "high_ms": 10},
+        {"share": 0.07, "low_ms": 10000, "high_ms": None},
+    ],
     "sensitivity": {"speedup": [3.07, 3.13], "hit_share": [0.53, 1.0]},
 }
 COMPARING = [latency_cdf, latency_breakdown, bytes_loaded]

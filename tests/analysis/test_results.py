@@ -91,7 +91,9 @@ def test_speedup_is_a_ratio_of_medians_inside_its_interval():
     for row in table.itertuples():
         slow, fast = (cells[row.capacity_label, name] for name in ("pytorch_pinned", row.system))
         totals = [part.set_index("request")["total_ms"] for part in (slow, fast)]
-        both = totals[0].index.intersection(totals[1].index)  # requests that one failed are left out
+        both = totals[0].index.intersection(
+            totals[1].index
+        )  # requests that one failed are left out
         ratio = totals[0].loc[both].median() / totals[1].loc[both].median()
         assert (row.speedup, row.n) == (pytest.approx(ratio), len(both))
         assert row.low <= row.speedup <= row.high
@@ -153,7 +155,11 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
     assert "machine" not in table
     apart = ablation_table(with_machine(gpu, "djinn_eager", eager_operator_us=9.0))
     unknown = apart.index.get_level_values("system")[apart["mean saved (ms)"].isna()]
-    assert list(unknown) == ["djinn_whole", "djinn_eager", "djinn_graph"]  # no ratio across machines
+    assert list(unknown) == [
+        "djinn_whole",
+        "djinn_eager",
+        "djinn_graph",
+    ]  # no ratio across machines
 
 
 def test_a_step_counts_the_requests_that_it_served(gpu: Run):
@@ -163,7 +169,9 @@ def test_a_step_counts_the_requests_that_it_served(gpu: Run):
     rows.loc[first, TIMES] = math.nan
     line = ablation_table(replace(gpu, rows=rows)).xs("djinn_eager", level="system").iloc[0]
     mean_ms = cell_rows("djinn_eager", gpu=True)["total_ms"][1:].mean()
-    assert line["served (%)"] == pytest.approx(100 * 29 / 30) and line["mean (ms)"] == pytest.approx(mean_ms)
+    assert line["served (%)"] == pytest.approx(100 * 29 / 30) and line[
+        "mean (ms)"
+    ] == pytest.approx(mean_ms)
 
 
 def test_steps_that_were_not_measured_count_with_the_next(gpu: Run):
@@ -202,8 +210,8 @@ def test_requests_that_wait_are_shown_with_those_that_do_not(gpu: Run):
     done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
     assert queued["all done (s)"] == pytest.approx(done_s) == alone["all done (s)"]
     fair = run_of(pd.concat([rows, waiting, unfair.assign(run_id="fair")]))
-    fair = replace(fair, manifests={**fair.manifests,
-                                    "fair": {**fair.manifests["fair"], "batches": True}})  # fmt: skip
+    batched = {**fair.manifests["fair"], "batches": True}
+    fair = replace(fair, manifests={**fair.manifests, "fair": batched})
     assert ("concurrent", "vLLM sleep") in waiting_table(fair).index
     assert waiting_table(run_of(cell_rows("pytorch_lru"))).empty
 

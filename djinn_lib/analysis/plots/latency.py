@@ -39,7 +39,6 @@ from djinn_lib.analysis.plots.style import (
 from djinn_lib.metrics import bootstrap_interval, by_request, prefill_ms, served
 from djinn_lib.units import three_digits
 
-
 # What the paper compares, and the form of vLLM that it does not.
 COMPARED = ("djinn", "djinn_vllm", "pytorch_pinned", "pytorch_pageable", "serverless_warm",
             "serverless_cold", "vllm_recreate", "vllm_sleep", "vllm_sleep_readonly")  # fmt: skip
@@ -124,7 +123,6 @@ def _draw_published(axes: Axes, paper: Mapping[str, Any], system: str) -> None:
         if name in published:
             axes.plot(published[name], height, **_HOLLOW,
                       markeredgecolor=system_look(system).color, clip_on=False)  # fmt: skip
-
 
 
 @styled

@@ -66,9 +66,7 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
     return figure
 
 
-def load_table(
-    rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float
-) -> pd.DataFrame:
+def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
     """Return a row a system and rate: `n`, P50 and P99 of both times, and `in_time` in percent."""
     found = []
     for (system, trace), part in rows.groupby(["system", "trace"]):

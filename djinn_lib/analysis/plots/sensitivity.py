@@ -33,6 +33,7 @@ from djinn_lib.metrics import HIT_MS
 _PAPER: dict[str, Any] = {"color": "0.3", "linestyle": "", "marker": "D", "markersize": 6,
                           "markerfacecolor": "none"}  # fmt: skip
 
+
 @styled
 def sensitivity(
     rows: pd.DataFrame, baseline: str = "pytorch_pinned", paper: Mapping[str, Any] | None = None

@@ -92,8 +92,9 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "djinn_whole_overlap": Look("Djinn, whole models", _SKY, "-", "D"),
     "djinn_whole": Look("Djinn, whole, no overlap", _SKY, "--", "v"),
     "pytorch_lru_decoder": Look("PyTorch LRU, Djinn's decoder", _GREEN, ":", "^"),
-    "pytorch_pinned_readonly_decoder":
-        Look("PyTorch read-only, Djinn's decoder", _ORANGE, ":", "P"),
+    "pytorch_pinned_readonly_decoder": Look(
+        "PyTorch read-only, Djinn's decoder", _ORANGE, ":", "P"
+    ),
     "pytorch_pinned_decoder": Look("PyTorch pinned, Djinn's decoder", _RED, ":", "X"),
     "pytorch_lru": Look("PyTorch LRU", _GREEN, "-", "^"),
     "pytorch_pinned_readonly": Look("PyTorch pinned, read-only", _ORANGE, "-", "P"),

@@ -38,9 +38,8 @@ FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # what a request find
 def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     """Draw the share of requests whose switch cost no more than a time, per system.
 
-    Each request is at the mean of its repeats. Marks on Djinn's curve say what it found of its model
-    (in the first repeat). Grey are the paper's three modes of
-    Djinn's switches, with their shares.
+    Each request is at the mean of its repeats. Marks on Djinn's curve say what it found of its
+    model (in the first repeat). Grey are the paper's three modes of Djinn's switches.
 
     Args:
         rows: of one trace and capacity, served in sequence.
