@@ -29,9 +29,9 @@ SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_readonly"]
 PAIRS: tuple[tuple[str | list[str], str, tuple[str, ...], tuple[str, str] | None], ...] = (
     ("pytorch_pinned", "djinn_eager", ("p50", "mean"), ("pytorch_pinned", "djinn")),
     ("pytorch_pinned", "djinn", ("p50", "mean"), ("pytorch_pinned", "djinn")),
-    ("pytorch_pinned_decoder", "djinn", ("p50", "mean"), None),
-    ("pytorch_pinned_readonly_decoder", "djinn", ("p50", "mean"), None),
-    ("pytorch_lru_decoder", "djinn", ("p50", "mean"), None),
+    ("pytorch_pinned_decoder", "djinn_compiled", ("p50", "mean"), None),
+    ("pytorch_pinned_readonly_decoder", "djinn_compiled", ("p50", "mean"), None),
+    ("pytorch_lru_decoder", "djinn_compiled", ("p50", "mean"), None),
     ("vllm_recreate", "djinn", ("p50",), ("vllm_recreate", "djinn")),
     ("vllm_recreate", "vllm_sleep", ("p50",), None),
     (SLEEP, "djinn", ("p50", "mean", "p90", "max"), None),
