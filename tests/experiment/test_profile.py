@@ -98,8 +98,8 @@ def test_the_cells_of_the_cpu_profile(cpu):
     assert len(ids) == len(set(ids))
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in ids)
     for cell, name in zip(cells, ids, strict=True):  # a name can be taken apart again
-        mode = [cell.mode] if cell.mode == "concurrent" else []
-        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *mode]
+        more = [x for x in (cell.mode, cell.start) if x in ("concurrent", "warm")]
+        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *more]
     assert {cell.system for cell in cells} == set(cpu.systems)
     swept = {cell.capacity_label for cell in cells if cell.system == "djinn"}
     assert swept == {"20", "25", "32", "40"}
