@@ -75,6 +75,9 @@ def read_fleet_file(path: Path) -> FleetFile:
             raise ConfigError(f"{path} has no `{name}`: add it")
     if not isinstance(said["models"], dict):
         raise ConfigError(f"`models` in {path} maps names to options: correct it")
+    port = said.get("port", 1)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+        raise ConfigError(f"`port` in {path} is {shown(port)}: it is a number from 1 to 65535")
     for name, options in said["models"].items():
         _check_model(path, name, options)
     return FleetFile(**said)
