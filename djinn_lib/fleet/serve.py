@@ -108,7 +108,10 @@ def running(
             servers[name] = Server(name, python, arguments, log, ring.socket)
             undo.callback(servers[name].end)
             progress(f"starting the server of {name}, which writes to {log}")
-            servers[name].wait()  # one after the other: while it loads, a model is there twice
+            if device.type == "cuda":  # one after the other: a model that loads is there twice
+                servers[name].wait()
+        for server in servers.values():
+            server.wait()
         yield servers, ring.status
 
 
