@@ -231,12 +231,14 @@ def written(tmp_path, text):
 
 def test_a_fleet_file(tmp_path):
     models = {"chat": {"model": "org/a", "max_model_len": 8192, "enforce_eager": True,
-                       "enable_prefix_caching": False}}  # fmt: skip
+                       "enable_prefix_caching": False, "hf_overrides": {"x": [1]},
+                       "middleware": ["a", "b"]}}  # fmt: skip
     file = read_fleet_file(written(tmp_path, {"capacity": 1 << 30, "models": models}))
     assert file.ring_options()["capacity"] == f"{1 << 30}B"
     assert vllm_arguments("chat", file.models["chat"]) == [
         "serve", "org/a", "--served-model-name", "chat", "--max-model-len", "8192",
-        "--enforce-eager", "--no-enable-prefix-caching",
+        "--enforce-eager", "--no-enable-prefix-caching", "--hf-overrides", '{"x": [1]}',
+        "--middleware", "a", "b",
     ]  # fmt: skip
 
 
@@ -246,6 +248,7 @@ def test_a_fleet_file(tmp_path):
         ("", "needs at least"),
         ("{", "cannot be read"),
         ({"models": {"a": {"model": "x"}}}, "no `capacity`"),
+        ({"capacity": "1GiB", "models": {"a": {"model": "x"}}, "port": "http"}, "1 to 65535"),
         ({"capacity": "1GiB"}, "no `models`"),
         ({"capacity": "1GiB", "models": ["a"]}, "maps names to options"),
         ({"capacity": "1GiB", "models": {"a": {}}}, "has no `model`"),
