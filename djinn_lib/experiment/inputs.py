@@ -23,6 +23,7 @@ LIBRARY = REPO / "djinn_lib"
 # Beside the engine and the system's own module: what sends requests and writes rows.
 _OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
 _OF_NO_CELL = {"accelerate"}  # 07_large_models measures it
+_ON_THE_FLEET = ("djinn_vllm", "vllm_sleep", "vllm_sleep_readonly")  # engines of djinn_lib.fleet
 _BUILDS_ON = {  # modules of other systems
     "djinn_vllm": ("vllm_recreate",),
     "vllm_sleep": ("vllm_recreate",),
@@ -97,6 +98,7 @@ def code_of(system: str) -> list[Path]:
     modules = (LIBRARY / "systems").glob("*.py")
     return [
         *(LIBRARY / part for part in _OF_EVERY_CELL),
+        *([LIBRARY / "fleet"] if system in _ON_THE_FLEET else []),
         *(path for path in modules if path.stem not in others),
     ]
 
