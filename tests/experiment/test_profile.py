@@ -174,6 +174,9 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
     assert profile.make_trace("paper") == paper_trace(("a", "b", "c"))
     zipf = profile.make_trace("zipf")
     assert len(zipf) == 5 and zipf.params["rate_per_s"] == 2.0
+    (tmp_path / "some.yml").write_text(yaml.safe_dump(changed("traces/zipf/models", ["c"])))
+    some = load_profile("some", tmp_path).make_trace("zipf")
+    assert {request.model for request in some.requests} == {"c"}
     (tmp_path / "two.yml").write_text(yaml.safe_dump(changed("models/c", None)))
     with pytest.raises(TraceError, match="three different models"):
         load_profile("two", tmp_path).make_trace("paper")
@@ -195,6 +198,9 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
         ("prompt_tokens", "few", "prompt_tokens"),
         ("page", "64KB", "got '64KB'"),
         ("models", {}, "models"),
+        ("traces/zipf/models", ["x"], "model of a trace"),
+        ("traces/zipf/models", [], "one at least"),
+        ("traces/paper/models", ["a"], "kind 'zipf' only"),
         ("cells", [], "cells"),
         ("models/a/config", None, "exactly one of folder, hub_id, gguf_package, config, got 0"),
         ("models/a/hub_id", "a/b", "exactly one of folder, hub_id, gguf_package, config, got 2"),

@@ -18,6 +18,7 @@ from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.weights import describe
+from djinn_lib.fleet import environment
 from djinn_lib.paths import REPO
 from djinn_lib.rows import classify_error
 from djinn_lib.systems import SYSTEMS, system_class
@@ -243,10 +244,8 @@ def cached_pages(path):
         return sum(page & 1 for page in vector)
 
 
-@pytest.mark.skipif(
-    not (REPO / ".venv-vllm/bin/python").exists(),
-    reason="vLLM is not here: run `make vllm`",
-)
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_vllm_in_its_own_environment_gives_the_same_tokens(models, expected, tmp_path):
     """The engine is rebuilt at each change of the model, and kept while it stays the same."""
     names = ["llama", "llama", "phi"]
@@ -258,7 +257,7 @@ def test_vllm_in_its_own_environment_gives_the_same_tokens(models, expected, tmp
     (tmp_path / "task.json").write_text(json.dumps(task))
     done = subprocess.run(
         [
-            REPO / ".venv-vllm/bin/python",
+            environment.vllm_python(),
             REPO / "tests/support/serve_vllm.py",
             tmp_path,
         ],
