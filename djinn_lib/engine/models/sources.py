@@ -22,7 +22,7 @@ from djinn_lib.errors import ConfigError, shown
 class OpenedModel:
     """A model, a function that fills views of its parameters, and a tokenizer.
 
-    The model is complete except for the values of its parameters. `tokenizer` is None if there is none.
+    The model is complete except for the values of its parameters. `tokenizer` may be None.
     """
 
     module: PreTrainedModel
