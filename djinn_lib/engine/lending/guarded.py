@@ -1,4 +1,4 @@
-"""Guard the weights that users get: readable while lent, refused at all other times.
+"""Guard the weights that users get: readable while lent, else refused.
 
 The pager maps and unmaps the pages under a weight's addresses. Reading an unmapped page kills the
 process (SIGSEGV) or, on a GPU, the process's CUDA context. Writing to a page would change later
@@ -32,7 +32,7 @@ _C: Any = torch._C
 
 
 class Loan:
-    """The right to read some weights of a model, shared by all tensors over their memory.
+    """The right to read some weights of a model, shared by all tensors over them.
 
     Args:
         model: its name.
@@ -193,7 +193,7 @@ class LentTensor(Tensor):
 
 
 def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Raise `LeaseError` before `load_state_dict` writes to weights; a hook of `module`.
+    """Raise `LeaseError` before `load_state_dict` writes to weights; a module hook.
 
     An error from a single parameter would reach the user as torch's `RuntimeError` instead.
     """
@@ -203,7 +203,7 @@ def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation with lent tensors among its arguments, if their loans allow it."""
+    """Run an operation with lent arguments, if their loans allow it."""
     use = use_of(func)
     if use is Use.FORM:
         return func(*args, **kwargs)
@@ -247,7 +247,7 @@ def _marked(result: Any, lent: list[LentTensor]) -> Any:
 
 
 def _is_same(func: Any, tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether this is `tensor.data = tensor`, the end of a `module.to(...)` without changes."""
+    """Whether this is `tensor.data = tensor`, as in a `module.to(...)` without effect."""
     value = args[1] if func == _SET_DATA else None
     return (
         isinstance(value, Tensor)
