@@ -31,6 +31,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tqdm import tqdm
 
+from djinn_lib.fleet import environment
+
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
     "fast", _COMMON, max_examples=20, stateful_step_count=25, derandomize=True
@@ -56,6 +58,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device; nvidia-smi lists none")
         for item in marked:
             item.add_marker(skip)
+    marked = [item for item in items if item.get_closest_marker("vllm")]
+    if marked and (reason := environment.unavailable()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish() -> None:

@@ -36,7 +36,7 @@ FEW = ["gpt2", "llama", "opt", "qwen2-tied"]
     [
         (sorted(CONFIGS), {}),
         (FEW, {"overlap": False, "embeddings": "ring"}),
-        (FEW, {"residency": "whole", "decode": "graph", "max_model_len": 40}),
+        (FEW, {"eviction": "models", "decode": "graph", "max_model_len": 40}),
     ],
     ids=str,
 )
@@ -58,7 +58,7 @@ def test_tokens_and_bytes_after_any_evictions(names, options):
             assert g.token_ids == expected[name]
             djinn.check()
             partial_hits += g.resident_before_bytes > 0 and g.loaded_bytes > 0
-        assert (partial_hits > 0) == (options.get("residency") != "whole")
+        assert (partial_hits > 0) == (options.get("eviction") != "models")
         assert all(djinn.sha256(name) == hashes[name] for name in names)
         for name in names:
             with djinn.lease(name) as model:
@@ -289,7 +289,7 @@ class TestBadInput:
             {"capacity": -1},
             {"capacity": "1MiB", "page": "100B"},
             {"capacity": "1MiB", "page": PAGE, "policy": "best"},
-            {"capacity": "1MiB", "page": PAGE, "residency": "none"},
+            {"capacity": "1MiB", "page": PAGE, "eviction": "none"},
             {"capacity": "1MiB", "page": PAGE, "decode": "fast"},
         ],
         ids=str,
