@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import djinn_lib as dj
@@ -73,7 +73,6 @@ def test_the_paper_trace_loads_what_the_table_says(capacity, gib):
     st.integers(30, 60),
     st.sampled_from([*POLICIES, "oracle"]),
 )
-@settings(max_examples=150, deadline=None)
 def test_bytes_are_conserved_and_never_below_the_optimum(requests, sizes, capacity, policy):
     by_name = dict(zip("abcd", sizes, strict=True))
     rows = simulate(requests, by_name, capacity, policy, page_bytes=1)
