@@ -10,13 +10,14 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 
-from djinn_lib.arguments import flag, function, whole_number
+from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.modes import Decode, default_decode, parse_decode
 from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
 from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
+from djinn_lib.engine.serving.progress import Show, check_show
 from djinn_lib.engine.serving.queue import Order, RequestQueue
 from djinn_lib.errors import ConfigError
 from djinn_lib.units import parse_bytes
@@ -53,7 +54,8 @@ class EngineOptions:
         host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
             and read when it is needed. Default is as much as all models need.
         swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
-        progress: called with what a longer step of `add` is doing.
+        progress: whether `add` shows a bar while it reads and prepares a model, if that takes
+            longer than a moment; or a function that is told the steps.
 
     Attributes:
         torch_device, capacity_bytes, page_bytes: what `device`, `capacity` and `page` stand for.
@@ -79,7 +81,7 @@ class EngineOptions:
     embeddings: Embeddings | None = None
     host_capacity: int | str | None = None
     swap_dir: str | Path | None = None
-    progress: Callable[[str], None] = print
+    progress: Show = True
     torch_device: torch.device = field(init=False)
     capacity_bytes: int = field(init=False)
     page_bytes: int = field(init=False)
@@ -99,7 +101,7 @@ class EngineOptions:
             ),
             "overlap": flag(self.overlap, "overlap"),
             "lookahead": flag(self.lookahead, "lookahead"),
-            "progress": function(self.progress, "progress"),
+            "progress": check_show(self.progress),
         }
         RequestQueue(self.order, self.max_overtaken)  # which refuses what it cannot do
         resolved |= {
