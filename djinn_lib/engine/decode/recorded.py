@@ -65,12 +65,12 @@ class RecordedDecoder:
     ) -> None:
         self.model, self.max_model_len, self.device = model, max_model_len, model.device
         if "logits_to_keep" not in signature(model.forward).parameters:
-            raise ConfigError(f"expected a forward pass with logits_to_keep in {type(model)}")
+            raise ConfigError(f"the forward pass of {type(model)} has no logits_to_keep")
         room = longest(model, max_model_len)
         if room <= N_TOKENS:
             raise ConfigError(f"expected positions for more than {N_TOKENS} tokens, got {room}")
         self.cache = KvCache(model.config, room, self.device)
-        progress("decoding as transformers does, to compare with")
+        progress("decoding with transformers, as a reference")
         references = References(model, _probe_lengths(room, self.cache.longest_window))
         self._prompt = torch.zeros((1, room), dtype=torch.long, device=self.device)
         self._last = torch.zeros(1, dtype=torch.long, device=self.device)

@@ -62,7 +62,7 @@ def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embedding
         )
     if chosen == "host" and not host_keeps_all:
         raise ConfigError(
-            "expected embeddings='ring' with host_capacity, got 'host': leave one of them out"
+            "embeddings='host' cannot be combined with host_capacity: leave one of them out"
         )
     return cast("Embeddings", chosen)
 
@@ -167,8 +167,8 @@ def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torc
     parameters = dict(model.named_parameters())
     if unbound := sorted(parameters.keys() - views.keys()):
         raise ConfigError(
-            f"expected every parameter of {model.config.model_type} bound to the ring, got "
-            f"{unbound[:5]} elsewhere: this architecture creates parameters after packing"
+            f"the parameters {unbound[:5]} of {model.config.model_type} are not bound to the ring: "
+            "this architecture creates parameters after packing and cannot be served"
         )
     for name, parameter in parameters.items():
         parameter.data = views[name]

@@ -109,8 +109,8 @@ class ServedModel:
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ConfigError(
-                f"expected token ids for {self.name!r}, got text, but the model has no tokenizer: "
-                "pass a list of ids, or add it from a folder that holds its tokenizer"
+                f"{self.name!r} has no tokenizer, so it cannot read text: pass a list of token "
+                "ids, or add the model from a folder with its tokenizer"
             )
         return self.tokenizer
 
