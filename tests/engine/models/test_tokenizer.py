@@ -138,7 +138,7 @@ def test_broken_files_are_said_at_add(tmp_path, files):
     save_tokenizer(tmp_path)
     write(tmp_path, **files)
     with dj.Djinn("1MiB", "cpu", page="16KiB") as djinn:
-        with pytest.raises(CheckpointError, match=r"tokenizer.* remove the files") as said:
+        with pytest.raises(CheckpointError, match=r"tokenizer.* remove the tokenizer's files") as said:
             djinn.add("m", tmp_path)
         assert str(tmp_path) in str(said.value)
         assert djinn.residency().empty
