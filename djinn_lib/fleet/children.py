@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 _PARENT = "DJINN_PARENT"
 _PR_SET_PDEATHSIG = 1
 _GRACE_S, _TERMINATE_S = 20.0, 10.0  # to end after a request, and after SIGTERM
+# An exception at the end of a traceback, after any prefix of a logger.
+_RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)$")
+_SECOND_HAND = "Engine core initialization failed"  # vLLM's, about an earlier error
 _ROOT = Path(__file__).resolve().parents[2]
 # The kernel kills a child when the *thread* that started it ends; this thread never does.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
@@ -103,3 +107,19 @@ def last_lines(log: Path, n: int = 12) -> str:
         return ""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-n:])
+
+
+def raised_last(log: Path) -> tuple[str, str] | None:
+    """Return the class and the message of the last error in a log, or None.
+
+    An error that only reports the failure of another process is skipped.
+    """
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        found = _RAISED.search(line.rstrip())
+        if found and _SECOND_HAND not in line:
+            return found[1].rpartition(".")[2], found[2]
+    return None

@@ -70,6 +70,7 @@ class SystemUnderTest(ABC):
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     reads_files_while_serving: ClassVar[bool] = False  # if False, only `start` reads files
+    batches: ClassVar[bool] = False  # whether waiting requests may be computed together
 
     def __init__(
         self,
@@ -160,8 +161,12 @@ class SystemUnderTest(ABC):
         return time.perf_counter()
 
 
-def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_ordinarily(
+    files: ModelFiles, device: str | torch.device = "cpu", device_map: bool = False
+) -> PreTrainedModel:
     """Load a model to the host and move it to a device, as transformers' users do.
+
+    With `device_map`, `from_pretrained` puts each weight on the device as it reads it.
 
     On the CPU, the parameters are then copied to their own memory, as on a device. safetensors only
     maps the file. Without the copy, loading would cost nothing, and the first forward pass would
@@ -172,7 +177,11 @@ def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> Pr
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=files.dtype, use_safetensors=True, trust_remote_code=False
+            files.folder,
+            dtype=files.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=str(device) if device_map else None,
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

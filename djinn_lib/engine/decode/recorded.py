@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.compiled import Manner, faster_ways, note_refusal
 from djinn_lib.engine.decode.cuda_graphs import Mailbox, Recorder, Recording, Repeated
-from djinn_lib.engine.decode.eager import Proceed, Tokens
+from djinn_lib.engine.decode.eager import OnToken, Proceed, Tokens, ends_with
 from djinn_lib.engine.decode.generation_options import eos_ids
 from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.positions import check_positions, longest
 from djinn_lib.engine.decode.reference import N_TOKENS, Followed, Reference, References
-from djinn_lib.engine.decode.sampling import Sampler, Sampling
+from djinn_lib.engine.decode.sampling import Draws, Sampler
 from djinn_lib.engine.memory.layout import Extents
 from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.errors import ConfigError
@@ -185,8 +185,9 @@ class RecordedDecoder:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         ignore_eos: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Draws | None = None,
         proceed: Proceed | None = None,
+        on_token: OnToken | None = None,
     ) -> Tokens:
         """Continue a prompt whose ids and length have been checked.
 
@@ -199,13 +200,14 @@ class RecordedDecoder:
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
             proceed: called after each token is submitted; an error in it ends the generation.
+            on_token: called with each new token; the sequence ends if it returns True.
         """
         begin_s = time.perf_counter()
         self._ensure_asked_the_same()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
         sampler = None if sampling is None or sampling.greedy else Sampler(sampling, self.device)
         tokens: list[int] = []
-        first_s = 0.0
+        first_s, ended = 0.0, False
         with torch.no_grad():
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
@@ -222,12 +224,13 @@ class RecordedDecoder:
                 if n_submitted > 1:
                     tokens.append(self._mailbox.receive(n_submitted - 2))
                     first_s = first_s or time.perf_counter() - begin_s
-                    if tokens[-1] in ends:
+                    if ended := ends_with(tokens[-1], ends, on_token):
                         break
             else:
                 tokens.append(self._mailbox.receive(max_new_tokens - 1))
+                ended = ends_with(tokens[-1], ends, on_token)
         last_s = time.perf_counter() - begin_s
-        return Tokens(tuple(tokens), first_s or last_s, last_s)
+        return Tokens(tuple(tokens), first_s or last_s, last_s, ended)
 
     def check_length(self, n_prompt: int, max_new_tokens: int) -> None:
         """Check that a prompt and its continuation fit.

@@ -76,7 +76,7 @@ class Tokenizer:
         """Return the token ids of a conversation, up to the start of the model's answer.
 
         Args:
-            messages: mappings with "role" and "content", both text.
+            messages: mappings with "role" and "content", both text; or the text of one user.
 
         Raises:
             ConfigError: there is no chat template, or it cannot format these messages.

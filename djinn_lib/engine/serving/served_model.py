@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.decoder import Decoder
 from djinn_lib.engine.decode.eager import check_prompt, vocabulary
-from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
+from djinn_lib.engine.decode.sampling import Sampling
 from djinn_lib.engine.lending.lender import Lending
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.engine.models.tokenizer import Tokenizer
@@ -50,7 +49,7 @@ class ServedModel:
             )
 
     def ask(
-        self, prompt: object, max_new_tokens: int, ignore_eos: bool, sampling: Sampling
+        self, prompt: object, sampling: Sampling
     ) -> GenerationRequest | list[GenerationRequest]:
         """Return the request for a prompt, or a list of requests for a list of prompts.
 
@@ -58,26 +57,25 @@ class ServedModel:
 
         Args:
             prompt: see `prompts.read_prompts`.
-            max_new_tokens: upper limit of new tokens.
-            ignore_eos: whether to continue after the end-of-sequence token.
-            sampling: how to choose tokens.
+            sampling: how to choose tokens, and how many.
 
         Raises:
             ConfigError: this model cannot continue it; the message says why.
         """
         begin_s = time.perf_counter()
-        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
-        ignore_eos = flag(ignore_eos, "ignore_eos")
+        if sampling.stops and self.tokenizer is None:
+            raise ConfigError(
+                f"stop needs a tokenizer, and {self.name!r} has none: leave it out, or add the "
+                "model from a folder with its tokenizer"
+            )
         prompts, many = read_prompts(prompt)
         requests = []
         for i, one in enumerate(prompts):
             try:
-                ids = self._prompt_ids(one, max_new_tokens)
+                ids = self._prompt_ids(one, sampling.max_new_tokens)
             except ConfigError as error:
                 raise ConfigError(f"prompt {i} of the list: {error}" if many else error) from error
-            requests.append(
-                GenerationRequest(self.name, ids, max_new_tokens, ignore_eos, sampling, begin_s)
-            )
+            requests.append(GenerationRequest(self.name, ids, sampling, begin_s))
         return requests if many else requests[0]
 
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
