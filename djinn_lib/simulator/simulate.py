@@ -211,10 +211,10 @@ def _checked(sizes: Mapping[str, int], model: str) -> int:
 class _Served:
     """Columns with a value per row, at 8 bytes a value."""
 
-    def __init__(self, tells_residency: bool) -> None:
+    def __init__(self, with_residency: bool) -> None:
         self.floats = {name: array("d") for name in _FLOATS}
         self.ints = {name: array("q") for name in _INTS}
-        self.residency: list[str] | None = [] if tells_residency else None
+        self.residency: list[str] | None = [] if with_residency else None
 
 
 def _serve(

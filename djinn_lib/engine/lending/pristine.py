@@ -31,9 +31,9 @@ class Pristine:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._kept = [_Kept(module, name) for name, module in root.named_modules()]
+        self._kept = [_ObjectState(module, name) for name, module in root.named_modules()]
         self._kept += [
-            _Kept(config, "config") for config in _configs(getattr(root, "config", None))
+            _ObjectState(config, "config") for config in _configs(getattr(root, "config", None))
         ]
         self._buffers = [
             (name, buffer, buffer.detach().clone()) for name, buffer in root.named_buffers()
@@ -54,7 +54,7 @@ class Pristine:
         return changed
 
 
-class _Kept:
+class _ObjectState:
     """The attributes of one object."""
 
     def __init__(self, thing: object, name: str) -> None:
