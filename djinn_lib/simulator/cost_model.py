@@ -1,9 +1,9 @@
 """Compute what a request costs from its bytes: the clock of the simulator.
 
-A few numbers describe a machine and a model well: the rate of the link, the costs of a copy before
-its first byte and of the host for its pages, and the times of a prefill and of a token. `fit` takes
-them from the rows of `benchmarks/engine.py`. For models that were not measured, they follow from
-the bytes, because at batch size 1 both prefill and decode are bound by reading the weights once.
+A few numbers describe a machine and a model well. These are the rate of the link, the fixed cost of
+a copy, the host's cost per page, and the times of a prefill and of a token. `fit` takes them from
+the rows of `benchmarks/engine.py`. For models that were not measured, they follow from the bytes:
+at batch size 1, reading the weights once bounds both prefill and decode.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class CostModel:
 def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
     """Fit the cost model of the machine that `benchmarks/engine.py` measured.
 
-    The fit uses hits, full misses with overlap and bare loads, of whole models and of the part that
-    the curve of page sizes loads. Requests that switch between models are left out, so that they
+    The fit uses hits, full misses with overlap and bare loads. The loads are of whole models, and of
+    the parts that the curve of page sizes loads. Requests that switch between models are left out, so that they
     can test the model's predictions.
 
     Args:

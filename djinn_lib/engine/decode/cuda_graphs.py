@@ -1,7 +1,7 @@
 """Record a computation once as CUDA graphs, and replay it at almost no host cost.
 
-A computation that waits for weights is recorded in pieces, one per unit of the model, so that each
-piece can wait for its bytes before it runs. Recorded work uses fixed virtual addresses. It remains
+A computation that waits for weights is recorded in pieces, one per unit of the model. Each piece
+can then wait for its bytes before it runs. Recorded work uses fixed virtual addresses. It remains
 valid when other frames are mapped under these addresses.
 """
 

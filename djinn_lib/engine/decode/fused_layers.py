@@ -1,7 +1,7 @@
 """Run decoder layers of common architectures as a few fused kernels.
 
-They serve steps of one token. They are written by hand, because `torch.compile` neither fuses a
-norm into the product that follows it nor requests weights before the previous kernel has ended. A
+They serve steps of one token. They are written by hand, because `torch.compile` does not fuse a
+norm into the product after it. It also does not request weights before the previous kernel ends. A
 layer that is not exactly of a known kind is refused and then compiled (see `compiled`). The logits
 are compared with those of the plain step in any case.
 """

@@ -7,10 +7,10 @@ results. So users never get the library's own tensors. They get tensors over the
 first. A result that shares the memory is a `LentTensor` too. What leaves torch (NumPy, DLPack) is a
 copy.
 
-Some reads bypass Python: the backward pass of a graph that was built while the weights were lent, a
-kept storage, or a tensor that was given a weight's memory (`tensor.data = weight`). For these, each
-loan has its own storages. When the loan ends, saved tensors are marked as modified, and the
-storages lose their memory (see `_end_storage`).
+Some reads bypass Python. Examples are the backward pass of a graph built during the lease, a kept
+storage, and a tensor with a weight's memory (`tensor.data = weight`). For these, each loan has its
+own storages. When the loan ends, saved tensors are marked as modified, and the storages lose their
+memory (see `_end_storage`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lend a model to users: control when its weights can be read, and undo changes.
 
 Users get a `Twin` of the module that serves requests. The twin is made for the first lease and
-lives as long as the model, so a reference that a user has kept works again in the next lease.
+lives as long as the model. So a reference that a user has kept works again in the next lease.
 
 A model can be lent before all its bytes are on the device. A model larger than the ring never has
 them all on the device, because its layers share a window of frames. In both cases, a weight can be

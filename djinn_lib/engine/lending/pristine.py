@@ -22,9 +22,9 @@ _ABSENT = object()
 class Pristine:
     """The state of a module and all its submodules, without the bytes of parameters.
 
-    It holds the types of modules, the attributes of modules and configurations, and the items of
-    containers among these attributes (registered parameters, buffers, modules and hooks). It also
-    holds the bytes of buffers.
+    It holds the types of modules, and the attributes of modules and configurations. Of containers
+    (registered parameters, buffers, modules and hooks) it holds the items. It also holds the bytes
+    of buffers.
 
     Args:
         root: the module, in the state to restore.
