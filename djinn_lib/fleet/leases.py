@@ -8,8 +8,8 @@ runs any number of steps. Three rules decide:
 
 * **The oldest waiter comes first.** It gets free frames and the frames of models without a lease at
   once. It loads into them while others still compute, and holds the lease when nothing is missing.
-* **A lease lasts for at least a quantum**, and for at least five times its own load time. So loading
-  takes at most a fifth of the time. If the oldest waiter needs the frames of holders whose
+* **A lease lasts for at least a quantum**, and for at least five times its own load time. So
+  loading takes at most a fifth of the time. If the oldest waiter needs the frames of holders whose
   quantum is over, these are revoked, the longest holder first.
 * **The wait is bounded** by `max_wait_s` and a step: after that no quantum protects a holder.
 

@@ -9,11 +9,10 @@ matters. Let interval i, of a model of s_i bytes, keep a share y_i in [0, 1]. Th
 touches plus sum s_i (1 - y_i). At every request, the bytes kept across it must fit next to the
 requested model. Each interval covers consecutive requests, so the constraint matrix has consecutive
 ones and is totally unimodular: with sizes in bytes, the linear program has an optimum in whole
-bytes. The greedy rule finds it, by an exchange argument. Take an optimal schedule that differs
-from the rule, first at some overflow. There it keeps a byte with a later next use instead of one
-with a sooner next use. Swap the two until the sooner use. Both take the same room until then. One
-load is saved at the sooner use, and at most one is added at the later use. So the rule loads no
-more.
+bytes. The greedy rule finds it, by an exchange argument. Take an optimal schedule that differs from
+the rule, first at some overflow. There it keeps a byte with a later next use instead of one with a
+sooner next use. Swap the two until the sooner use. Both take the same room until then. One load is
+saved at the sooner use, and at most one is added at the later use. So the rule loads no more.
 
 This holds if a byte of every model costs the same. If not, for example with links of different
 rates, `least_cost` solves the linear program itself.

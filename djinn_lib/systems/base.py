@@ -128,7 +128,8 @@ class SystemUnderTest(ABC):
 
         It serves a whole request of the cell's own size. After requests of two tokens, the first
         full request of each model decoded at a third of the pace. This was on an H100, with
-        transformers' own steps. Systems that start cold for every request override this with nothing.
+        transformers' own steps. Systems that start cold for every request override this with
+        nothing.
         """
         self.serve(model, prompt_ids, max_new_tokens)
 

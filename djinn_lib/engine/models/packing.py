@@ -73,10 +73,9 @@ def pack(
     """Compute how to pack a model's parameters in execution order, and its units.
 
     Each parameter is packed once. Parameters that several units need come first, because they stay
-    on the device when layers share a window of frames (see `window`). Among these, a parameter
-    that no unit needs together with another one comes last, because it need not stay. With
-    `embeddings` "host", lookup tables come after all others and belong to no unit, so nothing waits
-    for them.
+    on the device when layers share a window of frames (see `window`). Among these, a parameter that
+    no unit needs together with another one comes last, because it need not stay. With `embeddings`
+    "host", lookup tables come after all others and belong to no unit, so nothing waits for them.
     """
     events, layers = _events(model), _decoder_layers(model)
     needs = needs_of(model, layers, events)
