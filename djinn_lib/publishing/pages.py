@@ -39,7 +39,7 @@ from djinn_lib.publishing.report import build_published
 from djinn_lib.simulator.cost_model import engine_rows
 
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
-_STRESSED = ("not reproduced", "withdrawn")
+_STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
 
 def main() -> None:
@@ -85,6 +85,7 @@ def claims_summary(run: Run) -> pd.DataFrame:
         "n": verdict.n or "",
         "verdict": f"**{verdict.verdict}**" if verdict.verdict in _STRESSED else verdict.verdict,
         "without a GPU": _elsewhere(elsewhere[verdict.id]),
+        "bound set in": verdict.set_in or "",
     } for verdict in verdicts)  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def _elsewhere(verdict: Verdict) -> str:
 
 def results(run: Run) -> pd.DataFrame:
     """Return the systems with few columns, as the README shows them."""
-    columns = ["requests", "served", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
+    columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
     return systems_table(run)[columns]
 
 

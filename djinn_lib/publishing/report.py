@@ -202,7 +202,7 @@ def _summary(run: Run) -> Markup | None:
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a cell and kind of failure."""
-    cell = ["trace", "capacity_label", "system", "mode"]
+    cell = ["trace", "capacity_label", "system", "mode", "start"]
     return [
         {
             "cell": cell_id(*names),

@@ -45,7 +45,7 @@ def addresses(module):
     [
         {},
         {"overlap": False, "embeddings": "ring"},
-        {"residency": "whole", "decode": "graph", "max_model_len": 40},
+        {"eviction": "models", "decode": "graph", "max_model_len": 40},
     ],
     ids=str,
 )
@@ -67,7 +67,7 @@ def test_tokens_and_bytes_after_any_evictions(folders, options):
             assert g.token_ids == expected[name]
             djinn.check()
             partial_hits += g.resident_before_bytes > 0 and g.loaded_bytes > 0
-        assert (partial_hits > 0) == (options.get("residency") != "whole")
+        assert (partial_hits > 0) == (options.get("eviction") != "models")
         assert all(djinn.sha256(name) == hashes[name] for name in names)
         for name in names:
             with djinn.lease(name) as model:
@@ -345,7 +345,7 @@ class TestBadInput:
             {"capacity": -1},
             {"capacity": "1MiB", "page": "100B"},
             {"capacity": "1MiB", "page": PAGE, "policy": "best"},
-            {"capacity": "1MiB", "page": PAGE, "residency": "none"},
+            {"capacity": "1MiB", "page": PAGE, "eviction": "none"},
         ],
         ids=str,
     )

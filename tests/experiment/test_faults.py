@@ -340,7 +340,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     from djinn_lib.analysis.plots import latency, sensitivity, timeline
     from djinn_lib.analysis.run import load_run
     from djinn_lib.analysis.selection import sweep
-    from djinn_lib.metrics import comparison_summary
+    from djinn_lib.experiment.paper_form import results_of
 
     profile = tiny_profile(
         systems={name: {"system": name} for name in SYSTEMS},
@@ -364,7 +364,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     sensitivity.sensitivity(sweep(run), "pytorch_pinned")
     verdicts = judge(load_claims(), run)
     assert any(verdict.measured is not None for verdict in verdicts)
-    assert comparison_summary(run.rows, "25")
+    assert results_of(run.rows, "paper", "25")
 
 
 def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):

@@ -194,7 +194,8 @@ def test_a_cell_s_notebook_is_given_its_cell(tmp_path, monkeypatch):
     execute_cell(RunFolder(tmp_path), profile, cell)
     assert given.pop("notebook") == CELL_NOTEBOOK
     check_parameters(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", given)
-    assert profile.cell(*(given[n] for n in ("trace", "capacity_label", "system", "mode"))) == cell
+    names = ("trace", "capacity_label", "system", "mode", "start")
+    assert profile.cell(*(given[n] for n in names)) == cell
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)

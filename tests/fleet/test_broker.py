@@ -289,7 +289,7 @@ def test_a_second_broker_on_the_same_socket_is_refused(ring):
         (("--capacity", "25GB"), ConfigError, "binary units"),
         (("--capacity", "1MiB", "--page", "2MiB"), CapacityError, "at least one page"),
         (("--capacity", "8MiB", "--policy", "x"), ConfigError, "policy"),
-        (("--capacity", "8MiB", "--residency", "x"), ConfigError, "'partial' or 'whole'"),
+        (("--capacity", "8MiB", "--eviction", "x"), ConfigError, "'pages' or 'models'"),
         (("--capacity", "8MiB", "--quantum", "9"), ConfigError, "longest wait"),
     ],
 )

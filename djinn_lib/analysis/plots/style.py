@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from djinn_lib.errors import RecordError
 from djinn_lib.paths import user_path
 
-COLUMN_IN, DOUBLE_COLUMN_IN = 3.4, 7.0  # widths of a paper's single and double column
+COLUMN_IN, DOUBLE_COLUMN_IN = 3.3, 7.0  # widths of a paper's single and double column
 SMALL_PT = 7
 STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
@@ -91,6 +91,11 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),
     "djinn_whole_overlap": Look("Djinn, whole models", _SKY, "-", "D"),
     "djinn_whole": Look("Djinn, whole, no overlap", _SKY, "--", "v"),
+    "pytorch_lru_decoder": Look("PyTorch LRU, Djinn's decoder", _GREEN, ":", "^"),
+    "pytorch_pinned_readonly_decoder": Look(
+        "PyTorch read-only, Djinn's decoder", _ORANGE, ":", "P"
+    ),
+    "pytorch_pinned_decoder": Look("PyTorch pinned, Djinn's decoder", _RED, ":", "X"),
     "pytorch_lru": Look("PyTorch LRU", _GREEN, "-", "^"),
     "pytorch_pinned_readonly": Look("PyTorch pinned, read-only", _ORANGE, "-", "P"),
     "pytorch_pinned": Look("PyTorch pinned", _RED, "-", "X"),
@@ -225,24 +230,24 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
 
 
 def sample_note(rows: pd.DataFrame) -> str:
-    """Return how many requests each system's part of a figure rests on; empty without rows.
+    """Return how many requests a figure rests on, and how often each was repeated.
 
-    Of rows at several capacities it is the number at each.
+    Of rows at several capacities, or of several traces, it is the number of each.
     """
-    sizes = rows.groupby(["system", "capacity_label"]).size()
-    groups: dict[str, list[str]] = {}
-    for system in order_systems(rows["system"]):
-        found = sorted(set(sizes.loc[system]))
-        n = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
-        groups.setdefault(n, []).append(system_look(system).label)
+    if rows.empty:
+        return ""
+    cells = ["system", "capacity_label", "trace"]
+    repeats = rows.groupby(cells)["repeat"].nunique()
+    n = _range(rows.groupby(cells)["request"].nunique())
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
-    if len(groups) == 1:
-        return f"n = {next(iter(groups))} requests of each system{where}."
-    most = max(groups, key=lambda n: len(groups[n]), default="")  # several need not be listed
-    # Labels have commas in them.
-    texts = [f"{n} of {'; '.join(labels)}" for n, labels in groups.items() if n != most]
-    rest = "the others" if most and len(groups[most]) > 1 else "".join(groups.get(most, []))
-    return f"n, requests{where}: {'. '.join([*texts, f'{most} of {rest}'])}." if most else ""
+    often = _range(repeats)
+    said = f", {often} repeats" if often != "1" else ""
+    return f"n = {n} requests of each system{where}{said}."
+
+
+def _range(values: pd.Series) -> str:
+    low, high = int(values.min()), int(values.max())
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:

@@ -171,11 +171,13 @@ def test_draws_follow_the_probabilities():
     def close(got, expected):  # five standard deviations of a share
         return torch.allclose(got, torch.tensor(expected), atol=5 * (0.25 / n) ** 0.5)
 
-    assert close(shares(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05])
-    assert close(shares(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0])
-    assert close(shares(Sampling(1.0, top_p=0.9)), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    assert close(shares(Sampling(temperature=1.0)), [0.5, 0.3, 0.15, 0.05])
+    assert close(shares(Sampling(temperature=1.0, top_k=2)), [0.625, 0.375, 0, 0])
+    assert close(
+        shares(Sampling(temperature=1.0, top_p=0.9)), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]
+    )
     squared = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    assert close(shares(Sampling(0.5)), (squared / squared.sum()).tolist())
+    assert close(shares(Sampling(temperature=0.5)), (squared / squared.sum()).tolist())
 
 
 @pytest.mark.parametrize(

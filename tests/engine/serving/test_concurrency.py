@@ -52,7 +52,7 @@ def opened(folders):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"order": "affinity", "residency": "whole"}, {"lookahead": False, "overlap": False}],
+    [{}, {"order": "affinity", "eviction": "models"}, {"lookahead": False, "overlap": False}],
     ids=str,
 )
 def test_requests_from_many_threads(opened, expected, options):
