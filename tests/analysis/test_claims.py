@@ -406,7 +406,7 @@ def test_hits_from_the_papers_start_are_the_papers():
     rows = pd.concat([cell_rows("djinn", label) for label in CAPACITIES])
     for label, cold, warm in (("20", 15, 16), ("25", 15, 16), ("32", 27, 30), ("40", 27, 30)):
         for start, hits in (("cold", cold), ("warm", warm)):
-            found = measure("computed_hit_share", rows, capacity_label=label, residency="whole",
+            found = measure("computed_hit_share", rows, capacity_label=label, eviction="models",
                             start=start)  # fmt: skip
             assert found.value == pytest.approx(hits / 30) and "not measured" in found.remark
 
