@@ -64,7 +64,7 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
-                      columnspacing=1.0)  # fmt: skip
+                      columnspacing=1.0, handletextpad=0.5)  # fmt: skip
     footnote(figure, [sample_note(rows), *_least_note(rows), *unavailable_notes(unavailable)])
     return figure
 
