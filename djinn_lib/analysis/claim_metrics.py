@@ -18,7 +18,7 @@ import pandas as pd
 from djinn_lib import metrics
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import MAIN_TRACE, WARM, NotMeasured, select, served, swept
-from djinn_lib.engine.memory.ring import Residency
+from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.metrics import Interval, bootstrap_interval
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import simulate
@@ -202,21 +202,21 @@ def worst_bytes_to_optimum(run: Run, system: str, trace: str = MAIN_TRACE) -> Me
 
 @metric()
 def computed_hit_share(
-    run: Run, capacity_label: str, residency: Residency, start: str = "cold"
+    run: Run, capacity_label: str, eviction: Eviction, start: str = "cold"
 ) -> Measurement:
     """Share of the main trace's requests that load nothing: simulated, not measured.
 
     Args:
         run: whose sizes and capacity are taken.
         capacity_label: of the ring.
-        residency: "whole" for a cache of whole models, "partial" for pages; least recently used.
+        eviction: "models" for a cache of whole models, "pages" for parts of them.
         start: "warm" if each model was asked for once before, in their order.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
     before = list(run.sizes) if start == WARM else []
     models = [*before, *(request.model for request in trace.requests)]
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
-    simulated = simulate(models, run.sizes, capacity_bytes, residency=residency, page_bytes=1 << 20)
+    simulated = simulate(models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=1 << 20)
     hits = simulated["loaded_bytes"].iloc[len(before) :] == 0
     remark = f"{hits.sum()} of {len(hits)} requests, computed by the simulator, not measured"
     return Measurement(float(hits.mean()), len(hits), remark)

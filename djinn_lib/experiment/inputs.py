@@ -24,6 +24,7 @@ LIBRARY = REPO / "djinn_lib"
 _OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
 # Modules of systems that not every cell needs.
 _OF_SOME_CELLS = {"accelerate", "stable_weights"}  # 07_large_models measures the first
+_ON_THE_FLEET = ("djinn_vllm", "vllm_sleep", "vllm_sleep_readonly")  # engines of djinn_lib.fleet
 _BUILDS_ON = {  # of these, and of other systems
     "pytorch": ("stable_weights",),
     "djinn_vllm": ("vllm_recreate",),
@@ -99,6 +100,7 @@ def code_of(system: str) -> list[Path]:
     modules = (LIBRARY / "systems").glob("*.py")
     return [
         *(LIBRARY / part for part in _OF_EVERY_CELL),
+        *([LIBRARY / "fleet"] if system in _ON_THE_FLEET else []),
         *(path for path in modules if path.stem not in others),
     ]
 

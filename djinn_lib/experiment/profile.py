@@ -61,7 +61,8 @@ class ModelEntry(_Strict):
 class TraceEntry(_Strict):
     """A trace of a profile: the paper's, drawn by Zipf's law, or read from a file.
 
-    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, the kind "file" has `path`.
+    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, and may ask for some `models` only;
+    the kind "file" has `path`.
     """
 
     kind: Literal["paper", "zipf", "file"]
@@ -70,9 +71,12 @@ class TraceEntry(_Strict):
     alpha: float | None = None
     seed: int | None = None
     rate_per_s: float | None = None
+    models: list[str] | None = None
 
     @model_validator(mode="after")
     def _all_or_none(self) -> TraceEntry:
+        if self.models is not None and (self.kind != "zipf" or not self.models):
+            raise ValueError("expected models, one at least, for kind 'zipf' only")
         given = [v is not None for v in (self.n, self.alpha, self.seed, self.rate_per_s)]
         if not (all(given) if self.kind == "zipf" else not any(given)):
             raise ValueError(
@@ -168,6 +172,8 @@ class Profile(_Strict):
     def _names_exist(self) -> Profile:
         for name, entry in self.systems.items():
             _ensure_known(f"system of {name!r}", [entry.system], SYSTEMS)
+        for entry in self.traces.values():
+            _ensure_known("model of a trace", entry.models or [], self.models)
         for entry in self.cells:
             _ensure_known("trace", entry.traces, self.traces)
             _ensure_known("capacity", entry.capacities, self.capacities)
@@ -251,8 +257,8 @@ class Profile(_Strict):
             trace = renamed(load_trace(user_path(entry.path)), stand_ins, keep=self.models)
             check_models(trace, self.models)
             return trace
-        fields = entry.model_dump(exclude={"kind", "path"})
-        return zipf_trace(models=models, **fields)
+        fields = entry.model_dump(exclude={"kind", "path", "models"})
+        return zipf_trace(models=entry.models or models, **fields)
 
 
 def _ensure_known(what: str, names: list[str], known: Any) -> None:

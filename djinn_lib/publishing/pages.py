@@ -35,6 +35,7 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
+from djinn_lib.publishing.report import build_published
 from djinn_lib.simulator.cost_model import engine_rows
 
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
@@ -42,9 +43,10 @@ _STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
 
 def main() -> None:
-    """Bring the pages up to date."""
+    """Bring the pages up to date, and the page of the published run."""
     for path in PAGES:
         write_text(path, render(path.read_text(), load_run(REFERENCE)))
+    build_published()
 
 
 def render(text: str, run: Run) -> str:

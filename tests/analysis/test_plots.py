@@ -403,3 +403,10 @@ def test_saved_png_is_opaque_at_200_dpi(saved):
     assert image.shape[1] == 200 * DOUBLE_COLUMN_IN
     assert image.shape[2] == 3 or (image[..., 3] == 1).all()
     assert (image[0, 0, :3] == 1).all()
+
+
+def test_a_picture_without_a_chart_is_not_kept(tmp_path):
+    figure = residency_over_time(cell_rows("djinn"), "djinn")
+    assert {path.name for path in save_figure(figure, tmp_path, "x")} == {"x.pdf", "x.png"}
+    nothing = residency_over_time(cell_rows("djinn"), "nobody")
+    assert save_figure(nothing, tmp_path, "x") == () and list(tmp_path.iterdir()) == []

@@ -115,6 +115,8 @@ _FALLBACK_LINES = (":", "-.")
 MODEL_COLORS = ("#332288", "#DDCC77", "#CC6677", "#44AA99", "#AA4499", "#999933", "#88CCEE")
 PHASE_COLORS = {"queue": "#BBBBBB", "switch": "#D55E00", "prefill": "#F0E442", "decode": "#56B4E9"}
 
+_NOTHING = "nothing to draw"
+
 _P = ParamSpec("_P")
 
 
@@ -138,6 +140,12 @@ def model_colors(models: Iterable[str]) -> dict[str, str]:
     """Return a colour for each model, by name, so that it does not depend on the rows' order."""
     names = sorted(set(models))
     return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
+
+
+def is_light(color: str) -> bool:
+    """Whether dark text reads better than white on a colour such as "#DDCC77"."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
 
 
 @contextmanager
@@ -204,6 +212,15 @@ def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]
     return rest, {system: reasons[system] for system in order_systems(reasons)}
 
 
+def nothing_to_draw(text: str) -> Figure:
+    """Return a picture of one sentence, where there is nothing to draw; it is never saved."""
+    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
+    figure.set_gid(_NOTHING)
+    axes.axis("off")
+    axes.text(0.5, 0.5, textwrap.fill(text, 100), ha="center", va="center", color="0.3")
+    return figure
+
+
 def footnote(figure: Figure, notes: Iterable[str]) -> None:
     """Write notes below a figure of constrained layout, wrapped to its width."""
     characters = int(figure.get_figwidth() * 72 / (SMALL_PT * 0.56))
@@ -268,8 +285,11 @@ def byte_scale(n_bytes: float) -> tuple[float, str]:
     return 1.0, "B"
 
 
-def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
+def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, ...]:
     """Write ``<name>.pdf`` and ``<name>.png`` (200 dpi, opaque) and return their paths.
+
+    A picture that says that there is nothing to draw is not written, and one that an earlier run
+    drew goes.
 
     The same rows give the same bytes, so that a figure changes in version control only when its
     data does. A file appears complete or not at all.
@@ -281,6 +301,10 @@ def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Pa
         "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
         "png": {"metadata": {"Software": None}, "dpi": 200},
     }
+    if figure.get_gid() == _NOTHING:
+        for ending in options:
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+        return ()
     with theme():
         for ending, settings in options.items():
             partial = folder / f".{name}.partial.{ending}"

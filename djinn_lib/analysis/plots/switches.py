@@ -18,6 +18,7 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     draw_cdf,
     footnote,
+    nothing_to_draw,
     order_systems,
     require_one_cell_each,
     sample_note,
@@ -113,9 +114,11 @@ def switches_beside_waiting(
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
         left_out: labels of systems whose rows are not fair to them (`selection.could_not_batch`).
     """
-    figure, (left, right) = _two_panels()
     notes = _left_out(left_out)
-    _draw_systems(figure, left, right, concurrent, "this run has no concurrent cells here", notes)
+    if attempted(concurrent).empty:
+        return nothing_to_draw(" ".join(["This run has no concurrent cells here.", *notes]))
+    figure, (left, right) = _two_panels()
+    _draw_systems(figure, left, right, concurrent, notes)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
     _draw_switches(left, attempted(sequential), **before)
     _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
@@ -132,8 +135,10 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     Args:
         rows: of one trace and capacity, served in sequence; may be empty.
     """
+    if attempted(rows).empty:
+        return nothing_to_draw("This run has no rows of this trace.")
     figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
+    _draw_systems(figure, left, right, rows)
     _finish(figure, left, right, "total latency of a request (ms, log scale)")
     return figure
 
@@ -158,7 +163,6 @@ def _draw_systems(
     left: Axes,
     right: Axes,
     rows: pd.DataFrame,
-    none_there: str,
     left_out: Sequence[str] = (),
 ) -> None:
     """Both panels of every system, and below them on how many rows they rest."""
@@ -168,11 +172,10 @@ def _draw_systems(
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
         _draw_switches(left, part, **style)
         draw_cdf(right, part, "total_ms", **style)
-    note = sample_note(rows) if len(rows) else none_there
     later = later_touches(rows)
     n_left = later.groupby("system")["request"].nunique().max() if len(later) else 0
     first = [f"Left: n = {n_left}, without the first request for each model."] if n_left else []
-    notes = [note, *first, *_least_note(later), *unavailable_notes(unavailable), *left_out]
+    notes = [sample_note(rows), *first, *_least_note(later), *unavailable_notes(unavailable), *left_out]
     footnote(figure, notes)
 
 
@@ -190,12 +193,7 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
         axes.set_ylim(0, 103)
         _label_times(axes)
         axes.grid(which="major")
-    handles = left.get_legend_handles_labels()[0]
-    if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    else:  # the note below says why; axes without a curve say nothing
-        left.set_axis_off()
-        right.set_axis_off()
+    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
 
 
 def _label_times(axes: Axes) -> None:
