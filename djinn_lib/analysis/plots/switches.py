@@ -175,8 +175,8 @@ def _draw_systems(
     later = later_touches(rows)
     n_left = later.groupby("system")["request"].nunique().max() if len(later) else 0
     first = [f"Left: n = {n_left}, without the first request for each model."] if n_left else []
-    notes = [sample_note(rows), *first, *_least_note(later), *unavailable_notes(unavailable), *left_out]
-    footnote(figure, notes)
+    notes = [sample_note(rows), *first, *_least_note(later)]
+    footnote(figure, [*notes, *unavailable_notes(unavailable), *left_out])
 
 
 def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
