@@ -6,8 +6,8 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
-from djinn_lib.engine.memory.disk_tier import open_masters
 from djinn_lib.engine.memory.masters import Masters
+from djinn_lib.engine.memory.opening import open_masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions
@@ -43,11 +43,16 @@ class Holdings:
         device, page_bytes = options.torch_device, options.page_bytes
         with ExitStack() as undo:
             masters = open_masters(
-                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
+                options.host_capacity,
+                page_bytes,
+                options.swap_dir,
+                device.type == "cuda",
+                options.master_form,
+                options.progress,
             )
             undo.callback(masters.close)
-            capacity_bytes, policy = options.capacity_bytes, options.eviction
-            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.residency)
+            capacity_bytes, policy = options.capacity_bytes, options.victims
+            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.eviction)
             undo.callback(pager.close)
             scheduler = Scheduler(pager, options)
             models = Catalog(masters, pager, scheduler.turn, options)

@@ -29,6 +29,7 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
 Mode = Literal["sequential", "concurrent"]
+Start = Literal["cold", "warm"]
 
 
 class _Strict(BaseModel):
@@ -97,7 +98,9 @@ class CellsEntry(_Strict):
     """Every combination of the listed traces, capacities and systems.
 
     In `mode` "sequential" a request is sent when the one before is done, in "concurrent" when it
-    arrives by its trace, `speed` times as fast; infinity sends all at once.
+    arrives by its trace, `speed` times as fast; infinity sends all at once. Before each repeat
+    nothing is on the device; with `start` "warm" every model is then asked for once, in the order
+    of the profile and not counted, as the paper's code does.
     """
 
     traces: list[str]
@@ -105,6 +108,7 @@ class CellsEntry(_Strict):
     systems: list[str]
     mode: Mode = "sequential"
     speed: float = Field(default=1.0, gt=0)
+    start: Start = "cold"
     repeats: int | None = Field(default=None, ge=1)
 
 
@@ -123,10 +127,10 @@ class LargeEntry(_Strict):
         return self
 
 
-def cell_id(trace: str, capacity_label: str, system: str, mode: str) -> str:
+def cell_id(trace: str, capacity_label: str, system: str, mode: str, start: str = "cold") -> str:
     """Return the name of a cell, which is the stem of its files."""
-    suffix = "" if mode == "sequential" else f"-{mode}"
-    return f"{trace}-{capacity_label}-{system}{suffix}"
+    usual = {"sequential", "cold"}
+    return "-".join([trace, capacity_label, system, *(x for x in (mode, start) if x not in usual)])
 
 
 class Cell(_Strict):
@@ -138,11 +142,12 @@ class Cell(_Strict):
     repeats: int
     mode: Mode = "sequential"
     speed: float = 1.0
+    start: Start = "cold"
 
     @property
     def id(self) -> str:
         """Name of the cell, and the stem of its files."""
-        return cell_id(self.trace, self.capacity_label, self.system, self.mode)
+        return cell_id(self.trace, self.capacity_label, self.system, self.mode, self.start)
 
 
 class Profile(_Strict):
@@ -201,12 +206,18 @@ class Profile(_Strict):
                             repeats=entry.repeats or self.repeats,
                             mode=entry.mode,
                             speed=entry.speed,
+                            start=entry.start,
                         )
                         cells.setdefault(cell.id, cell)
         return list(cells.values())
 
     def cell(
-        self, trace: str, capacity_label: str | float, system: str, mode: str = "sequential"
+        self,
+        trace: str,
+        capacity_label: str | float,
+        system: str,
+        mode: str = "sequential",
+        start: str = "cold",
     ) -> Cell:
         """Return a cell by its names, whether or not the profile lists it.
 
@@ -222,11 +233,13 @@ class Profile(_Strict):
             _ensure_known("capacity", [capacity_label], self.capacities)
             _ensure_known("system", [system], self.systems)
             _ensure_known("mode", [mode], get_args(Mode))
+            _ensure_known("start", [start], get_args(Start))
         except ValueError as error:
             raise ConfigError(f"profile {self.name!r}: {error}") from error
         listed = {cell.id: cell for cell in self.all_cells()}
         speed = next((cell.speed for cell in listed.values() if cell.mode == mode), 1.0)
-        names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode}
+        names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode,
+                 "start": start}  # fmt: skip
         cell = Cell.model_validate({**names, "repeats": self.repeats, "speed": speed})
         return listed.get(cell.id, cell)
 

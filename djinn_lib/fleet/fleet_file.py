@@ -5,7 +5,7 @@
       chat: {model: Qwen/Qwen3-8B, max_model_len: 8192}
       code: {model: some/moe-fp8}
 
-Beside these: device, page, policy, residency, quantum_s, max_wait_s (see `Fleet`), host and port.
+Beside these: device, page, policy, eviction, quantum_s, max_wait_s (see `Fleet`), host and port.
 What stands beside `model` are options of `vllm serve`, with underscores for hyphens.
 """
 
@@ -36,7 +36,7 @@ class FleetFile:
     device: str | None = None
     page: str | int | None = None
     policy: str = "lru"
-    residency: str = "partial"
+    eviction: str = "pages"
     quantum_s: float = 0.25
     max_wait_s: float = 1.0
     python: str | None = field(default=None)
@@ -46,7 +46,7 @@ class FleetFile:
         options = {
             "capacity": _as_text(self.capacity), "device": self.device,
             "page": _as_text(self.page),
-            "policy": self.policy, "residency": self.residency,
+            "policy": self.policy, "eviction": self.eviction,
             "quantum": self.quantum_s, "max-wait": self.max_wait_s,
         }  # fmt: skip
         return {name: value for name, value in options.items() if value is not None}

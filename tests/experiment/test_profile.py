@@ -41,7 +41,7 @@ GOOD: dict[str, Any] = {
     },
     "systems": {
         "djinn": {"system": "djinn"},
-        "djinn_whole": {"system": "djinn", "options": {"residency": "whole"}},
+        "djinn_whole": {"system": "djinn", "options": {"eviction": "models"}},
     },
     "cells": [
         {"traces": ["paper"], "capacities": ["25"], "systems": ["djinn", "djinn_whole"]},
@@ -98,8 +98,8 @@ def test_the_cells_of_the_cpu_profile(cpu):
     assert len(ids) == len(set(ids))
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in ids)
     for cell, name in zip(cells, ids, strict=True):  # a name can be taken apart again
-        mode = [cell.mode] if cell.mode == "concurrent" else []
-        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *mode]
+        more = [x for x in (cell.mode, cell.start) if x in ("concurrent", "warm")]
+        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *more]
     assert {cell.system for cell in cells} == set(cpu.systems)
     swept = {cell.capacity_label for cell in cells if cell.system == "djinn"}
     assert swept == {"20", "25", "32", "40"}
@@ -120,11 +120,12 @@ def test_small_models_are_to_each_other_as_the_paper_s(cpu):
     assert [entry.stands_for for entry in cpu.models.values()] == list(PAPER_BYTES)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_gpu_profile_are_as_large_as_the_real_ones():
     assert sizes_of("gpu") == PAPER_BYTES
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("gpu", marks=pytest.mark.slow), "smoke"])
 def test_capacities_force_what_they_force_in_the_paper(name):
     sizes, total = sorted(sizes_of(name).values()), sum(sizes_of(name).values())
     capacities = load_profile(name).capacities

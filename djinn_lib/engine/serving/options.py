@@ -14,8 +14,9 @@ from djinn_lib.arguments import flag, function, whole_number
 from djinn_lib.engine.decode.modes import Decode, default_decode, parse_decode
 from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
+from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency
+from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
 from djinn_lib.engine.serving.queue import Order, RequestQueue
 from djinn_lib.errors import ConfigError
@@ -33,7 +34,7 @@ class EngineOptions:
         device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
         page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
         policy: who loses pages when the ring is full: "lru", or a `Policy`.
-        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        eviction: "pages" evicts only what is needed; "models" evicts entire models.
         overlap: start computing while later layers still load; else wait for all of them first.
         decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
             model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
@@ -53,23 +54,28 @@ class EngineOptions:
         host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
             and read when it is needed. Default is as much as all models need.
         swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
+        masters: "compressed" keeps master copies of 16-bit weights in about 0.67 (bfloat16) or 0.86
+            (float16) of their bytes, without loss, and decodes them on the device, so that fewer
+            bytes cross the link. "auto" does so for models that get smaller by 5% or more.
         progress: called with what a longer step of `add` is doing.
 
     Attributes:
         torch_device, capacity_bytes, page_bytes: what `device`, `capacity` and `page` stand for.
         decode_mode: how new models decode.
-        eviction: the policy, which spares models that wait, with `lookahead`.
+        victims: the policy, which spares models that wait, with `lookahead`.
         tables: where lookup tables are.
+        master_form: how masters are kept.
 
     Raises:
         ConfigError: a parameter has no meaning.
+        PlatformError: compressed masters on a GPU without triton.
     """
 
     capacity: int | str
     device: str | torch.device | None = None
     page: int | str | None = None
     policy: str | Policy = "lru"
-    residency: Residency = "partial"
+    eviction: Eviction = "pages"
     overlap: bool = True
     decode: Decode | None = None
     max_model_len: int = 512
@@ -79,13 +85,15 @@ class EngineOptions:
     embeddings: Embeddings | None = None
     host_capacity: int | str | None = None
     swap_dir: str | Path | None = None
+    masters: MastersForm = "plain"
     progress: Callable[[str], None] = print
     torch_device: torch.device = field(init=False)
     capacity_bytes: int = field(init=False)
     page_bytes: int = field(init=False)
     decode_mode: Decode = field(init=False)
-    eviction: Policy = field(init=False)
+    victims: Policy = field(init=False)
     tables: Embeddings = field(init=False)
+    master_form: MastersForm = field(init=False)
 
     def __post_init__(self) -> None:
         device = parse_device(self.device)
@@ -103,15 +111,16 @@ class EngineOptions:
         }
         RequestQueue(self.order, self.max_overtaken)  # which refuses what it cannot do
         resolved |= {
-            "eviction": self._eviction(),
+            "victims": self._victims(),
             "tables": choose_embeddings(self.embeddings, self.host_capacity is None),
+            "master_form": choose_masters(self.masters, device),
             "capacity_bytes": parse_bytes(self.capacity),
             "page_bytes": parse_bytes(page),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
-    def _eviction(self) -> Policy:
+    def _victims(self) -> Policy:
         policy = make_policy(self.policy)
         if self.lookahead:
             return sparing_what_waits(policy)

@@ -26,6 +26,7 @@ from djinn_lib.engine.memory.devices.base import (
     PageCopy,
     Range,
     Refused,
+    Source,
     Stalls,
 )
 from djinn_lib.errors import CapacityError, PlatformError
@@ -199,12 +200,12 @@ class ThreadCopy(PageCopy):
 
 
 class ThreadCopier(Copier):
-    """Copies with one background thread; torch releases the interpreter lock while it copies."""
+    """Copies with one background thread; torch and numpy release the interpreter lock meanwhile."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="djinn-copier")
 
-    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> ThreadCopy:
+    def submit(self, target: torch.Tensor, source: Source, after: Any = None) -> ThreadCopy:
         """Hand the page to the thread; computations before this call have ended."""
         return ThreadCopy(self._thread.submit(base.copy_page, target, source))
 
