@@ -92,6 +92,11 @@ coverage: $(READY) ## test the core and ask for 95% of its branches
 	$(RUN) -m pytest $(PYTEST_ARGS) tests/engine/memory tests/engine/serving --cov=djinn_lib.engine.memory \
 	  --cov=djinn_lib.engine.serving --cov-branch --cov-report=term-missing --cov-fail-under=95
 
+.PHONY: test-vllm
+test-vllm: $(READY) ## test what needs vLLM, with that of `make vllm` or of DJINN_VLLM_PYTHON
+	@echo "==> tests with $$($(RUN) -c 'from djinn_lib.fleet import environment as e; print(e.vllm_python())')"
+	$(RUN) -m pytest $(PYTEST_ARGS) -m vllm tests/fleet tests/systems
+
 .PHONY: lint
 lint: $(READY) ## check the style, who imports whom, the types, and that notebooks are stripped
 	@echo "==> style"

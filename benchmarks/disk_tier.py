@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from djinn_lib.engine.memory.devices import host
-from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier, default_folder
+from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier
 from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.opening import default_folder
 from djinn_lib.engine.memory.swap_file import read_all
 from djinn_lib.experiment import machine
 from djinn_lib.files import write_json

@@ -24,6 +24,8 @@ import psutil
 import pytest
 from tqdm import tqdm
 
+from djinn_lib.fleet import environment
+
 tqdm.monitor_interval = 0  # a progress bar starts no thread, which tests of leaks would find
 
 
@@ -42,6 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device; nvidia-smi lists none")
         for item in marked:
             item.add_marker(skip)
+    marked = [item for item in items if item.get_closest_marker("vllm")]
+    if marked and (reason := environment.unavailable()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

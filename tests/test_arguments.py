@@ -10,7 +10,7 @@ import torch
 import djinn_lib as dj
 from djinn_lib.arguments import flag, function, real_number, whole_number
 from djinn_lib.engine.device import parse_device
-from djinn_lib.engine.memory.disk_tier import default_folder
+from djinn_lib.engine.memory.opening import default_folder
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.experiment.parameters import folder
 from djinn_lib.paths import user_path

@@ -6,11 +6,12 @@ import os
 import threading
 from contextlib import ExitStack, suppress
 
-from djinn_lib.engine.memory.disk_tier import open_masters
 from djinn_lib.engine.memory.masters import Masters
+from djinn_lib.engine.memory.opening import open_masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions
+from djinn_lib.engine.serving.progress import teller
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
@@ -43,7 +44,12 @@ class Holdings:
         device, page_bytes = options.torch_device, options.page_bytes
         with ExitStack() as undo:
             masters = open_masters(
-                options.host_capacity, page_bytes, options.swap_dir, device.type == "cuda"
+                options.host_capacity,
+                page_bytes,
+                options.swap_dir,
+                device.type == "cuda",
+                options.master_form,
+                teller(options.progress),
             )
             undo.callback(masters.close)
             capacity_bytes, policy = options.capacity_bytes, options.victims

@@ -11,6 +11,7 @@ What stands beside `model` are options of `vllm serve`, with underscores for hyp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -75,6 +76,9 @@ def read_fleet_file(path: Path) -> FleetFile:
             raise ConfigError(f"{path} has no `{name}`: add it")
     if not isinstance(said["models"], dict):
         raise ConfigError(f"`models` in {path} maps names to options: correct it")
+    port = said.get("port", 1)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+        raise ConfigError(f"`port` in {path} is {shown(port)}: it is a number from 1 to 65535")
     for name, options in said["models"].items():
         _check_model(path, name, options)
     return FleetFile(**said)
@@ -95,14 +99,21 @@ def _check_model(path: Path, name: object, options: object) -> None:
 
 
 def vllm_arguments(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of `vllm serve` for a model."""
+    """Return the arguments of `vllm serve` for a model; mappings travel as JSON."""
     arguments = ["serve", str(options["model"]), "--served-model-name", name]
     for option, value in options.items():
-        flag = option.replace("_", "-")
-        if option == "model":
+        if option == "model" or value is None:
             continue
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", str(value)]
+        flag = f"--{option.replace('_', '-')}"
+        match value:
+            case True:
+                arguments.append(flag)
+            case False:
+                arguments.append(f"--no-{flag[2:]}")
+            case dict():
+                arguments += [flag, json.dumps(value)]
+            case list():
+                arguments += [flag, *map(str, value)]
+            case _:
+                arguments += [flag, str(value)]
     return arguments

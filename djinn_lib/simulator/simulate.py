@@ -295,6 +295,7 @@ def _frame(
         "run_id": f"simulated-{system}",
         "system": system,
         "mode": mode,
+        "start": "cold",
         "capacity_bytes": np.full(n, capacity_bytes),
         "capacity_label": capacity_label,
         "trace": trace.kind if isinstance(trace, Trace) else "sequence",

@@ -28,6 +28,7 @@ class DjinnVllm(SystemUnderTest):
         kv_cache_memory_bytes: of each engine.
     """
 
+    batches = True
     option_names = frozenset({*_OF_RING, "enforce_eager", "max_model_len", "kv_cache_memory_bytes"})
 
     @classmethod

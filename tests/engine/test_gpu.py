@@ -39,30 +39,49 @@ SERVING = [
     ["masters_on_disk"],
 ]
 LEASES = [["lent_weights"], ["written_weights"], ["lent_layers"], ["collected_objects"]]
+COMPRESSED = [
+    ["decoded_pages"],
+    ["decoding_keeps_up_with_the_link"],
+    ["loads_are_faster_than_the_link"],
+    ["damage_is_named"],
+]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masters", ["plain", "compressed"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids="-".join)
-def test_on_a_gpu(scenario):
-    assert f"{scenario[0]}: ok" in run("gpu_scenarios.py", scenario)
+def test_on_a_gpu(scenario, masters):
+    assert f"{scenario[0]}: ok" in run("gpu_scenarios.py", scenario, masters)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masters", ["plain", "compressed"])
 @pytest.mark.parametrize("scenario", SERVING, ids="-".join)
-def test_serving_on_a_gpu(scenario):
-    assert f"{scenario[0]}: ok" in run("gpu_serving.py", scenario)
+def test_serving_on_a_gpu(scenario, masters):
+    assert f"{scenario[0]}: ok" in run("gpu_serving.py", scenario, masters)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masters", ["plain", "compressed"])
 @pytest.mark.parametrize("scenario", LEASES, ids="-".join)
-def test_leases_on_a_gpu(scenario):
-    assert f"{scenario[0]}: ok" in run("gpu_leases.py", scenario)
+def test_leases_on_a_gpu(scenario, masters):
+    assert f"{scenario[0]}: ok" in run("gpu_leases.py", scenario, masters)
 
 
-def run(script, scenario):
+@pytest.mark.gpu
+@pytest.mark.parametrize("scenario", COMPRESSED, ids="-".join)
+def test_compressed_masters_on_a_gpu(scenario):
+    assert f"{scenario[0]}: ok" in run("gpu_compressed.py", scenario)
+
+
+def run(script, scenario, masters="plain"):
     done = subprocess.run(
         [sys.executable, REPO / "tests" / "support" / script, *scenario],
-        env={**os.environ, "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{REPO}:{os.environ.get('PYTHONPATH', '')}",
+            "DJINN_TEST_MASTERS": masters,
+        },
         capture_output=True,
         text=True,
     )

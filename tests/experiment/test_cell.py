@@ -119,6 +119,29 @@ def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
     assert first["resident_before_bytes"].iloc[0] == 0
 
 
+def test_a_warm_start_has_asked_for_every_model_once(bench):
+    cell = bench.profile.cell("zipf", "all", "djinn", start="warm")
+    rows = run_cell(bench, cell)
+    assert cell.id == "zipf-all-djinn-warm" and set(rows["start"]) == {"warm"}
+    assert (rows["loaded_bytes"] == 0).all()  # there is room for all
+    assert len(rows) == 2 * 6  # what warmed up is no row
+    cold = run_cell(bench, cell_of(bench, "djinn", "all"))
+    assert set(cold["start"]) == {"cold"} and cold["loaded_bytes"].iloc[0] > 0
+    assert rows["token_sha"].tolist() == cold["token_sha"].tolist()
+    # With less room the last models are there, as after a request for each.
+    tight = run_cell(bench, bench.profile.cell("zipf", "half", "djinn", start="warm"))
+    held = tight[tight["request"] == 0]["resident_bytes"].map(json.loads)
+    assert all(sum(models.values()) > 0 for models in held)
+
+
+def test_a_cell_without_a_gpu_has_no_facts_of_one(bench):
+    cell = cell_of(bench, "djinn")
+    run_cell(bench, cell)
+    manifest = read_manifest(bench.run.cell(cell.id).manifest)
+    assert manifest["gpu_uuid"] is None and manifest["peak_device_bytes"] is None
+    assert manifest["batches"] is False and manifest["parameters"]["start"] == "cold"
+
+
 def test_residency_after_each_request_is_kept(bench):
     cell = cell_of(bench, "djinn")
     rows = run_cell(bench, cell)

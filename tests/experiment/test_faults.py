@@ -335,12 +335,12 @@ def test_a_trace_without_requests(bench):
 
 @pytest.mark.slow
 def test_a_trace_of_one_request_goes_all_the_way(bench):
-    from djinn_lib.analysis import tables
+    from djinn_lib.analysis import cell_view
     from djinn_lib.analysis.claims import judge, load_claims
     from djinn_lib.analysis.plots import latency, sensitivity, timeline
     from djinn_lib.analysis.run import load_run
     from djinn_lib.analysis.selection import sweep
-    from djinn_lib.metrics import comparison_summary
+    from djinn_lib.experiment.paper_form import results_of
 
     profile = tiny_profile(
         systems={name: {"system": name} for name in SYSTEMS},
@@ -356,7 +356,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     run = load_run(short.run_dir)
     rows = run.cells("paper", "25")
     assert (len(run.rows), rows["ok"].sum()) == (8, 3)
-    tables.cell_table(rows[rows["system"] == "djinn"])
+    cell_view.summary(rows[rows["system"] == "djinn"])
     latency.latency_cdf(rows)
     latency.latency_breakdown(rows)
     timeline.residency_over_time(rows, "djinn")
@@ -364,7 +364,7 @@ def test_a_trace_of_one_request_goes_all_the_way(bench):
     sensitivity.sensitivity(sweep(run), "pytorch_pinned")
     verdicts = judge(load_claims(), run)
     assert any(verdict.measured is not None for verdict in verdicts)
-    assert comparison_summary(run.rows, "25")
+    assert results_of(run.rows, "paper", "25")
 
 
 def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):

@@ -52,8 +52,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def printed(path):
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
+    return path.with_suffix(".log").read_text()
 
 
 def test_execute_keeps_the_executed_copy(folder):
@@ -155,7 +154,9 @@ def test_kernels_take_no_ports_that_others_may_take(folder, monkeypatch, long):
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     assert execute("listens", folder / "out" / "listens.ipynb", {}).state == "ok"
-    connection = json.loads(printed(folder / "out" / "listens.ipynb"))
+    heading, _, text = printed(folder / "out" / "listens.ipynb").partition("\n")
+    connection = json.loads(text)
+    assert heading == "--- code cell 3"  # after the parameters, ours and those that were given
     assert connection["transport"] == "ipc"
     own = Path(connection["ip"]).parent
     assert own.name.startswith("djinn-kernel-") and not own.exists()  # gone with the kernel
@@ -193,7 +194,8 @@ def test_a_cell_s_notebook_is_given_its_cell(tmp_path, monkeypatch):
     execute_cell(RunFolder(tmp_path), profile, cell)
     assert given.pop("notebook") == CELL_NOTEBOOK
     check_parameters(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", given)
-    assert profile.cell(*(given[n] for n in ("trace", "capacity_label", "system", "mode"))) == cell
+    names = ("trace", "capacity_label", "system", "mode", "start")
+    assert profile.cell(*(given[n] for n in names)) == cell
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)

@@ -1,5 +1,7 @@
 """What every device promises: `CONTRACT` by name, each to be called with a device.
 
+Promises about copies are kept for plain pages and for compressed ones, which the device decodes.
+
 A copy that fails is told to those that wait for its bytes; a mapping that fails is an error of the
 caller that asks for the pages. Both come in the same words on every device, and both are rolled
 back completely.
@@ -9,13 +11,14 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from functools import cache, partial
 from unittest import mock
 
 import torch
+from weights import FORMS, fill_with, in_form, layout_of, weights_of
 
 from djinn_lib.engine.memory.devices import base, open_address_space, open_copier
 from djinn_lib.engine.memory.devices.base import Refused, Stalls
-from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.load import Load
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
@@ -40,18 +43,26 @@ def opened(device):
         made.close()
 
 
-def content(device, n_bytes=N_BYTES):
-    generator = torch.Generator().manual_seed(0)
-    source = torch.randint(0, 256, (n_bytes,), generator=generator, dtype=torch.uint8)
-    return source.pin_memory() if device.type == "cuda" else source
+@cache
+def masters_of(device_type, form):
+    """Masters of one model, and its bytes; all promises read the same."""
+    source, is_cuda = weights_of(N_BYTES), device_type == "cuda"
+    masters = in_form(HostMasters(pin=is_cuda), form, PAGE)
+    masters.add("m", layout_of(N_BYTES), fill_with(source))
+    return masters, source
 
 
-def pages_of(device):
-    """Where pages go, the bytes that they get, and both by page."""
-    source = content(device)
+def pages_of(device, form):
+    """Where pages go, the bytes that they get, and the place and the source of each page.
+
+    Every other one stays plain, and so does the last one, which has an odd number of bytes.
+    """
+    masters, source = masters_of(device.type, form)
+    plain, _ = masters_of(device.type, "plain")
     target = torch.zeros(N_BYTES, dtype=torch.uint8, device=device)
-    places = [slice(begin, min(begin + PAGE, N_BYTES)) for begin in range(0, N_BYTES, PAGE)]
-    return target, source, [(target[place], source[place]) for place in places]
+    places = [(begin, min(begin + PAGE, N_BYTES)) for begin in range(0, N_BYTES, PAGE)]
+    sources = [(masters, plain)[i % 2].read("m", *place) for i, place in enumerate(places)]
+    return target, source, [(target[slice(*p)], s) for p, s in zip(places, sources, strict=True)]
 
 
 class Failing:
@@ -164,8 +175,8 @@ def a_mapping_that_is_refused_leaves_none_of_its_pages(device):
         space.close()
 
 
-def pages_arrive_in_order(device):
-    target, source, pages = pages_of(device)
+def pages_arrive_in_order(device, form):
+    target, source, pages = pages_of(device, form)
     with opened(device) as copier:
         load = Load(copier, 0)
         for batch in (pages[:1], pages[1:3], pages[3:]):
@@ -178,8 +189,8 @@ def pages_arrive_in_order(device):
         assert load.stalls.total_s >= 0
 
 
-def a_load_may_begin_in_the_middle(device):
-    target, source, pages = pages_of(device)
+def a_load_may_begin_in_the_middle(device, form):
+    target, source, pages = pages_of(device, form)
     with opened(device) as copier:
         load = Load(copier, 2 * PAGE)
         load.copy(pages[2:])
@@ -190,8 +201,8 @@ def a_load_may_begin_in_the_middle(device):
         assert not target[: 2 * PAGE].any()
 
 
-def a_copy_that_fails_is_told_to_those_that_wait(device):
-    target, source, pages = pages_of(device)
+def a_copy_that_fails_is_told_to_those_that_wait(device, form):
+    target, source, pages = pages_of(device, form)
     with opened(device) as copier, Failing(4) as failing:
         load = Load(copier, 0)
         load.copy(pages[:2])
@@ -209,8 +220,8 @@ def a_copy_that_fails_is_told_to_those_that_wait(device):
         assert str(error) == FAILED.format(got)
 
 
-def a_load_that_is_given_up_ends_with_what_is_queued(device):
-    target, source, pages = pages_of(device)
+def a_load_that_is_given_up_ends_with_what_is_queued(device, form):
+    target, source, pages = pages_of(device, form)
     with opened(device) as copier:
         load = Load(copier, 0)
         load.block_until_ended()
@@ -219,8 +230,8 @@ def a_load_that_is_given_up_ends_with_what_is_queued(device):
         assert torch.equal(target[: 2 * PAGE].cpu(), source[: 2 * PAGE])
 
 
-def single_pages_arrive_or_are_told_to_fail(device):
-    target, _, pages = pages_of(device)
+def single_pages_arrive_or_are_told_to_fail(device, form):
+    target, source, pages = pages_of(device, form)
     with opened(device) as copier, Failing(2):
         mark, stalls = copier.mark(), Stalls()
         copies = [copier.submit(*page, mark) for page in pages[:3]]
@@ -230,8 +241,8 @@ def single_pages_arrive_or_are_told_to_fail(device):
         for page_copy in copies:
             page_copy.block_until_ended()
             assert page_copy.ended
-        assert torch.equal(target[:PAGE].cpu(), pages[0][1])
-        assert torch.equal(target[2 * PAGE : 3 * PAGE].cpu(), pages[2][1])
+        for place in (slice(0, PAGE), slice(2 * PAGE, 3 * PAGE)):
+            assert torch.equal(target[place].cpu(), source[place])
         copier.fence()()
 
 
@@ -239,18 +250,14 @@ def single_pages_arrive_or_are_told_to_fail(device):
 
 
 @contextmanager
-def paged(device, n_frames=N_PAGES):
+def paged(device, form, n_frames=N_PAGES):
     """A pager of one model, in units of a page, its bytes, and its view."""
-    source = content(device)
-    masters = HostMasters(pin=device.type == "cuda")
-    layout = Layout.pack([("w", (N_BYTES,), torch.uint8)])
-    masters.add("m", layout, lambda views: views["w"].copy_(source))
+    masters, source = masters_of(device.type, form)
     pager = Pager(masters, n_frames * PAGE, PAGE, device)
     try:
         yield pager, source, pager.add("m", N_BYTES, UNITS)
     finally:
         pager.close()
-        masters.close()
 
 
 UNITS = [((begin, min(begin + PAGE, N_BYTES)),) for begin in range(0, N_BYTES, PAGE)]
@@ -264,9 +271,9 @@ def forward(pager, source, view):
             assert torch.equal(view[begin:end].cpu(), source[begin:end])
 
 
-def a_lease_whose_mapping_is_refused_leaves_nothing(device):
+def a_lease_whose_mapping_is_refused_leaves_nothing(device, form):
     for turn, n_pages in ((1, 1), (2, 2), (3, 4)):  # batches of a load
-        with paged(device) as (pager, source, view):
+        with paged(device, form) as (pager, source, view):
             before = pager.stats()
             with refusing(pager.space, turn):
                 error = raised(pager.lease, "m")
@@ -278,10 +285,10 @@ def a_lease_whose_mapping_is_refused_leaves_nothing(device):
             pager.check()
 
 
-def a_copy_that_fails_fails_who_waits_and_is_rolled_back(device):
+def a_copy_that_fails_fails_who_waits_and_is_rolled_back(device, form):
     for turn in (1, 3, N_PAGES):
         good_bytes = (turn - 1) * PAGE
-        with paged(device) as (pager, source, view):
+        with paged(device, form) as (pager, source, view):
             with Failing(turn), pager.lease("m"):
                 pager.wait("m", good_bytes)
                 error = raised(pager.wait, "m")
@@ -298,8 +305,8 @@ def a_copy_that_fails_fails_who_waits_and_is_rolled_back(device):
             pager.check()
 
 
-def a_model_larger_than_the_ring_fails_and_goes_on_likewise(device):
-    with paged(device, n_frames=4) as (pager, source, view):
+def a_model_larger_than_the_ring_fails_and_goes_on_likewise(device, form):
+    with paged(device, form, n_frames=4) as (pager, source, view):
         before = pager.stats()
         with refusing(pager.space, 2):
             error = raised(pager.lease, "m")
@@ -316,19 +323,21 @@ def a_model_larger_than_the_ring_fails_and_goes_on_likewise(device):
         assert pager.evict("m") == 2 * PAGE and pager.stats() == before
 
 
-CONTRACT = {
-    f.__name__: f
-    for f in (
-        bytes_follow_frames_and_addresses_stay,
-        frames_can_be_lent_to_another_address_space,
-        a_mapping_that_is_refused_leaves_none_of_its_pages,
-        pages_arrive_in_order,
-        a_load_may_begin_in_the_middle,
-        a_copy_that_fails_is_told_to_those_that_wait,
-        a_load_that_is_given_up_ends_with_what_is_queued,
-        single_pages_arrive_or_are_told_to_fail,
-        a_lease_whose_mapping_is_refused_leaves_nothing,
-        a_copy_that_fails_fails_who_waits_and_is_rolled_back,
-        a_model_larger_than_the_ring_fails_and_goes_on_likewise,
-    )
+ADDRESSES = (
+    bytes_follow_frames_and_addresses_stay,
+    frames_can_be_lent_to_another_address_space,
+    a_mapping_that_is_refused_leaves_none_of_its_pages,
+)
+COPIES = (
+    pages_arrive_in_order,
+    a_load_may_begin_in_the_middle,
+    a_copy_that_fails_is_told_to_those_that_wait,
+    a_load_that_is_given_up_ends_with_what_is_queued,
+    single_pages_arrive_or_are_told_to_fail,
+    a_lease_whose_mapping_is_refused_leaves_nothing,
+    a_copy_that_fails_fails_who_waits_and_is_rolled_back,
+    a_model_larger_than_the_ring_fails_and_goes_on_likewise,
+)
+CONTRACT = {f.__name__: f for f in ADDRESSES} | {
+    f"{f.__name__}, {form}": partial(f, form=form) for f in COPIES for form in FORMS
 }

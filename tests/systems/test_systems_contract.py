@@ -18,6 +18,7 @@ from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.weights import describe
+from djinn_lib.fleet import environment
 from djinn_lib.paths import REPO
 from djinn_lib.rows import classify_error
 from djinn_lib.systems import SYSTEMS, system_class
@@ -34,9 +35,13 @@ VARIANTS = [
     ("pytorch_pinned", {}),
     ("pytorch_pinned_readonly", {}),
     ("pytorch_lru", {}),
+    ("pytorch_pinned", {"decode": "eager"}),
+    ("pytorch_pinned_readonly", {"decode": "eager"}),
+    ("pytorch_lru", {"decode": "eager"}),
     ("pytorch_pageable", {}),
     ("serverless", {"page_cache": "warm"}),
     ("serverless", {"page_cache": "cold"}),
+    ("serverless", {"device_map": True}),
     ("ray_actors", {}),
     ("vllm_recreate", {}),
     ("vllm_sleep", {}),
@@ -239,10 +244,8 @@ def cached_pages(path):
         return sum(page & 1 for page in vector)
 
 
-@pytest.mark.skipif(
-    not (REPO / ".venv-vllm/bin/python").exists(),
-    reason="vLLM is not here: run `make vllm`",
-)
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_vllm_in_its_own_environment_gives_the_same_tokens(models, expected, tmp_path):
     """The engine is rebuilt at each change of the model, and kept while it stays the same."""
     names = ["llama", "llama", "phi"]
@@ -254,7 +257,7 @@ def test_vllm_in_its_own_environment_gives_the_same_tokens(models, expected, tmp
     (tmp_path / "task.json").write_text(json.dumps(task))
     done = subprocess.run(
         [
-            REPO / ".venv-vllm/bin/python",
+            environment.vllm_python(),
             REPO / "tests/support/serve_vllm.py",
             tmp_path,
         ],

@@ -12,24 +12,23 @@ bring all tensors of a checkpoint into memory of their own; here single pages go
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.frames import Extent, n_frames_in
-from djinn_lib.engine.memory.layout import Fill, Layout
-from djinn_lib.engine.memory.masters import HostMasters, Masters
+from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
+from djinn_lib.engine.memory.masters import MasterBytes
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
-from djinn_lib.paths import user_path
-from djinn_lib.units import format_bytes, parse_bytes
+from djinn_lib.units import format_bytes
 
 READ_BYTES = 16 << 20  # at a time and thread: enough to keep a disk busy
 N_READERS = 8
@@ -77,8 +76,8 @@ class DiskTier:
         """Host memory for masters in bytes."""
         return self._frames.numel()
 
-    def add(self, model: str, layout: Layout, fill: Fill) -> None:
-        """Write the master of `model`; see `Masters.add`.
+    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+        """Write the master of `model`; see `Store.add`.
 
         Raises:
             CapacityError: it is larger than the host memory, or the disk is full.
@@ -88,16 +87,24 @@ class DiskTier:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
         if not layout.n_bytes:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
-        n_pages = -(-layout.n_bytes // self._page_bytes)
+        if shrink is None:  # else nobody knows yet how large it is
+            self._ensure_fits(model, -(-layout.n_bytes // self._page_bytes))
+        file = SwapFile(self._folder, layout, self._page_bytes, fill, shrink)
+        try:
+            self._ensure_fits(model, file.n_pages)
+        except CapacityError:
+            file.close()
+            raise
+        with self._changed:
+            self._files[model] = file
+            self.ring.add(model, file.n_pages)
+
+    def _ensure_fits(self, model: str, n_pages: int) -> None:
         if n_pages > self.ring.n_frames:
             raise CapacityError(
                 f"expected host_capacity of at least {format_bytes(n_pages * self._page_bytes)} "
                 f"for {model!r}, got {format_bytes(self.n_bytes)}: raise it"
             )
-        file = SwapFile(self._folder, layout, self._page_bytes, fill)
-        with self._changed:
-            self._files[model] = file
-            self.ring.add(model, n_pages)
 
     def discard(self, model: str) -> None:
         """Delete the master of `model`, if there is one; waits for brief holds of it.
@@ -227,7 +234,14 @@ class DiskTier:
         offset = begin - page * self._page_bytes
         return self._frame(self.ring.frames(model)[page])[offset : offset + end - begin]
 
-    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+    def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Bytes `begin` to `end` of what is stored of a held model, page by page."""
+        cuts = range((begin // self._page_bytes + 1) * self._page_bytes, end, self._page_bytes)
+        return tuple(self.read(model, *piece) for piece in pairwise([begin, *cuts, end]))
+
+    def tables(
+        self, model: str, device: torch.device, moved_by: int = 0
+    ) -> dict[str, torch.Tensor]:
         """None: what stays in host memory for ever is no part of a tier.
 
         Raises:
@@ -245,8 +259,8 @@ class DiskTier:
         self._block_until_copied = block_until_copied
 
     def sha256(self, model: str) -> str:
-        """Hash of the packed bytes, to compare two masters or a master with the device."""
-        digest, n_bytes = hashlib.sha256(), self.layout(model).n_bytes
+        """Hash of what is stored, to compare two masters or a master with the device."""
+        digest, n_bytes = hashlib.sha256(), self._known(model).n_bytes
         self.hold(model)
         try:
             for begin in range(0, n_bytes, self._page_bytes):
@@ -255,6 +269,11 @@ class DiskTier:
         finally:
             self.let_go(model)
         return digest.hexdigest()
+
+    def sizes(self) -> dict[str, MasterBytes]:
+        """How many bytes each master has, in memory or not."""
+        files = tuple(self._files.items())
+        return {m: MasterBytes(file.layout.n_bytes, file.n_bytes) for m, file in files}
 
     def close(self) -> None:
         """Delete all masters, held or not, and free the host memory; twice is harmless."""
@@ -267,32 +286,3 @@ class DiskTier:
         if self._pin and self._frames.numel():
             host.unpin(self._frames)
         self._frames = self._frames[:0].clone()
-
-
-def open_masters(
-    host_capacity: int | str | None,
-    page_bytes: int,
-    swap_dir: str | Path | None = None,
-    pin: bool = False,
-) -> Masters:
-    """Return where master copies are kept: all in host memory, or on disk behind as much of it.
-
-    Args:
-        host_capacity: host memory for masters, in bytes or as text; None for as much as they need.
-        page_bytes: size of a page.
-        swap_dir: folder of the files on disk; default DJINN_SWAP_DIR, or the user's cache.
-        pin: register host memory with the CUDA driver.
-
-    Raises:
-        CapacityError, ConfigError: see `DiskTier`.
-    """
-    folder = None if swap_dir is None else user_path(swap_dir, "swap_dir")
-    if host_capacity is None:
-        return HostMasters(pin)
-    return DiskTier(parse_bytes(host_capacity), page_bytes, folder or default_folder(), pin)
-
-
-def default_folder() -> Path:
-    """DJINN_SWAP_DIR, or a folder in the user's cache."""
-    named = os.environ.get("DJINN_SWAP_DIR")
-    return user_path(named or "~/.cache/djinn/swap", "DJINN_SWAP_DIR")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after 
 Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
 Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes all tensors, given by name
 Advance = Callable[[int], object]  # called with how many more bytes have been written
+Shrink = Callable[[torch.Tensor], int]  # packs filled bytes in place: how many it takes, from 0 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ class Layout:
         """Every tensor but the lookup tables, as views of at least `paged_bytes`."""
         return {slot.name: slot.view(packed) for slot in self.paged}
 
-    def table_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The lookup tables, as views of at least `n_bytes`."""
+    def table_views(self, packed: torch.Tensor, moved_by: int = 0) -> dict[str, torch.Tensor]:
+        """The lookup tables, as views of `packed`, where they lie `moved_by` bytes earlier."""
         tables = self.slots[len(self.paged) :]
-        return {slot.name: slot.view(packed) for slot in tables}
+        moved = [replace(slot, offset=slot.offset - moved_by) for slot in tables]
+        return {slot.name: slot.view(packed) for slot in moved}

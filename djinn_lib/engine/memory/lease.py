@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from djinn_lib.engine.memory.devices.base import Reading, Stalls
+from djinn_lib.engine.memory.masters import MasterBytes
 
 
 @dataclass(slots=True)
@@ -99,6 +100,7 @@ class PagerStats:
         streamed: models larger than the ring, whose layers take turns.
         resident_bytes: of each model.
         frames: of each model's resident pages, in page order.
+        masters: bytes of each model's master, plain and as it is stored.
     """
 
     n_free: int
@@ -107,3 +109,4 @@ class PagerStats:
     streamed: frozenset[str]
     resident_bytes: dict[str, int]
     frames: dict[str, tuple[int, ...]]
+    masters: dict[str, MasterBytes]

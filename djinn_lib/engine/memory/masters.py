@@ -2,20 +2,28 @@
 
 A master is filled once and only read after that; an eviction has nothing to save. `HostMasters`
 keeps all of them in host memory; `DiskTier` keeps them on disk, behind as much host memory as it
-may use.
+may use. `CompressedMasters` keeps packed bytes in one of these two, and unpacks on the way.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from djinn_lib.engine.memory.devices import host
-from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.devices.base import Source
+from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
 from djinn_lib.errors import ConfigError
+
+
+class MasterBytes(NamedTuple):
+    """The size of one master: of the weights, and of what is stored of them."""
+
+    plain: int
+    stored: int
 
 
 class Masters(Protocol):
@@ -64,8 +72,8 @@ class Masters(Protocol):
         """
         ...
 
-    def read(self, model: str, begin: int, end: int) -> torch.Tensor:
-        """Bytes `begin` to `end` of a held model (1-d uint8, host), within one page of the pager.
+    def read(self, model: str, begin: int, end: int) -> Source:
+        """Bytes `begin` to `end` of a held model, for a copier: all of one page of the pager.
 
         To be read only.
         """
@@ -84,11 +92,36 @@ class Masters(Protocol):
         ...
 
     def sha256(self, model: str) -> str:
-        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        """Hash of the weights in packing order, to compare two masters or one with the device."""
+        ...
+
+    def sizes(self) -> dict[str, MasterBytes]:
+        """How many bytes each master has, wherever they are kept."""
         ...
 
     def close(self) -> None:
         """Free all masters; twice is harmless."""
+        ...
+
+
+class Store(Masters, Protocol):
+    """Masters of which others decide what is stored; see `CompressedMasters`."""
+
+    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+        """Make the master of `model`; `shrink` packs it when it is filled, and the rest is freed.
+
+        What `read` and `pieces` take is a place among the bytes that are left.
+        """
+        ...
+
+    def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Bytes `begin` to `end` of what is stored of a held model, in as many pieces as needed."""
+        ...
+
+    def tables(
+        self, model: str, device: torch.device, moved_by: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """The lookup tables, which `shrink` moved by as many bytes; see `Masters.tables`."""
         ...
 
 
@@ -105,17 +138,19 @@ class HostMasters:
         self._masters: dict[str, torch.Tensor] = {}
         self._layouts: dict[str, Layout] = {}
 
-    def add(self, model: str, layout: Layout, fill: Fill) -> None:
-        """Make the master of `model`; see `Masters.add`."""
+    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+        """Make the master of `model`; see `Store.add`."""
         if model in self._masters:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
         if not layout.n_bytes:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
         master = host.allocate(layout.n_bytes)
         fill(layout.views(master))
+        if shrink:
+            master = host.keep(master, shrink(master))
         if self._pin:
             host.pin(master)
-        self._masters[model], self._layouts[model] = master, layout
+        self._layouts[model], self._masters[model] = layout, master
 
     def discard(self, model: str) -> None:
         """Free the master of `model`, if there is one."""
@@ -144,7 +179,13 @@ class HostMasters:
             raise ConfigError(f"the model {model!r} is not in host memory yet; wait for its add()")
         return master[begin:end]
 
-    def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
+    def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
+        """Bytes `begin` to `end` of `model`, which are one piece."""
+        return (self.read(model, begin, end),)
+
+    def tables(
+        self, model: str, device: torch.device, moved_by: int = 0
+    ) -> dict[str, torch.Tensor]:
         """The lookup tables of `model`, in host memory, as tensors that `device` can read.
 
         Raises:
@@ -153,7 +194,7 @@ class HostMasters:
         layout = self._layouts[model]
         if not layout.n_tables:
             return {}
-        return layout.table_views(host.seen_from(self._masters[model], device))
+        return layout.table_views(host.seen_from(self._masters[model], device), moved_by)
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
         """Masters stay where they are until they are discarded, after their models are removed."""
@@ -161,6 +202,11 @@ class HostMasters:
     def sha256(self, model: str) -> str:
         """Hash of the packed bytes, to compare two masters or a master with the device."""
         return hashlib.sha256(self._masters[model].numpy().data).hexdigest()
+
+    def sizes(self) -> dict[str, MasterBytes]:
+        """How many bytes each master has."""
+        masters = tuple(self._masters.items())
+        return {m: MasterBytes(self._layouts[m].n_bytes, kept.numel()) for m, kept in masters}
 
     def close(self) -> None:
         """Free all masters."""

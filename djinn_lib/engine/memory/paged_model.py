@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from djinn_lib.engine.memory.devices.base import AddressSpace, Copier, Page, Range
+from djinn_lib.engine.memory.devices.base import AddressSpace, Copier, Page, Range, Source
 from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.lease import LeaseStats, Tally
 from djinn_lib.engine.memory.load import Load
@@ -68,7 +68,7 @@ class PagedModel:
         end = min(first_page + n_pages, self.n_stable_pages) * self.page_bytes
         return max(0, min(end, self.n_bytes) - begin)
 
-    def _read(self, begin: int, end: int) -> torch.Tensor:
+    def _read(self, begin: int, end: int) -> Source:
         return self._masters.read(self.name, begin, end)
 
     def check_bytes(self, n_bytes: int) -> None:
@@ -79,17 +79,33 @@ class PagedModel:
 
         Raises:
             AssertionError: naming the first byte that differs.
+            DjinnError: a compressed page of the master has changed.
         """
         self._masters.hold(self.name)
         try:
             for begin in range(0, n_bytes, self.page_bytes):
                 held = self.view[begin : min(begin + self.page_bytes, n_bytes)]
-                master = self._read(begin, begin + len(held)).to(held.device)
+                master = self._on_device(self._read(begin, begin + len(held)), held)
                 if not torch.equal(held, master):
                     first = begin + int((held != master).int().argmax())
                     raise AssertionError(f"{self.name!r} differs from its master at byte {first}")
         finally:
             self._masters.let_go(self.name)
+
+    def _on_device(self, source: Source, held: torch.Tensor) -> torch.Tensor:
+        """A page of the master, intact and decoded, on the device of the page it belongs to."""
+        if isinstance(source, torch.Tensor):
+            return source.to(held.device)
+        copied = torch.empty_like(held)
+        if copied.is_cpu:
+            source.copy_to(copied)
+            return copied
+        source.ensure_intact()
+        page_copy = self._copier.submit(copied, source, self._copier.mark())
+        page_copy.block_until_ended()
+        if page_copy.error:
+            raise page_copy.error
+        return copied
 
     # -- mapping ---------------------------------------------------------------------------
 

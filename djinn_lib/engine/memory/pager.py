@@ -233,6 +233,7 @@ class Pager:
                 frozenset(model for model, paged in models if paged.streamed),
                 {model: self.resident_bytes(model) for model, _ in models},
                 {model: self.ring.frames(model) for model, _ in models},
+                self._masters.sizes(),
             )
 
     def check(self) -> None:

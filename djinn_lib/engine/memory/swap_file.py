@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.units import format_bytes
 
@@ -34,26 +34,38 @@ class SwapFile:
         layout: how the tensors are packed.
         page_bytes: size of a page; the last one is padded.
         fill: writes all tensors.
+        shrink: packs them in place; what that leaves is cut off. Pages are then those of the
+            packed bytes.
+
+    Attributes:
+        n_bytes: of what is stored.
 
     Raises:
         ConfigError: the folder cannot be written to.
         CapacityError: the disk is full, or cannot keep what is written.
     """
 
-    def __init__(self, folder: Path, layout: Layout, page_bytes: int, fill: Fill) -> None:
-        self.layout, self._page_bytes = layout, page_bytes
-        n_pages = -(-layout.n_bytes // page_bytes)
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        page_bytes: int,
+        fill: Fill,
+        shrink: Shrink | None = None,
+    ) -> None:
+        self.layout, self.n_bytes, self._page_bytes = layout, layout.n_bytes, page_bytes
         path = _new_file(folder)
         try:
-            _allocate(path, n_pages * page_bytes)
-            packed = torch.from_file(
-                str(path), shared=True, size=n_pages * page_bytes, dtype=torch.uint8
-            )
+            size = self.n_pages * page_bytes
+            _allocate(path, size)
+            packed = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
             fill(layout.views(packed))
-            self._checksums = [
-                zlib.crc32(page.numpy().data) for page in packed.view(n_pages, page_bytes)
-            ]
-            del packed
+            if shrink:
+                self.n_bytes = shrink(packed)
+            pages = packed.split(page_bytes)[: self.n_pages]
+            self._checksums = [zlib.crc32(page.numpy().data) for page in pages]
+            del packed, pages
+            os.truncate(path, self.n_pages * page_bytes)
             self._fd = _open_direct(path)
         finally:
             path.unlink()
@@ -63,9 +75,14 @@ class SwapFile:
         except OSError as error:
             self.close()
             raise CapacityError(
-                f"expected {format_bytes(n_pages * page_bytes)} to be written to {folder}, got "
-                f"{error.strerror}: check the disk, or choose another folder with swap_dir="
+                f"expected {format_bytes(self.n_pages * page_bytes)} to be written to {folder}, "
+                f"got {error.strerror}: check the disk, or choose another folder with swap_dir="
             ) from error
+
+    @property
+    def n_pages(self) -> int:
+        """How many pages are stored."""
+        return -(-self.n_bytes // self._page_bytes)
 
     def read(self, first_page: int, frames: list[torch.Tensor]) -> None:
         """Read consecutive pages into frames of their size.

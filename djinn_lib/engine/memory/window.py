@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import torch
 
-from djinn_lib.engine.memory.devices.base import Copier, PageCopy
+from djinn_lib.engine.memory.devices.base import Copier, PageCopy, Source
 from djinn_lib.engine.memory.layout import Extents
 from djinn_lib.engine.memory.lease import Tally
 from djinn_lib.engine.memory.load import copy_failed
@@ -189,7 +189,7 @@ class Streamed:
         window: Window,
         n_bytes: int,
         view: torch.Tensor,
-        read: Callable[[int, int], torch.Tensor],
+        read: Callable[[int, int], Source],
         copier: Copier,
     ) -> None:
         self._window, self._n_bytes, self._view, self._read = window, n_bytes, view, read

@@ -14,6 +14,7 @@ from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.modes import Decode, default_decode, parse_decode
 from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
+from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
 from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
@@ -54,6 +55,9 @@ class EngineOptions:
         host_capacity: host memory for master copies, in bytes or as text; the rest is kept on disk
             and read when it is needed. Default is as much as all models need.
         swap_dir: where, with `host_capacity`; default DJINN_SWAP_DIR, or the user's cache.
+        masters: "compressed" keeps master copies of 16-bit weights in about 0.67 (bfloat16) or 0.86
+            (float16) of their bytes, without loss, and decodes them on the device, so that fewer
+            bytes cross the link. "auto" does so for models that get smaller by 5% or more.
         progress: whether `add` shows a bar while it reads and prepares a model, if that takes
             longer than a moment; or a function that is told the steps.
 
@@ -62,9 +66,11 @@ class EngineOptions:
         decode_mode: how new models decode.
         victims: the policy, which spares models that wait, with `lookahead`.
         tables: where lookup tables are.
+        master_form: how masters are kept.
 
     Raises:
         ConfigError: a parameter has no meaning.
+        PlatformError: compressed masters on a GPU without triton.
     """
 
     capacity: int | str
@@ -81,6 +87,7 @@ class EngineOptions:
     embeddings: Embeddings | None = None
     host_capacity: int | str | None = None
     swap_dir: str | Path | None = None
+    masters: MastersForm = "plain"
     progress: Show = True
     torch_device: torch.device = field(init=False)
     capacity_bytes: int = field(init=False)
@@ -88,6 +95,7 @@ class EngineOptions:
     decode_mode: Decode = field(init=False)
     victims: Policy = field(init=False)
     tables: Embeddings = field(init=False)
+    master_form: MastersForm = field(init=False)
 
     def __post_init__(self) -> None:
         device = parse_device(self.device)
@@ -107,6 +115,7 @@ class EngineOptions:
         resolved |= {
             "victims": self._victims(),
             "tables": choose_embeddings(self.embeddings, self.host_capacity is None),
+            "master_form": choose_masters(self.masters, device),
             "capacity_bytes": parse_bytes(self.capacity),
             "page_bytes": parse_bytes(page),
         }

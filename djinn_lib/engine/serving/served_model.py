@@ -1,4 +1,4 @@
-"""A model as `Djinn` serves it: what belongs to it beside its pages."""
+"""A model as `Djinn` serves it: everything that belongs to it except its pages."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from djinn_lib.errors import ConfigError, shown
 
 @dataclass(slots=True)
 class ServedModel:
-    """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
+    """A module bound to its addresses, with its units, tokenizer and decoder.
 
-    `n_bytes` are those that are paged. Users get the module's twin, from `lending`. Once it is
-    `removed`, its addresses are nobody's, whatever model may have its name.
+    `n_bytes` counts the paged bytes. Users get the module's twin, from `lending`. Once the model is
+    `removed`, its addresses are invalid, even if another model has the same name.
     """
 
     name: str
@@ -51,13 +51,13 @@ class ServedModel:
     def ask(
         self, prompt: object, sampling: Sampling
     ) -> GenerationRequest | list[GenerationRequest]:
-        """Return the request for a prompt, or one for each of a list of them.
+        """Return the request for a prompt, or a list of requests for a list of prompts.
 
-        Everything is checked here, before anything waits or is loaded.
+        Everything is checked here, before any wait or load.
 
         Args:
             prompt: see `prompts.read_prompts`.
-            sampling: how to continue it.
+            sampling: how to choose tokens, and how many.
 
         Raises:
             ConfigError: this model cannot continue it; the message says why.
@@ -88,18 +88,18 @@ class ServedModel:
         """Return the token ids of `text`.
 
         Raises:
-            ConfigError: the model has no tokenizer, or its tokenizer cannot encode this or gives
-                ids that the model does not know.
+            ConfigError: the model has no tokenizer, or its tokenizer cannot encode the text or
+                gives ids outside the model's vocabulary.
         """
         if not isinstance(text, str):
             raise ConfigError(f"expected text to tokenize, got {shown(text)}")
         return self._known(self._tokenizer().encode(text))
 
     def chat_ids(self, messages: object) -> list[int]:
-        """Return the token ids of a conversation, up to where the model is to answer.
+        """Return the token ids of a conversation, up to the start of the model's answer.
 
         Raises:
-            ConfigError: the model has no tokenizer or chat template, or the template cannot take
+            ConfigError: the model has no tokenizer or chat template, or the template cannot format
                 these messages.
         """
         return self._known(self._tokenizer().encode_chat(messages))
@@ -113,7 +113,7 @@ class ServedModel:
         return self.tokenizer
 
     def _known(self, ids: list[int]) -> list[int]:
-        """The ids that its tokenizer gave, if the model knows them."""
+        """Return the tokenizer's ids if all of them are in the model's vocabulary."""
         n_ids = vocabulary(self.module)
         if outside := [i for i in ids if not 0 <= i < n_ids]:
             raise ConfigError(
@@ -124,5 +124,5 @@ class ServedModel:
         return ids
 
     def text(self, token_ids: Sequence[int]) -> str | None:
-        """Return what token ids say; None without a tokenizer, or one that cannot decode them."""
+        """Decode token ids; None without a tokenizer, or if it cannot decode them."""
         return self.tokenizer.decode(token_ids) if self.tokenizer else None

@@ -15,9 +15,10 @@ from tiny import PROMPT, ordinary_tokens, spec
 import djinn_lib as dj
 from djinn_lib.engine.memory import disk_tier
 from djinn_lib.engine.memory.devices import base, host
-from djinn_lib.engine.memory.disk_tier import DiskTier, open_masters
+from djinn_lib.engine.memory.disk_tier import DiskTier
 from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.memory.opening import open_masters
 from djinn_lib.engine.memory.swap_file import BLOCK_BYTES
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
 

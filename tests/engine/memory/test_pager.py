@@ -6,35 +6,35 @@ import time
 import psutil
 import pytest
 import torch
+from weights import FORMS, fill_with, in_form, layout_of, weights_of
 
 from djinn_lib.engine.memory.devices import base
-from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, Lookahead
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
 
 PAGE = 16 << 10
+COPY_PAGE = base.copy_page
 CPU = torch.device("cpu")
 SIZES = {"a": 10 * PAGE - 7, "b": 9 * PAGE, "c": 4 * PAGE + 1}
 
 
-def make_pager(sizes, n_frames, eviction="pages", policy="lru"):
-    """A pager over models of random bytes; `sizes` in bytes by name."""
-    pool = HostMasters()
-    generator = torch.Generator().manual_seed(0)
+def make_pager(sizes, n_frames, eviction="pages", policy="lru", form="plain"):
+    """A pager over models of random weights, and their bytes; `sizes` in bytes by name."""
+    pool = in_form(HostMasters(), form, PAGE)
+    masters = {name: weights_of(n_bytes, ord(name)) for name, n_bytes in sizes.items()}
     for name, n_bytes in sizes.items():
-        layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
-        pool.add(name, layout, lambda views: views["w"].random_(0, 256, generator=generator))
+        pool.add(name, layout_of(n_bytes), fill_with(masters[name]))
     pager = Pager(pool, n_frames * PAGE, PAGE, CPU, policy, eviction)
     views = {name: pager.add(name, n_bytes) for name, n_bytes in sizes.items()}
-    return pager, pool, views
+    return pager, masters, views
 
 
-@pytest.fixture
-def three():
-    pager, pool, views = make_pager(SIZES, n_frames=16)
-    yield pager, pool, views
+@pytest.fixture(params=FORMS)
+def three(request):
+    pager, masters, views = make_pager(SIZES, n_frames=16, form=request.param)
+    yield pager, masters, views
     pager.close()
 
 
@@ -51,25 +51,25 @@ class Flaky:
         self.n_copied += 1
         if self.fail_at == self.n_copied:
             raise OSError(5, "Input/output error")
-        target.copy_(source)
+        COPY_PAGE(target, source)
 
 
 def test_a_lease_brings_the_bytes(three):
-    pager, pool, views = three
+    pager, masters, views = three
     with pager.lease("a") as lease:
         pager.wait("a", 10 * PAGE - 7)
-        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.master("a"))
+        assert torch.equal(views["a"][: 10 * PAGE - 7], masters["a"])
     assert lease.stats.loaded_bytes == 10 * PAGE - 7
     assert (lease.stats.resident_before_bytes, lease.stats.evicted_bytes) == (0, 0)
 
 
 def test_finish_blocks_until_everything_is_there(three, monkeypatch):
-    pager, pool, views = three
+    pager, masters, views = three
     flaky = Flaky(monkeypatch)
     with pager.lease("b"):
         pager.block_until_loaded("b")
         assert flaky.n_copied == 9
-        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+        assert torch.equal(views["b"][: 9 * PAGE], masters["b"])
     with pytest.raises(LeaseError):
         pager.block_until_loaded("b")
     pager.evict("b")
@@ -101,7 +101,7 @@ def test_a_victim_keeps_its_prefix(three):
 
 
 def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
-    pager, pool, views = three
+    pager, masters, views = three
     flaky = Flaky(monkeypatch)
     flaky.gate.clear()
     with pager.lease("b") as lease:
@@ -109,7 +109,7 @@ def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
         copied = threading.Thread(target=lambda: (time.sleep(0.05), flaky.gate.set()))
         copied.start()
         pager.wait("b", 1)
-        assert torch.equal(views["b"][:PAGE], pool.master("b")[:PAGE])
+        assert torch.equal(views["b"][:PAGE], masters["b"][:PAGE])
         assert lease.stats.stall_s >= 0.04
         copied.join()
 
@@ -165,14 +165,14 @@ def test_two_leases_share_one_load_and_its_failure(three, monkeypatch):
 
 
 def test_an_abandoned_load_ends_before_its_frames_go_to_another(three, monkeypatch):
-    pager, pool, views = three
+    pager, masters, views = three
     flaky = Flaky(monkeypatch)
     flaky.gate.clear()
     pager.lease("a").release()  # given up while not one page is there
     threading.Timer(0.05, flaky.gate.set).start()
     with pager.lease("b"):
         pager.wait("b", 9 * PAGE)
-        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+        assert torch.equal(views["b"][: 9 * PAGE], masters["b"])
     pager.check()
 
 
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_added_leaves_nothing(monkeypatch, step):
 
 def test_nothing_changes_when_a_leased_model_is_to_go():
     policy = Watched()
-    pager, pool, views = make_pager(SIZES, 16, policy=policy)
+    pager, masters, views = make_pager(SIZES, 16, policy=policy)
     with pager.lease("a") as lease:
         pager.block_until_loaded("a")
         known, frames = policy.told.copy(), pager.ring.frames("a")
@@ -254,7 +254,7 @@ def test_nothing_changes_when_a_leased_model_is_to_go():
                 refused("a")
         assert policy.told == known and pager.ring.frames("a") == frames
         pager.wait("a", 10 * PAGE - 7)
-        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.master("a"))
+        assert torch.equal(views["a"][: 10 * PAGE - 7], masters["a"])
     assert lease.stats.loaded_bytes == 10 * PAGE - 7
     pager.remove("a")
     for asked in (
@@ -273,7 +273,7 @@ def test_nothing_changes_when_a_leased_model_is_to_go():
 
 def test_a_device_that_fails_while_it_is_waited_for_keeps_all_in_step(three, monkeypatch):
     """As CUDA does, once a kernel has failed: then no call to wait for the device succeeds."""
-    pager, pool, views = three
+    pager, masters, views = three
     broken = threading.Event()
 
     def synchronize():
@@ -294,7 +294,7 @@ def test_a_device_that_fails_while_it_is_waited_for_keeps_all_in_step(three, mon
     pager.check()
     with pager.lease("b"):
         pager.block_until_loaded("b")
-        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+        assert torch.equal(views["b"][: 9 * PAGE], masters["b"])
 
 
 def test_a_lease_ends_whatever_marking_its_end_raises(three, monkeypatch):
@@ -389,7 +389,7 @@ def test_nothing_leaks():
 
 
 def test_ahead_only_what_nobody_else_needs_and_only_beside_a_lease(three):
-    pager, pool, views = three
+    pager, masters, views = three
     assert pager.prefetch("a") == 0  # without a lease the frames are for the next one
     with pager.lease("c"):
         pager.wait("c", 4 * PAGE + 1)
@@ -399,7 +399,7 @@ def test_ahead_only_what_nobody_else_needs_and_only_beside_a_lease(three):
         assert pager.resident_bytes("b") == PAGE
     with pager.lease("a") as lease:
         pager.wait("a", 10 * PAGE - 7)
-        assert torch.equal(views["a"][: 10 * PAGE - 7], pool.master("a"))
+        assert torch.equal(views["a"][: 10 * PAGE - 7], masters["a"])
     assert (lease.stats.prefetched_bytes, lease.stats.resident_before_bytes) == (10 * PAGE - 7, 0)
     assert lease.stats.loaded_bytes == 10 * PAGE - 7
     assert lease.stats.evicted_bytes == 8 * PAGE
@@ -410,7 +410,7 @@ def test_ahead_only_what_nobody_else_needs_and_only_beside_a_lease(three):
 
 
 def test_a_copy_ahead_that_failed_is_made_good_by_the_lease(three, monkeypatch):
-    pager, pool, views = three
+    pager, masters, views = three
     flaky = Flaky(monkeypatch)
     with pager.lease("c"):
         pager.block_until_loaded("c")
@@ -422,7 +422,7 @@ def test_a_copy_ahead_that_failed_is_made_good_by_the_lease(three, monkeypatch):
             time.sleep(0.001)
     with pager.lease("b") as lease:
         pager.wait("b", 9 * PAGE)
-        assert torch.equal(views["b"][: 9 * PAGE], pool.master("b"))
+        assert torch.equal(views["b"][: 9 * PAGE], masters["b"])
         assert (lease.stats.prefetched_bytes, lease.stats.loaded_bytes) == (2 * PAGE, 9 * PAGE)
     pager.check()
 

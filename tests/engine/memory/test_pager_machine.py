@@ -1,9 +1,9 @@
 """The pager against a naive model, with everything that can fail failing.
 
 Models smaller and larger than the ring, with weights that units share and without; masters in
-memory and on disk, any policy; requests that read every byte of a forward pass, requests given up,
-models loaded ahead; copies, mappings and disk reads that fail. Whatever happened, leased bytes are
-right and every frame is accounted for.
+memory and on disk, compressed or not, any policy; requests that read every byte of a forward pass,
+requests given up, models loaded ahead; copies, mappings and disk reads that fail. Whatever
+happened, leased bytes are right and every frame is accounted for.
 """
 
 import tempfile
@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from naive_window import frames_by_prefix, merged, one_after_another
 from test_pager import CPU, PAGE, Flaky
+from weights import FORMS, fill_with, in_form, layout_of, weights_of
 
 from djinn_lib.engine.memory import disk_tier
 from djinn_lib.engine.memory.devices import cpu
-from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import POLICIES
@@ -46,14 +46,16 @@ class PagerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["pages", "models"]),
         policy=st.sampled_from(sorted(POLICIES)),
         on_disk=st.booleans(),
+        form=st.sampled_from(FORMS),
     )
-    def start(self, n_frames, models, eviction, policy, on_disk):
+    def start(self, n_frames, models, eviction, policy, on_disk, form):
         self.patch = pytest.MonkeyPatch()
         self.flaky = Flaky(self.patch)
         self.folder = tempfile.TemporaryDirectory()
-        self.pool = HostMasters()
+        self.tier = None
         if on_disk:  # room for the largest model and a little more
-            self.pool = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
+            self.tier = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
+        self.pool = in_form(self.tier or HostMasters(), form, PAGE)
         self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, eviction)
         self.units, self.masters, self.views = {}, {}, {}
         self.held = []
@@ -64,16 +66,14 @@ class PagerMachine(RuleBasedStateMachine):
     def add(self, model, shared, own):
         units = units_of(shared, own)
         n_bytes = units[-1][-1][1]
-        generator = torch.Generator().manual_seed(n_bytes)
-        master = torch.randint(0, 256, (n_bytes,), generator=generator, dtype=torch.uint8)
+        master = weights_of(n_bytes, n_bytes)
         try:
             view = self.pager.add(model, n_bytes, units)
         except CapacityError:  # what units share and two in a row are larger than the ring
             assert -(-n_bytes // PAGE) > self.pager.ring.n_frames
             assert min(frames_by_prefix(units, PAGE).values()) > self.pager.ring.n_frames
             return
-        layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
-        self.pool.add(model, layout, lambda views: views["w"].copy_(master))
+        self.pool.add(model, layout_of(n_bytes), fill_with(master))
         self.units[model], self.masters[model], self.views[model] = units, master, view
 
     def draw(self, data):
@@ -143,7 +143,7 @@ class PagerMachine(RuleBasedStateMachine):
             except PlatformError:
                 assert missing
 
-    @precondition(lambda self: isinstance(self.pool, disk_tier.DiskTier))
+    @precondition(lambda self: self.tier)
     @rule(data=st.data())
     def disk_fails(self, data):
         model = self.draw(data)
@@ -230,8 +230,8 @@ class PagerMachine(RuleBasedStateMachine):
     def audit(self):
         if hasattr(self, "pager"):
             self.pager.ring.check()
-            if isinstance(self.pool, disk_tier.DiskTier):
-                self.pool.ring.check()
+            if self.tier:
+                self.tier.ring.check()
 
     def teardown(self):
         if hasattr(self, "pager"):

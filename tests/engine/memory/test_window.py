@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from naive_window import frames_by_prefix, merged, one_after_another, pages_of
 from test_pager import CPU, PAGE
 from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
+from weights import FORMS, fill_with, in_form, layout_of, weights_of
 
 import djinn_lib as dj
 from djinn_lib.engine.memory.devices import base
-from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.window import Rotation, Window
@@ -125,55 +125,55 @@ def test_homes_of_slots():
     assert window.homes(1, 1) == [(4, 1), (6, 1), (8, 1)]
 
 
-@pytest.fixture
-def large():
+@pytest.fixture(params=FORMS)
+def large(request):
     """A pager of 8 frames, a model of 20 pages in units of 2, and one of 4 pages."""
-    pool, sizes = HostMasters(), {"large": 20 * PAGE - 5, "small": 4 * PAGE}
-    generator = torch.Generator().manual_seed(0)
+    sizes = {"large": 20 * PAGE - 5, "small": 4 * PAGE}
+    pool = in_form(HostMasters(), request.param, PAGE)
+    masters = {name: weights_of(n_bytes) for name, n_bytes in sizes.items()}
     for name, n_bytes in sizes.items():
-        layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
-        pool.add(name, layout, lambda views: views["w"].random_(0, 256, generator=generator))
+        pool.add(name, layout_of(n_bytes), fill_with(masters[name]))
     pager = Pager(pool, 8 * PAGE, PAGE, CPU)
     units = one_after_another([2 * PAGE] * 9 + [2 * PAGE - 5])
     views = {"large": pager.add("large", sizes["large"], units)}
     views["small"] = pager.add("small", sizes["small"])
-    yield pager, pool, views, units
+    yield pager, masters, views, units
     pager.close()
 
 
-def forward(pager, pool, views, units):
+def forward(pager, masters, views, units):
     """Read every unit as it becomes ready, as a forward pass does."""
     for extents in units:
         pager.wait_for("large", extents)
         for begin, end in extents:
-            assert torch.equal(views["large"][begin:end], pool.master("large")[begin:end])
+            assert torch.equal(views["large"][begin:end], masters["large"][begin:end])
 
 
 def test_layers_take_turns_and_smaller_models_come_between(large):
-    pager, pool, views, units = large
+    pager, masters, views, units = large
     assert pager.is_streamed("large") and not pager.is_streamed("small")
     for _ in range(3):
         with pager.lease("large") as lease:
             pager.block_until_loaded("large")
             for _ in range(3):
-                forward(pager, pool, views, units)
+                forward(pager, masters, views, units)
         assert lease.stats.loaded_bytes >= 3 * 15 * PAGE  # 4 of 20 pages stay, and some come ahead
         assert pager.resident_bytes("large") == 4 * PAGE
         with pager.lease("small") as lease:
             pager.wait("small", 4 * PAGE)
-            assert torch.equal(views["small"], pool.master("small"))
+            assert torch.equal(views["small"], masters["small"])
         pager.check()
         assert pager.resident_bytes("large") == 4 * PAGE  # only the window went
         pager.evict("small")
 
 
 def test_a_pass_copies_only_what_does_not_stay(large):
-    pager, pool, views, units = large
+    pager, masters, views, units = large
     with pager.lease("large") as lease:
-        forward(pager, pool, views, units)
+        forward(pager, masters, views, units)
         first = lease.stats.loaded_bytes
         for _ in range(4):
-            forward(pager, pool, views, units)
+            forward(pager, masters, views, units)
         assert lease.stats.loaded_bytes - first == 4 * (16 * PAGE - 5)
 
 

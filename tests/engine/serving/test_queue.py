@@ -62,7 +62,7 @@ def test_bad_input():
     with pytest.raises(LookupError, match="empty queue"):
         RequestQueue().pop(nobody)
     queue = filled("a")
-    with pytest.raises(ConfigError, match="waits already"):
+    with pytest.raises(ConfigError, match="already queued"):
         queue.push(0, "a")
 
 

@@ -8,7 +8,8 @@ import torch
 
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier
 from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace, ThreadCopier
-from djinn_lib.engine.memory.devices.cuda import CudaAddressSpace, StreamCopier
+from djinn_lib.engine.memory.devices.cuda import CudaAddressSpace
+from djinn_lib.engine.memory.devices.cuda_copies import StreamCopier
 from djinn_lib.errors import ConfigError
 
 

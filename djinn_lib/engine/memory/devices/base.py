@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from djinn_lib.engine.memory.compressed.page import CompressedPage
 from djinn_lib.errors import ConfigError, PlatformError
 from djinn_lib.units import format_bytes
 
-Page = tuple[torch.Tensor, torch.Tensor]  # where on the device, and from where on the host
+Source = torch.Tensor | CompressedPage  # bytes of one page on the host
+Page = tuple[torch.Tensor, Source]  # where on the device, and from where on the host
 
 
 # -- addresses -----------------------------------------------------------------------------------
@@ -223,8 +225,8 @@ class Copier(ABC):
     """Copies pages in the background, one after the other."""
 
     @abstractmethod
-    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> PageCopy:
-        """Queue the copy of one mapped page.
+    def submit(self, target: torch.Tensor, source: Source, after: Any = None) -> PageCopy:
+        """Queue the copy of one mapped page, which unpacks it where it is packed.
 
         Args:
             target, source: see `Page`.
@@ -247,6 +249,9 @@ class Copier(ABC):
         """Block until no copy is in flight, and free what the copier holds."""
 
 
-def copy_page(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy_page(target: torch.Tensor, source: Source) -> None:
     """Copy one page; a function of its own, so that tests can make it fail."""
-    target.copy_(source, non_blocking=True)
+    if isinstance(source, CompressedPage):
+        source.copy_to(target)
+    else:
+        target.copy_(source, non_blocking=True)

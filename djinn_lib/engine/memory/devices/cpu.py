@@ -26,6 +26,7 @@ from djinn_lib.engine.memory.devices.base import (
     PageCopy,
     Range,
     Refused,
+    Source,
     Stalls,
 )
 from djinn_lib.errors import CapacityError, PlatformError
@@ -54,6 +55,8 @@ class CpuAddressSpace(AddressSpace):
         self._fd = -1
         _require_memfd()
         super().__init__(n_frames, page_bytes)
+        if frames is None:  # first: what does not fit is not helped by larger pages
+            host.require(n_frames * page_bytes, "the ring", "lower the capacity")
         _require_mappings(n_frames)
         self._libc = _libc()
         if frames is None:
@@ -63,7 +66,6 @@ class CpuAddressSpace(AddressSpace):
 
     def _make_frames(self) -> None:
         n_bytes = self.n_frames * self.page_bytes
-        host.require(n_bytes, "the ring", "lower the capacity")
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
             os.posix_fallocate(self._fd, 0, n_bytes)
@@ -198,12 +200,12 @@ class ThreadCopy(PageCopy):
 
 
 class ThreadCopier(Copier):
-    """Copies with one background thread; torch releases the interpreter lock while it copies."""
+    """Copies with one background thread; torch and numpy release the interpreter lock meanwhile."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="djinn-copier")
 
-    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> ThreadCopy:
+    def submit(self, target: torch.Tensor, source: Source, after: Any = None) -> ThreadCopy:
         """Hand the page to the thread; computations before this call have ended."""
         return ThreadCopy(self._thread.submit(base.copy_page, target, source))
 

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as a device: the driver's virtual memory management, and copies on a stream.
+"""An NVIDIA GPU as a device: the driver's virtual memory management.
 
 Frames are physical allocations (`cuMemCreate`), a range is `cuMemAddressReserve`, and a page is
 mapped with `cuMemMap` and `cuMemSetAccess`. None of these waits for the device, so copies and
@@ -7,21 +7,13 @@ kernels in flight are not stalled. See the CUDA driver API, "Virtual Memory Mana
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from djinn_lib.engine.memory.devices import base, host
-from djinn_lib.engine.memory.devices.base import (
-    AddressSpace,
-    Copier,
-    PageCopy,
-    Range,
-    Refused,
-    Stalls,
-)
+from djinn_lib.engine.memory.devices import host
+from djinn_lib.engine.memory.devices.base import AddressSpace, Range, Refused
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.nvml import gpu_processes
 from djinn_lib.units import format_bytes
@@ -224,76 +216,3 @@ def _require_virtual_memory(device: torch.device) -> None:
             f"expected a GPU with virtual memory management, got "
             f"{torch.cuda.get_device_name(device)}: use a GPU of Pascal or later, not under WSL1"
         )
-
-
-class StreamCopy(PageCopy):
-    """A page that a CUDA stream copies: the event behind it, or why it was not submitted."""
-
-    def __init__(
-        self, arrival: torch.cuda.Event | None, error: BaseException | None = None
-    ) -> None:
-        self._arrival, self._error = arrival, error
-
-    @property
-    def ended(self) -> bool:
-        """Whether the page is there, or failed."""
-        arrival = self._arrival
-        if arrival is not None and arrival.query():
-            self._arrival = None  # not asked again
-        return self._arrival is None
-
-    @property
-    def error(self) -> BaseException | None:
-        """Known from the beginning."""
-        return self._error
-
-    def wait(self, stalls: Stalls) -> None:
-        """Make the current stream wait for the page; the host does not wait."""
-        if (arrival := self._arrival) is not None and not self.ended:
-            stalls.hold(arrival)
-
-    def block_until_ended(self) -> None:
-        """Block until the page is there."""
-        if (arrival := self._arrival) is not None:
-            arrival.synchronize()
-
-
-class StreamCopier(Copier):
-    """Copies on a CUDA stream of its own, from pinned memory at the rate of the link."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    def submit(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> StreamCopy:
-        """Submit the page to the stream; the host does not wait for it."""
-        try:
-            if after is not None:
-                self._stream.wait_event(after)
-            with torch.cuda.stream(self._stream):
-                base.copy_page(target, source)
-                return StreamCopy(_event(self._stream))
-        except BaseException as error:
-            with suppress(RuntimeError):  # perhaps it was submitted after all, and has no event
-                self._stream.synchronize()
-            if not isinstance(error, Exception):  # an interrupt of the caller
-                raise
-            return StreamCopy(None, error)
-
-    def mark(self) -> torch.cuda.Event:
-        """Mark the current stream."""
-        return _event(torch.cuda.current_stream(self._stream.device))
-
-    def fence(self) -> Callable[[], None]:
-        """Mark the current stream."""
-        return self.mark().synchronize
-
-    def close(self) -> None:
-        """Block until no copy is in flight."""
-        self._stream.synchronize()
-
-
-def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event behind the work that the stream has been given so far."""
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import resource
 from contextlib import suppress
@@ -110,6 +111,21 @@ def allocate(
     memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     return tensor.zero_() if now else tensor
+
+
+def keep(memory: torch.Tensor, n_bytes: int) -> torch.Tensor:
+    """Return the first `n_bytes` of memory that was allocated here, and give the others back."""
+    begin = memory.data_ptr() + n_bytes
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    if (n_left := memory.data_ptr() + memory.numel() - begin) > 0:
+        _libc().madvise(begin, n_left, mmap.MADV_DONTNEED)  # at worst they stay
+    return memory[:n_bytes]
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 def require(n_bytes: int, use: str, instead: str) -> None:

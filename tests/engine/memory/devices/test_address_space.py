@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from enum import Enum
+from pathlib import Path
 
 import psutil
 import pytest
@@ -223,8 +224,14 @@ def test_a_full_memory_at_allocation_is_reported(monkeypatch):
 
 
 def test_too_many_mappings_are_refused():
+    n_frames = int(Path("/proc/sys/vm/max_map_count").read_text())
     with pytest.raises(PlatformError, match=r"vm\.max_map_count"):
-        CpuAddressSpace(10**8, 4096)
+        CpuAddressSpace(n_frames, 4096)
+
+
+def test_what_does_not_fit_is_not_told_to_take_larger_pages():
+    with pytest.raises(CapacityError, match="lower the capacity"):
+        CpuAddressSpace(10**9, 1 << 20)
 
 
 def test_a_platform_without_memfd_is_refused(monkeypatch):

@@ -1,0 +1,397 @@
+"""Compressed masters: bits that come back, sizes, damage that is found, memory given back."""
+
+import gc
+import os
+import threading
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from tiny import PROMPT, spec
+from weights import fill_with, layout_of, weights_of
+
+import djinn_lib as dj
+from djinn_lib.engine.memory import opening
+from djinn_lib.engine.memory.compressed import compress
+from djinn_lib.engine.memory.compressed.compress import compress_model, compress_page
+from djinn_lib.engine.memory.compressed.decode import decode
+from djinn_lib.engine.memory.compressed.encode import encode
+from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, EXPONENT_BITS, TILE_WORDS
+from djinn_lib.engine.memory.compressed.masters import CompressedMasters
+from djinn_lib.engine.memory.compressed.page import CompressedPage
+from djinn_lib.engine.memory.disk_tier import DiskTier
+from djinn_lib.engine.memory.layout import Layout
+from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.memory.opening import open_masters
+from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
+
+PAGE = 16 << 10
+CPU = torch.device("cpu")
+BITS = st.sampled_from(sorted(EXPONENT_BITS.values()))
+DTYPES = sorted(EXPONENT_BITS, key=str)
+
+
+def words_of(weights):
+    return weights.view(torch.int16).numpy().view(np.uint16)
+
+
+def normal(n_words, dtype, sigma=0.02, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(n_words, dtype=dtype).normal_(0, sigma, generator=generator)
+
+
+def round_trip(words, bits):
+    """Compress and decode; returns the compressed bytes."""
+    compressed, form = encode(words, bits)
+    assert (form.n_words, form.n_bytes) == (len(words), len(compressed))
+    again = np.full_like(words, 0xA5A5)
+    decode(compressed, form, again)
+    assert np.array_equal(again, words)
+    return compressed
+
+
+# -- the form ------------------------------------------------------------------------------------
+
+
+@given(npst.arrays(np.uint16, st.integers(1, 300)), BITS)
+@settings(deadline=None)
+def test_any_bits_come_back(words, bits):
+    round_trip(words, bits)
+
+
+@given(
+    pieces=st.lists(
+        st.tuples(
+            st.one_of(
+                st.integers(0, 0xFFFF),  # a constant
+                st.sampled_from(["normal", "random", "rising", "special"]),
+            ),
+            st.integers(1, 3 * BLOCK_WORDS),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    bits=BITS,
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_pages_of_very_different_pieces_come_back(pieces, bits, seed):
+    rng = np.random.default_rng(seed)
+    special = np.array([0, 0x8000, 1, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x7C00, 0xFC01])
+    made = {
+        "normal": lambda n: words_of(normal(n, torch.bfloat16, 10.0 ** rng.integers(-6, 3))),
+        "random": lambda n: rng.integers(0, 1 << 16, n),
+        "rising": lambda n: np.arange(n),
+        "special": lambda n: rng.choice(special, n),
+    }
+    parts = [made[k](n) if isinstance(k, str) else np.full(n, k) for k, n in pieces]
+    round_trip(np.concatenate(parts).astype(np.uint16), bits)
+
+
+@pytest.mark.parametrize("bits", sorted(EXPONENT_BITS.values()))
+@pytest.mark.parametrize("n_words", [1, 3, 4, 5, BLOCK_WORDS, BLOCK_WORDS + 1, TILE_WORDS + 7])
+def test_lengths_around_blocks_and_tiles_come_back(n_words, bits):
+    round_trip(words_of(normal(n_words, torch.bfloat16)), bits)
+    round_trip(np.full(n_words, 0x3F80, np.uint16), bits)
+
+
+@pytest.mark.parametrize("bits", sorted(EXPONENT_BITS.values()))
+def test_all_patterns_come_back_in_any_order(bits, rng):
+    every = np.arange(1 << 16, dtype=np.uint16)
+    round_trip(every, bits)
+    round_trip(rng.permutation(np.repeat(every, 2)), bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_that_are_no_numbers_come_back(dtype):
+    weights = normal(5 * BLOCK_WORDS, dtype)
+    weights[::97], weights[1::97] = float("inf"), float("-inf")
+    weights[2::97], weights[3::97] = torch.finfo(dtype).smallest_normal / 4, -0.0
+    words = words_of(weights)
+    words[4::97] = {torch.bfloat16: 0x7FA5, torch.float16: 0xFE5A}[dtype]  # a NaN that says more
+    round_trip(words, EXPONENT_BITS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.bfloat16, 0.672), (torch.float16, 0.861)], ids=str
+)
+@pytest.mark.parametrize("sigma", [0.02, 0.013, 1.0])
+def test_size_of_normal_weights(dtype, most, sigma):
+    weights = normal(4 * TILE_WORDS, dtype, sigma)
+    compressed = round_trip(words_of(weights), EXPONENT_BITS[dtype])
+    assert len(compressed) <= most * weights.nbytes
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.75), (5, 1.125)])
+def test_the_worst_case_is_as_stated(bits, most):
+    at = np.arange(TILE_WORDS)
+    sampled, others = at // 8 % 9, 10 + at % 16  # what is counted is not what the page has
+    words = np.where(at % 8 == 0, sampled, others).astype(np.uint16) << (15 - bits)
+    compressed = round_trip(words, bits)
+    sections = 12 * 16 + 16 + 9 * 16  # starts, ranks, alignment
+    assert 0.79 * most < len(compressed) / TILE_WORDS - 2 <= most + sections / TILE_WORDS
+
+
+# -- a whole model -------------------------------------------------------------------------------
+
+LAYOUTS = st.lists(
+    st.tuples(
+        st.integers(1, 3 * PAGE),
+        st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int64]),
+        st.booleans(),  # random bits, which do not shrink
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def filled(drawn, n_tables):
+    """A layout of tensors of so many bytes each, and its bytes."""
+    shaped = [
+        (f"t{i}", (max(1, n_bytes // dtype.itemsize),), dtype)
+        for i, (n_bytes, dtype, _) in enumerate(drawn)
+    ]
+    n_paged = max(1, len(shaped) - n_tables)
+    layout = Layout.pack(shaped[:n_paged], shaped[n_paged:])
+    content = torch.zeros(layout.n_bytes, dtype=torch.uint8)
+    for i, (slot, (_, _, is_random)) in enumerate(zip(layout.slots, drawn, strict=True)):
+        view = slot.view(content)
+        if slot.dtype.is_floating_point and not is_random:
+            view.normal_(0, 0.02)
+        else:
+            generator = torch.Generator().manual_seed(i)
+            view.view(torch.uint8).random_(0, 256, generator=generator)
+    return layout, content
+
+
+@given(drawn=LAYOUTS, n_tables=st.integers(0, 2))
+@settings(deadline=None, max_examples=30)
+def test_models_of_mixed_dtypes_come_back(drawn, n_tables):
+    layout, content = filled(drawn, n_tables)
+    masters, plain = CompressedMasters(HostMasters(), PAGE), HostMasters()
+
+    def fill(views):
+        for name, view in layout.views(content).items():
+            views[name].copy_(view)
+
+    for each in (masters, plain):
+        each.add("m", layout, fill)
+    for begin in range(0, layout.paged_bytes, PAGE):
+        end = min(begin + PAGE, layout.paged_bytes)
+        assert torch.equal(plain_page(masters, "m", begin, end), content[begin:end])
+    tables = masters.tables("m", CPU)
+    for name, view in layout.table_views(content).items():
+        assert torch.equal(tables[name].view(torch.uint8), view.view(torch.uint8))
+        assert tables[name].data_ptr() % 64 == 0
+    assert masters.sha256("m") == plain.sha256("m")
+    assert masters.n_bytes == masters.sizes()["m"].stored <= plain.n_bytes
+    masters.close()
+
+
+def plain_page(masters, model, begin, end):
+    page = masters.read(model, begin, end)
+    if isinstance(page, CompressedPage):
+        page.copy_to(target := torch.empty(end - begin, dtype=torch.uint8))
+        return target
+    return page
+
+
+def test_a_page_that_does_not_shrink_stays_plain(rng):
+    random = rng.integers(0, 256, PAGE, dtype=np.uint8)
+    assert compress_page(random, 8) is None
+    assert compress_page(weights_of(PAGE).numpy(), None) is None
+    compressed, _ = compress_page(weights_of(PAGE).numpy(), 8)
+    assert len(compressed) < 0.7 * PAGE
+
+
+def test_what_does_not_decode_to_the_same_is_never_kept(monkeypatch):
+    monkeypatch.setattr(compress, "decode", lambda compressed, form, words: words.fill(0))
+    pool = CompressedMasters(HostMasters(), PAGE)
+    with pytest.raises(DjinnError, match=r"do not decode to the same bytes: use masters='plain'"):
+        pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
+    assert pool.n_bytes == 0 and pool.sizes() == {}
+    monkeypatch.undo()
+    pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
+    assert torch.equal(plain_page(pool, "m", 0, PAGE), weights_of(2 * PAGE)[:PAGE])
+
+
+def test_progress_is_told(monkeypatch):
+    monkeypatch.setattr(compress, "REPORT_S", 0.0)
+    told, n_bytes = [], 4 * PAGE
+    compress_model("m", weights_of(n_bytes), layout_of(n_bytes), PAGE, told.append)
+    assert len(told) == 5
+    assert told[1].startswith("m: compressing, 32.0 KiB of 64.0 KiB into 2")
+    assert told[-1].startswith("m: compressed, 64.0 KiB of 64.0 KiB into 4")
+
+
+def test_memory_is_given_back():
+    process, pool, n_bytes = psutil.Process(), CompressedMasters(HostMasters(), 1 << 20), 48 << 20
+    content = weights_of(n_bytes)
+    pool.add("first", layout_of(1 << 20), fill_with(content[: 1 << 20]))  # starts what stays
+    gc.collect()
+    before = process.memory_info().rss
+    pool.add("m", layout_of(n_bytes), fill_with(content))
+    gc.collect()
+    grown = process.memory_info().rss - before
+    assert 0.6 * n_bytes < grown < 0.85 * n_bytes
+    assert pool.sizes()["m"].stored < 0.68 * n_bytes
+
+
+def test_threads_end_with_the_work():
+    pool = CompressedMasters(HostMasters(), PAGE)
+    pool.add("m", layout_of(8 * PAGE), fill_with(weights_of(8 * PAGE)))
+    assert not [t for t in threading.enumerate() if t.name.startswith("djinn-compressor")]
+
+
+@pytest.mark.parametrize(("dtype", "shrinks"), [("bfloat16", True), ("float32", False)])
+def test_auto_compresses_what_gets_smaller(dtype, shrinks):
+    with dj.Djinn("1MiB", "cpu", page=PAGE, masters="auto") as djinn:
+        djinn.add("m", spec("llama", dtype))
+        plain, stored = djinn.stats().masters["m"]
+        assert (stored < 0.9 * plain) == shrinks
+        assert (stored == plain) == (not shrinks)
+
+
+def test_auto_leaves_plain_what_saves_too_little():
+    shaped = [("w", (PAGE // 2,), torch.bfloat16), ("x", (10 * PAGE,), torch.float32)]
+    content = weights_of(41 * PAGE)
+    pool = CompressedMasters(HostMasters(), PAGE, if_worthwhile=True)
+    pool.add("m", Layout.pack(shaped), fill_with(content))
+    assert pool.sizes()["m"].stored == pool.sizes()["m"].plain
+    assert torch.equal(pool.read("m", 0, PAGE), content[:PAGE])
+
+
+# -- damage --------------------------------------------------------------------------------------
+
+
+def damaged(pool, model, page):
+    """Change one byte in the middle of a stored page."""
+    stored = pool.read(model, page * PAGE, (page + 1) * PAGE).pieces[0]
+    stored[len(stored) // 2] ^= 4
+
+
+def test_damage_is_found_and_named():
+    pool = CompressedMasters(HostMasters(), PAGE)
+    pool.add("m", layout_of(4 * PAGE), fill_with(weights_of(4 * PAGE)))
+    damaged(pool, "m", 2)
+    plain_page(pool, "m", PAGE, 2 * PAGE)
+    with pytest.raises(DjinnError, match=r"page 2 of 'm' has changed in host memory .* add it"):
+        plain_page(pool, "m", 2 * PAGE, 3 * PAGE)
+    with pytest.raises(DjinnError, match="page 2 of 'm'"):
+        pool.sha256("m")
+
+
+def test_a_request_that_needs_damaged_weights_fails_and_others_go_on():
+    with dj.Djinn("2MiB", "cpu", page=PAGE, masters="compressed") as djinn:
+        for name in ("good", "bad"):
+            djinn.add(name, spec("llama", "bfloat16"))
+        expected = djinn.generate("bad", PROMPT, 4, ignore_eos=True).token_ids
+        djinn.evict("bad")
+        damaged(djinn.masters, "bad", 1)
+        with pytest.raises(DjinnError, match="page 1 of 'bad' has changed in host memory"):
+            djinn.generate("bad", PROMPT, 4, ignore_eos=True)
+        assert djinn.generate("good", PROMPT, 4, ignore_eos=True).token_ids == expected
+        djinn.check()  # of the damaged model only what is resident, which is good
+        damaged(djinn.masters, "good", 0)
+        with pytest.raises(DjinnError, match="page 0 of 'good' has changed in host memory"):
+            djinn.check()
+        djinn.remove("bad")
+        djinn.add("bad", spec("llama", "bfloat16"))
+        assert djinn.generate("bad", PROMPT, 4, ignore_eos=True).token_ids == expected
+
+
+# -- on disk -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    tier = DiskTier(8 * PAGE, PAGE, tmp_path)
+    yield CompressedMasters(tier, PAGE), tier
+    tier.close()
+
+
+def test_the_disk_tier_keeps_compressed_pages(on_disk):
+    pool, tier = on_disk
+    contents = {name: weights_of(10 * PAGE, seed) for seed, name in enumerate("ab")}
+    for name, content in contents.items():
+        pool.add(name, layout_of(10 * PAGE), fill_with(content))
+    assert [tier.ring.n_pages(name) for name in "ab"] == [7, 7]
+    for name in "abab":
+        before = tier.bytes_read
+        pool.hold(name)
+        assert tier.bytes_read - before <= 7 * PAGE
+        for begin in range(0, 10 * PAGE, PAGE):
+            page = plain_page(pool, name, begin, begin + PAGE)
+            assert torch.equal(page, contents[name][begin : begin + PAGE])
+        pool.let_go(name)
+        tier.ring.check()
+    assert max(len(pool.read("b", i * PAGE, (i + 1) * PAGE).pieces) for i in range(10)) == 2
+    assert pool.sha256("a") != pool.sha256("b")
+
+
+def test_a_model_that_fits_host_memory_only_when_it_is_compressed(on_disk, tmp_path):
+    pool, _ = on_disk
+    n_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(CapacityError, match=r"host_capacity of at least 144\.0 KiB for"):
+        pool.add("large", layout_of(13 * PAGE), fill_with(weights_of(13 * PAGE)))
+    assert len(os.listdir("/proc/self/fd")) == n_open and not list(tmp_path.iterdir())
+    pool.add("m", layout_of(11 * PAGE), fill_with(weights_of(11 * PAGE)))
+    assert pool.sizes()["m"].stored <= 8 * PAGE < pool.sizes()["m"].plain
+
+
+# -- the option ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-tied"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_tokens_are_those_of_plain_masters(name, dtype):
+    model = spec(name, dtype)
+    tokens, hashes = [], []
+    for masters in ("plain", "compressed"):
+        with dj.Djinn("1MiB", "cpu", page=PAGE, masters=masters) as djinn:
+            djinn.add("m", model)
+            tokens.append(djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids)
+            hashes.append(djinn.sha256("m"))
+            djinn.check()
+    assert tokens[0] == tokens[1] and hashes[0] == hashes[1]
+
+
+def test_options_that_cannot_be(monkeypatch):
+    with pytest.raises(ConfigError, match=r"masters to be one of \('plain', 'compressed', 'auto'"):
+        dj.Djinn("1MiB", "cpu", page=PAGE, masters="zip")
+    with pytest.raises(ConfigError, match="multiple of 64 bytes for compressed masters"):
+        open_masters(None, 1000, form="compressed")
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    cuda = torch.device("cuda")
+    with pytest.raises(PlatformError, match="needs the package triton"):
+        opening.choose_masters("compressed", cuda)
+    assert opening.choose_masters("auto", cuda) == "plain"
+    assert opening.choose_masters("compressed", CPU) == "compressed"
+
+
+def test_only_whole_pages_are_read():
+    pool = CompressedMasters(HostMasters(), PAGE)
+    pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
+    for begin, end in ((0, 2 * PAGE), (0, PAGE - 1), (64, PAGE)):
+        with pytest.raises(ConfigError, match="expected one page of 16384 bytes of 'm'"):
+            pool.read("m", begin, end)
+
+
+def test_a_model_that_is_still_being_added_cannot_be_read():
+    seen = []
+
+    def look(step):
+        with pytest.raises(ConfigError, match="not in host memory yet"):
+            pool.read("m", 0, PAGE)
+        seen.append(step)
+
+    pool = CompressedMasters(HostMasters(), PAGE, report=look)
+    pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
+    assert seen and isinstance(pool.read("m", 0, PAGE), CompressedPage)
+    pool.discard("m")
+    with pytest.raises(ConfigError, match="not in host memory yet"):
+        pool.read("m", 0, PAGE)
