@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         {"embeddings": ""}, {"embeddings": []}, {"embeddings": False},
         {"host_capacity": 0}, {"host_capacity": False}, {"host_capacity": "1GB"},
         {"host_capacity": 2**62}, {"swap_dir": 5}, {"swap_dir": ""}, {"swap_dir": b"/tmp"},
-        {"progress": None}, {"progress": "print"},
+        {"progress": None}, {"progress": "print"}, {"progress": 1},
     ],
     ids=str,
 )  # fmt: skip

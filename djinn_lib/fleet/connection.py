@@ -38,6 +38,10 @@ class Connection:
         self.socket.settimeout(_GREETING_S)
         try:
             self.socket.connect(str(path))
+        except PermissionError as error:
+            raise ConfigError(
+                f"the ring at {path} is not yours to connect to: start a ring of your own"
+            ) from error
         except OSError as error:
             raise ConfigError(
                 f"no ring listens at {path} ({error.strerror or error}): start one there with "

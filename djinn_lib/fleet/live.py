@@ -12,14 +12,24 @@ from djinn_lib.errors import DjinnError
 
 @contextmanager
 def drawn_again(html: Callable[[], str], every_s: float) -> Iterator[None]:
-    """Show the result of `html`; update it every `every_s` seconds and at the end."""
-    from IPython.display import HTML, display
+    """Show the result of `html`; update it every `every_s` seconds and at the end.
 
+    Outside of a notebook nothing is shown.
+    """
+    try:
+        from IPython.core.getipython import get_ipython
+        from IPython.display import HTML, display
+    except ImportError:
+        yield
+        return
+    if get_ipython() is None:
+        yield
+        return
     picture: Any = display(HTML(html()), display_id=True)
     ended = threading.Event()
 
     def draw() -> None:
-        with suppress(DjinnError):  # the source of the picture may have been closed
+        with suppress(DjinnError, OSError):  # the source of the picture may have been closed
             picture.update(HTML(html()))
 
     def draw_again() -> None:

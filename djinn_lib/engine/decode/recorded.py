@@ -60,7 +60,7 @@ class RecordedDecoder:
         max_model_len: int,
         recorder: Recorder,
         compiled: bool = False,
-        progress: Callable[[str], None] = lambda step: None,
+        progress: Callable[[str], object] = lambda step: None,
         wait: Wait = lambda extents: None,
     ) -> None:
         self.model, self.max_model_len, self.device = model, max_model_len, model.device
@@ -103,7 +103,7 @@ class RecordedDecoder:
         recorder: Recorder,
         units: Sequence[Unit],
         compiled: bool,
-        progress: Callable[[str], None],
+        progress: Callable[[str], object],
         wait: Wait,
         references: References,
     ) -> Recording:
