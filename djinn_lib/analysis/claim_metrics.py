@@ -209,7 +209,7 @@ def computed_hit_share(
     Args:
         run: whose sizes and capacity are taken.
         capacity_label: of the ring.
-        eviction: "models" for a cache of whole models, "pages" for pages; least recently used.
+        eviction: "models" for a cache of whole models, "pages" for parts of them.
         start: "warm" if each model was asked for once before, in their order.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]

@@ -3,10 +3,11 @@
 import asyncio
 import json
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny import spec
+from tiny import saved, spec
 from tokenizer_factory import END_ID, START_ID, TEXT, make_tokenizer, save_tokenizer
 
 import djinn_lib as dj
@@ -61,7 +62,7 @@ def test_a_conversation_is_formatted_up_to_the_answer():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "with a chat template, got one without: pass the formatted conversation"),
+        (None, "no chat template: pass the formatted conversation"),
         ("{{ raise_exception('no system') }}", "got TemplateError: no system"),
         ("{% if %}", "got TemplateSyntaxError"),
         ("{{ messages[0]['content'].missing.more }}", "got UndefinedError"),
@@ -134,11 +135,11 @@ GOOD = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedT
     ids=str,
 )
 def test_broken_files_are_said_at_add(tmp_path, files):
-    spec("llama").build().save_pretrained(tmp_path)
+    shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
     save_tokenizer(tmp_path)
     write(tmp_path, **files)
     with dj.Djinn("1MiB", "cpu", page="16KiB") as djinn:
-        with pytest.raises(CheckpointError, match=r"tokenizer.* remove the files") as said:
+        with pytest.raises(CheckpointError, match="remove the tokenizer's files") as said:
             djinn.add("m", tmp_path)
         assert str(tmp_path) in str(said.value)
         assert djinn.residency().empty
@@ -174,8 +175,7 @@ def test_code_of_a_tokenizer_is_asked_for(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("with tokenizer")
-    spec("llama").build().save_pretrained(folder)
+    folder = shutil.copytree(saved("llama"), tmp_path_factory.mktemp("with tokenizer") / "m")
     save_tokenizer(folder)
     return folder
 
@@ -216,7 +216,7 @@ def test_chat_is_generate_with_the_template(djinn):
 
 def test_a_model_without_a_tokenizer_says_so(djinn):
     for ask in (djinn.generate, djinn.submit, djinn.tokenize):
-        with pytest.raises(ConfigError, match="'by ids', got text, but the model has no tokenizer"):
+        with pytest.raises(ConfigError, match="'by ids' has no tokenizer, so it cannot read text"):
             ask("by ids", "hi")
     with pytest.raises(ConfigError, match="no tokenizer"):
         djinn.chat("by ids", [USER])
