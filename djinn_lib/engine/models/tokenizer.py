@@ -84,8 +84,8 @@ class Tokenizer:
         conversation = read_messages(messages)
         if getattr(self.own, "chat_template", "") is None:
             raise ConfigError(
-                "expected a tokenizer with a chat template, got one without: pass the formatted "
-                "conversation as text to generate()"
+                "the tokenizer has no chat template: pass the formatted conversation as text to "
+                "generate()"
             )
         advice = "check the roles and their order, or pass the formatted text to generate()"
         with self._lock, _refused("messages that the model's chat template can format", advice):
