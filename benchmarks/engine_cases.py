@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.engine.serving.generation import Generation
 
 MISS_TOKENS = 4  # of a request whose first token is what counts
 MEASURES = ("switch_ms", "stall_ms", "ttft_ms", "decode_ms", "total_ms")

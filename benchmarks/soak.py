@@ -27,9 +27,10 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from djinn_lib.engine.decode.eager import Generation, generate_eager
+from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.spec import ModelSpec
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import RequestCancelled
 from djinn_lib.experiment import machine
 from djinn_lib.files import write_json

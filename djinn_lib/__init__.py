@@ -15,10 +15,11 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from djinn_lib.engine.decode.eager import Generation
     from djinn_lib.engine.decode.sampling import Sampling
     from djinn_lib.engine.djinn import Djinn
     from djinn_lib.engine.models.spec import ModelSpec
+    from djinn_lib.engine.serving.generation import Generation
+    from djinn_lib.engine.serving.stream import Stream
     from djinn_lib.errors import (
         CapacityError,
         CheckpointError,
@@ -50,6 +51,7 @@ __all__ = [
     "RecordError",
     "RequestCancelled",
     "Sampling",
+    "Stream",
     "TraceError",
     "__version__",
     "optimal_bytes",
@@ -58,9 +60,10 @@ __all__ = [
 _HOMES = {
     "Djinn": "engine.djinn",
     "Fleet": "fleet.fleet",
-    "Generation": "engine.decode.eager",
+    "Generation": "engine.serving.generation",
     "ModelSpec": "engine.models.spec",
     "Sampling": "engine.decode.sampling",
+    "Stream": "engine.serving.stream",
     "optimal_bytes": "simulator.optimal",
     "simulate": "simulator.simulate",
 }

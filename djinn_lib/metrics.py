@@ -1,6 +1,8 @@
 """Numbers from rows: summaries, intervals, ratios.
 
-Rows of systems that cannot run on this machine (error_kind "unavailable") are not counted anywhere.
+The unit is the request of a trace, not its repeat: repeats of a request differ far less than
+requests do. So every statistic is one of `by_request`, and n counts requests. Rows of systems that
+cannot run on this machine (error_kind "unavailable") are not counted anywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from scipy import stats
 
 HIT_MS = 10.0  # the paper's bound for a switch that costs nearly nothing
 CELL = ["system", "trace", "capacity_label", "mode"]
+REQUEST = ["trace", "capacity_label", "request"]  # what repeats of a cell have in common
 Interval = tuple[float, float, float]  # value, low, high
 STATISTICS: dict[str, Callable[..., Any]] = {
     "p50": np.median,
@@ -34,6 +37,19 @@ def attempted(rows: pd.DataFrame) -> pd.DataFrame:
 def served(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of requests that were served."""
     return rows[rows["ok"]]
+
+
+def by_request(rows: pd.DataFrame, column: str = "total_ms") -> pd.Series:
+    """Return a column's mean over the repeats of each request that was served.
+
+    Args:
+        rows: of one system in one mode.
+        column: of the rows.
+
+    Returns:
+        By trace, capacity label and request: two systems of one cell have the same index.
+    """
+    return served(rows).groupby(REQUEST)[column].mean()
 
 
 def sequential(rows: pd.DataFrame) -> pd.DataFrame:
@@ -90,29 +106,14 @@ def decode_spread(rows: pd.DataFrame) -> float:
     return float(decode_multiples(rows).max())
 
 
-def difference_of_means(
-    one: Sequence[float] | pd.Series, other: Sequence[float] | pd.Series, seed: int = 0
-) -> Interval:
-    """Return the mean of one sample less that of another, with its interval.
-
-    By the percentile bootstrap, resampling both sides independently.
-    """
-    first, second = np.asarray(one, float), np.asarray(other, float)
-    if first.size == 0 or second.size == 0:
-        return _NOTHING
-    rng = np.random.default_rng(seed)
-    drawn = [rng.choice(side, (2000, side.size)).mean(axis=1) for side in (first, second)]
-    low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    return float(first.mean() - second.mean()), float(low), float(high)
-
-
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell (system, trace, capacity_label, mode).
 
-    Columns: n, completed, failed, repeats, p50/p90/p99/mean/max of total_ms and ttft_ms,
-    mean_switch_ms, hit_share (switch below `HIT_MS`), zero_load_share (nothing loaded), and
-    loaded/evicted/writeback bytes of one repeat. `p99_is_max` says that n is too small for a 99th
-    percentile, and the maximum stands in its place.
+    Columns: n (requests of the trace), repeats, completed and failed (rows of all repeats),
+    p50/p90/p99/mean/max of total_ms and ttft_ms over requests, mean_switch_ms, hit_share (switch
+    below `HIT_MS`), zero_load_share (nothing loaded), and loaded/evicted/writeback bytes of one
+    repeat. `p99_is_max` says that n is too small for a 99th percentile, and the maximum stands in
+    its place.
     """
     groups = dict(list(attempted(rows).groupby(CELL, sort=False)))
     index = pd.MultiIndex.from_tuples(groups, names=CELL)
@@ -122,15 +123,15 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 def _summary(rows: pd.DataFrame) -> dict[str, Any]:
     ok, repeats = served(rows), rows["repeat"].nunique()
     summary: dict[str, Any] = {
-        "n": len(rows),
+        "n": rows["request"].nunique(),
         "completed": len(ok),
         "failed": len(rows) - len(ok),
         "repeats": repeats,
     }
     for column in ("total_ms", "ttft_ms"):
-        for name, value in latency(ok[column]).items():
+        for name, value in latency(by_request(ok, column)).items():
             summary[f"{name}_{column}"] = value
-    summary["p99_is_max"] = p99_is_max(len(ok))
+    summary["p99_is_max"] = p99_is_max(ok["request"].nunique())
     summary["mean_switch_ms"] = ok["switch_ms"].mean()
     summary["hit_share"] = (ok["switch_ms"] < HIT_MS).mean()
     summary["zero_load_share"] = (ok["loaded_bytes"] == 0).mean()
@@ -140,7 +141,7 @@ def _summary(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def latency(values: pd.Series) -> dict[str, float]:
-    """Return p50, p90, p99, mean and max; NaN where there are no values."""
+    """Return p50, p90, p99, mean and max of `by_request`; NaN where there are no values."""
     if values.empty:
         return dict.fromkeys(("p50", "p90", "p99", "mean", "max"), float("nan"))
     p99 = values.max() if p99_is_max(len(values)) else values.quantile(0.99)
@@ -159,91 +160,92 @@ def p99_is_max(n: int) -> bool:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | pd.Series,
-    statistic: Callable[..., Any] = np.median,
-    confidence: float = 0.95,
+    statistic: Callable[..., Any],
+    *samples: Sequence[float] | pd.Series,
+    block: int = 1,
     seed: int = 0,
     n_resamples: int = 2000,
 ) -> Interval:
-    """Return a statistic and its interval by the percentile bootstrap.
+    """Return a statistic of paired samples and its 95% interval by the percentile bootstrap.
 
     The percentile method, because the bias-corrected one gives NaN on latencies with two modes.
-    Constant values, or a single one, give an interval of no width.
+
+    Args:
+        statistic: takes the samples and an `axis`, as numpy's functions do.
+        samples: one value a request each, in the same order of requests. They are resampled
+            together, so that what requests have in common does not widen the interval.
+        block: how many consecutive requests are drawn together, where a request depends on those
+            before it (circular blocks); 1 draws each by itself.
+        seed: of the resampling.
+        n_resamples: how often.
+
+    Returns:
+        Value, low and high. Without values all are NaN, and of a single request there is no
+        interval. Constant samples give one of no width.
     """
-    data = np.asarray(values, dtype=float)
-    if data.size == 0:
+    data = [np.asarray(sample, float) for sample in samples]
+    n = data[0].size
+    if n == 0:
         return _NOTHING
-    value = float(statistic(data))
-    if data.size == 1 or np.ptp(data) == 0:
+    value = float(statistic(*data, axis=-1))
+    if n == 1:
+        return value, float("nan"), float("nan")
+    if all(np.ptp(sample) == 0 for sample in data):
         return value, value, value
+    rng = np.random.default_rng(seed)
+    if block > 1:
+        starts = rng.integers(n, size=(n_resamples, -(-n // block)))
+        drawn = (starts[:, :, None] + np.arange(block)).reshape(n_resamples, -1)[:, :n] % n
+        values = statistic(*(sample[drawn] for sample in data), axis=-1)
+        low, high = np.percentile(values, [2.5, 97.5])
+        return value, float(low), float(high)
     interval = stats.bootstrap(
-        (data,),
+        data,
         statistic,
-        confidence_level=confidence,
+        paired=True,
+        vectorized=True,
         n_resamples=n_resamples,
         method="percentile",
-        vectorized=_takes_axis(statistic),
-        rng=np.random.default_rng(seed),
+        rng=rng,
     ).confidence_interval
     return value, float(interval.low), float(interval.high)
 
 
-def _takes_axis(statistic: Callable[..., Any]) -> bool:
-    return statistic in (np.median, np.mean, np.max, np.min)
+def block_length(n: int) -> int:
+    """Return how many consecutive of `n` requests to draw together where their order matters.
 
-
-def share_interval(hits: Sequence[bool] | pd.Series) -> Interval:
-    """Return a share and its 95% interval (Wilson), which also holds near 0 and 1."""
-    n, k = len(hits), int(np.sum(hits))
-    if n == 0:
-        return _NOTHING
-    interval = stats.binomtest(k, n).proportion_ci(0.95, method="wilson")
-    return k / n, float(interval.low), float(interval.high)
+    The cube root, which is the order that minimises the error of such an interval (Hall, Horowitz
+    and Jing, Biometrika 1995).
+    """
+    return max(1, round(n ** (1 / 3)))
 
 
 def ratio_interval(
-    numerator: Sequence[float] | pd.Series,
-    denominator: Sequence[float] | pd.Series,
-    statistic: str,
-    seed: int = 0,
-    n_resamples: int = 2000,
+    top: pd.Series, bottom: pd.Series, statistic: str, block: int = 1, n_resamples: int = 2000
 ) -> Interval:
-    """Return the ratio of a statistic of two samples and its interval by the percentile bootstrap.
+    """Return the ratio of a statistic of two systems and its interval, paired by request.
 
-    Both sides are resampled independently. `statistic` is a key of `STATISTICS`.
+    Args:
+        top, bottom: of `by_request`; requests that only one of them has are left out.
+        statistic: a key of `STATISTICS`.
+        block, n_resamples: see `bootstrap_interval`.
     """
-    top, bottom = np.asarray(numerator, float), np.asarray(denominator, float)
-    if top.size == 0 or bottom.size == 0:
-        return _NOTHING
-    rng, reduce = np.random.default_rng(seed), STATISTICS[statistic]
-    ratios = reduce(rng.choice(top, (n_resamples, top.size)), axis=1) / reduce(
-        rng.choice(bottom, (n_resamples, bottom.size)), axis=1
+    both, reduce = paired(top, bottom), STATISTICS[statistic]
+
+    def ratio(one: np.ndarray, other: np.ndarray, axis: int) -> Any:
+        return reduce(one, axis=axis) / reduce(other, axis=axis)
+
+    return bootstrap_interval(
+        ratio, both["top"], both["bottom"], block=block, n_resamples=n_resamples
     )
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(reduce(top) / reduce(bottom)), float(low), float(high)
 
 
-def comparison_summary(rows: pd.DataFrame, capacity_label: str = "25") -> dict[str, dict]:
-    """Return the paper trace's results by system and mode, as comparison_summary.json has them.
-
-    The paper's file of that name has other keys, whole numbers and some other fields.
-    """
-    chosen = rows[(rows["trace"] == "paper") & (rows["capacity_label"] == capacity_label)]
-    result = {}
-    for (system, mode), group in attempted(chosen).groupby(["system", "mode"], sort=False):
-        ok, summary = served(group), latency(served(group)["total_ms"])
-        repeats = group["repeat"].nunique()
-        result[f"{system}_{mode}"] = {
-            "p50_total_ms": _number(summary["p50"]),
-            "p99_total_ms": _number(summary["p99"]),
-            "mean_total_ms": _number(summary["mean"]),
-            "completed": len(ok) / repeats,
-            "requests": len(group) / repeats,
-            "repeats": repeats,
-        }
-    return result
+def difference_of_means(one: pd.Series, other: pd.Series) -> Interval:
+    """Return the mean of one system less that of another with its interval, paired by request."""
+    both = paired(one, other)
+    return bootstrap_interval(np.mean, both["top"] - both["bottom"])
 
 
-def _number(value: float) -> float | None:
-    """A value that JSON can hold: None stands for NaN."""
-    return None if np.isnan(value) else round(value, 3)
+def paired(top: pd.Series, bottom: pd.Series) -> pd.DataFrame:
+    """Return the values of the requests that both systems served, in the order of the trace."""
+    return pd.concat({"top": top, "bottom": bottom}, axis=1, join="inner").sort_index()

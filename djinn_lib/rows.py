@@ -45,6 +45,7 @@ SCHEMA = pa.DataFrameSchema(
         "run_id": _text(),
         "system": _text(),
         "mode": _text("sequential", "concurrent"),
+        "start": _text("cold", "warm"),
         "capacity_bytes": _count(1),
         "capacity_label": _text(),
         "trace": _text(),
@@ -89,6 +90,7 @@ SCHEMA = pa.DataFrameSchema(
     unique=["run_id", "repeat", "request"],
 )  # fmt: skip
 COLUMNS = tuple(SCHEMA.columns)
+_SINCE = {"start": "cold"}  # columns that older rows lack, and what they would say
 
 
 def token_sha(token_ids: Sequence[int]) -> str:
@@ -159,6 +161,14 @@ def rows_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return check_rows(frame[[*known, *unknown]], "new rows")
 
 
+def _completed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns that older rows lack."""
+    for column, value in _SINCE.items():
+        if column not in frame and len(frame):
+            frame.insert(min(COLUMNS.index(column), frame.shape[1]), column, value)
+    return frame
+
+
 def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return the frame if it fits the schema.
 
@@ -213,7 +223,7 @@ def read_rows(path: Path) -> pd.DataFrame:
         RecordError: the file is missing, cut short or breaks the schema.
     """
     try:
-        frame = pd.read_parquet(path)
+        frame = _completed(pd.read_parquet(path))
     except (OSError, ValueError) as error:
         raise RecordError(
             f"expected rows in {path}, got {error}: delete the file and run its cell again"

@@ -1,4 +1,8 @@
-"""What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU."""
+"""What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU.
+
+Of Hypothesis there are two profiles: `make test` draws few examples, the same each time, and
+`make test-all` (`--hypothesis-profile thorough`) draws many.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import gc
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +27,17 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from tqdm import tqdm
+
+from djinn_lib.fleet import environment
+
+_COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "fast", _COMMON, max_examples=20, stateful_step_count=25, derandomize=True
+)
+settings.register_profile("thorough", _COMMON, max_examples=200, stateful_step_count=40)
+settings.load_profile("fast")
 
 tqdm.monitor_interval = 0  # a progress bar starts no thread, which tests of leaks would find
 
@@ -42,6 +57,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="needs a CUDA device; nvidia-smi lists none")
         for item in marked:
             item.add_marker(skip)
+    marked = [item for item in items if item.get_closest_marker("vllm")]
+    if marked and (reason := environment.unavailable()):
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_architecture_is_traced_once() -> Iterator[None]:
+    """Adding a model runs it on fake tensors, which takes longer than all else that a test does.
+
+    Models of one class, configuration and shapes give the same events, so these are kept. Tests
+    of tracing call `tracing.observe` itself; classes defined in tests are always traced.
+    """
+    packing = sys.modules.get("djinn_lib.engine.models.packing")
+    if packing is None:  # no collected test needs the engine
+        yield
+        return
+    kept: dict[object, list[tuple[str, str]]] = {}
+    observe = packing.observe
+
+    def observe_once(model):
+        if not type(model).__module__.startswith("transformers.models."):
+            return observe(model)
+        shapes = tuple((name, p.shape, p.dtype) for name, p in model.named_parameters())
+        key = type(model), repr(model.config.to_dict()), shapes
+        if key not in kept:
+            kept[key] = observe(model)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "observe", observe_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         {"device": "gpu"}, {"device": ""}, {"device": 0},
         {"page": 0}, {"page": "3KiB"}, {"page": 1.5},
         {"policy": None}, {"policy": []}, {"policy": type}, {"policy": "oracle"},
-        {"residency": None}, {"residency": []},
+        {"eviction": None}, {"eviction": []},
         {"overlap": None}, {"overlap": "no"}, {"overlap": 1},
         {"lookahead": None}, {"lookahead": "no"},
         {"decode": ""}, {"decode": []}, {"decode": False}, {"decode": 5},

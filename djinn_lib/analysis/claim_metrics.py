@@ -17,25 +17,38 @@ import pandas as pd
 
 from djinn_lib import metrics
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import MAIN_TRACE, NotMeasured, select, served, swept
-from djinn_lib.metrics import bootstrap_interval, share_interval
+from djinn_lib.analysis.selection import MAIN_TRACE, WARM, NotMeasured, select, served, swept
+from djinn_lib.engine.memory.ring import Eviction
+from djinn_lib.metrics import Interval, bootstrap_interval
 from djinn_lib.simulator.optimal import optimal_bytes
+from djinn_lib.simulator.simulate import simulate
 
 KEYS = ["trace", "request"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A value with its 95% interval, and how many requests it rests on.
+    """A value, how many requests of a trace it rests on, and how sure it is.
 
-    The interval is the value itself where there is none: of a sum or a maximum.
+    Attributes:
+        value: what was measured.
+        n: requests, not their repeats.
+        remark: numbers behind it, for people.
+        interval: 95%, where the value is a statistic of requests that stand for others.
+        span: where there is no such interval, the least and the greatest that was found: of the
+            repeats of a count or a maximum, or of several capacities.
     """
 
     value: float
-    low: float
-    high: float
     n: int
     remark: str = ""
+    interval: tuple[float, float] | None = None
+    span: tuple[float, float] | None = None
+
+    @property
+    def judged(self) -> tuple[float, float]:
+        """The range that a verdict looks at."""
+        return self.interval or self.span or (self.value, self.value)
 
 
 Metric = Callable[..., Measurement]
@@ -67,14 +80,32 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         raise TypeError(f"expected a statistic out of {[*metrics.STATISTICS]}, got {statistic!r}")
 
 
-def exact(value: float, n: int, remark: str = "") -> Measurement:
-    """Return a value that has no interval: a sum or a maximum."""
-    return Measurement(value, value, value, n, remark)
+def estimate(found: Interval, n: int, remark: str = "") -> Measurement:
+    """Return a statistic with its 95% interval, if it has one."""
+    value, low, high = found
+    return Measurement(value, n, remark, None if np.isnan(low) else (low, high))
 
 
-def share_of(hits: pd.Series, remark: str = "") -> Measurement:
-    """Return a share with its interval."""
-    return Measurement(*share_interval(hits), len(hits), remark)
+def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
+    """Return a share of the requests of a trace, which is a count: all of them were sent.
+
+    So it has no interval. Where repeats differ, its span is that of the repeats.
+
+    Args:
+        hits: True for each row that counts.
+        rows: the rows.
+        remark: for people.
+    """
+    each = hits.groupby(rows["repeat"]).mean()
+    spread = (float(each.min()), float(each.max()))
+    said = "" if spread[0] == spread[1] else f"{spread[0]:.0%} to {spread[1]:.0%} in the repeats"
+    remark = "; ".join(filter(None, [remark, said]))
+    return Measurement(float(hits.mean()), n_requests(rows), remark, span=spread)
+
+
+def n_requests(rows: pd.DataFrame) -> int:
+    """Return how many requests rows are of, each trace by itself, repeats not counted."""
+    return len(rows[KEYS].drop_duplicates())
 
 
 def _bytes_per_repeat(rows: pd.DataFrame) -> float:
@@ -84,22 +115,28 @@ def _bytes_per_repeat(rows: pd.DataFrame) -> float:
 @metric()
 def zero_load_share(run: Run, system: str, **where: Any) -> Measurement:
     """Share of the served requests for which not one byte was loaded."""
-    hits = served(run, system, **where)["loaded_bytes"] == 0
-    return share_of(hits, f"{hits.sum()} of {len(hits)} requests")
+    rows = served(run, system, **where)
+    hits = rows["loaded_bytes"] == 0
+    return count(hits, rows, _so_many(hits, rows))
 
 
 @metric()
 def failure_share(run: Run, system: str, **where: Any) -> Measurement:
     """Share of the attempted requests that failed."""
-    failed = ~select(run, system, **where)["ok"]
-    return share_of(failed, f"{failed.sum()} failed")
+    rows = select(run, system, **where)
+    return count(~rows["ok"], rows, f"{(~rows['ok']).sum()} of {len(rows)} attempts failed")
 
 
 @metric()
 def completion_share(run: Run, system: str | None, **where: Any) -> Measurement:
     """Share of the attempted requests that were served."""
-    ok = select(run, system, **where)["ok"]
-    return share_of(ok, f"{ok.sum()} of {len(ok)} requests")
+    rows = select(run, system, **where)
+    return count(rows["ok"], rows, f"{rows['ok'].sum()} of {len(rows)} attempts")
+
+
+def _so_many(hits: pd.Series, rows: pd.DataFrame) -> str:
+    repeats = rows["repeat"].nunique()
+    return f"{hits.sum() / repeats:.3g} of {len(rows) / repeats:.3g} requests"
 
 
 @metric()
@@ -107,14 +144,23 @@ def total_gib(run: Run) -> Measurement:
     """GiB of the weights of all models."""
     if not run.has_clocks:
         raise NotMeasured("small models stand for the paper's on this machine")
-    return exact(sum(run.sizes.values()) / 2**30, len(run.sizes))
+    return Measurement(sum(run.sizes.values()) / 2**30, len(run.sizes))
+
+
+@metric()
+def model_gib(run: Run, model: str) -> Measurement:
+    """GiB of the weights of one model."""
+    if model not in run.sizes:
+        raise NotMeasured(f"other models stand for {model} on this machine")
+    return Measurement(run.sizes[model] / 2**30, 1)
 
 
 @metric()
 def capacity_share(run: Run, capacity_label: str) -> Measurement:
     """Capacity of the ring as a share of all weights."""
     rows = select(run, None, capacity_label=capacity_label)
-    return exact(float(rows["capacity_bytes"].iloc[0] / sum(run.sizes.values())), len(run.sizes))
+    share = float(rows["capacity_bytes"].iloc[0] / sum(run.sizes.values()))
+    return Measurement(share, len(run.sizes))
 
 
 @metric()
@@ -124,7 +170,8 @@ def popularity_ratio(run: Run, trace: str) -> Measurement:
     if chosen is None or "probabilities" not in chosen.params:
         raise NotMeasured(f"no trace {trace!r} with known probabilities in this run")
     first, second, *_ = sorted(chosen.params["probabilities"], reverse=True)
-    return exact(first / second, len(chosen), f"drawn with {chosen.params['probabilities']}")
+    drawn = f"drawn with {chosen.params['probabilities']}"
+    return Measurement(first / second, len(chosen), drawn)
 
 
 @metric()
@@ -140,7 +187,7 @@ def bytes_to_optimum(
         raise NotMeasured(f"no trace {trace!r} in this run")
     sizes = run.device_sizes.get(system) or run.sizes
     least = optimal_bytes(run.traces[trace], sizes, int(rows["capacity_bytes"].iloc[0]))
-    return exact(_bytes_per_repeat(rows) / least, len(rows))
+    return Measurement(_bytes_per_repeat(rows) / least, n_requests(rows))
 
 
 @metric()
@@ -150,7 +197,29 @@ def worst_bytes_to_optimum(run: Run, system: str, trace: str = MAIN_TRACE) -> Me
     found = {label: bytes_to_optimum(run, system, label, trace).value for label in swept(rows)}
     worst = max(found.values())
     remark = ", ".join(f"{ratio:.3g} at {label}" for label, ratio in sorted(found.items()))
-    return Measurement(worst, min(found.values()), worst, len(rows), remark)
+    return Measurement(worst, n_requests(rows), remark)
+
+
+@metric()
+def computed_hit_share(
+    run: Run, capacity_label: str, eviction: Eviction, start: str = "cold"
+) -> Measurement:
+    """Share of the main trace's requests that load nothing: simulated, not measured.
+
+    Args:
+        run: whose sizes and capacity are taken.
+        capacity_label: of the ring.
+        eviction: "models" for a cache of whole models, "pages" for parts of them.
+        start: "warm" if each model was asked for once before, in their order.
+    """
+    rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
+    before = list(run.sizes) if start == WARM else []
+    models = [*before, *(request.model for request in trace.requests)]
+    capacity_bytes = int(rows["capacity_bytes"].iloc[0])
+    simulated = simulate(models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=1 << 20)
+    hits = simulated["loaded_bytes"].iloc[len(before) :] == 0
+    remark = f"{hits.sum()} of {len(hits)} requests, computed by the simulator, not measured"
+    return Measurement(float(hits.mean()), len(hits), remark)
 
 
 @metric()
@@ -159,14 +228,14 @@ def bytes_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
     top, bottom = (served(run, name, **where) for name in (system, to))
     if not bottom["loaded_bytes"].any():
         raise NotMeasured(f"{to} loaded no bytes in this run")
-    return exact(_bytes_per_repeat(top) / _bytes_per_repeat(bottom), len(top) + len(bottom))
+    return Measurement(_bytes_per_repeat(top) / _bytes_per_repeat(bottom), n_requests(top))
 
 
 @metric()
 def writeback_bytes(run: Run, system: str) -> Measurement:
     """Bytes copied to the host by evictions, in all cells of a system."""
     rows = served(run, system, trace=None, capacity_label=None)
-    return exact(float(rows["writeback_bytes"].sum()), len(rows))
+    return Measurement(float(rows["writeback_bytes"].sum()), n_requests(rows))
 
 
 @metric()
@@ -178,7 +247,7 @@ def token_repeatability(run: Run, system: str) -> Measurement:
     if again.empty:
         raise NotMeasured(f"{system} served no request twice in this run")
     remark = f"{len(again)} different requests, {again['size'].sum()} served"
-    return share_of(again["nunique"] == 1, remark)
+    return Measurement(float((again["nunique"] == 1).mean()), len(again), remark)
 
 
 @metric()
@@ -189,7 +258,8 @@ def token_agreement(run: Run) -> Measurement:
     if rows["system"].nunique() < 2:
         raise NotMeasured("fewer than two systems with transformers' own steps served requests")
     agree = rows.groupby(KEYS)["token_sha"].nunique() == 1
-    return share_of(agree, f"{rows['system'].nunique()} systems, {len(agree)} different requests")
+    remark = f"{rows['system'].nunique()} systems, {len(agree)} different requests"
+    return Measurement(float(agree.mean()), len(agree), remark)
 
 
 @metric()
@@ -208,7 +278,7 @@ def token_agreement_of(run: Run, system: str, **where: Any) -> Measurement:
     together = pd.concat([own[own["request"].isin(rows["request"])], rows])
     agree = together.groupby("request")["token_sha"].nunique() == 1
     remark = f"{agree.sum()} of {len(agree)} requests, {rows['system'].nunique()} other systems"
-    return share_of(agree, remark)
+    return Measurement(float(agree.mean()), len(agree), remark)
 
 
 @metric()
@@ -229,8 +299,8 @@ def token_agreement_lead(
         raise NotMeasured(f"no request was served by {system}, {to} and {reference}")
     agree = tokens[[system, to]].eq(tokens[reference], axis=0).astype(float)
     remark = f"{system} {agree[system].mean():.0%}, {to} {agree[to].mean():.0%} of the requests"
-    lead = bootstrap_interval(agree[system] - agree[to], np.mean)
-    return Measurement(*lead, len(agree), f"{remark} have the tokens of {reference}")
+    lead = bootstrap_interval(np.mean, agree[system] - agree[to])
+    return estimate(lead, len(agree), f"{remark} have the tokens of {reference}")
 
 
 @metric()
@@ -242,4 +312,4 @@ def token_agreement_when_concurrent(run: Run, system: str) -> Measurement:
     rows = rows.join(alone.rename("expected_sha"), on=KEYS).dropna(subset="expected_sha")
     if rows.empty:
         raise NotMeasured("no request was served both alone and among others")
-    return share_of(rows["token_sha"] == rows["expected_sha"])
+    return count(rows["token_sha"] == rows["expected_sha"], rows)

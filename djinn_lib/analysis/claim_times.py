@@ -1,18 +1,19 @@
 """Metrics of claims that rest on clocks: latencies, their ratios, the cost of a switch.
 
-They are judged on a GPU only. Importing this module registers them.
+They are judged on a GPU only. Importing this module registers them. Two systems are compared on one
+machine, request by request; maxima are compared with maxima.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from djinn_lib import metrics
-from djinn_lib.analysis.claim_metrics import Measurement, exact, metric, share_of
+from djinn_lib.analysis.claim_metrics import Measurement, count, estimate, metric, n_requests
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import (
     MAIN_CAPACITY,
@@ -24,21 +25,42 @@ from djinn_lib.analysis.selection import (
     side_by_side,
     swept,
 )
-from djinn_lib.metrics import bootstrap_interval, p99_is_max, ratio_interval
+from djinn_lib.metrics import (
+    STATISTICS,
+    block_length,
+    bootstrap_interval,
+    by_request,
+    p99_is_max,
+    ratio_interval,
+)
 
 
 def _is_largest(statistic: str, n: int) -> bool:
     return statistic == "max" or (statistic == "p99" and p99_is_max(n))
 
 
+def _block(rows: pd.DataFrame, n: int) -> int:
+    """Requests that wait for each other are drawn in blocks; one after another they are not."""
+    return block_length(n) if (rows["mode"] == "concurrent").any() else 1
+
+
 @metric(timed=True)
 def latency(run: Run, system: str, statistic: str, **where: Any) -> Measurement:
     """A statistic of the total latency, in milliseconds."""
-    total_ms = served(run, system, **where)["total_ms"]
-    largest = _is_largest(statistic, len(total_ms))
-    interval = bootstrap_interval(total_ms, metrics.STATISTICS["max" if largest else statistic])
-    remark = "the maximum: too few requests for a P99" if largest and statistic == "p99" else ""
-    return Measurement(*interval, len(total_ms), remark)
+    rows = served(run, system, **where)
+    total_ms = by_request(rows)
+    if _is_largest(statistic, len(total_ms)):
+        maxima = _maxima(rows)
+        remark = "the maximum: too few requests for a P99" if statistic == "p99" else ""
+        span = (min(maxima), max(maxima))
+        return Measurement(float(total_ms.max()), len(total_ms), remark, span=span)
+    found = bootstrap_interval(STATISTICS[statistic], total_ms, block=_block(rows, len(total_ms)))
+    return estimate(found, len(total_ms))
+
+
+def _maxima(rows: pd.DataFrame) -> list[float]:
+    """The slowest request of each repeat: a maximum has no interval but these."""
+    return [float(ms) for ms in metrics.served(rows).groupby("repeat")["total_ms"].max()]
 
 
 @metric(timed=True)
@@ -51,103 +73,120 @@ def median_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
 def statistic_ratio(
     run: Run, system: str | list[str], to: str, statistic: str, **where: Any
 ) -> Measurement:
-    """A statistic of the total latency of `system` divided by that of `to`.
+    """A statistic of the total latency of `system` divided by that of `to`, paired by request.
 
-    Of several systems the one that does best is taken. Maxima have no interval.
+    Of several systems the one that does best is taken, out of those that ran on one machine with
+    `to`.
     """
-    name = _fastest(run, system, statistic, **where)
-    served(run, to, **where)  # says why there is none, if so
-    both = side_by_side(run, [name, to], **where)
-    top, bottom = (metrics.served(both[label])["total_ms"] for label in (name, to))
-    against = "" if isinstance(system, str) else f"against {name}"
-    remark = ", ".join(filter(None, [against, ran_on(run, *both.values())]))
-    n = len(top) + len(bottom)
-    if any(_is_largest(statistic, len(times)) for times in (top, bottom)):
-        values = [metrics.latency(times)[statistic] for times in (top, bottom)]
-        return exact(values[0] / values[1], n, remark)
-    return Measurement(*ratio_interval(top, bottom, statistic), n, remark)
+    found = [_ratio(run, name, both, to, statistic)
+             for name, both in _comparable(run, system, to, **where).items()]  # fmt: skip
+    best = min(found, key=lambda ratio: ratio.value)
+    return best if not isinstance(system, str) else _without_name(best)
 
 
-def _fastest(run: Run, systems: str | Sequence[str], statistic: str, **where: Any) -> str:
-    """Return the system whose statistic is least.
+def _ratio(
+    run: Run, name: str, both: Mapping[str, pd.DataFrame], to: str, statistic: str
+) -> Measurement:
+    top, bottom = (by_request(both[label]) for label in (name, to))
+    pairs = metrics.paired(top, bottom)
+    remark = ", ".join(filter(None, [f"against {name}", ran_on(run, *both.values())]))
+    if _is_largest(statistic, len(pairs)):
+        slow, fast = _maxima(both[name]), _maxima(both[to])
+        value = float(pairs["top"].max() / pairs["bottom"].max())
+        span = (min(slow) / max(fast), max(slow) / min(fast))
+        return Measurement(value, len(pairs), remark, span=span)
+    ratio = ratio_interval(top, bottom, statistic, _block(both[name], len(pairs)))
+    return estimate(ratio, len(pairs), remark)
+
+
+def _without_name(ratio: Measurement) -> Measurement:
+    """The remark needs no name where there was no choice."""
+    _, _, place = ratio.remark.partition(", ")
+    return Measurement(ratio.value, ratio.n, place, ratio.interval, ratio.span)
+
+
+def _comparable(
+    run: Run, system: str | Sequence[str], to: str, **where: Any
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Return rows of each system and of `to`, both of one machine, by the system's name.
 
     Raises:
-        NotMeasured: none of them served a request.
+        NotMeasured: there is none, for the first reason that was found.
     """
-    found: dict[str, float] = {}
-    reasons = []
-    for name in [systems] if isinstance(systems, str) else systems:
+    served(run, to, **where)  # says why there is none, if so
+    found, reasons = {}, []
+    for name in [system] if isinstance(system, str) else system:
         try:
-            found[name] = metrics.latency(served(run, name, **where)["total_ms"])[statistic]
+            served(run, name, **where)
+            found[name] = side_by_side(run, [name, to], **where)
         except NotMeasured as reason:
             reasons.append(reason)
     if not found:
         raise reasons[0]
-    return min(found, key=lambda name: found[name])
+    return found
 
 
 @metric(timed=True)
 def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) -> Measurement:
-    """Mean cost of a change of the model in `system` divided by that in `to`.
+    """Mean cost of a change of the model in `system` divided by that in `to`, paired by request.
 
     Only requests count whose model differs from the one before, and not those that ask for a model
     the first time in a repeat, which must load it in every system. Of several systems the one whose
     switches cost least is taken.
     """
-    names = [system] if isinstance(system, str) else system
-    costs = {name: _switch_costs(run, name, **where) for name in [*names, to]}
-    bottom = costs.pop(to)
-    known = {name: cost for name, cost in costs.items() if len(cost)}
-    if not known or bottom.empty:
-        served(run, to if known else names[0], **where)  # says why there is none
+    costs = {}
+    for name, both in _comparable(run, system, to, **where).items():
+        pairs = metrics.paired(*(_later_costs(both[label]) for label in (name, to)))
+        if len(pairs):
+            costs[name] = both, pairs
+    if not costs:
         raise NotMeasured("no request of this run changes back to a model that was used before")
-    best = min(known, key=lambda name: known[name].mean())
-    both = side_by_side(run, [best, to], **where)
-    top, bottom = (_later_costs(both[label]) for label in (best, to))
-    remark = f"{best}: {top.mean():,.1f} ms, {to}: {bottom.mean():,.2f} ms"
+    best = min(costs, key=lambda name: float(costs[name][1]["top"].mean()))
+    both, pairs = costs[best]
+    remark = f"{best}: {pairs['top'].mean():,.1f} ms, {to}: {pairs['bottom'].mean():,.2f} ms"
     remark = ", ".join(filter(None, [remark, ran_on(run, *both.values())]))
-    return Measurement(*ratio_interval(top, bottom, "mean"), len(top) + len(bottom), remark)
-
-
-def _switch_costs(run: Run, system: str, **where: Any) -> pd.Series:
-    """Milliseconds of each later switch of a system; empty where it was not run."""
-    try:
-        return _later_costs(select(run, system, **where))
-    except NotMeasured:
-        return pd.Series(dtype=float)
+    ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", _block(both[best], len(pairs)))
+    return estimate(ratio, len(pairs), remark)
 
 
 def _later_costs(rows: pd.DataFrame) -> pd.Series:
-    return metrics.served(metrics.later_switches(rows))["switch_ms"]
+    return by_request(metrics.later_switches(rows), "switch_ms")
 
 
 @metric(timed=True)
 def exposed_switch_ms(run: Run, system: str, **where: Any) -> Measurement:
     """Mean time that switches cost requests, the first for each model of a repeat left out."""
-    costs = metrics.served(metrics.later_touches(select(run, system, **where)))["switch_ms"]
+    rows = metrics.later_touches(select(run, system, **where))
+    costs = by_request(rows, "switch_ms")
     if costs.empty:
         raise NotMeasured(f"no model is asked for twice, or {system} served no such request")
-    return Measurement(*bootstrap_interval(costs, np.mean), len(costs))
+    found = bootstrap_interval(np.mean, costs, block=_block(rows, len(costs)))
+    return estimate(found, len(costs))
 
 
 @metric(timed=True)
 def maximum_to_least(
     run: Run, system: str, trace: str = MAIN_TRACE, capacity_label: str = MAIN_CAPACITY
 ) -> Measurement:
-    """Slowest request of a system divided by the least of the slowest ones of all baselines.
+    """Slowest request of a system divided by that of the baseline whose slowest is fastest.
 
     Below 1 it is faster than every baseline's. Baselines are all systems but Djinn and its
-    ablations.
+    ablations, as far as they ran on one machine with `system`.
     """
     where = {"trace": trace, "capacity_label": capacity_label}
-    slowest = float(served(run, system, **where)["total_ms"].max())
-    rows = select(run, None, **where)
-    others = metrics.served(rows[~rows["system"].str.startswith("djinn")])
-    if others.empty:
+    names = sorted({name for name in metrics.served(select(run, None, **where))["system"]
+                    if not name.startswith("djinn")})  # fmt: skip
+    if not names:
         raise NotMeasured("no baseline served a request in this run")
-    maxima = others.groupby("system")["total_ms"].max()
-    remark = f"{slowest:,.0f} ms; the least of {len(maxima)} baselines: {maxima.idxmin()}"
-    return exact(slowest / float(maxima.min()), len(rows), f"{remark}, {maxima.min():,.0f} ms")
+    ratios = {
+        name: _ratio(run, name, both, system, "max")
+        for name, both in _comparable(run, names, system, **where).items()
+    }
+    least = min(ratios, key=lambda name: ratios[name].value)
+    found = ratios[least]
+    low, high = found.judged
+    remark = f"{found.remark}, whose maximum is the least of {len(ratios)} baselines there"
+    return Measurement(1 / found.value, found.n, remark, span=(1 / high, 1 / low))
 
 
 @metric(timed=True)
@@ -155,37 +194,130 @@ def switch_share(
     run: Run, system: str, low_ms: float, high_ms: float = np.inf, **where: Any
 ) -> Measurement:
     """Share of the served requests whose switch cost from `low_ms` to below `high_ms`."""
-    return share_of(
-        served(run, system, **where)["switch_ms"].between(low_ms, high_ms, inclusive="left")
-    )
+    rows = served(run, system, **where)
+    return count(rows["switch_ms"].between(low_ms, high_ms, inclusive="left"), rows)
+
+
+@metric(timed=True)
+def switch_distance(
+    run: Run, system: str, classes: Sequence[tuple[float, float, float]], **where: Any
+) -> Measurement:
+    """How far the distribution of switch times is from a given one: 0 if alike, 1 if disjoint.
+
+    The total variation distance over classes of a switch's cost: the share of requests that would
+    have to be in another class.
+
+    Args:
+        run: that is measured.
+        system: whose switches.
+        classes: low (ms), high (ms) and share of each. What is in none of them counts as one more.
+        where: see `select`.
+    """
+    rows = served(run, system, **where)
+    found = [rows["switch_ms"].between(low, high, inclusive="left").mean()
+             for low, high, _ in classes]  # fmt: skip
+    said = [share for _, _, share in classes]
+    distance = sum(abs(a - b) for a, b in zip(
+        [*found, 1 - sum(found)], [*said, 1 - sum(said)], strict=True)) / 2  # fmt: skip
+    shares = ", ".join(f"{share:.0%}" for share in [*found, 1 - sum(found)])
+    return Measurement(float(distance), n_requests(rows), f"{shares} (the last: in none of them)")
+
+
+@metric(timed=True)
+def first_request_share(run: Run, system: str, model: str, **where: Any) -> Measurement:
+    """Share of the repeats in which the first request for a model is the slowest of all."""
+    rows = served(run, system, **where)
+    slowest = rows.loc[rows.groupby("repeat")["total_ms"].idxmax()]
+    first = rows[rows["model"] == model]["request"].min()
+    if np.isnan(first):
+        raise NotMeasured(f"no request for {model} was served in this run")
+    named = ", ".join(f"{row.request} ({row.model})" for row in slowest.itertuples())
+    remark = f"first request for {model}: {first}; slowest of each repeat: {named}"
+    return Measurement(float((slowest["request"] == first).mean()), n_requests(rows), remark)
 
 
 @metric(timed=True)
 def speedup_over_capacities(run: Run, system: str, baseline: str) -> Measurement:
-    """Ratio of medians at each capacity: its middle, with its least and greatest as interval."""
-    ratios, n, remark = _speedups(run, system, baseline)
-    return Measurement(float(np.median(ratios)), min(ratios), max(ratios), n, remark)
+    """Ratio of medians at each capacity: its middle; every interval has to be as expected."""
+    ratios = _speedups(run, system, baseline)
+    values, judged = [r.value for r in ratios], [r.judged for r in ratios]
+    span = min(low for low, _ in judged), max(high for _, high in judged)
+    return Measurement(float(np.median(values)), ratios[0].n, _least_and_most(values), span=span)
 
 
 @metric(timed=True)
 def speedup_spread(run: Run, system: str, baseline: str) -> Measurement:
-    """The greatest ratio of medians over all capacities, divided by the least."""
-    ratios, n, remark = _speedups(run, system, baseline)
-    return Measurement(max(ratios) / min(ratios), np.nan, np.nan, n, remark)
+    """The greatest ratio of medians over all capacities, divided by the least.
+
+    Its interval draws the same requests at every capacity.
+    """
+    values = [ratio.value for ratio in _speedups(run, system, baseline)]
+    labels, columns = swept(select(run, system, capacity_label=None)), []
+    for label in labels:
+        both = side_by_side(run, [baseline, system], capacity_label=label)
+        columns += [by_request(both[name]).droplevel("capacity_label")
+                    for name in (baseline, system)]  # fmt: skip
+    together = pd.concat(columns, axis=1, join="inner")
+
+    def spread(*samples: np.ndarray, axis: int) -> Any:
+        medians = [np.median(sample, axis=axis) for sample in samples]
+        ratios = np.array([a / b for a, b in zip(medians[::2], medians[1::2], strict=True)])
+        return ratios.max(axis=0) / ratios.min(axis=0)
+
+    samples = [together.iloc[:, i] for i in range(together.shape[1])]
+    found = bootstrap_interval(spread, *samples)
+    return estimate(found, len(together), _least_and_most(values))
 
 
-def _speedups(run: Run, system: str, baseline: str) -> tuple[list[float], int, str]:
-    """Ratios of medians, one a capacity, how many requests they rest on, and a remark."""
+def _speedups(run: Run, system: str, baseline: str) -> list[Measurement]:
+    """Ratios of medians, one a capacity."""
     rows = select(run, system, capacity_label=None)
-    ratios = [median_ratio(run, baseline, to=system, capacity_label=label).value
-              for label in swept(rows)]  # fmt: skip
-    remark = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} capacities"
-    return ratios, len(rows), remark
+    return [median_ratio(run, baseline, to=system, capacity_label=label) for label in swept(rows)]
+
+
+def _least_and_most(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} capacities"
 
 
 @metric(timed=True)
-def runtime_s(run: Run, system: str, **where: Any) -> Measurement:
-    """Seconds to serve the whole trace once, without set-up."""
-    rows = served(run, system, **where)
-    seconds = rows.groupby("repeat")["total_ms"].sum() / 1e3
-    return Measurement(*bootstrap_interval(seconds, np.mean), len(rows))
+def runtime_s(run: Run, system: str | list[str], **where: Any) -> Measurement:
+    """Seconds to serve the whole trace once, without set-up; of several systems, together."""
+    names = [system] if isinstance(system, str) else system
+    each = [by_request(served(run, name, **where)) for name in names]
+    times = pd.concat(each, axis=1).sum(axis=1)
+    found = bootstrap_interval(lambda ms, axis: np.sum(ms, axis=axis) / 1e3, times)
+    return estimate(found, len(times))
+
+
+@metric(timed=True)
+def highest_rate(
+    run: Run, system: str, target_ms: float, share: float = 0.9, **where: Any
+) -> Measurement:
+    """Highest rate of arrivals (requests a second) at which a share of them is done in time.
+
+    At that rate and at all lower ones that were run. Traces of arrivals are those whose names begin
+    with "load"; failed requests are late.
+    """
+    found: dict[float, metrics.Interval] = {}
+    n = 0
+    for name, trace in run.traces.items():
+        if name.startswith("load"):
+            rows = select(run, system, trace=name, mode="concurrent", **where)
+            in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"]).mean()
+            n, rate = len(in_time), float(trace.params["rate_per_s"])
+            found[rate] = bootstrap_interval(np.mean, in_time, block=block_length(n))
+    if not found:
+        raise NotMeasured("no requests that arrive at given rates were sent in this run")
+    remark = ", ".join(f"{found[rate][0]:.0%} at {rate:g}/s" for rate in sorted(found))
+    value, low, high = (_up_to(found, share, i) for i in range(3))
+    return Measurement(value, n, remark, span=(low, high))
+
+
+def _up_to(found: Mapping[float, metrics.Interval], share: float, which: int) -> float:
+    """The highest rate below the first at which value, low or high (0 to 2) misses the share."""
+    reached = 0.0
+    for rate in sorted(found):
+        if found[rate][which] < share:
+            break
+        reached = rate
+    return reached

@@ -22,13 +22,16 @@ from djinn_lib.files import write_json
 from djinn_lib.paths import REPO
 
 CLAIMS = REPO / "claims.yml"
-Judgement = Literal["reproduced", "exceeded", "not reproduced", "not judged", "withdrawn"]
+Judgement = Literal[
+    "reproduced", "exceeded", "not reproduced", "unresolved", "not judged", "withdrawn"
+]
 OPEN = frozenset({"not judged", "withdrawn"})  # judgements that say nothing of what was measured
 # Ink and background: dark on light, so that they read on any page.
 _COLORS = {
     "reproduced": ("#14532d", "#dcfce7"),
     "exceeded": ("#1e3a8a", "#dbeafe"),
     "not reproduced": ("#7f1d1d", "#fee2e2"),
+    "unresolved": ("#7c2d12", "#ffedd5"),
     "not judged": ("#292524", "#e7e5e4"),
     "withdrawn": ("#713f12", "#fef9c3"),
 }
@@ -78,8 +81,8 @@ class Expected(BaseModel):
 class Claim(BaseModel):
     """One entry of claims.yml.
 
-    `withdrawn` is the reason why a claim is no longer made. Such a claim stays in the file and in
-    every table, and is never measured.
+    `set_in` is the commit that set its bound. `withdrawn` is the reason why a claim is no longer
+    made. Such a claim stays in the file and in every table, and is never measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,6 +96,7 @@ class Claim(BaseModel):
     tolerance: float = Field(ge=0, lt=1)
     notebook: str
     figure: str | None
+    set_in: str | None = Field(default=None, pattern=r"^[0-9a-f]{7,40}$")
     withdrawn: str | None = Field(default=None, pattern=r"\S")
 
     @model_validator(mode="after")
@@ -108,7 +112,11 @@ class Claim(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says of a claim; `measured`, `low` and `high` are None when it says nothing."""
+    """What a run says of a claim.
+
+    `measured` is None when it says nothing. `low` and `high` are those of a 95% interval, and None
+    where there is none: counts, bytes and maxima have none.
+    """
 
     id: str
     source: str
@@ -123,6 +131,7 @@ class Verdict:
     unit: str
     notebook: str
     figure: str | None
+    set_in: str | None = None
 
     @property
     def measured_text(self) -> str:
@@ -132,7 +141,7 @@ class Verdict:
     @property
     def interval_text(self) -> str:
         """The interval with its unit; empty when there is none."""
-        if self.low is None or self.high is None or self.low == self.high:
+        if self.low is None or self.high is None:
             return ""
         return f"{format_value(self.low, self.unit)} to {format_value(self.high, self.unit)}"
 
@@ -167,43 +176,60 @@ def _judge(claim: Claim, run: Run) -> Verdict:
         return _verdict(claim, None, "not judged", str(reason))
     if claim.metric in TIMED and not run.has_clocks:
         return _verdict(claim, measurement, "not judged", CPU_CLOCKS)
-    judgement, why = compare(measurement.value, claim.expected, claim.tolerance)
+    judgement, why = compare(measurement.judged, claim.expected, claim.tolerance)
     why = f"{why}; {measurement.remark}" if measurement.remark else why
     return _verdict(claim, measurement, judgement, why)
 
 
-def compare(measured: float, expected: Expected, tolerance: float) -> tuple[Judgement, str]:
-    """Return the judgement on a measured value, and a phrase that says why."""
+def compare(
+    measured: tuple[float, float], expected: Expected, tolerance: float
+) -> tuple[Judgement, str]:
+    """Return the judgement on a measured range, and a phrase that says why.
+
+    All of the range has to lie on one side of a bound: one that crosses it leaves the claim
+    unresolved. What is better than expected throughout is exceeded.
+    """
     low, high = expected.bounds
     least = low - tolerance * abs(low) if math.isfinite(low) else low
     most = high + tolerance * abs(high) if math.isfinite(high) else high
-    if least <= measured <= most:
+    if expected.better == "lower":  # seen from the other side, lower is higher
+        (least, most), measured = (-most, -least), (-measured[1], -measured[0])
+    more, less = ("less", "more") if expected.better == "lower" else ("more", "less")
+    if measured[1] < least:
+        return "not reproduced", f"{less} than expected"
+    if measured[0] < least:
+        return "unresolved", "the interval crosses the bound"
+    if measured[1] <= most:
         margin = f", within {tolerance:.0%} of it" if tolerance and low == high else ""
         return "reproduced", f"as expected{margin}"
-    above = measured > most
-    if expected.better == ("higher" if above else "lower"):
-        return "exceeded", f"better than expected ({'more' if above else 'less'})"
-    return "not reproduced", f"{'more' if above else 'less'} than expected"
+    if expected.better != "equal":
+        if measured[0] > most:
+            return "exceeded", f"better than expected ({more})"
+        return "reproduced", "as expected or better"
+    if measured[0] > most:
+        return "not reproduced", f"{more} than expected"
+    return "unresolved", "the interval crosses the bound"
 
 
 def _verdict(
     claim: Claim, measurement: Measurement | None, judgement: Judgement, why: str
 ) -> Verdict:
-    values = (None, None, None) if measurement is None else (
-        _plain(measurement.value), _plain(measurement.low), _plain(measurement.high)
-    )  # fmt: skip
+    low, high = (measurement and measurement.interval) or (None, None)
     return Verdict(
         claim.id,
         claim.source,
         claim.quote,
         str(claim.expected),
-        *values,
+        measured=_plain(measurement.value) if measurement else None,
+        low=low,
+        high=high,
         n=measurement.n if measurement else 0,
         verdict=judgement,
         why=why,
         unit=claim.expected.unit,
         notebook=claim.notebook,
         figure=claim.figure,
+        set_in=claim.set_in,
     )
 
 
@@ -234,9 +260,18 @@ def read_claims(path: Path) -> list[Verdict]:
 def claims_table(verdicts: Sequence[Verdict], *judgements: Judgement) -> pd.DataFrame:
     """Return one row a claim, as texts; of those with one of the judgements, if any are given."""
     chosen = [v for v in verdicts if not judgements or v.verdict in judgements]
-    columns = ["claim", "expected", "measured", "95% interval", "n", "verdict", "why"]
-    rows = [[v.quote, v.expected, v.measured_text, v.interval_text, v.n, v.verdict, v.why]
-            for v in chosen]  # fmt: skip
+    columns = [
+        "claim",
+        "expected",
+        "measured",
+        "95% interval",
+        "n",
+        "verdict",
+        "why",
+        "bound set in",
+    ]
+    rows = [[v.quote, v.expected, v.measured_text, v.interval_text, v.n, v.verdict, v.why,
+             v.set_in or ""] for v in chosen]  # fmt: skip
     return pd.DataFrame(rows, pd.Index([v.id for v in chosen], name="id"), columns)
 
 

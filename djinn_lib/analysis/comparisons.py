@@ -23,11 +23,15 @@ from djinn_lib.metrics import prefill_ms
 from djinn_lib.metrics import served as done
 
 Paper = Mapping[str, Any]
-SLEEP = ["vllm_sleep", "vllm_sleep_naive"]  # forms of sleep mode: the better one is compared with
+# Forms of sleep mode: the better one is compared with.
+SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_readonly"]
 # What is compared: the slower side, the faster one, statistics, and whom the paper compares.
 PAIRS: tuple[tuple[str | list[str], str, tuple[str, ...], tuple[str, str] | None], ...] = (
     ("pytorch_pinned", "djinn_eager", ("p50", "mean"), ("pytorch_pinned", "djinn")),
     ("pytorch_pinned", "djinn", ("p50", "mean"), ("pytorch_pinned", "djinn")),
+    ("pytorch_pinned_decoder", "djinn_compiled", ("p50", "mean"), None),
+    ("pytorch_pinned_readonly_decoder", "djinn_compiled", ("p50", "mean"), None),
+    ("pytorch_lru_decoder", "djinn_compiled", ("p50", "mean"), None),
     ("vllm_recreate", "djinn", ("p50",), ("vllm_recreate", "djinn")),
     ("vllm_recreate", "vllm_sleep", ("p50",), None),
     (SLEEP, "djinn", ("p50", "mean", "p90", "max"), None),
@@ -40,8 +44,9 @@ def ratio_table(run: Run, paper: Paper) -> pd.DataFrame:
     """Return how many times lower latencies of one system are than those of another.
 
     The paper's Djinn decodes by transformers' own steps, as its PyTorch pinned does: like
-    `djinn_eager` here. Of the two forms of vLLM's sleep mode the one that is best in a statistic is
-    compared. Below 1 the latency is higher. Ratios that cannot be measured have the reason.
+    `djinn_eager` here. Of the forms of vLLM's sleep mode the one that is best in a statistic is
+    compared. Below 1 the latency is higher. `n` is how many requests a ratio is paired by. Ratios
+    that cannot be measured have the reason.
     """
     rows = [_ratio(run, paper, slow, fast, statistic, theirs)
             for slow, fast, statistics, theirs in PAIRS for statistic in statistics]  # fmt: skip
@@ -56,7 +61,7 @@ def _ratio(
     statistic: str,
     theirs: tuple[str, str] | None,
 ) -> dict[str, Any]:
-    name = system_look(slow).label if isinstance(slow, str) else "vLLM sleep, the better form"
+    name = system_look(slow).label if isinstance(slow, str) else "vLLM sleep, the best form"
     key = f"{statistic}_total_ms"
     row: dict[str, Any] = {
         "latency of": name,
@@ -71,7 +76,7 @@ def _ratio(
     except NotMeasured as reason:
         return {**row, "measured (x)": nan, "low (x)": nan, "high (x)": nan, "n": 0,
                 "remark": str(reason)}  # fmt: skip
-    low, high = (found.low, found.high) if found.low < found.high else (nan, nan)
+    low, high = found.interval or (nan, nan)
     return {**row, "measured (x)": found.value, "low (x)": low, "high (x)": high, "n": found.n,
             "remark": found.remark}  # fmt: skip
 

@@ -5,7 +5,7 @@ A column "machine" says where rows come from, if the run has rows of several mac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,15 +13,17 @@ import pandas as pd
 from djinn_lib.analysis.comparisons import decomposition
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import COULD_NOT_BATCH, NotMeasured, or_reason, sweep
+from djinn_lib.analysis.selection import NotMeasured, could_not_batch, or_reason, sweep
 from djinn_lib.metrics import (
     HIT_MS,
     attempted,
+    by_request,
     decode_spread,
     difference_of_means,
     latency,
     later_touches,
     mean_before_decode_ms,
+    paired,
     ratio_interval,
     served,
 )
@@ -37,7 +39,7 @@ STEPS = (
     ("djinn_compiled", "a compiled step"),
     ("djinn", "lookup tables in the host"),
 )
-_SERVED = ["requests", "served", "repeats"]
+_SERVED = ["requests", "served (%)", "repeats"]
 
 
 def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
@@ -55,11 +57,11 @@ def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
 
 def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
     done, repeats = served(rows), rows["repeat"].nunique()
-    times = latency(done["total_ms"])
+    times = latency(by_request(done))
     moved = done[["loaded_bytes", "writeback_bytes"]].sum() / repeats / _GIB
     return {
-        "requests": len(rows),
-        "served": len(done),
+        "requests": rows["request"].nunique(),
+        "served (%)": 100 * rows["ok"].mean(),
         "repeats": repeats,
         **{f"{name} (ms)": times[name.lower()] for name in ("P50", "P90", "P99", "max", "mean")},
         "up to decoding (ms)": mean_before_decode_ms(done),
@@ -70,14 +72,38 @@ def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
         "loaded (GiB)": moved["loaded_bytes"],
         "written back (GiB)": moved["writeback_bytes"],
         "loaded nothing (%)": 100 * (done["loaded_bytes"] == 0).mean(),
+        "peak memory (GiB)": _peak_gib(run, rows),
+        "vLLM": _vllm(run, rows),
         "machine": run.machines_of(rows),
     }
+
+
+def _of_manifests(run: Run, rows: pd.DataFrame) -> list[Mapping[str, Any]]:
+    ids = set(rows["run_id"])
+    return [manifest for manifest in run.all_manifests.values() if manifest["run_id"] in ids]
+
+
+def _peak_gib(run: Run, rows: pd.DataFrame) -> float:
+    """The most device memory that was in use; NaN where it was not noted."""
+    peaks = [m.get("peak_device_bytes") for m in _of_manifests(run, rows)]
+    return max((peak / _GIB for peak in peaks if peak), default=float("nan"))
+
+
+def _vllm(run: Run, rows: pd.DataFrame) -> str:
+    """Versions of vLLM that served rows; "" for systems without it."""
+    if not rows["system"].str.contains("vllm").any():
+        return ""
+    found = {m["versions"].get("vllm", "not noted") for m in _of_manifests(run, rows)}
+    return ", ".join(sorted(found))
 
 
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     """The systems by their names, and no column of machines if it says nothing."""
     table = table.rename(index=lambda name: system_look(name).label, level="system")
-    return table.drop(columns="machine") if table["machine"].nunique() < 2 else table
+    empty = [name for name in ("peak memory (GiB)", "vLLM")
+             if name in table and not table[name].replace("", None).notna().any()]  # fmt: skip
+    same = ["machine"] if table["machine"].nunique() < 2 else []
+    return table.drop(columns=[*empty, *same])
 
 
 def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
@@ -102,15 +128,17 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
         table["not run because"] = pd.Series(unavailable).reindex(table.index).fillna("")
     columns = [*_SERVED, "P50 (ms)", "P90 (ms)", "max (ms)", "mean (ms)", "mean switch (ms)",
                "loaded (GiB)", "written back (GiB)", "loaded nothing (%)", "link share (%)",
-               "ceiling reached (%)", "machine", "not run because"]  # fmt: skip
+               "ceiling reached (%)", "peak memory (GiB)", "vLLM", "machine",
+               "not run because"]  # fmt: skip
     return _labelled(table[[name for name in columns if name in table]])
 
 
 def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Return the ratio of median total latencies, baseline over system, with its 95% interval.
 
-    One row for each capacity label and system, over the requests that each served. Column
-    `up_to_decoding` is the ratio of the mean latencies without the decode.
+    One row for each capacity label and system, paired by the requests that both served; `n` is how
+    many. Column `up_to_decoding` is the ratio of the mean latencies without the decode. Systems of
+    different machines are not compared, where the rows of `selection.sweep` tell them apart.
     """
     cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
     labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
@@ -120,10 +148,13 @@ def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
             if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
                 continue
             slow, fast = cells[label, baseline], cells[label, system]
-            medians = ratio_interval(slow["total_ms"], fast["total_ms"], "p50")
+            if "machine" in rows and set(slow["machine"]) != set(fast["machine"]):
+                continue
+            pairs = paired(by_request(slow), by_request(fast))
+            medians = ratio_interval(pairs["top"], pairs["bottom"], "p50")
             means = mean_before_decode_ms(slow) / mean_before_decode_ms(fast)
-            found.append((system, label, *medians, means))
-    columns = ["system", "capacity_label", "speedup", "low", "high", "up_to_decoding"]
+            found.append((system, label, *medians, means, len(pairs)))
+    columns = ["system", "capacity_label", "speedup", "low", "high", "up_to_decoding", "n"]
     return pd.DataFrame(found, columns=columns)
 
 
@@ -174,7 +205,7 @@ def _at_each_capacity(
                  for name in table.index]  # fmt: skip
         table["bytes / optimum (x)"] = table["loaded (GiB)"] * _GIB / least
         again = later_touches(here).groupby("system").size()
-        table["could load nothing (%)"] = 100 * again / table["requests"]
+        table["could load nothing (%)"] = 100 * again / (table["requests"] * table["repeats"])
         yield _in_gib(n_bytes), table
 
 
@@ -186,8 +217,8 @@ def _in_gib(n_bytes: int) -> str:
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
     """Return a row a step from whole models to Djinn, and what it takes off the mean latency.
 
-    Steps that were not measured are counted with the next one that was. Where `other machine` is
-    true the step before ran on another machine, and part of the difference may be the machine's.
+    Steps that were not measured are counted with the next one that was. A difference is paired by
+    request. There is none where the step before ran on another machine.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
@@ -201,10 +232,9 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
             continue
         own = rows[rows["system"] == system]
         line = table.loc[system].to_dict()
-        if before is not None:
-            saved = difference_of_means(served(before)["total_ms"], served(own)["total_ms"])
+        if before is not None and run.machines_of(before) == run.machines_of(own):
+            saved = difference_of_means(by_request(before), by_request(own))
             line |= dict(zip(("mean saved (ms)", "low (ms)", "high (ms)"), saved, strict=True))
-            line["other machine"] = run.machines_of(before) != run.machines_of(own)
         step = " + ".join(whats)
         lines[step if before is None else f"+ {step}", system] = line
         before, whats = own, []
@@ -212,11 +242,9 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
         raise NotMeasured(f"no step of the ablation was run: {[system for system, _ in STEPS]}")
     table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(["step", "system"])
     columns = [*_SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
-               "mean saved (ms)", "low (ms)", "high (ms)", "machine", "other machine"]  # fmt: skip
+               "mean saved (ms)", "low (ms)", "high (ms)", "machine"]  # fmt: skip
     table = table.reindex(columns=columns)
-    if table["machine"].nunique() < 2:
-        return table.drop(columns=["machine", "other machine"])
-    return table.assign(**{"other machine": table["other machine"].eq(True)})
+    return table.drop(columns="machine") if table["machine"].nunique() < 2 else table
 
 
 def replicates_table(run: Run) -> pd.DataFrame:
@@ -241,7 +269,7 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     """Return a row a system whose requests were sent as they arrived: what switches still cost.
 
     Switches are counted after the first touch of each model. The first row, for comparison, has
-    Djinn's requests one after the other. Systems that could have batched are left out.
+    Djinn's requests one after the other. Systems that were kept from batching are left out.
     """
     columns = [*_SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
                "all done (s)"]  # fmt: skip
@@ -249,7 +277,7 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     waiting = run.concurrent_cells(trace, capacity_label)
     modes = {
         "sequential": alone[alone["system"] == "djinn"],
-        "concurrent": waiting[~waiting["system"].isin(COULD_NOT_BATCH)],
+        "concurrent": waiting[~could_not_batch(run, waiting)],
     }
     found = {mode: measures(run, rows).join(_exposed(rows))
              for mode, rows in modes.items() if len(rows)}  # fmt: skip

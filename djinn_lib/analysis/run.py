@@ -140,22 +140,25 @@ class Run:
     def machine_numbers(self) -> dict[str, int]:
         """Which machine ran what, by run id: from 1 on, the oldest cell's machine first.
 
-        Machines of one kind are told apart by what their set-ups measured. There is more than one
-        where parts were merged.
+        Machines of one kind are told apart by the UUID of their GPU; in rows older than that, by
+        what their set-ups measured. There is more than one where parts were merged.
         """
         numbers: dict[str, int] = {}
         in_order = sorted(self.all_manifests.values(), key=lambda m: m["started_at_utc"])
-        return {m["run_id"]: numbers.setdefault(_facts(m["machine"]), len(numbers) + 1)
-                for m in in_order}  # fmt: skip
+        return {m["run_id"]: numbers.setdefault(_identity(m), len(numbers) + 1) for m in in_order}
 
     @cached_property
     def machine_names(self) -> dict[int, str]:
-        """What the machines are called, by number: as in machine.json, if it lists them."""
+        """What the machines are called, by number: by the UUID of the GPU where it is known.
+
+        Else as in machine.json, if it lists them.
+        """
         parts: dict[str, str] = {}
         for entry in self.listed_machines:
             parts.setdefault(_facts(entry["machine"]), str(entry["part"]))
         return {
-            number: parts.get(_facts(m["machine"]), str(number))
+            number: (m.get("gpu_uuid") or "")[:12]  # "GPU-" and eight digits
+            or parts.get(_facts(m["machine"]), str(number))
             for m in self.all_manifests.values()
             for number in [self.machine_numbers[m["run_id"]]]
         }
@@ -180,7 +183,7 @@ class Run:
         return self.rows[~self.rows["ok"] & (self.rows["error_kind"] != "unavailable")]
 
     def cells(self, trace: str = "paper", capacity_label: str | None = None) -> pd.DataFrame:
-        """Return the rows of one trace, at one capacity or at all of them, served in sequence.
+        """Return the rows of one trace from a cold start, at one capacity or all, in sequence.
 
         Raises:
             RecordError: there are none.
@@ -197,7 +200,7 @@ class Run:
     def other_cells(self, trace: str, capacity_label: str | None = None) -> pd.DataFrame:
         """Return what `cells` does, but no rows where a run has none instead of an error."""
         rows = sequential(self.rows)
-        rows = rows[rows["trace"] == trace]
+        rows = rows[(rows["trace"] == trace) & (rows["start"] == "cold")]
         return rows if capacity_label is None else rows[rows["capacity_label"] == capacity_label]
 
     def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
@@ -205,7 +208,7 @@ class Run:
 
         They are empty where a run has none.
         """
-        rows = self.rows[self.rows["mode"] == "concurrent"]
+        rows = self.rows[(self.rows["mode"] == "concurrent") & (self.rows["start"] == "cold")]
         return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
 
     def link_floor(self) -> pd.DataFrame:
@@ -223,6 +226,10 @@ def _has_other_steps(manifest: Manifest) -> bool:
         return manifest["system"].startswith("vllm")
     default = "compiled" if manifest["machine"]["device"] == "cuda" else "eager"
     return manifest["options"].get("decode", default) != "eager"
+
+
+def _identity(manifest: Manifest) -> str:
+    return manifest.get("gpu_uuid") or _facts(manifest["machine"])
 
 
 def _facts(machine: Mapping[str, Any]) -> str:

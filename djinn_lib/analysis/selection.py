@@ -12,11 +12,11 @@ from djinn_lib import metrics
 from djinn_lib.analysis.run import Run
 from djinn_lib.metrics import attempted
 
+NOT_BATCHED = "could not batch: its engines were given one request at a time"
 CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
 MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
-# vLLM batches the requests of a model by default. These systems gave its engines one request at a
-# time, so how long their queues took says nothing of vLLM, and is not compared.
-COULD_NOT_BATCH = frozenset({"vllm_recreate", "vllm_sleep", "vllm_sleep_naive"})
+COLD, WARM = "cold", "warm"  # what is resident before the first request
+_USUAL = ("start", COLD)
 
 
 _P = ParamSpec("_P")
@@ -55,36 +55,59 @@ def select(
     trace: str | None = MAIN_TRACE,
     capacity_label: str | None = MAIN_CAPACITY,
     mode: str = "sequential",
+    start: str = COLD,
 ) -> pd.DataFrame:
     """Return the attempted rows of a system; None stands for all.
 
     Raises:
         NotMeasured: there are none, or the system cannot run on this machine.
     """
-    return _matching(run.rows, system, trace, capacity_label, mode)
+    return _matching(run, run.rows, system, trace, capacity_label, mode, start)
 
 
 def select_every(run: Run, system: str | None, **where: Any) -> pd.DataFrame:
     """Return what `select` does, replicates among the rows."""
-    return _matching(run.every_row, system, **where)
+    return _matching(run, run.every_row, system, **where)
 
 
 def _matching(
+    run: Run,
     rows: pd.DataFrame,
     system: str | None,
     trace: str | None = MAIN_TRACE,
     capacity_label: str | None = MAIN_CAPACITY,
     mode: str = "sequential",
+    start: str = COLD,
 ) -> pd.DataFrame:
-    wanted = {"system": system, "trace": trace, "capacity_label": capacity_label, "mode": mode}
+    wanted = {"system": system, "trace": trace, "capacity_label": capacity_label, "mode": mode,
+              "start": start}  # fmt: skip
     for column, value in wanted.items():
         if value is not None:
             rows = rows[rows[column] == value]
     found = attempted(rows)
     if found.empty:
-        where = ", ".join(f"{k} {v!r}" for k, v in wanted.items() if v)
+        where = ", ".join(f"{k} {v!r}" for k, v in wanted.items() if v and (k, v) != _USUAL)
         raise NotMeasured(rows["error"].iloc[0] if len(rows) else f"no rows of {where} in this run")
+    if mode == "concurrent":
+        found = found[~could_not_batch(run, found)]
+        if found.empty:
+            raise NotMeasured(f"{system} {NOT_BATCHED}")
     return found
+
+
+def could_not_batch(run: Run, rows: pd.DataFrame) -> pd.Series:
+    """Whether rows are of requests that waited, in a system that was kept from batching them.
+
+    vLLM batches the requests of a model by default. Cells whose manifest does not say that their
+    engines were free to (older ones cannot say so, for they gave an engine one request at a time)
+    tell nothing of vLLM's queues, and are not compared.
+    """
+    unfair = {
+        manifest["run_id"]
+        for manifest in run.all_manifests.values()
+        if manifest["system"].startswith("vllm") and not manifest.get("batches")
+    }
+    return (rows["mode"] == "concurrent") & rows["run_id"].isin(unfair)
 
 
 def served(run: Run, system: str, **where: Any) -> pd.DataFrame:
@@ -100,13 +123,13 @@ def served(run: Run, system: str, **where: Any) -> pd.DataFrame:
 
 
 def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd.DataFrame]:
-    """Return the attempted rows of a cell of each system, of one machine if all of them ran on one.
+    """Return the attempted rows of a cell of each system, all from one machine.
 
     Machines of one kind differ, so systems are compared on the newest machine that ran them all,
-    with replicates if need be. Where there is none, they are the rows that `select` gives.
+    with replicates if need be.
 
     Raises:
-        NotMeasured: one of them has none, or cannot run on this machine.
+        NotMeasured: one of them has none or cannot run here, or no machine ran them all.
     """
     own = {system: select(run, system, **where) for system in systems}
     by_machine = {
@@ -118,7 +141,9 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     }
     common = set.intersection(*(set(found) for found in by_machine.values()))
     if not common:
-        return own
+        raise NotMeasured(
+            f"no machine ran all of {', '.join(systems)}: {ran_on(run, *own.values())}"
+        )
     newest = max(common)
     return {
         system: own[system] if _numbers(run, own[system]) == {newest} else found[newest]
@@ -130,7 +155,8 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
     """Return the rows of the systems that were run at more than one capacity, if any were.
 
     The baseline is among them wherever it was run, so that an unfinished run can be looked at.
-    At each capacity they are rows of one machine, where one ran all that were run there.
+    At each capacity they are rows of one machine, where one ran all that were run there. Column
+    `machine` says which: systems of different machines are not compared.
 
     Raises:
         RecordError: there are none.
@@ -142,10 +168,13 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
     for label in rows["capacity_label"].unique():
         here = rows[rows["capacity_label"] == label]
         systems = [str(name) for name in attempted(here)["system"].unique()]
-        if systems:
+        try:
             found += side_by_side(run, systems, trace=trace, capacity_label=str(label)).values()
-        found.append(here[here["error_kind"] == "unavailable"])
-    return pd.concat(found)
+            found.append(here[here["error_kind"] == "unavailable"])
+        except NotMeasured:  # which machine a row is of is in its column
+            found.append(here)
+    together = pd.concat(found)
+    return together.assign(machine=together["run_id"].map(run.machine_numbers).fillna(0))
 
 
 def swept(rows: pd.DataFrame) -> list[str]:

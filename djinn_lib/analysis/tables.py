@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from djinn_lib.analysis.run import Run
-from djinn_lib.metrics import summarise
 from djinn_lib.trace import Trace
 from djinn_lib.units import format_bytes, three_digits
-
-_MIB = 1 << 20
 
 
 def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
@@ -80,24 +78,24 @@ def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("trace")
 
 
-def cell_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The summary of one cell, one measure a line."""
-    summaries = summarise(rows).rename(columns={"zero_load_share": "hit"}).to_dict("records")
-    measures = summaries[0] if summaries else {}
-    if errors := rows.loc[~rows["ok"], "error"].tolist():
-        measures["first error"] = errors[0]
-    return pd.DataFrame({"value": pd.Series(measures, dtype=object)})
+def large_rows_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One line a row of models larger than the ring; failures have a column if there are any."""
+    table = rows[["model", "system", "repeat"]].copy()
+    table["first token (ms)"] = rows["ttft_ms"]
+    table["per token (ms)"] = rows["ms_per_token"]
+    table["waited per token (ms)"] = rows["stall_ms_per_token"]
+    table["loaded per token (MiB)"] = rows["loaded_bytes_per_token"] / 2**20
+    if not rows["ok"].all():
+        table["failed because"] = rows["error"]
+    return table.set_index(["model", "system", "repeat"])
 
 
-def request_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a request: the split of its latency in ms and its weights in MiB."""
-    table = rows[["repeat", "request", "model"]].copy()
-    for column in ("loaded", "evicted", "writeback", "resident_before"):
-        table[f"{column}_mib"] = rows[f"{column}_bytes"] / _MIB
-    for column in ("switch_ms", "ttft_ms", "decode_ms", "total_ms"):
-        table[column] = rows[column]
-    table["failed because"] = rows["error"]
-    return table.set_index(["repeat", "request"]).round(1)
+def shown(table: pd.DataFrame) -> Styler:
+    """Return a table for a notebook: `as_text`, with no row and no text cut off."""
+    styler = as_text(table).style
+    for axis in (0, 1):
+        styler.format_index(lambda v: f"{v:g}" if isinstance(v, float) else str(v), axis=axis)
+    return styler
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:

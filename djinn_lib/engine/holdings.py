@@ -51,8 +51,8 @@ class Holdings:
                 options.progress,
             )
             undo.callback(masters.close)
-            capacity_bytes, policy = options.capacity_bytes, options.eviction
-            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.residency)
+            capacity_bytes, policy = options.capacity_bytes, options.victims
+            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.eviction)
             undo.callback(pager.close)
             scheduler = Scheduler(pager, options)
             models = Catalog(masters, pager, scheduler.turn, options)

@@ -67,20 +67,29 @@ def read_ids(ids: object) -> list[int]:
     return [value if type(value) is int else _id(value, i) for i, value in enumerate(ids)]
 
 
+def is_conversation(prompt: object) -> bool:
+    """Whether it is a list of messages."""
+    if not _is_sequence(prompt) or not len(prompt):
+        return False
+    return isinstance(prompt[0], Mapping) and "role" in prompt[0]
+
+
 def read_messages(messages: object) -> list[dict[str, Any]]:
     """Return a conversation as chat templates take it.
 
     Args:
-        messages: mappings with "role" and "content", both text.
+        messages: mappings with "role" and "content", both text; or the text of one user.
 
     Raises:
         ConfigError: it is no conversation, or a message has another form.
     """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     if not _is_sequence(messages) or not messages:
         raise ConfigError(
-            f"expected a list of messages such as [{{'role': 'user', 'content': 'Hi'}}], got "
-            f"{'none' if _is_sequence(messages) else shown(messages)}: for plain text or token ids "
-            "use generate()"
+            f"expected text or a list of messages such as [{{'role': 'user', 'content': 'Hi'}}], "
+            f"got {'none' if _is_sequence(messages) else shown(messages)}: for token ids use "
+            "generate()"
         )
     return [_message(message, i) for i, message in enumerate(messages)]
 

@@ -18,7 +18,7 @@ from djinn_lib.experiment.weights import prepare_models
 from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import Trace, check_models, write_trace
-from djinn_lib.units import parse_bytes
+from djinn_lib.units import format_bytes, parse_bytes
 
 MODELS_DIR = REPO / "data" / "models"
 
@@ -81,32 +81,32 @@ class Bench:
         return parse_capacity(self.profile.capacities[label], self.total_bytes)
 
     def models_table(self) -> pd.DataFrame:
-        """One row a model: what it stands for, its size, and its share of all weights."""
+        """One row a model: what it stands for, its size, its share of all weights."""
         return pd.DataFrame(
             {
                 "model": name,
-                "stands_for": self.profile.models[name].stands_for,
+                "stands for": self.profile.models[name].stands_for,
                 "dtype": files.dtype,
-                "bytes": files.n_bytes,
-                "share_of_all": files.n_bytes / self.total_bytes,
+                "size": format_bytes(files.n_bytes),
+                "share of all weights (%)": round(100 * files.n_bytes / self.total_bytes, 1),
             }
             for name, files in self.models.items()
-        )
+        ).set_index("model")
 
     def capacities_table(self) -> pd.DataFrame:
-        """One row a capacity label: bytes, frames, and the share of all weights that fits."""
+        """One row a capacity label: size, frames, and the share of all weights that fits."""
         page_bytes = parse_bytes(self.profile.page)
         sizes = {label: self.capacity_bytes(label) for label in self.profile.capacities}
         return pd.DataFrame(
             {
-                "capacity_label": label,
-                "written_as": self.profile.capacities[label],
-                "bytes": n_bytes,
+                "label": label,
+                "as written in the profile": self.profile.capacities[label],
+                "size": format_bytes(n_bytes),
                 "frames": n_bytes // page_bytes,
-                "share_of_all": n_bytes / self.total_bytes,
+                "share of all weights (%)": round(100 * n_bytes / self.total_bytes, 1),
             }
             for label, n_bytes in sizes.items()
-        )
+        ).set_index("label")
 
     def write_traces(self) -> dict[str, Trace]:
         """Generate and write every trace of the profile; returns them by name."""

@@ -53,7 +53,8 @@ def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
     check_models(trace, bench.models)
     ensure_writable(files.rows.parent)  # before minutes are spent
     begun = CellRecord(bench, cell, trace)
-    rows = whole_frame(_rows(begun))
+    with begun.memory:
+        rows = whole_frame(_rows(begun))
     if warning := clock_warning(rows):
         begun.notes.append(warning)
     keep(files, rows, begun.manifest())
@@ -208,7 +209,7 @@ def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[di
         keys = None
         try:
             if request.request == 0:
-                system.reset()  # every repeat starts cold
+                _begin_repeat(begun, system)
             prompt = _checked_prompt(begun, system, request)
             keys = begun.keys(repeat, request)
             served = system.serve(request.model, prompt, begun.bench.profile.new_tokens)
@@ -216,6 +217,15 @@ def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[di
             yield _failed(keys or begun.keys(repeat, request), error)
             continue
         yield _row(keys, served, queue_ms=0.0)
+
+
+def _begin_repeat(begun: CellRecord, system: SystemUnderTest) -> None:
+    """Take everything off the device; for a warm start, serve each model once, uncounted."""
+    system.reset()
+    if begun.cell.start == "warm":
+        for name in begun.bench.models:
+            prompt = _prompt(begun, Request(0, 0.0, name))
+            system.serve(name, prompt, begun.bench.profile.new_tokens)
 
 
 def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
@@ -228,7 +238,7 @@ def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterato
     with ThreadPoolExecutor(1, "djinn-system") as worker:
         for repeat in range(begun.cell.repeats):
             try:
-                system.reset()  # every repeat starts cold
+                _begin_repeat(begun, system)
             except (Exception, SystemExit) as error:
                 yield from (_failed(begun.keys(repeat, r), error) for r in begun.trace.requests)
                 continue

@@ -86,6 +86,7 @@ def execute_cell(run: RunFolder, profile: Profile, cell: Cell, fork: bool = Fals
             "trace": cell.trace,
             "capacity_label": cell.capacity_label,
             "mode": cell.mode,
+            "start": cell.start,
         },
         kernel=kernel_name(profile, cell),
         fork=fork,

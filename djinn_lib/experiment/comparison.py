@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import yaml
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import paper_form
-from djinn_lib.experiment.profile import Cell, Profile, load_profile
+from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.experiment.reproduce import reproduce
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.files import ensure_writable, write_json, write_text
+from djinn_lib.files import ensure_writable, write_text
 from djinn_lib.rows import read_rows
 from djinn_lib.trace import read_trace
 
@@ -113,26 +114,15 @@ def write_paper_form(run: RunFolder, profile: Profile) -> None:
 
     With several capacities each has a folder of its own.
     """
-    labels = list(profile.capacities)
-    for label in labels:
-        folder = run.path if len(labels) == 1 else run.path / f"{label}gb"
-        cells = [cell for cell in profile.all_cells() if cell.capacity_label == label]
-        found = {
-            f"{paper_form.baseline_name(cell.system)}_{cell.mode}": _result(run, cell)
-            for cell in cells
-            if run.cell(cell.id).rows.exists()
-        }
-        folder.mkdir(exist_ok=True)
-        for name, result in found.items():
-            write_json(folder / f"{name}_results.json", result)
-        write_json(folder / "comparison_summary.json", paper_form.summary(found))
+    cells = [run.cell(cell.id).rows for cell in profile.all_cells()]
+    if found := [read_rows(path) for path in cells if path.exists()]:
+        rows, labels = pd.concat(found), list(profile.capacities)
+        for label in labels:
+            folder = run.path if len(labels) == 1 else run.path / f"{label}gb"
+            paper_form.write_results(paper_form.results_of(rows, TRACE, label), folder)
     if run.trace(TRACE).exists():
         trace = read_trace(run.trace(TRACE))
         paper_form.save_trace(trace, run.path / f"trace_n{len(trace)}.json")
-
-
-def _result(run: RunFolder, cell: Cell) -> dict[str, Any]:
-    return paper_form.result(read_rows(run.cell(cell.id).rows))
 
 
 def _base(config: str) -> Profile:

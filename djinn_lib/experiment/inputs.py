@@ -22,8 +22,11 @@ from djinn_lib.systems import KERNELS, SYSTEMS
 LIBRARY = REPO / "djinn_lib"
 # Beside the engine and the system's own module: what sends requests and writes rows.
 _OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py")
-_OF_NO_CELL = {"accelerate"}  # 07_large_models measures it
-_BUILDS_ON = {  # modules of other systems
+# Modules of systems that not every cell needs.
+_OF_SOME_CELLS = {"accelerate", "stable_weights"}  # 07_large_models measures the first
+_ON_THE_FLEET = ("djinn_vllm", "vllm_sleep", "vllm_sleep_readonly")  # engines of djinn_lib.fleet
+_BUILDS_ON = {  # of these, and of other systems
+    "pytorch": ("stable_weights",),
     "djinn_vllm": ("vllm_recreate",),
     "vllm_sleep": ("vllm_recreate",),
     "vllm_sleep_readonly": ("vllm_recreate", "vllm_sleep"),
@@ -92,11 +95,12 @@ def code_of(system: str) -> list[Path]:
     Of the systems' modules: its own, those that it builds on, and those that belong to no system.
     """
     own, _ = SYSTEMS[system]
-    others = {module for module, _ in SYSTEMS.values()} | _OF_NO_CELL
+    others = {module for module, _ in SYSTEMS.values()} | _OF_SOME_CELLS
     others -= {own, *_BUILDS_ON.get(own, ())}
     modules = (LIBRARY / "systems").glob("*.py")
     return [
         *(LIBRARY / part for part in _OF_EVERY_CELL),
+        *([LIBRARY / "fleet"] if system in _ON_THE_FLEET else []),
         *(path for path in modules if path.stem not in others),
     ]
 

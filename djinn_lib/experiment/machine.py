@@ -37,6 +37,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "device": device,
         "device_name": device_name(device),
+        "gpu_uuid": nvml.first_gpu() if device == "cuda" else None,
         "device_bytes": torch.cuda.mem_get_info()[1] if device == "cuda" else memory.total,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),

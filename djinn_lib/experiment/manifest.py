@@ -43,6 +43,12 @@ class Manifest(BaseModel):
     stolen_share: float | None = None
     host_loop_us: list[list[float]] = []
     notes: list[str]
+    # Not in older manifests either: the GPU's UUID, whether the system was free to batch requests
+    # that wait, and the most device memory that was in use, less what was before the system started
+    # (contexts, graphs and caches are in it, which no capacity limits).
+    gpu_uuid: str | None = None
+    batches: bool | None = None
+    peak_device_bytes: int | None = None
     # How the latest execution ended (a `Status`), which may be a later one than that of the rows.
     # None while it goes on, where the cell was run by hand, and in older manifests.
     execution: dict[str, Any] | None = None

@@ -23,7 +23,9 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
+from djinn_lib.experiment.by_hand import executing
 from djinn_lib.experiment.kernels import ForkingKernelManager
+from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.experiment.status import Status
 from djinn_lib.paths import NOTEBOOKS, python_path
 from djinn_lib.rows import classify_error
@@ -75,7 +77,7 @@ def execute(
     Args:
         notebook: its name without the ending, e.g. "02_run_system".
         output: the executed copy, or the notebook as it is if its kernel did not start; whatever
-            was there before goes.
+            was there before goes. What was printed goes to a log next to it.
         parameters: values for its parameters cell, of plain JSON types.
         kernel: a Jupyter kernel; default is the one that the notebook names.
         fork: whether the kernel may be a fork, which starts at once; see `kernels`.
@@ -94,9 +96,10 @@ def execute(
     begin_s, kind, error = time.perf_counter(), "", ""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for left in (output, partial):
+        for left in (output, partial, log_of(output)):
             left.unlink(missing_ok=True)
-        _papermill(source, partial, parameters, kernel, fork)
+        with executing(output.resolve()):
+            _papermill(source, partial, parameters, kernel, fork)
     except PapermillExecutionError as failure:
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
@@ -113,6 +116,8 @@ def execute(
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+    with suppress(OSError, ValueError):  # of a kernel that died there may be half a copy
+        move_messages(partial, log_of(output))
     with suppress(OSError):
         if not partial.exists():  # a kernel that never started leaves no copy
             shutil.copyfile(source, partial)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from djinn_lib.errors import TraceError
 from djinn_lib.files import write_json
-from djinn_lib.metrics import latency, served
+from djinn_lib.metrics import attempted, by_request, latency, served
 from djinn_lib.trace import Request, Trace, read_trace, write_trace
 
 # Names of their baselines, and of our systems that do the same.
@@ -78,7 +79,8 @@ def baseline_name(label: str) -> str:
 def result(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the rows of one cell in the form of ``<system>_<mode>_results.json``.
 
-    Of repeated requests the first repeat is told one by one; the statistics are of all repeats.
+    Of repeated requests the first repeat is told one by one; the statistics are of requests, each
+    the mean of its repeats.
     """
     ok = served(rows)
     first, n_repeats = rows[rows["repeat"] == 0], rows["repeat"].nunique()
@@ -90,7 +92,7 @@ def result(rows: pd.DataFrame) -> dict[str, Any]:
         "repeats": n_repeats,
     }
     for column in ("total_ms", "switch_ms") if len(ok) else ():
-        found = latency(ok[column])
+        found = latency(by_request(ok, column))
         stats |= {f"{key}_{column}": round(found[key], 3) for key in ("p50", "p99", "mean")}
     return {"stats": stats, "results": [_agent(row) for row in first.to_dict("records")]}
 
@@ -103,7 +105,7 @@ def _agent(row: dict[str, Any]) -> dict[str, Any]:
     return {**agent, **times, "output_tokens": row["n_tokens"]}
 
 
-def summary(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return results by name in the form of ``comparison_summary.json``."""
     fields = ("p50_total_ms", "p99_total_ms", "mean_total_ms")
     return {
@@ -113,3 +115,22 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         for name, found in results.items()
     }
+
+
+def results_of(rows: pd.DataFrame, trace: str, capacity_label: str) -> dict[str, dict[str, Any]]:
+    """Return the results of every cell of a trace and capacity that starts cold, by their names.
+
+    Systems that cannot run on this machine have none.
+    """
+    chosen = (rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)
+    cells = attempted(rows[chosen & (rows["start"] == "cold")])
+    cells = cells.groupby(["system", "mode"], sort=False)
+    return {f"{baseline_name(str(s))}_{mode}": result(group) for (s, mode), group in cells}
+
+
+def write_results(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write ``comparison_summary.json`` and a ``<system>_<mode>_results.json`` for each result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, found in results.items():
+        write_json(folder / f"{name}_results.json", found)
+    write_json(folder / "comparison_summary.json", summary(results))

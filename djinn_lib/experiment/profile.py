@@ -29,6 +29,7 @@ Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
 Mode = Literal["sequential", "concurrent"]
+Start = Literal["cold", "warm"]
 
 
 class _Strict(BaseModel):
@@ -60,7 +61,8 @@ class ModelEntry(_Strict):
 class TraceEntry(_Strict):
     """A trace of a profile: the paper's, drawn by Zipf's law, or read from a file.
 
-    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, the kind "file" has `path`.
+    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, and may ask for some `models` only;
+    the kind "file" has `path`.
     """
 
     kind: Literal["paper", "zipf", "file"]
@@ -69,9 +71,12 @@ class TraceEntry(_Strict):
     alpha: float | None = None
     seed: int | None = None
     rate_per_s: float | None = None
+    models: list[str] | None = None
 
     @model_validator(mode="after")
     def _all_or_none(self) -> TraceEntry:
+        if self.models is not None and (self.kind != "zipf" or not self.models):
+            raise ValueError("expected models, one at least, for kind 'zipf' only")
         given = [v is not None for v in (self.n, self.alpha, self.seed, self.rate_per_s)]
         if not (all(given) if self.kind == "zipf" else not any(given)):
             raise ValueError(
@@ -93,7 +98,9 @@ class CellsEntry(_Strict):
     """Every combination of the listed traces, capacities and systems.
 
     In `mode` "sequential" a request is sent when the one before is done, in "concurrent" when it
-    arrives by its trace, `speed` times as fast; infinity sends all at once.
+    arrives by its trace, `speed` times as fast; infinity sends all at once. Before each repeat
+    nothing is on the device; with `start` "warm" every model is then asked for once, in the order
+    of the profile and not counted, as the paper's code does.
     """
 
     traces: list[str]
@@ -101,6 +108,7 @@ class CellsEntry(_Strict):
     systems: list[str]
     mode: Mode = "sequential"
     speed: float = Field(default=1.0, gt=0)
+    start: Start = "cold"
     repeats: int | None = Field(default=None, ge=1)
 
 
@@ -119,10 +127,10 @@ class LargeEntry(_Strict):
         return self
 
 
-def cell_id(trace: str, capacity_label: str, system: str, mode: str) -> str:
+def cell_id(trace: str, capacity_label: str, system: str, mode: str, start: str = "cold") -> str:
     """Return the name of a cell, which is the stem of its files."""
-    suffix = "" if mode == "sequential" else f"-{mode}"
-    return f"{trace}-{capacity_label}-{system}{suffix}"
+    usual = {"sequential", "cold"}
+    return "-".join([trace, capacity_label, system, *(x for x in (mode, start) if x not in usual)])
 
 
 class Cell(_Strict):
@@ -134,11 +142,12 @@ class Cell(_Strict):
     repeats: int
     mode: Mode = "sequential"
     speed: float = 1.0
+    start: Start = "cold"
 
     @property
     def id(self) -> str:
         """Name of the cell, and the stem of its files."""
-        return cell_id(self.trace, self.capacity_label, self.system, self.mode)
+        return cell_id(self.trace, self.capacity_label, self.system, self.mode, self.start)
 
 
 class Profile(_Strict):
@@ -163,6 +172,8 @@ class Profile(_Strict):
     def _names_exist(self) -> Profile:
         for name, entry in self.systems.items():
             _ensure_known(f"system of {name!r}", [entry.system], SYSTEMS)
+        for entry in self.traces.values():
+            _ensure_known("model of a trace", entry.models or [], self.models)
         for entry in self.cells:
             _ensure_known("trace", entry.traces, self.traces)
             _ensure_known("capacity", entry.capacities, self.capacities)
@@ -195,12 +206,18 @@ class Profile(_Strict):
                             repeats=entry.repeats or self.repeats,
                             mode=entry.mode,
                             speed=entry.speed,
+                            start=entry.start,
                         )
                         cells.setdefault(cell.id, cell)
         return list(cells.values())
 
     def cell(
-        self, trace: str, capacity_label: str | float, system: str, mode: str = "sequential"
+        self,
+        trace: str,
+        capacity_label: str | float,
+        system: str,
+        mode: str = "sequential",
+        start: str = "cold",
     ) -> Cell:
         """Return a cell by its names, whether or not the profile lists it.
 
@@ -216,11 +233,13 @@ class Profile(_Strict):
             _ensure_known("capacity", [capacity_label], self.capacities)
             _ensure_known("system", [system], self.systems)
             _ensure_known("mode", [mode], get_args(Mode))
+            _ensure_known("start", [start], get_args(Start))
         except ValueError as error:
             raise ConfigError(f"profile {self.name!r}: {error}") from error
         listed = {cell.id: cell for cell in self.all_cells()}
         speed = next((cell.speed for cell in listed.values() if cell.mode == mode), 1.0)
-        names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode}
+        names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode,
+                 "start": start}  # fmt: skip
         cell = Cell.model_validate({**names, "repeats": self.repeats, "speed": speed})
         return listed.get(cell.id, cell)
 
@@ -238,8 +257,8 @@ class Profile(_Strict):
             trace = renamed(load_trace(user_path(entry.path)), stand_ins, keep=self.models)
             check_models(trace, self.models)
             return trace
-        fields = entry.model_dump(exclude={"kind", "path"})
-        return zipf_trace(models=models, **fields)
+        fields = entry.model_dump(exclude={"kind", "path", "models"})
+        return zipf_trace(models=entry.models or models, **fields)
 
 
 def _ensure_known(what: str, names: list[str], known: Any) -> None:

@@ -56,6 +56,7 @@ class Outcome:
     manifest: bytes | None
     journal: bytes | None
     notebook: bytes | None
+    log: bytes | None
 
 
 def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
@@ -106,11 +107,13 @@ def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Dr
             (scratch.path / path).write_bytes(content)
         status = execute_cell(scratch, profile, cell)
         files = scratch.cell(cell.id)
-        left = (files.rows, files.manifest, files.journal, files.notebook)
-        rows, manifest, journal, notebook = (p.read_bytes() if p.exists() else None for p in left)
+        left = (files.rows, files.manifest, files.journal, files.notebook, files.log)
+        rows, manifest, journal, notebook, log = (
+            path.read_bytes() if path.exists() else None for path in left
+        )
         if notebook:  # its reader is to find the run's folder in it, not one that is gone
             notebook = notebook.replace(_in_json(scratch.path), _in_json(driver.run_dir))
-        return Outcome(status, socket.gethostname(), rows, manifest, journal, notebook)
+        return Outcome(status, socket.gethostname(), rows, manifest, journal, notebook, log)
 
 
 def take_back(
@@ -144,7 +147,13 @@ def _put(outcome: Outcome | None, files: CellFiles) -> None:
         shutil.copyfile(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", files.notebook)
     if outcome is None:
         return
-    for content, path in ((outcome.notebook, files.notebook), (outcome.journal, files.journal)):
+    left = {
+        files.notebook: outcome.notebook,
+        files.log: outcome.log,
+        files.journal: outcome.journal,
+    }
+    files.log.unlink(missing_ok=True)  # an earlier execution's
+    for path, content in left.items():
         if content is not None:
             write_atomically(path, lambda to, content=content: to.write_bytes(content))
     if outcome.rows and outcome.manifest:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from djinn_lib import provenance
+from djinn_lib import nvml, provenance
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import WeightsWatch, weights_digest
@@ -39,6 +39,7 @@ class CellRecord:
         self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = provenance.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
+        self.memory = nvml.MemoryWatch()
 
     def keys(self, repeat: int, request: Request) -> dict[str, Any]:
         """The columns that say which request a row is about."""
@@ -46,6 +47,7 @@ class CellRecord:
             "run_id": self.run_id,
             "system": self.cell.system,
             "mode": self.cell.mode,
+            "start": self.cell.start,
             "capacity_bytes": self.capacity_bytes,
             "capacity_label": self.cell.capacity_label,
             "trace": self.cell.trace,
@@ -110,6 +112,7 @@ class CellRecord:
                 "page_bytes": self.page_bytes,
                 "repeats": self.cell.repeats,
                 "mode": self.cell.mode,
+                "start": self.cell.start,
                 "speed": str(self.cell.speed),
             },
             "started_at_utc": self.started.isoformat(),
@@ -117,6 +120,9 @@ class CellRecord:
             "setup_s": self.setup_s,
             "stolen_share": self.host.stolen_share(),
             "host_loop_us": self.host_loop_us,
+            "gpu_uuid": nvml.first_gpu() if profile.device == "cuda" else None,
+            "batches": system_class(self.entry.system).batches,
+            "peak_device_bytes": self.memory.peak_bytes,
             "notes": self.notes,
         }
 

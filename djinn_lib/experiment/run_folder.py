@@ -51,6 +51,11 @@ class CellFiles:
         return self.run / "notebooks" / f"{self.task}.ipynb"
 
     @property
+    def log(self) -> Path:
+        """What the executed notebook printed; see `djinn_lib.experiment.notebook_logs`."""
+        return self.notebook.with_suffix(".log")
+
+    @property
     def earlier(self) -> Path:
         """A folder of rows and journals that others took the place of; only people read them."""
         return self.run / "requests" / "earlier"

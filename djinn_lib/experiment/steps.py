@@ -109,6 +109,12 @@ TRACE = Step(
     gives=("profile", "run_dir"),
     profile=("models", "traces"),
 )
+START = Step(
+    "00_start_here",
+    code=("engine", "analysis/page_tables.py", "analysis/plots/ring.py", "analysis/plots/style.py",
+          "experiment/small_shapes.py"),
+    gives=(),
+)  # fmt: skip
 READING = (  # those that take longest come first
     Step("08_fleet", ("engine", "fleet", "analysis/plots", "experiment/fleet_demo.py"),
          gives=("profile", "run_dir"), measures=True,
@@ -124,6 +130,7 @@ READING = (  # those that take longest come first
     Step("03_sensitivity", _DRAWING, (_PAPER,), _MEASURED),
     Step("explore", (*_DRAWING, "engine/memory/policies.py"), (REFERENCE / "engine.json",),
          gives=("figures_dir",)),
+    START,
 )  # fmt: skip
 STEPS = (SETUP, TRACE, *READING)
 

@@ -160,7 +160,7 @@ def run_point(point: Point) -> dict[str, Any]:
         sizes,
         capacity_bytes,
         _policy(point, list(sizes)),
-        residency="whole" if point.policy == WHOLE_LRU else "partial",
+        eviction="models" if point.policy == WHOLE_LRU else "pages",
         costs=_costs(),
         mode=point.mode,
     )

@@ -21,7 +21,7 @@ from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.devices import open_address_space
 from djinn_lib.engine.memory.frames import n_frames_in
 from djinn_lib.engine.memory.policies import Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency, Ring
+from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.lease_states import Frames, Revoke
@@ -42,7 +42,7 @@ class Broker:
         page_bytes: size of a page and a frame.
         device: "cpu", or one GPU.
         policy: who loses pages, by name or as an object.
-        residency: "partial" takes from victims only what is needed; "whole" takes all their pages.
+        eviction: "pages" takes from victims only what is needed; "models" takes all their pages.
         quantum_s, max_wait_s: see `Leases`.
 
     Raises:
@@ -56,11 +56,11 @@ class Broker:
         page_bytes: int,
         device: torch.device,
         policy: str | Policy = "lru",
-        residency: Residency = "partial",
+        eviction: Eviction = "pages",
         quantum_s: float = 0.25,
         max_wait_s: float = 1.0,
     ) -> None:
-        ring = Ring(n_frames_in(capacity_bytes, page_bytes), residency)
+        ring = Ring(n_frames_in(capacity_bytes, page_bytes), eviction)
         chosen = sparing_what_waits(make_policy(policy))
         self.leases = Leases(ring, chosen, quantum_s, max_wait_s)
         self.page_bytes = page_bytes
@@ -233,7 +233,7 @@ def open_broker(
     device: str | torch.device | None = None,
     page: int | str | None = None,
     policy: str | Policy = "lru",
-    residency: str = "partial",
+    eviction: str = "pages",
     quantum_s: float = 0.25,
     max_wait_s: float = 1.0,
 ) -> Broker:
@@ -245,10 +245,10 @@ def open_broker(
     """
     place = parse_device(device)
     page_bytes = parse_bytes(page or DEFAULT_PAGE_BYTES[place.type])
-    whole: Residency = "whole" if residency == "whole" else "partial"
-    if residency != whole:
-        raise ConfigError(f"residency {residency!r} is unknown: choose 'partial' or 'whole'")
-    return Broker(parse_bytes(capacity), page_bytes, place, policy, whole, quantum_s, max_wait_s)
+    unit: Eviction = "models" if eviction == "models" else "pages"
+    if eviction != unit:
+        raise ConfigError(f"eviction {eviction!r} is unknown: choose 'pages' or 'models'")
+    return Broker(parse_bytes(capacity), page_bytes, place, policy, unit, quantum_s, max_wait_s)
 
 
 def _as_message(decision: Frames | Revoke) -> bytes:

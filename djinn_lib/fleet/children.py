@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 _PARENT = "DJINN_PARENT"
 _PR_SET_PDEATHSIG = 1
 _ASKED_S, _TOLD_S = 20.0, 10.0  # to end by itself, and after SIGTERM
+# An exception as the end of a traceback tells it, behind whatever a logger has put before it.
+_RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)$")
+_SECOND_HAND = "Engine core initialization failed"  # vLLM's, about an error told before
 _ROOT = Path(__file__).resolve().parents[2]
 # The kernel ends a child with the thread that started it; this one lives as long as the process.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
@@ -103,3 +107,20 @@ def last_lines(log: Path, n: int = 12) -> str:
         return ""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-n:])
+
+
+def raised_last(log: Path) -> tuple[str, str] | None:
+    """Return the class and the message of the last error in a log, or None.
+
+    Of several processes that write to it, one may only tell that another one failed: that is not
+    what is looked for.
+    """
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        found = _RAISED.search(line.rstrip())
+        if found and _SECOND_HAND not in line:
+            return found[1].rpartition(".")[2], found[2]
+    return None

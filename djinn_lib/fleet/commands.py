@@ -26,7 +26,7 @@ def ring(
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu")] = None,
     page: Annotated[str | None, typer.Option(help="64MiB on a GPU, 1MiB on the CPU")] = None,
     policy: Annotated[str, typer.Option(help="who loses pages")] = "lru",
-    residency: Annotated[str, typer.Option(help="partial, or whole models")] = "partial",
+    eviction: Annotated[str, typer.Option(help="pages, or whole models")] = "pages",
     quantum: Annotated[float, typer.Option(help="seconds that a lease lasts at least")] = 0.25,
     max_wait: Annotated[float, typer.Option(help="seconds that nobody waits longer than")] = 1.0,
     scratch: Annotated[Path | None, typer.Option(hidden=True)] = None,
@@ -35,7 +35,7 @@ def ring(
     with _said_in_one_line():
         from djinn_lib.fleet.broker import open_broker
 
-        broker = open_broker(capacity, device, page, policy, residency, quantum, max_wait)
+        broker = open_broker(capacity, device, page, policy, eviction, quantum, max_wait)
         status = broker.status()
         said = f"ring of {status.n_frames} frames on {status.device}, at {socket}"
         try:

@@ -45,7 +45,7 @@ class Fleet(Requests):
         device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
         page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
         policy: who loses pages when the ring is full, by name.
-        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        eviction: "pages" evicts only what is needed; "models" evicts entire models.
         quantum_s: how long an engine computes at least while others wait.
         max_wait_s: how long no engine waits much longer than.
         masters: "plain", "compressed" or "auto": how engines keep their masters, as for a `Djinn`.
@@ -65,7 +65,7 @@ class Fleet(Requests):
         device: str | torch.device | None = None,
         page: int | str | None = None,
         policy: str = "lru",
-        residency: str = "partial",
+        eviction: str = "pages",
         quantum_s: float = 0.25,
         max_wait_s: float = 1.0,
         python: str | Path | None = None,
@@ -84,7 +84,7 @@ class Fleet(Requests):
         self._lock = threading.Lock()  # of the engines' names
         options = {
             "capacity": f"{self.capacity_bytes}B", "page": f"{page_bytes}B",
-            "device": self.device, "policy": policy, "residency": residency,
+            "device": self.device, "policy": policy, "eviction": eviction,
             "quantum": quantum_s, "max-wait": max_wait_s,
         }  # fmt: skip
         try:

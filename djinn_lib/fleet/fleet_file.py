@@ -5,12 +5,13 @@
       chat: {model: Qwen/Qwen3-8B, max_model_len: 8192}
       code: {model: some/moe-fp8}
 
-Beside these: device, page, policy, residency, quantum_s, max_wait_s (see `Fleet`), host and port.
+Beside these: device, page, policy, eviction, quantum_s, max_wait_s (see `Fleet`), host and port.
 What stands beside `model` are options of `vllm serve`, with underscores for hyphens.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -35,7 +36,7 @@ class FleetFile:
     device: str | None = None
     page: str | int | None = None
     policy: str = "lru"
-    residency: str = "partial"
+    eviction: str = "pages"
     quantum_s: float = 0.25
     max_wait_s: float = 1.0
     python: str | None = field(default=None)
@@ -45,7 +46,7 @@ class FleetFile:
         options = {
             "capacity": _as_text(self.capacity), "device": self.device,
             "page": _as_text(self.page),
-            "policy": self.policy, "residency": self.residency,
+            "policy": self.policy, "eviction": self.eviction,
             "quantum": self.quantum_s, "max-wait": self.max_wait_s,
         }  # fmt: skip
         return {name: value for name, value in options.items() if value is not None}
@@ -75,6 +76,9 @@ def read_fleet_file(path: Path) -> FleetFile:
             raise ConfigError(f"{path} has no `{name}`: add it")
     if not isinstance(said["models"], dict):
         raise ConfigError(f"`models` in {path} maps names to options: correct it")
+    port = said.get("port", 1)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 1 << 16:
+        raise ConfigError(f"`port` in {path} is {shown(port)}: it is a number from 1 to 65535")
     for name, options in said["models"].items():
         _check_model(path, name, options)
     return FleetFile(**said)
@@ -95,14 +99,21 @@ def _check_model(path: Path, name: object, options: object) -> None:
 
 
 def vllm_arguments(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of `vllm serve` for a model."""
+    """Return the arguments of `vllm serve` for a model; mappings travel as JSON."""
     arguments = ["serve", str(options["model"]), "--served-model-name", name]
     for option, value in options.items():
-        flag = option.replace("_", "-")
-        if option == "model":
+        if option == "model" or value is None:
             continue
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", str(value)]
+        flag = f"--{option.replace('_', '-')}"
+        match value:
+            case True:
+                arguments.append(flag)
+            case False:
+                arguments.append(f"--no-{flag[2:]}")
+            case dict():
+                arguments += [flag, json.dumps(value)]
+            case list():
+                arguments += [flag, *map(str, value)]
+            case _:
+                arguments += [flag, str(value)]
     return arguments

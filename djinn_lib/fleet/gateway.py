@@ -17,6 +17,7 @@ import httpx
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -57,8 +58,10 @@ class Gateway:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._model),
                 Route("/{path:path}", self._pass_on, methods=["POST"]),
             ],
+            exception_handlers={HTTPException: _refusal},  # type: ignore[dict-item]
             lifespan=self._lifespan,
         )
 
@@ -94,12 +97,31 @@ class Gateway:
 
     async def _models(self, request: Request) -> Response:
         """What each server says of its model; one that is down is left out."""
-        listed: list[Any] = []
-        for upstream in self._upstreams.values():
-            with contextlib.suppress(httpx.HTTPError, ValueError):
-                answer = await self._client.get(f"{upstream.url}/v1/models", timeout=5.0)
-                listed += answer.json()["data"]
-        return JSONResponse({"object": "list", "data": listed})
+        cards = await asyncio.gather(*(self._card(one, request) for one in self._upstreams))
+        return JSONResponse({"object": "list", "data": [one for one in cards if one]})
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self._upstreams:
+            return self._unknown(name)
+        card = await self._card(name, request)
+        return JSONResponse(card) if card else _error(503, f"the server of {name!r} is down")
+
+    async def _card(self, name: str, request: Request) -> dict[str, Any] | None:
+        """What the server of a model says of it, or None; it may want to know who asks."""
+        headers = {k: v for k, v in request.headers.items() if k == "authorization"}
+        url = f"{self._upstreams[name].url}/v1/models"
+        try:
+            answer = await self._client.get(url, headers=headers, timeout=5.0)
+            return answer.json()["data"][0]
+        except (httpx.HTTPError, ValueError, KeyError, IndexError):
+            return None
+
+    def _unknown(self, model: str) -> Response:
+        known = ", ".join(self._upstreams)
+        return self._answer(
+            "unknown", _error(404, f"no model is called {model!r}: choose from {known}")
+        )
 
     async def _pass_on(self, request: Request) -> Response:
         body = await request.body()
@@ -111,10 +133,7 @@ class Gateway:
         if not isinstance(model, str):
             return _error(400, "the request names no model: send JSON with a field `model`")
         if not (upstream := self._upstreams.get(model)):
-            known = ", ".join(self._upstreams)
-            return self._answer(
-                "unknown", _error(404, f"no model is called {model!r}: choose from {known}")
-            )
+            return self._unknown(model)
         return self._answer(model, await self._ask(model, upstream, request, body))
 
     def _answer(self, model: str, response: Response) -> Response:
@@ -142,7 +161,7 @@ class Gateway:
             for task in (answering, leaving):
                 task.cancel()
         kept = {k: v for k, v in answer.headers.items() if k.lower() not in _HOP_BY_HOP}
-        return StreamingResponse(_parts(answer), answer.status_code, kept)
+        return StreamingResponse(_parts(model, answer), answer.status_code, kept)
 
 
 async def _hangs_up(request: Request) -> None:
@@ -150,19 +169,37 @@ async def _hangs_up(request: Request) -> None:
         pass
 
 
-async def _parts(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """What a server answers, as it comes; a caller that leaves closes the connection to it."""
+async def _parts(model: str, answer: httpx.Response) -> AsyncIterator[bytes]:
+    """What a server answers, as it comes; a caller that leaves closes the connection to it.
+
+    A stream of events whose server ends ends with an event that says so, as vLLM's own errors do.
+    """
     try:
         async for part in answer.aiter_raw():
             yield part
+    except httpx.HTTPError as error:
+        if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+            raise
+        why = f"the server of {model!r} ended in the middle of its answer ({type(error).__name__})"
+        yield f"data: {json.dumps(_told(500, why))}\n\n".encode()
     finally:
         await answer.aclose()
 
 
+async def _refusal(request: Request, error: HTTPException) -> Response:
+    """No route takes the request."""
+    said = f"{request.method} {request.url.path} is nothing that can be asked here: {error.detail}"
+    return _error(error.status_code, said)
+
+
 def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_told(status, message), status)
+
+
+def _told(status: int, message: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status)
+    return {"error": {"message": message, "type": kind, "code": status}}
 
 
 class _RingCollector:

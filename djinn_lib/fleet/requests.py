@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any, Unpack
 
-from djinn_lib.arguments import whole_number
-from djinn_lib.engine.decode.eager import Generation
-from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling, SamplingOptions
+from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.prompts import Prompt, ReadPrompt, read_prompts
+from djinn_lib.engine.serving.generation import Generation
+from djinn_lib.engine.serving.stream import Stream
 from djinn_lib.errors import ConfigError, shown
 from djinn_lib.fleet.engines import EngineClient, PendingResult, Result
 
@@ -32,9 +32,9 @@ class Requests(ABC):
         self,
         name: str,
         prompt: Prompt | list[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Generation | Any:  # Any: for a list of prompts, list[Generation]
@@ -43,12 +43,7 @@ class Requests(ABC):
         Args:
             name: which model.
             prompt: as for `Djinn.generate`; a list of prompts is batched by vLLM.
-            max_new_tokens: upper limit of new tokens; exactly as many with `ignore_eos`.
-            ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
-            stop: texts that end a continuation, for a model with a tokenizer.
-            sampling: how to choose; or its fields as options: temperature, top_k, top_p and seed.
-                The default is greedy.
-            options: see `sampling`.
+            max_new_tokens, ignore_eos, sampling, options: as for `Djinn.generate`.
 
         Returns:
             What the model said and what it cost; for a list of prompts a list. Bytes that several
@@ -58,7 +53,7 @@ class Requests(ABC):
             ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
             EngineDied: its engine ended.
         """
-        asked = self.submit(name, prompt, max_new_tokens, ignore_eos, stop, sampling, **options)
+        asked = self.submit(name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options)
         if not isinstance(asked, list):
             return wait_for(asked)
         try:
@@ -71,9 +66,9 @@ class Requests(ABC):
         self,
         name: str,
         prompt: Prompt | list[Prompt],
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> PendingResult | Any:  # Any: see `generate`
@@ -87,8 +82,8 @@ class Requests(ABC):
             ConfigError: as for `generate`; nothing was asked.
         """
         engine = self.engine(name)
-        chosen = one_sampling(sampling, options)
-        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, chosen)
+        asked = Sampling.of(sampling, max_new_tokens, ignore_eos, options)
+        parameters = sampling_parameters(engine, asked)
         prompts, several = read_prompts(prompt)
         for one in prompts:
             check_prompt(engine, one, parameters["max_tokens"])
@@ -99,22 +94,22 @@ class Requests(ABC):
         self,
         name: str,
         prompt: Prompt,
-        max_new_tokens: int = 50,
-        ignore_eos: bool = False,
-        stop: str | list[str] | None = None,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[Part]:
+    ) -> Stream[Any]:  # Any: str, or list[int] for a model without a tokenizer
         """Yield a continuation as it comes: text, or token ids for a model without a tokenizer.
 
-        Leaving the loop early gives the request up.
+        A piece is what one step of the engine gave. Leaving the loop early gives the request up.
 
         Raises:
             ConfigError, EngineDied: as for `generate`.
         """
         engine = self.engine(name)
-        chosen = one_sampling(sampling, options)
-        parameters = sampling_parameters(max_new_tokens, ignore_eos, stop, chosen)
+        asked = Sampling.of(sampling, max_new_tokens, ignore_eos, options)
+        parameters = sampling_parameters(engine, asked)
         prompts, several = read_prompts(prompt)
         if several:
             raise ConfigError("several prompts cannot be streamed at once: pass one")
@@ -124,37 +119,27 @@ class Requests(ABC):
         pending = engine.submit(
             prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
         )
-        pending.add_done_callback(lambda done: parts.put(None))
-        return parts_of(pending, parts)
+        return Stream(pending, parts, drop=pending.cancel)
 
 
-def one_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampling:
-    """Return how to choose, whichever way it was said.
+def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, Any]:
+    """Return a request's options as vLLM calls them.
 
     Raises:
-        ConfigError: both ways, or a value has no meaning.
+        ConfigError: texts are to end it, and the model has no tokenizer.
     """
-    if sampling is None:
-        return Sampling.of(options)
-    if options:
-        raise ConfigError(f"sampling and {sorted(options)[0]} were both given: pass one of them")
-    return sampling
-
-
-def sampling_parameters(
-    max_new_tokens: int, ignore_eos: bool, stop: str | list[str] | None, sampling: Sampling
-) -> dict[str, Any]:
-    """Return a request's options as vLLM calls them."""
     parameters: dict[str, Any] = {
-        "max_tokens": whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS),
-        "ignore_eos": bool(ignore_eos),
+        "max_tokens": sampling.max_new_tokens,
+        "ignore_eos": sampling.ignore_eos,
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
     }
     if not sampling.greedy:
         seed = sampling.next_seed() & (2**63 - 1)  # vLLM's are signed
         parameters |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed}
-    if stop:
-        parameters["stop"] = [stop] if isinstance(stop, str) else list(stop)
+    if sampling.stops:
+        if not engine.facts["has_tokenizer"]:
+            raise ConfigError(f"stop needs a tokenizer, and {engine.name!r} has none: leave it out")
+        parameters["stop"] = list(sampling.stops)
     return parameters
 
 
@@ -193,6 +178,8 @@ def generation_of(engine: EngineClient) -> Callable[[Result, float], Generation]
         return Generation(
             token_ids=tuple(result["token_ids"]),
             text=result["text"] if has_text else None,
+            finish_reason="length" if result["finish_reason"] == "length" else "stop",
+            n_prompt_tokens=result["n_prompt_tokens"],
             loaded_bytes=result["loaded_bytes"],
             evicted_bytes=result["evicted_bytes"],
             resident_before_bytes=result["resident_before_bytes"],
@@ -215,13 +202,3 @@ def wait_for(pending: PendingResult) -> Generation:
     except BaseException:
         pending.cancel()
         raise
-
-
-def parts_of(pending: PendingResult, parts: SimpleQueue[Part | None]) -> Iterator[Part]:
-    """Yield the parts of a request until it is done; leaving early gives it up."""
-    try:
-        while (part := parts.get()) is not None:
-            yield part
-        pending.result()
-    finally:
-        pending.cancel()

@@ -13,16 +13,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from djinn_lib.engine.device import parse_device
-from djinn_lib.errors import DjinnError, PlatformError
+from djinn_lib.errors import ConfigError, DjinnError, PlatformError
 from djinn_lib.fleet import children
 from djinn_lib.fleet.environment import vllm_python
 from djinn_lib.fleet.fleet_file import FleetFile, vllm_arguments
 from djinn_lib.fleet.options import WORKERS, defaults_on
+from djinn_lib.fleet.protocol import error_class
 from djinn_lib.fleet.ring_process import RingProcess
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
 
 _SERVER_STARTS_S = 1800.0
+_LAST_ANSWERS_S = 5  # for requests at hand, when told to end
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
@@ -61,9 +63,17 @@ class Server:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
                 return
             time.sleep(0.2)
-        raise DjinnError(
-            f"the server of {self.name!r} did not start: correct its options. The end of its log:\n"
-            f"{children.last_lines(self.log)}"
+        raise self._not_started()
+
+    def _not_started(self) -> DjinnError:
+        """The error that its log tells of; one of ours needs no log to explain it."""
+        kind, message = children.raised_last(self.log) or ("", "")
+        if ours := error_class(kind):
+            return ours(f"the server of {self.name!r} did not start: {message}")
+        why = f" ({kind}: {message})" if kind else ""
+        return DjinnError(
+            f"the server of {self.name!r} did not start{why}: correct its options. The end of its "
+            f"log:\n{children.last_lines(self.log)}"
         )
 
     def end(self) -> None:
@@ -98,7 +108,10 @@ def running(
             servers[name] = Server(name, python, arguments, log, ring.socket)
             undo.callback(servers[name].end)
             progress(f"starting the server of {name}, which writes to {log}")
-            servers[name].wait()  # one after the other: while it loads, a model is there twice
+            if device.type == "cuda":  # one after the other: a model that loads is there twice
+                servers[name].wait()
+        for server in servers.values():
+            server.wait()
         yield servers, ring.status
 
 
@@ -106,6 +119,7 @@ def serve(file: FleetFile, progress: Callable[[str], None] = print) -> None:
     """Serve until told to end (SIGINT, SIGTERM).
 
     Raises:
+        ConfigError: another program listens at the address.
         PlatformError: a package for serving is missing.
         DjinnError: something did not start.
     """
@@ -118,11 +132,33 @@ def serve(file: FleetFile, progress: Callable[[str], None] = print) -> None:
             f"{error.name} is not installed: pip install 'djinn-lib[fleet]', or run this in the "
             "environment that has vLLM"
         ) from error
-    with running(file, progress) as (servers, status):
+    with _bound(file.host, file.port) as address, running(file, progress) as (servers, status):
         upstreams = {name: Upstream(one.url, one.is_alive) for name, one in servers.items()}
         progress(f"serving {', '.join(servers)} at http://{file.host}:{file.port}/v1")
-        gateway = Gateway(upstreams, status)
-        uvicorn.run(gateway.app, host=file.host, port=file.port, log_level="warning")
+        config = uvicorn.Config(
+            Gateway(upstreams, status).app,
+            log_level="warning",
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        )
+        uvicorn.Server(config).run([address])
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address, taken before minutes are spent on what it will serve.
+
+    Nobody listens at it yet: callers are refused until everything is there.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can be served at {host}:{port} ({error.strerror or error}): choose "
+                "another `host` or `port`"
+            ) from error
+        yield bound
 
 
 def _free_port() -> int:

@@ -35,6 +35,7 @@ class _Request:
     streamed: bool
     costs: Mapping[str, float]  # of the engine, when the request arrived
     begin_s: float = field(default_factory=time.perf_counter)
+    n_prompt_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     first_s: float = 0.0
@@ -127,6 +128,7 @@ class Engine:
             if not (request := self._requests.get(number)):
                 continue  # cancelled
             new_ids = list(completion.token_ids)
+            request.n_prompt_tokens = len(output.prompt_token_ids or ())
             request.token_ids += new_ids
             request.text += completion.text or ""
             if new_ids and not request.first_s:
@@ -148,6 +150,7 @@ class Engine:
         return {
             "token_ids": request.token_ids,
             "text": request.text,
+            "n_prompt_tokens": request.n_prompt_tokens,
             "finish_reason": completion.finish_reason,
             "begin_s": request.begin_s,
             "first_s": request.first_s,

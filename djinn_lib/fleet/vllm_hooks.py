@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import import_module, metadata
 from typing import Any
 
-from djinn_lib.errors import PlatformError
+from djinn_lib.errors import PlatformError, first_line
 
 SUPPORTED = "vLLM 0.24 to 0.32"
 _WORKER = ("init_device", "load_model", "execute_model", "sample_tokens", "execute_dummy_batch",
@@ -42,10 +42,17 @@ def require(hooks: tuple[str, ...] = HOOKS) -> None:
     """Refuse a vLLM that lacks a hook.
 
     Raises:
-        PlatformError: naming the hook and the version.
+        PlatformError: naming the hook and the version; or vLLM cannot be imported.
     """
     for hook in hooks:
-        if find(hook) is None:
+        try:
+            found = find(hook)
+        except ImportError as error:
+            raise PlatformError(
+                f"vLLM {version()} cannot be imported ({first_line(error)}): install it again, for "
+                "the device and the torch that it is to run with"
+            ) from error
+        if found is None:
             raise PlatformError(
                 f"vLLM {version()} has no {hook.replace(':', '.')}, which the ring needs: install "
                 f"{SUPPORTED}"
@@ -53,12 +60,18 @@ def require(hooks: tuple[str, ...] = HOOKS) -> None:
 
 
 def find(hook: str) -> Any | None:
-    """Return what a hook names, as "package.module:Class.attribute", or None."""
+    """Return what a hook names, as "package.module:Class.attribute", or None.
+
+    Raises:
+        ImportError: its module is there, and something that it imports is not.
+    """
     module, _, path = hook.partition(":")
     try:
         found: Any = import_module(module)
-    except ImportError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise
     for name in path.split("."):
         found = getattr(found, name, None)
     return found

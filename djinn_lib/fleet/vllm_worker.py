@@ -242,6 +242,14 @@ class LeasedCPUSteps(LeasedSteps):
             with patch.object(utils, "check_cpu_sgl_kernel", lambda *shape_and_dtype: False):
                 yield
 
+    def sleep(self, level: int = 1) -> None:
+        """Free all frames; vLLM's own worker for the CPU cannot sleep."""
+        self.sleep_mode_backend.suspend(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Load the whole model."""
+        self.sleep_mode_backend.resume(tags)
+
 
 def _socket_path() -> str:
     path = os.environ.get(SOCKET)

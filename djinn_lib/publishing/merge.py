@@ -28,6 +28,7 @@ from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import write_json
 from djinn_lib.paths import user_path
@@ -226,7 +227,7 @@ def _copy_large(made: Path, parts: Sequence[Path]) -> None:
 def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:
     """Copy an executed notebook, where a part has it."""
     if (notebook := part / "notebooks" / f"{name}.ipynb").exists():
-        shutil.copy(notebook, made / "notebooks" / f"{new}.ipynb")
+        copy_with_log(notebook, made / "notebooks" / f"{new}.ipynb")
 
 
 if __name__ == "__main__":

@@ -35,16 +35,18 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
+from djinn_lib.publishing.report import build_published
 from djinn_lib.simulator.cost_model import engine_rows
 
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
-_STRESSED = ("not reproduced", "withdrawn")
+_STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
 
 def main() -> None:
-    """Bring the pages up to date."""
+    """Bring the pages up to date, and the page of the published run."""
     for path in PAGES:
         write_text(path, render(path.read_text(), load_run(REFERENCE)))
+    build_published()
 
 
 def render(text: str, run: Run) -> str:
@@ -83,6 +85,7 @@ def claims_summary(run: Run) -> pd.DataFrame:
         "n": verdict.n or "",
         "verdict": f"**{verdict.verdict}**" if verdict.verdict in _STRESSED else verdict.verdict,
         "without a GPU": _elsewhere(elsewhere[verdict.id]),
+        "bound set in": verdict.set_in or "",
     } for verdict in verdicts)  # fmt: skip
 
 
@@ -94,7 +97,7 @@ def _elsewhere(verdict: Verdict) -> str:
 
 def results(run: Run) -> pd.DataFrame:
     """Return the systems with few columns, as the README shows them."""
-    columns = ["requests", "served", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
+    columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
     return systems_table(run)[columns]
 
 

@@ -12,6 +12,7 @@ from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
+from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_rows
 
@@ -54,7 +55,7 @@ class PartCell:
         manifest = {**self.manifest, "notes": [*notes]}
         write_manifest(manifest, rows_path.with_suffix(".manifest.json"))
         if self.notebook_path.exists():
-            shutil.copy(self.notebook_path, notebook_path)
+            copy_with_log(self.notebook_path, notebook_path)
 
     def __str__(self) -> str:
         failed = f", {self.n_failed} of {self.n_rows} requests failed" if self.n_failed else ""

@@ -26,6 +26,7 @@ from djinn_lib.analysis.run import REPLICATES, Run, load_run
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
+from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import write_json
 from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
@@ -103,6 +104,8 @@ def publish(
         for folder in ("notebooks", REPLICATES):
             for path in sorted((made / folder).glob("*.ipynb")):
                 _tidy(path, made)
+            for path in (made / folder).glob("*.log"):
+                path.write_text(scrub_text(path.read_text()))
         for file in ("claims.json", "comparison_summary.json"):
             write_json(made / file, scrub(json.loads((made / file).read_text())))
         copy_figures(made / "figures", drawn)
@@ -142,7 +145,7 @@ def _copy(run: Run, made: Path) -> None:
             manifest = path.with_suffix(".manifest.json")
             write_manifest(scrub(read_manifest(manifest)), made / folder / manifest.name)
         for path in (run.folder / folder).glob("*.ipynb"):
-            shutil.copy(path, made / folder)
+            copy_with_log(path, made / folder / path.name)
     shutil.copytree(run.folder / "traces", made / "traces")
     state = json.loads((run.folder / "machine.json").read_text())
     models = {  # the folder that a model has in any checkout
@@ -154,10 +157,10 @@ def _copy(run: Run, made: Path) -> None:
         manifest = json.loads((run.folder / large_results.MANIFEST).read_text())
         large_results.write_large(large_results.read_large(run.folder), scrub(manifest), made)
     (made / "notebooks").mkdir()
-    for stem in ("00_setup", "01_trace", "02_run_system"):
+    for stem in ("00_start_here", "00_setup", "01_trace", "02_run_system"):
         for path in (run.folder / "notebooks").glob(f"{stem}*.ipynb"):
             if not path.name.endswith(".partial.ipynb"):
-                shutil.copy(path, made / "notebooks")
+                copy_with_log(path, made / "notebooks" / path.name)
 
 
 def _read(made: Path, reference: Path) -> None:

@@ -7,7 +7,10 @@ follow the reader's choice of a light or a dark screen.
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,65 +23,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 
-from djinn_lib.analysis.claims import Verdict, read_claims
+from djinn_lib.analysis.claims import Verdict, load_claims, read_claims
 from djinn_lib.analysis.plots.style import split_unavailable, system_look
 from djinn_lib.analysis.results import systems_table
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
 from djinn_lib.analysis.tables import as_text, facts_table
 from djinn_lib.errors import DjinnError, RecordError
+from djinn_lib.experiment.notebook_logs import log_of
 from djinn_lib.experiment.profile import cell_id
+from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
 from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
-from djinn_lib.paths import user_path
+from djinn_lib.paths import REFERENCE, user_path
+from djinn_lib.publishing.captions import COMPUTED, MEASURED
+from djinn_lib.publishing.evidence import Link, Shown, evidence
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _NO_ALT = "No description has been provided for this image"
-# Figures in the order of the page, with title and caption; others follow by name.
-CAPTIONS = {
-    "latency_cdf": (
-        "Latency of every request",
-        "Share of requests served within a time. A system that failed requests ends below 100%, "
-        "at a cross.",
-    ),
-    "sensitivity": (
-        "Sensitivity to the capacity",
-        "Speed-up over the baseline with 95% intervals, and requests that found their weights.",
-    ),
-    "latency_breakdown": (
-        "Where the time goes",
-        "Mean latency of each system by phase, in milliseconds and as shares.",
-    ),
-    "decode_pace": (
-        "How steady decoding is",
-        "Each request's decode as a multiple of the fastest of its model; a line is a repeat.",
-    ),
-    "residency_over_time": (
-        "What fills the ring",
-        "Bytes of each model after each request; hatched where only a part of it is resident.",
-    ),
-    "bytes_loaded": (
-        "Bytes moved",
-        "Weights moved for the whole trace, compared with the least that was possible.",
-    ),
-    "zipf": (
-        "A longer trace",
-        "What switches cost, and how long requests take, when models are drawn by Zipf's law.",
-    ),
-    "concurrent": (
-        "Requests that wait for each other",
-        "What switches cost, and how long requests take, when all are sent at once. Every system "
-        "computes one request at a time; none batches.",
-    ),
-    "large_models": (
-        "A model larger than the ring",
-        "Time per token when layers take turns, compared with accelerate's offloading.",
-    ),
-    "fleet": (
-        "A fleet: vLLM engines on one ring",
-        "Requests to all models at once, and the bytes of each model on the ring meanwhile.",
-    ),
-}
+_FIRST = "00_start_here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +53,38 @@ class Page:
     error: str = ""
 
 
-def build_report(run_dir: Path | str) -> Path:
-    """Write ``index.html`` into a run's folder, and every executed notebook as HTML.
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page of a run, or of the published run; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.report", description=__doc__)
+    parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the published run")
+    options = parser.parse_args(arguments)
+    page = build_report(options.run_dir) if options.run_dir else build_published()
+    print(f"results: {page}")
+    return 0
+
+
+def build_published(reference: Path = REFERENCE) -> Path:
+    """Write the page of the published run, which links its notebooks as they are.
+
+    As HTML they would be as large as everything else in the folder.
+    """
+    return build_report(reference, as_html=False)
+
+
+def build_report(run_dir: Path | str, as_html: bool = True) -> Path:
+    """Write ``index.html`` into a run's folder.
 
     What is missing or broken (a notebook, the claims, the rows) is listed as such on the page.
+
+    Args:
+        run_dir: the run's folder.
+        as_html: whether to write every executed notebook as HTML, and to link that.
 
     Returns:
         The page's path.
     """
     folder = user_path(run_dir).resolve()
-    pages = convert_notebooks(folder / "notebooks")
+    pages = convert_notebooks(folder / "notebooks") if as_html else _as_they_are(folder)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -119,9 +104,7 @@ def convert_notebooks(folder: Path) -> list[Page]:
     template = (_TEMPLATES / "notebook.html.j2").read_text()
     exporter = HTMLExporter(raw_template=template, embed_images=True)
     exporter.log.setLevel(logging.ERROR)  # pictures without a description get one here
-    notebooks = sorted(folder.glob("*.ipynb"))
-    whole = [path for path in notebooks if not path.name.endswith(".partial.ipynb")]
-    return [_convert(exporter, notebook) for notebook in whole]
+    return [_convert(exporter, notebook) for notebook in _whole(folder)]
 
 
 def _convert(exporter: HTMLExporter, notebook: Path) -> Page:
@@ -139,6 +122,17 @@ def _convert(exporter: HTMLExporter, notebook: Path) -> Page:
     return Page(notebook, html)
 
 
+def _as_they_are(folder: Path) -> list[Page]:
+    return [Page(path, path) for path in _whole(folder / "notebooks")]
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The executed notebooks of a folder: first the one to begin with, then by name, then cells."""
+    found = [p for p in folder.glob("*.ipynb") if not p.name.endswith(".partial.ipynb")]
+    cells = f"{CELL_NOTEBOOK}."
+    return sorted(found, key=lambda p: (p.stem != _FIRST, p.name.startswith(cells), p.name))
+
+
 def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     """Everything that the page's template shows."""
     problems = [f"{p.notebook.name} cannot be read: {p.error}" for p in pages if p.error]
@@ -147,8 +141,11 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     except DjinnError as error:
         of_run = _no_run()
         problems.append(str(error))
-    claims = _claims(folder / "claims.json", problems)
     statuses = {status.task: asdict(status) for status in read_statuses(folder)}
+    verdicts = _claims(folder / "claims.json", problems)
+    listing = [_notebook(page, statuses, folder) for page in pages]
+    measured = list(_figures(folder, MEASURED))
+    traces = [path.name for path in sorted((folder / "traces").glob("*.jsonl"))]
     listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"
@@ -159,13 +156,15 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "name": folder.name,
         "main_trace": MAIN_TRACE,
         "main_capacity": MAIN_CAPACITY,
-        "claims": claims,
-        "verdict_counts": Counter(claim.verdict for claim in claims),
-        "figures": list(_figures(folder)),
-        "notebooks": [_notebook(page, statuses) for page in pages],
+        "claims": _with_evidence(verdicts, listing, measured, traces, of_run.pop("cells")),
+        "verdict_counts": Counter(verdict.verdict for verdict in verdicts),
+        "figures": measured,
+        "computed": list(_figures(folder, COMPUTED)),
+        "notebooks": listing,
+        "first": next((n["html"] for n in listing if n["name"] == _FIRST), ""),
         "problems": problems,
         "files": [path.name for path in sorted(folder.glob("*.json"))],
-        "traces": [path.name for path in sorted((folder / "traces").glob("*.jsonl"))],
+        "traces": traces,
         "cells": sorted(path.stem for path in (folder / "requests").glob("*.parquet")),
         **of_run,
     }
@@ -176,6 +175,7 @@ def _of_run(run: Run) -> dict[str, Any]:
     origins = {m["git_commit"][:12] + " with local changes" * m["git_dirty"] for m in manifests}
     return {
         "machine": facts_table(run.machine).itertuples(),
+        "cells": _cells(run),
         "device": f"{run.machine['device_name']} ({run.machine['device']})",
         "origins": sorted(origins),
         "started": min((m["started_at_utc"] for m in manifests), default="")[:16],
@@ -188,7 +188,7 @@ def _of_run(run: Run) -> dict[str, Any]:
 
 def _no_run() -> dict[str, Any]:
     empty: dict[str, Any] = {"machine": [], "origins": [], "notes": [], "failures": []}
-    return {**empty, "device": "", "started": "", "summary": None, "unavailable": {}}
+    return {**empty, "cells": [], "device": "", "started": "", "summary": None, "unavailable": {}}
 
 
 def _summary(run: Run) -> Markup | None:
@@ -202,7 +202,7 @@ def _summary(run: Run) -> Markup | None:
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     """One entry a cell and kind of failure."""
-    cell = ["trace", "capacity_label", "system", "mode"]
+    cell = ["trace", "capacity_label", "system", "mode", "start"]
     return [
         {
             "cell": cell_id(*names),
@@ -223,13 +223,35 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
         return []
 
 
-def _figures(folder: Path) -> Iterator[dict[str, str]]:
+def _cells(run: Run) -> list[tuple[str, str, str, str]]:
+    keys = ["trace", "capacity_label", "system", "mode"]
+    return list(run.rows[keys].drop_duplicates().itertuples(index=False, name=None))
+
+
+def _with_evidence(
+    verdicts: Sequence[Verdict],
+    listing: Sequence[Mapping[str, Any]],
+    figures: Sequence[Mapping[str, str]],
+    traces: Sequence[str],
+    cells: Sequence[tuple[str, str, str, str]],
+) -> list[tuple[Verdict, list[Link]]]:
+    """Each verdict with what it rests on."""
+    claims = {claim.id: claim for claim in load_claims()}
+    notebooks = {entry["name"]: entry["html"] for entry in listing if entry["html"]}
+    shown = Shown(notebooks, {figure["name"] for figure in figures}, cells, traces)
+    return [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts]
+
+
+def _figures(folder: Path, captions: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, str]]:
+    """The figures of those with a caption that there are; after the measured ones, all others."""
     stems = sorted(path.stem for path in (folder / "figures").glob("*.png"))
-    known = [name for name in CAPTIONS if name in stems]
-    for name in known + [stem for stem in stems if stem not in CAPTIONS]:
+    known = [name for name in captions if name in stems]
+    others = [stem for stem in stems if stem not in MEASURED | COMPUTED]
+    for name in known + (others if captions is MEASURED else []):
         pdf = folder / "figures" / f"{name}.pdf"
-        title, caption = CAPTIONS.get(name, (name.replace("_", " "), ""))
+        title, caption = captions.get(name, (name.replace("_", " "), ""))
         yield {
+            "name": name,
             "title": title,
             "png": f"figures/{name}.png",
             "pdf": f"figures/{name}.pdf" if pdf.exists() else "",
@@ -237,12 +259,30 @@ def _figures(folder: Path) -> Iterator[dict[str, str]]:
         }
 
 
-def _notebook(page: Page, statuses: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    status = statuses.get(page.notebook.stem, {})
+def _notebook(
+    page: Page, statuses: Mapping[str, Mapping[str, Any]], folder: Path
+) -> dict[str, Any]:
+    name = page.notebook.stem
+    status = statuses.get(name, {})
+    cell = folder / "requests" / f"{name.removeprefix(f'{CELL_NOTEBOOK}.')}.manifest.json"
+    state = "older than its rows" if _run_by_hand(cell) else status.get("state", "ok")
     return {
-        "name": page.notebook.stem,
+        "name": name,
         "html": "" if page.error else f"notebooks/{page.html.name}",
         "ipynb": f"notebooks/{page.notebook.name}",
-        "state": "failed" if page.error else status.get("state", "ok"),
+        "log": f"notebooks/{name}.log" if log_of(page.notebook).exists() else "",
+        "state": "failed" if page.error else state,
         "seconds": status.get("seconds"),
     }
+
+
+def _run_by_hand(manifest: Path) -> bool:
+    """Whether the rows of a cell are newer than its executed notebook: nothing executed that."""
+    try:
+        return json.loads(manifest.read_text()).get("execution", "") is None
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

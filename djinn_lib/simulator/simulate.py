@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from djinn_lib.engine.memory.policies import Oracle, Policy, make_policy
-from djinn_lib.engine.memory.ring import Residency, Ring
+from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
 from djinn_lib.rows import COLUMNS, check_rows, token_sha
 from djinn_lib.simulator.cost_model import CostModel
@@ -44,7 +44,7 @@ def simulate(
     bandwidth: float = 54e9,
     *,
     page_bytes: int = PAGE_BYTES,
-    residency: Residency = "partial",
+    eviction: Eviction = "pages",
     costs: CostModel | None = None,
     mode: Mode = "sequential",
     lookahead: bool = False,
@@ -60,7 +60,7 @@ def simulate(
         policy: who loses pages: a name, "oracle" (knows the whole trace), or a `Policy`.
         bandwidth: bytes per second of the link, where `costs` is not given.
         page_bytes: size of a page and a frame.
-        residency: "partial" or "whole", see `Ring`.
+        eviction: "pages" or "models", see `Ring`.
         costs: times of link, prefill and decode; default is the link alone.
         mode: "sequential" starts a request when the one before it is done; "concurrent" lets
             requests arrive as the trace says and wait in a queue for the one GPU, first come first
@@ -87,7 +87,7 @@ def simulate(
     if costs is None:
         costs = CostModel(link_bytes_per_s=bandwidth)
     chooser = Oracle(models) if policy == "oracle" else make_policy(policy)
-    memory = _Memory(sizes, models, capacity_bytes, page_bytes, residency, chooser)
+    memory = _Memory(sizes, models, capacity_bytes, page_bytes, eviction, chooser)
     if lookahead and mode != "concurrent":
         raise ConfigError(
             "expected mode 'concurrent' with lookahead, got 'sequential': nobody waits"
@@ -130,7 +130,7 @@ class _Memory:
         models: Sequence[str],
         capacity_bytes: int,
         page_bytes: int,
-        residency: Residency,
+        eviction: Eviction,
         policy: Policy,
     ) -> None:
         if not 1 <= page_bytes <= MAX_SIZE_BYTES:
@@ -148,7 +148,7 @@ class _Memory:
                     f"expected models of at most {format_bytes(n_frames * page_bytes)} (the ring), "
                     f"got {model!r} with {format_bytes(n_bytes)}: raise the capacity"
                 )
-        self.ring = Ring(n_frames, residency)
+        self.ring = Ring(n_frames, eviction)
         self._ahead: dict[str, tuple[int, int]] = {}  # loaded ahead and evicted for it, by model
         for model, n_bytes in self.sizes.items():
             n_pages = -(-n_bytes // page_bytes)
@@ -295,6 +295,7 @@ def _frame(
         "run_id": f"simulated-{system}",
         "system": system,
         "mode": mode,
+        "start": "cold",
         "capacity_bytes": np.full(n, capacity_bytes),
         "capacity_label": capacity_label,
         "trace": trace.kind if isinstance(trace, Trace) else "sequence",

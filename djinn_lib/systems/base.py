@@ -70,6 +70,7 @@ class SystemUnderTest(ABC):
 
     option_names: ClassVar[frozenset[str]] = frozenset()
     reads_files_while_serving: ClassVar[bool] = False  # else the start has read all there is
+    batches: ClassVar[bool] = False  # whether requests that wait may be computed together
 
     def __init__(
         self,
@@ -160,8 +161,12 @@ class SystemUnderTest(ABC):
         return time.perf_counter()
 
 
-def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_ordinarily(
+    files: ModelFiles, device: str | torch.device = "cpu", device_map: bool = False
+) -> PreTrainedModel:
     """Return the model on a device, loaded to the host and moved as transformers' users do.
+
+    With `device_map`, `from_pretrained` puts each weight on the device as it reads it.
 
     On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
     that without the copy the first forward pass would read the weights, and loading cost nothing.
@@ -171,7 +176,11 @@ def load_ordinarily(files: ModelFiles, device: str | torch.device = "cpu") -> Pr
     """
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=files.dtype, use_safetensors=True, trust_remote_code=False
+            files.folder,
+            dtype=files.dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map=str(device) if device_map else None,
         )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.djinn import Djinn
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.systems.base import Served, SystemUnderTest
 
 
@@ -15,7 +15,7 @@ class DjinnRing(SystemUnderTest):
     """Page-granular residency; evicts without writing back.
 
     Options:
-        residency: "partial" (default) or "whole": how much a victim loses.
+        eviction: "pages" (default) or "models": how much a victim loses.
         overlap: compute while later layers load (default True).
         page: size of a page, e.g. "1MiB".
         policy: who loses pages (default "lru").
@@ -28,7 +28,7 @@ class DjinnRing(SystemUnderTest):
     """
 
     option_names = frozenset(
-        {"residency", "overlap", "page", "policy", "decode", "max_model_len", "order",
+        {"eviction", "overlap", "page", "policy", "decode", "max_model_len", "order",
          "max_overtaken", "lookahead", "embeddings", "host_capacity", "swap_dir", "masters"}
     )  # fmt: skip
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
-from djinn_lib.engine.decode.eager import Generation
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import DjinnError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.fleet import Fleet
 from djinn_lib.systems.base import Served, SystemUnderTest
 from djinn_lib.systems.vllm_recreate import MAX_MODEL_LEN
 
-_OF_RING = ("page", "policy", "residency", "quantum_s", "max_wait_s")
+_OF_RING = ("page", "policy", "eviction", "quantum_s", "max_wait_s")
 
 
 class DjinnVllm(SystemUnderTest):
@@ -21,13 +21,14 @@ class DjinnVllm(SystemUnderTest):
 
     Options:
         page: size of a page, e.g. "1MiB".
-        policy, residency: who loses pages, and how many (defaults "lru" and "partial").
+        policy, eviction: who loses pages, and how many (defaults "lru" and "pages").
         quantum_s, max_wait_s: how long a lease lasts at least, and nobody waits longer than.
         enforce_eager: no CUDA graphs (default False, but True on the CPU).
         max_model_len: tokens of prompt and answer together (default 512).
         kv_cache_memory_bytes: of each engine.
     """
 
+    batches = True
     option_names = frozenset({*_OF_RING, "enforce_eager", "max_model_len", "kv_cache_memory_bytes"})
 
     @classmethod

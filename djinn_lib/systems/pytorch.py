@@ -18,15 +18,23 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
+from djinn_lib.engine.decode.modes import parse_decode
 from djinn_lib.errors import CapacityError
 from djinn_lib.systems.base import Served, SystemUnderTest, load_ordinarily
+from djinn_lib.systems.stable_weights import StableWeights
 
 PIN_NOTE = "no CUDA: pinning is a no-op, host and device memory are the same"
 
 
 class _PyTorchSystem(SystemUnderTest):
-    """Loads the requested model, generates, then does with it what the subclass says."""
+    """Loads the requested model, generates, then does with it what the subclass says.
 
+    Options:
+        decode: decode as Djinn does ("eager", "graph" or "compiled"), with the weights in a
+            `StableWeights`; default is transformers' own `generate`, with plain tensors.
+    """
+
+    option_names = frozenset({"decode"})
     pins = True
 
     def notes(self) -> list[str]:
@@ -37,6 +45,15 @@ class _PyTorchSystem(SystemUnderTest):
         """Read every model into host memory, pinned where that means something."""
         self.host: dict[str, PreTrainedModel] = {}
         self.masters: dict[str, list[torch.Tensor]] = {}
+        self.stable: StableWeights | None = None
+        if decode := self.options.get("decode"):
+            self.stable = StableWeights(
+                self.device, parse_decode(str(decode)), self.most_bytes, len(self.models), progress
+            )
+            for name, files in self.models.items():
+                progress(f"reading {name} into host memory")
+                self.stable.add(files)
+            return
         for name, files in self.models.items():
             progress(f"reading {name} into host memory")
             model = self.host[name] = load_ordinarily(files)
@@ -47,8 +64,16 @@ class _PyTorchSystem(SystemUnderTest):
             for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
                 parameter.data = master
 
+    @property
+    def most_bytes(self) -> int:
+        """Device memory for weights that it needs at most: for one model."""
+        return max(files.n_bytes for files in self.models.values())
+
     def load(self, name: str) -> int:
         """Give every parameter device storage and fill it; returns the bytes copied."""
+        if self.stable:
+            self.stable.load(name)
+            return self.models[name].n_bytes
         model = self.host[name]
         for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
             device_copy = torch.empty_like(master, device=self.device)
@@ -58,14 +83,20 @@ class _PyTorchSystem(SystemUnderTest):
 
     def write_back(self, name: str) -> int:
         """Copy every parameter to its master; returns the bytes copied."""
-        model = self.host[name]
-        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
-            master.copy_(parameter.data, non_blocking=self.pins)
+        if self.stable:
+            self.stable.write_back(name)
+        else:
+            pairs = zip(self.host[name].parameters(), self.masters[name], strict=True)
+            for parameter, master in pairs:
+                master.copy_(parameter.data, non_blocking=self.pins)
         self.synchronize()
         return self.models[name].n_bytes
 
     def drop(self, name: str) -> int:
         """Free the device storage; returns its size in bytes."""
+        if self.stable:
+            self.stable.drop(name)
+            return self.models[name].n_bytes
         model = self.host[name]
         for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
             parameter.data = master
@@ -88,12 +119,17 @@ class _PyTorchSystem(SystemUnderTest):
                 setattr(module, name, buffer.to(self.device))
 
     def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
-        """Decode with transformers' own `generate`."""
+        """Decode with transformers' own `generate`, or as `decode` says."""
+        if self.stable:
+            return self.stable.generate(name, prompt_ids, max_new_tokens)
         return generate_eager(self.host[name], prompt_ids, max_new_tokens, ignore_eos=True)
 
     def close(self) -> None:
         """Drop all tensors."""
         self.host, self.masters = {}, {}
+        if stable := getattr(self, "stable", None):
+            self.stable = None
+            stable.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -135,8 +171,12 @@ class PyTorchPinnedReadonly(PyTorchPinned):
 
 
 class PyTorchPageable(PyTorchPinned):
-    """`model.to(device)` and `model.to("cpu")`: ordinary host memory, new every time."""
+    """`model.to(device)` and `model.to("cpu")`: ordinary host memory, new every time.
 
+    Options: none, for its weights are new tensors after every request.
+    """
+
+    option_names = frozenset()
     pins = False
 
     def load(self, name: str) -> int:
@@ -164,8 +204,13 @@ class PyTorchLRU(_PyTorchSystem):
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Read every model; none is on the device yet."""
-        super().start(progress)
         self.resident: OrderedDict[str, int] = OrderedDict()
+        super().start(progress)
+
+    @property
+    def most_bytes(self) -> int:
+        """All of the capacity, or the largest model to record its decoder."""
+        return max(self.capacity_bytes, super().most_bytes)
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Evict until the model fits, load it unless it is there, generate."""

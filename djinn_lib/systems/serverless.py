@@ -11,12 +11,7 @@ import torch
 from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.models.checkpoint import weight_files
 from djinn_lib.errors import ConfigError
-from djinn_lib.systems.base import (
-    ModelFiles,
-    Served,
-    SystemUnderTest,
-    load_ordinarily,
-)
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 
 class Serverless(SystemUnderTest):
@@ -26,9 +21,11 @@ class Serverless(SystemUnderTest):
         page_cache: "warm" (default) leaves the files where earlier requests put them, in the
             operating system's page cache; "cold" drops them from it before each request (not
             counted), so that they are read from the disk.
+        device_map: let `from_pretrained` put each weight where it belongs, as the paper's code does
+            ("cuda"), instead of moving the whole model (default False).
     """
 
-    option_names = frozenset({"page_cache"})
+    option_names = frozenset({"page_cache", "device_map"})
     reads_files_while_serving = True
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -43,7 +40,8 @@ class Serverless(SystemUnderTest):
         if self.page_cache == "cold":
             drop_page_cache(files)
         begin_s = self.clock_s()
-        loaded = load_ordinarily(files, self.device)
+        placed = bool(self.options.get("device_map", False))
+        loaded = load_ordinarily(files, self.device, device_map=placed)
         loaded_s = self.clock_s()
         tokens = generate_eager(loaded, prompt_ids, max_new_tokens, ignore_eos=True)
         done_s = self.clock_s()

@@ -58,6 +58,7 @@ class VllmSleep(SystemUnderTest):
         kv_cache_memory_bytes: of each engine (default 2 GiB).
     """
 
+    batches = True
     option_names = frozenset(
         {"naive", "max_wait_s", "enforce_eager", "max_model_len", "gpu_memory_utilization",
          "kv_cache_memory_bytes"}

@@ -42,7 +42,7 @@ class VllmSleepReadonly(VllmSleep):
             self.capacity_bytes + len(self.models) * 2 * _page_bytes(page, self.device.type),
             self.device,
             page,
-            residency="whole",
+            eviction="models",
             quantum_s=_FOR_EVER_S,
             max_wait_s=_FOR_EVER_S,
             progress=lambda step: None,

@@ -17,6 +17,7 @@ from djinn_lib.analysis.plots.latency import (
     latency_cdf,
     phase_means_ms,
 )
+from djinn_lib.analysis.plots.load import load, load_table
 from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
@@ -30,6 +31,7 @@ from djinn_lib.analysis.plots.style import (
     save_figure,
     system_look,
 )
+from djinn_lib.analysis.plots.switches import switch_cdf
 from djinn_lib.analysis.plots.timeline import (
     residency_over_time,
     resident_bytes,
@@ -39,7 +41,15 @@ from djinn_lib.errors import RecordError
 from djinn_lib.trace import paper_trace
 
 PAPER = {
-    "systems": {"djinn": {"p50_total_ms": 1392, "p99_total_ms": 14905, "completed": 30}},
+    "setup": {"n_requests": 30},
+    "systems": {
+        "djinn": {"p50_total_ms": 1392, "p99_total_ms": 14905, "completed": 30},
+        "vllm_recreate": {"completed": 22},
+    },
+    "switches_of_djinn": [
+        {"share": 0.53, "low_ms": 0, "high_ms": 10},
+        {"share": 0.07, "low_ms": 10000, "high_ms": None},
+    ],
     "sensitivity": {"speedup": [3.07, 3.13], "hit_share": [0.53, 1.0]},
 }
 COMPARING = [latency_cdf, latency_breakdown, bytes_loaded]
@@ -55,12 +65,26 @@ def at_25(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["capacity_label"] == "25"]
 
 
+def arriving() -> pd.DataFrame:
+    """Requests at two rates: four times as many arrivals make each take ten times as long."""
+    parts = [
+        cell_rows(system).assign(trace=trace, mode="concurrent")
+        for system in ("djinn", "pytorch_lru") for trace in ("load_1", "load_4")
+    ]  # fmt: skip
+    rows = pd.concat(parts, ignore_index=True)
+    rows.loc[rows["trace"] == "load_4", ["ttft_ms", "total_ms"]] *= 10
+    return rows
+
+
 @pytest.fixture(scope="module")
 def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
     sweep = rows[rows["system"].isin(["djinn", "pytorch_lru", "pytorch_pinned"])]
     return {
         "latency_cdf": latency_cdf(at_25, PAPER),
         "latency_breakdown": latency_breakdown(at_25),
+        "switches": switch_cdf(at_25, PAPER),
+        "load": load(arriving(), {"load_1": 1.0, "load_4": 4.0}),
+        "no_load": load(at_25.iloc[:0], {}),
         "decode_pace": decode_pace(at_25),
         "bytes_loaded": bytes_loaded(at_25, 3e9, TOTAL_BYTES),
         "sensitivity": sensitivity(sweep, paper=PAPER),
@@ -77,17 +101,14 @@ def texts(figure: Figure) -> str:
 def test_figures_say_how_many_requests_they_rest_on():
     assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
     both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
-    both = pd.concat([both, cell_rows("pytorch_pinned")])
-    assert sample_note(both) == "n, requests: 150 of Djinn. 30 of the others."
+    assert sample_note(both) == "n = 30 requests of each system, 1 to 5 repeats."
     sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
     assert sample_note(sweep) == (
-        "n, requests at each capacity: 30 to 150 of Djinn. 30 of the others."
+        "n = 30 requests of each system at each capacity, 1 to 5 repeats."
     )
-    two = both[both["system"] != "pytorch_pinned"]
-    assert sample_note(two) == "n, requests: 30 of PyTorch LRU. 150 of Djinn."
     assert sample_note(both.iloc[:0]) == ""
     for draw in (latency_cdf, latency_breakdown, bytes_loaded):
-        assert "n, requests: 150 of Djinn" in draw(both).get_supxlabel()
+        assert "n = 30 requests of each system, 1 to 5 repeats" in draw(both).get_supxlabel()
     assert "at each capacity" in sensitivity(sweep, "pytorch_lru").get_supxlabel()
 
 
@@ -229,6 +250,45 @@ def test_cdf_passes_through_the_median():
     assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
 
 
+def test_the_ceiling_of_the_papers_vllm_is_a_line(figures: dict[str, Figure]):
+    lines = {line.get_label(): line for line in figures["latency_cdf"].axes[0].lines}
+    assert any(np.allclose(line.get_ydata(), 100 * 22 / 30) for line in lines.values())
+    assert "paper: vLLM ends at 73%" in texts(figures["latency_cdf"])
+
+
+def test_no_published_point_is_cut_off(figures: dict[str, Figure]):
+    axes = figures["latency_cdf"].axes[0]
+    assert axes.get_xlim()[1] > PAPER["systems"]["djinn"]["p99_total_ms"]
+
+
+def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame):
+    left = latency_breakdown(at_25).axes[0]
+    assert left.get_xscale() == "log"
+    totals = at_25[at_25["system"] == "djinn"]["total_ms"]
+    drawn = left.containers[0]  # the first system: Djinn
+    assert drawn[0].get_xdata()[0] == pytest.approx(totals.mean())
+    ((low, _), (high, _)) = drawn[2][0].get_segments()[0]
+    assert low < totals.mean() < high
+
+
+def test_switches_say_what_was_found_and_what_is_drawn_elsewhere(figures: dict[str, Figure]):
+    shown = texts(figures["switches"])
+    assert "model found whole: 50%" in shown and "model found not at all: 17%" in shown
+    tiny = cell_rows("djinn")
+    tiny.loc[3, "switch_ms"] = 0.0
+    assert "1 switches below 0.01 ms" in switch_cdf(tiny, PAPER).get_supxlabel()
+
+
+def test_load_is_counted_against_a_target():
+    rows = arriving()
+    target_ms = float(rows[rows["trace"] == "load_1"]["total_ms"].max())
+    table = load_table(rows, {"load_1": 1.0, "load_4": 4.0}, target_ms)
+    djinn = table[table["system"] == "djinn"].set_index("rate")
+    assert djinn.loc[1.0, "in_time"] == 100 > djinn.loc[4.0, "in_time"]
+    assert djinn.loc[4.0, "total_p50"] == pytest.approx(10 * djinn.loc[1.0, "total_p50"])
+    assert (table["n"] == 30).all()
+
+
 def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
     assert "published" in texts(latency_cdf(at_25, PAPER))
     assert "published" not in texts(latency_cdf(at_25))
@@ -343,3 +403,10 @@ def test_saved_png_is_opaque_at_200_dpi(saved):
     assert image.shape[1] == 200 * DOUBLE_COLUMN_IN
     assert image.shape[2] == 3 or (image[..., 3] == 1).all()
     assert (image[0, 0, :3] == 1).all()
+
+
+def test_a_picture_without_a_chart_is_not_kept(tmp_path):
+    figure = residency_over_time(cell_rows("djinn"), "djinn")
+    assert {path.name for path in save_figure(figure, tmp_path, "x")} == {"x.pdf", "x.png"}
+    nothing = residency_over_time(cell_rows("djinn"), "nobody")
+    assert save_figure(nothing, tmp_path, "x") == () and list(tmp_path.iterdir()) == []

@@ -40,14 +40,14 @@ def test_measures_are_those_of_the_rows():
     table = measures(run_of(rows), rows)
     assert list(table.index) == ["djinn", "vllm_recreate"]  # the figures' order
     own, line = rows[rows["system"] == "djinn"], table.loc["djinn"]
-    assert (line["requests"], line["served"], line["repeats"]) == (90, 90, 3)
-    assert line["P50 (ms)"] == own["total_ms"].median()
-    assert line["P90 (ms)"] == own["total_ms"].quantile(0.9)
-    assert line["max (ms)"] == line["P99 (ms)"] == own["total_ms"].max()
+    assert (line["requests"], line["served (%)"], line["repeats"]) == (30, 100, 3)
+    totals = own.groupby("request")["total_ms"].mean()  # repeats are no requests
+    assert line["P50 (ms)"] == totals.median() and line["P90 (ms)"] == totals.quantile(0.9)
+    assert line["max (ms)"] == line["P99 (ms)"] == totals.max()
     assert line["up to decoding (ms)"] == (own["total_ms"] - own["decode_ms"]).mean()
     assert line["loaded (GiB)"] == pytest.approx(own["loaded_bytes"].sum() / 3 / 2**30)
     assert line["loaded nothing (%)"] == 100 * (own["loaded_bytes"] == 0).mean()
-    assert table.loc["vllm_recreate", "served"] == 22
+    assert table.loc["vllm_recreate", "served (%)"] == pytest.approx(100 * 22 / 30)
     assert measures(run_of(rows), rows.iloc[:0]).empty
 
 
@@ -73,7 +73,7 @@ def test_a_system_that_served_nothing_has_counts_and_no_times():
     broken = cell_rows("vllm_sleep").assign(error_kind="oom")
     table = systems_table(run_of(pd.concat([cell_rows("djinn"), broken])))
     line = table.loc["vLLM sleep"]
-    assert (line["requests"], line["served"]) == (30, 0) and math.isnan(line["mean (ms)"])
+    assert (line["requests"], line["served (%)"]) == (30, 0) and math.isnan(line["mean (ms)"])
 
 
 def test_a_run_in_which_nothing_could_run_has_tables_that_say_so():
@@ -90,7 +90,12 @@ def test_speedup_is_a_ratio_of_medians_inside_its_interval():
     cells = dict(iter(rows[rows["ok"]].groupby(["capacity_label", "system"])))
     for row in table.itertuples():
         slow, fast = (cells[row.capacity_label, name] for name in ("pytorch_pinned", row.system))
-        assert row.speedup == slow["total_ms"].median() / fast["total_ms"].median()
+        totals = [part.set_index("request")["total_ms"] for part in (slow, fast)]
+        both = totals[0].index.intersection(
+            totals[1].index
+        )  # requests that one failed are left out
+        ratio = totals[0].loc[both].median() / totals[1].loc[both].median()
+        assert (row.speedup, row.n) == (pytest.approx(ratio), len(both))
         assert row.low <= row.speedup <= row.high
         before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (slow, fast)]
         assert row.up_to_decoding == pytest.approx(before[0] / before[1])
@@ -123,6 +128,19 @@ def test_the_sweep_tells_machines_apart(gpu: Run):
     places = table["machine"].unstack()
     differs = places["Djinn"] != places["PyTorch pinned"]
     assert list(differs[differs].index) == [f"{CAPACITIES['25'] / 2**30:.4g}"]
+    speedups = table["speed-up of the P50 (x)"].xs("Djinn", level="system")
+    assert list(speedups[speedups.isna()].index) == list(differs[differs].index)
+
+
+def test_vllm_stands_beside_its_version_and_memory_beside_its_system(gpu: Run):
+    table = systems_table(gpu)
+    assert table.loc["vLLM sleep", "vLLM"] == "0.24.0" and table.loc["Djinn", "vLLM"] == ""
+    assert "peak memory (GiB)" not in table  # older rows have none
+    cell = "paper-25-djinn"
+    noted = {**gpu.manifests[cell], "peak_device_bytes": 27 << 30}
+    table = systems_table(replace(gpu, manifests={**gpu.manifests, cell: noted}))
+    assert table.loc["Djinn", "peak memory (GiB)"] == 27
+    assert math.isnan(table.loc["PyTorch LRU", "peak memory (GiB)"])
 
 
 def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
@@ -134,10 +152,14 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
     assert math.isnan(table["mean saved (ms)"].iloc[0])
     assert table["mean saved (ms)"].iloc[1:].to_numpy() == pytest.approx(means[:-1] - means[1:])
     assert (table["low (ms)"] < table["mean saved (ms)"])[1:].all()
-    assert "machine" not in table and "other machine" not in table
+    assert "machine" not in table
     apart = ablation_table(with_machine(gpu, "djinn_eager", eager_operator_us=9.0))
-    marked = apart.index.get_level_values("system")[apart["other machine"]]
-    assert list(marked) == ["djinn_eager", "djinn_graph"]
+    unknown = apart.index.get_level_values("system")[apart["mean saved (ms)"].isna()]
+    assert list(unknown) == [
+        "djinn_whole",
+        "djinn_eager",
+        "djinn_graph",
+    ]  # no ratio across machines
 
 
 def test_a_step_counts_the_requests_that_it_served(gpu: Run):
@@ -147,7 +169,9 @@ def test_a_step_counts_the_requests_that_it_served(gpu: Run):
     rows.loc[first, TIMES] = math.nan
     line = ablation_table(replace(gpu, rows=rows)).xs("djinn_eager", level="system").iloc[0]
     mean_ms = cell_rows("djinn_eager", gpu=True)["total_ms"][1:].mean()
-    assert line["served"] == 29 and line["mean (ms)"] == pytest.approx(mean_ms)
+    assert line["served (%)"] == pytest.approx(100 * 29 / 30) and line[
+        "mean (ms)"
+    ] == pytest.approx(mean_ms)
 
 
 def test_steps_that_were_not_measured_count_with_the_next(gpu: Run):
@@ -185,6 +209,10 @@ def test_requests_that_wait_are_shown_with_those_that_do_not(gpu: Run):
     assert queued["longest later switch (ms)"] == pytest.approx(later.max() / 100)
     done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
     assert queued["all done (s)"] == pytest.approx(done_s) == alone["all done (s)"]
+    fair = run_of(pd.concat([rows, waiting, unfair.assign(run_id="fair")]))
+    batched = {**fair.manifests["fair"], "batches": True}
+    fair = replace(fair, manifests={**fair.manifests, "fair": batched})
+    assert ("concurrent", "vLLM sleep") in waiting_table(fair).index
     assert waiting_table(run_of(cell_rows("pytorch_lru"))).empty
 
 

@@ -6,16 +6,15 @@ import math
 from dataclasses import replace
 
 import pandas as pd
-import pytest
-from row_factory import MIB, SIZES, UNAVAILABLE, cell_rows
-from run_factory import GPU_MACHINE, MACHINE, run_of
+from row_factory import cell_rows
+from run_factory import GPU_MACHINE, MACHINE, run_of, write_large_rows
 
 from djinn_lib.analysis.tables import (
     as_text,
-    cell_table,
     facts_table,
+    large_rows_table,
     machines_table,
-    request_table,
+    shown,
     trace_table,
 )
 from djinn_lib.trace import paper_trace, zipf_trace
@@ -66,36 +65,19 @@ def test_a_trace_is_counted():
     assert math.isnan(zipf["requests for phi-2"])
 
 
-def test_a_cell_that_served_all():
-    values = cell_table(cell_rows("djinn"))["value"]
-    assert values["completed"] == values["n"] == 30 and "first error" not in values
-    assert values["hit"] == (cell_rows("djinn")["loaded_bytes"] == 0).mean()
-    assert bool(values["p99_is_max"]) is True
+def test_a_table_of_a_notebook_cuts_nothing_off():
+    why = "a reason that is much longer than what pandas shows of a text by default: " + "x" * 80
+    index = pd.Index([0.5, 1.0], name="skew")
+    html = shown(pd.DataFrame({"ms": [math.nan, 1.0], "why": [why, ""]}, index)).to_html()
+    assert why in html and "nan" not in html.lower()
+    assert ">0.5<" in html and ">1<" in html and "0.500000" not in html
+    assert shown(pd.DataFrame({"n": range(400)})).to_html().count("<tr>") == 401
 
 
-def test_a_cell_with_failures_shows_the_first():
-    values = cell_table(cell_rows("vllm_recreate"))["value"]
-    assert (values["failed"], values["first error"]) == (8, "out of memory")
-
-
-def test_a_cell_that_cannot_run_here_says_why():
-    table = cell_table(cell_rows("vllm_sleep"))
-    assert table["value"].to_dict() == {"first error": UNAVAILABLE["vllm_sleep"]}
-
-
-def test_requests_are_in_mib_and_ms():
-    rows = cell_rows("djinn", repeats=2)
-    table = request_table(rows)
-    assert list(table.index[:2]) == [(0, 0), (0, 1)] and len(table) == 60
-    first = table.loc[(0, 0)]
-    assert first["model"] == "mistral-mini"
-    assert first["loaded_mib"] == SIZES["mistral-mini"] / MIB == 554.0
-    assert first["total_ms"] == pytest.approx(rows["total_ms"].iloc[0], abs=0.05)
-    assert first["failed because"] == ""
-
-
-def test_failed_requests_have_no_times():
-    table = request_table(cell_rows("vllm_recreate"))
-    failed = table[table["failed because"] != ""]
-    assert len(failed) == 8 and failed["total_ms"].isna().all()
-    assert isinstance(table, pd.DataFrame) and table["total_ms"].notna().sum() == 22
+def test_rows_of_large_models_are_for_people(tmp_path):
+    rows = write_large_rows(tmp_path)
+    table = large_rows_table(rows)
+    assert table.loc[("llama", "djinn", 0), "loaded per token (MiB)"] == 6 << 10
+    assert "failed because" not in table
+    failed = large_rows_table(rows.assign(ok=False, error="out of memory"))
+    assert set(failed["failed because"]) == {"out of memory"}

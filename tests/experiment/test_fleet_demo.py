@@ -10,6 +10,7 @@ import pytest
 from fake_engine import weights_of
 
 from djinn_lib.analysis.plots.fleet import requests_and_ring
+from djinn_lib.analysis.plots.style import save_figure
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import fleet_demo
 from djinn_lib.fleet import fleet as fleet_module
@@ -40,7 +41,9 @@ def test_without_vllm_it_says_so_and_draws_that(bench, monkeypatch):
     said = json.loads((bench.run_dir / fleet_demo.FILE).read_text())
     assert (said["state"], said["reason"]) == ("unavailable", run.reason)
     figure = requests_and_ring(run.requests, run.residency, run.capacity_bytes, run.reason)
-    assert "vLLM is not installed" in figure.get_supxlabel()
+    (axes,) = figure.axes
+    assert "vLLM is not installed" in axes.texts[0].get_text()
+    assert save_figure(figure, bench.run_dir / "figures", "fleet") == ()  # no empty chart is kept
 
 
 @pytest.mark.slow

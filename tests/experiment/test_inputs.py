@@ -81,6 +81,8 @@ def test_the_code_of_a_cell_is_the_engine_and_its_own_system():
         assert {REPO / "djinn_lib" / "engine", SYSTEM_FILES / "base.py"} < set(files)
         assert SYSTEM_FILES / f"{module}.py" in files and all(path.exists() for path in files)
     assert SYSTEM_FILES / "pytorch.py" not in code_of("djinn")
+    fleet = SYSTEM_FILES.parent / "fleet"
+    assert fleet in code_of("djinn_vllm") and fleet not in code_of("djinn")
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

@@ -35,7 +35,6 @@ def rows():
     cases = [
         LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=True),
         LargeCase("phi", spec("phi"), "float32", 250 << 10, resident=False),  # nothing stays
-        LargeCase("qwen2-tied", spec("qwen2-tied"), "float32", 260 << 10, resident=False),
     ]
     measured = [measure(case, "cpu", "4KiB", PROMPT, 5, 2, lambda step: None) for case in cases]
     return pd.concat(measured, ignore_index=True)
@@ -88,6 +87,7 @@ def test_a_ring_that_holds_the_model_is_refused():
         measure(case, "cpu", "4KiB", PROMPT, 3, 1)
 
 
+@pytest.mark.slow
 def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
     own = {**CONFIGS["phi"].to_dict(), "model_type": "phi"}
     large = {
@@ -136,9 +136,15 @@ def test_plain_weights_are_seeded_and_need_no_second_copy():
     assert skeleton(ModelSpec(config).resolve_config(), weights["lm_head.weight"].dtype)
 
 
+def said_by(figure) -> str:
+    """The sentence of a picture without a chart."""
+    (axes,) = figure.axes
+    return " ".join(text.get_text() for text in axes.texts)
+
+
 def test_figures_of_large_models_and_of_waiting_requests(rows):
     figure = plot_large.time_per_token(rows)
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 2
     with pytest.raises(RecordError, match="models larger than the ring"):
         plot_large.time_per_token(rows.iloc[:0])
     alone = cell_rows("djinn")
@@ -153,11 +159,10 @@ def test_figures_of_large_models_and_of_waiting_requests(rows):
     assert "vLLM sleep" not in {line.get_label() for axes in figure.axes for line in axes.lines}
     assert "Left out: vLLM sleep (vLLM batches by default" in figure.get_supxlabel()
     empty = plot_switches.switches_beside_waiting(waiting.iloc[:0], alone)
-    assert "no concurrent cells" in empty.get_supxlabel()
+    assert "no concurrent cells" in said_by(empty)
     longer = plot_switches.switches_on_a_longer_trace(pd.concat([alone, cell_rows("pytorch_lru")]))
     switches, latencies = longer.axes
     assert [line.get_label() for line in switches.lines] == ["Djinn", "PyTorch LRU"]
     assert len(switches.lines[0].get_ydata()) == 28 and len(latencies.lines[0].get_ydata()) == 31
     nothing = plot_switches.switches_on_a_longer_trace(alone.iloc[:0])
-    assert "no rows of this trace" in nothing.get_supxlabel() and not nothing.axes[0].lines
-    assert json.dumps([line.get_label() for line in empty.axes[0].lines])
+    assert "no rows of this trace" in said_by(nothing) and not nothing.axes[0].lines

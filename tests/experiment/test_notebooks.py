@@ -1,5 +1,6 @@
 """Headless execution: real kernels, real deaths, and how an execution ended."""
 
+import errno
 import json
 import multiprocessing
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
+from nbformat.reader import NotJSONError
 from profile_factory import tiny_profile
 
 from djinn_lib.errors import ConfigError
@@ -52,8 +54,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def printed(path):
-    cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
+    return path.with_suffix(".log").read_text()
 
 
 def test_execute_keeps_the_executed_copy(folder):
@@ -137,7 +138,15 @@ def test_a_copy_that_a_killed_process_left_is_not_that_of_the_next(folder, monke
 
 
 @pytest.mark.parametrize(
-    ("error", "kind"), [(KeyError("cells"), "other"), (MemoryError("kernel"), "oom")], ids=repr
+    ("error", "kind"),
+    [
+        (KeyError("cells"), "other"),
+        (MemoryError("kernel"), "oom"),
+        (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
+        (RuntimeError("Kernel didn't respond"), "kernel_died"),
+        (NotJSONError("Notebook does not appear to be JSON"), "other"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else value,
 )
 def test_whatever_the_libraries_raise_is_a_status(folder, monkeypatch, error, kind):
     def refuse(*_):
@@ -146,7 +155,7 @@ def test_whatever_the_libraries_raise_is_a_status(folder, monkeypatch, error, ki
     monkeypatch.setattr(notebooks, "_papermill", refuse)
     status = execute("good", folder / "out" / "good.ipynb", {})
     assert (status.state, status.error_kind) == ("failed", kind)
-    assert status.error.startswith(type(error).__name__)
+    assert str(error) in status.error
 
 
 @pytest.mark.parametrize("long", [False, True])
@@ -155,7 +164,9 @@ def test_kernels_take_no_ports_that_others_may_take(folder, monkeypatch, long):
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     assert execute("listens", folder / "out" / "listens.ipynb", {}).state == "ok"
-    connection = json.loads(printed(folder / "out" / "listens.ipynb"))
+    heading, _, text = printed(folder / "out" / "listens.ipynb").partition("\n")
+    connection = json.loads(text)
+    assert heading == "--- code cell 3"  # after the parameters, ours and those that were given
     assert connection["transport"] == "ipc"
     own = Path(connection["ip"]).parent
     assert own.name.startswith("djinn-kernel-") and not own.exists()  # gone with the kernel
@@ -193,7 +204,8 @@ def test_a_cell_s_notebook_is_given_its_cell(tmp_path, monkeypatch):
     execute_cell(RunFolder(tmp_path), profile, cell)
     assert given.pop("notebook") == CELL_NOTEBOOK
     check_parameters(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", given)
-    assert profile.cell(*(given[n] for n in ("trace", "capacity_label", "system", "mode"))) == cell
+    names = ("trace", "capacity_label", "system", "mode", "start")
+    assert profile.cell(*(given[n] for n in names)) == cell
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)

@@ -41,7 +41,7 @@ GOOD: dict[str, Any] = {
     },
     "systems": {
         "djinn": {"system": "djinn"},
-        "djinn_whole": {"system": "djinn", "options": {"residency": "whole"}},
+        "djinn_whole": {"system": "djinn", "options": {"eviction": "models"}},
     },
     "cells": [
         {"traces": ["paper"], "capacities": ["25"], "systems": ["djinn", "djinn_whole"]},
@@ -98,8 +98,8 @@ def test_the_cells_of_the_cpu_profile(cpu):
     assert len(ids) == len(set(ids))
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in ids)
     for cell, name in zip(cells, ids, strict=True):  # a name can be taken apart again
-        mode = [cell.mode] if cell.mode == "concurrent" else []
-        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *mode]
+        more = [x for x in (cell.mode, cell.start) if x in ("concurrent", "warm")]
+        assert name.split("-") == [cell.trace, cell.capacity_label, cell.system, *more]
     assert {cell.system for cell in cells} == set(cpu.systems)
     swept = {cell.capacity_label for cell in cells if cell.system == "djinn"}
     assert swept == {"20", "25", "32", "40"}
@@ -120,11 +120,12 @@ def test_small_models_are_to_each_other_as_the_paper_s(cpu):
     assert [entry.stands_for for entry in cpu.models.values()] == list(PAPER_BYTES)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_gpu_profile_are_as_large_as_the_real_ones():
     assert sizes_of("gpu") == PAPER_BYTES
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("gpu", marks=pytest.mark.slow), "smoke"])
 def test_capacities_force_what_they_force_in_the_paper(name):
     sizes, total = sorted(sizes_of(name).values()), sum(sizes_of(name).values())
     capacities = load_profile(name).capacities
@@ -174,6 +175,9 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
     assert profile.make_trace("paper") == paper_trace(("a", "b", "c"))
     zipf = profile.make_trace("zipf")
     assert len(zipf) == 5 and zipf.params["rate_per_s"] == 2.0
+    (tmp_path / "some.yml").write_text(yaml.safe_dump(changed("traces/zipf/models", ["c"])))
+    some = load_profile("some", tmp_path).make_trace("zipf")
+    assert {request.model for request in some.requests} == {"c"}
     (tmp_path / "two.yml").write_text(yaml.safe_dump(changed("models/c", None)))
     with pytest.raises(TraceError, match="three different models"):
         load_profile("two", tmp_path).make_trace("paper")
@@ -195,6 +199,9 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
         ("prompt_tokens", "few", "prompt_tokens"),
         ("page", "64KB", "got '64KB'"),
         ("models", {}, "models"),
+        ("traces/zipf/models", ["x"], "model of a trace"),
+        ("traces/zipf/models", [], "one at least"),
+        ("traces/paper/models", ["a"], "kind 'zipf' only"),
         ("cells", [], "cells"),
         ("models/a/config", None, "exactly one of folder, hub_id, gguf_package, config, got 0"),
         ("models/a/hub_id", "a/b", "exactly one of folder, hub_id, gguf_package, config, got 2"),

@@ -1,7 +1,9 @@
 """Cost model, validation and the study of policies."""
 
 import copy
+import itertools
 import json
+import subprocess
 
 import pandas as pd
 import pytest
@@ -23,7 +25,7 @@ from djinn_lib.experiment.study import (
     run_point,
     run_study,
 )
-from djinn_lib.paths import REFERENCE, STUDY
+from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 from djinn_lib.rows import read_rows
 from djinn_lib.simulator import cost_model
 from djinn_lib.simulator.cost_model import CostModel, fit
@@ -275,33 +277,74 @@ def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
 # -- the explorer --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("traffic", explore.TRAFFIC)
-@pytest.mark.parametrize("policy", explore.CHOICES)
+@pytest.mark.parametrize(
+    ("policy", "traffic"), zip(explore.CHOICES, itertools.cycle(explore.TRAFFIC), strict=False)
+)
 def test_every_choice_of_the_explorer_has_a_picture(policy, traffic):
-    figure = explore.picture(12.0, 3, 1.0, 54.0, policy, traffic)
+    figure = explore.picture(14.0, 3, 1.0, 54.0, policy, traffic)
     assert all(axes.has_data() for axes in figure.axes)
     assert any("of the optimum" in axes.get_title("left") for axes in figure.axes)
+    (line,) = figure.axes[0].lines
+    assert set(line.get_ydata()) == {14.0}  # the ring is as large as was chosen
+
+
+def test_what_cannot_be_drawn_is_refused_with_what_to_choose():
+    with pytest.raises(ConfigError, match=r"ring of 6 GiB is smaller than .* at least 13\.5 GiB"):
+        explore.picture(6.0)
+    with pytest.raises(ConfigError, match="for 3 models, and 5 were chosen"):
+        explore.picture(25.0, 5)
+    with pytest.raises(ConfigError, match="expected traffic out of"):
+        explore.picture(traffic="none")
+
+
+def sliders_of(box) -> dict:
+    """The controls by their description."""
+    *rows, _keep, _canvas = box.children
+    return {control.description: control for row in rows for control in row.children}
 
 
 def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     drawn, real = [], explore.picture
     monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))
-    box = explore.explorer(tmp_path)
-    controls, keep = box.children[0].children
-    sliders = {control.description: control for control in controls.children}
+    box = explore.explorer(tmp_path / "kept")
+    sliders, (keep, kept), canvas = sliders_of(box), box.children[-2].children, box.children[-1]
     assert len(sliders) == 6
     assert drawn == [{"capacity_gib": 25, "n_models": 3, "alpha": 1.0, "link_gb_per_s": 54,
                       "policy": "lru", "traffic": explore.TRAFFIC[0]}]  # fmt: skip
-    canvas = box.children[1]
     first = bytes(canvas.value)
     assert first.startswith(b"\x89PNG")
-    sliders["capacity, GiB"].value = 40
+    sliders["capacity (GiB)"].value = 30
     assert bytes(canvas.value).startswith(b"\x89PNG") and bytes(canvas.value) != first
-    sliders["models"].value = 10
-    assert [(how["capacity_gib"], how["n_models"]) for how in drawn[1:]] == [(40, 3), (40, 10)]
-    assert not (tmp_path / "explore.png").exists()
+    assert [how["capacity_gib"] for how in drawn[1:]] == [30]
+    assert not (tmp_path / "kept").exists()
     keep.click()
-    assert (tmp_path / "explore.png").stat().st_size > 10_000
+    assert (tmp_path / "kept" / "explore.png").stat().st_size > 10_000
+    assert str(tmp_path / "kept" / "explore.png") in kept.value
+
+
+def test_whatever_the_menus_offer_together_is_drawn(tmp_path, monkeypatch):
+    drawn, real = [], explore.picture
+    monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))
+    sliders = sliders_of(explore.explorer(tmp_path))
+    models, capacity = sliders["number of models"], sliders["capacity (GiB)"]
+    assert models.disabled and models.value == 3 and (capacity.min, capacity.max) == (13.5, 32.0)
+    sliders["traffic"].value = explore.TRAFFIC[1]
+    assert not models.disabled
+    capacity.value = capacity.min
+    models.value = 10
+    assert capacity.min > 13.5 and drawn[-1]["capacity_gib"] == capacity.value == capacity.min
+    capacity.value = capacity.max
+    sliders["traffic"].value = explore.TRAFFIC[0]
+    assert models.disabled and drawn[-1]["n_models"] == 3
+    assert drawn[-1]["capacity_gib"] == capacity.max == 32.0
+    assert len(drawn) == 6  # once a change, with all that follows from it
+
+
+def test_pictures_are_kept_outside_git():
+    asked = ["git", "check-ignore", "-q", str(explore.KEPT / "explore.png")]
+    assert subprocess.run(asked, cwd=REPO).returncode == 0
+    notebook = (NOTEBOOKS / "explore.ipynb").read_text()
+    assert f'"../{explore.KEPT.relative_to(REPO)}' in notebook.replace('\\"', '"')
 
 
 def test_the_explorer_can_be_executed_without_a_screen(tmp_path):

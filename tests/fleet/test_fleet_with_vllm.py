@@ -10,8 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
+from ended_processes import assert_nothing_is_left, descendants, until
 from fleet_models import (
     CONFIGS,
     MAX_MODEL_LEN,
@@ -29,13 +29,7 @@ from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.fleet.fleet import Fleet
 from djinn_lib.paths import REPO
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        environment.unavailable() is not None, reason=str(environment.unavailable())
-    ),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 N_NEW = 12
 PROMPTS = [[seed + i for i in range(3 + seed % 5)] for seed in range(2, VOCAB - 20, 37)]
 
@@ -68,28 +62,6 @@ def fleet(folders):
         processes = descendants()
         folder = fleet.socket.parent
     assert_nothing_is_left(processes, folder)
-
-
-def descendants(process=None):
-    return [
-        one
-        for one in psutil.Process(process).children(recursive=True)
-        if "resource_tracker" not in " ".join(one.cmdline())
-    ]
-
-
-def assert_nothing_is_left(processes, folder):
-    _, alive = psutil.wait_procs(list(processes), timeout=30)
-    assert not alive
-    until(lambda: not folder.exists(), "the folder of sockets and logs is gone")
-    assert not [one for one in os.listdir("/dev/shm") if "djinn" in one or "vllm" in one.lower()]
-
-
-def until(condition, what, seconds=60.0):
-    end_s = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.02)
 
 
 def ask(fleet, name, i):
@@ -132,6 +104,16 @@ def test_requests_cost_what_the_ring_loaded(fleet):
         fleet.generate(name, PROMPTS[0], 2)
     cold = fleet.generate("llama", PROMPTS[0], 2)
     assert cold.loaded_bytes > 0 and cold.evicted_bytes > 0 and cold.switch_ms > 0
+
+
+def test_an_engine_that_sleeps_frees_its_frames_and_wakes_up_whole(fleet, expected):
+    engine = fleet.engine("qwen3")
+    resident = lambda: fleet.status().resident_bytes()["qwen3"]  # noqa: E731
+    engine.call("sleep", 1)
+    until(lambda: resident() == 0, "no page is left")
+    engine.call("wake_up")
+    assert resident() == fleet.residency().set_index("model").bytes["qwen3"]
+    assert ask(fleet, "qwen3", 2) == expected["qwen3"][2]
 
 
 def test_text_in_and_text_out_and_as_it_comes(fleet):

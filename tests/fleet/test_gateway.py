@@ -75,6 +75,8 @@ class FakeServer:
     async def stream(self, body):
         try:
             for i in range(body["stream"]):
+                if i == body.get("ends_at"):
+                    raise RuntimeError("as if its engine had ended")
                 yield f"data: {i}\n\n"
                 await asyncio.sleep(0.02)
         finally:
@@ -123,6 +125,10 @@ def test_requests_go_to_their_model_and_are_passed_through(gateway, servers):
 def test_models_are_listed_and_one_that_is_down_is_not(gateway):
     listed = httpx.get(f"{gateway}/v1/models").json()
     assert [one["id"] for one in listed["data"]] == ["chat", "code"]
+    assert httpx.get(f"{gateway}/v1/models/code").json()["id"] == "code"
+    for name, status, says in [("none", 404, "choose from"), ("dead", 503, "'dead' is down")]:
+        answer = httpx.get(f"{gateway}/v1/models/{name}")
+        assert answer.status_code == status and says in answer.json()["error"]["message"]
 
 
 def test_an_answer_comes_as_it_is_made(gateway):
@@ -164,7 +170,17 @@ def test_errors_are_passed_through_and_those_of_the_gateway_look_alike(gateway):
     ]:
         assert answer.status_code == status
         assert says in answer.json()["error"]["message"]
-    assert httpx.get(f"{gateway}/v1/none").status_code == 405
+    answer = httpx.get(f"{gateway}/v1/none")
+    assert answer.status_code == 405 and "GET /v1/none" in answer.json()["error"]["message"]
+
+
+def test_a_stream_whose_server_ends_says_so(gateway):
+    body = {"model": "chat", "stream": 5, "ends_at": 2}
+    with httpx.stream("POST", f"{gateway}/v1/completions", json=body) as answer:
+        events = "".join(answer.iter_text()).strip().split("\n\n")
+    assert events[:2] == ["data: 0", "data: 1"]
+    said = json.loads(events[2].removeprefix("data: "))["error"]["message"]
+    assert "'chat' ended in the middle of its answer" in said
 
 
 def test_health_names_what_is_down(gateway, servers):
@@ -215,12 +231,14 @@ def written(tmp_path, text):
 
 def test_a_fleet_file(tmp_path):
     models = {"chat": {"model": "org/a", "max_model_len": 8192, "enforce_eager": True,
-                       "enable_prefix_caching": False}}  # fmt: skip
+                       "enable_prefix_caching": False, "hf_overrides": {"x": [1]},
+                       "middleware": ["a", "b"]}}  # fmt: skip
     file = read_fleet_file(written(tmp_path, {"capacity": 1 << 30, "models": models}))
     assert file.ring_options()["capacity"] == f"{1 << 30}B"
     assert vllm_arguments("chat", file.models["chat"]) == [
         "serve", "org/a", "--served-model-name", "chat", "--max-model-len", "8192",
-        "--enforce-eager", "--no-enable-prefix-caching",
+        "--enforce-eager", "--no-enable-prefix-caching", "--hf-overrides", '{"x": [1]}',
+        "--middleware", "a", "b",
     ]  # fmt: skip
 
 
@@ -230,6 +248,7 @@ def test_a_fleet_file(tmp_path):
         ("", "needs at least"),
         ("{", "cannot be read"),
         ({"models": {"a": {"model": "x"}}}, "no `capacity`"),
+        ({"capacity": "1GiB", "models": {"a": {"model": "x"}}, "port": "http"}, "1 to 65535"),
         ({"capacity": "1GiB"}, "no `models`"),
         ({"capacity": "1GiB", "models": ["a"]}, "maps names to options"),
         ({"capacity": "1GiB", "models": {"a": {}}}, "has no `model`"),

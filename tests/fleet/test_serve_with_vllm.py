@@ -10,19 +10,14 @@ import httpx
 import psutil
 import pytest
 import yaml
+from ended_processes import until
 from fleet_models import save_models
 from tokenizer_factory import save_tokenizer
 
 from djinn_lib.fleet import environment
 from djinn_lib.paths import REPO
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        environment.unavailable() is not None, reason=str(environment.unavailable())
-    ),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 PORT = 18123
 URL = f"http://127.0.0.1:{PORT}"
 
@@ -31,9 +26,11 @@ URL = f"http://127.0.0.1:{PORT}"
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     folders = save_models(folder, ("llama", "qwen3"))
-    save_tokenizer(folders["qwen3"])
-    options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True,
-               "kv_cache_memory_bytes": 64 << 20}  # fmt: skip
+    for one in folders.values():
+        save_tokenizer(one)
+    options = {"dtype": "float32", "max_model_len": 2048, "enforce_eager": True,
+               "kv_cache_memory_bytes": 64 << 20,
+               "hf_overrides": {"max_position_embeddings": 2048}}  # fmt: skip
     file = folder / "fleet.yml"
     models = {name: {"model": str(path), **options} for name, path in folders.items()}
     said = {"capacity": "16MiB", "device": "cpu", "page": "256KiB", "quantum_s": 0.02,
@@ -62,6 +59,20 @@ def served(tmp_path_factory):
     log.close()
 
 
+def upstream_of(served, model):
+    """The address of a model's own server."""
+    for one in psutil.Process(served.pid).children():
+        words = one.cmdline()
+        if "djinn_lib.fleet.vllm_server" in words and model in words:
+            return f"http://127.0.0.1:{words[words.index('--port') + 1]}"
+    raise AssertionError(f"no server of {model}")
+
+
+def vllm_metric(upstream, name):
+    lines = httpx.get(f"{upstream}/metrics").text.splitlines()
+    return sum(float(one.split()[-1]) for one in lines if one.startswith(f"vllm:{name}{{"))
+
+
 def ask(model, **body):
     body = {"model": model, "prompt": "Hello", "max_tokens": 8, "temperature": 0, **body}
     return httpx.post(f"{URL}/v1/completions", json=body, timeout=120)
@@ -79,16 +90,49 @@ def test_models_are_served_from_one_address_and_take_turns(served):
     assert len(switches) == 2 and all(float(line.split()[-1]) > 1 for line in switches)
 
 
-def test_streams_and_errors_are_passed_through(served):
-    whole = ask("llama", ignore_eos=True).json()["choices"][0]["text"]
-    body = {"model": "llama", "prompt": "Hello", "max_tokens": 8, "temperature": 0,
-            "ignore_eos": True, "stream": True}  # fmt: skip
-    with httpx.stream("POST", f"{URL}/v1/completions", json=body, timeout=120) as answer:
-        lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
-    parts = [json.loads(line)["choices"][0]["text"] for line in lines]
-    assert len(parts) > 2 and "".join(parts) == whole
-    assert ask("llama", max_tokens=-1).status_code == 400
-    assert ask("none").status_code == 404
+def test_openais_own_client(served):
+    """Run where vLLM is, which brings it."""
+    script = Path(__file__).parents[1] / "support" / "openai_client.py"
+    done = subprocess.run(
+        [environment.vllm_python(), script, f"{URL}/v1"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert said["models"] == ["llama", "qwen3"] and said["retrieved"] == "qwen3"
+    assert said["chat"] and said["streamed"] == said["chat"] and said["n_parts"] > 2
+    assert said["n_of_list"] == 4, "two prompts, two answers each"
+    assert said["errors"] == {
+        "unknown model": ["NotFoundError", "no model is called 'none': choose from llama, qwen3"],
+        "too long": ["BadRequestError", "maximum context length"],
+        "wrong value": ["BadRequestError", "temperature"],
+        "wrong role": ["BadRequestError", "unknown role alien"],
+        "not served": ["NotFoundError", "404"],
+    }
+
+
+def test_a_caller_that_hangs_up_is_aborted_in_vllm(served):
+    upstream = upstream_of(served, "llama")
+    before = vllm_metric(upstream, "generation_tokens_total")
+    body = {"model": "llama", "prompt": "Hello", "max_tokens": 2000, "ignore_eos": True}
+    with httpx.stream(
+        "POST", f"{URL}/v1/completions", json={**body, "stream": True}, timeout=60
+    ) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{URL}/v1/completions", json=body, timeout=0.3)
+    until(lambda: not vllm_metric(upstream, "num_requests_running"), "nothing runs any more")
+    assert vllm_metric(upstream, "generation_tokens_total") - before < 3000
+
+
+def test_what_is_not_asked_well_is_one_message(served):
+    for answer, status, says in [
+        (httpx.post(f"{URL}/v1/completions", content=b"{"), 400, "names no model"),
+        (httpx.post(f"{URL}/v1/audio/transcriptions", files={"file": b"x"}), 400, "names no model"),
+        (httpx.get(f"{URL}/v1/none"), 405, "GET /v1/none"),
+    ]:
+        assert answer.status_code == status and says in answer.json()["error"]["message"]
+    counted = httpx.post(f"{URL}/tokenize", json={"model": "llama", "prompt": "Hi"}).json()
+    assert counted["count"] > 1, "paths of vLLM's own are passed on"
 
 
 def test_a_server_that_is_killed_is_reported_and_the_other_goes_on(served):

@@ -10,7 +10,7 @@ import torch
 from test_broker import Ring, until
 
 from djinn_lib.errors import ConfigError, PlatformError
-from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_worker
+from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_sleep_mode, vllm_worker
 from djinn_lib.fleet.vllm_worker import LeasedSteps
 
 
@@ -174,6 +174,26 @@ def test_sleep_mode_frees_the_frames(ring, make):
     assert mode.state() == "RUNNING" and ring.status().models[0].n_resident == 6
 
 
+def test_a_vllm_with_a_list_of_ways_to_sleep_finds_this_one(monkeypatch):
+    known = {}
+
+    class Factory:
+        @staticmethod
+        def register_backend(name, module, cls):
+            if name in known:
+                raise ValueError("already registered")
+            known[name] = getattr(sys.modules[module], cls)
+
+    listed = SimpleNamespace(SleepModeBackendFactory=Factory)
+    monkeypatch.setitem(sys.modules, "vllm.device_allocator.sleep_mode_backend", listed)
+    vllm_sleep_mode.register()
+    vllm_sleep_mode.register()  # vLLM loads plugins once a process, and says that it may be twice
+    with pytest.raises(ConfigError, match="sleep_mode_backend='ring' needs the ring's worker"):
+        known["ring"]()
+    monkeypatch.setattr(vllm_hooks, "find", lambda hook: None)
+    vllm_sleep_mode.register()  # an older one has no list
+
+
 def test_what_cannot_be_on_a_ring_is_refused_first(make, monkeypatch):
     worker = RingWorker("split", 10)
     worker.vllm_config.parallel_config.world_size = 2
@@ -206,5 +226,15 @@ def test_a_hook_that_is_missing_is_named(monkeypatch):
     with pytest.raises(PlatformError, match="no_such_module"):
         vllm_hooks.require(("no_such_module:x",))
     vllm_hooks.require(hooks[:1])
+
+
+def test_a_vllm_that_is_broken_is_not_taken_for_an_old_one(monkeypatch, tmp_path):
+    (tmp_path / "of_vllm.py").write_text("import no_such_library")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PlatformError, match=r"cannot be imported \(No module named 'no_such_lib"):
+        vllm_hooks.require(("of_vllm:x",))
+
+
+def test_a_worker_that_is_none_of_the_rings():
     with pytest.raises(AttributeError, match="no_such_worker"):
         vllm_worker.no_such_worker  # noqa: B018

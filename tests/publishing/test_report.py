@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import nbformat
 import pytest
 from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from pages import broken_links, links_of
 from row_factory import UNAVAILABLE, cell_rows
 from run_factory import write_run
 
@@ -17,7 +19,14 @@ from djinn_lib.analysis.run import load_run
 from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.experiment.status import Status, keep_status
-from djinn_lib.publishing.report import build_report, convert_notebooks
+from djinn_lib.paths import REFERENCE
+from djinn_lib.publishing.evidence import Shown, evidence
+from djinn_lib.publishing.report import (
+    _cells,
+    build_published,
+    build_report,
+    convert_notebooks,
+)
 from djinn_lib.rows import rows_frame, write_rows
 
 PIXEL = (
@@ -86,9 +95,8 @@ def test_a_withdrawn_claim_is_shown_as_such_with_its_reason(page: str):
 
 
 def test_every_link_leads_to_a_file(page: str, run_dir: Path):
-    links = re.findall(r'(?:href|src)="([^"#]+)"', page)
-    assert len(links) > 20
-    assert [link for link in links if not (run_dir / link).exists()] == []
+    assert len(links_of(run_dir / "index.html")) > 20
+    assert broken_links(run_dir / "index.html") == []
 
 
 def test_provenance_is_there(page: str):
@@ -214,3 +222,77 @@ def test_systems_are_in_the_figures_order(page: str):
     table = page[page.index('id="systems"') :]
     places = [table.index(f"<th>{name}</th>") for name in ("Djinn", "PyTorch LRU", "vLLM sleep")]
     assert places == sorted(places) and ">nan<" not in table.lower()
+
+
+# -- what a claim rests on -----------------------------------------------------------------------
+
+
+def test_each_claim_links_its_notebook_its_figure_and_its_rows(page: str):
+    row = page[page.index('id="claim-paper-p50-vs-vllm"') :].partition("</tr>")[0]
+    assert 'href="#figure-latency_cdf">figure</a>' in row
+    for system in ("djinn", "vllm_recreate"):
+        assert f'href="requests/paper-25-{system}.parquet"' in row
+    assert "paper-40" not in row and "pytorch" not in row
+    swept = page[page.index('id="claim-paper-speedup-range"') :].partition("</tr>")[0]
+    assert 'href="requests/paper-40-djinn.parquet"' in swept and "vllm" not in swept
+    size = page[page.index('id="claim-paper-total-size"') :].partition("</tr>")[0]
+    assert 'href="machine.json"' in size and 'href="notebooks/00_setup.html"' in size
+    drawn = page[page.index('id="claim-paper-zipfian"') :].partition("</tr>")[0]
+    assert 'href="traces/paper.jsonl"' in drawn
+
+
+def test_every_claim_of_the_file_has_rows_that_it_names(tmp_path: Path):
+    """A metric with arguments of a new kind would silently link nothing."""
+    run = load_run(write_run(tmp_path / "gpu", gpu=True))
+    claims = load_claims()
+    shown = Shown({}, (), _cells(run), ("paper.jsonl", "zipf.jsonl"))
+    without = [v.id for claim, v in zip(claims, judge(claims, run), strict=True)
+               if v.n and not evidence(v, claim, shown)]  # fmt: skip
+    assert without == []
+
+
+def test_figures_of_the_simulator_are_marked_as_not_of_this_run(tmp_path: Path):
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("policies_queue", "latency_cdf", "mine"):
+        (figures / f"{name}.png").write_bytes(b"")
+    page = build_report(tmp_path).read_text()
+    own, _, computed = page.partition("Not of this run")
+    assert 'id="figure-latency_cdf"' in own and 'id="figure-mine"' in own
+    assert 'id="figure-policies_queue"' in computed and "policies_queue" not in own
+    (figures / "policies_queue.png").unlink()
+    assert "Not of this run" not in build_report(tmp_path).read_text()
+
+
+# -- notebooks -----------------------------------------------------------------------------------
+
+
+def test_the_notebook_to_begin_with_is_first_and_logs_are_linked(tmp_path: Path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for name in ("00_setup", "00_start_here", "02_run_system.a"):
+        write_notebook(folder / f"{name}.ipynb")
+    (folder / "00_setup.log").write_text("said")
+    page = build_report(tmp_path).read_text()
+    listed = re.findall(r'<td><a href="notebooks/(\w+)', page)
+    assert listed[0] == "00_start_here"
+    assert '<a href="notebooks/00_start_here.html">Start with a running ring</a>' in page
+    assert page.count('.log">log</a>') == 1 and 'href="notebooks/00_setup.log"' in page
+
+
+def test_a_cell_that_was_run_by_hand_is_marked(tmp_path: Path):
+    folder = write_run(tmp_path / "cpu", few=True)
+    write_notebook(folder / "notebooks" / "02_run_system.paper-25-djinn.ipynb")
+    assert ">older than its rows<" not in build_report(folder).read_text()
+    manifest = folder / "requests" / "paper-25-djinn.manifest.json"
+    write_manifest({**read_manifest(manifest), "execution": None}, manifest)
+    assert ">older than its rows<" in build_report(folder).read_text()
+
+
+def test_the_page_of_the_published_run_is_the_one_that_would_be_written(tmp_path: Path):
+    """Else: python -m djinn_lib.publishing.pages."""
+    copy = tmp_path / REFERENCE.name
+    shutil.copytree(REFERENCE, copy)
+    (copy / "index.html").unlink()
+    assert build_published(copy).read_text() == (REFERENCE / "index.html").read_text()
+    assert not list(copy.rglob("notebooks/*.html"))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from djinn_lib.engine.memory.policies import LRU
-from djinn_lib.engine.memory.ring import Residency, Ring
+from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.errors import CapacityError, TraceError
 from djinn_lib.simulator.optimal import least_cost, optimal_bytes, optimal_loads
 from djinn_lib.trace import paper_trace, zipf_trace
@@ -43,10 +43,10 @@ def least_by_linear_program(models: Sequence[str], sizes: dict[str, int], capaci
 
 def bytes_of_lru(
     models: Sequence[str], sizes: dict[str, int], capacity: int, page_bytes: int,
-    residency: Residency = "partial",
+    eviction: Eviction = "pages",
 ) -> int:  # fmt: skip
     """What the ring itself loads with least-recently-used eviction."""
-    ring, policy, loaded = Ring(capacity // page_bytes, residency), LRU(), 0
+    ring, policy, loaded = Ring(capacity // page_bytes, eviction), LRU(), 0
     for model, n_bytes in sizes.items():
         ring.add(model, -(-n_bytes // page_bytes))
     for now_s, model in enumerate(models):
@@ -88,19 +88,19 @@ def test_the_paper_trace_loads_what_the_table_says(ring_gib, gib):
 
 
 @pytest.mark.parametrize(
-    ("residency", "ring_gib", "gib"),
+    ("eviction", "ring_gib", "gib"),
     [
-        ("partial", 20, 122.7),
-        ("partial", 25, 72.7),
-        ("partial", 32, 31.2),
-        ("whole", 20, 171.8),
-        ("whole", 25, 171.8),
-        ("whole", 40, 31.2),
+        ("pages", 20, 122.7),
+        ("pages", 25, 72.7),
+        ("pages", 32, 31.2),
+        ("models", 20, 171.8),
+        ("models", 25, 171.8),
+        ("models", 40, 31.2),
     ],
 )
-def test_the_ring_loads_what_the_table_says(residency, ring_gib, gib):
+def test_the_ring_loads_what_the_table_says(eviction, ring_gib, gib):
     models = [request.model for request in paper_trace().requests]
-    loaded = bytes_of_lru(models, SIZES, ring_gib * GIB, 1 << 20, residency)
+    loaded = bytes_of_lru(models, SIZES, ring_gib * GIB, 1 << 20, eviction)
     assert loaded / GIB == pytest.approx(gib, abs=0.05)
     assert loaded >= optimal_bytes(models, SIZES, ring_gib * GIB)
 
@@ -111,7 +111,7 @@ def test_no_policy_of_the_ring_loads_less(instance):
     least, compulsory = optimal_bytes(models, sizes, capacity), sum(sizes[m] for m in set(models))
     partial = bytes_of_lru(models, sizes, capacity, 1)
     assert compulsory <= least <= partial <= sum(sizes[model] for model in models)
-    assert least <= bytes_of_lru(models, sizes, capacity, 1, "whole")
+    assert least <= bytes_of_lru(models, sizes, capacity, 1, "models")
 
 
 @given(instances(), st.integers(1, 5))
@@ -153,9 +153,9 @@ def test_a_long_trace_over_many_models_is_quick():
     names = [f"model-{i}" for i in range(1000)]
     trace = zipf_trace(100_000, 0.9, names, seed=0, rate_per_s=100.0)
     sizes = {name: (1 + i % 14) * GIB for i, name in enumerate(names)}
-    begin_s = time.perf_counter()
+    begin_s = time.thread_time()  # of this thread alone, whoever else computes
     least = optimal_bytes(trace, sizes, 640 * GIB)
-    assert time.perf_counter() - begin_s < 10
+    assert time.thread_time() - begin_s < 10
     assert sum(sizes.values()) < least < 100_000 * 7.5 * GIB
 
 

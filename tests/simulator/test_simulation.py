@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import djinn_lib as dj
@@ -20,7 +20,8 @@ from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, POLICIES
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
-from djinn_lib.metrics import comparison_summary, summarise
+from djinn_lib.experiment.paper_form import results_of, summary
+from djinn_lib.metrics import summarise
 from djinn_lib.paths import REPO
 from djinn_lib.simulator.checkpoint_sizes import checkpoint_bytes, fleet
 from djinn_lib.simulator.cost_model import CostModel
@@ -32,9 +33,9 @@ GIB, PAGE = 2**30, 64 << 20
 SIZES = {"llama-7b": 13_476_831_232, "mistral-7b": 14_483_464_192, "phi-2": 5_559_367_680}
 
 
-@pytest.mark.parametrize("residency", ["partial", "whole"])
+@pytest.mark.parametrize("eviction", ["pages", "models"])
 @pytest.mark.parametrize("policy", ["lru", "ewma", "adaptive"])
-def test_every_request_loads_what_the_pager_loads(policy, residency):
+def test_every_request_loads_what_the_pager_loads(policy, eviction):
     """The pager with real bytes, and the simulator without any, side by side."""
     rng, page = random.Random(1), 4096
     sizes = {name: rng.randint(1, 9) * page - rng.randint(0, page - 1) for name in "abcdef"}
@@ -42,7 +43,7 @@ def test_every_request_loads_what_the_pager_loads(policy, residency):
     pool = HostMasters()
     for name, n_bytes in sizes.items():
         pool.add(name, Layout.pack([("w", (n_bytes,), torch.uint8)]), lambda views: None)
-    pager = Pager(pool, 16 * page, page, torch.device("cpu"), policy, residency)
+    pager = Pager(pool, 16 * page, page, torch.device("cpu"), policy, eviction)
     for name, n_bytes in sizes.items():
         pager.add(name, n_bytes)
     measured = []
@@ -53,7 +54,7 @@ def test_every_request_loads_what_the_pager_loads(policy, residency):
             (lease.stats.resident_before_bytes, lease.stats.loaded_bytes, lease.stats.evicted_bytes)
         )
     pager.close()
-    rows = simulate(requests, sizes, 16 * page, policy, page_bytes=page, residency=residency)
+    rows = simulate(requests, sizes, 16 * page, policy, page_bytes=page, eviction=eviction)
     columns = ["resident_before_bytes", "loaded_bytes", "evicted_bytes"]
     assert rows[columns].to_records(index=False).tolist() == measured
 
@@ -62,7 +63,7 @@ def test_every_request_loads_what_the_pager_loads(policy, residency):
 def test_the_paper_trace_loads_what_the_table_says(capacity, gib):
     rows = dj.simulate(paper_trace(), SIZES, capacity)
     assert rows["loaded_bytes"].sum() / GIB == pytest.approx(gib, abs=0.2)
-    whole = dj.simulate(paper_trace(), SIZES, "25GiB", residency="whole")
+    whole = dj.simulate(paper_trace(), SIZES, "25GiB", eviction="models")
     assert whole["loaded_bytes"].sum() / GIB == pytest.approx(171.8, abs=0.2)
 
 
@@ -72,7 +73,6 @@ def test_the_paper_trace_loads_what_the_table_says(capacity, gib):
     st.integers(30, 60),
     st.sampled_from([*POLICIES, "oracle"]),
 )
-@settings(max_examples=150, deadline=None)
 def test_bytes_are_conserved_and_never_below_the_optimum(requests, sizes, capacity, policy):
     by_name = dict(zip("abcd", sizes, strict=True))
     rows = simulate(requests, by_name, capacity, policy, page_bytes=1)
@@ -149,7 +149,7 @@ def test_a_plain_sequence_and_a_policy_of_ones_own():
 def test_every_metric_and_figure_takes_simulated_rows():
     rows = simulate(paper_trace(), SIZES, "25GiB", capacity_label="25")
     assert summarise(rows).loc[("djinn", "paper", "25", "sequential"), "completed"] == 30
-    assert comparison_summary(rows)["djinn_sequential"]["completed"] == 30
+    assert summary(results_of(rows, "paper", "25"))["djinn_sequential"]["completed"] == 30
     assert residency_over_time(rows).axes
 
 
@@ -186,7 +186,7 @@ def test_bad_input(arguments, error, message):
     ("options", "message"),
     [
         ({"mode": "batch"}, "mode 'sequential' or 'concurrent', got 'batch'"),
-        ({"residency": "half"}, "residency 'partial' or 'whole'"),
+        ({"eviction": "half"}, "eviction 'pages' or 'models'"),
         ({"page_bytes": 0}, "at least 1 byte, got 0"),
         ({"page_bytes": 1}, "choose larger pages"),
     ],

@@ -99,6 +99,7 @@ def _cell(system: str, label: str, trace: str, repeats: int, gpu: bool) -> Itera
                 "run_id": f"{trace}-{label}-{system}-test",
                 "system": system,
                 "mode": "sequential",
+                "start": "cold",
                 "capacity_bytes": CAPACITIES[label],
                 "capacity_label": label,
                 "trace": trace,

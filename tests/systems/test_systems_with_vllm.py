@@ -8,16 +8,9 @@ from fleet_models import plain_tokens, save_models
 
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.experiment.weights import describe
-from djinn_lib.fleet import environment
 from djinn_lib.systems import system_class
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        environment.unavailable() is not None, reason=str(environment.unavailable())
-    ),
-]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 MODELS = ("llama", "qwen3", "gpt2")
 PROMPT, N_NEW = [5, 6, 7, 8], 6
 OPTIONS = {"page": "256KiB", "max_model_len": 64, "kv_cache_memory_bytes": 64 << 20}

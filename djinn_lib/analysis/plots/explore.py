@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -20,8 +22,10 @@ from matplotlib.patches import Rectangle
 from djinn_lib.analysis.plots.policies import POLICY_STYLE
 from djinn_lib.analysis.plots.style import DOUBLE_COLUMN_IN, model_colors, save_figure, styled
 from djinn_lib.engine.memory.policies import POLICIES
+from djinn_lib.errors import ConfigError
+from djinn_lib.experiment.parameters import one_of
 from djinn_lib.paths import REPO
-from djinn_lib.simulator.checkpoint_sizes import fleet
+from djinn_lib.simulator.checkpoint_sizes import PAPER, fleet
 from djinn_lib.simulator.cost_model import CostModel, reference_costs
 from djinn_lib.simulator.optimal import optimal_loads
 from djinn_lib.simulator.simulate import PAGE_BYTES, simulate
@@ -32,14 +36,36 @@ N_REQUESTS = 300
 SCREEN_DPI = 110
 TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
 CHOICES = [*POLICIES, "oracle"]
+KEPT = REPO / "data" / "runs" / "explore"  # of the reader: not in git
 
 
 def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:
-    """Return the trace that a choice of traffic stands for."""
-    if traffic == TRAFFIC[0] and len(sizes) == 3:
+    """Return the trace that a choice of traffic stands for.
+
+    Raises:
+        ConfigError: there is no such traffic, or the paper's requests are to go to other than its
+            three models.
+    """
+    one_of(traffic, TRAFFIC, "traffic")
+    if traffic == TRAFFIC[0]:
+        if len(sizes) != len(PAPER):
+            raise ConfigError(
+                f"{traffic} are for {len(PAPER)} models, and {len(sizes)} were chosen: choose "
+                f"{len(PAPER)} models, or other traffic"
+            )
         return paper_trace(models=list(sizes))
     make = session_trace if traffic == TRAFFIC[2] else zipf_trace
     return make(N_REQUESTS, alpha, list(sizes), seed=0, rate_per_s=1.0)
+
+
+def capacities(n_models: int) -> tuple[float, float]:
+    """Return the smallest and the largest capacity (GiB) to choose from, in steps of a half.
+
+    The smallest holds the largest model; the largest holds all of them.
+    """
+    sizes = fleet(n_models)
+    least, most = max(sizes.values()), sum(sizes.values())
+    return math.ceil(2 * least / GIB) / 2, math.ceil(2 * most / GIB + 1) / 2
 
 
 @styled
@@ -54,30 +80,39 @@ def picture(
     """Draw what is resident over time, the switches' distribution, and the bytes loaded.
 
     Args:
-        capacity_gib: of the ring; raised to the largest model of the fleet.
+        capacity_gib: of the ring.
         n_models: of the fleet, see `djinn_lib.simulator.checkpoint_sizes`.
         alpha: skew of the models' popularity, where the traffic is drawn.
         link_gb_per_s: rate of the link in 10^9 bytes per second.
         policy: a name of `POLICIES`, or "oracle".
         traffic: one of `TRAFFIC`.
+
+    Raises:
+        ConfigError: the ring is smaller than the largest model, or the traffic is not for so many
+            models.
     """
     sizes = fleet(n_models)
     trace = requests(traffic, sizes, alpha)
-    pages = max(int(capacity_gib * GIB) // PAGE_BYTES, -(-max(sizes.values()) // PAGE_BYTES))
     costs = _costs_of_link(link_gb_per_s * 1e9)
-    capacity = pages * PAGE_BYTES
+    capacity = int(capacity_gib * GIB) // PAGE_BYTES * PAGE_BYTES
+    name, largest = max(sizes.items(), key=lambda item: item[1])
+    if capacity < largest:
+        raise ConfigError(
+            f"a ring of {capacity_gib:g} GiB is smaller than {name} ({largest / GIB:.1f} GiB): "
+            f"choose at least {capacities(n_models)[0]:g} GiB"
+        )
     rows = simulate(trace, sizes, capacity, policy, costs=costs)
     least = np.cumsum(optimal_loads(trace, sizes, capacity, PAGE_BYTES)) / GIB
     figure, (top, left, right) = _axes()
     _draw_residency(top, rows, sizes, capacity)
     sns.ecdfplot(rows, x="switch_ms", color=POLICY_STYLE[policy].color, ax=left)
-    left.set(xlabel="switch, ms", ylabel="requests", title="What switches cost")
+    left.set(xlabel="switch (ms)", ylabel="share of requests", title="What switches cost")
     left.axvline(10, color="0.6", linestyle=":")
     loaded = rows["loaded_bytes"].cumsum() / GIB
     right.plot(loaded, color=POLICY_STYLE[policy].color, label=POLICY_STYLE[policy].label)
     right.plot(least, color="black", linestyle=":", label="optimum")
     ratio = loaded.iloc[-1] / least[-1]
-    right.set(xlabel="request", ylabel="GiB loaded", title=f"{ratio:.2f}x of the optimum")
+    right.set(xlabel="request", ylabel="loaded (GiB)", title=f"{ratio:.2f}x of the optimum")
     right.legend()
     return figure
 
@@ -99,7 +134,7 @@ def _draw_residency(axes: Axes, rows: pd.DataFrame, sizes: dict[str, int], capac
     bands = np.array([[row.get(model, 0) for row in held] for model in sizes]) / GIB
     axes.stackplot(rows["request"], bands, colors=[colors[m] for m in sizes], step="post")
     axes.axhline(capacity / GIB, color="black", linewidth=0.8)
-    axes.set(xlabel="request", ylabel="GiB resident", title="Which bytes are resident",
+    axes.set(xlabel="request", ylabel="resident (GiB)", title="Which bytes are resident",
              xlim=(0, len(rows) - 1))  # fmt: skip
     if len(sizes) <= 10:
         handles = [Rectangle((0, 0), 1, 1, color=colors[m]) for m in sizes]
@@ -110,31 +145,21 @@ def _costs_of_link(link_bytes_per_s: float) -> CostModel:
     return replace(reference_costs(), link_bytes_per_s=link_bytes_per_s)
 
 
-def explorer(folder: Path = REPO / "figures") -> Any:
+def explorer(folder: Path = KEPT) -> widgets.VBox:
     """Return the widgets; every change redraws `picture`, and a button keeps it as a file.
+
+    What the menus offer together can always be drawn: the capacities follow the models, and the
+    paper's requests fix the number of models.
 
     Args:
         folder: where "keep this picture" writes ``explore.png`` and ``explore.pdf``.
     """
-
-    controls = {
-        "capacity_gib": widgets.FloatSlider(
-            25, min=6, max=60, step=0.5, description="capacity, GiB"
-        ),
-        "n_models": widgets.Dropdown(options=[3, 5, 10, 20], value=3, description="models"),
-        "alpha": widgets.FloatSlider(1.0, min=0, max=2, step=0.1, description="skew"),
-        "link_gb_per_s": widgets.FloatLogSlider(
-            54, min=0.5, max=3, step=0.05, description="link, GB/s"
-        ),
-        "policy": widgets.Dropdown(options=CHOICES, value="lru", description="policy"),
-        "traffic": widgets.Dropdown(options=TRAFFIC, value=TRAFFIC[0], description="traffic"),
-    }
-    for control in controls.values():
-        control.continuous_update = False
+    controls = _controls()
     # No Output widget: executing a notebook that has one may never end
     # (jupyter/nbclient#312).
     canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     keep = widgets.Button(description="keep this picture", icon="save")
+    kept = widgets.Label()
 
     def shown() -> Figure:
         return picture(**{name: control.value for name, control in controls.items()})
@@ -143,10 +168,72 @@ def explorer(folder: Path = REPO / "figures") -> Any:
         png, figure = BytesIO(), shown()
         figure.savefig(png, format="png", dpi=SCREEN_DPI)
         plt.close(figure)  # or the notebook shows it once more below the cell
-        canvas.value = png.getvalue()
+        canvas.value, kept.value = png.getvalue(), ""
 
+    def changed(change: Any) -> None:
+        for control in controls.values():  # what follows from a choice is drawn with it, once
+            control.unobserve(changed, names="value")
+        _follow(controls)
+        for control in controls.values():
+            control.observe(changed, names="value")
+        redraw(change)
+
+    def save(_button: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_figure(shown(), folder, "explore")
+        kept.value = f"kept: {folder / 'explore.png'}"
+
+    _follow(controls)
     for control in controls.values():
-        control.observe(redraw, names="value")
-    keep.on_click(lambda _button: save_figure(shown(), folder, "explore"))
+        control.observe(changed, names="value")
+    keep.on_click(save)
     redraw()
-    return widgets.VBox([widgets.HBox([widgets.VBox(list(controls.values())), keep]), canvas])
+    rows = [widgets.HBox(row) for row in _pairs(controls.values())]
+    return widgets.VBox([*rows, widgets.HBox([keep, kept]), canvas])
+
+
+def _controls() -> dict[str, Any]:
+    """The widgets by the parameter of `picture` that they set, in pairs that share a line."""
+    wide = {
+        "style": {"description_width": "11rem"},
+        "layout": widgets.Layout(width="25rem"),
+        "continuous_update": False,
+    }
+    menu = {name: value for name, value in wide.items() if name != "continuous_update"}
+    least, most = capacities(len(PAPER))
+    return {
+        "traffic": widgets.Dropdown(
+            options=TRAFFIC, value=TRAFFIC[0], description="traffic", **menu
+        ),
+        "n_models": widgets.Dropdown(
+            options=[3, 5, 10, 20], value=len(PAPER), description="number of models", **menu
+        ),
+        "capacity_gib": widgets.FloatSlider(
+            25, min=least, max=most, step=0.5, description="capacity (GiB)", **wide
+        ),
+        "policy": widgets.Dropdown(options=CHOICES, value="lru", description="policy", **menu),
+        "link_gb_per_s": widgets.FloatLogSlider(
+            54, min=0.5, max=3, step=0.05, description="rate of the link (GB/s)", **wide
+        ),
+        "alpha": widgets.FloatSlider(
+            1.0, min=0, max=2, step=0.1, description="skew (Zipf's exponent)", **wide
+        ),
+    }
+
+
+def _follow(controls: Mapping[str, Any]) -> None:
+    """Let the menus offer what goes with the choices that were made."""
+    is_paper = controls["traffic"].value == TRAFFIC[0]
+    if is_paper:
+        controls["n_models"].value = len(PAPER)
+    controls["n_models"].disabled = controls["alpha"].disabled = is_paper
+    slider, (least, most) = controls["capacity_gib"], capacities(controls["n_models"].value)
+    slider.min, slider.max = min(least, slider.min), max(most, slider.max)
+    slider.value = min(max(slider.value, least), most)
+    slider.min, slider.max = least, most
+
+
+def _pairs(controls: Iterable[Any]) -> list[list[Any]]:
+    """The controls two by two."""
+    items = list(controls)
+    return [items[i : i + 2] for i in range(0, len(items), 2)]

@@ -6,7 +6,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from djinn_lib.analysis.plots.style import COLUMN_IN, byte_scale, footnote, model_colors, styled
+from djinn_lib.analysis.plots.style import (
+    COLUMN_IN,
+    byte_scale,
+    footnote,
+    model_colors,
+    nothing_to_draw,
+    styled,
+)
 
 
 @styled
@@ -21,6 +28,8 @@ def requests_and_ring(
         capacity_bytes: of the ring.
         reason: why there is nothing to draw on this machine.
     """
+    if reason:
+        return nothing_to_draw(f"Not on this machine: {reason}")
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(COLUMN_IN, 3.4), sharex=True, layout="constrained"
     )
@@ -46,6 +55,5 @@ def requests_and_ring(
     below.axhline(capacity_bytes / scale, color="black", linewidth=0.8, linestyle="--")
     below.set_ylabel(f"on the ring ({unit})")
     below.set_xlabel("seconds")
-    notes = ["thin: waiting for the first token; thick: decoding; dashed: the ring"]
-    footnote(figure, [f"Not on this machine: {reason}"] if reason else notes)
+    footnote(figure, ["thin: waiting for the first token; thick: decoding; dashed: the ring"])
     return figure

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
+    COLUMN_IN,
     DOUBLE_COLUMN_IN,
     PHASE_COLORS,
     SMALL_PT,
@@ -34,8 +36,15 @@ from djinn_lib.analysis.plots.style import (
     system_look,
     unavailable_notes,
 )
-from djinn_lib.metrics import prefill_ms, served
+from djinn_lib.metrics import bootstrap_interval, by_request, prefill_ms, served
 from djinn_lib.units import three_digits
+
+# What the paper compares, and the form of vLLM that it does not.
+COMPARED = ("djinn", "djinn_vllm", "pytorch_pinned", "pytorch_pageable", "serverless_warm",
+            "serverless_cold", "vllm_recreate", "vllm_sleep", "vllm_sleep_readonly")  # fmt: skip
+
+_HOLLOW: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 4.5,
+                           "markerfacecolor": "white"}  # fmt: skip
 
 
 @styled
@@ -47,7 +56,8 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
 
     Args:
         rows: of one trace and one capacity.
-        paper: published numbers; hollow diamonds then mark the paper's P50 and P99.
+        paper: published numbers; hollow diamonds then mark the paper's P50 and P99, and a line the
+            share of requests at which the paper's vLLM ends.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -55,8 +65,8 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
     systems = order_systems(rows["system"])
-    height_in = max(3.0, 1.2 + 0.17 * len(systems))  # for the legend at the right
-    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+    height_in = 2.7 + 0.14 * (len(systems) // 2)  # for the legend
+    figure, axes = plt.subplots(figsize=(COLUMN_IN, height_in), layout="constrained")
     axes.set_xscale("log")
     for system in systems:
         _draw_system(axes, rows[rows["system"] == system], system)
@@ -69,11 +79,26 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     axes.grid(which="major")
     handles = axes.get_legend_handles_labels()[0]
     if paper:
-        handles.append(_hollow("black", label="published P50 and P99\n(another machine)"))
+        handles.append(Line2D([], [], **_HOLLOW, markeredgecolor="black", label="paper: P50, P99"))
+        handles += _draw_ceiling(axes, paper)
     if handles:
-        figure.legend(handles=handles, loc="outside right upper")
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
+                      columnspacing=1.0)  # fmt: skip
+    axes.margins(x=0.03)
+    axes.autoscale(axis="x")
     footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
+
+
+def _draw_ceiling(axes: Axes, paper: Mapping[str, Any]) -> list[Line2D]:
+    """Where the curve of the paper's vLLM ends, for a part of its requests failed."""
+    completed = paper.get("systems", {}).get("vllm_recreate", {}).get("completed")
+    if completed is None:
+        return []
+    share = 100 * completed / paper["setup"]["n_requests"]
+    look: dict[str, Any] = {"color": "0.35", "linestyle": (0, (1, 1.5)), "linewidth": 1.1}
+    axes.axhline(share, **look, zorder=1)
+    return [Line2D([], [], label=f"paper: vLLM ends at {share:.0f}%", **look)]
 
 
 def _draw_system(axes: Axes, rows: pd.DataFrame, system: str) -> None:
@@ -96,25 +121,17 @@ def _draw_published(axes: Axes, paper: Mapping[str, Any], system: str) -> None:
     published = paper.get("systems", {}).get(system, {})
     for name, height in (("p50_total_ms", 50.0), ("p99_total_ms", 99.0)):
         if name in published:
-            point = _hollow(system_look(system).color)
-            point.set_data([published[name]], [height])
-            axes.add_line(point)
-
-
-def _hollow(color: str, label: str = "") -> Line2D:
-    return Line2D(
-        [], [], linestyle="", marker="D", markersize=4.5, markeredgecolor=color,
-        markerfacecolor="white", label=label,
-    )  # fmt: skip
+            axes.plot(published[name], height, **_HOLLOW,
+                      markeredgecolor=system_look(system).color, clip_on=False)  # fmt: skip
 
 
 @styled
 def latency_breakdown(rows: pd.DataFrame) -> Figure:
-    """Draw where the mean latency of each system goes: queue, switch, prefill, decode.
+    """Draw the mean latency of each system with its interval, and where it goes.
 
-    The left panel is in milliseconds, the right one in shares of each system's own total, because
-    systems differ by orders of magnitude. Failed requests have no times and are left out; the
-    label says how many.
+    Left: milliseconds on a logarithmic scale, because systems differ by orders of magnitude, with
+    95% intervals over requests. Right: queue, switch, prefill and decode as shares of each system's
+    own total. Failed requests have no times and are left out; the label says how many.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -122,18 +139,19 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
     require_one_cell_each(rows, "a latency breakdown")
     rows, unavailable = split_unavailable(rows)
     phases = phase_means_ms(rows)
-    total_ms = phases.sum(axis=1, min_count=1)
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(DOUBLE_COLUMN_IN, _bars_height(len(phases))),
         layout="constrained", width_ratios=[1.15, 1],
     )  # fmt: skip
-    _stack(left, phases)
-    _stack(right, phases.div(total_ms, axis=0) * 100)
-    for place, value in enumerate(total_ms.fillna(0.0)):
-        _write_after(left, value, place, three_digits(value))
-    left.set_xlim(0, float(total_ms.max()) * 1.15 if len(total_ms) else 1)
+    _stack(right, phases.div(phases.sum(axis=1, min_count=1), axis=0) * 100)
+    left.set_xscale("log")
+    left.grid(axis="x")
+    for place, system in enumerate(phases.index):
+        _draw_mean(left, rows[rows["system"] == system], place, system_look(system).color)
+    left.margins(x=0.16)
+    left.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
     left.set_yticks(range(len(phases)), _bar_labels(rows, phases.index))
-    left.set(xlabel="mean latency of a served request (ms)")
+    left.set(xlabel="mean latency of a served request (ms, log scale)")
     right.set(xlabel="share of it", xlim=(0, 100))
     right.xaxis.set_major_formatter(PercentFormatter())
     handles = [
@@ -141,8 +159,18 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
         for name, color in PHASE_COLORS.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    footnote(figure, [sample_note(rows), "Bars: 95% intervals of the mean, over requests.",
+                      *unavailable_notes(unavailable)])  # fmt: skip
     return figure
+
+
+def _draw_mean(axes: Axes, rows: pd.DataFrame, place: int, color: str) -> None:
+    mean, low, high = bootstrap_interval(np.mean, by_request(rows))
+    if np.isnan(mean):
+        return
+    sides = np.nan_to_num([[mean - low], [high - mean]])
+    axes.errorbar(mean, place, xerr=sides, fmt="o", color=color, markersize=4, capsize=2.5)
+    _write_after(axes, mean if np.isnan(high) else high, place, three_digits(mean))
 
 
 def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:

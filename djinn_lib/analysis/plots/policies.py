@@ -227,4 +227,5 @@ def _ratio_scale(axes: Axes) -> None:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     ncols = len(labels) if len(labels) <= 5 else -(-len(labels) // 2)
-    figure.legend(handles, labels, loc="outside upper center", ncols=ncols)
+    figure.legend(handles, labels, loc="outside upper center", ncols=ncols,
+                  title="simulated, not measured")  # fmt: skip

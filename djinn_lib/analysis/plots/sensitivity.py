@@ -1,4 +1,4 @@
-"""The sensitivity of speed-up and hit share to the capacity."""
+"""The sensitivity of speed-up and hits to the capacity, one quantity a panel."""
 
 from __future__ import annotations
 
@@ -30,22 +30,21 @@ from djinn_lib.analysis.results import hit_table, speedup_table
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import HIT_MS
 
-_RING: dict[str, Any] = {"markersize": 8.5, "markerfacecolor": "none", "linestyle": ":"}
+_PAPER: dict[str, Any] = {"color": "0.3", "linestyle": "", "marker": "D", "markersize": 6,
+                          "markerfacecolor": "none"}  # fmt: skip
 
 
 @styled
 def sensitivity(
     rows: pd.DataFrame, baseline: str = "pytorch_pinned", paper: Mapping[str, Any] | None = None
 ) -> Figure:
-    """Draw speed-up over a baseline and share of hits against the capacity.
-
-    The speed-up is drawn twice: that of the median, as the paper does, and that of the mean up to
-    decoding, for a median does not change where half of the requests find their weights.
+    """Draw speed-up over a baseline and both kinds of hits against the capacity, one a panel.
 
     Args:
         rows: of one trace at several capacities.
         baseline: label of the system that the others are compared with, capacity by capacity.
-        paper: published numbers; the paper's ranges are then marked.
+        paper: published numbers; the paper's range of speed-ups is then a band, and its hits are
+            points at their capacities.
 
     Raises:
         RecordError: there are no rows, they mix traces, or the baseline is not among them.
@@ -53,25 +52,30 @@ def sensitivity(
     _require_sweep(rows, baseline)
     rows, unavailable = split_unavailable(rows)
     capacities = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.9), layout="constrained"
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(DOUBLE_COLUMN_IN, 2.7), layout="constrained"
     )
-    speedups = speedup_table(rows, baseline)
-    _draw_speedups(left, speedups, list(capacities.index))
+    systems, labels = order_systems(rows["system"]), list(capacities.index)
+    speedups, hits = speedup_table(rows, baseline), hit_table(rows)
+    spread = speedups.assign(value=speedups["speedup"])
+    _draw(left, spread, systems, labels, (speedups["low"], speedups["high"]))
     left.axhline(1.0, color=system_look(baseline).color, linewidth=1.0, linestyle=":")
-    left.set(ylabel=f"times lower than\n{system_look(baseline).label}", title="Speed-up of latency")
-    left.set_ylim(0, float(np.nanmax([*speedups["high"], *speedups["up_to_decoding"], 1.0])) * 1.15)
-    _draw_hits(right, hit_table(rows), list(capacities.index))
-    right.set(ylabel="requests", ylim=(-4, 112), title="Requests that found their weights")
-    right.yaxis.set_major_formatter(PercentFormatter())
-    right.set_yticks(range(0, 101, 20))
-    handles = _legend(order_systems(rows["system"]), baseline)
+    left.set(ylabel=f"times lower than {system_look(baseline).label}", title="Median latency")
+    left.set_ylim(0, float(np.nanmax([*speedups["high"], 1.0])) * 1.15)
+    for axes, column, title in (
+        (middle, "hit", "Requests that loaded nothing"),
+        (right, "fast", f"Switches below {HIT_MS:.0f} ms"),
+    ):
+        _draw(axes, hits.assign(value=hits[column]), systems, labels)
+        axes.set(ylabel="share of requests", ylim=(-4, 112), title=title)
+        axes.yaxis.set_major_formatter(PercentFormatter())
+        axes.set_yticks(range(0, 101, 20))
     if paper:
-        _mark_published(left, right, paper)
-    for axes in (left, right):
+        _mark_published(left, middle, paper, labels)
+    for axes in (left, middle, right):
         _label_capacities(axes, capacities)
-    n_columns = max(2, len(handles) - 2)  # systems above, what the marks mean below
-    figure.legend(handles=handles, loc="outside upper center", ncols=n_columns)
+    handles = _legend(systems, baseline, with_paper=bool(paper))
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
     footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
     return figure
 
@@ -91,32 +95,25 @@ def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:
         )
 
 
-def _draw_speedups(axes: Axes, table: pd.DataFrame, labels: Sequence[str]) -> None:
-    systems = order_systems(table["system"])
+def _draw(
+    axes: Axes,
+    table: pd.DataFrame,
+    systems: Sequence[str],
+    labels: Sequence[str],
+    interval: tuple[pd.Series, pd.Series] | None = None,
+) -> None:
+    """A line a system through column `value`, with intervals if they are given."""
+    if interval:
+        table = table.assign(below=table["value"] - interval[0], above=interval[1] - table["value"])
     for system, part in table.groupby("system"):
-        look, shift = system_look(str(system)), _shift(systems.index(str(system)), len(systems))
+        look = system_look(str(system))
         part = part.set_index("capacity_label").reindex(list(labels))
-        spread = np.abs(part[["low", "high"]].T.to_numpy() - part["speedup"].to_numpy())
-        places = np.arange(len(labels)) + shift
-        axes.plot(places, part["up_to_decoding"], color=look.color, marker=look.marker, **_RING)
+        sides = part[["below", "above"]].T.to_numpy() if interval else None
         axes.errorbar(
-            places, part["speedup"], spread, color=look.color,
-            linestyle=look.linestyle, marker=look.marker, markersize=5, capsize=2.5,
-            elinewidth=1.0,
+            np.arange(len(labels)) + _shift(systems.index(str(system)), len(systems)),
+            part["value"], sides, color=look.color, linestyle=look.linestyle, marker=look.marker,
+            markersize=4.5, capsize=2.5, elinewidth=1.0,
         )  # fmt: skip
-
-
-def _draw_hits(axes: Axes, table: pd.DataFrame, labels: Sequence[str]) -> None:
-    systems = order_systems(table["system"])
-    for system, part in table.groupby("system"):
-        look, shift = system_look(str(system)), _shift(systems.index(str(system)), len(systems))
-        part, places = (
-            part.set_index("capacity_label").reindex(list(labels)),
-            np.arange(len(labels)),
-        )
-        common: dict[str, Any] = {"color": look.color, "marker": look.marker}
-        axes.plot(places + shift, part["fast"], **common, **_RING)
-        axes.plot(places + shift, part["hit"], markersize=5, linestyle=look.linestyle, **common)
 
 
 def _shift(number: int, n_systems: int) -> float:
@@ -127,46 +124,41 @@ def _shift(number: int, n_systems: int) -> float:
 def _label_capacities(axes: Axes, capacities: pd.Series) -> None:
     scale, unit = byte_scale(float(capacities.max()))
     digits = 0 if scale < 1024**3 else 1
-    texts = [f"{label}\n{size / scale:.{digits}f} {unit}" for label, size in capacities.items()]
-    axes.set_xticks(range(len(texts)), texts)
-    axes.set_xlim(-0.45, len(texts) - 0.55)
-    axes.set_xlabel("capacity: the paper's (GiB), and here")
+    here = [f"{size / scale:.{digits}f} {unit}" for size in capacities]
+    in_gib = {str(label): size / 2**30 for label, size in capacities.items()}
+    if all(label == f"{gib:g}" for label, gib in in_gib.items()):  # the paper's own: said once
+        axes.set_xticks(range(len(here)), [str(label) for label in capacities.index])
+        axes.set_xlabel("capacity (GiB)")
+    else:
+        texts = [f"{label}\n{size}" for label, size in zip(capacities.index, here, strict=True)]
+        axes.set_xticks(range(len(here)), texts)
+        axes.set_xlabel("capacity: paper (GiB), here")
+    axes.set_xlim(-0.45, len(here) - 0.55)
     axes.grid(axis="y")
 
 
-def _legend(systems: Sequence[str], baseline: str) -> list[Line2D]:
-    handles: list[Line2D] = []
+def _legend(systems: Sequence[str], baseline: str, with_paper: bool) -> list[Line2D]:
+    handles = []
     for system in systems:
         look = system_look(system)
         label = look.label + (" (baseline)" if system == baseline else "")
-        line: dict[str, Any] = {
-            "color": look.color,
-            "linestyle": look.linestyle,
-            "marker": look.marker,
-        }
-        handles.append(Line2D([], [], markersize=5, label=label, **line))
-    grey: dict[str, Any] = {"color": "0.3", "marker": "o"}
-    filled, ring = "left: median; right: loaded no byte", "left: mean up to decoding"
-    ring += f"; right: switch < {HIT_MS:.0f} ms"
-    marks = [
-        Line2D([], [], markersize=5, label=filled, **grey),
-        Line2D([], [], label=ring, **_RING, **grey),
-    ]
-    return [*handles[:1], marks[0], *handles[1:2], marks[1], *handles[2:]]  # column by column
+        handles.append(Line2D([], [], markersize=4.5, label=label, color=look.color,
+                              linestyle=look.linestyle, marker=look.marker))  # fmt: skip
+    return [*handles, Line2D([], [], label="paper", **_PAPER)] if with_paper else handles
 
 
-def _mark_published(left: Axes, right: Axes, paper: Mapping[str, Any]) -> None:
+def _mark_published(
+    left: Axes, middle: Axes, paper: Mapping[str, Any], labels: Sequence[str]
+) -> None:
     low, high = paper["sensitivity"]["speedup"]
     left.axhspan(low, high, color="0.55", alpha=0.6, linewidth=1.0)  # visible at any scale
     left.set_ylim(0, max(left.get_ylim()[1], high * 1.15))  # room for the words above
-    _write_inside(left, high, f"paper {low:g} to {high:g}x", right=True)
-    low, high = (100 * share for share in paper["sensitivity"]["hit_share"])
-    right.axhspan(low, high, color="0.55", alpha=0.15, linewidth=0)
-    _write_inside(right, high, f"paper {low:.0f}% (constrained) to {high:.0f}% (abundant)")
-
-
-def _write_inside(axes: Axes, height: float, text: str, right: bool = False) -> None:
-    axes.annotate(
-        text, (float(right), height), (-3 if right else 3, 2), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right" if right else "left", fontsize=SMALL_PT, color="0.3",
+    left.annotate(
+        f"paper {low:g} to {high:g}x", (1, high), (-3, 2), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", fontsize=SMALL_PT, color="0.3",
     )  # fmt: skip
+    constrained, abundant = (100 * share for share in paper["sensitivity"]["hit_share"])
+    # It prints the hits at its main capacity, and those at both ends of its sweep.
+    points = {"20": constrained, "25": constrained, "40": abundant}
+    known = {label: share for label, share in points.items() if label in labels}
+    middle.plot([labels.index(label) for label in known], [*known.values()], **_PAPER, zorder=5)

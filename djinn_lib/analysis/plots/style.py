@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from djinn_lib.errors import RecordError
 from djinn_lib.paths import user_path
 
-COLUMN_IN, DOUBLE_COLUMN_IN = 3.4, 7.0  # widths of a paper's single and double column
+COLUMN_IN, DOUBLE_COLUMN_IN = 3.3, 7.0  # widths of a paper's single and double column
 SMALL_PT = 7
 STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
@@ -92,6 +92,11 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "djinn_partial_no_overlap": Look("Djinn, no overlap", _BLUE, "--", "s"),
     "djinn_whole_overlap": Look("Djinn, whole models", _SKY, "-", "D"),
     "djinn_whole": Look("Djinn, whole, no overlap", _SKY, "--", "v"),
+    "pytorch_lru_decoder": Look("PyTorch LRU, Djinn's decoder", _GREEN, ":", "^"),
+    "pytorch_pinned_readonly_decoder": Look(
+        "PyTorch read-only, Djinn's decoder", _ORANGE, ":", "P"
+    ),
+    "pytorch_pinned_decoder": Look("PyTorch pinned, Djinn's decoder", _RED, ":", "X"),
     "pytorch_lru": Look("PyTorch LRU", _GREEN, "-", "^"),
     "pytorch_pinned_readonly": Look("PyTorch pinned, read-only", _ORANGE, "-", "P"),
     "pytorch_pinned": Look("PyTorch pinned", _RED, "-", "X"),
@@ -110,6 +115,8 @@ _FALLBACK_LINES = (":", "-.")
 
 MODEL_COLORS = ("#332288", "#DDCC77", "#CC6677", "#44AA99", "#AA4499", "#999933", "#88CCEE")
 PHASE_COLORS = {"queue": "#BBBBBB", "switch": "#D55E00", "prefill": "#F0E442", "decode": "#56B4E9"}
+
+_NOTHING = "nothing to draw"
 
 _P = ParamSpec("_P")
 
@@ -134,6 +141,12 @@ def model_colors(models: Iterable[str]) -> dict[str, str]:
     """Return a colour for each model, by name, so that it does not depend on the rows' order."""
     names = sorted(set(models))
     return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
+
+
+def is_light(color: str) -> bool:
+    """Whether dark text reads better than white on a colour such as "#DDCC77"."""
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
 
 
 @contextmanager
@@ -200,6 +213,15 @@ def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]
     return rest, {system: reasons[system] for system in order_systems(reasons)}
 
 
+def nothing_to_draw(text: str) -> Figure:
+    """Return a picture of one sentence, where there is nothing to draw; it is never saved."""
+    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
+    figure.set_gid(_NOTHING)
+    axes.axis("off")
+    axes.text(0.5, 0.5, textwrap.fill(text, 100), ha="center", va="center", color="0.3")
+    return figure
+
+
 def footnote(figure: Figure, notes: Iterable[str]) -> None:
     """Write notes below a figure of constrained layout, wrapped to its width."""
     characters = int(figure.get_figwidth() * 72 / (SMALL_PT * 0.56))
@@ -209,24 +231,24 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
 
 
 def sample_note(rows: pd.DataFrame) -> str:
-    """Return how many requests each system's part of a figure rests on; empty without rows.
+    """Return how many requests a figure rests on, and how often each was repeated.
 
-    Of rows at several capacities it is the number at each.
+    Of rows at several capacities, or of several traces, it is the number of each.
     """
-    sizes = rows.groupby(["system", "capacity_label"]).size()
-    groups: dict[str, list[str]] = {}
-    for system in order_systems(rows["system"]):
-        found = sorted(set(sizes.loc[system]))
-        n = f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
-        groups.setdefault(n, []).append(system_look(system).label)
+    if rows.empty:
+        return ""
+    cells = ["system", "capacity_label", "trace"]
+    repeats = rows.groupby(cells)["repeat"].nunique()
+    n = _range(rows.groupby(cells)["request"].nunique())
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
-    if len(groups) == 1:
-        return f"n = {next(iter(groups))} requests of each system{where}."
-    most = max(groups, key=lambda n: len(groups[n]), default="")  # several need not be listed
-    # Labels have commas in them.
-    texts = [f"{n} of {'; '.join(labels)}" for n, labels in groups.items() if n != most]
-    rest = "the others" if most and len(groups[most]) > 1 else "".join(groups.get(most, []))
-    return f"n, requests{where}: {'. '.join([*texts, f'{most} of {rest}'])}." if most else ""
+    often = _range(repeats)
+    said = f", {often} repeats" if often != "1" else ""
+    return f"n = {n} requests of each system{where}{said}."
+
+
+def _range(values: pd.Series) -> str:
+    low, high = int(values.min()), int(values.max())
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:
@@ -264,8 +286,11 @@ def byte_scale(n_bytes: float) -> tuple[float, str]:
     return 1.0, "B"
 
 
-def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Path]:
+def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, ...]:
     """Write ``<name>.pdf`` and ``<name>.png`` (200 dpi, opaque) and return their paths.
+
+    A picture that says that there is nothing to draw is not written, and one that an earlier run
+    drew goes.
 
     The same rows give the same bytes, so that a figure changes in version control only when its
     data does. A file appears complete or not at all.
@@ -277,6 +302,10 @@ def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, Pa
         "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
         "png": {"metadata": {"Software": None}, "dpi": 200},
     }
+    if figure.get_gid() == _NOTHING:
+        for ending in options:
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+        return ()
     with theme():
         for ending, settings in options.items():
             partial = folder / f".{name}.partial.{ending}"

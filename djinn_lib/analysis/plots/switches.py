@@ -1,51 +1,123 @@
-"""Figures of what switches cost: where requests wait, and on a longer trace."""
+"""Figures of what switches cost: of the paper's modes, where requests wait, on a longer trace."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
+    COLUMN_IN,
     DOUBLE_COLUMN_IN,
+    SMALL_PT,
     draw_cdf,
     footnote,
+    nothing_to_draw,
     order_systems,
+    require_one_cell_each,
     sample_note,
     split_unavailable,
     styled,
     system_look,
     unavailable_notes,
 )
-from djinn_lib.analysis.selection import COULD_NOT_BATCH
-from djinn_lib.metrics import attempted, later_touches
+from djinn_lib.metrics import attempted, later_touches, served
 
 _LEAST_MS = 0.01  # where a logarithmic axis begins; what is less is drawn there
 
 
+FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # what a request finds of its model
+
+
 @styled
-def switches_beside_waiting(concurrent: pd.DataFrame, sequential: pd.DataFrame) -> Figure:
+def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
+    """Draw the share of requests whose switch cost no more than a time, per system.
+
+    Each request is at the mean of its repeats. Marks on Djinn's curve say what it found of its
+    model (in the first repeat). Grey are the paper's three modes of Djinn's switches.
+
+    Args:
+        rows: of one trace and capacity, served in sequence.
+        paper: published numbers.
+    """
+    require_one_cell_each(rows, "a CDF of switches")
+    rows, unavailable = split_unavailable(rows)
+    figure, axes = plt.subplots(figsize=(COLUMN_IN, 3.1), layout="constrained")
+    axes.set_xscale("log")
+    for system in order_systems(rows["system"]):
+        part, look = rows[rows["system"] == system], system_look(system)
+        shown = part.assign(ms=part["switch_ms"].clip(lower=_LEAST_MS))
+        shown["ms"] = shown.groupby("request")["ms"].transform("mean")
+        draw_cdf(axes, shown, "ms", color=look.color, linestyle=look.linestyle, label=look.label)
+        if system == "djinn":
+            _mark_found(axes, shown, look.color)
+    _shade_modes(axes, paper)
+    axes.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests", ylim=(0, 103))
+    axes.yaxis.set_major_formatter(PercentFormatter())
+    _label_times(axes)
+    axes.grid(which="major")
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8)
+    footnote(figure, [sample_note(rows), *_least_note(rows), *unavailable_notes(unavailable)])
+    return figure
+
+
+def _mark_found(axes: Axes, rows: pd.DataFrame, color: str) -> None:
+    done = served(rows).drop_duplicates("request").sort_values("ms")
+    heights = 100 * np.arange(1, len(done) + 1) / rows["request"].nunique()
+    before, loaded = done["resident_before_bytes"], done["loaded_bytes"]
+    kinds = np.select([loaded == 0, before > 0], ["whole", "in part"], "not at all")
+    for kind, marker in FOUND.items():
+        of_kind = kinds == kind
+        label = f"model found {kind}: {of_kind.mean():.0%}" if len(done) else kind
+        axes.plot(done["ms"][of_kind], heights[of_kind], marker, color=color, markersize=3.5,
+                  markerfacecolor="white", label=label)  # fmt: skip
+
+
+def _shade_modes(axes: Axes, paper: Mapping[str, Any]) -> None:
+    low, high = axes.get_xlim()
+    high = max(high, 4e4)
+    for mode in paper.get("switches_of_djinn", []):
+        left, right = max(mode["low_ms"], low), mode["high_ms"] or high
+        axes.axvspan(left, right, color="0.55", alpha=0.16, linewidth=0)
+        axes.annotate(f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
+                      fontsize=SMALL_PT, color="0.3")  # fmt: skip
+    axes.set_xlim(low, high)
+
+
+def _least_note(rows: pd.DataFrame) -> list[str]:
+    """Say so where switches are drawn at the left end that cost less."""
+    n = int((served(rows)["switch_ms"] < _LEAST_MS).sum())
+    return [f"{n} switches below {_LEAST_MS} ms are drawn at it."] if n else []
+
+
+@styled
+def switches_beside_waiting(
+    concurrent: pd.DataFrame, sequential: pd.DataFrame, left_out: Sequence[str] = ()
+) -> Figure:
     """Draw what switches still cost when requests wait, and how long requests take altogether.
 
     Left: the share of requests whose switch cost no more than a time, the first for each model left
     out. Right: the share that was done within a time of its arrival. Grey: one after the other.
-    Systems that could have batched are named in a note instead.
+    Systems that were kept from batching are named in a note instead.
 
     Args:
         concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
         sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
+        left_out: labels of systems whose rows are not fair to them (`selection.could_not_batch`).
     """
+    notes = _left_out(left_out)
+    if attempted(concurrent).empty:
+        return nothing_to_draw(" ".join(["This run has no concurrent cells here.", *notes]))
     figure, (left, right) = _two_panels()
-    unfair = concurrent["system"].isin(COULD_NOT_BATCH) & (
-        concurrent["error_kind"] != "unavailable"
-    )
-    fair, left_out = concurrent[~unfair], _left_out(concurrent.loc[unfair, "system"])
-    _draw_systems(figure, left, right, fair, "this run has no concurrent cells here", left_out)
+    _draw_systems(figure, left, right, concurrent, notes)
     before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
     _draw_switches(left, attempted(sequential), **before)
     _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
@@ -62,13 +134,15 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     Args:
         rows: of one trace and capacity, served in sequence; may be empty.
     """
+    if attempted(rows).empty:
+        return nothing_to_draw("This run has no rows of this trace.")
     figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, rows, "this run has no rows of this trace")
+    _draw_systems(figure, left, right, rows)
     _finish(figure, left, right, "total latency of a request (ms, log scale)")
     return figure
 
 
-def _left_out(systems: pd.Series) -> list[str]:
+def _left_out(systems: Sequence[str]) -> list[str]:
     names = [system_look(system).label for system in order_systems(systems)]
     why = "vLLM batches by default, and was given one request at a time"
     return [f"Left out: {', '.join(names)} ({why})."] if names else []
@@ -88,7 +162,6 @@ def _draw_systems(
     left: Axes,
     right: Axes,
     rows: pd.DataFrame,
-    none_there: str,
     left_out: Sequence[str] = (),
 ) -> None:
     """Both panels of every system, and below them on how many rows they rest."""
@@ -98,8 +171,8 @@ def _draw_systems(
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
         _draw_switches(left, part, **style)
         draw_cdf(right, part, "total_ms", **style)
-    note = sample_note(rows) if len(rows) else none_there
-    footnote(figure, [note, *unavailable_notes(unavailable), *left_out])
+    clipped = _least_note(later_touches(rows))
+    footnote(figure, [sample_note(rows), *clipped, *unavailable_notes(unavailable), *left_out])
 
 
 def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
@@ -116,12 +189,7 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
         axes.set_ylim(0, 103)
         _label_times(axes)
         axes.grid(which="major")
-    handles = left.get_legend_handles_labels()[0]
-    if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=3)
-    else:  # the note below says why; axes without a curve say nothing
-        left.set_axis_off()
-        right.set_axis_off()
+    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
 
 
 def _label_times(axes: Axes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,7 +20,9 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     byte_scale,
     footnote,
+    is_light,
     model_colors,
+    nothing_to_draw,
     order_systems,
     require_one_cell_each,
     styled,
@@ -58,11 +59,11 @@ def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
     known = order_systems(rows["system"])
     rows = rows[rows["system"] == system]
     if rows.empty:
-        return _message(f"No rows of {system!r} here, only of: {', '.join(known)}.")
+        return nothing_to_draw(f"No rows of {system!r} here, only of: {', '.join(known)}.")
     rows = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
     resident = resident_bytes(rows)
     if resident.empty:
-        return _message(f"{system_look(system).label} does not report residency here.")
+        return nothing_to_draw(f"{system_look(system).label} does not report residency here.")
     figure, (held, asked, loaded) = plt.subplots(
         3, 1, sharex=True, figsize=(DOUBLE_COLUMN_IN, 3.5), layout="constrained",
         height_ratios=[5, 0.5, 1.6],
@@ -146,7 +147,7 @@ def _draw_asked(axes: Axes, rows: pd.DataFrame, colors: Mapping[str, str]) -> No
     columns = ["request", "model", "loaded_bytes", "resident_before_bytes"]
     for request, model, loaded, before in rows.loc[rows["ok"], columns].itertuples(index=False):
         glyph = _HIT if loaded == 0 else _PARTIAL if before else _MISS
-        ink = "black" if _is_light(colors[model]) else "white"
+        ink = "black" if is_light(colors[model]) else "white"
         axes.text(request, 0.46, glyph, color=ink, ha="center", va="center", fontsize=SMALL_PT)
 
 
@@ -173,19 +174,6 @@ def _residency_legend(
             for glyph, text in texts.items()
         ]
     figure.legend(handles=handles, loc="outside right upper")
-
-
-def _is_light(color: str) -> bool:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 140
-
-
-def _message(text: str) -> Figure:
-    """A picture of one sentence, where there is nothing to draw."""
-    figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
-    axes.axis("off")
-    axes.text(0.5, 0.5, textwrap.fill(text, 100), ha="center", va="center", color="0.3")
-    return figure
 
 
 @styled

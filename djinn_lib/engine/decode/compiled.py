@@ -1,12 +1,13 @@
-"""Compiling the decode step of a model, one unit at a time.
+"""Compile the decode step of a model, one unit at a time.
 
-A step of batch 1 reads every weight once, so it is bound by device memory. cuBLAS multiplies a
-matrix with one vector at about 2.4 of the 3.0 TB/s of an H100; the same product as a reduction in
-Triton, its shape searched for, comes closer. Everything here serves to let `torch.compile` see each
-product as a reduction, and to fuse what follows it.
+A step of batch size 1 reads every weight once, so memory bandwidth bounds it. cuBLAS multiplies a
+matrix with one vector at about 2.4 of the 3.0 TB/s of an H100. The same product as a tuned Triton
+reduction is faster. The code here lets `torch.compile` treat each product as a reduction and fuse
+the operations after it.
 
-The layers of a model differ in their weights only, so one of them is compiled, with weights, keys
-and values as arguments, and serves all: a matter of seconds where the whole model takes minutes.
+The layers of a model differ only in their weights. So one layer is compiled, with weights, keys and
+values as arguments, and its code serves all layers. This takes seconds; compiling the whole model
+takes minutes.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.errors import ConfigError
 
-Manner = Callable[[], AbstractContextManager[None]]  # in which a step runs
+Manner = Callable[[], AbstractContextManager[None]]  # the context in which a step runs
 FUSED = "fused layers"
 
 
 class _Products(TorchFunctionMode):
-    """Brings x @ W + b into the form that inductor makes fast reductions of.
+    """Rewrite x @ W + b into the form that inductor compiles to fast reductions.
 
-    A product with a bias would go to cuBLAS, so the bias is added apart. And what x is computed
-    from would be computed again by every block of rows, so x is stored first: the address of its
-    elements is asked for, which is all that `as_strided` does.
+    A product with a bias would go to cuBLAS, so the bias is added separately. Inductor would also
+    fuse the computation of x into the product and repeat it for every block of rows. `as_strided`
+    needs the address of x and so forces it to be stored first.
     """
 
     def __torch_function__(
@@ -57,7 +58,7 @@ class _Products(TorchFunctionMode):
 
 
 def options() -> dict[str, Any]:
-    """What inductor is asked for on this machine."""
+    """Return the inductor options for this machine."""
     chosen: dict[str, Any] = {"coordinate_descent_tuning": True}
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
     if hopper and hasattr(inductor.triton, "enable_pdl"):
@@ -66,12 +67,12 @@ def options() -> dict[str, Any]:
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether kernels written in Triton run on a device."""
+    """Whether Triton kernels run on a device."""
     return device.type == "cuda" and find_spec("triton") is not None
 
 
 def attentions(device: torch.device) -> list[str]:
-    """Implementations of attention to try in a compiled step, the fastest first."""
+    """List the attention implementations to try in a compiled step, fastest first."""
     if not has_triton(device):
         return ["sdpa"]
     from djinn_lib.engine.decode.kernels.attention import NAME  # needs triton
@@ -80,12 +81,12 @@ def attentions(device: torch.device) -> list[str]:
 
 
 class CompiledUnits:
-    """Compiled stand-ins for the units of a model, for steps of one token.
+    """Compiled replacements for the units of a model, for steps of one token.
 
     Args:
-        model: whose units they are.
-        units: every one is compiled; those alike in all but weights share the code.
-        cache: what the model is called with as `past_key_values`.
+        model: the model of the units.
+        units: all are compiled; units that differ only in their weights share the code.
+        cache: the model's `past_key_values`.
         attention: the implementation that the compiled code uses.
     """
 
@@ -108,6 +109,7 @@ class CompiledUnits:
         tensors = _tensors(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            # The cache is passed as plain tensors, so that all layers share one compiled variant.
             given = {**dict(enumerate(args)), **kwargs}
             where = next((key for key, value in given.items() if value is self._cache), None)
             if where is None:
@@ -122,8 +124,8 @@ class CompiledUnits:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the model use the stand-ins meanwhile."""
-        # Each kind of unit, of each model, is one more variant of the same function.
+        """Replace the units in the model during a block."""
+        # Each kind of unit, of each model, is another variant of the same function.
         limits = torch._dynamo.config.patch(
             recompile_limit=1 << 20, fail_on_recompile_limit_hit=True
         )
@@ -137,7 +139,7 @@ def standing_in(
     stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]],
     attention: str,
 ) -> Iterator[None]:
-    """Let a model use other forward functions of its modules meanwhile, and another attention."""
+    """Replace modules' forward functions and the attention during a block."""
     before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(attention)
     for module, forward in stand_ins:
@@ -146,14 +148,15 @@ def standing_in(
         yield
     finally:
         for module, _ in stand_ins:
-            del module.forward  # its class has one
+            del module.forward  # uncovers the method of its class
         model.set_attn_implementation(before)
 
 
 class _SharedCode:
-    """The compiled forward pass of a module, with its tensors as arguments."""
+    """The compiled forward pass of a kind of module, with its tensors as arguments."""
 
     def __init__(self, module: nn.Module) -> None:
+        # Only the structure is kept: weights are on the meta device, and hooks are dropped.
         memo = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
                 for p in module.parameters()}  # fmt: skip
         self._shape = copy.deepcopy(module, memo)
@@ -180,7 +183,7 @@ class _SharedCode:
 
 
 class _LayerOfCache:
-    """As much of a cache as one layer asks for, while one token is added."""
+    """The part of the cache interface that one layer uses while one token is added."""
 
     def __init__(self, keys: Any, values: Any, position: Any) -> None:
         self.keys, self.values, self.position = keys, values, position
@@ -188,24 +191,24 @@ class _LayerOfCache:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one token's states at the position, and return all there are."""
+        """Store one token's states at the position, and return the layer's whole tensors."""
         self.keys.index_copy_(2, self.position, key_states)
         self.values.index_copy_(2, self.position, value_states)
         return self.keys, self.values
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
-        """The position."""
+        """Return the position."""
         return self.position[0]
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, as plain tensors: the compiler keeps no identity of those."""
+    """Collect parameters and buffers as plain tensors; dynamo does not guard these."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach() for name, tensor in named}
 
 
 def _likeness(module: nn.Module) -> Any:
-    """Equal for two modules that compute the same function of their tensors and arguments."""
+    """Return a key; equal keys mean equal functions of tensors and arguments."""
     plain = (bool, int, float, str, type(None))
     parts = [
         (
@@ -226,7 +229,7 @@ def _likeness(module: nn.Module) -> Any:
 def faster_ways(
     model: PreTrainedModel, units: Sequence[Unit], cache: KvCache
 ) -> Iterator[tuple[str, Callable[[], Manner]]]:
-    """Names of ways, the fastest first, and what makes each; it may raise anything."""
+    """Yield the name and constructor of each fast step, fastest first."""
     if has_triton(model.device):
         from djinn_lib.engine.decode.fused_layers import FusedUnits  # needs triton
 
@@ -239,7 +242,7 @@ def faster_ways(
 
 
 def note_refusal(model: PreTrainedModel, way: str, error: Exception) -> None:
-    """Log why a step is not made in some way; that layers are of another kind is no surprise."""
+    """Log why a step cannot be made; that layers cannot be fused is expected."""
     refused = way == FUSED and isinstance(error, ConfigError)
     logging.getLogger(__name__).log(
         logging.INFO if refused else logging.WARNING,

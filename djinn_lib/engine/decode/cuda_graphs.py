@@ -1,8 +1,8 @@
-"""Recording a computation once and running it again at no cost for the host.
+"""Record a computation once as CUDA graphs, and replay it at almost no host cost.
 
-A computation that waits for weights is recorded in pieces, one a unit of the model, so that each
-piece can wait for its bytes before it runs. Recorded work reads and writes fixed addresses; that
-weights change their frames under their addresses in between makes no difference.
+A computation that waits for weights is recorded in pieces, one per unit of the model, so that each
+piece can wait for its bytes before it runs. Recorded work uses fixed virtual addresses. It remains
+valid when other frames are mapped under these addresses.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ WARM_UPS = 2
 
 
 class Recording(Protocol):
-    """A computation that can be run again, and waits for the weights that it reads."""
+    """A computation that can be replayed, and that waits for the weights it reads."""
 
     def replay(self) -> None:
-        """Run it."""
+        """Run the computation."""
         ...
 
 
 class Repeated:
-    """Nothing is recorded: the function is called again, and the model's own hooks wait."""
+    """Call the function again instead of recording it; the model's own hooks wait."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
@@ -43,7 +43,7 @@ class Repeated:
 
 
 class GraphRecording:
-    """CUDA graphs, one after each other, and the bytes that each of them waits for."""
+    """A sequence of CUDA graphs, and the bytes that each of them waits for."""
 
     def __init__(self, pieces: Sequence[tuple[Extents, torch.cuda.CUDAGraph]], wait: Wait) -> None:
         self._pieces, self._wait = tuple(pieces), wait
@@ -60,20 +60,20 @@ _LOOKS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_sh
 
 
 def looks_at_values(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operator lets the host know what a tensor holds, or how much of it."""
-    if func is torch.ops.aten.index.Tensor:  # by position it does not, by a mask it does
+    """Whether an operator returns values, or sizes that depend on them, to the host."""
+    if func is torch.ops.aten.index.Tensor:  # only an index that is a mask does
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return bool(_LOOKS & set(func.tags))
 
 
 class NoLookingAtValues(TorchDispatchMode):
-    """Refuses what the host cannot do while a computation is recorded: look at a tensor's values.
+    """Refuse operators that read tensor values on the host; captures cannot do so.
 
-    A capture that meets such an operation is lost, and with it memory of the allocator; so this is
-    found out before.
+    A capture that meets such an operator fails and leaks allocator memory. So a computation is
+    checked before it is captured.
 
     Raises:
-        ConfigError: inside, at the first such operation.
+        ConfigError: inside, at the first such operator.
     """
 
     def __torch_dispatch__(
@@ -90,7 +90,7 @@ class Recorder:
     """Records computations on a device.
 
     Args:
-        device: without CUDA graphs (the CPU) functions are only kept and called again.
+        device: on the CPU, which has no CUDA graphs, functions are called again instead.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -100,10 +100,10 @@ class Recorder:
             self._pool: Any = torch.cuda.graph_pool_handle()
 
     def ensure_recordable(self, function: Callable[[], None]) -> None:
-        """Run a function once to see whether it can be recorded; where it need not be, do nothing.
+        """Run a function once to check that it can be recorded; on the CPU do nothing.
 
         Raises:
-            ConfigError: it looks at values on the host.
+            ConfigError: it reads values on the host.
         """
         if self._on_gpu:
             with torch.no_grad(), NoLookingAtValues():
@@ -119,22 +119,23 @@ class Recorder:
     ) -> Recording:
         """Record `function`, which runs `model` once, with a piece for each of `units`.
 
-        All weights must be on the device. The function runs `WARM_UPS` times first, since kernels
-        that are loaded or tuned at their first calls cannot be captured.
+        All weights must be on the device. The function first runs `WARM_UPS` times, because the
+        first call of a kernel may load or tune it, which cannot be captured.
 
         Args:
-            function: reads and writes tensors that stay where they are.
+            function: reads and writes tensors that keep their addresses.
             model: calls of its units mark where pieces begin.
             units: in the order of execution; none to record a single piece.
-            wait: called before each piece with the bytes that it needs. What is not recorded
-                waits by the model's own hooks (see `hold_back`).
+            wait: called before each piece with the bytes that it needs. Without recording, the
+                model's own hooks wait (see `hold_back`).
             extents: bytes that the first piece needs.
 
         Raises:
-            Exception: whatever the function raises; later recordings are none the worse for it.
+            Exception: what the function raises; later recordings still work.
         """
         if not self._on_gpu:
             return Repeated(function)
+        # Capture needs a stream other than the default one; order it after the current stream.
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.no_grad(), torch.cuda.stream(self._stream):
@@ -154,7 +155,7 @@ class Recorder:
                 capture.end()
             except BaseException:
                 capture.abandon()
-                self._pool = torch.cuda.graph_pool_handle()
+                self._pool = torch.cuda.graph_pool_handle()  # the old one may be in use
                 raise
             finally:
                 for hook in hooks:
@@ -165,16 +166,16 @@ class Recorder:
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all captures: cuBLAS keeps a workspace for every stream that it has seen."""
+    """Return one stream for all captures: cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
-# Graphs whose capture failed: torch's allocator of pinned memory may still refer to them.
+# Graphs whose capture failed. torch's allocator of pinned memory may still refer to them.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class _Capture:
-    """The capture under way: ends one graph and begins the next when more bytes are needed."""
+    """A capture in progress; it begins a new graph when more bytes are needed."""
 
     def __init__(self, pool: Any, extents: Extents) -> None:
         self._pool, self._extents = pool, extents
@@ -182,7 +183,7 @@ class _Capture:
 
     def begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device meanwhile; what they do is none of this graph's business.
+        # Other threads may use the device meanwhile; their work must not invalidate the capture.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> None:
@@ -190,10 +191,10 @@ class _Capture:
         self.pieces.append((self._extents, self._graph))
 
     def abandon(self) -> None:
-        """Take back what has begun, after an error.
+        """Clean up a failed capture.
 
-        When a capture fails, torch ends the stream's part of it but not the allocator's: without
-        this, memory would go on being taken from the pool of a graph that does not exist.
+        torch then ends the capture of the stream but not that of the allocator. Without this call,
+        later allocations would still come from the pool of the failed graph.
         """
         with suppress(RuntimeError):
             self._graph.capture_end()
@@ -202,7 +203,7 @@ class _Capture:
         _ABANDONED.append(self._graph)
 
     def need(self, extents: Extents) -> None:
-        """What comes next reads these bytes; a new piece begins if they end after earlier ones."""
+        """Begin a new piece if the next unit's bytes end after those waited for so far."""
         if self._extents and extents[-1][1] <= self._extents[-1][1]:
             return
         if self._extents:
@@ -212,7 +213,7 @@ class _Capture:
 
 
 class Mailbox:
-    """Token ids on their way to the host, each with an event that says when it is there."""
+    """Copies token ids to the host, with an event per slot that marks completion."""
 
     def __init__(self, n_slots: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -220,13 +221,13 @@ class Mailbox:
         self._events = [torch.cuda.Event() for _ in range(n_slots if self._on_gpu else 0)]
 
     def send(self, slot: int, token: torch.Tensor) -> None:
-        """Copy a token (1, 1) to a slot once the work submitted before is done."""
+        """Copy a token (1, 1) to a slot, after the work already submitted to the stream."""
         self._ids[slot : slot + 1].copy_(token.view(1), non_blocking=True)
         if self._on_gpu:
             self._events[slot].record()
 
     def receive(self, slot: int) -> int:
-        """Wait for the token of a slot and return it."""
+        """Wait for the token in a slot and return it."""
         if self._on_gpu:
             self._events[slot].synchronize()
         return int(self._ids[slot])

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 from transformers import GenerationMixin, PreTrainedModel
 
 from djinn_lib.engine.decode.cuda_graphs import Recorder
-from djinn_lib.engine.decode.eager import Proceed, Tokens, generate_eager
+from djinn_lib.engine.decode.eager import OnToken, Proceed, Tokens, generate_eager
 from djinn_lib.engine.decode.generation_options import beyond_greedy
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.positions import changing_rotation, check_positions
 from djinn_lib.engine.decode.recorded import RecordedDecoder
-from djinn_lib.engine.decode.sampling import Sampling
+from djinn_lib.engine.decode.sampling import Draws
 from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.errors import ConfigError, DjinnError, in_words
 
@@ -43,12 +43,14 @@ class Decoder(Protocol):
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         ignore_eos: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Draws | None = None,
         proceed: Proceed | None = None,
+        on_token: OnToken | None = None,
     ) -> Tokens:
         """Continue a prompt; weights need not be there yet, and are waited for.
 
-        `proceed` is called for each token; what it raises ends the generation.
+        `proceed` is called for each token; what it raises ends the generation. `on_token` gets each
+        new token, and may end the sequence with it.
         """
         ...
 
@@ -86,8 +88,9 @@ class EagerDecoder:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         ignore_eos: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Draws | None = None,
         proceed: Proceed | None = None,
+        on_token: OnToken | None = None,
     ) -> Tokens:
         """Continue a prompt.
 
@@ -102,6 +105,7 @@ class EagerDecoder:
                 ignore_eos,
                 sampling,
                 proceed,
+                on_token,
                 tokenizer=self._tokenizer,
             )
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:

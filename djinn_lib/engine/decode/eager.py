@@ -8,7 +8,7 @@ for its bytes, so that a prefill follows the copy layer by layer.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -25,78 +25,48 @@ from transformers.generation.stopping_criteria import (
 from transformers.generation.streamers import BaseStreamer
 
 from djinn_lib.arguments import whole_number
-from djinn_lib.engine.decode.generation_options import ensure_generates, mode_of, request_options
+from djinn_lib.engine.decode.generation_options import (
+    ensure_generates,
+    eos_ids,
+    mode_of,
+    request_options,
+)
 from djinn_lib.engine.decode.positions import check_positions, forget_lengths
 from djinn_lib.engine.decode.sampling import (
     MOST_TOKENS,
     DrawNext,
+    Draws,
     OwnDraws,
     Sampler,
-    Sampling,
 )
-from djinn_lib.engine.memory.lease import LeaseStats
 from djinn_lib.engine.models.hooks import Hook
 from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.engine.prompts import read_ids
 from djinn_lib.errors import ConfigError, shown
 
 Proceed = Callable[[], None]  # called for each token; what it raises ends the generation
+OnToken = Callable[[int], bool]  # called with each new token; whether the sequence ends with it
+_ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # a token a step, for good
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """New token ids, and the seconds from the call to the first and to the last of them."""
+    """New token ids, and the seconds from the call to the first and to the last of them.
+
+    `ended` is False where nothing but the number of tokens ended the sequence.
+    """
 
     token_ids: tuple[int, ...]
     first_s: float
     last_s: float
+    ended: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What one request gave and cost.
-
-    `loaded_bytes`, `evicted_bytes` and `resident_before_bytes` count weights; `prefetched_bytes` is
-    what was loaded before the request had its turn. `queue_ms` is the time until then; `stall_ms`
-    the time that the computation waited for weights; `switch_ms` the part of it before the first
-    token, and the time to evict and map. `ttft_ms` and `total_ms` count from the call to the first
-    and the last new token; `decode_ms` is the time between the two, in which a model larger than
-    the ring waits for weights again. `text` is None for a model without a tokenizer.
-    """
-
-    token_ids: tuple[int, ...]
-    text: str | None
-    loaded_bytes: int
-    evicted_bytes: int
-    resident_before_bytes: int
-    prefetched_bytes: int
-    queue_ms: float
-    stall_ms: float
-    switch_ms: float
-    ttft_ms: float
-    decode_ms: float
-    total_ms: float
-
-    @classmethod
-    def of(
-        cls, tokens: Tokens, text: str | None, stats: LeaseStats, queue_s: float, lead_s: float
-    ) -> Generation:
-        """Add up a request: `lead_s` seconds, the queue included, passed before its computation."""
-        return cls(
-            tokens.token_ids,
-            text,
-            stats.loaded_bytes,
-            stats.evicted_bytes,
-            stats.resident_before_bytes,
-            stats.prefetched_bytes,
-            queue_ms=queue_s * 1e3,
-            stall_ms=stats.stall_s * 1e3,
-            switch_ms=stats.switch_s * 1e3,
-            ttft_ms=(lead_s + tokens.first_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(lead_s + tokens.last_s) * 1e3,
-        )
+def ends_with(token: int, ends: Collection[int], on_token: OnToken | None) -> bool:
+    """Show a new token to whoever wants to see it; returns whether the sequence ends with it."""
+    is_last = on_token is not None and on_token(token)
+    return is_last or token in ends
 
 
 def hold_back(model: PreTrainedModel, units: Sequence[Unit], wait: Wait) -> None:
@@ -167,6 +137,31 @@ class _Proceed(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+class _EndsWith(StoppingCriteria):
+    """Ends the one sequence with the token of which `on_token` says so.
+
+    Attributes:
+        has_ended: whether it said so.
+    """
+
+    def __init__(self, on_token: OnToken | None) -> None:
+        self._on_token = on_token or (lambda token: False)
+        self.has_ended = False
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Called with the sequence so far, of shape (1, tokens); returns whether it has ended."""
+        self.has_ended = self._on_token(int(input_ids[0, -1]))
+        return torch.full((1,), self.has_ended, dtype=torch.bool, device=input_ids.device)
+
+    def cut(self, token_ids: list[int]) -> list[int]:
+        """Show it all tokens; returns those up to the one that ends the sequence."""
+        for i, token in enumerate(token_ids):
+            self.has_ended = self._on_token(token)
+            if self.has_ended:
+                return token_ids[: i + 1]
+        return token_ids
+
+
 class _FirstToken(BaseStreamer):
     """Notes when the first new token is known; `generate` reports the prompt before it."""
 
@@ -189,8 +184,9 @@ def generate_eager(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     ignore_eos: bool = False,
-    sampling: Sampling | None = None,
+    sampling: Draws | None = None,
     proceed: Proceed | None = None,
+    on_token: OnToken | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any | None = None,
 ) -> Tokens:
@@ -203,6 +199,8 @@ def generate_eager(
         ignore_eos: do not stop at the end-of-sequence token, as benchmarks do.
         sampling: how to choose tokens; default is the most likely one.
         proceed: called after each token; what it raises ends the generation.
+        on_token: called with each new token; the sequence ends with one for which it says True.
+            Where transformers may take tokens back (several beams, say) it is called at the end.
         device: where it computes; default is where its first parameter is.
         tokenizer: of the model, where its generation_config names texts that end a sequence.
 
@@ -224,6 +222,10 @@ def generate_eager(
     clock, mode = _FirstToken(), mode_of(model, options)
     if mode not in _BEAMS:  # no token is known before the last
         options["streamer"] = clock
+    told = _EndsWith(on_token)
+    is_told_early = mode in _ONE_BY_ONE and not model.generation_config.token_healing
+    if on_token and is_told_early:
+        criteria.append(told)
     device, drawing = torch.device(device or model.device), nullcontext()
     if sampling is not None and not sampling.greedy:
         sampler = Sampler(sampling, device)
@@ -234,9 +236,20 @@ def generate_eager(
             options["logits_processor"] = LogitsProcessorList([DrawNext(sampler)])
     with drawing:
         output = call_generate(model, ids, device, stopping_criteria=criteria, **options)
-    new_ids = tuple(output[0, len(ids) :].tolist())
+    new_ids = output[0, len(ids) :].tolist()
+    if on_token and not is_told_early:
+        new_ids = told.cut(new_ids)
     last_s = time.perf_counter() - begin_s
-    return Tokens(new_ids, clock.at_s - begin_s if clock.n_puts > 1 else last_s, last_s)
+    ends = frozenset() if ignore_eos else eos_ids(model)
+    return Tokens(
+        tuple(new_ids),
+        clock.at_s - begin_s if clock.n_puts > 1 else last_s,
+        last_s,
+        ended=told.has_ended
+        or len(new_ids) < max_new_tokens
+        or new_ids[-1] in ends
+        or any(one(output, None).any() for one in criteria if isinstance(one, StopStringCriteria)),
+    )
 
 
 def call_generate(

@@ -1,9 +1,9 @@
-"""Decoder layers of common architectures as a few kernels each, for steps of one token.
+"""Run decoder layers of common architectures as a few fused kernels.
 
-What `compiled` leaves to `torch.compile` is written by hand here, for the layers that most models
-share: a compiler does not move a norm into the product that follows it, nor does it start to read
-weights before the kernel before has ended. Whatever is not exactly one of these layers is refused,
-and then compiled; and whether the logits are those of the plain step is looked at anyway.
+They serve steps of one token. They are written by hand, because `torch.compile` neither fuses a
+norm into the product that follows it nor requests weights before the previous kernel has ended. A
+layer that is not exactly of a known kind is refused and then compiled (see `compiled`). The logits
+are compared with those of the plain step in any case.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.errors import ConfigError
 
-UNMASKED = "djinn_fused"  # an attention that never runs, since layers are replaced whole
-WIDEST = 8192  # of a vector that a program holds whole
+UNMASKED = "djinn_fused"  # an attention that never runs, because whole layers are replaced
+WIDEST = 8192  # elements of a vector that one program can hold
 Forward = Callable[..., torch.Tensor]
-# What `attend` is given: queries, keys, values, scale, mask, position.
+# Arguments of `attend`: queries, keys, values, scale, mask, position.
 Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor]
 
 _ACTIVATIONS = {"SiLU": SILU, "SiLUActivation": SILU, "NewGELUActivation": GELU_TANH,
                 "GELUTanh": GELU_TANH}  # fmt: skip
-_FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # others depend on the length as well
+_FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # others also depend on the length
 _ROOT_MEAN_SQUARE = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"}
 
 
 class FusedUnits:
-    """Hand-written stand-ins for all units of a model, for steps of one token.
+    """Hand-written replacements for all units of a model, for steps of one token.
 
     Args:
-        model: whose units they are.
-        units: of the model: decoder layers, the norm after them and the head.
-        cache: what the model is called with as `past_key_values`.
+        model: the model of the units.
+        units: decoder layers, the norm after them and the head.
+        cache: the model's `past_key_values`.
 
     Raises:
         ConfigError: a unit is of another kind; the message says which.
@@ -71,22 +71,23 @@ class FusedUnits:
         self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
             (layer, _LAYERS[type(layer).__name__](layer, cache)) for layer in layers
         ]
+        # The head computes the final norm too, so the norm passes its input through.
         norm, head = rest
         self._stand_ins += [(norm, lambda x: x), (head, _head(norm, head))]
         self._stand_ins += _rotations(model, cache.kv_layers[0].max_cache_len)
         self._attention = _mask_of(model, cache.kv_layers[0].max_cache_len)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Let the model use the stand-ins meanwhile."""
+        """Replace the units in the model during a block."""
         return standing_in(self._model, self._stand_ins, self._attention)
 
 
 def _rotations(
     model: PreTrainedModel, capacity: int
 ) -> list[tuple[nn.Module, Callable[..., tuple[torch.Tensor, torch.Tensor]]]]:
-    """A stand-in that knows the cosines and sines of all positions, computed by the module itself.
+    """Return a replacement that looks up cosines and sines computed once.
 
-    Where they depend on more than the position, they are left to be computed.
+    The list is empty if they depend on more than the position.
     """
     rotary: Any = getattr(model.base_model, "rotary_emb", None)
     if getattr(rotary, "rope_type", None) not in _FIXED_ROTATIONS:
@@ -98,7 +99,7 @@ def _rotations(
 
 
 def _mask_of(model: PreTrainedModel, capacity: int) -> str:
-    """The attention whose mask the model makes: none, where all that came before is attended to."""
+    """Return the attention to set; one without a mask if all tokens are visible."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return NAME if window is not None and window < capacity else UNMASKED
 
@@ -109,7 +110,7 @@ def _head(norm: nn.Module, head: nn.Module) -> Forward:
 
 
 def _sequential(layer: Any, cache: KvCache) -> Forward:
-    """Attention, then a gated network, each after a norm and added to what came in."""
+    """Build attention and a gated network, each after a norm, with a residual."""
     seen, after = _seen(layer, cache), _norm(layer.post_attention_layernorm)
     out, mlp = _product(layer.self_attn.o_proj), layer.mlp
     up, gate, down = (_product(p) for p in (mlp.up_proj, mlp.gate_proj, mlp.down_proj))
@@ -127,7 +128,7 @@ def _sequential(layer: Any, cache: KvCache) -> Forward:
 
 
 def _parallel(layer: Any, cache: KvCache) -> Forward:
-    """Attention and a network side by side, after one norm, both added to what came in."""
+    """Build attention and a network in parallel, with one norm and one residual."""
     seen, norm = _seen(layer, cache), _norm(layer.input_layernorm)
     out, mlp = _product(layer.self_attn.dense), layer.mlp
     up, down = _product(mlp.fc1), _product(mlp.fc2)
@@ -156,7 +157,7 @@ _LAYERS: dict[str, Callable[[Any, KvCache], Forward]] = {
 
 
 def _seen(layer: Any, cache: KvCache) -> Callable[..., Seen]:
-    """From what comes into a layer to its queries, with its keys and values in the cache."""
+    """Build the part up to `attend`: store keys and values, return its arguments."""
     norm, own = _norm(layer.input_layernorm), layer.self_attn
     query, key, value = (_product(p) for p in (own.q_proj, own.k_proj, own.v_proj))
     if len({product.bias is None for product in (query, key, value)}) == 2:
@@ -208,7 +209,7 @@ def _product(module: Any) -> Product:
 
 
 def _never(*_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-    raise ConfigError("expected fused layers, got one that computes its attention by itself")
+    raise ConfigError("expected fused layers, got one that calls its attention function")
 
 
 def _activation(module: nn.Module) -> int:
@@ -218,5 +219,5 @@ def _activation(module: nn.Module) -> int:
     return _ACTIVATIONS[name]
 
 
-# Known as an attention but not as one that needs a mask, so that the model makes none.
+# Registered as an attention but not as one with a mask, so that the model makes no mask.
 AttentionInterface.register(UNMASKED, _never)

@@ -26,7 +26,7 @@ from transformers.generation.stopping_criteria import (
 )
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from djinn_lib.engine.decode.sampling import Sampling
+from djinn_lib.engine.decode.sampling import Draws
 from djinn_lib.errors import ConfigError
 
 OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff",
@@ -63,7 +63,7 @@ def request_options(
     model: PreTrainedModel,
     max_new_tokens: int,
     ignore_eos: bool,
-    sampling: Sampling | None = None,
+    sampling: Draws | None = None,
 ) -> dict[str, Any]:
     """Return what transformers' `generate` is called with for a request, beside its input."""
     options = {**_ALWAYS, "max_new_tokens": max_new_tokens}

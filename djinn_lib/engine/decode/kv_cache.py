@@ -1,10 +1,12 @@
-"""A KV cache whose tensors never move, so that a recorded step stays valid.
+"""A KV cache whose tensors keep their addresses, for recorded steps.
 
-transformers' `StaticCache` does the same for its own `generate`; this one differs in three points.
-One position serves all layers, so that a token costs one addition and not one a layer. A prompt is
-taken as a whole into an empty cache, so that its attention is plain causal attention over the
-prompt and not over the whole capacity. And a layer with a sliding window keeps all positions, with
-the window in the mask: the position then needs no bookkeeping on the host.
+transformers' `StaticCache` does the same for `generate`. This one differs in three points:
+
+- All layers share one position, so a token costs one addition instead of one per layer.
+- A whole prompt is stored into an empty cache. Its attention is plain causal attention over the
+  prompt, not over the whole capacity.
+- A layer with a sliding window keeps all positions, and the mask applies the window. So the host
+  need not track the window.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ class KvLayer(StaticLayer):
         self.prefilling = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate; unlike its parent without telling the compiler that the tensors never change.
+        """Allocate the tensors without marking their addresses as static.
 
-        It would compile each layer anew for the addresses of its own.
+        The parent class marks them, and the compiler would then compile each layer separately.
         """
         shape = (*key_states.shape[:2], self.max_cache_len)
         self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
@@ -40,12 +42,15 @@ class KvLayer(StaticLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the states of a prompt, or of one token at the position, and return all there are.
+        """Store the states of a prompt, or of one token; return the states to attend to.
 
         Args:
             key_states: (1, heads, length of the prompt or 1, head size).
             value_states: the same.
-            args, kwargs: what some architectures pass besides; not needed.
+            args, kwargs: ignored; some architectures pass more.
+
+        Returns:
+            Keys and values: of the prompt itself, or of the whole capacity for one token.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -60,11 +65,11 @@ class KvLayer(StaticLayer):
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many positions the keys have that `update` returns, and where they begin."""
+        """Return the length and the offset of the keys that `update` returns."""
         return (query_length if self.prefilling else self.max_cache_len), 0
 
     def get_seq_length(self) -> Any:
-        """The position of the first token of the next call: 0 for a prompt, else a tensor."""
+        """Return the position of the next first token: 0 for a prompt, else a tensor."""
         return 0 if self.prefilling else self.position[0]
 
 
@@ -73,13 +78,13 @@ class KvCache(Cache):
 
     Attributes:
         kv_layers: the layers, in order.
-        position: where the next token goes; int64 of shape (1,), on the device.
-        longest_window: tokens that the widest sliding window or chunk shorter than the cache
-            shows; 0 where all layers show all tokens.
+        position: of the next token; int64 of shape (1,), on the device.
+        longest_window: width in tokens of the widest sliding window or chunk that is shorter than
+            the cache; 0 if all layers attend to all tokens.
 
     Raises:
-        ConfigError: the architecture keeps something else than keys and values (a recurrent
-            state, an index), which this cache has no place for.
+        ConfigError: the architecture keeps other state than keys and values (a recurrent state, an
+            index), which this cache cannot hold.
     """
 
     def __init__(self, config: PretrainedConfig, max_cache_len: int, device: torch.device) -> None:
@@ -97,12 +102,12 @@ class KvCache(Cache):
         super().__init__(layers=list(self.kv_layers))
 
     def mode(self, prefilling: bool) -> None:
-        """Say whether the next calls bring a prompt or a token."""
+        """Set whether the next calls process a prompt or a single token."""
         for layer in self.kv_layers:
             layer.prefilling = prefilling
 
     def clear(self) -> None:
-        """Forget what earlier sequences left: an infinity there would survive any mask."""
+        """Zero the tensors: an old infinity would survive any mask."""
         for tensor in self._stored():
             tensor.zero_()
 

@@ -1,4 +1,4 @@
-"""The ways of decoding by name, and which one a device gets unless told."""
+"""Names of the decode modes, and the default for a device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ Decode = Literal["eager", "graph", "compiled"]
 
 
 def default_decode(device: str) -> Decode:
-    """Return the fastest way that a device ("cpu" or "cuda") has."""
+    """Return the fastest mode of a device ("cpu" or "cuda")."""
     return "compiled" if device == "cuda" else "eager"
 
 
 def parse_decode(decode: str) -> Decode:
-    """Return a way of decoding.
+    """Check the name of a decode mode.
 
     Raises:
-        ConfigError: there is no such way.
+        ConfigError: the mode is unknown.
     """
     if decode not in get_args(Decode):
         raise ConfigError(f"expected decode to be one of {get_args(Decode)}, got {decode!r}")

@@ -1,13 +1,12 @@
-"""How many tokens a model has positions for.
+"""Find how many tokens a model has positions for.
 
-Beyond the end of a table of positions, learned or computed, a model cannot go: on a GPU, reading
-there ends not just the request but all use of the device by this process. What has no such table
-(rotary positions, slopes, states) has no end, whatever `max_position_embeddings` its configuration
-tells: that is how long its training texts were.
+A model cannot go beyond the end of a table of positions, learned or computed. On a GPU, such a read
+makes the CUDA context unusable, not just the request. A model without a table (rotary positions,
+slopes, states) has no limit; its `max_position_embeddings` is the length of its training texts.
 
-Which of the two a model is, its names do not say. So a prompt is run on shapes alone (see
-`shapes_only`): tables that are read, or cut, as far as the prompt is long may be ones of positions,
-and a prompt that is one token longer than such a table shows it: it fails there.
+Names do not tell which kind a model is. So a prompt is run on shapes alone (see `shapes_only`). A
+table that is read or cut exactly as far as the prompt is long may be one of positions. A second
+prompt, one token longer than the table, confirms it by failing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from djinn_lib.engine.decode.shapes_only import OutsideTable, on_shapes, run_on_shapes
 from djinn_lib.errors import ConfigError
 
-PROBE_TOKENS = 11  # a prompt for which tables are looked up; few other sizes are a prime number
+PROBE_TOKENS = 11  # prompt length; a prime, which few other sizes in a model equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,8 @@ class Positions:
     """Where the positions of a model end.
 
     Attributes:
-        limit: tokens of a prompt and its continuation; None where there is no end.
-        source: whose number that is, in words.
+        limit: maximum tokens of a prompt and its continuation; None without a limit.
+        source: description of where the limit comes from.
     """
 
     limit: int | None
@@ -43,10 +42,10 @@ _KNOWN: WeakKeyDictionary[PreTrainedModel, Positions] = WeakKeyDictionary()
 
 
 def check_positions(model: PreTrainedModel, n_prompt: int, max_new_tokens: int) -> None:
-    """Make sure that a model has a position for each token of a prompt and its continuation.
+    """Check that a model has positions for a prompt and its continuation.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: it does not.
     """
     n_tokens = n_prompt + max_new_tokens
     if longest(model, n_tokens) < n_tokens:
@@ -54,15 +53,15 @@ def check_positions(model: PreTrainedModel, n_prompt: int, max_new_tokens: int) 
         raise ConfigError(
             f"expected at most {positions.limit} tokens of prompt and continuation together "
             f"({positions.source}), got {n_prompt} + {max_new_tokens}: shorten the prompt or ask "
-            "for less"
+            "for fewer tokens"
         )
 
 
 def longest(model: PreTrainedModel, n_tokens: int) -> int:
-    """Return how many of so many tokens a model has positions for.
+    """Return how many of `n_tokens` tokens a model has positions for.
 
-    Tables have the size that the configuration declares, but for a few positions that some keep
-    for padding. Up to half of that, nobody needs to look.
+    A table has the declared size, give or take a few positions for padding. So up to half of the
+    declared size, no search is needed.
     """
     declared = _declared(model)
     if declared and n_tokens <= declared // 2:
@@ -72,7 +71,7 @@ def longest(model: PreTrainedModel, n_tokens: int) -> int:
 
 
 def positions_of(model: PreTrainedModel) -> Positions:
-    """Return where the positions of a model end; found out once a model, without its weights."""
+    """Return where the positions of a model end; cached per model, reads no weights."""
     if model not in _KNOWN:
         _KNOWN[model] = _find(model)
     return _KNOWN[model]
@@ -81,10 +80,10 @@ def positions_of(model: PreTrainedModel) -> Positions:
 def _find(model: PreTrainedModel) -> Positions:
     try:
         twin = on_shapes(model)
-    except Exception as error:  # of any kind: it comes from the architecture's own code
+    except Exception as error:  # the architecture's own code may raise anything
         return _undecided(model, error)
     seen, usual = run_on_shapes(twin, PROBE_TOKENS)
-    # An index into padding comes before that of the first token.
+    # With padding, positions start after an offset: count from the index of the first token.
     ends = {
         size - (last - PROBE_TOKENS + 1) for size, last in seen.reads if last + 1 >= PROBE_TOKENS
     }
@@ -97,16 +96,16 @@ def _find(model: PreTrainedModel) -> Positions:
 
 
 def _undecided(model: PreTrainedModel, error: Exception) -> Positions:
-    said = str(error).strip().split("\n")[0][:100]
+    message = str(error).strip().split("\n")[0][:100]
     return Positions(
         _declared(model),
-        "max_position_embeddings of its configuration, as it could not be found out whether the "
-        f"model can go further: {type(error).__name__}: {said}",
+        "max_position_embeddings of its configuration, because a search for the real limit failed: "
+        f"{type(error).__name__}: {message}",
     )
 
 
 def _declared(model: PreTrainedModel) -> int | None:
-    """The positions that the configuration tells; None where it tells nothing."""
+    """Return the positions that the configuration declares; None if it declares none."""
     try:
         declared = model.config.get_text_config().max_position_embeddings
     except (AttributeError, NotImplementedError):
@@ -116,34 +115,34 @@ def _declared(model: PreTrainedModel) -> int | None:
 
 # -- rotary positions whose frequencies change with the length -----------------------------------
 
-# Most frequencies are fixed. With "dynamic" and "longrope" a forward pass that goes beyond some
-# length computes others and keeps them in the module; keys that were cached before have been turned
-# by the old ones, and some models then compute the whole sequence anew. A recorded step can do none
-# of that. And what a long request has left in a module must not reach the next one.
+# Most frequencies are fixed. With "dynamic" and "longrope", a forward pass beyond some length
+# computes other frequencies and keeps them in the module. Keys cached before were rotated by the
+# old ones, and some models then recompute the whole sequence. A recorded step cannot do that. And
+# frequencies that a long request leaves in a module must not reach the next request.
 FIXED = frozenset({"default", "linear", "llama3", "yarn", "proportional", "mrope"})
 
 
 def changing_rotation(model: PreTrainedModel) -> str | None:
-    """Return the kind of rotary positions that changes with the length; None if none does.
+    """Return a rotary kind that changes with the length; None if there is none.
 
-    What is not known to be fixed counts as changing.
+    An unknown kind counts as changing.
     """
-    told = [*_told(model.config.to_dict()), *(kind for m in model.modules() for kind in _kinds(m))]
-    return next((kind for kind in told if kind not in FIXED), None)
+    kinds = [*_named(model.config.to_dict()), *(k for m in model.modules() for k in _kinds(m))]
+    return next((kind for kind in kinds if kind not in FIXED), None)
 
 
 def _kinds(module: nn.Module) -> list[str]:
-    """The kinds that a module computes: one, or one for each type of layer."""
+    """List the kinds that a module computes: one, or one for each type of layer."""
     kind: Any = getattr(module, "rope_type", None)
     kinds = kind.values() if isinstance(kind, Mapping) else [kind]
     return [kind for kind in kinds if isinstance(kind, str)]
 
 
-def _told(options: Mapping[str, Any], rotary: bool = False) -> Iterator[str]:
-    """The kinds that a configuration names, wherever it does."""
+def _named(options: Mapping[str, Any], rotary: bool = False) -> Iterator[str]:
+    """Yield the kinds that a configuration names, at any depth."""
     for key, value in options.items():
         if isinstance(value, Mapping):
-            yield from _told(value, rotary or "rope" in str(key))
+            yield from _named(value, rotary or "rope" in str(key))
         elif rotary and key in ("rope_type", "type") and isinstance(value, str):
             yield value
 
@@ -153,9 +152,9 @@ _FRESH = WeakKeyDictionary()
 
 
 def forget_lengths(model: PreTrainedModel) -> None:
-    """Let a model rotate as it did when this function first saw it, whatever it has computed since.
+    """Restore the rotary state that a model had when this function first saw it.
 
-    It costs nothing where rotations are fixed.
+    It does nothing where rotations are fixed.
     """
     if model not in _FRESH:
         _FRESH[model] = [

@@ -1,9 +1,9 @@
-"""Decoding with everything in its place: recorded prefills, and one recorded step a token.
+"""Decode from recordings: prefills of a few lengths, and one step per token.
 
-transformers' own forward pass is recorded over tensors that never move: a prompt padded to one of a
-few lengths, a `KvCache`, the next token and its logits. The prefill is recorded in pieces, so that
-layers compute while later ones still load; the step is recorded as one, compiled or not. Both are
-recorded once a model, at set-up, and hold whatever frames its weights are moved to.
+transformers' own forward pass is recorded over tensors that keep their addresses: a prompt padded
+to one of a few lengths, a `KvCache`, the next token and its logits. The prefill is recorded in
+pieces, so that early layers compute while later ones still load. The step is a single recording,
+compiled or not. Both are recorded once per model, at set-up, and stay valid for any frames.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.compiled import Manner, faster_ways, note_refusal
 from djinn_lib.engine.decode.cuda_graphs import Mailbox, Recorder, Recording, Repeated
-from djinn_lib.engine.decode.eager import Proceed, Tokens
+from djinn_lib.engine.decode.eager import OnToken, Proceed, Tokens, ends_with
 from djinn_lib.engine.decode.generation_options import eos_ids
 from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.positions import check_positions, longest
 from djinn_lib.engine.decode.reference import N_TOKENS, Followed, Reference, References
-from djinn_lib.engine.decode.sampling import Sampler, Sampling
+from djinn_lib.engine.decode.sampling import Draws, Sampler
 from djinn_lib.engine.memory.layout import Extents
 from djinn_lib.engine.models.packing import Unit, Wait
 from djinn_lib.errors import ConfigError
 
 SHORTEST_PREFILL = 32
-LONG_PROBE = 128  # tokens of the longer probe, where no window is longer
+LONG_PROBE = 128  # tokens of the longer probe, unless a window is longer
 
 
 class RecordedDecoder:
-    """Replays recordings of one model, whose weights must be resident when they are made.
+    """Replays recordings of one model; its weights are resident when they are made.
 
     Args:
         model: in evaluation mode, bound to its addresses.
         units: of the model, in the order of execution.
-        max_model_len: tokens of a prompt and its continuation together; no more than the model has
-            positions for are made room for.
+        max_model_len: maximum tokens of a prompt and its continuation together; the cache is no
+            larger than the model's positions.
         recorder: makes the recordings.
-        compiled: make the step faster than transformers' code is, before it is recorded.
-        progress: told what begins.
+        compiled: replace transformers' code in the step by faster code before recording it.
+        progress: called with the name of each stage when it starts.
         wait: called before a recorded piece runs, with the bytes of weights that it needs.
 
     Raises:
-        ConfigError: the architecture cannot be served from a `KvCache`.
-        DjinnError: it can, but with other logits than those of transformers' `generate`.
-        Exception: whatever its forward pass raises when it cannot be recorded.
+        ConfigError: the architecture cannot run on a `KvCache`.
+        DjinnError: it can, but its logits differ from those of transformers' `generate`.
+        Exception: an error of its forward pass that prevents recording.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RecordedDecoder:
         for function in (lambda: self._prefill(min(room, SHORTEST_PREFILL)), self._decode):
             recorder.ensure_recordable(function)
         self._mailbox = Mailbox(room, self.device)
-        # Before anything is recorded: what is wrong as it stands need not be made faster.
+        # Compare with the reference before recording: recording cannot repair wrong logits.
         self._prefills: dict[int, Recording] = {
             length: Repeated(lambda length=length: self._prefill(length))
             for length in prefill_lengths(room)
@@ -122,14 +122,14 @@ class RecordedDecoder:
                 step = record()
                 self.mode, self.way = "compiled", way
                 return step
-            except Exception as error:  # of any kind: it comes from the architecture's own code
+            except Exception as error:  # the architecture's own code may raise anything
                 note_refusal(self.model, way, error)
                 self._manner = nullcontext
         progress("recording the decode step")
         return record()
 
     def _follow(self, reference: Reference, step: Recording) -> Followed:
-        """Continue the prompt of a reference with its tokens, one step after the other."""
+        """Decode a reference's prompt and tokens, and collect the logits of each step."""
         rows, tokens = [], []
         with torch.no_grad():
             self._load_prompt(reference.prompt_ids)
@@ -143,15 +143,15 @@ class RecordedDecoder:
         return Followed(torch.stack(rows), tuple(tokens))
 
     def close(self) -> None:
-        """Release the recordings and the cache; twice is harmless."""
+        """Release the recordings and the cache; closing twice is harmless."""
         self._prefills.clear()
         for held in ("_step", "_manner", "cache"):
             vars(self).pop(held, None)
 
-    # -- what is recorded ------------------------------------------------------------------
+    # -- computations to record ------------------------------------------------------------
 
     def _forward_prompt(self, length: int) -> torch.Tensor:
-        """Logits (1, vocabulary) after the last token of the prompt, padded to `length`."""
+        """Return logits (1, vocabulary) after the prompt, which is padded to `length`."""
         self.cache.mode(prefilling=True)
         output: Any = self.model(
             input_ids=self._prompt[:, :length],
@@ -162,13 +162,13 @@ class RecordedDecoder:
         return output.logits[:, -1]
 
     def _prefill(self, length: int) -> None:
-        """Take the prompt in; leaves its logits, the most likely token, and where that goes."""
+        """Process the prompt; set the logits, the most likely token and its position."""
         self._logits.copy_(self._forward_prompt(length))
         self._token.copy_(self._logits.argmax(-1, keepdim=True))
         self.cache.position.copy_(self._last + 1)
 
     def _decode(self) -> None:
-        """Take the token in; leaves what `_prefill` does."""
+        """Process the token; set the same outputs as `_prefill`."""
         self.cache.mode(prefilling=False)
         with self._manner():
             output: Any = self.model(
@@ -185,27 +185,29 @@ class RecordedDecoder:
         prompt_ids: Sequence[int],
         max_new_tokens: int,
         ignore_eos: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Draws | None = None,
         proceed: Proceed | None = None,
+        on_token: OnToken | None = None,
     ) -> Tokens:
         """Continue a prompt whose ids and length have been checked.
 
-        The host submits a step before it looks at the token of the step before, so that the device
-        never waits for it; a token computed after the end of the sequence is dropped.
+        The host submits a step before it reads the previous step's token, so the device never waits
+        for the host. A token computed after the end of the sequence is dropped.
 
         Args:
             prompt_ids: token ids of one prompt.
-            max_new_tokens: upper limit of new tokens; with `ignore_eos` exactly as many.
+            max_new_tokens: upper limit of new tokens; the exact number with `ignore_eos`.
             ignore_eos: do not stop at the end-of-sequence token.
             sampling: how to choose tokens; default is the most likely one.
-            proceed: called once each token is submitted; what it raises ends the generation.
+            proceed: called after each token is submitted; an error in it ends the generation.
+            on_token: called with each new token; the sequence ends if it returns True.
         """
         begin_s = time.perf_counter()
         self._ensure_asked_the_same()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
         sampler = None if sampling is None or sampling.greedy else Sampler(sampling, self.device)
         tokens: list[int] = []
-        first_s = 0.0
+        first_s, ended = 0.0, False
         with torch.no_grad():
             self._load_prompt(prompt_ids)
             for n_submitted in range(1, max_new_tokens + 1):
@@ -217,16 +219,18 @@ class RecordedDecoder:
                     proceed()
                 if sampler:
                     self._token.copy_(sampler.draw(self._logits))
+                # Read one token behind the submissions: the step above runs meanwhile.
                 self._mailbox.send(n_submitted - 1, self._token)
                 if n_submitted > 1:
                     tokens.append(self._mailbox.receive(n_submitted - 2))
                     first_s = first_s or time.perf_counter() - begin_s
-                    if tokens[-1] in ends:
+                    if ended := ends_with(tokens[-1], ends, on_token):
                         break
             else:
                 tokens.append(self._mailbox.receive(max_new_tokens - 1))
+                ended = ends_with(tokens[-1], ends, on_token)
         last_s = time.perf_counter() - begin_s
-        return Tokens(tuple(tokens), first_s or last_s, last_s)
+        return Tokens(tuple(tokens), first_s or last_s, last_s, ended)
 
     def check_length(self, n_prompt: int, max_new_tokens: int) -> None:
         """Check that a prompt and its continuation fit.
@@ -242,17 +246,15 @@ class RecordedDecoder:
             )
 
     def _ensure_asked_the_same(self) -> None:
-        """Refuse a generation_config that somebody has changed: what a step can do was looked at
-        when it was made.
-        """
+        """Refuse a changed generation_config, which was only checked at set-up."""
         if self._asked != _asked(self.model):
             raise ConfigError(
-                f"expected the generation_config with which a {self.model.config.model_type} was "
-                "added, got another: choose how to decode with it, by set_decode"
+                f"the generation_config of a {self.model.config.model_type} has changed since it "
+                "was added: call set_decode to use the new one"
             )
 
     def _load_prompt(self, prompt_ids: Sequence[int]) -> None:
-        """Put the prompt in its place; padding repeats its last token, and is never attended to."""
+        """Write the prompt to its buffer; repetitions of its last token pad it."""
         n_padded = self._prefill_length(len(prompt_ids)) - len(prompt_ids)
         padded = torch.tensor([*prompt_ids, *[prompt_ids[-1]] * n_padded])
         self.cache.clear()
@@ -264,7 +266,7 @@ class RecordedDecoder:
 
 
 def prefill_lengths(max_model_len: int) -> list[int]:
-    """Lengths that prompts are padded to: powers of two, and the longest there can be."""
+    """List the lengths that prompts are padded to: powers of two, and the maximum."""
     lengths, length = [], SHORTEST_PREFILL
     while length < max_model_len:
         lengths.append(length)
@@ -273,7 +275,7 @@ def prefill_lengths(max_model_len: int) -> list[int]:
 
 
 def _probe_lengths(room: int, longest_window: int) -> list[int]:
-    """Lengths of prompts to compare: one that is not padded, and one beyond every window."""
+    """List prompt lengths to compare: beyond every window, and without padding."""
     lengths = [min(room, max(LONG_PROBE, longest_window + 2 * N_TOKENS)) - N_TOKENS]
     if lengths[0] > SHORTEST_PREFILL:
         lengths.append(SHORTEST_PREFILL)
@@ -281,5 +283,5 @@ def _probe_lengths(room: int, longest_window: int) -> list[int]:
 
 
 def _asked(model: PreTrainedModel) -> dict[str, Any]:
-    """What a generation_config asks for, but for the ends of a sequence: they are looked up."""
+    """Return a generation_config's options but eos_token_id (read per request)."""
     return {k: v for k, v in vars(model.generation_config).items() if k != "eos_token_id"}

@@ -1,10 +1,10 @@
-"""What faster ways of decoding are held against: transformers' own `generate`.
+"""Compare faster ways of decoding with transformers' own `generate`.
 
-A recorded step calls the same modules as `generate`, but with a cache of fixed length, a padded
-prompt, and kernels of its own. Whether an architecture takes all that well is not known by its
-name. So before a way of decoding is used, it continues a few prompts, token by token as `generate`
-did, and its logits are compared. Logits and not only tokens: with a wrong cache the most likely
-token is often still the same, and between two that are as likely rounding decides.
+A recorded step calls the same modules as `generate`, but with a fixed-length cache, a padded prompt
+and its own kernels. An architecture's name does not tell whether it supports all that. So before a
+way of decoding is used, it continues a few prompts with the tokens that `generate` chose, and its
+logits are compared. Tokens alone do not suffice: even with a wrong cache the most likely token is
+often the same, and rounding decides between two equally likely tokens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from djinn_lib.engine.decode.generation_options import request_options
 from djinn_lib.errors import DjinnError
 
 N_TOKENS = 6  # of each continuation
-# How far logits may be from those of a reference, which round elsewhere, as a share of their norm.
-# Rounding gives a tenth of that.
+# Allowed distance of logits from the reference, as a share of the reference's norm. Rounding causes
+# about a tenth of that.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# Prompts that are tried. Rounding may make a router choose another expert, and then logits differ
-# by more; but not for three prompts in a row. A step that computes something else always differs.
+# Prompts to try. Rounding may make a router choose another expert, and logits then differ by more,
+# but not for three prompts in a row. A step that computes something else always differs.
 ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A prompt, the greedy tokens after it, and the logits (tokens, vocabulary) before each."""
+    """A prompt, its greedy continuation, and the logits (tokens, vocabulary)."""
 
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -41,18 +41,18 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """What another way of decoding gave: logits (tokens, vocabulary), and the tokens it chose."""
+    """The logits (tokens, vocabulary) and tokens of another way of decoding."""
 
     logits: torch.Tensor
     token_ids: tuple[int, ...]
 
 
 class References:
-    """What `generate` gives for a few prompts, and what is compared with it.
+    """The results of `generate` for a few prompts, to compare others with.
 
     Args:
         model: all of its weights are on the device.
-        n_prompts: how long prompts are, in tokens.
+        n_prompts: lengths of the prompts, in tokens.
 
     Raises:
         DjinnError: `generate` gives no logits.
@@ -62,11 +62,11 @@ class References:
         self._model, self._n_prompts = model, tuple(n_prompts)
         self._taken: dict[tuple[int, int], Reference] = {}
         self._reference(self._n_prompts[0], 0)
-        self._settled = dict(_buffers(model))  # some move a table at the first call
+        self._settled = dict(_buffers(model))  # some models move a table in the first call
         for n_prompt in self._n_prompts[1:]:
             self._reference(n_prompt, 0)
         if model.device.type == "cuda":
-            torch.cuda.empty_cache()  # for a cache and recordings that come next
+            torch.cuda.empty_cache()  # makes room for the cache and recordings that come next
 
     def _reference(self, n_prompt: int, attempt: int) -> Reference:
         key = n_prompt, attempt
@@ -76,14 +76,14 @@ class References:
         return self._taken[key]
 
     def ensure_alike(self, follow: Callable[[Reference], Followed]) -> None:
-        """Refuse a way of decoding that gives something else.
+        """Refuse a way of decoding that differs from `generate`.
 
         Args:
             follow: continues the prompt of a reference with the tokens of that reference.
 
         Raises:
-            DjinnError: by more than rounding explains, or the model is not as it was before, and
-                the next request would find that.
+            DjinnError: logits differ by more than rounding explains, or the forward pass changed a
+                buffer of the model, which would affect the next request.
         """
         for n_prompt in self._n_prompts:
             for attempt in range(ATTEMPTS):
@@ -103,7 +103,7 @@ class References:
 
 
 def probe_prompt(model: PreTrainedModel, n_tokens: int, seed: int) -> tuple[int, ...]:
-    """Return random ids without those that mean something to a model, such as padding."""
+    """Return random ids, without special ones such as padding."""
     special = set(_special_ids(model))
     ids = [i for i in range(vocabulary(model)) if i not in special] or [0]
     return tuple(random.Random(seed).choices(ids, k=n_tokens))
@@ -118,7 +118,7 @@ def _special_ids(model: PreTrainedModel) -> Iterator[int]:
 
 
 def take_reference(model: PreTrainedModel, prompt_ids: tuple[int, ...], n_tokens: int) -> Reference:
-    """Let transformers continue a prompt with exactly so many greedy tokens.
+    """Continue a prompt with exactly `n_tokens` greedy tokens by `generate`.
 
     Raises:
         DjinnError: it gives no logits.
@@ -133,10 +133,10 @@ def take_reference(model: PreTrainedModel, prompt_ids: tuple[int, ...], n_tokens
 
 
 def compare(followed: Followed, reference: Reference) -> None:
-    """Refuse logits that cannot be explained by rounding, and other tokens where none is near.
+    """Refuse logits that rounding cannot explain, and clearly less likely tokens.
 
     Raises:
-        DjinnError: they are further apart.
+        DjinnError: the difference is larger.
     """
     after = f"after a prompt of {len(reference.prompt_ids)} tokens"
     for i, (got, expected) in enumerate(zip(followed.logits, reference.logits, strict=True)):
@@ -148,28 +148,28 @@ def compare(followed: Followed, reference: Reference) -> None:
 
 
 def ensure_alike(got: torch.Tensor, expected: torch.Tensor, where: str = "") -> None:
-    """Refuse logits that cannot be explained by rounding.
+    """Refuse logits that rounding cannot explain.
 
-    What all logits have in common makes no difference, so they are compared without their mean;
-    but it takes digits, and what the last digit is worth may be missing.
+    An offset common to all logits has no effect, so logits are compared without their mean. But a
+    large mean costs precision, so the tolerance includes the last digit's value.
 
     Args:
         got: (vocabulary,), in the dtype of the model.
         expected: (vocabulary,).
-        where: in words, for the error.
+        where: description for the error.
 
     Raises:
-        DjinnError: they are further apart.
+        DjinnError: the difference is larger.
     """
     limits = torch.finfo(got.dtype)
-    usual = expected.double().abs() < limits.max / 2  # others stand for ids that there are not
+    usual = expected.double().abs() < limits.max / 2  # the others mark impossible ids
     if not torch.equal(got[~usual].float(), expected[~usual].float()):
         raise DjinnError(f"expected other ids to be impossible {where}".strip())
     a, b = got[usual].double(), expected[usual].double()
     spread = float((b - b.mean()).norm())
     distance = float(((a - a.mean()) - (b - b.mean())).norm())
     allowed = TOLERANCE[got.dtype] * spread + limits.eps * float(b.norm())
-    if not distance <= allowed:  # nor may it be NaN
+    if not distance <= allowed:  # also true for NaN
         raise DjinnError(
             f"expected logits within {TOLERANCE[got.dtype]} of those of transformers' generate, "
             f"got {distance / spread if spread else distance:.2g} {where}".strip()
@@ -177,6 +177,6 @@ def ensure_alike(got: torch.Tensor, expected: torch.Tensor, where: str = "") -> 
 
 
 def _buffers(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Which tensor each buffer is, and how often it has been written to."""
+    """Yield the identity and the number of writes of each buffer."""
     for name, buffer in model.named_buffers():
         yield name, (id(buffer), buffer._version)

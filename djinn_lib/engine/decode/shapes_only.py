@@ -1,9 +1,9 @@
-"""Running a model on shapes alone, to see which tables it reads and how far.
+"""Run a model on shapes alone, to find which tables it reads and how far.
 
-Weights are tensors without data (the meta device), so that a model of any size runs at once and in
-no memory. What does not depend on weights is computed: positions, masks, rotary frequencies. So an
-index into a table is known, and compared with the size of the table, which a run on shapes alone
-could not do and a run on a GPU must not: there, an index beyond a table ends all use of the device.
+Weights are tensors without data (the meta device), so a model of any size runs at once and without
+memory. Everything that does not depend on weights is computed: positions, masks, rotary
+frequencies. So indices into tables are known and can be compared with the size of the table. On
+shapes only they would be unknown. On a GPU an index beyond a table makes the CUDA context unusable.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.cuda_graphs import looks_at_values
 
-LARGEST = 1 << 22  # elements of a tensor that is computed; a larger one is a shape
-MOST_OPERATORS = 200_000  # a model that takes a step for each token is not followed any further
+LARGEST = 1 << 22  # elements of a tensor to compute; a larger one remains a shape
+MOST_OPERATORS = 200_000  # limit for models that run a loop over tokens
 
 _aten = torch.ops.aten
 _MADE_EMPTY = {
@@ -37,11 +37,11 @@ class OutsideTable(IndexError):
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Operators on tensors without data give shapes; all others are computed on the CPU.
+    """Run operators on tensors without data as shapes, and all others on the CPU.
 
     Attributes:
         reads: for each lookup, the size of the table and the largest index into it.
-        cuts: for each slice, the size that was cut and what is left of it.
+        cuts: for each slice, the size before and after.
 
     Raises:
         OutsideTable: inside, when an index is beyond its table.
@@ -69,6 +69,7 @@ class ShapesOnly(TorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        # The host needs values that are unknown: compute with zeros, keep integers as answers.
         if looks_at_values(func, args) and any(t.is_meta for t in tensors):
             known = _on("cpu", func, *tree_map(_zeros_for, (args, kwargs)))
             return tree_map(lambda x: _shape_of(x) if _is_float(x) else x, known)
@@ -76,7 +77,7 @@ class ShapesOnly(TorchDispatchMode):
             return _on("meta", func, args, kwargs)
         try:
             shaped = _on("meta", func, args, kwargs)
-        except (RuntimeError, NotImplementedError):  # it looks at values, which are there
+        except (RuntimeError, NotImplementedError):  # depends on values, which are known here
             return _on("cpu", func, args, kwargs)
         sizes = [t.numel() for t in tree_leaves(shaped) if isinstance(t, torch.Tensor)]
         return shaped if max(sizes, default=0) > LARGEST else _on("cpu", func, args, kwargs)
@@ -91,7 +92,7 @@ class ShapesOnly(TorchDispatchMode):
 
 
 def _lookups(func: Any, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Sizes of what an operator looks up, and the indices (of any shape)."""
+    """Yield the size of each looked-up dimension, and its indices (of any shape)."""
     if func is _aten.embedding.default:
         yield args[0].shape[0], args[1]
     elif func in (_aten.index_select.default, _aten.gather.default):
@@ -105,7 +106,7 @@ def _lookups(func: Any, args: tuple[Any, ...]) -> Iterator[tuple[int, torch.Tens
 
 
 def _on(device: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call an operator with all that it is given, and what it makes, on one device."""
+    """Call an operator with its inputs and outputs on one device."""
     if device == "meta":
         args, kwargs = tree_map(_shape_of, (args, kwargs))
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
@@ -116,7 +117,7 @@ def _on(device: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _zeros_for(value: Any) -> Any:
-    """What nobody knows counts as zero where the host looks at it: which expert is asked, say."""
+    """Replace an unknown tensor by zeros, which may select experts, say."""
     unknown = isinstance(value, torch.Tensor) and value.is_meta
     return torch.zeros(value.shape, dtype=value.dtype) if unknown else value
 
@@ -130,13 +131,13 @@ def _shape_of(value: Any) -> Any:
 
 
 def on_shapes(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model like another one, in bfloat16, whose weights have no data.
+    """Return a copy of a model in bfloat16, whose weights have no data.
 
-    Its class is at hand: to look it up again would ask the user to trust its code again. bfloat16,
-    since every operator of a mixture of experts can run on shapes of that dtype.
+    It uses the model's class directly, because a lookup would ask to trust its code again. It uses
+    bfloat16, because every operator of a mixture of experts supports shapes of that dtype.
 
     Raises:
-        Exception: whatever its own code raises.
+        Exception: an error of its own code.
     """
     with ShapesOnly(), torch.device("meta"), torch.no_grad():
         twin = type(model)(copy.deepcopy(model.config))
@@ -144,17 +145,17 @@ def on_shapes(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def run_on_shapes(twin: PreTrainedModel, n_tokens: int) -> tuple[ShapesOnly, Exception | None]:
-    """Run a prompt of `n_tokens` through what `on_shapes` gave; returns what was seen.
+    """Run a prompt of `n_tokens` through a model from `on_shapes`.
 
     Returns:
-        The mode, with what was seen until the end or until an error, and the error.
+        The mode, with the reads and cuts until the end or the error, and the error.
     """
     mode = ShapesOnly()
     padding = getattr(twin.config.get_text_config(), "pad_token_id", None)
-    token = 1 if padding == 0 else 0  # the lowest that has a position in every model
+    token = 1 if padding == 0 else 0  # the lowest id that is not padding
     try:
         with mode, torch.no_grad():
             twin(input_ids=torch.full((1, n_tokens), token), use_cache=False)
-    except Exception as error:  # of any kind: it comes from the architecture's own code
+    except Exception as error:  # the architecture's own code may raise anything
         return mode, error
     return mode, None

@@ -1,15 +1,15 @@
-"""Weights as users get them: readable while they are lent, and refused in words at all other times.
+"""Guard the weights that users get: readable while lent, else refused.
 
-Pages come and go under a weight's addresses. Reading an unmapped page ends the process (SIGSEGV),
-or on a GPU all its use of the device; writing one would change what later requests compute. So
-users never get the tensors that the library computes with. They get others of the same bytes,
-of the type `LentTensor`: torch hands every operation on those to `__torch_function__`, which looks
-at the `Loan` first. What an operation returns is such a tensor again if it shares the memory; what
-leaves torch (NumPy, DLPack) is a copy.
+The pager maps and unmaps the pages under a weight's addresses. Reading an unmapped page kills the
+process (SIGSEGV) or, on a GPU, the process's CUDA context. Writing to a page would change later
+results. So users never get the library's own tensors. They get tensors over the same bytes of type
+`LentTensor`. torch passes every operation on them to `__torch_function__`, which checks the `Loan`
+first. A result that shares the memory is a `LentTensor` too. What leaves torch (NumPy, DLPack) is a
+copy.
 
-Some reads bypass Python: the backward pass of a graph that was made while the weights were lent, a
-storage that was kept, a tensor that was given the memory of a weight (`tensor.data = weight`). For
-those each loan has storages of its own. When it ends, saved tensors are marked as changed, and the
+Some reads bypass Python: the backward pass of a graph that was built while the weights were lent, a
+kept storage, or a tensor that was given a weight's memory (`tensor.data = weight`). For these, each
+loan has its own storages. When the loan ends, saved tensors are marked as modified, and the
 storages lose their memory (see `_end_storage`).
 """
 
@@ -32,12 +32,12 @@ _C: Any = torch._C
 
 
 class Loan:
-    """The right to read some weights of a model, shared by all tensors over their memory.
+    """The right to read some weights of a model, shared by all tensors over them.
 
     Args:
         model: its name.
         refusal: why the weights cannot be read; None while they can.
-        replaceable: whether damage can be undone, since the memory holds a copy of a master.
+        replaceable: whether damage can be undone by loading the master copy again.
 
     Attributes:
         exposed: whether memory was handed out in a form in which writes go unnoticed.
@@ -60,7 +60,7 @@ class Loan:
 
         Args:
             name: of the weight, for reports.
-            weight: not lent at present, whose bytes are there.
+            weight: not lent at present; its bytes are mapped.
             place: of the weight.
         """
         view, storage = place.view()
@@ -70,7 +70,7 @@ class Loan:
         weight.loan = self
 
     def close(self, successor: Loan) -> tuple[list[str], list[str]]:
-        """End the loan; `successor`, closed as well, is that of the weights from now on.
+        """End the loan and attach the weights to `successor`, a closed loan.
 
         Returns:
             Names of weights that were written to, and of those that were replaced.
@@ -82,7 +82,7 @@ class Loan:
         written, replaced = [], []
         with DisableTorchFunctionSubclass():
             for name, (weight, storage, version) in self._lent.items():
-                if type(weight) is not LentTensor:  # torch can swap one tensor for another
+                if type(weight) is not LentTensor:  # `torch.utils.swap_tensors` was used on it
                     replaced.append(name)
                     weight.__class__, weight._is_param = LentTensor, True
                 elif weight._version != version:
@@ -90,17 +90,17 @@ class Loan:
                 weight.requires_grad_(False)
                 weight.grad, weight.loan = None, successor
                 _end_storage(storage, self.refusal)
-            # What a graph keeps for its backward pass is not to be read there.
+            # The version makes torch refuse a backward pass that reads a saved weight.
             torch.autograd.graph.increment_version([lent[0] for lent in self._lent.values()])
         self._lent.clear()
         self._copies.clear()
         return written, replaced
 
     def in_storage_to_hand_out(self, tensor: Tensor) -> Tensor:
-        """Return a tensor like `tensor` whose storage a user may have.
+        """Return a tensor like `tensor` whose storage the user may have.
 
-        Writes through it go unnoticed: a master itself is copied, once a loan; what can be loaded
-        again is handed out, and is compared with its master afterwards.
+        Writes through a storage go unnoticed. Replaceable memory is handed out, and compared with
+        its master afterwards. A master itself is copied instead, once per loan.
         """
         if self.replaceable:
             self.exposed = True
@@ -114,15 +114,15 @@ class Loan:
 
 
 def _end_storage(storage: Any, message: str) -> None:
-    """Take the memory away from whatever still refers to a lent storage.
+    """Take the memory away from all remaining references to a lent storage.
 
-    Builds of torch with CUDA can have it refused, with a message. In those without, from 2.12 on, a
-    storage can get other memory: a copy, where other tensors than the weight refer to it.
+    CUDA builds of torch can refuse access to a storage, with a message. Other builds (from 2.12 on)
+    can exchange its memory: for a copy if anything besides the weight refers to it, else for none.
     """
     if hasattr(_C, "_set_storage_data_ptr_access_error_msg"):
         _C._set_storage_data_ptr_access_error_msg(storage._cdata, message)
     elif hasattr(storage, "_swap_data_ptr_"):
-        is_kept = _C._storage_Use_Count(storage._cdata) > 2  # by more than the weight and us
+        is_kept = _C._storage_Use_Count(storage._cdata) > 2  # by others than weight and loan
         storage._swap_data_ptr_(storage.clone() if is_kept else UntypedStorage(0))
 
 
@@ -130,7 +130,7 @@ _LOANS: weakref.WeakSet[Loan] = weakref.WeakSet()
 
 
 def _refuse_in_a_child() -> None:
-    """A child process sees pages as they were when it began, whatever they hold later."""
+    """Refuse reads in a forked child: its mappings stay while the frames are reused."""
     for loan in list(_LOANS):
         if loan.refusal is None:
             loan.refusal = (
@@ -145,9 +145,9 @@ os.register_at_fork(after_in_child=_refuse_in_a_child)
 class LentTensor(Tensor):
     """A weight of a lent model, or a tensor that shares memory with one.
 
-    Weights are parameters to torch (`isinstance(weight, nn.Parameter)`), by its convention for
-    parameters of other types. Their loans change, with each lease of the model; that of a tensor
-    made from one stays what it was, so that it cannot be read in a later lease.
+    Weights count as parameters (`isinstance(weight, nn.Parameter)`), by torch's convention for
+    custom parameter types. A weight gets a new loan with each lease of its model. A tensor made
+    from a weight keeps its loan, so it cannot be read in a later lease.
 
     Attributes:
         loan: whether the tensor can be read, and why not.
@@ -156,12 +156,12 @@ class LentTensor(Tensor):
     loan: Loan
 
     def __new__(cls, data: Any = None, requires_grad: bool = True) -> Tensor:  # type: ignore[misc]
-        """Libraries call the type of a parameter to make another: a plain one, then."""
+        """Make a plain parameter; libraries call a parameter's type to make another one."""
         return nn.Parameter(data, requires_grad)
 
     @classmethod
     def at(cls, place: Place, source: nn.Parameter, loan: Loan) -> LentTensor:
-        """Return a weight in the place of a parameter, with that one's attributes."""
+        """Return a weight in the place of a parameter, with that parameter's attributes."""
         weight = Tensor._make_subclass(cls, place.view()[0], False)
         vars(weight).update(vars(source), loan=loan, _is_param=True)
         return weight
@@ -175,13 +175,13 @@ class LentTensor(Tensor):
             return _run(func, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        """A copy has memory of its own, and is a plain tensor or parameter."""
+        """Copy to a plain tensor or parameter with its own memory."""
         if id(self) not in memo:
             memo[id(self)] = self._copy()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle such a copy."""
+        """Pickle a plain copy."""
         return self._copy().__reduce_ex__(protocol)
 
     def _copy(self) -> Tensor:
@@ -193,9 +193,9 @@ class LentTensor(Tensor):
 
 
 def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """As a hook of `module`, have `load_state_dict` raise `LeaseError` before it writes to weights.
+    """Raise `LeaseError` before `load_state_dict` writes to weights; a module hook.
 
-    torch would make a `RuntimeError` of what a single parameter raises.
+    An error from a single parameter would reach the user as torch's `RuntimeError` instead.
     """
     for name, parameter in module._parameters.items():
         if isinstance(parameter, LentTensor) and prefix + name in state:
@@ -203,7 +203,7 @@ def refuse_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation with lent tensors among its arguments, if their loans allow it."""
+    """Run an operation with lent arguments, if their loans allow it."""
     use = use_of(func)
     if use is Use.FORM:
         return func(*args, **kwargs)
@@ -233,7 +233,7 @@ def _lent_among(values: Iterable[Any]) -> list[LentTensor]:
 
 
 def _marked(result: Any, lent: list[LentTensor]) -> Any:
-    """Have what shares memory with a lent tensor be lent as well."""
+    """Mark results that share memory with a lent tensor as lent."""
     if type(result) is Tensor:
         for tensor in lent:
             if _C._has_storage(result) and _C._is_alias_of(result, tensor):
@@ -247,7 +247,7 @@ def _marked(result: Any, lent: list[LentTensor]) -> Any:
 
 
 def _is_same(func: Any, tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether this is `tensor.data = tensor`, which `module.to(...)` ends in if nothing changes."""
+    """Whether this is `tensor.data = tensor`, as in a `module.to(...)` without effect."""
     value = args[1] if func == _SET_DATA else None
     return (
         isinstance(value, Tensor)
@@ -268,10 +268,10 @@ def _refused_write(func: Any, tensor: Any) -> LeaseError:
 
 
 def _from_a_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Export a copy: nobody could tell the other side that the loan has ended."""
+    """Export a copy, because the receiver cannot learn when the loan ends."""
     exported = func(args[0].clone(), *args[1:], **kwargs)
     if hasattr(exported, "setflags"):
-        exported.setflags(write=False)  # of NumPy: whoever writes is to know that it is in vain
+        exported.setflags(write=False)  # a write to the NumPy copy would silently be lost
     return exported
 
 
@@ -280,7 +280,7 @@ def _storage(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _address(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    interface = func(*args, **kwargs)  # raises what it does for tensors of the CPU
+    interface = func(*args, **kwargs)  # raises torch's own error for CPU tensors
     raise LeaseError(
         f"a weight of {args[0].loan.model!r} with shape {interface['shape']} cannot be handed to "
         "another library, which would not know when the lease ends: clone() it first"

@@ -1,4 +1,4 @@
-"""What operations of torch do with their arguments: look at the form only, or write to them."""
+"""Classify torch operations by what they do with the bytes of their arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SET = ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks
 
 def _accessors() -> Iterable[Any]:
     for name in _ATTRIBUTES:
-        if hasattr(Tensor, name):  # not all versions of torch have all of them
+        if hasattr(Tensor, name):  # depends on the version of torch
             yield getattr(Tensor, name).__get__
     for name in _SET:
         yield getattr(Tensor, name).__set__
@@ -48,10 +48,11 @@ _IN_PLACE = frozenset(
 
 
 class Use(Enum):
-    """What an operation may do with the tensors that it is given.
+    """What an operation may do with its tensor arguments.
 
-    FORM: neither read nor write their bytes, nor return a tensor that shares them. READ: not write
-    to them, but where it is told to (`out=`, `inplace=True`). EXPORT: hand their memory out.
+    FORM: neither read nor write their bytes, nor return a tensor that shares them.
+    READ: write only to explicit targets (`out=`, `inplace=True`).
+    EXPORT: hand their memory out.
     WRITE: write to some of them.
     """
 
@@ -61,13 +62,13 @@ class Use(Enum):
     WRITE = auto()
 
 
-N_REMEMBERED = 10_000  # operations; torch has fewer, but users can make as many as they like
+N_REMEMBERED = 10_000  # operations; more than torch has, but users can define any number
 _USES: dict[Any, Use] = {}
 
 
 def use_of(func: Any) -> Use:
-    """Return what an operation may do with its arguments, by name and schema."""
-    if torch.compiler.is_compiling():  # it would have to watch the table
+    """Return what an operation may do with its arguments, from its name and schema."""
+    if torch.compiler.is_compiling():  # the compiler would guard on the table
         return _classify(func)
     use = _USES.get(func)
     if use is None:
@@ -87,10 +88,10 @@ def _classify(func: Any) -> Use:
 
 
 def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Return the arguments (tensors, or lists of them) that an operation of torch writes to.
+    """Return the arguments that an operation writes to: tensors, or lists of them.
 
-    By its schema, if it has one; else by torch's conventions: a name that ends in `_`, `out=`,
-    `inplace=True`. What does neither is noticed by the tensor's version at the end of the lease.
+    The source is its schema, if it has one, else torch's conventions: a name that ends in `_`,
+    `out=`, `inplace=True`. Other writes are found by the tensor's version when the lease ends.
     """
     written = []
     if kwargs.get("out") is not None:
@@ -103,7 +104,7 @@ def written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _writes_first(func: Any) -> bool:
-    """Whether the first argument is written to."""
+    """Whether the name says that the first argument is written to."""
     name = getattr(func, "__name__", "").partition(".")[0]
     return (
         name == "__set__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))

@@ -1,11 +1,11 @@
-"""Lends a model to users: when its weights can be read, and what becomes of changes.
+"""Lend a model to users: control when its weights can be read, and undo changes.
 
-Users get a `Twin` of the module that requests are computed with. It is made for the first lease and
-lives as long as the model, so that a model which a user has kept works again in the next lease.
+Users get a `Twin` of the module that serves requests. The twin is made for the first lease and
+lives as long as the model, so a reference that a user has kept works again in the next lease.
 
-A model can be lent before all its bytes are on the device. One that is larger than the ring never
-has all of them there: its layers take turns in the same memory. In both cases a weight can be read
-while a unit runs that needs it. So forward passes work, and reading by hand is refused.
+A model can be lent before all its bytes are on the device. A model larger than the ring never has
+them all on the device, because its layers share a window of frames. In both cases, a weight can be
+read only while a unit that needs it runs. So forward passes work, and direct reads are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from djinn_lib.engine.models.hooks import Hook
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.errors import DjinnError, LeaseError
 
-N_NAMED = 5  # changes that a message lists
+N_NAMED = 5  # changes listed in a message
 
 
 class Lending:
@@ -33,11 +33,12 @@ class Lending:
 
     Args:
         name: of the model.
-        module: what requests are computed with, bound to its addresses.
+        module: the library's own module, bound to its addresses.
         units: of the module.
-        addresses: those that are paged.
+        addresses: the paged range.
         streamed: whether the model is larger than the ring.
-        is_intact: whether its bytes on the device equal their master; may take as long as loading.
+        is_intact: whether the model's bytes on the device equal their master; may take as long as
+            loading.
     """
 
     def __init__(
@@ -56,41 +57,41 @@ class Lending:
         self._closed = Loan(name, self._when_ended())
         self._twin: Twin | None = None
         self._n_leases = 0
-        self._running: dict[str, tuple[int, Loan]] = {}  # units: how often, and their weights
+        self._running: dict[str, tuple[int, Loan]] = {}  # per unit: running calls, and their loan
         self._is_stale = False
 
     @contextmanager
     def lend(self) -> Iterator[PreTrainedModel]:
-        """Lend the model for a block; until `now_whole`, only its forward passes can be used.
+        """Lend the model for a block; until `now_whole`, only for forward passes.
 
-        The caller holds a lease of the pager. What was changed in the block is undone at its end,
-        with a warning.
+        The caller must hold a lease of the pager. Changes are undone at the end of the block, with
+        a warning.
 
         Raises:
-            LeaseError: weights were written to, in a way that could not be refused beforehand.
+            LeaseError: weights were written to in a way that could not be refused beforehand.
             DjinnError: the architecture's modules cannot be copied.
         """
         twin = self._begin()
         try:
             yield twin.module
         except BaseException:
-            self._end(warnings.warn)  # an error of the user's is not to be replaced
+            self._end(warnings.warn)  # keep the user's error
             raise
         self._end(_raise)
 
     def now_whole(self) -> None:
-        """Let all weights be read until the lease ends: every byte is on the device."""
+        """Make all weights readable until the lease ends, once all bytes are loaded."""
         with self._lock:
             if self._twin and self._n_leases and not self._streamed:
                 self._twin.lend(self._twin.paged)
 
     def take_stale(self) -> bool:
-        """Whether bytes on the device came to differ from their master; asked once."""
+        """Return and reset whether bytes on the device differ from their master."""
         stale, self._is_stale = self._is_stale, False
         return stale
 
     def retire(self, why: str) -> None:
-        """Refuse the weights with other words from now on: the model is gone."""
+        """Refuse the weights for the reason `why` from now on; the model was removed."""
         with self._lock:
             self._closed.refusal = f"weights of {self._name!r} can no longer be read: {why}"
             self._twin = None
@@ -105,12 +106,12 @@ class Lending:
             return twin
 
     def _end(self, complain: Callable[[str], None]) -> None:
-        """End a lease; `complain` is told when weights were written to."""
+        """End a lease; `complain` is called with a message if weights were written to."""
         with self._lock:
             self._n_leases -= 1
             if self._n_leases or not self._twin or os.getpid() != self._process:
                 return
-            if self._module.device.type == "cuda":  # the user may have computed on any stream
+            if self._module.device.type == "cuda":  # the user may have work on any stream
                 torch.cuda.synchronize(self._module.device)
             self._closed.refusal = self._when_ended()
             self._running.clear()
@@ -138,7 +139,7 @@ class Lending:
                 "undone, and they will be loaded again; change a copy (copy.deepcopy(model))"
             )
 
-    # -- what a lease can read ---------------------------------------------------------------
+    # -- refusals, and the twin's hooks ------------------------------------------------------
 
     def _when_ended(self) -> str:
         return (
@@ -188,7 +189,7 @@ class Lending:
             raise LeaseError(str(self._closed.refusal))
 
     def _begin_unit(self, unit: str, names: Sequence[str]) -> None:
-        """Its bytes have been waited for, by a hook that came before."""
+        """Lend a unit's weights; an earlier hook has waited for their bytes."""
         with self._lock:
             if not self._twin:
                 return
@@ -214,6 +215,6 @@ def _raise(message: str) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """A list of a few names for a message."""
+    """List the first names for a message."""
     more = f" and {len(names) - N_NAMED} more" if len(names) > N_NAMED else ""
     return ", ".join(names[:N_NAMED]) + more

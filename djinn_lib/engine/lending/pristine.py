@@ -1,7 +1,7 @@
-"""A module tree as it was at first, to compare with and to put back.
+"""Record the state of a module tree, compare it later, and restore it.
 
-Users of a lent model may replace its parameters and modules (adapters do), register hooks, switch
-to training. What was changed belongs to their lease and ends with it.
+Users of a lent model may replace its parameters and modules (adapters do), register hooks, or
+switch to training. Such changes end with their lease.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
-_SAID = ("forward", "config", "generation_config")  # attributes; beside what is registered
+_REPORTED = ("forward", "config", "generation_config")  # attributes, besides registered items
 _ABSENT = object()
 
 
 class Pristine:
-    """The state of a module and all modules in it, without its parameters' bytes.
+    """The state of a module and all its submodules, without the bytes of parameters.
 
-    Kept are the attributes of modules and of configurations, and what the containers among them
-    hold (parameters, buffers, modules and hooks are registered in such), the types of modules, and
-    the bytes of buffers.
+    It holds the types of modules, the attributes of modules and configurations, and the items of
+    containers among these attributes (registered parameters, buffers, modules and hooks). It also
+    holds the bytes of buffers.
 
     Args:
-        root: the module, as it shall be restored.
+        root: the module, in the state to restore.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -40,10 +40,10 @@ class Pristine:
         ]
 
     def restore(self) -> list[str]:
-        """Put everything back; returns the names of what a user must have changed.
+        """Restore everything; return the names of what a user must have changed.
 
-        What a model may change by itself when it runs is put back without a word: attributes that
-        are not registered, and buffers that it replaces and that no checkpoint holds.
+        Changes that a model may make while it runs are restored without being reported: attributes
+        that are not registered, and replaced buffers that no checkpoint holds.
         """
         changed = [item for kept in self._kept if kept.differs() for item in kept.restore()]
         with torch.inference_mode(False):
@@ -65,7 +65,7 @@ class _Kept:
         self._filled = [(value, items) for value, items in held if items]
 
     def differs(self) -> bool:
-        """Whether anything has changed; fast, since most often nothing has."""
+        """Whether anything has changed; kept fast, because usually nothing has."""
         present, attributes = vars(self._thing), self._attributes
         return (
             type(self._thing) is not self._kind
@@ -76,7 +76,7 @@ class _Kept:
         )
 
     def restore(self) -> Iterator[str]:
-        """Put the object back; yields what of it is to be mentioned."""
+        """Restore the object; yield the names of changes to report."""
         present = vars(self._thing)
         if type(self._thing) is not self._kind:
             self._thing.__class__ = self._kind
@@ -89,25 +89,25 @@ class _Kept:
                 del present[key]
             else:
                 present[key] = value
-            if key in _SAID:
+            if key in _REPORTED:
                 yield self._path(key)
         for container, items in [*self._filled, *((empty, []) for empty in self._empty)]:
             now = _items(container) or []
             if not _are_same(now, items):
                 _refill(container, items)
-                yield from self._mentioned(container, now, items)
+                yield from self._reported(container, now, items)
 
-    def _mentioned(self, container: Any, now: list[Any], then: list[Any]) -> Iterator[str]:
-        """What to say of a container that held other objects than it should."""
+    def _reported(self, container: Any, now: list[Any], then: list[Any]) -> Iterator[str]:
+        """Yield what to report about a container that held other objects than it should."""
         key = next(key for key, value in self._attributes.items() if value is container)
         if key in _REGISTERED:
-            by_itself = self._attributes["_non_persistent_buffers_set"]
+            unsaved = self._attributes["_non_persistent_buffers_set"]
             before, after = (
                 dict(zip(items[::2], items[1::2], strict=True)) for items in (then, now)
             )
             for item in dict.fromkeys([*before, *after]):
                 is_same = before.get(item, _ABSENT) is after.get(item, _ABSENT)
-                if not is_same and item not in by_itself:
+                if not is_same and item not in unsaved:
                     yield self._path(item)
         elif key.endswith("_hooks"):
             yield f"hooks of {self._name or 'the model'}"
@@ -117,21 +117,21 @@ class _Kept:
 
 
 def _configs(config: Any) -> list[PretrainedConfig]:
-    """A configuration and those in it, such as that of a model's text part."""
+    """Return a configuration and its nested ones, such as that of a text model."""
     if not isinstance(config, PretrainedConfig):
         return []
     return [config, *(inner for value in vars(config).values() for inner in _configs(value))]
 
 
 def _items(value: Any) -> list[Any] | None:
-    """What a container holds, keys and values in turn; None for anything else."""
+    """List what a container holds, keys and values in turn; None for anything else."""
     if isinstance(value, dict):
         return [item for pair in value.items() for item in pair]
     return list(value) if isinstance(value, (list, set)) else None
 
 
 def _are_same(now: list[Any], then: list[Any]) -> bool:
-    """Whether these are the very same objects, in the same order."""
+    """Whether these are identical objects, in the same order."""
     return len(now) == len(then) and all(map(operator.is_, now, then))
 
 
@@ -146,7 +146,7 @@ def _refill(container: Any, items: list[Any]) -> None:
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal to the bit: a NaN equals itself here."""
+    """Whether two tensors have equal bits; so a NaN equals itself."""
     if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
     bits = (t.detach().contiguous().view(-1).view(torch.uint8) for t in (a, b))

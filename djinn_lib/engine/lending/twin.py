@@ -1,7 +1,7 @@
-"""The copy of a model that users get: modules and buffers of its own, over the same weights.
+"""The copy of a model for users: its own modules and buffers, the same weights.
 
-What a user does to it (adapters, hooks, other parameters, training mode) never reaches the module
-that requests are computed with, and is undone when it is taken back.
+User changes (adapters, hooks, other parameters, training mode) never reach the module that serves
+requests. They are undone when the lease ends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from djinn_lib.engine.models.place import Place
 
 @dataclass
 class Changes:
-    """What was done to a twin while it was lent.
+    """The user's changes to a twin while it was lent.
 
     Attributes:
-        undone: names of what was replaced or added, and is as it was again.
+        undone: names of what was replaced or added, and has been restored.
         written: names of weights whose bytes were changed on the device.
         damaged: names of weights whose bytes were changed in their master copy.
-        exposed: whether weights on the device can have been changed unnoticed.
+        exposed: whether weights on the device may have been changed unnoticed.
     """
 
     undone: list[str] = field(default_factory=list)
@@ -37,14 +37,14 @@ class Changes:
 
 
 class Twin:
-    """A module like `original`, whose parameters are guarded and can be read while they are lent.
+    """A copy of `original` with guarded parameters, readable only while lent.
 
-    It has the hooks and the generation configuration of the original.
+    It shares the hooks and the generation configuration of the original.
 
     Args:
         name: of the model.
-        original: what the library computes with, bound to its addresses.
-        addresses: those that are paged; parameters elsewhere are read where their master is.
+        original: the library's own module, bound to its addresses.
+        addresses: the paged range; parameters outside it are read directly from their master.
         closed: the loan of parameters that are not lent; says why they cannot be read.
 
     Attributes:
@@ -58,7 +58,7 @@ class Twin:
         self._name, self._closed = name, closed
         sources = dict(original.named_parameters())
         self._places = {name: Place.of(source) for name, source in sources.items()}
-        with torch.inference_mode(False):  # a user may be in it, and parameters are not made for it
+        with torch.inference_mode(False):  # parameters cannot be made in the user's inference mode
             self._weights = {
                 name: LentTensor.at(self._places[name], source, closed)
                 for name, source in sources.items()
@@ -72,7 +72,7 @@ class Twin:
         self._pristine: Pristine | None = None
 
     def seal(self) -> None:
-        """Take note of how it is now, which is how it will be after each lease."""
+        """Record the current state, which is restored after each lease."""
         for module in self.module.modules():
             if module._parameters:
                 module.register_load_state_dict_pre_hook(refuse_loading)
@@ -81,10 +81,10 @@ class Twin:
     # -- loans -----------------------------------------------------------------------------
 
     def lend(self, names: Iterable[str]) -> Loan | None:
-        """Let weights be read whose bytes are there; None if that was so already.
+        """Lend weights whose bytes are mapped; None if they are lent already.
 
         Args:
-            names: all of `paged` or all of `in_host`.
+            names: all of `paged`, all of `in_host`, or the paged weights of one unit.
         """
         closed = [name for name in names if self._weights[name].loan.refusal is not None]
         if not closed:
@@ -105,7 +105,7 @@ class Twin:
         changes.exposed |= loan.exposed
 
     def take_back_all(self) -> Changes:
-        """End the loans that are left, and restore the twin; returns what was done to it."""
+        """End all remaining loans, restore the twin, and return what was changed."""
         for loan in list(self._loans):
             self.take_back(loan)
         changes, self._changes = self._changes, Changes()
@@ -115,11 +115,11 @@ class Twin:
 
 
 def _copy_of(original: PreTrainedModel, weights: Mapping[int, LentTensor]) -> PreTrainedModel:
-    """Copy modules and buffers; hooks and the generation configuration stay the same objects.
+    """Copy modules and buffers, but share hooks and the generation configuration.
 
     Args:
-        original: what is copied.
-        weights: the parameters of the copy, by the `id` of those of the original.
+        original: the module to copy.
+        weights: the copy's parameters, by the `id` of the original's.
     """
     kept: list[Any] = [original.generation_config]
     for module in original.modules():

@@ -25,7 +25,7 @@ from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.mover import Mover
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.policies import Policy, make_policy
-from djinn_lib.engine.memory.ring import Residency, Ring
+from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.engine.memory.window import Window
 from djinn_lib.errors import DjinnError, LeaseError
 
@@ -38,7 +38,7 @@ class Pager:
         capacity_bytes: device memory for weights; rounded down to whole frames.
         page_bytes: size of a page and a frame.
         device: where the frames are.
-        policy, residency: who loses pages, and how many; see `Mover` and `Ring`.
+        policy, eviction: who loses pages, and how many; see `Mover` and `Ring`.
 
     Raises:
         CapacityError: the capacity is below one page, or the device has less memory.
@@ -51,10 +51,10 @@ class Pager:
         page_bytes: int,
         device: torch.device,
         policy: str | Policy = "lru",
-        residency: Residency = "partial",
+        eviction: Eviction = "pages",
     ) -> None:
         self._masters, self.page_bytes = masters, page_bytes
-        ring = self.ring = Ring(n_frames_in(capacity_bytes, page_bytes), residency)
+        ring = self.ring = Ring(n_frames_in(capacity_bytes, page_bytes), eviction)
         chosen = make_policy(policy)
         self.space: AddressSpace = open_address_space(device, ring.n_frames, page_bytes)
         self.copier: Copier = open_copier(device)

@@ -26,7 +26,7 @@ from typing import Literal, Protocol
 from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.errors import CapacityError, ConfigError, LeaseError
 
-Residency = Literal["partial", "whole"]
+Eviction = Literal["pages", "models"]
 
 
 class VictimOrder(Protocol):
@@ -42,20 +42,20 @@ class Ring:
 
     Args:
         n_frames: number of frames, at least 1.
-        residency: ``"partial"`` takes from victims only as many pages as are needed, from the
-            tail; ``"whole"`` takes all the pages of a victim, as caches of whole models do.
+        eviction: ``"pages"`` takes from victims only as many pages as are needed, from the
+            tail; ``"models"`` takes all the pages of a victim, as caches of whole models do.
     """
 
-    def __init__(self, n_frames: int, residency: Residency = "partial") -> None:
+    def __init__(self, n_frames: int, eviction: Eviction = "pages") -> None:
         if n_frames < 1:
             raise CapacityError(
                 f"expected a ring of at least 1 frame, got {n_frames}: "
                 "raise the capacity or choose smaller pages"
             )
-        if residency not in ("partial", "whole"):
-            raise ConfigError(f"expected residency 'partial' or 'whole', got {residency!r}")
+        if eviction not in ("pages", "models"):
+            raise ConfigError(f"expected eviction 'pages' or 'models', got {eviction!r}")
         self.n_frames = n_frames
-        self.residency: Residency = residency
+        self.eviction: Eviction = eviction
         self._free: deque[int] = deque(range(n_frames))
         self._n_pages: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}
@@ -227,7 +227,7 @@ class Ring:
                     f"stopped with {shortfall} frames to go: yield every candidate"
                 )
             lost[victim] = len(self._tables[victim])
-            if self.residency == "partial":
+            if self.eviction == "pages":
                 lost[victim] = min(lost[victim], shortfall)
             shortfall -= lost[victim]
         return lost

@@ -1,12 +1,11 @@
-"""A checkpoint as transformers loads it, with its tensors still in their files.
+"""Load a checkpoint through transformers with its tensors still in their files.
 
-`from_pretrained` decides what the model is: which files count, how names are converted, what is
-tied, the dtype of each tensor, and the buffers. On the CPU it reads no weights: a tensor that needs
-no conversion is a view of its memory-mapped file. `tensor_files.fill_from` then reads those
-straight into their place.
+`from_pretrained` defines the model: which files are read, how names are converted, which weights
+are tied, the dtype of each tensor, and the buffers. On the CPU it reads no weights: a tensor that
+needs no conversion is a view of its memory-mapped file. `tensor_files.fill_from` later reads these
+tensors directly into their final memory.
 
-Safetensors only. Pickle checkpoints (``*.bin``, ``*.pt``) are refused, because loading one runs
-code.
+Only safetensors are accepted. Loading a pickle checkpoint (``*.bin``, ``*.pt``) can run code.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ from djinn_lib.engine.models.spec import check_dtype
 from djinn_lib.errors import CheckpointError, ConfigError, DjinnError, first_line
 
 _WANTED = "a decoder-only language model in safetensors"
-# Errors that are not of the checkpoint, or say enough already.
+# Errors that the checkpoint does not cause, or that already explain themselves.
 _NOT_OURS = (DjinnError, KeyboardInterrupt, SystemExit, MemoryError, torch.OutOfMemoryError)
-# transformers' lazy imports and its registers of classes are not made for several threads.
+# transformers' lazy imports and class registries are not thread-safe.
 _LOADING = threading.RLock()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers reads a checkpoint's weights from.
+    """List the files that transformers reads a checkpoint's weights from.
 
-    Of a single file and an index of shards it takes the single file; others do not count.
+    A single file takes precedence over an index of shards. Other files are ignored.
 
     Raises:
-        CheckpointError: there are none, only pickles, or a shard of the index is missing.
+        CheckpointError: there are no weights, only pickles, or a shard of the index is missing.
     """
     named = _read_json(folder / "config.json").get("transformers_weights")
     for name in [str(named)] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]:
@@ -58,9 +57,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _no_weights(folder: Path) -> str:
-    """Why there are no weights that count."""
-    if said := explain_folder(folder):
-        return f"expected {_WANTED} in {folder}, got {said}"
+    """Explain why a folder has no usable weights."""
+    if explanation := explain_folder(folder):
+        return f"expected {_WANTED} in {folder}, got {explanation}"
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     remedy = "check the folder"
     if others:
@@ -69,10 +68,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
+    """Read a JSON object.
 
     Raises:
-        CheckpointError: the file is missing, unreadable or holds something else.
+        CheckpointError: the file is missing, unreadable or holds another JSON type.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -100,21 +99,21 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def folder_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the configuration in a checkpoint folder.
+    """Read the configuration in a checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing, unreadable, or of something else than a decoder-only
-            language model whose weights are not quantised.
+        CheckpointError: the configuration is missing or unreadable, or describes anything but a
+            decoder-only language model without quantisation.
     """
-    if said := explain_folder(folder):
-        raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}")
+    if explanation := explain_folder(folder):
+        raise CheckpointError(f"expected {_WANTED} in {folder}, got {explanation}")
     fields = _read_json(folder / "config.json")
     try:
         with _LOADING:
             return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except _NOT_OURS:
         raise
-    except BaseException as error:  # a panic of Rust code is no Exception
+    except BaseException as error:  # a panic in Rust code is not an Exception
         raise CheckpointError(
             f"transformers cannot use {folder / 'config.json'} "
             f"({type(error).__name__}: {first_line(error)}): {_remedy(fields, trust_remote_code)}"
@@ -130,9 +129,9 @@ def _remedy(fields: Mapping[str, Any], trust_remote_code: bool) -> str:
 def load_pretrained(
     folder: Path, dtype: str | torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return the model that `from_pretrained` makes of a folder, on the CPU.
+    """Load a folder with `from_pretrained`, on the CPU.
 
-    Its tensors are views of memory-mapped files, unless they had to be converted.
+    The tensors are views of memory-mapped files, except those that had to be converted.
 
     Args:
         folder: config.json and safetensors.
@@ -159,7 +158,7 @@ def load_pretrained(
             )
         except _NOT_OURS:
             raise
-        except BaseException as error:  # a panic of Rust code is no Exception
+        except BaseException as error:  # a panic in Rust code is not an Exception
             raise CheckpointError(_why_unloadable(folder, config, error)) from error
     model, report = made
     _check_whole(folder, model, report)
@@ -175,8 +174,8 @@ def _causal_class(
     except _NOT_OURS:
         raise
     except BaseException as error:
-        if said := explain_folder(folder, refused=True):
-            raise CheckpointError(f"expected {_WANTED} in {folder}, got {said}") from error
+        if explanation := explain_folder(folder, refused=True):
+            raise CheckpointError(f"expected {_WANTED} in {folder}, got {explanation}") from error
         raise ConfigError(
             f"transformers cannot make a decoder-only language model of type "
             f"{config.model_type!r} from {folder} ({type(error).__name__}: {first_line(error)}): "
@@ -185,9 +184,9 @@ def _causal_class(
 
 
 def _bound(folder: Path, files: list[Path]) -> Callable[[], None]:
-    """Count the tensors that are made for a model, and refuse far more than the files hold.
+    """Return a function that counts tensors and refuses far more than are stored.
 
-    A damaged configuration may ask for a million layers, which takes hours to refuse otherwise.
+    A damaged configuration may ask for a million layers. Without a limit, it takes hours to fail.
     """
     n_stored = 0
     for file in files:
@@ -235,15 +234,15 @@ def _check_whole(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -
 
 
 def _check_generation(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse a generation_config.json that transformers would pass over because it is damaged."""
+    """Refuse a damaged generation_config.json; transformers would skip it silently."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return
     try:
         config = model.generation_config = GenerationConfig.from_pretrained(folder)
-        for name in ("num_beams", "num_return_sequences"):  # transformers finds out in the middle
+        for name in ("num_beams", "num_return_sequences"):  # else `generate` fails midway
             if getattr(config, name, None) is not None and getattr(config, name) < 1:
-                raise ValueError(f"{name} is {getattr(config, name)}, and has to be at least 1")
+                raise ValueError(f"{name} is {getattr(config, name)}, but must be at least 1")
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot use {path} ({type(error).__name__}: {first_line(error)}): "

@@ -1,9 +1,9 @@
-"""Making transformers models without changing what other threads see.
+"""Construct transformers models without side effects on other threads.
 
-transformers builds a model under settings of the whole process: torch's default dtype, a replaced
-`PreTrainedModel.tie_weights`, replaced functions of `torch.nn.init`. A thread that makes a module
-meanwhile gets the wrong dtype, and two builds at once put the wrong function back. The same
-settings are made here as torch function modes, which belong to one thread.
+transformers builds a model under process-wide settings: torch's default dtype, a replaced
+`PreTrainedModel.tie_weights`, replaced functions of `torch.nn.init`. A module that another thread
+makes at that time gets the wrong dtype, and two concurrent builds restore the wrong functions. Here
+the same settings are torch function modes, which apply to one thread only.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _CASTS = frozenset({torch.Tensor.float, torch.Tensor.double, torch.Tensor.type, 
 
 
 class DefaultDtype(TorchFunctionMode):
-    """What `torch.set_default_dtype` does, for the calling thread only.
+    """Emulate `torch.set_default_dtype` for the calling thread only.
 
-    A floating-point result without floating-point input and without a dtype that was asked for has
-    the default dtype; here it is given another one.
+    A floating-point result has the default dtype if no argument is floating-point and none names a
+    dtype. This mode converts such results to the given dtype.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -51,7 +51,7 @@ class DefaultDtype(TorchFunctionMode):
 
 
 def _decides_dtype(argument: Any) -> bool:
-    """Whether a result has its dtype from this argument, and not from the default."""
+    """Whether an argument decides a result's dtype, instead of the default."""
     if isinstance(argument, (list, tuple)):
         return any(map(_decides_dtype, argument))
     if isinstance(argument, torch.Tensor):
@@ -60,10 +60,10 @@ def _decides_dtype(argument: Any) -> bool:
 
 
 class _OnMeta(DefaultDtype):
-    """Construction on the meta device: also bounds it, and keeps schedules readable.
+    """Construct on the meta device, count the tensors, and keep schedules readable.
 
-    Code that comes with checkpoints calls `.item()` on a `torch.linspace` while it is set up, which
-    a tensor without data does not allow; transformers makes the same exception.
+    Code that comes with checkpoints calls `.item()` on a `torch.linspace` during construction. A
+    tensor without data does not allow that, so `linspace` stays on the CPU, as in transformers.
     """
 
     def __init__(self, dtype: torch.dtype, count: Callable[[], None]) -> None:
@@ -82,17 +82,17 @@ class _OnMeta(DefaultDtype):
 
 
 class _KeepLoaded(TorchFunctionMode):
-    """Initialisation leaves tensors alone that were read from a checkpoint.
+    """Keep initialisation from overwriting tensors that were read from a checkpoint.
 
-    transformers marks them; its own initialisers look at the mark, those of `torch.nn.init` and of
-    code that comes with a checkpoint do not.
+    transformers marks these tensors. Its own initialisers check the mark; those of `torch.nn.init`
+    and of code that comes with a checkpoint do not.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):  # it writes to its first argument
+        if name.endswith("_") and not name.endswith("__"):  # writes to its first argument
             target = args[0] if args else kwargs.get("tensor")
             if getattr(target, "_is_hf_initialized", False):
                 return target
@@ -102,19 +102,19 @@ class _KeepLoaded(TorchFunctionMode):
 def isolated(
     model_class: type[PreTrainedModel], count: Callable[[], None] = lambda: None
 ) -> type[PreTrainedModel]:
-    """Return a subclass whose `from_pretrained` and `_from_config` keep to the calling thread.
+    """Return a subclass that is constructed without side effects on other threads.
 
-    Give the model its own class back with `as_its_own` when it is made.
+    Call `as_its_own` on the finished model to restore its original class.
 
     Args:
         model_class: a causal language model's class.
-        count: called for each tensor that `from_pretrained` makes; what it raises ends it.
+        count: called for each tensor that `from_pretrained` makes; an error in it aborts loading.
     """
     building = False
 
     @contextmanager
     def without_tying() -> Iterator[None]:
-        # All names of tied weights are wanted until it is known which of them the files hold.
+        # Keep all names of tied weights until it is known which of them the files hold.
         nonlocal building
         building = True
         try:
@@ -144,7 +144,7 @@ def isolated(
 
 
 def as_its_own(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """Give a model of an isolated class its own class back, and return it for inference."""
+    """Restore a model's original class and return it in inference mode (`eval`)."""
     model.__class__ = model_class
     for module in model.modules():
         if _asks_for_default_dtype(type(module)):
@@ -156,7 +156,7 @@ def as_its_own(model: PreTrainedModel, model_class: type[PreTrainedModel]) -> Pr
 
 @cache
 def _asks_for_default_dtype(kind: type[nn.Module]) -> bool:
-    """Whether a module's own code calls `torch.get_default_dtype`, which no mode can answer."""
+    """Whether its code calls `torch.get_default_dtype`, which no mode intercepts."""
     functions = (getattr(member, "__func__", member) for member in vars(kind).values())
     codes = (getattr(function, "__code__", None) for function in functions)
     return any(code and "get_default_dtype" in code.co_names for code in codes)
@@ -175,10 +175,11 @@ def causal_class(
         count: see `isolated`.
 
     Returns:
-        The class, and the configuration that it takes: of a multimodal checkpoint, the text's.
+        The class, and the configuration that it takes. For a multimodal checkpoint that is the
+        text configuration.
 
     Raises:
-        Exception: whatever transformers or the model's own code raises.
+        Exception: anything that transformers or the model's own code raises.
     """
     with torch.device("meta"), _OnMeta(torch.get_default_dtype(), count):
         chosen = AutoModelForCausalLM.from_config(
@@ -189,14 +190,14 @@ def causal_class(
 
 
 def without_dtype(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a copy that names no dtype: transformers then leaves the process's default alone."""
+    """Return a copy without a dtype; transformers then keeps the process's default."""
     config = copy.deepcopy(config)
     config.dtype = None
     return config
 
 
 def set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
-    """Note the dtype of the weights in a configuration and its parts, as transformers does."""
+    """Record the weights' dtype in a configuration and its parts."""
     config.dtype = dtype
     for key in config.sub_configs:
         if (part := getattr(config, key, None)) is not None:
@@ -209,7 +210,7 @@ def from_state(
     state: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """Return the model that `from_pretrained` makes of tensors by name; it copies none of them."""
+    """Return what `from_pretrained` makes of named tensors, without copying them."""
     model = isolated(model_class).from_pretrained(
         None, config=config, state_dict=dict(state), dtype=dtype
     )

@@ -1,8 +1,8 @@
-"""What a folder holds instead of a decoder-only model in safetensors, said in words.
+"""Explain what a folder holds if it is not a decoder-only model in safetensors.
 
-People point at adapters, at folders of other libraries and of other kinds of models. This names
-what they have and what to do. Files are looked at, and of them only names and small JSON, read as
-far as it can be; nothing is loaded, and neither torch nor transformers is imported.
+Users pass adapters, folders of other libraries and other kinds of models. This module names what
+was found and what to do with it. It looks at file names and small JSON files only. It loads no
+weights and imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SENSE = re.compile(r"(?:mm_)?(vision|audio|speech|video)_(?:config|tower)")  # 
 
 @dataclass(frozen=True)
 class _Folder:
-    """Names and small JSON files of a folder; what cannot be read counts as absent."""
+    """The names and small JSON files of a folder; unreadable ones count as absent."""
 
     path: Path
 
@@ -58,7 +58,7 @@ class _Folder:
 
     @cached_property
     def architecture(self) -> str:
-        """The class that was saved, or nothing."""
+        """The class that was saved, or ""."""
         names = self.config.get("architectures")
         first = names[0] if isinstance(names, list) and names else ""
         return first if isinstance(first, str) else ""
@@ -73,12 +73,12 @@ class _Folder:
 
 
 def explain_folder(folder: Path, refused: bool = False) -> str | None:
-    """Return what a folder or file holds, and what to do; None if nothing is known against it.
+    """Explain what a folder or file holds; None if nothing speaks against it.
 
     Args:
         folder: where a model is expected.
-        refused: whether transformers has refused it as a decoder-only model. Some folders that it
-            may serve as one, such as those of models that also see, are named only then.
+        refused: whether transformers has refused it as a decoder-only model. Some kinds, such as
+            vision models, may also work as one, and are reported only after a refusal.
 
     Returns:
         A phrase for after "got ", such as "a LoRA adapter for 'base': merge it into that model".
@@ -87,8 +87,8 @@ def explain_folder(folder: Path, refused: bool = False) -> str | None:
         return _explain_file(folder)
     found = _Folder(folder)
     for kind in (*_CERTAIN, *(_IF_REFUSED if refused else ())):
-        if said := kind(found):
-            return said
+        if explanation := kind(found):
+            return explanation
     return None
 
 
@@ -111,7 +111,7 @@ _PICKLES = (
 )
 
 
-# -- folders that hold no decoder-only model, whatever transformers makes of them ----------------
+# -- folders that never hold a decoder-only model ------------------------------------------------
 
 
 def _adapter(folder: _Folder) -> str | None:
@@ -180,9 +180,9 @@ def _quantised(folder: _Folder) -> str | None:
     ):
         if isinstance(found, Mapping) and found:
             method = found.get("quant_method") or found.get("quant_algo") or found.get("format")
-            said = f"{method}, {where}" if isinstance(method, str) else where
+            what = f"{method}, {where}" if isinstance(method, str) else where
             return (
-                f"a quantised checkpoint ({said}): serve it with vLLM, or load the one that it was "
+                f"a quantised checkpoint ({what}): serve it with vLLM, or load the one that it was "
                 "made from, in float32, float16 or bfloat16"
             )
     return None
@@ -208,7 +208,7 @@ def _pointers(folder: _Folder) -> str | None:
 
 
 def _other_weights(folder: _Folder) -> str | None:
-    """Weights in other formats, and none in safetensors."""
+    """Detect weights in other formats, where safetensors are missing."""
     if folder.has_weights and "config.json" in folder.names:
         return None
     if folder.matching(r"consolidated.*\.safetensors") and "params.json" in folder.names:
@@ -245,7 +245,7 @@ _LIBRARIES = {
 
 
 def _another_folder(folder: _Folder) -> str | None:
-    """A folder beside which, or below which, the model is."""
+    """Detect a parent or sibling of the model's folder."""
     if "config.json" in folder.names or folder.has_weights:
         return None
     if steps := folder.matching(r"checkpoint-\d+"):
@@ -261,7 +261,7 @@ def _another_folder(folder: _Folder) -> str | None:
     return None if folder.names else "an empty folder: check the path"
 
 
-# -- folders that transformers may serve as a decoder-only model, and did not --------------------
+# -- folders that may work as a decoder-only model; reported only after a refusal ----------------
 
 
 def _senses(folder: _Folder) -> str | None:

@@ -1,4 +1,4 @@
-"""Hooks of modules that belong to the module at hand, and not to copies of it."""
+"""Hooks that act on one module only, not on copies of it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 
 
 class Hook:
-    """Calls a function before or after a module runs, with arguments of the hook's own.
+    """Call a function with fixed arguments before or after a module runs.
 
-    Compiled code has no such calls: whoever runs it waits for all weights first. A copy of the
-    module, by `copy.deepcopy` or `pickle`, has weights of its own and nothing to ask for.
+    Compiled code skips hooks, so its caller must wait for all weights first. A copy of the module
+    (`copy.deepcopy` or `pickle`) owns its weights, so its hooks do nothing.
     """
 
     def __init__(self, function: Callable[..., None], *args: Any) -> None:
         self._function, self._args = function, args
 
     def __call__(self, *_: Any) -> None:
-        """Called with the module and its arguments, which are of no interest."""
+        """Run the function; the module and its arguments are ignored."""
         if not torch.compiler.is_compiling():
             self._function(*self._args)
 
@@ -31,4 +31,4 @@ class Hook:
 
 
 def _nothing() -> None:
-    """What a hook of a copied module does."""
+    """Do nothing; the hook of a copied module."""

@@ -1,4 +1,4 @@
-"""Where a checkpoint's folder is: a path, or a snapshot of a hub id with the files that count."""
+"""Find a checkpoint's folder: a local path, or a snapshot of a hub id."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SMALL_FILES = [
     "additional_chat_templates/*",
 ]  # fmt: skip
 _CODE = ["*.py", "custom_generate/*"]
-# Other formats and copies of the weights lie in folders of their own (original/, onnx/, ...).
+# Other formats and duplicates of the weights are in subfolders (original/, onnx/, ...).
 _FOLDERS = ["original/*", "onnx/*", "openvino/*", "gguf/*", "coreml/*", "mlx/*", "runs/*"]
 
 
 def resolve_folder(
     source: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> Path:
-    """Return the folder of a checkpoint: `source` itself, or a snapshot of that hub id.
+    """Return the folder of a checkpoint: `source`, or a snapshot of that hub id.
 
-    Of a hub id those files are fetched that transformers would read, and no second copy of weights.
+    From the hub, only the files that transformers reads are fetched, without duplicate weights.
 
     Args:
         source: a folder (``~`` is the home folder), or "organisation/model".
@@ -33,7 +33,7 @@ def resolve_folder(
         trust_remote_code: fetch the Python code of the checkpoint as well.
 
     Raises:
-        CheckpointError: no such folder, and the hub does not answer with it either.
+        CheckpointError: the folder does not exist, and the hub has no such model or is unreachable.
     """
     folder = _as_path(source)
     if folder.is_dir():
@@ -59,9 +59,9 @@ def _as_path(source: str | Path) -> Path:
         raise CheckpointError("expected a folder, a hub id or a ModelSpec, got an empty text")
     try:
         path = Path(source).expanduser()
-        path.exists()  # refuses a NUL byte or a name that is too long
+        path.exists()  # raises for a NUL byte or a name that is too long
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{str(source)!r} is no path ({first_line(error)})") from error
+        raise CheckpointError(f"{str(source)!r} is not a path ({first_line(error)})") from error
     return path
 
 
@@ -95,7 +95,7 @@ def _fetch(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 
 def _weight_names(folder: Path) -> list[str]:
-    """Single files of weights, in transformers' order of precedence."""
+    """List single weight files in transformers' order of precedence."""
     named = _fields(folder / "config.json").get("transformers_weights")
     if not named:
         return [SAFE_WEIGHTS_NAME]
@@ -106,12 +106,12 @@ def _shards(folder: Path) -> list[str]:
     named = _fields(folder / "config.json").get("transformers_weights")
     weight_map = _fields(folder / str(named or SAFE_WEIGHTS_INDEX_NAME)).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else ()
-    # Nothing to fetch is an error of whoever looks for the weights, which says what is missing.
+    # With nothing to fetch, `checkpoint.weight_files` raises the error that says what is missing.
     return sorted({str(name) for name in shards}) or ["config.json"]
 
 
 def _fields(path: Path) -> dict[str, object]:
-    """A JSON object, or nothing where the file is missing or damaged: `checkpoint` says so."""
+    """Read a JSON object; {} if it is missing or damaged (`checkpoint` reports that)."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,9 +1,9 @@
-"""Models without weights of their own: packing order, and binding parameters to views.
+"""Compute the packing order of a model, and bind its parameters to views.
 
-Nothing here knows an architecture. The order of execution is observed by running the model once on
-weights without memory (see `tracing`), so that packing follows what the model does, not how its
-classes happen to be written. A *unit* is what waits for its bytes as one: each decoder layer, and
-each module outside the layers that owns parameters.
+Nothing here is specific to an architecture. `tracing` observes the order of execution by running
+the model once on weights without memory. So packing follows what the model does, not how its
+classes are written. A *unit* is a module that waits for its bytes as a whole: each decoder layer,
+and each module outside the layers that owns parameters.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from djinn_lib.errors import ConfigError
 
 @dataclass(frozen=True)
 class Unit:
-    """A module that may run once its bytes of the packed model are there.
+    """A module that may run once its bytes of the packed model are loaded.
 
     Attributes:
         module: its name.
-        extents: of the weights that it owns, and of those that it reads of others; at least one.
-        parameters: names of these weights, each by its first name.
+        extents: of the weights that it owns, and of other modules' weights that it reads; at least
+            one extent.
+        parameters: names of these weights; a shared weight has its first name.
     """
 
     module: str
@@ -39,19 +40,19 @@ class Unit:
 
     @property
     def end_byte(self) -> int:
-        """First byte after the last one that it needs."""
+        """End of its last extent, exclusive, in bytes."""
         return self.extents[-1][1]
 
 
-Wait = Callable[[Extents], None]  # holds the caller's computation until these bytes are there
+Wait = Callable[[Extents], None]  # blocks the caller's computation until these bytes are loaded
 Embeddings = Literal["host", "ring"]
 
 
 def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embeddings:
-    """Return where lookup tables are to be: as asked for, or what suits the host.
+    """Choose where lookup tables are stored; by default what fits the host's memory.
 
     Raises:
-        ConfigError: there is no such place, or the host does not keep all master copies.
+        ConfigError: the place is unknown, or is "host" without all master copies in host memory.
     """
     default = "host" if host_keeps_all else "ring"
     chosen = default if embeddings is None else embeddings
@@ -69,12 +70,13 @@ def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embedding
 def pack(
     model: PreTrainedModel, embeddings: Embeddings = "ring"
 ) -> tuple[Layout, tuple[Unit, ...]]:
-    """Return how to pack a model's parameters in execution order, and its units.
+    """Compute how to pack a model's parameters in execution order, and its units.
 
-    Each parameter is packed once. Those that several units need come first, since they stay on the
-    device when the layers of a model take turns (see `window`); of these, the ones that no unit
-    needs beside others come last, since they can do without. With embeddings in the host, lookup
-    tables are behind all and belong to no unit: nobody waits for them.
+    Each parameter is packed once. Parameters that several units need come first, because they stay
+    on the device when layers share a window of frames (see `window`). Among these, a parameter
+    that no unit needs together with another one comes last, because it need not stay. With
+    `embeddings` "host", lookup tables come after all others and belong to no unit, so nothing waits
+    for them.
     """
     events, layers = _events(model), _decoder_layers(model)
     needs = needs_of(model, layers, events)
@@ -90,7 +92,7 @@ def pack(
         return not shared, shared and name not in not_alone, first_turn[name], called
 
     tables = _lookup_tables(model, layers) if embeddings == "host" else ()
-    in_host = {name for name in tables if n_units[name] == 1}  # else something reads them whole
+    in_host = {name for name in tables if n_units[name] == 1}  # a shared one may be read whole
     parameters = sorted(
         ((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()),
         key=lambda shaped: order(shaped[0]),
@@ -109,9 +111,9 @@ def pack(
 
 
 def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
-    """Names of parameters of which a forward pass reads single rows, and only those.
+    """Find parameters of which a forward pass reads only single rows.
 
-    They belong to embeddings alone: tied to the head, say, a table is read whole.
+    Only embeddings may own such a parameter. A table that is tied to the head is read whole.
     """
     readers: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
@@ -120,7 +122,7 @@ def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
 
     def looks_up(name: str, module: nn.Module) -> bool:
         inside = any(name.startswith(f"{layer}.") for layer in layers)
-        # With max_norm it would write: rows are scaled where they are.
+        # With max_norm a lookup writes: it rescales rows in place.
         return isinstance(module, nn.Embedding) and module.max_norm is None and not inside
 
     return {
@@ -131,13 +133,13 @@ def _lookup_tables(model: PreTrainedModel, layers: Sequence[str]) -> set[str]:
 
 
 def _events(model: PreTrainedModel) -> list[Event]:
-    """What a forward pass calls and reads; nothing when it cannot be observed."""
+    """Trace what a forward pass calls and reads; [] if it cannot be traced."""
     try:
         return observe(model)
-    except Exception as error:  # whatever custom code may raise: only the overlap is at stake
+    except Exception as error:  # custom code may raise anything; only the overlap is lost
         logging.getLogger(__name__).warning(
-            "%s cannot be traced (%s): it runs when all its weights are there, and has to fit into "
-            "the ring",
+            "%s cannot be traced (%s): it runs only after all its weights are loaded, and must fit "
+            "into the ring",
             model.config.model_type,
             error,
         )
@@ -145,7 +147,7 @@ def _events(model: PreTrainedModel) -> list[Event]:
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the decoder layers: the children of the ModuleList with the most parameters."""
+    """Name the decoder layers: children of the ModuleList with the most parameters."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     if not lists:
         return ()
@@ -154,19 +156,19 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Make every parameter of a model a view of the packed model, for life.
+    """Make every parameter of a model a permanent view of the packed model.
 
-    Parameters stay the same objects, so that whatever is tied or refers to them sees the views.
-    Buffers get memory of their own: those of a checkpoint would keep its file mapped.
+    Parameters remain the same objects, so tied and other references see the views too. Buffers are
+    copied, because the buffers of a checkpoint would keep its file mapped.
 
     Raises:
-        ConfigError: a parameter has no view; the model would then not see its pages.
+        ConfigError: a parameter has no view, so it would not see the model's pages.
     """
     parameters = dict(model.named_parameters())
-    if astray := sorted(parameters.keys() - views.keys()):
+    if unbound := sorted(parameters.keys() - views.keys()):
         raise ConfigError(
             f"expected every parameter of {model.config.model_type} bound to the ring, got "
-            f"{astray[:5]} elsewhere: this architecture makes parameters after it was packed"
+            f"{unbound[:5]} elsewhere: this architecture creates parameters after packing"
         )
     for name, parameter in parameters.items():
         parameter.data = views[name]

@@ -1,4 +1,4 @@
-"""Places of tensors in memory that others map, fill and release."""
+"""Describe where a tensor is, and make tensors over memory managed elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _C: Any = torch._C
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor is, and what it is; `n_bytes` are those from its first to its last element."""
+    """The address and form of a tensor; `n_bytes` spans its first to last element."""
 
     address: int
     n_bytes: int
@@ -24,14 +24,14 @@ class Place:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
-        """The place of a tensor, whose bytes need not be there."""
+        """Describe a tensor; its bytes need not be mapped."""
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         n_bytes = span * tensor.element_size() if tensor.numel() else 0
         return cls(tensor.data_ptr(), n_bytes, tensor.device, tensor.dtype, shape, stride)
 
     def view(self) -> tuple[Tensor, UntypedStorage]:
-        """A tensor in this place, and its storage, which is of this tensor alone."""
+        """Make a tensor in this place, with a storage that no other tensor shares."""
         storage: Any = _C._construct_storage_from_data_pointer(
             self.address, self.device, self.n_bytes
         )

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id or a `ModelSpec`, opened for loading."""
+"""Open a model from a folder, a hub id or a `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from djinn_lib.errors import ConfigError, shown
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model, a function that fills views of its parameters, and its tokenizer, if any.
+    """A model, a function that fills views of its parameters, and a tokenizer.
 
-    The model is whole but for its parameters, whose values come from `fill`.
+    The model is complete except for the values of its parameters. `tokenizer` may be None.
     """
 
     module: PreTrainedModel
@@ -46,7 +46,7 @@ def open_source(
 
     Raises:
         CheckpointError: config or weights are missing or of a refused kind.
-        ConfigError: the architecture or dtype cannot be used, or an argument is no such thing.
+        ConfigError: the architecture or dtype cannot be used, or an argument has the wrong type.
     """
     trust_remote_code = flag(trust_remote_code, "trust_remote_code")
     if revision is not None and not (isinstance(revision, str) and revision.strip()):

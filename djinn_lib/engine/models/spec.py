@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return a floating-point dtype that weights may have.
+    """Return `dtype` as a torch dtype that weights may have.
 
     Raises:
         ConfigError: any other dtype.
@@ -47,13 +47,13 @@ class ModelSpec:
         config: a transformers configuration, or a mapping with ``model_type`` and its fields.
         dtype: "float32", "float16" or "bfloat16".
         seed: the same seed gives the same weights on the same device type and torch version.
-        init: "transformers" initialises the whole model as transformers does, next to the copy
-            that is kept; "plain" tensor by tensor, for models that host memory holds only once:
-            normal with the configuration's initializer_range, ones for the weights of norms, else
-            zeros.
+        init: "transformers" initialises the whole model as transformers does, in a second copy
+            next to the packed one. "plain" initialises one tensor at a time, for models of which
+            host memory holds only one copy: normal with the configuration's initializer_range, ones
+            for 1-D tensors whose name ends in "weight" (norms), zeros for other 1-D tensors.
 
     Raises:
-        ConfigError: `seed` or `init` is none of these.
+        ConfigError: `seed` or `init` has another value.
     """
 
     config: PretrainedConfig | Mapping[str, Any]
@@ -70,7 +70,7 @@ class ModelSpec:
         """Return the configuration as transformers' own object.
 
         Raises:
-            ConfigError: ``model_type`` is missing or unknown, or a field cannot be used.
+            ConfigError: ``model_type`` is missing or unknown, or a field is invalid.
         """
         if isinstance(self.config, PretrainedConfig):
             return copy.deepcopy(self.config)
@@ -84,7 +84,7 @@ class ModelSpec:
             ) from error
 
     def build(self, device: str | torch.device = "cpu") -> PreTrainedModel:
-        """Return the model with its random weights, initialised as transformers does.
+        """Build the model with random weights, initialised as transformers does.
 
         Raises:
             ConfigError: transformers has no decoder-only model of that configuration.
@@ -111,9 +111,9 @@ def _causal_class(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pret
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model whose parameters take no memory, with dtypes, ties and buffers as loaded.
+    """Build a model with dtypes, ties and buffers, whose parameters take no memory.
 
-    It is what `from_pretrained` makes of a checkpoint in which all weights are 0.
+    It equals what `from_pretrained` makes of a checkpoint whose weights are all 0.
 
     Raises:
         ConfigError: transformers has no decoder-only model of that configuration.
@@ -129,7 +129,7 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> Fill:
-    """Return a function that fills views of the parameters of a skeleton, and its buffers."""
+    """Return a function that fills a skeleton's buffers and views of its parameters."""
 
     def fill(views: Mapping[str, torch.Tensor]) -> None:
         built = spec.build()
@@ -142,7 +142,7 @@ def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> Fill:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(spec.seed)
         deviation = float(getattr(spec.resolve_config(), "initializer_range", 0.02))
-        for name, view in sorted(views.items()):  # the same weights, however they are packed
+        for name, view in sorted(views.items()):  # weights must not depend on the packing order
             if view.dim() > 1:
                 drawn = torch.empty(view.shape, dtype=view.dtype, device=device)
                 view.copy_(drawn.normal_(0.0, deviation, generator=generator))
@@ -153,7 +153,7 @@ def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> Fill:
 
 
 def _take_buffers(model: nn.Module, built: nn.Module) -> None:
-    """Copy what a checkpoint of the built model would hold besides its parameters."""
+    """Copy the buffers that a checkpoint of the built model would hold."""
     saved = built.state_dict()
     for name, buffer in model.named_buffers():
         if name in saved:

@@ -1,9 +1,8 @@
-"""Filling a packed model from a model whose tensors may still lie in their files.
+"""Fill a packed model from a model whose tensors may still be in their files.
 
-A mapped file is read page by page by whoever first touches it: with one thread that gives a
-fraction of what memory and disk can, and a file that is cut short meanwhile ends the process. So
-tensors that are views of mapped files are read from these files instead, blocks of them on all
-cores at once.
+Page faults read a mapped file one page at a time. One thread then reaches a fraction of the speed
+of memory and disk, and a file that is truncated meanwhile kills the process. So tensors that are
+views of mapped files are read from these files directly, in blocks, on all cores.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch import nn
 from djinn_lib.engine.memory.layout import Fill
 from djinn_lib.errors import CheckpointError
 
-_BLOCK_BYTES = 16 << 20  # what one thread reads at a time
+_BLOCK_BYTES = 16 << 20  # what one thread reads per call
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s*(.*)")
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of a file, mapped at addresses from `begin` to `end`; `offset` is where it starts."""
+    """A mapped part of a file: addresses `begin` to `end`, from `offset` bytes on."""
 
     begin: int
     end: int
@@ -37,10 +36,10 @@ class Region:
 
     @classmethod
     def of_this_process(cls, files: Collection[Path]) -> list[Region]:
-        """The mapped parts of some files, by address, that hold what the files hold.
+        """List the mappings of some files, by address, whose bytes equal the file's.
 
-        Linux lists them in /proc/self/smaps. Private pages that were written to are anonymous, and
-        their mapping is left out: its tensors are no longer what the file says.
+        The source is /proc/self/smaps. Private pages that were written to are anonymous there. A
+        mapping with such pages is left out, because its tensors may differ from the file.
         """
         known = {os.path.realpath(file): file for file in files}
         regions: list[Region] = []
@@ -58,11 +57,11 @@ class Region:
 def fill_from(model: nn.Module, files: Collection[Path]) -> Fill:
     """Return a function that fills views of a model's parameters, by name.
 
-    It takes the model's own tensors away as it goes, so that memory holds each of them once.
+    It frees each converted tensor after copying it, so memory holds the tensor only once.
 
     Args:
         model: its parameters hold the values.
-        files: that some of its tensors may be mapped from.
+        files: some of its tensors may be mapped from these.
     """
 
     def fill(views: Mapping[str, torch.Tensor]) -> None:
@@ -84,7 +83,7 @@ def fill_from(model: nn.Module, files: Collection[Path]) -> Fill:
 def _place(
     tensor: torch.Tensor, view: torch.Tensor, regions: list[Region]
 ) -> tuple[Path, int] | None:
-    """The file and offset of a tensor whose bytes can be read as they are; else None."""
+    """Locate a tensor in its file if the bytes can be read unchanged; else None."""
     alike = tensor.dtype == view.dtype and tensor.is_contiguous() and view.is_contiguous()
     if not alike or view.device.type != "cpu":
         return None
@@ -96,13 +95,13 @@ def _place(
 
 
 def read_tensors(stored: Collection[tuple[torch.Tensor, Path, int]]) -> None:
-    """Read tensors from files, blocks of them on all cores at once.
+    """Read tensors from files in blocks, on all cores.
 
     Args:
         stored: contiguous tensors in host memory, each with its file and offset in bytes.
 
     Raises:
-        CheckpointError: a file is shorter than it was.
+        CheckpointError: a file has become shorter.
     """
     opened = {file: os.open(file, os.O_RDONLY) for file in {file for _, file, _ in stored}}
     try:
@@ -130,7 +129,7 @@ def _blocks(
 
 
 def _read_block(descriptor: int, target: memoryview, offset: int) -> bool:
-    """Fill `target` from a file; returns whether there was enough."""
+    """Fill `target` from a file; False if the file ends before."""
     done = 0
     while done < len(target):
         if not (n_bytes := os.preadv(descriptor, [target[done:]], offset + done)):

@@ -1,7 +1,7 @@
-"""A model's tokenizer: read from its folder when the model is added; text to ids and back.
+"""Read a model's tokenizer, and convert text to token ids and back.
 
-transformers decides which files make a tokenizer. Whatever one of its many libraries raises, be it
-a panic of Rust code, comes as a `DjinnError` that names the folder.
+transformers decides which files make a tokenizer. Any error of its backends, including a panic in
+Rust code, is raised as a `DjinnError` that names the folder.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from transformers.tokenization_utils_base import (
 from djinn_lib.engine.prompts import read_messages
 from djinn_lib.errors import CheckpointError, ConfigError, in_words
 
-# Vocabularies that transformers reads for any class, in patterns.
+# Patterns of vocabulary files that transformers reads for any class.
 _VOCABULARIES = (FULL_TOKENIZER_FILE, "tekken.json", "tokenizer.model*", "tiktoken.model")
-_BESIDE = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE)
-_SAID_CHARACTERS = 400
+_SETTINGS_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE)
+_MESSAGE_CHARACTERS = 400
 _REMEDY = (
-    "download it again or install the package that is named, or remove the files of the tokenizer "
-    "to serve the model by token ids alone"
+    "download it again or install the package that is named, or remove the tokenizer's files to "
+    "use the model with token ids only"
 )
 
 
 class Tokenizer:
-    """Turns text and conversations into token ids, and token ids into text.
+    """Convert text and conversations to token ids, and token ids to text.
 
-    Safe to be used from many threads, which transformers' own are not: a call may change settings
-    that another one reads.
+    Thread-safe. The tokenizers of transformers are not: a call may change settings that another
+    call reads.
 
     Args:
-        own: transformers' own; to be handed to its `generate`, say, by one thread at a time.
+        own: transformers' tokenizer; only one thread at a time may use it directly.
     """
 
     def __init__(self, own: Any) -> None:
@@ -50,13 +50,14 @@ class Tokenizer:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How many ids it knows."""
+        """Size of the vocabulary."""
         return len(self.own)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, with the special tokens that the model begins with.
+        """Return the token ids of `text`, with the model's initial special tokens.
 
-        A text that begins with them, such as a formatted conversation, gets no second ones.
+        They are not repeated if the text already begins with them, as a formatted conversation
+        does.
 
         Raises:
             ConfigError: the tokenizer cannot encode it.
@@ -72,13 +73,13 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, messages: object) -> list[int]:
-        """Return the token ids of a conversation, up to where the model is to answer.
+        """Return the token ids of a conversation, up to the start of the model's answer.
 
         Args:
-            messages: mappings with "role" and "content", both text.
+            messages: mappings with "role" and "content", both text; or the text of one user.
 
         Raises:
-            ConfigError: there is no chat template, or it cannot take these messages.
+            ConfigError: there is no chat template, or it cannot format these messages.
         """
         conversation = read_messages(messages)
         if getattr(self.own, "chat_template", "") is None:
@@ -91,14 +92,14 @@ class Tokenizer:
             text = self.own.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=False
             )
-        return self._encode(text, add_special_tokens=False)  # the template writes its own
+        return self._encode(text, add_special_tokens=False)  # the template has added them
 
     def decode(self, token_ids: Sequence[int]) -> str | None:
-        """Return what token ids say, without special tokens; None, with a warning, if it fails."""
+        """Decode token ids without special tokens; on failure, warn and return None."""
         try:
             with self._lock, _refused("token ids that the tokenizer can decode", "none is lost"):
                 return self.own.decode(list(token_ids), skip_special_tokens=True)
-        except ConfigError as error:  # the ids have been computed, and are worth keeping
+        except ConfigError as error:  # the computed ids are still useful without text
             logging.getLogger(__name__).warning("%s", error)
             return None
 
@@ -109,17 +110,17 @@ class Tokenizer:
 
 @contextmanager
 def _refused(expected: str, advice: str) -> Iterator[None]:
-    """Turn whatever a tokenizer raises into a `ConfigError`."""
+    """Turn any error of a tokenizer into a `ConfigError`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of Rust code is no Exception
-        raise ConfigError(f"expected {expected}, got {_said(error)}: {advice}") from error
+    except BaseException as error:  # a panic in Rust code is not an Exception
+        raise ConfigError(f"expected {expected}, got {_message(error)}: {advice}") from error
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint folder; None where there are no files of one.
+    """Read the tokenizer in a checkpoint folder; None if it has no tokenizer files.
 
     Args:
         folder: the checkpoint.
@@ -132,19 +133,19 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer |
         found: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of Rust code is no Exception
-        files = [*_vocabularies(folder, _usual_class(folder)), *_present(folder, _BESIDE)]
+    except BaseException as error:  # a panic in Rust code is not an Exception
+        files = [*_vocabularies(folder, _usual_class(folder)), *_present(folder, _SETTINGS_FILES)]
         if not files:
             return None
         is_code = "trust_remote_code" in str(error)
         raise CheckpointError(
             f"expected a tokenizer that transformers can read in {folder}, got {files} and "
-            f"{_said(error)}: "
+            f"{_message(error)}: "
             + ("pass trust_remote_code=True if you trust the code" if is_code else _REMEDY)
         ) from error
-    # Without a vocabulary transformers makes some tokenizers all the same; they know no text.
+    # transformers makes some tokenizers even without a vocabulary; they can encode no text.
     if type(found).vocab_files_names and not _vocabularies(folder, type(found)):
-        if files := _present(folder, _BESIDE):
+        if files := _present(folder, _SETTINGS_FILES):
             raise CheckpointError(
                 f"expected the vocabulary of a {type(found).__name__} in {folder}, got only "
                 f"{files}: {_REMEDY}"
@@ -154,10 +155,10 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer |
 
 
 def _vocabularies(folder: Path, of_class: Any) -> list[str]:
-    """Files in a folder from which a class of tokenizers would read its vocabulary."""
+    """List the files from which a tokenizer class would read its vocabulary."""
     own = of_class.vocab_files_names.values() if of_class else ()
     found = _present(folder, [*_VOCABULARIES, *filter(None, own)])
-    return [name for name in found if name not in _BESIDE]
+    return [name for name in found if name not in _SETTINGS_FILES]
 
 
 def _present(folder: Path, patterns: Iterable[str]) -> list[str]:
@@ -165,14 +166,14 @@ def _present(folder: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def _usual_class(folder: Path) -> Any:
-    """The class that transformers pairs with the architecture in a folder, if it knows one."""
+    """Look up transformers' tokenizer class for the folder's architecture, if any."""
     try:
         return TOKENIZER_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
-    except Exception:  # whatever is wrong with config.json is said where the model is made
+    except Exception:  # `checkpoint` reports what is wrong with config.json
         return None
 
 
-def _said(error: BaseException) -> str:
-    """What an error says, on one line; some of transformers' are lists and advice."""
-    said = shorten(in_words(error), _SAID_CHARACTERS, placeholder=" ...")
-    return said.removesuffix(":")  # where there is no more than the name of the error
+def _message(error: BaseException) -> str:
+    """Return an error's message on one line, shortened; some are lists with advice."""
+    message = shorten(in_words(error), _MESSAGE_CHARACTERS, placeholder=" ...")
+    return message.removesuffix(":")  # the message was empty

@@ -1,11 +1,11 @@
-"""What a forward pass calls and reads, observed by running a model once on weights without memory.
+"""Trace what a forward pass calls and reads, on weights without memory.
 
-Nothing here knows an architecture. A twin of the model runs a prompt and one more token. Each call
-of a module and each parameter that an operator reads is noted, in order. So packing follows what
-the model does, and a weight that one module reads of another is found as well.
+Nothing here is specific to an architecture. A twin of the model runs a prompt and one more token.
+Each module call and each parameter that an operator reads is recorded in order. So packing follows
+what the model does, including a module that reads another module's weight.
 
-The twin's weights are fake tensors: shapes without data. A forward pass that looks at values, to
-route tokens to experts for example, runs on random numbers instead, which all lie in the same
+The twin's weights are fake tensors: shapes without data. A forward pass that depends on values,
+such as the routing of tokens to experts, runs on random numbers instead. These all share the same
 memory.
 """
 
@@ -29,24 +29,24 @@ from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace
 Event = tuple[Literal["call", "return", "read"], str]  # of a module, or of a parameter
 PROMPT_LENGTH = 4
 _FRAME_BYTES, _DEVIATION = 2 << 20, 0.02  # of the random numbers
-_CACHES = ("past_key_values", "cache_params", "state")  # what architectures call them
+_CACHES = ("past_key_values", "cache_params", "state")  # their names in different architectures
 
 
 def observe(model: PreTrainedModel) -> list[Event]:
-    """Return the calls of modules and the reads of parameters in a prompt and one more token.
+    """Trace the module calls and parameter reads of a prompt and one more token.
 
-    A module or parameter that has several names goes by the first of them.
+    A module or parameter with several names is recorded under the first one.
 
     Args:
-        model: its parameters may be on the meta device; it is left as it was.
+        model: its parameters may be on the meta device; it is not modified.
 
     Raises:
-        Exception: whatever the architecture's own code raises, both on fake tensors and on numbers.
+        Exception: what the architecture's own code raises, both on fake tensors and on numbers.
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _observe(model, lambda p: torch.empty(p.shape, dtype=p.dtype))
-    except Exception:  # of any kind: it looks at values, or has an operator without a fake
+    except Exception:  # the pass depends on values, or has an operator without a fake version
         with _numbers(model) as weight:
             return _observe(model, weight)
 
@@ -56,7 +56,7 @@ def _observe(model: PreTrainedModel, weight: Callable[[torch.Tensor], torch.Tens
     names = {_storage(twins[id(p)]): name for name, p in model.named_parameters()}
     buffers = {id(b): _copied(b) for b in model.buffers()}
     twin = copy.deepcopy(model, {**twins, **buffers})
-    twin.config.return_dict = True  # as in `generate`, whatever the checkpoint says
+    twin.config.return_dict = True  # as in `generate`
     events: list[Event] = []
     for name, module in twin.named_modules():
         _note_calls(module, name, events)
@@ -65,7 +65,7 @@ def _observe(model: PreTrainedModel, weight: Callable[[torch.Tensor], torch.Tens
         output: Any = twin(input_ids=ids, use_cache=True)
         found = {key: getattr(output, key, None) for key in _CACHES}
         caches = {key: cache for key, cache in found.items() if cache is not None}
-        with suppress(Exception):  # it needs more than a cache: then the prompt has to do
+        with suppress(Exception):  # if a cache alone is not enough, use the prompt's trace only
             twin(input_ids=ids[:, :1], use_cache=True, **caches)
     return events
 
@@ -76,11 +76,11 @@ def _note_calls(module: nn.Module, name: str, events: list[Event]) -> None:
 
 
 class _NoteReads(TorchDispatchMode):
-    """Notes which parameters the operators read, whichever views of them they are given.
+    """Record which parameters the operators read, also through views.
 
     Args:
         names: of parameters, by their storage.
-        events: where to note them.
+        events: list to append to.
     """
 
     def __init__(self, names: Mapping[int, str], events: list[Event]) -> None:
@@ -101,7 +101,7 @@ class _NoteReads(TorchDispatchMode):
 
 
 def _reads_values(func: Any) -> bool:
-    """Whether an operator does more than make a view or tell a property."""
+    """Whether an operator does more than make a view or query a property."""
     aliases = [returned.alias_info for returned in func._schema.returns]
     makes_views = bool(aliases) and all(alias and not alias.is_write for alias in aliases)
     return func.namespace != "prim" and not makes_views
@@ -117,10 +117,10 @@ def _copied(buffer: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _numbers(model: nn.Module) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """Make weights of small random numbers; those of one type lie over each other.
+    """Make weights of small random numbers; those of one dtype share the same memory.
 
-    One frame of memory a type is mapped at as many addresses as the largest of them takes. Nobody
-    may look at the weights after the block.
+    One frame per dtype is mapped repeatedly over the range of its largest weight. The weights must
+    not be used after the block.
     """
     n_bytes: dict[torch.dtype, int] = {}
     for p in model.parameters():
@@ -129,7 +129,7 @@ def _numbers(model: nn.Module) -> Iterator[Callable[[torch.Tensor], torch.Tensor
     areas: dict[torch.dtype, Range] = {}
 
     def weight(parameter: torch.Tensor) -> torch.Tensor:
-        packed = space.bytes_view(areas[parameter.dtype])  # a storage of its own for each
+        packed = space.bytes_view(areas[parameter.dtype])  # each weight needs its own storage
         n_bytes = parameter.numel() * parameter.itemsize
         return packed[:n_bytes].view(parameter.dtype).view(parameter.shape)
 
@@ -147,21 +147,21 @@ def _numbers(model: nn.Module) -> Iterator[Callable[[torch.Tensor], torch.Tensor
         space.close()
 
 
-# -- what the events say -----------------------------------------------------------------------
+# -- which weights a unit needs ------------------------------------------------------------------
 
 
 def needs_of(
     model: nn.Module, layers: Collection[str], events: Collection[Event]
 ) -> dict[str, set[str]]:
-    """Return which parameters each unit needs, by its module's name, in the order of execution.
+    """Map each unit to the parameters that it needs, in order of execution.
 
-    A unit is a module that waits for its weights before it runs: a layer, or a module outside them
-    that owns parameters. It needs what it owns, and what was read while it ran. All else is needed
-    by the whole model, "", and so by each unit: what runs between the units reads it, or it is not
-    known who does.
+    A unit is a module that waits for its weights before it runs: a layer, or a module outside the
+    layers that owns parameters. It needs what it owns and what was read while it ran. All other
+    parameters belong to the whole model, "", and so to each unit: code between the units reads
+    them, or their reader is unknown.
 
     Args:
-        model: whose events they are.
+        model: the traced model.
         layers: names of its decoder layers.
         events: see `observe`.
     """
@@ -177,7 +177,7 @@ def needs_of(
 
 
 def _places(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield each place that holds a parameter, as (layer, or else module; parameter)."""
+    """Yield (unit, parameter) pairs; the unit is a layer, else the owning module."""
     parameters = {id(p): name for name, p in model.named_parameters()}
     modules = {id(m): name for name, m in model.named_modules()}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -190,11 +190,11 @@ def _places(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, st
 def _waiting(
     events: Iterable[Event], candidates: Collection[str], layers: Collection[str]
 ) -> list[str]:
-    """Return the candidates that can wait for their weights, in the order of their first calls.
+    """Return the candidates that can wait for their weights, by their first calls.
 
-    None of them runs within another one. So when one waits, whatever another waited for is done
-    with. A module that is called within a layer is a part of it; one that calls others is not done
-    with when they wait.
+    No unit may run within another one, so that when one waits, the weights of all others are no
+    longer in use. A module called within a layer is part of that layer. A module outside the layers
+    that calls other units still needs its own weights when they wait, so it is excluded.
     """
     calls: dict[str, None] = {}
     within: set[tuple[str, str]] = set()
@@ -212,7 +212,7 @@ def _waiting(
 
 
 def _reads(events: Iterable[Event], units: Collection[str]) -> dict[str, set[str]]:
-    """Return which parameters were read while each unit ran; "" stands for no unit."""
+    """Map each unit to the parameters read while it ran; "" is outside all units."""
     found: dict[str, set[str]] = {}
     running: list[str] = []
     for kind, name in events:

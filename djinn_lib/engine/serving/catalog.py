@@ -1,4 +1,4 @@
-"""The models of a `Djinn`: read into masters, bound to their addresses, ready to decode."""
+"""The models of a `Djinn`: loaded, bound to their addresses, ready to decode."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Catalog:
     """Served models by name.
 
     Args:
-        masters: gets their master copies.
-        pager: gets their pages.
-        turn: takes a turn on the device, for what needs one while a model is added.
-        options: how new ones decode, and where their lookup tables are.
+        masters: stores their master copies.
+        pager: stores their pages.
+        turn: takes a turn on the device, for recordings while a model is added.
+        options: how new models decode, and where their lookup tables are.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Catalog:
         self._models: dict[str, ServedModel] = {}
 
     def __iter__(self) -> Iterator[ServedModel]:
-        """Every model, in order of addition."""
+        """Iterate over all models in order of addition."""
         return iter(tuple(self._models.values()))
 
     def __getitem__(self, name: str) -> ServedModel:
-        """The model of that name.
+        """Return a model by name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such model.
         """
         model = self._models.get(name) if isinstance(name, str) else None
         if model is None:
@@ -65,17 +65,17 @@ class Catalog:
         return model
 
     def ensure_new(self, name: str) -> None:
-        """Refuse what is no name, or is taken, with a `ConfigError`."""
+        """Raise `ConfigError` for an invalid name or one that is in use."""
         if not isinstance(name, str) or not name.strip():
             raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
         if name in self._models:
             raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
 
     def add(self, name: str, opened: OpenedModel) -> None:
-        """Read a model and prepare to decode with it; see `Djinn.add`. A failure leaves nothing."""
+        """Load a model and prepare decoding, or leave nothing; see `Djinn.add`."""
         module = opened.module
         layout, units = pack(module, self._options.tables)
-        # First, since a refusal costs no reading.
+        # Pages come first: if they are refused, no weights are read in vain.
         device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
             self._masters.add(name, layout, opened.fill)
@@ -103,19 +103,19 @@ class Catalog:
         )
 
     def set_decode(self, name: str, decode: str) -> Decode:
-        """Change how one model decodes; returns how it does; see `Djinn.set_decode`."""
+        """Change how one model decodes; return the actual mode; see `Djinn.set_decode`."""
         mode = parse_decode(decode)
-        self[name]  # an unknown name is refused before anything waits
+        self[name]  # refuses an unknown name before waiting
         with self._turn(name), self._lease_to_record(name, mode):
-            model = self[name]  # as it is by now; while it is leased, nobody can remove it
+            model = self[name]  # look up again; the lease prevents its removal from here on
             decoder = self._make_decoder(name, model.module, model.units, mode, model.tokenizer)
             before, model.decoder = model.decoder, decoder
             before.close()
         return decoder.mode
 
     def _lease_to_record(self, name: str, decode: Decode) -> AbstractContextManager[Any]:
-        """Lease a model whose weights are needed to make its decoder."""
-        # The step of a model whose layers take turns is bound by the link, recorded or not.
+        """Lease a model if its weights are needed to make its decoder."""
+        # A streamed model's step is bound by the link, so recording it brings nothing.
         needless = decode == "eager" or self._pager.is_streamed(name)
         return nullcontext() if needless else self._pager.lease(name)
 
@@ -144,24 +144,24 @@ class Catalog:
             )
 
     def _wait(self, name: str) -> Wait:
-        """Return what holds back a unit of a model until its bytes are there."""
+        """Return a function that blocks until given bytes of a model are loaded."""
         return lambda extents: self._pager.wait_for(name, extents)
 
     @contextmanager
     def lend(self, name: str, wait: bool) -> Iterator[PreTrainedModel]:
-        """Lend a model to a user, who has a turn; see `Djinn.lease`."""
-        self[name]  # an unknown name is refused before anything is loaded
+        """Lend a model to a user who holds a turn; see `Djinn.lease`."""
+        self[name]  # refuses an unknown name before loading
         lending: Lending | None = None
         try:
             with self._pager.lease(name):
-                lending = self[name].lending  # from now on nobody can remove it
+                lending = self[name].lending  # the lease prevents its removal from here on
                 with lending.lend() as module:
                     if wait:
                         self.block_until_loaded(name)
                     yield module
         finally:
             if lending and lending.take_stale():
-                self._pager.evict(name)  # the next lease loads it from its master
+                self._pager.evict(name)  # the next lease reloads it from its master
 
     def block_until_loaded(self, name: str) -> None:
         """Block until a leased model is on the device; see `Djinn.wait`."""
@@ -170,17 +170,17 @@ class Catalog:
         lending.now_whole()
 
     def remove(self, name: str) -> None:
-        """Forget a model and free all that it holds; see `Djinn.remove`."""
+        """Remove a model and free everything that it holds; see `Djinn.remove`."""
         model = self[name]
         self._pager.remove(name)
         self._masters.discard(name)
-        model.removed = True  # before another model can have the name, and a lease
+        model.removed = True  # before the name is free for another model
         del self._models[name]
         model.lending.retire("it was removed")
         model.decoder.close()
 
     def residency(self) -> pd.DataFrame:
-        """What of each model is on the device; see `Djinn.residency`."""
+        """Tabulate the resident bytes of each model; see `Djinn.residency`."""
         ring = self._pager.ring
         return pd.DataFrame(
             [
@@ -191,7 +191,7 @@ class Catalog:
         )
 
     def clear(self) -> None:
-        """Release what decoders hold, and forget all models."""
+        """Close all decoders and forget all models."""
         for model in self:
             model.lending.retire("its Djinn was closed")
             model.decoder.close()

@@ -1,4 +1,4 @@
-"""Loading ahead: while one request computes, the models of the next ones come in behind it."""
+"""Prefetch the models of waiting requests while the current request computes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.errors import DjinnError
 
-DEPTH = 4  # requests; what waits behind them will be looked at when they have gone
+DEPTH = 4  # requests; later ones are considered when these have been served
 
 
 class LoadAhead:
-    """A thread that brings in missing pages of the models whose turns come next.
+    """A thread that prefetches missing pages of the models whose turns come next.
 
-    It takes no page of a leased model, nor of one whose turn comes sooner. The thread starts with
-    the first request that has to wait. No request depends on it: an error ends one look at the
-    queue, and the next nudge begins another.
+    It evicts no page of a leased model, nor of a model whose turn comes sooner. The thread starts
+    with the first request that has to wait. No request depends on it: an error ends one prefetch
+    pass, and the next `nudge` starts another.
 
     Args:
-        pager: loads.
-        upcoming: the models of the next n requests.
+        pager: loads the pages.
+        upcoming: returns the models of the next n requests.
     """
 
     def __init__(self, pager: Pager, upcoming: Callable[[int], list[str]]) -> None:
@@ -29,10 +29,10 @@ class LoadAhead:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._nudged = self._closed = self._expecting = False
-        self._said: set[type[Exception]] = set()  # kinds of errors that were logged
+        self._logged: set[type[Exception]] = set()  # kinds of errors logged so far
 
     def nudge(self, n_waiting: int) -> None:
-        """Look at the queue again, of which `n_waiting` requests are left."""
+        """Start a prefetch pass; `n_waiting` requests are queued."""
         if not n_waiting and not self._expecting:
             return
         with self._changed:
@@ -66,19 +66,19 @@ class LoadAhead:
                 self._report(error)
 
     def _report(self, error: Exception) -> None:
-        """Log an error: ours for the curious, since the request says so itself; others once."""
-        is_news = not isinstance(error, DjinnError) and type(error) not in self._said
-        self._said.add(type(error))
+        """Log an error once per kind; at debug level if the request will raise it too."""
+        is_news = not isinstance(error, DjinnError) and type(error) not in self._logged
+        self._logged.add(type(error))
         logging.getLogger(__name__).log(
             logging.WARNING if is_news else logging.DEBUG,
-            "nothing was loaded ahead (%s: %s); requests load what they need in their turns",
+            "prefetch failed (%s: %s); requests load what they need in their turns",
             type(error).__name__,
             error,
             exc_info=error if is_news else None,
         )
 
     def look(self) -> None:
-        """Load what the next requests miss, as far as there is room."""
+        """Prefetch what the next requests miss, as far as there is room."""
         models = list(dict.fromkeys(self._upcoming(DEPTH)))
         self._expecting = bool(models)
         self._pager.expect(models)

@@ -16,7 +16,7 @@ from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
-from djinn_lib.engine.memory.ring import Residency
+from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
 from djinn_lib.engine.serving.queue import Order, RequestQueue
 from djinn_lib.errors import ConfigError
@@ -34,7 +34,7 @@ class EngineOptions:
         device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
         page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
         policy: who loses pages when the ring is full: "lru", or a `Policy`.
-        residency: "partial" evicts only what is needed; "whole" evicts entire models.
+        eviction: "pages" evicts only what is needed; "models" evicts entire models.
         overlap: start computing while later layers still load; else wait for all of them first.
         decode: "eager" is transformers' own `generate`; "graph" records the same kernels once a
             model as CUDA graphs (on the CPU it runs them as they are); "compiled" also has
@@ -62,7 +62,7 @@ class EngineOptions:
     Attributes:
         torch_device, capacity_bytes, page_bytes: what `device`, `capacity` and `page` stand for.
         decode_mode: how new models decode.
-        eviction: the policy, which spares models that wait, with `lookahead`.
+        victims: the policy, which spares models that wait, with `lookahead`.
         tables: where lookup tables are.
         master_form: how masters are kept.
 
@@ -75,7 +75,7 @@ class EngineOptions:
     device: str | torch.device | None = None
     page: int | str | None = None
     policy: str | Policy = "lru"
-    residency: Residency = "partial"
+    eviction: Eviction = "pages"
     overlap: bool = True
     decode: Decode | None = None
     max_model_len: int = 512
@@ -91,7 +91,7 @@ class EngineOptions:
     capacity_bytes: int = field(init=False)
     page_bytes: int = field(init=False)
     decode_mode: Decode = field(init=False)
-    eviction: Policy = field(init=False)
+    victims: Policy = field(init=False)
     tables: Embeddings = field(init=False)
     master_form: MastersForm = field(init=False)
 
@@ -111,7 +111,7 @@ class EngineOptions:
         }
         RequestQueue(self.order, self.max_overtaken)  # which refuses what it cannot do
         resolved |= {
-            "eviction": self._eviction(),
+            "victims": self._victims(),
             "tables": choose_embeddings(self.embeddings, self.host_capacity is None),
             "master_form": choose_masters(self.masters, device),
             "capacity_bytes": parse_bytes(self.capacity),
@@ -120,7 +120,7 @@ class EngineOptions:
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
-    def _eviction(self) -> Policy:
+    def _victims(self) -> Policy:
         policy = make_policy(self.policy)
         if self.lookahead:
             return sparing_what_waits(policy)

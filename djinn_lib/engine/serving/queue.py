@@ -1,8 +1,8 @@
-"""The order in which waiting requests are served. Pure bookkeeping, without threads or clocks.
+"""Order waiting requests for serving, without threads or clocks.
 
-*fifo* serves the oldest request. *affinity* serves the oldest one whose model is resident, so that
-requests for one model are served together and fewer switches are needed; no request is overtaken
-by more than a set number of later ones, so none starves.
+*fifo* serves the oldest request. *affinity* serves the oldest request whose model is resident, so
+that requests for one model are served together and fewer switches are needed. A bound on how many
+later requests may overtake one prevents starvation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORECAST_DEPTH = 64
 
 
 class _Waiting(Generic[T]):
-    """A request in the queue and how many later ones were served before it."""
+    """A request in the queue, and how many later ones were served before it."""
 
     __slots__ = ("model", "n_overtaken", "request")
 
@@ -30,14 +30,14 @@ class _Waiting(Generic[T]):
 
 
 class RequestQueue(Generic[T]):
-    """Requests that wait, oldest first.
+    """Waiting requests, oldest first.
 
     Args:
         order: "fifo" or "affinity".
-        max_overtaken: by how many later requests one may be overtaken at most.
+        max_overtaken: maximum number of later requests served before a waiting one.
 
     Raises:
-        ConfigError: no such order, or a bound below 0.
+        ConfigError: the order is unknown, or the bound is below 0.
     """
 
     def __init__(self, order: Order = "fifo", max_overtaken: int = 8) -> None:
@@ -48,35 +48,35 @@ class RequestQueue(Generic[T]):
         self._waiting: dict[T, _Waiting[T]] = {}  # in order of arrival
 
     def __len__(self) -> int:
-        """How many requests wait."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     def __contains__(self, request: T) -> bool:
-        """Whether a request waits."""
+        """Whether a request is waiting."""
         return request in self._waiting
 
     def push(self, request: T, model: str) -> None:
         """Add a request for `model` as the newest.
 
         Raises:
-            ConfigError: it waits already.
+            ConfigError: it is already in the queue.
         """
         if request in self._waiting:
-            raise ConfigError(f"expected a new request, got {request!r}, which waits already")
+            raise ConfigError(f"expected a new request, got {request!r}, which is already queued")
         self._waiting[request] = _Waiting(request, model)
 
     def withdraw(self, request: T) -> bool:
-        """Take a request out; returns whether it was waiting."""
+        """Remove a request; return whether it was waiting."""
         return self._waiting.pop(request, None) is not None
 
     def pop(self, is_resident: Callable[[str], bool]) -> T:
-        """Take out the request to be served next.
+        """Remove and return the request to serve next.
 
         Args:
             is_resident: whether a model could be used without loading anything.
 
         Raises:
-            LookupError: none waits.
+            LookupError: the queue is empty.
         """
         chosen = self._choose(self._waiting.values(), is_resident)
         for waiting in self._waiting.values():
@@ -87,9 +87,9 @@ class RequestQueue(Generic[T]):
         return chosen.request
 
     def upcoming(self, is_resident: Callable[[str], bool], n: int) -> list[str]:
-        """Return the models of the next `n` requests, if residency and queue stay as they are.
+        """Predict the models of the next `n` requests for unchanged residency.
 
-        It is a forecast, for which only the oldest requests are looked at.
+        Only the `FORECAST_DEPTH` oldest requests are considered.
         """
         left = [copy(waiting) for waiting in islice(self._waiting.values(), FORECAST_DEPTH)]
         models: list[str] = []
@@ -112,14 +112,14 @@ class RequestQueue(Generic[T]):
                 if is_resident(candidate.model):
                     return candidate
                 if candidate.n_overtaken >= self.max_overtaken:
-                    break  # nobody may overtake it any more
+                    break  # its bound is reached: serve the oldest
         return next(iter(waiting))
 
     def check(self) -> None:
-        """Audit the whole state; raises `AssertionError` naming the first broken invariant."""
+        """Check all invariants; raise `AssertionError` that names the first broken one."""
         counts = [waiting.n_overtaken for waiting in self._waiting.values()]
         if any(not 0 <= n <= self.max_overtaken for n in counts):
             raise AssertionError(f"queue invariant broken: overtaken {counts} times")
-        # Whoever overtakes a request also overtakes all that are older than it.
+        # A request that overtakes one also overtakes all older ones.
         if counts != sorted(counts, reverse=True):
             raise AssertionError(f"queue invariant broken: an older one overtaken less: {counts}")

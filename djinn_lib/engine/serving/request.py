@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.decode.sampling import Sampling
+from djinn_lib.engine.serving.generation import Generation
+from djinn_lib.engine.serving.transcript import Piece
 from djinn_lib.errors import RequestCancelled
 
 T = TypeVar("T")
@@ -22,15 +23,15 @@ class GenerationRequest:
 
     Attributes:
         begin_s: when it was made, by `time.perf_counter`.
+        deliver: called with each piece of the continuation, by the thread that computes.
         cancelled: set to end it after the token that is being computed.
     """
 
     model: str
     prompt_ids: list[int]
-    max_new_tokens: int
-    ignore_eos: bool
     sampling: Sampling
     begin_s: float
+    deliver: Callable[[Piece], None] | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def proceed(self) -> None:

@@ -12,13 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
-from djinn_lib.engine.decode.eager import Generation
 from djinn_lib.engine.memory.pager import Pager
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.engine.serving.lookahead import LoadAhead
 from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.queue import RequestQueue
 from djinn_lib.engine.serving.request import GenerationRequest, PendingGeneration
 from djinn_lib.engine.serving.served_model import ServedModel
+from djinn_lib.engine.serving.transcript import Transcript
 from djinn_lib.engine.serving.turns import Ticket, Turns
 from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 
@@ -51,6 +52,10 @@ class Scheduler:
     def ensure_may_await(self, name: str) -> None:
         """Raise `LeaseError` when a coroutine that awaits a request would wait for itself."""
         self._turns.ensure_may_wait(name, blocks_thread=False)
+
+    def ensure_may_wait(self, name: str) -> None:
+        """Raise `LeaseError` when a thread that waits for a request would wait for itself."""
+        self._turns.ensure_may_wait(name)
 
     def generate(self, model: ServedModel, request: GenerationRequest) -> Generation:
         """Serve a request and wait for it: in the calling thread, if none asked before it did."""
@@ -118,15 +123,27 @@ class Scheduler:
                 lease.stats.note_first_token()
                 request.proceed()
 
+            asked, transcript = request.sampling, _transcript(model, request)
             tokens = model.decoder.generate(
                 request.prompt_ids,
-                request.max_new_tokens,
-                request.ignore_eos,
-                request.sampling,
+                asked.max_new_tokens,
+                asked.ignore_eos,
+                asked,
                 proceed,
+                transcript.add if transcript else None,
             )
-            text = model.text(tokens.token_ids)
-            return Generation.of(tokens, text, lease.stats, queue_s, lead_s)
+            if transcript:
+                transcript.finish()
+            stopped = transcript is not None and transcript.stopped
+            return Generation.of(
+                tokens,
+                transcript.text if transcript and stopped else model.text(tokens.token_ids),
+                tokens.ended or stopped,
+                len(request.prompt_ids),
+                lease.stats,
+                queue_s,
+                lead_s,
+            )
 
     def _look_ahead(self) -> None:
         if self._ahead:
@@ -167,6 +184,14 @@ class Scheduler:
             self._thread.shutdown(wait=threading.get_ident() != self._own_ident)
         if self._ahead:
             self._ahead.close()
+
+
+def _transcript(model: ServedModel, request: GenerationRequest) -> Transcript | None:
+    """What has to read the tokens of a request as they come; None if nothing has to."""
+    stops = request.sampling.stops
+    if request.deliver:
+        return Transcript(model.tokenizer, stops, request.deliver)
+    return Transcript(model.tokenizer, stops) if stops else None
 
 
 def _too_late(request: GenerationRequest, error: BaseException) -> DjinnError:

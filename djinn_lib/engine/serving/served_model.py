@@ -1,4 +1,4 @@
-"""A model as `Djinn` serves it: what belongs to it beside its pages."""
+"""A model as `Djinn` serves it: everything that belongs to it except its pages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.decoder import Decoder
 from djinn_lib.engine.decode.eager import check_prompt, vocabulary
-from djinn_lib.engine.decode.sampling import MOST_TOKENS, Sampling
+from djinn_lib.engine.decode.sampling import Sampling
 from djinn_lib.engine.lending.lender import Lending
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.engine.models.tokenizer import Tokenizer
@@ -23,10 +22,10 @@ from djinn_lib.errors import ConfigError, shown
 
 @dataclass(slots=True)
 class ServedModel:
-    """A module bound to its addresses, its units, and how text becomes tokens and tokens more.
+    """A module bound to its addresses, with its units, tokenizer and decoder.
 
-    `n_bytes` are those that are paged. Users get the module's twin, from `lending`. Once it is
-    `removed`, its addresses are nobody's, whatever model may have its name.
+    `n_bytes` counts the paged bytes. Users get the module's twin, from `lending`. Once the model is
+    `removed`, its addresses are invalid, even if another model has the same name.
     """
 
     name: str
@@ -50,34 +49,33 @@ class ServedModel:
             )
 
     def ask(
-        self, prompt: object, max_new_tokens: int, ignore_eos: bool, sampling: Sampling
+        self, prompt: object, sampling: Sampling
     ) -> GenerationRequest | list[GenerationRequest]:
-        """Return the request for a prompt, or one for each of a list of them.
+        """Return the request for a prompt, or a list of requests for a list of prompts.
 
-        Everything is checked here, before anything waits or is loaded.
+        Everything is checked here, before any wait or load.
 
         Args:
             prompt: see `prompts.read_prompts`.
-            max_new_tokens: upper limit of new tokens.
-            ignore_eos: whether to go on at the end-of-sequence token.
-            sampling: how to choose tokens.
+            sampling: how to choose tokens, and how many.
 
         Raises:
             ConfigError: this model cannot continue it; the message says why.
         """
         begin_s = time.perf_counter()
-        max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", 1, MOST_TOKENS)
-        ignore_eos = flag(ignore_eos, "ignore_eos")
+        if sampling.stops and self.tokenizer is None:
+            raise ConfigError(
+                f"stop needs a tokenizer, and {self.name!r} has none: leave it out, or add the "
+                "model from a folder that holds its tokenizer"
+            )
         prompts, many = read_prompts(prompt)
         requests = []
         for i, one in enumerate(prompts):
             try:
-                ids = self._prompt_ids(one, max_new_tokens)
+                ids = self._prompt_ids(one, sampling.max_new_tokens)
             except ConfigError as error:
                 raise ConfigError(f"prompt {i} of the list: {error}" if many else error) from error
-            requests.append(
-                GenerationRequest(self.name, ids, max_new_tokens, ignore_eos, sampling, begin_s)
-            )
+            requests.append(GenerationRequest(self.name, ids, sampling, begin_s))
         return requests if many else requests[0]
 
     def _prompt_ids(self, prompt: ReadPrompt, max_new_tokens: int) -> list[int]:
@@ -90,18 +88,18 @@ class ServedModel:
         """Return the token ids of `text`.
 
         Raises:
-            ConfigError: the model has no tokenizer, or its tokenizer cannot encode this or gives
-                ids that the model does not know.
+            ConfigError: the model has no tokenizer, or its tokenizer cannot encode the text or
+                gives ids outside the model's vocabulary.
         """
         if not isinstance(text, str):
             raise ConfigError(f"expected text to tokenize, got {shown(text)}")
         return self._known(self._tokenizer().encode(text))
 
     def chat_ids(self, messages: object) -> list[int]:
-        """Return the token ids of a conversation, up to where the model is to answer.
+        """Return the token ids of a conversation, up to the start of the model's answer.
 
         Raises:
-            ConfigError: the model has no tokenizer or chat template, or the template cannot take
+            ConfigError: the model has no tokenizer or chat template, or the template cannot format
                 these messages.
         """
         return self._known(self._tokenizer().encode_chat(messages))
@@ -115,7 +113,7 @@ class ServedModel:
         return self.tokenizer
 
     def _known(self, ids: list[int]) -> list[int]:
-        """The ids that its tokenizer gave, if the model knows them."""
+        """Return the tokenizer's ids if all of them are in the model's vocabulary."""
         n_ids = vocabulary(self.module)
         if outside := [i for i in ids if not 0 <= i < n_ids]:
             raise ConfigError(
@@ -126,5 +124,5 @@ class ServedModel:
         return ids
 
     def text(self, token_ids: Sequence[int]) -> str | None:
-        """Return what token ids say; None without a tokenizer, or one that cannot decode them."""
+        """Decode token ids; None without a tokenizer, or if it cannot decode them."""
         return self.tokenizer.decode(token_ids) if self.tokenizer else None

@@ -1,12 +1,12 @@
-"""Turns: one computation at a time, in the order of a `RequestQueue`.
+"""Serialise computations: one turn at a time, in the order of a `RequestQueue`.
 
-Whoever computes with a model takes a turn first. A thread waits for its turn; others (an event
-loop, say) join the queue with a `Ticket` and are called when it is granted. Nothing here starts a
-thread: the one that ends its turn grants the next.
+Every computation with a model needs a turn. A thread can wait for its turn. Other callers, such as
+an event loop, join the queue with a `Ticket` and are called when it is granted. There is no
+scheduler thread: the thread that ends a turn grants the next one.
 
-What is asked or told on the way may fail, whoever's code that is. Nobody's wait depends on it.
-Whoever waits for a turn while holding one waits for itself. So a turn is known to its thread and to
-its context (`contextvars`), which asyncio hands on to tasks and threads that are started meanwhile.
+Callbacks may fail, and no waiting request depends on their success. A caller that waits for a turn
+while it holds one would deadlock. So a turn is recorded for its thread and in its context
+(`contextvars`), which asyncio passes on to the tasks and threads that it starts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ticket(Future[None]):
-    """A place in the queue; done when its turn has come, cancelled when it was withdrawn."""
+    """A place in the queue: done when its turn is granted, cancelled when withdrawn."""
 
     def __init__(self, model: str) -> None:
         super().__init__()
@@ -38,15 +38,14 @@ _TAKEN: ContextVar[tuple[Ticket, ...]] = ContextVar("djinn_turns", default=())
 
 
 class Turns:
-    """Grants turns to whoever joins; safe to use from many threads.
+    """Grants turns to tickets; thread-safe.
 
     Args:
         queue: decides the order.
-        is_resident: whether a model could be used without loading anything; called under the lock
-            of the turns, so it must take no lock under which turns are asked for. Where it fails,
-            the oldest request is served next.
-        on_change: called after the queue has changed, without any lock. Where it fails, nothing
-            else does.
+        is_resident: whether a model could be used without loading anything. It is called under the
+            lock of the turns, so it must take no lock under which other code requests turns. If it
+            fails, the oldest request is served next.
+        on_change: called after the queue has changed, without any lock. Its errors are logged.
     """
 
     def __init__(
@@ -60,15 +59,15 @@ class Turns:
         self._on_change = on_change
         self._lock = threading.Condition(threading.Lock())  # notified when a turn ends
         self._current: Ticket | None = None
-        self._owner: int | None = None  # the thread that computes
-        self._n_users = 0  # of the current turn: that thread may enter it several times
+        self._owner: int | None = None  # the thread that holds the turn
+        self._n_users = 0  # nested uses of the current turn by that thread
         self._process = os.getpid()
         self._closed = False
 
     def join(self, model: str) -> Ticket:
         """Take a place in the queue; the ticket may be granted at once.
 
-        A granted ticket must be taken with `take`, or nobody else will ever have a turn.
+        A granted ticket must be used with `take`; otherwise no other turn is ever granted.
 
         Raises:
             DjinnError: closed.
@@ -80,25 +79,25 @@ class Turns:
             self._queue.push(ticket, model)
         try:
             self._grant()
-        except BaseException:  # an interrupt: the caller will never know of the ticket
+        except BaseException:  # an interrupt: the caller never receives the ticket
             self._give_up(ticket)
             raise
         return ticket
 
     def withdraw(self, ticket: Ticket) -> bool:
-        """Take a ticket out of the queue; False when it was granted, or in a forked child."""
+        """Remove a ticket from the queue; False if it was granted, or in a forked child."""
         if os.getpid() != self._process:
             return False
         with self._lock:
             waited = self._queue.withdraw(ticket)
         if waited:
             ticket.cancel()
-            self._tell()
+            self._notify()
         return waited
 
     @contextmanager
     def take(self, ticket: Ticket) -> Iterator[None]:
-        """Compute in the calling thread under a granted ticket; its turn ends with the block."""
+        """Run a block in the calling thread under a granted ticket, then end the turn."""
         self._owner = threading.get_ident()
         _TAKEN.set((*(taken for taken in _TAKEN.get() if not taken.has_ended), ticket))
         with self._used(ticket):
@@ -106,13 +105,13 @@ class Turns:
 
     @contextmanager
     def _used(self, ticket: Ticket) -> Iterator[None]:
-        """Use the current turn; it ends with its last use, which need not be its first."""
+        """Use the current turn; it ends with its last use, not with its first."""
         with self._lock:
             self._n_users += 1
         try:
             yield
         finally:
-            if os.getpid() == self._process:  # in a forked child the turn is its parent's
+            if os.getpid() == self._process:  # in a forked child the turn belongs to the parent
                 with self._lock:
                     self._n_users -= 1
                     is_last = not self._n_users
@@ -123,7 +122,7 @@ class Turns:
 
     @contextmanager
     def turn(self, model: str) -> Iterator[None]:
-        """Wait for a turn and hold it; within a turn of the same thread this is no new one.
+        """Wait for a turn and hold it; a nested call in the same thread shares the turn.
 
         Raises:
             LeaseError: the caller would wait for itself.
@@ -146,19 +145,19 @@ class Turns:
 
     @property
     def is_mine(self) -> bool:
-        """Whether the calling thread has the turn."""
+        """Whether the calling thread holds the turn."""
         return self._owner == threading.get_ident()
 
     def ensure_may_wait(self, model: str, blocks_thread: bool = True) -> None:
-        """Refuse to let the caller wait for a turn, or for a request that waits for one.
+        """Refuse a wait for a turn, or for a request that needs one, that would deadlock.
 
         Args:
-            model: that the turn is for.
-            blocks_thread: other tasks of the thread cannot go on meanwhile.
+            model: the model of the turn.
+            blocks_thread: whether the wait blocks other tasks of the thread.
 
         Raises:
-            LeaseError: the caller has the turn, which ends only when the caller goes on.
-            DjinnError: the caller is a forked child, in which nobody serves requests.
+            LeaseError: the caller holds the turn, which ends only when the caller continues.
+            DjinnError: the caller is a forked child, in which no requests are served.
         """
         if os.getpid() != self._process:
             raise DjinnError(
@@ -174,24 +173,25 @@ class Turns:
             )
 
     def upcoming(self, n: int) -> list[str]:
-        """Return the models whose turns come next, as far as can be told."""
+        """Predict the models of the next `n` turns."""
         with self._lock:
             return self._queue.upcoming(self._is_resident, n)
 
     @property
     def n_waiting(self) -> int:
-        """How many tickets wait."""
+        """Number of waiting tickets."""
         return len(self._queue)
 
     def close(self, only_for: Collection[int | None] | None = None) -> None:
-        """Refuse what waits and what comes, and wait for the turn that is being taken.
+        """Refuse waiting and new tickets, and wait for the current turn to end.
 
-        Whoever waits for a ticket gets a `DjinnError`. Closing twice is harmless.
+        Waiting tickets fail with a `DjinnError`. Closing twice is harmless.
 
         Args:
-            only_for: the threads to wait for; None among them stands for whoever has been granted
-                a ticket and has not taken it yet. Default is any.
+            only_for: wait only for turns of these threads; None among them means a granted ticket
+                that no thread has taken yet. Default is any thread.
         """
+        # Fail the tickets without the lock: their callbacks may call this object again.
         refused: list[Ticket] = []
         with self._lock:
             self._closed = True
@@ -214,12 +214,12 @@ class Turns:
     def _grant(self) -> None:
         try:
             self._grant_next(self._is_resident)
-        except BaseException as error:  # whoever else waits has a turn all the same
+        except BaseException as error:  # other requests must still get their turns
             self._grant_next(lambda model: False)
             if not isinstance(error, Exception):
                 raise
-            _log.warning("the oldest request was served, whatever is resident", exc_info=True)
-        self._tell()
+            _log.warning("residency is unknown; the oldest request was served", exc_info=True)
+        self._notify()
 
     def _grant_next(self, is_resident: Callable[[str], bool]) -> None:
         granted: Ticket | None = None
@@ -229,16 +229,16 @@ class Turns:
                 if ticket.set_running_or_notify_cancel():
                     self._current = granted = ticket
         if granted:
-            granted.set_result(None)  # without the lock: it calls whoever waits
+            granted.set_result(None)  # without the lock, because it runs callbacks of the waiter
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         try:
             self._on_change()
         except Exception:
-            _log.warning("what follows the queue could not be told of a change", exc_info=True)
+            _log.warning("a callback for changes of the queue failed", exc_info=True)
 
     def _give_up(self, ticket: Ticket) -> None:
-        """Take a ticket out of the queue, or pass its turn on."""
+        """Remove a ticket from the queue, or pass its turn on."""
         if not self.withdraw(ticket):
             self._end(ticket)
 

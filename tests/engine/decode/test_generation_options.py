@@ -110,14 +110,19 @@ def ordinary(model, **more):
     return tuple(output[0, len(PROMPT) :].tolist())
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Its tokens where nothing is asked for."""
+    return ordinary(ModelSpec(CONFIG, seed=0).build())
+
+
 def decoder_of(model, decode="graph"):
     recorder = Recorder(torch.device("cpu"))
     return make_decoder(decode, model, pack(model)[1], 40, recorder, lambda step: None)
 
 
 @pytest.mark.parametrize("options", BEYOND, ids=first)
-def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, options, caplog):
-    plain = ordinary(model)
+def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, plain, options, caplog):
     ask_for(model, options)
     expected = ordinary(model)
     assert (expected == plain) == (first(options) in NO_OTHER_TOKENS)
@@ -208,7 +213,9 @@ def test_nothing_else_than_ours_is_done_for_a_request_that_samples(model):
     model.generation_config = GenerationConfig(
         **{name: 0.5 for name in OF_SAMPLING if name != "top_k"}, top_k=3, do_sample=True
     )
-    options = request_options(model, N, False, Sampling(0.7, 5, 0.9))  # as with several beams
+    options = request_options(
+        model, N, False, Sampling(temperature=0.7, top_k=5, top_p=0.9)
+    )  # as with several beams
     config, unknown = model._prepare_generation_config(None, **options)
     model._prepare_special_tokens(config, True, device="cpu")
     processors = model._get_logits_processor(config, 4, logits_processor=LogitsProcessorList())
@@ -225,7 +232,7 @@ def test_a_seed_decides_and_the_generator_of_the_process_is_left_alone(model, op
     ask_for(model, options)
     before = torch.random.get_rng_state()
     drawn = [
-        generate_eager(model, PROMPT, N, True, Sampling(1.5, seed=seed)).token_ids
+        generate_eager(model, PROMPT, N, True, Sampling(temperature=1.5, seed=seed)).token_ids
         for seed in (4, 4, 5)
     ]
     assert drawn[0] == drawn[1] != drawn[2]

@@ -131,7 +131,7 @@ def test_what_cannot_be_found_out_ends_where_the_configuration_says():
     with torch.device("meta"):
         model = Undecided(LlamaConfig(**LLAMA, max_position_embeddings=70))
     check_positions(model, 60, 10)
-    with pytest.raises(ConfigError, match=r"at most 70 .*could not be found out.*tolist"):
+    with pytest.raises(ConfigError, match=r"at most 70 .*search for the real limit failed.*tolist"):
         check_positions(model, 60, 11)
 
 

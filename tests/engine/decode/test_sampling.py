@@ -1,5 +1,7 @@
 """How tokens are chosen: what the words mean, and what is refused before anything waits."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,17 @@ CPU = torch.device("cpu")
 
 
 def test_numbers_of_any_kind_become_plain_ones():
-    sampling = Sampling(np.float32(1), np.int64(5), 1, np.uint64(2**64 - 1))
-    assert sampling == Sampling(1.0, 5, 1.0, 2**64 - 1)
-    kinds = [type(getattr(sampling, name)) for name in sampling.__slots__]
-    assert kinds == [float, int, float, int]
+    sampling = Sampling(
+        temperature=np.float32(1), top_k=np.int64(5), top_p=1, seed=np.uint64(2**64 - 1),
+        max_new_tokens=np.int16(3), ignore_eos=np.True_, stop=["a"],
+    )  # fmt: skip
+    plain = Sampling(
+        temperature=1.0, top_k=5, top_p=1.0, seed=2**64 - 1, max_new_tokens=3, ignore_eos=True,
+        stop=("a",),
+    )  # fmt: skip
+    assert sampling == plain and hash(sampling) == hash(plain)
+    kinds = [type(getattr(sampling, field.name)) for field in fields(sampling)]
+    assert kinds == [float, int, float, int, int, bool, tuple]
 
 
 WRONG = [
@@ -24,6 +33,7 @@ WRONG = [
     *(("top_k", k) for k in (-1, 5.0, 2.5, True, "5", None, 2**70, [5])),
     *(("top_p", p) for p in (0, -0.1, 1.1, True, "1", None, np.nan, np.inf)),
     *(("seed", s) for s in (-1, 2**64, 2**70, 1.0, True, "0", [0])),
+    *(("stop", s) for s in ("", [""], ["a", ""], 5, [5], {"a"}, b"a", iter("a"))),
     ("top_q", 1),
     ("max_tokens", 5),
 ]
@@ -32,20 +42,20 @@ WRONG = [
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=shown)
 def test_what_means_nothing(name, value):
     with pytest.raises(ConfigError, match=name):
-        Sampling.of({"temperature": 1.0, name: value})
+        Sampling.of(None, None, None, {"temperature": 1.0, name: value})
 
 
 def test_hardly_any_temperature_is_none():
-    assert Sampling(1e-40).greedy
-    assert Sampling(np.float64(0)).greedy
-    assert not Sampling(1e-5).greedy
+    assert Sampling(temperature=1e-40).greedy
+    assert Sampling(temperature=np.float64(0)).greedy
+    assert not Sampling(temperature=1e-5).greedy
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1, 1e6])
 @pytest.mark.parametrize("options", [{}, {"top_k": 2**31 - 1}, {"top_p": 1e-300}], ids=str)
 def test_the_extremes_draw_without_overflow(temperature, options):
     logits = torch.tensor([[-1e4, 3.0, 1e4, float("-inf")]])
-    sampler = Sampler(Sampling(temperature, **options), CPU)
+    sampler = Sampler(Sampling(temperature=temperature, **options), CPU)
     drawn = {int(sampler.draw(logits)) for _ in range(20)}
     assert drawn <= {0, 1, 2}
     assert temperature > 1 or drawn == {2}
@@ -55,7 +65,7 @@ def test_a_seed_draws_the_same_again_and_none_does_not():
     logits = torch.zeros(1, 2**20)
 
     def drawn(seed):
-        return int(Sampler(Sampling(1.0, seed=seed), CPU).draw(logits))
+        return int(Sampler(Sampling(temperature=1.0, seed=seed), CPU).draw(logits))
 
     assert drawn(7) == drawn(np.int32(7)) == drawn(7)
     assert len({drawn(None) for _ in range(4)}) > 1
@@ -72,8 +82,8 @@ def djinn(request):
     ("name", "value"),
     [
         *WRONG,
-        *(("max_new_tokens", n) for n in (0, -1, 2.0, "5", True, None, 2**31, 2**70)),
-        *(("ignore_eos", e) for e in ("no", 1, None)),
+        *(("max_new_tokens", n) for n in (0, -1, 2.0, "5", True, 2**31, 2**70)),
+        *(("ignore_eos", e) for e in ("no", 1)),
     ],
     ids=shown,
 )
@@ -86,8 +96,8 @@ def test_refusals_come_before_anything_is_loaded(djinn, name, value):
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": 1}, {"temperature": 2, "top_k": 5}, {"temperature": np.float32(1),
-    "top_p": 1, "seed": np.int64(3)}], ids=str,
+    "options", [{"temperature": 1, "seed": 0}, {"temperature": 2, "top_k": 5, "seed": 0},
+    {"temperature": np.float32(1), "top_p": 1, "seed": np.int64(3)}], ids=str,
 )  # fmt: skip
 def test_every_way_of_decoding_takes_the_same_numbers(djinn, options):
     first = djinn.generate("m", [5, 6], np.int64(8), ignore_eos=np.True_, **options)
@@ -98,12 +108,36 @@ def test_every_way_of_decoding_takes_the_same_numbers(djinn, options):
 
 
 def test_without_a_seed_every_prompt_of_a_list_is_drawn_by_itself(djinn):
-    said = djinn.generate("m", [[5, 6]] * 4, 8, True, temperature=1.0, seed=None)
+    said = djinn.generate("m", [[5, 6]] * 4, 8, True, temperature=1.0)
     assert len({g.token_ids for g in said}) > 1
-    assert len({g.token_ids for g in djinn.generate("m", [[5]] * 3, 8, True, temperature=1)}) == 1
+    said = djinn.generate("m", [[5, 6]] * 3, 8, True, temperature=1, seed=1)
+    assert len({g.token_ids for g in said}) == 1
 
 
 def test_hardly_any_temperature_gives_the_most_likely_tokens(djinn):
     greedy = djinn.generate("m", [5, 6], 8, ignore_eos=True)
     nearly = djinn.generate("m", [5, 6], 8, ignore_eos=True, temperature=1e-40)
     assert nearly.token_ids == greedy.token_ids
+
+
+def test_a_sampling_and_keywords_beside_it(djinn):
+    """As in transformers: what is said in the call counts more."""
+    asked = dj.Sampling(max_new_tokens=6, ignore_eos=True, temperature=1.0, seed=4)
+    said = djinn.generate("m", [5, 6], sampling=asked).token_ids
+    assert len(said) == 6
+    assert djinn.submit("m", [5, 6], sampling=asked).result().token_ids == said
+    assert djinn.generate("m", [5, 6], 6, True, temperature=1.0, seed=4).token_ids == said
+    assert djinn.generate("m", [5, 6], 3, sampling=asked).token_ids == said[:3]
+    greedy = djinn.generate("m", [5, 6], sampling=asked, temperature=0).token_ids
+    assert greedy == djinn.generate("m", [5, 6], 6, ignore_eos=True).token_ids != said
+    drawn = {djinn.generate("m", [5, 6], sampling=asked, seed=None).token_ids for _ in range(4)}
+    assert len(drawn) > 1
+    assert len(djinn.generate("m", [5, 6], ignore_eos=True).token_ids) == 50
+
+
+def test_what_is_passed_in_the_wrong_place_says_so(djinn):
+    for wrong in ({"seed": 1}, 5, dj.Sampling):
+        with pytest.raises(ConfigError, match=r"expected sampling to be a dj\.Sampling"):
+            djinn.generate("m", [5], sampling=wrong)
+    with pytest.raises(ConfigError, match="pass it by its name, sampling="):
+        djinn.generate("m", [5], dj.Sampling())

@@ -43,12 +43,12 @@ class PagerMachine(RuleBasedStateMachine):
     @initialize(
         n_frames=st.integers(5, 14),
         models=st.lists(MODEL, min_size=2, max_size=5),
-        residency=st.sampled_from(["partial", "whole"]),
+        eviction=st.sampled_from(["pages", "models"]),
         policy=st.sampled_from(sorted(POLICIES)),
         on_disk=st.booleans(),
         form=st.sampled_from(FORMS),
     )
-    def start(self, n_frames, models, residency, policy, on_disk, form):
+    def start(self, n_frames, models, eviction, policy, on_disk, form):
         self.patch = pytest.MonkeyPatch()
         self.flaky = Flaky(self.patch)
         self.folder = tempfile.TemporaryDirectory()
@@ -56,7 +56,7 @@ class PagerMachine(RuleBasedStateMachine):
         if on_disk:  # room for the largest model and a little more
             self.tier = disk_tier.DiskTier(20 * PAGE, PAGE, Path(self.folder.name))
         self.pool = in_form(self.tier or HostMasters(), form, PAGE)
-        self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, residency)
+        self.pager = Pager(self.pool, n_frames * PAGE, PAGE, CPU, policy, eviction)
         self.units, self.masters, self.views = {}, {}, {}
         self.held = []
         self.add("small", 0, [(PAGE, False)])  # one at least that fits, whatever is drawn
@@ -245,9 +245,6 @@ class PagerMachine(RuleBasedStateMachine):
 
 
 PagerMachine.TestCase.settings = settings(
-    max_examples=40,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 TestPager = PagerMachine.TestCase

@@ -4,7 +4,6 @@ import threading
 import time
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -19,8 +18,8 @@ MODELS = ["a", "b", "c", "d"]
 class NaiveRing:
     """Residency as a set of (model, page), recency as a list; nothing clever."""
 
-    def __init__(self, n_frames, residency):
-        self.n_frames, self.residency = n_frames, residency
+    def __init__(self, n_frames, eviction):
+        self.n_frames, self.eviction = n_frames, eviction
         self.sizes, self.pages, self.recent, self.leases = {}, set(), [], {}
 
     def resident(self, model):
@@ -36,7 +35,7 @@ class NaiveRing:
         lost = {}
         while free < missing:
             victim = next(m for m in victims if self.resident(m))
-            n = len(self.resident(victim)) if self.residency == "whole" else 1
+            n = len(self.resident(victim)) if self.eviction == "models" else 1
             for _ in range(n):
                 self.pages.remove((victim, self.resident(victim)[-1]))
             free, lost[victim] = free + n, lost.get(victim, 0) + n
@@ -53,12 +52,12 @@ class NaiveRing:
 class RingMachine(RuleBasedStateMachine):
     @initialize(
         n_frames=st.integers(1, 24),
-        residency=st.sampled_from(["partial", "whole"]),
+        eviction=st.sampled_from(["pages", "models"]),
         sizes=st.lists(st.integers(1, 24), min_size=4, max_size=4),
     )
-    def start(self, n_frames, residency, sizes):
-        self.ring, self.policy = Ring(n_frames, residency), LRU()
-        self.naive = NaiveRing(n_frames, residency)
+    def start(self, n_frames, eviction, sizes):
+        self.ring, self.policy = Ring(n_frames, eviction), LRU()
+        self.naive = NaiveRing(n_frames, eviction)
         self.ticks = 0
         sizes[0] = min(sizes[0], n_frames)  # at least one model fits
         for model, size in zip(MODELS, sizes, strict=True):
@@ -145,7 +144,6 @@ class RingMachine(RuleBasedStateMachine):
             assert self.ring.n_free == self.ring.n_frames - len(self.naive.pages)
 
 
-RingMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestRing = RingMachine.TestCase
 
 
@@ -168,7 +166,7 @@ def test_a_ring_needs_a_frame(n_frames):
 def test_bad_input_is_refused_with_what_to_do():
     ring = Ring(2)
     ring.add("a", 1)
-    with pytest.raises(ConfigError, match="residency"):
+    with pytest.raises(ConfigError, match="eviction"):
         Ring(2, "some")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="added before"):
         ring.add("a", 1)

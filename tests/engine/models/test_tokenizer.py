@@ -3,10 +3,11 @@
 import asyncio
 import json
 import logging
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny import spec
+from tiny import saved, spec
 from tokenizer_factory import END_ID, START_ID, TEXT, make_tokenizer, save_tokenizer
 
 import djinn_lib as dj
@@ -134,7 +135,7 @@ GOOD = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedT
     ids=str,
 )
 def test_broken_files_are_said_at_add(tmp_path, files):
-    spec("llama").build().save_pretrained(tmp_path)
+    shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
     save_tokenizer(tmp_path)
     write(tmp_path, **files)
     with dj.Djinn("1MiB", "cpu", page="16KiB") as djinn:
@@ -174,8 +175,7 @@ def test_code_of_a_tokenizer_is_asked_for(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("with tokenizer")
-    spec("llama").build().save_pretrained(folder)
+    folder = shutil.copytree(saved("llama"), tmp_path_factory.mktemp("with tokenizer") / "m")
     save_tokenizer(folder)
     return folder
 

@@ -28,8 +28,8 @@ def test_what_defaults_stand_for():
 
 
 def test_looking_ahead_is_one_option():
-    assert isinstance(EngineOptions("1MiB", "cpu", policy="lfu").eviction, Lookahead)
-    assert type(EngineOptions("1MiB", "cpu", policy="lfu", lookahead=False).eviction) is LFU
+    assert isinstance(EngineOptions("1MiB", "cpu", policy="lfu").victims, Lookahead)
+    assert type(EngineOptions("1MiB", "cpu", policy="lfu", lookahead=False).victims) is LFU
     with pytest.raises(ConfigError, match="leave one of them out"):
         EngineOptions("1MiB", "cpu", policy="lookahead", lookahead=False)
 

@@ -1,1 +1,1 @@
-"""The kernels of a decode step of batch 1."""
+"""Kernels of a decode step of batch size 1."""

@@ -1,9 +1,9 @@
-"""Attention of one new token over a KV cache of which only a part is filled.
+"""Attention of one new token over a partly filled KV cache.
 
-The library kernels read the whole capacity of a cache, filled or not: on an H100 a step of llama-7b
-takes 0.4 ms longer with room for 512 tokens than with room for 192. This one looks at the mask
-first and skips what nobody may attend to, so that capacity costs memory and no time. It is offered
-to transformers as one more attention implementation (see `AttentionInterface` there).
+The library kernels read the whole capacity of a cache. On an H100, a step of llama-7b takes 0.4 ms
+longer with room for 512 tokens than with room for 192. This kernel reads the mask first and skips
+blocks of positions that are masked out, so unused capacity costs memory but no time. It is
+registered with transformers as an attention implementation (see `AttentionInterface` there).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from djinn_lib.engine.decode.kernels import triton_kernels as kernels
 from djinn_lib.errors import ConfigError
 
 NAME = "djinn_decode"
-BLOCK, N_WARPS = 64, 8  # positions at a time, and who loads them
-# What implementations are told besides, and what the mask says already.
+BLOCK, N_WARPS = 64, 8  # positions per block, and warps per program
+# Arguments that transformers also passes, and whose effect the mask already contains.
 _HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
 
 
@@ -29,7 +29,7 @@ _HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_
 def attend_to_cache(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Return softmax(query @ keys.T * scale) @ values over the positions that the mask allows.
+    """Return softmax(query @ keys.T * scale) @ values over the allowed positions.
 
     Args:
         query: (1, heads, 1, head size).
@@ -62,16 +62,16 @@ def decode_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in a layer; shapes as above.
+    """Compute attention in a layer for transformers; shapes as in `attend_to_cache`.
 
     Raises:
-        ConfigError: the architecture asks for more than a softmax under a mask.
+        ConfigError: the architecture needs more than a softmax under a mask.
     """
-    nothing = (None, False)  # by identity: a tensor has no truth value
+    unset = (None, False)  # compared by identity: a tensor has no truth value
     more = [
         name
         for name, given in kwargs.items()
-        if name not in _HARMLESS and not any(given is value for value in nothing)
+        if name not in _HARMLESS and not any(given is value for value in unset)
     ]
     fits = query.shape[0] == query.shape[2] == 1 and key.shape[-1] == value.shape[-1]
     if more or dropout or attention_mask is None or attention_mask.dtype != torch.bool or not fits:

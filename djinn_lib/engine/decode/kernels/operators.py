@@ -1,6 +1,6 @@
-"""What a decode step of batch 1 consists of: each function starts one of `decode_kernels`.
+"""Launch the Triton kernels of a decode step of batch size 1, one per function.
 
-Vectors are given in any shape with that many elements; results are 1-d.
+Vector arguments may have any shape with the right number of elements. Results are 1-d.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from djinn_lib.engine.decode.kernels import triton_kernels as decode_kernels
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
 NO_ACTIVATION, SILU, GELU_TANH = 0, 1, 2
-# Rows of a matrix that a program multiplies, who does, columns at a time; positions that attention
-# looks at at a time. Of ten choices, timed on an H100 with the shapes of Llama-7B, Mistral-7B and
-# Phi-2, these suit all three best: enough loads in flight, and enough programs a multiprocessor.
+# Rows of a matrix per program, warps per program, and columns per iteration; positions per
+# iteration of attention, and its warps. Of ten settings timed on an H100 with the shapes of
+# Llama-7B, Mistral-7B and Phi-2, these are the best for all three: enough loads in flight, and
+# enough programs per multiprocessor.
 ROWS, WARPS, COLUMNS = 2, 4, 4096
 POSITIONS, ATTENTION_WARPS = 256, 8
-# Chosen by what the compiler says of registers and by the bytes that a program asks for: positions
-# at a time beside a product, and weights below which a program projects two pairs of rows.
+# Positions per iteration when attention shares a launch with a product, and the bytes of weights
+# below which a program projects two pairs of rows. Chosen by the compiler's register counts and by
+# the bytes that a program requests.
 POSITIONS_BESIDE, PROJECTED_BYTES = 64, 16 << 10
 _kernels: Any = decode_kernels
 
@@ -38,7 +40,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Product:
-    """y = weight @ x + bias: weight (rows, width), contiguous; bias (rows,) or None."""
+    """y = weight @ x + bias: contiguous (rows, width), and (rows,) or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -56,15 +58,16 @@ def project(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the turned queries of a normed vector, and store its keys and values.
+    """Return the rotated queries of a normed vector, and store its keys and values.
 
     Args:
         x: (1, 1, width).
         norm: of x.
         query, key, value: the projections; all have a bias, or none has.
-        cos, sin: (1, 1, rotated), of the position, or (1, capacity, rotated), of every position;
-            the first values of each head are turned, in halves.
-        position: (1,), int64, where the token goes.
+        cos, sin: (1, 1, rotated) for this position, or (1, capacity, rotated) for every position.
+            The first `rotated` elements of each head are rotated; element i pairs with element
+            i + rotated / 2.
+        position: (1,), int64, of the token.
         keys, values: (1, key heads, capacity, head size), contiguous; written to at the position.
 
     Returns:
@@ -101,8 +104,8 @@ def attend(
         query: (heads * head size,).
         keys, values: (1, key heads, capacity, head size), contiguous.
         scale: of the scores.
-        mask: (1, 1, 1, capacity), bool, contiguous: which positions, at least one.
-        last: (1,), int64: without a mask, up to which position.
+        mask: (1, 1, 1, capacity), bool, contiguous: the positions to attend to, at least one.
+        last: (1,), int64: without a mask, the last position to attend to.
 
     Returns:
         (heads * head size,).
@@ -131,7 +134,7 @@ def attend_beside(
     norm: Norm,
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `attend` does, and activation(product(norm(x))), computed at the same time.
+    """Compute `attend` and activation(product(norm(x))) in one launch.
 
     Args:
         query, keys, values, scale, mask, last: see `attend`.
@@ -170,13 +173,13 @@ def multiply(
 
     Args:
         x: a vector of the product's width.
-        product: has a bias if that of `other` has one.
+        product: has a bias if and only if that of `other` has one.
         norm: of x, if any.
-        gate: a product of the same shape and without bias; the activation is then of its result,
-            which is multiplied with that of `product`.
-        activation: a kind of them.
-        other: another vector, and a product of it to be added.
-        residual: a vector to be added.
+        gate: a product of the same shape, without bias. The result is then
+            product(norm(x)) * activation(gate(norm(x))).
+        activation: one of the constants above.
+        other: another vector, and the product of it to add.
+        residual: a vector to add.
 
     Returns:
         (rows,).
@@ -184,7 +187,7 @@ def multiply(
     n_rows, width = product.weight.shape
     other_x, summand = other or (x, product)
     block = triton.next_power_of_2(width)
-    rows = 2 * ROWS if norm and not gate else ROWS  # a norm is worth it for more than two rows
+    rows = 2 * ROWS if norm and not gate else ROWS  # more rows amortise the norm of a program
     out = torch.empty(n_rows, dtype=x.dtype, device=x.device)
     _kernels.multiply_kernel[(triton.cdiv(n_rows, rows),)](
         x, norm.weight if norm else x, _or(norm.bias if norm else None, x),
@@ -200,12 +203,12 @@ def multiply(
 
 
 def _or(tensor: torch.Tensor | None, instead: torch.Tensor) -> torch.Tensor:
-    """A pointer for a kernel that will not use it, where there is none."""
+    """Return a valid pointer for an absent tensor, which the kernel does not read."""
     return instead if tensor is None else tensor
 
 
 def _launch(x: torch.Tensor, n_warps: int) -> dict[str, Any]:
-    """How a kernel is started on the device of `x`."""
+    """Return launch options for the device of `x`."""
     if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
         return {"num_warps": n_warps, "PDL": True, "launch_pdl": True}
     return {"num_warps": n_warps, "PDL": False}

@@ -1,13 +1,15 @@
-"""The kernels of a decode step of batch 1, in Triton.
+"""Triton kernels of a decode step of batch size 1.
 
-Such a step reads every weight once, so it is bound by device memory, and every microsecond in which
-no weight is on its way is lost. So there are few kernels, five or three a layer: what comes before
-and after a product (norm, bias, rotation, activation, residual) is done by the kernel that computes
-it. A norm is computed again by each program, from a vector that is in its cache anyway. And each
-kernel asks for its weights before it waits for the kernel before it (programmatic dependent launch,
-on GPUs that have it), which closes the gap between the two.
+Such a step reads every weight once, so memory bandwidth bounds it, and any time without weight
+loads in flight is lost. Three choices follow:
 
-Sums are in single precision, and values are rounded where transformers rounds them.
+- There are only five or three kernels per layer. The kernel of a product also computes what comes
+  before and after it (norm, bias, rotation, activation, residual).
+- Each program recomputes the norm of its input vector, which is in its cache anyway.
+- Each kernel issues its weight loads before it waits for the previous kernel (programmatic
+  dependent launch, where the GPU has it). This closes the gap between the two kernels.
+
+Sums use single precision. Values are rounded where transformers rounds them.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ import triton.language as tl
 
 @triton.jit
 def _weights(at, there):
-    """Weights, which nobody reads again before they have left the cache anyway."""
+    """Load weights; evict them from the cache first, because they are read only once."""
     return tl.load(at, mask=there, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
 def _normed(x, inside, weight, bias, column, width, epsilon, KIND: tl.constexpr):
-    """The norm of a vector of which this program holds all."""
+    """Normalise a vector that one program holds entirely."""
     if KIND == 0:
         return x.to(tl.float32)
     values = x.to(tl.float32)
@@ -42,7 +44,7 @@ def _normed(x, inside, weight, bias, column, width, epsilon, KIND: tl.constexpr)
 
 @triton.jit
 def _activated(x, KIND: tl.constexpr):
-    """An activation, in the precision of `x`."""
+    """Apply an activation and round to the precision of `x`."""
     values = x.to(tl.float32)
     if KIND == 1:
         values = values / (1.0 + tl.exp(-values))
@@ -61,10 +63,11 @@ def project_kernel(
     NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLES: tl.constexpr,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Queries, and keys and values in their places; a program has pairs of rows that turn together.
+    """Compute queries, and store keys and values at the position.
 
-    Its pairs are of one head.
+    A program has pairs of rows of one head. The two rows of a pair are rotated together.
     """
+    # Which projection, which head and which rows: programs are ordered queries, keys, values.
     half, program = head_size // 2, tl.program_id(0) * PAIRS
     is_query = program < n_heads * half
     is_value = program >= (n_heads + n_key_heads) * half
@@ -74,19 +77,21 @@ def project_kernel(
     if is_value:
         matrix, bias = value_matrix, value_bias
     pair = program % half + tl.arange(0, PAIRS)
-    head = program // half  # of all, then of its kind
+    head = program // half  # counted over queries, keys and values; next, within its kind
     head -= tl.where(is_query, 0, tl.where(is_value, n_heads + n_key_heads, n_heads))
+    # Rotated rows pair up across the halves; values and the rest of a head pair with neighbours.
     turns = (pair < n_rotated // 2) & (program < (n_heads + n_key_heads) * half)
     first = tl.where(turns, pair, 2 * pair)
     second = tl.where(turns, pair + n_rotated // 2, 2 * pair + 1)
     column = tl.arange(0, BLOCK)
     inside = column < width
     row = (head * head_size).to(tl.int64)
-    # Which of three addresses it is, the compiler does not know, nor that all allow wide loads.
+    # The compiler cannot know which of three matrices this is, nor that all allow wide loads.
     at = tl.multiple_of(matrix, 16) + row * width + column[None, :]
-    there = (pair < half)[:, None] & inside[None, :]  # which is to say where inside
+    there = (pair < half)[:, None] & inside[None, :]  # equals `inside`, in two dimensions
     a = _weights(at + first[:, None] * width, there)
     b = _weights(at + second[:, None] * width, there)
+    # Weights do not depend on the previous kernel, but everything below does: wait only now.
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -101,6 +106,7 @@ def project_kernel(
     if HAS_BIAS:
         sum_a += tl.load(bias + row + first).to(tl.float32)
         sum_b += tl.load(bias + row + second).to(tl.float32)
+    # Round before rotating, as transformers does. Unrotated rows have cos 1 and sin 0.
     y_a, y_b = sum_a.to(vector.dtype), sum_b.to(vector.dtype)
     out_a = y_a * tl.load(cos + first, mask=turns, other=1.0)
     out_a -= y_b * tl.load(sin + first, mask=turns, other=0.0)
@@ -124,10 +130,10 @@ def attend_kernel(
     query, keys, values, mask, last, out, scale, length, head_size, HAS_MASK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a query head: a softmax over blocks of positions, kept up to date as it goes.
+    """Compute attention with one program per query head and an online softmax.
 
-    The mask is looked at first, and what nobody may attend to is not read. Without one it is all
-    positions up to the last.
+    The mask is read first, and a block of positions that is masked out is not read. Without a mask,
+    all positions up to the last one are attended to.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -154,6 +160,7 @@ def attend_kernel(
             k = tl.load(keys + at, mask=wanted, other=0.0).to(tl.float32)
             v = tl.load(values + at, mask=wanted, other=0.0).to(tl.float32)
             score = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+            # Online softmax: rescale the running sums to the new maximum.
             new_top = tl.maximum(top, tl.max(score, axis=0))
             shrink = tl.exp(top - new_top)
             weight = tl.exp(score - new_top)
@@ -173,12 +180,13 @@ def multiply_kernel(
     HAS_OTHER: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, BEFORE: tl.constexpr = 0,
 ):  # fmt: skip
-    """Rows of a product, and what becomes of them; its programs come after `BEFORE` others."""
+    """Compute rows of a product and what follows it, in programs from `BEFORE` on."""
     row = (tl.program_id(0) - BEFORE) * ROWS + tl.arange(0, ROWS)
     there = row < n_rows
     column = tl.arange(0, BLOCK)
     inside = column < width
     at = row.to(tl.int64)[:, None] * width + column[None, :]
+    # Request the weights before waiting for the previous kernel, which computes the vector.
     w = _weights(matrix + at, there[:, None] & inside[None, :])
     if HAS_GATE:
         g = _weights(gate + at, there[:, None] & inside[None, :])
@@ -190,7 +198,7 @@ def multiply_kernel(
     total = w.to(tl.float32) * normed[None, :]
     if HAS_GATE:
         gated = g.to(tl.float32) * normed[None, :]
-    for begin in tl.static_range(BLOCK, width, BLOCK):  # never with a norm
+    for begin in tl.static_range(BLOCK, width, BLOCK):  # empty with a norm, which needs all of x
         inside = column < width - begin
         w = _weights(matrix + at + begin, there[:, None] & inside[None, :])
         v = tl.load(x + begin + column, mask=inside, other=0.0).to(tl.float32)
@@ -231,7 +239,7 @@ def attend_beside_kernel(
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Attention and a product that does not depend on it: the one waits, while the other reads."""
+    """Run attention and an independent product in one launch: their loads overlap."""
     if tl.program_id(0) < n_heads:
         attend_kernel(
             query, keys, values, mask, last, attended, scale, length, head_size, HAS_MASK,

@@ -55,6 +55,8 @@ class CpuAddressSpace(AddressSpace):
         self._fd = -1
         _require_memfd()
         super().__init__(n_frames, page_bytes)
+        if frames is None:  # first: what does not fit is not helped by larger pages
+            host.require(n_frames * page_bytes, "the ring", "lower the capacity")
         _require_mappings(n_frames)
         self._libc = _libc()
         if frames is None:
@@ -64,7 +66,6 @@ class CpuAddressSpace(AddressSpace):
 
     def _make_frames(self) -> None:
         n_bytes = self.n_frames * self.page_bytes
-        host.require(n_bytes, "the ring", "lower the capacity")
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
         try:  # allocated now, so that no load pays for it and a lack of memory shows here
             os.posix_fallocate(self._fd, 0, n_bytes)

@@ -76,7 +76,12 @@ class LLM:
                 token_ids=[token], text=text, finish_reason="length" if finished else None
             )
             outputs.append(
-                SimpleNamespace(request_id=number, outputs=[completion], finished=finished)
+                SimpleNamespace(
+                    request_id=number,
+                    prompt_token_ids=ids[: len(ids) - len(said)],
+                    outputs=[completion],
+                    finished=finished,
+                )
             )
         return outputs
 

@@ -1,0 +1,106 @@
+"""Figures of load: what requests take, and how many are done in time, against their rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    footnote,
+    order_systems,
+    sample_note,
+    split_unavailable,
+    styled,
+    system_look,
+    unavailable_notes,
+)
+from djinn_lib.metrics import by_request, latency
+
+STATISTICS = {"p50": "-", "p99": ":"}
+
+
+@styled
+def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000.0) -> Figure:
+    """Draw first tokens, whole requests and the share done in time against the rate of arrivals.
+
+    Args:
+        rows: of traces whose requests were sent when they arrived; may be empty.
+        rates: of these traces, in requests a second.
+        target_ms: from a request's arrival until it has to be done.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained")
+    rows, unavailable = split_unavailable(rows)
+    systems = order_systems(rows["system"])
+    if not systems:
+        for axes in panels:
+            axes.set_axis_off()
+        note = "this run has no requests that arrive at given rates"
+        footnote(figure, [note, *unavailable_notes(unavailable)])
+        return figure
+    table = load_table(rows, rates, target_ms)
+    for axes, column, label in zip(
+        panels, ("ttft", "total", "in_time"),
+        ("to the first token (ms)", "to the last token (ms)", f"done within {target_ms / 1e3:g} s"),
+        strict=True,
+    ):  # fmt: skip
+        _draw_panel(axes, table, systems, column)
+        axes.set(xlabel="arrivals a second", ylabel=label)
+        axes.set_xscale("log")
+        ticks = sorted(table["rate"].unique())
+        axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        axes.minorticks_off()
+        axes.grid(which="major")
+    panels[2].yaxis.set_major_formatter(PercentFormatter())
+    panels[2].set_ylim(-4, 104)
+    panels[2].axhline(90, color="0.4", linestyle=(0, (1, 1.5)), linewidth=1.0)
+    figure.legend(handles=_legend(systems), loc="outside upper center", ncols=4)
+    footnote(figure, [sample_note(rows), "Dotted at the right: 90%. Failed requests are late.",
+                      *_few(table), *unavailable_notes(unavailable)])  # fmt: skip
+    return figure
+
+
+def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
+    """Return a row a system and rate: `n`, P50 and P99 of both times, and `in_time` in percent."""
+    found = []
+    for (system, trace), part in rows.groupby(["system", "trace"]):
+        in_time = part["ok"] & (part["total_ms"] <= target_ms)
+        line = {"system": system, "rate": rates[str(trace)], "in_time": 100 * in_time.mean(),
+                "n": part["request"].nunique()}  # fmt: skip
+        for column in ("ttft", "total"):
+            times = latency(by_request(part, f"{column}_ms"))
+            line |= {f"{column}_{name}": times[name] for name in STATISTICS}
+        found.append(line)
+    return pd.DataFrame(found).sort_values("rate")
+
+
+def _draw_panel(axes: Axes, table: pd.DataFrame, systems: Sequence[str], column: str) -> None:
+    for system in systems:
+        part, look = table[table["system"] == system], system_look(system)
+        common = {"color": look.color, "marker": look.marker, "markersize": 3.5}
+        if column == "in_time":
+            axes.plot(part["rate"], part[column], linestyle=look.linestyle, **common)
+            continue
+        for statistic, line in STATISTICS.items():
+            axes.plot(part["rate"], part[f"{column}_{statistic}"], linestyle=line, **common)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+
+
+def _legend(systems: Sequence[str]) -> list[Line2D]:
+    looks = [system_look(system) for system in systems]
+    own = [Line2D([], [], color=look.color, marker=look.marker, markersize=3.5, label=look.label)
+           for look in looks]  # fmt: skip
+    return own + [Line2D([], [], color="0.3", linestyle=line, label=name.upper())
+                  for name, line in STATISTICS.items()]  # fmt: skip
+
+
+def _few(table: pd.DataFrame) -> list[str]:
+    return ["P99: the slowest request, where there are fewer than 100."] if (
+        table["n"] < 100).any() else []  # fmt: skip

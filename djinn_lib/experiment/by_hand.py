@@ -1,0 +1,54 @@
+"""Cells that somebody runs by hand in Jupyter or with papermill: what that renews, in words."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from IPython.display import Markdown
+
+from djinn_lib.experiment.profile import Cell
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.paths import REPO
+
+_EXECUTED = "DJINN_EXECUTED_COPY"  # of a kernel that a run started: the copy that it writes
+
+
+@contextmanager
+def executing(copy: Path) -> Iterator[None]:
+    """Let kernels that are started in the block know which executed copy they are for."""
+    os.environ[_EXECUTED] = str(copy)
+    try:
+        yield
+    finally:
+        os.environ.pop(_EXECUTED, None)
+
+
+def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
+    """Return what a cell that was run by hand has renewed, and how to renew the rest.
+
+    Args:
+        run: the run's folder.
+        cell: that was run.
+
+    Returns:
+        None where a run executes the notebook, which renews everything itself.
+    """
+    files = run.cell(cell.id)
+    if os.environ.get(_EXECUTED) == str(files.notebook.resolve()):
+        return None
+    folder = _from_here(run.path)
+    return Markdown(
+        f"**Run by hand.** The rows are new: `{folder}/requests/{files.rows.name}`. The figures, "
+        f"the verdicts and `{folder}/index.html` are not: `make figures FROM={folder}` makes them "
+        "again from the rows. The executed copy of this notebook is that of the run: the next "
+        "`make reproduce` runs this cell again, and renews everything."
+    )
+
+
+def _from_here(folder: Path) -> str:
+    """A folder as seen from the repository where it lies in it, for a command that is run there."""
+    path = folder.resolve()
+    return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)

@@ -1,0 +1,73 @@
+"""Titles and captions of figures, in the order of the page of a run."""
+
+from __future__ import annotations
+
+# Of what a run measured.
+MEASURED = {
+    "latency_cdf": (
+        "Latency of every request",
+        "Share of requests served within a time. A system that failed requests ends below 100%, "
+        "at a cross.",
+    ),
+    "sensitivity": (
+        "Sensitivity to the capacity",
+        "Speed-up over the baseline with 95% intervals, and requests that found their weights.",
+    ),
+    "latency_breakdown": (
+        "Where the time goes",
+        "Mean latency of each system by phase, in milliseconds and as shares.",
+    ),
+    "decode_pace": (
+        "How steady decoding is",
+        "Each request's decode as a multiple of the fastest of its model; a line is a repeat.",
+    ),
+    "residency_over_time": (
+        "What fills the ring",
+        "Bytes of each model after each request; hatched where only a part of it is resident.",
+    ),
+    "bytes_loaded": (
+        "Bytes moved",
+        "Weights moved for the whole trace, compared with the least that was possible.",
+    ),
+    "zipf": (
+        "A longer trace",
+        "What switches cost, and how long requests take, when models are drawn by Zipf's law.",
+    ),
+    "concurrent": (
+        "Requests that wait for each other",
+        "What switches cost, and how long requests take, when all are sent at once. Every system "
+        "computes one request at a time; none batches.",
+    ),
+    "large_models": (
+        "A model larger than the ring",
+        "Time per token when layers take turns, compared with accelerate's offloading.",
+    ),
+    "fleet": (
+        "A fleet: vLLM engines on one ring",
+        "Requests to all models at once, and the bytes of each model on the ring meanwhile.",
+    ),
+}
+# Of the simulator and of the study of policies, which are the same whichever run it is.
+COMPUTED = {
+    "simulator_validation": (
+        "The simulator compared with measured rows",
+        "Each point is a request of our reference run: measured and simulated.",
+    ),
+    "policies_distance": (
+        "Policies compared with the optimum",
+        "Bytes that each policy loads, as a multiple of the offline optimum.",
+    ),
+    "policies_capacity": (
+        "The memory that makes switching free",
+        "Share of all weights that has to fit, for a mean switch of less than 10 ms.",
+    ),
+    "policies_queue": (
+        "Policies when requests wait",
+        "Latencies at different loads, for policies that know the queue and some that do not.",
+    ),
+    "simulator_growth": (
+        "How the simulator scales",
+        "The cost of a request does not grow with their number.",
+    ),
+    "explore": ("The picture kept from the explorer", "Of notebook explore, with its sliders."),
+}

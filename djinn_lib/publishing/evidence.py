@@ -1,0 +1,101 @@
+"""What a claim rests on, as links of a page: its notebook, its figure, its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from djinn_lib.analysis.claims import Claim, Verdict
+from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
+from djinn_lib.experiment.profile import cell_id
+
+_SYSTEMS = ("system", "to", "baseline", "reference")  # arguments of metrics that name systems
+_OF_THE_MACHINE = {"total_gib", "capacity_share"}
+_OF_THE_TRACE = {"popularity_ratio"}
+_OF_ALL_SYSTEMS = {"token_agreement", "token_agreement_of"}
+_OF_ALL_CELLS_OF_A_SYSTEM = {"token_agreement_when_concurrent"}
+_OF_ALL_CAPACITIES = {"speedup_over_capacities", "speedup_spread", "worst_bytes_to_optimum"}
+_MOST = 8  # more cells than that are one link to all
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One link of a page, relative to it."""
+
+    text: str
+    href: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a page of a run has to link to.
+
+    Args:
+        notebooks: where each executed notebook is, by name.
+        figures: names of the figures on the page.
+        cells: trace, capacity, system and mode of each cell that has rows.
+        traces: files of traces.
+    """
+
+    notebooks: Mapping[str, str]
+    figures: Collection[str]
+    cells: Sequence[tuple[str, str, str, str]]
+    traces: Collection[str]
+
+
+def evidence(verdict: Verdict, claim: Claim | None, shown: Shown) -> list[Link]:
+    """Return the links of one claim, of what there is; `claim` says which rows it was measured on.
+
+    Args:
+        verdict: of a run.
+        claim: of the same id, or None if there is no such claim any more.
+        shown: what the page has.
+    """
+    links = []
+    if href := shown.notebooks.get(verdict.notebook):
+        links.append(Link(verdict.notebook, href))
+    if verdict.figure in shown.figures:
+        links.append(Link("figure", f"#figure-{verdict.figure}"))
+    return links + (list(_data(claim, shown)) if claim else [])
+
+
+def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
+    if claim.metric in _OF_THE_MACHINE:
+        yield Link("machine.json", "machine.json")
+        return
+    if claim.metric in _OF_THE_TRACE:
+        name = f"{claim.arguments['trace']}.jsonl"
+        if name in shown.traces:
+            yield Link("trace", f"traces/{name}")
+        return
+    cells = [cell for cell in shown.cells if _rests_on(claim, *cell)]
+    if len(cells) > _MOST:
+        yield Link(f"rows of {len(cells)} cells", "#data")
+        return
+    for cell in cells:
+        yield Link(f"rows of {cell_id(*cell)}", f"requests/{cell_id(*cell)}.parquet")
+
+
+def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str) -> bool:
+    """Whether a claim is measured on the rows of a cell; None in an argument stands for all."""
+    where: Mapping[str, Any] = claim.arguments
+    if claim.metric in _OF_ALL_CELLS_OF_A_SYSTEM:
+        return system in _systems(where, system)
+    default = None if claim.metric in _OF_ALL_CAPACITIES else MAIN_CAPACITY
+    wanted_capacity = where.get("capacity_label", default)
+    return (
+        where.get("mode", "sequential") == mode
+        and where.get("trace", MAIN_TRACE) in (trace, None)
+        and wanted_capacity in (capacity, None)
+        and (claim.metric in _OF_ALL_SYSTEMS or system in _systems(where, system))
+    )
+
+
+def _systems(where: Mapping[str, Any], system: str) -> set[str]:
+    named: set[str] = set()
+    for argument in _SYSTEMS:
+        if argument in where:
+            value = where[argument]
+            named |= {system} if value is None else {value} if isinstance(value, str) else {*value}
+    return named

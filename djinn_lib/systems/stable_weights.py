@@ -1,0 +1,117 @@
+"""Whole models at addresses that never change, so that Djinn's own decoders can run on them.
+
+A recorded decode step reads its weights where they were when it was recorded. Plain tensors are
+somewhere else after every load, so device memory is mapped and unmapped here, as the ring does it.
+All else is what the PyTorch baselines do: a model is copied as a whole, from one pinned buffer, and
+nothing is computed before all of it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from djinn_lib.engine.decode.cuda_graphs import Recorder
+from djinn_lib.engine.decode.decoder import Decoder, make_decoder
+from djinn_lib.engine.decode.eager import Tokens
+from djinn_lib.engine.decode.modes import Decode
+from djinn_lib.engine.device import DEFAULT_PAGE_BYTES
+from djinn_lib.engine.memory.devices import open_address_space
+from djinn_lib.engine.memory.devices.base import Range
+from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.models.packing import bind, pack
+from djinn_lib.engine.models.sources import open_source
+from djinn_lib.systems.base import ModelFiles
+
+MAX_MODEL_LEN = 512
+
+
+class StableWeights:
+    """Models that are on the device as a whole or not at all.
+
+    Frames are allocated once, so that neither a load nor a drop waits for the driver's allocator.
+
+    Args:
+        device: the CPU or a GPU.
+        decode: how to decode.
+        capacity_bytes: for all models that are on the device together. Each of them may end within
+            a page, for which there is room besides.
+        n_models: how many there will be.
+        progress: told what begins.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        decode: Decode,
+        capacity_bytes: int,
+        n_models: int,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._device, self._decode, self._progress = device, decode, progress
+        page_bytes = DEFAULT_PAGE_BYTES[device.type]
+        n_frames = -(-capacity_bytes // page_bytes) + n_models
+        self._space = open_address_space(device, n_frames, page_bytes)
+        self._free = list(range(n_frames))
+        self._masters = HostMasters(pin=device.type == "cuda")
+        self._recorder = Recorder(device)
+        self._areas: dict[str, Range] = {}
+        self._mapped: dict[str, list[int]] = {}
+        self._decoders: dict[str, Decoder] = {}
+
+    def add(self, files: ModelFiles) -> None:
+        """Read a model into its master and make its decoder; it is not on the device afterwards."""
+        name, opened = files.name, open_source(files.folder, files.dtype)
+        layout, units = pack(opened.module, "ring")
+        self._masters.add(name, layout, opened.fill)
+        area = self._space.reserve(-(-layout.paged_bytes // self._space.page_bytes))
+        self._areas[name] = area
+        bind(opened.module, layout.paged_views(self._space.bytes_view(area)), self._device)
+        self.load(name)
+        try:
+            self._decoders[name] = make_decoder(
+                self._decode, opened.module, units, MAX_MODEL_LEN, self._recorder, self._progress
+            )
+        finally:
+            self.drop(name)
+
+    def load(self, name: str) -> None:
+        """Map a model's pages and start to copy all of it, on the current stream."""
+        area = self._areas[name]
+        frames = [self._free.pop() for _ in range(area.n_pages)]
+        self._mapped[name] = frames
+        self._space.map(area, 0, frames)
+        self._on_device(name).copy_(self._masters.master(name), non_blocking=True)
+
+    def write_back(self, name: str) -> None:
+        """Start to copy all of a model to its master, which has the same bytes."""
+        self._masters.master(name).copy_(self._on_device(name), non_blocking=True)
+
+    def drop(self, name: str) -> None:
+        """Take a model off the device, if it is there, once nothing reads it any more."""
+        if frames := self._mapped.pop(name, None):
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            self._space.unmap(self._areas[name], 0, len(frames))
+            self._free += frames
+
+    def _on_device(self, name: str) -> torch.Tensor:
+        view = self._space.bytes_view(self._areas[name])
+        return view[: self._masters.layout(name).paged_bytes]
+
+    def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
+        """Decode with a model that is on the device."""
+        return self._decoders[name].generate(prompt_ids, max_new_tokens, ignore_eos=True)
+
+    def close(self) -> None:
+        """Free everything."""
+        for decoder in self._decoders.values():
+            decoder.close()
+        self._decoders.clear()
+        for name, area in self._areas.items():
+            self.drop(name)
+            self._space.release(area)
+        self._areas.clear()
+        self._space.close()
+        self._masters.close()

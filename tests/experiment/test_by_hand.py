@@ -1,0 +1,31 @@
+"""A cell that is run by hand says what it renews and what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from profile_factory import tiny_profile
+
+from djinn_lib.experiment.by_hand import executing, what_is_renewed
+from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.paths import REPO
+
+CELL = tiny_profile().all_cells()[0]
+
+
+def test_by_hand_it_says_what_is_new_and_the_command_for_the_rest(tmp_path):
+    said = what_is_renewed(RunFolder(tmp_path), CELL).data
+    assert f"{tmp_path}/requests/{CELL.id}.parquet" in said
+    assert f"make figures FROM={tmp_path}`" in said and "executed copy" in said
+    inside = RunFolder(REPO / "notebooks" / ".." / "data" / "runs" / "cpu")
+    assert "make figures FROM=data/runs/cpu`" in what_is_renewed(inside, CELL).data
+
+
+def test_in_a_run_it_says_nothing(tmp_path):
+    run = RunFolder(tmp_path)
+    with executing(run.cell(CELL.id).notebook.resolve()):
+        assert what_is_renewed(run, CELL) is None
+        assert what_is_renewed(RunFolder(tmp_path / "other"), CELL) is not None
+    with executing(Path("somewhere.ipynb")):
+        assert what_is_renewed(run, CELL) is not None
+    assert what_is_renewed(run, CELL) is not None  # the block is over
