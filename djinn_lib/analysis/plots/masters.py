@@ -14,6 +14,7 @@ from djinn_lib.analysis.plots.style import (
     require_rows,
     styled,
 )
+from djinn_lib.units import three_digits
 
 _COLORS = {"plain": "#7F7F7F", "compressed": "#0072B2"}
 
@@ -42,15 +43,21 @@ def full_misses(rows: pd.DataFrame) -> Figure:
                     saturation=1.0, errorbar=None, ax=axes, legend=dtype == dtypes[0])  # fmt: skip
         for y, model in enumerate(models):
             own = part[part["model"] == model].set_index("form")
+            if own.empty:
+                continue
             axes.vlines(own["link_ms"].iloc[0], y - 0.45, y + 0.45, color="#D55E00", linestyle="--")
             for form, height in (("plain", -0.2), ("compressed", 0.2)):
                 if form in own.index:
-                    note = f"{own.load_ms[form]:.3g} ms, {own.share[form]:.0%} of the bytes"
-                    axes.annotate(note, (0, y + height), (3, 0), textcoords="offset points",
-                                  va="center", color="white", fontsize=SMALL_PT)  # fmt: skip
+                    note = f"{three_digits(own.load_ms[form])} ms, {own.share[form]:.0%} of bytes"
+                    end_ms = max(own.load_ms[form], own.link_ms[form])
+                    axes.annotate(note, (end_ms, y + height), (4, 0), va="center",
+                                  textcoords="offset points", fontsize=SMALL_PT,
+                                  in_layout=False)  # fmt: skip
         axes.set(title=dtype, xlabel="", ylabel="")
     if legend := grid[0, 0].get_legend():
         sns.move_legend(legend.axes, "lower right", bbox_to_anchor=(1, 1), ncols=2, title=None)
+    longest_ms = rows[["load_ms", "link_ms"]].max(axis=None)
+    grid[-1, 0].set_xlim(0, 1.9 * longest_ms)  # the rest is for what stands beside the bars
     grid[-1, 0].set_xlabel("ms from nothing resident to all weights")
     footnote(figure, ["dashed: plain bytes at the rate of the link"])
     return figure
