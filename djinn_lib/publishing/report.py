@@ -223,8 +223,8 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
         return []
 
 
-def _cells(run: Run) -> list[tuple[str, str, str, str]]:
-    keys = ["trace", "capacity_label", "system", "mode"]
+def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:
+    keys = ["trace", "capacity_label", "system", "mode", "start"]
     return list(run.rows[keys].drop_duplicates().itertuples(index=False, name=None))
 
 
@@ -233,7 +233,7 @@ def _with_evidence(
     listing: Sequence[Mapping[str, Any]],
     figures: Sequence[Mapping[str, str]],
     traces: Sequence[str],
-    cells: Sequence[tuple[str, str, str, str]],
+    cells: Sequence[tuple[str, str, str, str, str]],
 ) -> list[tuple[Verdict, list[Link]]]:
     """Each verdict with what it rests on."""
     claims = {claim.id: claim for claim in load_claims()}

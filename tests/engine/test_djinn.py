@@ -271,7 +271,7 @@ class TestBadInput:
     def test_names(self, djinn):
         with pytest.raises(ConfigError, match=r"expected one of the models \['m'\]"):
             djinn.generate("nobody", PROMPT)
-        with pytest.raises(ConfigError, match="added before"):
+        with pytest.raises(ConfigError, match="already exists"):
             djinn.add("m", saved("phi"))
 
     def test_a_model_larger_than_the_ring(self, djinn):
