@@ -17,7 +17,9 @@ _PR_SET_PDEATHSIG = 1
 _ASKED_S, _TOLD_S = 20.0, 10.0  # to end by itself, and after SIGTERM
 # An exception as the end of a traceback tells it, behind whatever a logger has put before it.
 _RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)$")
-_SECOND_HAND = "Engine core initialization failed"  # vLLM's, about an error told before
+# What vLLM's processes say of an error that another one of them told before.
+_SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization failed")
+_OURS = "djinn_lib.errors."
 _ROOT = Path(__file__).resolve().parents[2]
 # The kernel ends a child with the thread that started it; this one lives as long as the process.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
@@ -110,17 +112,17 @@ def last_lines(log: Path, n: int = 12) -> str:
 
 
 def raised_last(log: Path) -> tuple[str, str] | None:
-    """Return the class and the message of the last error in a log, or None.
+    """Return the class and the message of the error that a log ends with, or None.
 
-    Of several processes that write to it, one may only tell that another one failed: that is not
-    what is looked for.
+    One of ours goes before others. Of several processes that write to the log, one may only tell
+    that another one failed: that is not what is looked for.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return None
-    for line in reversed(lines):
-        found = _RAISED.search(line.rstrip())
-        if found and _SECOND_HAND not in line:
-            return found[1].rpartition(".")[2], found[2]
-    return None
+    found = [match for line in lines if (match := _RAISED.search(line.rstrip()))]
+    told = [one for one in found if one[1].startswith(_OURS)] or [
+        one for one in found if not one[2].startswith(_SECOND_HAND)
+    ]
+    return (told[-1][1].rpartition(".")[2], told[-1][2]) if told else None
