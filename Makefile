@@ -73,14 +73,20 @@ study: check-executor $(READY) ## compute the study of policies again, into data
 	$(RUN) -m djinn_lib.experiment.study --executor $(EXECUTOR)
 
 .PHONY: test
-test: lint ## check the style and the types, then run the tests that take minutes
-	@echo "==> tests"
-	$(RUN) -m pytest $(PYTEST_ARGS) -m "not slow"
+test: style ## check the style and the types, and run the tests that take minutes
+	@$(call tests-and-types,-m "not slow")
 
 .PHONY: test-all
-test-all: lint ## check the style and the types, then run all tests, with every architecture
-	@echo "==> all tests"
-	$(RUN) -m pytest $(PYTEST_ARGS)
+test-all: style ## check the style and the types, and run all tests, on many more drawn examples
+	@$(call tests-and-types,--hypothesis-profile thorough)
+
+# Checking the types takes one core for a minute: tests run on the other ones meanwhile.
+define tests-and-types
+echo "==> tests"; said=$$(mktemp); $(MAKE) types >"$$said" 2>&1 & types=$$!; \
+  $(RUN) -m pytest $(PYTEST_ARGS) $(1) && failed= || failed=tests; \
+  wait $$types || failed="$${failed:+$$failed, }types"; cat "$$said"; rm -f "$$said"; \
+  [ -z "$$failed" ] || { echo "make: failed: $$failed" >&2; exit 1; }
+endef
 
 .PHONY: architectures
 architectures: $(READY) ## measure which architectures are served, and write docs/architectures.md
@@ -98,13 +104,19 @@ test-vllm: $(READY) ## test what needs vLLM, with that of `make vllm` or of DJIN
 	$(RUN) -m pytest $(PYTEST_ARGS) -m vllm tests/fleet tests/systems
 
 .PHONY: lint
-lint: $(READY) ## check the style, who imports whom, the types, and that notebooks are stripped
+lint: style types ## check the style, who imports whom, the types, and that notebooks are stripped
+
+.PHONY: style
+style: $(READY)
 	@echo "==> style"
 	@$(call if-installed,ruff) $(RUN) -m ruff check .; $(RUN) -m ruff format --check .; fi
 	@echo "==> notebooks without outputs"
 	@$(call if-installed,nbstripout) $(notebooks) $(RUN) -m nbstripout --verify $(STRIP) "$$@"; fi
 	@echo "==> who imports whom"
 	@$(call if-installed,importlinter) $(RUN) -c 'from importlinter.cli import lint_imports_command as c; c()' --no-logo --no-cache; fi
+
+.PHONY: types
+types: $(READY)
 	@echo "==> types"
 	@$(call if-installed,pyright) $(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"; fi
 

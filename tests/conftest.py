@@ -1,4 +1,8 @@
-"""What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU."""
+"""What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU.
+
+Of Hypothesis there are two profiles: `make test` draws few examples, the same each time, and
+`make test-all` (`--hypothesis-profile thorough`) draws many.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import gc
 import os
 import random
 import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,9 +28,17 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 from tqdm import tqdm
 
 from djinn_lib.fleet import environment
+
+_COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "fast", _COMMON, max_examples=20, stateful_step_count=25, derandomize=True
+)
+settings.register_profile("thorough", _COMMON, max_examples=200, stateful_step_count=40)
+settings.load_profile("fast")
 
 tqdm.monitor_interval = 0  # a progress bar starts no thread, which tests of leaks would find
 
@@ -50,6 +64,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: collecting garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_architecture_is_traced_once() -> Iterator[None]:
+    """Adding a model runs it on fake tensors, which takes longer than all else that a test does.
+
+    Models of one class, configuration and shapes give the same events, so these are kept. Tests
+    of tracing call `tracing.observe` itself; classes defined in tests are always traced.
+    """
+    packing = sys.modules.get("djinn_lib.engine.models.packing")
+    if packing is None:  # no collected test needs the engine
+        yield
+        return
+    kept: dict[object, list[tuple[str, str]]] = {}
+    observe = packing.observe
+
+    def observe_once(model):
+        if not type(model).__module__.startswith("transformers.models."):
+            return observe(model)
+        shapes = tuple((name, p.shape, p.dtype) for name, p in model.named_parameters())
+        key = type(model), repr(model.config.to_dict()), shapes
+        if key not in kept:
+            kept[key] = observe(model)
+        return list(kept[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "observe", observe_once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """The same draws in every run. torch seeds its own generators where a test uses them."""
@@ -63,17 +111,19 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def held_by_this_process() -> dict[str, object]:
+def held_by_this_process() -> Counter[str]:
     """What a fault may leave behind: descriptors, threads, child processes, mapped files."""
     gc.collect()
     maps = Path("/proc/self/maps").read_text().splitlines()
     children = psutil.Process().children(recursive=True)
-    return {
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": sorted(thread.name for thread in threading.enumerate()),
-        "children": [p.pid for p in children if "resource_tracker" not in " ".join(p.cmdline())],
-        "mappings": sum("memfd:" in line or ".safetensors" in line for line in maps),
-    }
+    return Counter(
+        [
+            *("descriptor" for _ in os.listdir("/proc/self/fd")),
+            *(f"thread {thread.name}" for thread in threading.enumerate()),
+            *(f"child {p.pid}" for p in children if "resource_tracker" not in str(p.cmdline())),
+            *("mapping" for line in maps if "memfd:" in line or ".safetensors" in line),
+        ]
+    )
 
 
 @pytest.fixture
@@ -85,8 +135,8 @@ def nothing_leaks() -> Callable[[], AbstractContextManager[None]]:
         before = held_by_this_process()
         yield
         until_s = time.perf_counter() + 2
-        while held_by_this_process() != before and time.perf_counter() < until_s:
+        while (gained := held_by_this_process() - before) and time.perf_counter() < until_s:
             time.sleep(0.05)
-        assert held_by_this_process() == before
+        assert not gained  # what an earlier test left may well have gone meanwhile
 
     return watched

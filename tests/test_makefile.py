@@ -28,7 +28,7 @@ case "$*" in
 esac
 """
 
-TOOLS = "sh cat grep sha256sum cut uname mkdir cp rm ls touch awk find xargs id"
+TOOLS = "sh cat grep sha256sum cut uname mkdir mktemp cp rm ls touch awk find xargs id"
 COMMANDS = "help reproduce test lab vllm figures lint format clean setup"
 
 
@@ -196,6 +196,18 @@ def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -
     tree.log.unlink()
     assert tree.make("lab", f"PY={python}").returncode == 0
     assert f"--ServerApp.root_dir={tree.root}" in tree.log.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"), [("pyright", "types"), ("pytest", "tests"), ("nothing", "")]
+)
+def test_types_are_checked_beside_the_tests_and_either_may_fail(tree, fails, said) -> None:
+    python = tree.bin / "p"
+    tree.command(python.name, '#!/bin/sh\ncase "$*" in *"-m $FAIL_ON"*) exit 1 ;; esac\n')
+    done = tree.make("test", f"PY={python}", FAIL_ON=fails)
+    assert bool(done.returncode) == bool(said), done.stderr
+    assert f"make: failed: {said}" in done.stderr or not said
+    assert "==> types" in done.stdout and "==> tests" in done.stdout
 
 
 def test_profile_and_lock_follow_the_gpu(tree: Tree) -> None:

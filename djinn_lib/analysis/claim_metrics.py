@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -202,21 +202,20 @@ def worst_bytes_to_optimum(run: Run, system: str, trace: str = MAIN_TRACE) -> Me
 
 @metric()
 def computed_hit_share(
-    run: Run, capacity_label: str, residency: Literal["whole", "partial"], start: str = "cold"
+    run: Run, capacity_label: str, eviction: Eviction, start: str = "cold"
 ) -> Measurement:
     """Share of the main trace's requests that load nothing: simulated, not measured.
 
     Args:
         run: whose sizes and capacity are taken.
         capacity_label: of the ring.
-        residency: "whole" for a cache of whole models, "partial" for pages; least recently used.
+        eviction: "models" for a cache of whole models, "pages" for parts of them.
         start: "warm" if each model was asked for once before, in their order.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
     before = list(run.sizes) if start == WARM else []
     models = [*before, *(request.model for request in trace.requests)]
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
-    eviction: Eviction = "models" if residency == "whole" else "pages"
     simulated = simulate(models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=1 << 20)
     hits = simulated["loaded_bytes"].iloc[len(before) :] == 0
     remark = f"{hits.sum()} of {len(hits)} requests, computed by the simulator, not measured"

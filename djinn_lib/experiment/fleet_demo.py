@@ -129,9 +129,13 @@ def _measured(
     with Fleet(
         capacity_bytes, device, page, quantum_s=0.05, max_wait_s=0.5, progress=progress
     ) as fleet:
-        for name, files in bench.models.items():
-            options = _options(bench, name, n_tokens)
-            fleet.add(name, files.folder, **options)
+        with ThreadPoolExecutor(_n_starts(bench)) as threads:
+            list(threads.map(
+                lambda name: fleet.add(
+                    name, bench.models[name].folder, **_options(bench, name, n_tokens)
+                ),
+                bench.models,
+            ))  # fmt: skip
         with fleet.live() if live else nullcontext(), _sampled(fleet) as samples:
             rows, begin_s = _ask_all(fleet, prompts, n_tokens)
         residency = pd.DataFrame(samples, columns=["at_s", "model", "resident_bytes"])
@@ -184,31 +188,45 @@ def _plain(
     n_tokens: int,
     progress: Callable[[str], None],
 ) -> dict[tuple[str, int], tuple[int, ...]]:
-    """What vLLM without a ring says, one engine after the other."""
-    said: dict[tuple[str, int], tuple[int, ...]] = {}
+    """What vLLM without a ring says."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     parameters = {"max_tokens": n_tokens, "temperature": 0.0, "ignore_eos": True}
-    with tempfile.TemporaryDirectory(prefix="djinn-plain-") as logs:
-        for name, files in bench.models.items():
-            progress(f"starting plain vLLM with {name}")
-            options = {
-                "model": str(files.folder),
-                "kv_cache_memory_bytes": KV_CACHE_BYTES[bench.profile.device],
-                "enforce_eager": bench.profile.device == "cpu",
-                **_options(bench, name, n_tokens),
+
+    def said_by(name: str) -> dict[tuple[str, int], tuple[int, ...]]:
+        progress(f"starting plain vLLM with {name}")
+        options = {
+            "model": str(bench.models[name].folder),
+            "kv_cache_memory_bytes": KV_CACHE_BYTES[bench.profile.device],
+            "enforce_eager": bench.profile.device == "cpu",
+            **_options(bench, name, n_tokens),
+        }
+        log = Path(logs) / f"{name}.log"
+        engine = EngineClient(name, environment.vllm_python(), options, log, variables)
+        try:
+            asked = {
+                key: engine.submit(ids, parameters)
+                for key, ids in prompts.items()
+                if key[0] == name
             }
-            log = Path(logs) / f"{name}.log"
-            engine = EngineClient(name, environment.vllm_python(), options, log, variables)
-            try:
-                asked = {
-                    key: engine.submit(ids, parameters)
-                    for key, ids in prompts.items()
-                    if key[0] == name
-                }
-                said |= {key: tuple(one.result()["token_ids"]) for key, one in asked.items()}
-            finally:
-                engine.close()
-    return said
+            return {key: tuple(one.result()["token_ids"]) for key, one in asked.items()}
+        finally:
+            engine.close()
+
+    with (
+        tempfile.TemporaryDirectory(prefix="djinn-plain-") as logs,
+        ThreadPoolExecutor(_n_starts(bench)) as threads,
+    ):
+        return {
+            key: ids for part in threads.map(said_by, bench.models) for key, ids in part.items()
+        }
+
+
+def _n_starts(bench: Bench) -> int:
+    """How many engines start at the same time: on a GPU one, for a model that loads is there twice.
+
+    On a CPU starting is importing vLLM, which takes one core for many seconds.
+    """
+    return 2 if bench.profile.device == "cpu" else 1
 
 
 def _options(bench: Bench, name: str, n_tokens: int) -> dict[str, Any]:

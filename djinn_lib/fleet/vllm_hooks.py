@@ -13,7 +13,7 @@ from typing import Any
 
 from djinn_lib.errors import PlatformError, first_line
 
-SUPPORTED = "vLLM 0.24 to 0.32"
+SUPPORTED = "one of vLLM 0.24 to 0.33"
 _WORKER = ("init_device", "load_model", "execute_model", "sample_tokens", "execute_dummy_batch",
            "determine_available_memory", "compile_or_warm_up_model", "shutdown")  # fmt: skip
 HOOKS = (

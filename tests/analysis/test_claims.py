@@ -406,7 +406,7 @@ def test_hits_from_the_papers_start_are_the_papers():
     rows = pd.concat([cell_rows("djinn", label) for label in CAPACITIES])
     for label, cold, warm in (("20", 15, 16), ("25", 15, 16), ("32", 27, 30), ("40", 27, 30)):
         for start, hits in (("cold", cold), ("warm", warm)):
-            found = measure("computed_hit_share", rows, capacity_label=label, residency="whole",
+            found = measure("computed_hit_share", rows, capacity_label=label, eviction="models",
                             start=start)  # fmt: skip
             assert found.value == pytest.approx(hits / 30) and "not measured" in found.remark
 
@@ -547,7 +547,7 @@ def test_what_was_not_run_is_not_measured(name):
         "capacity_share": {"capacity_label": "33"},
         "switch_distance": {"system": "a", "classes": [[0, 10, 1.0]]},
         "first_request_share": {"system": "a", "model": "b"},
-        "computed_hit_share": {"capacity_label": "33", "residency": "whole"},
+        "computed_hit_share": {"capacity_label": "33", "eviction": "models"},
         "bytes_to_optimum": {"system": "a", "capacity_label": "25"},
         "bytes_ratio": {"system": "a", "to": "b"},
         "token_agreement": {},
@@ -685,9 +685,15 @@ def test_a_withdrawn_claim_is_not_measured_and_says_why():
     assert verdict.expected == "75%"
 
 
-def test_a_whole_run_is_judged(claims):
+@pytest.fixture(scope="module")
+def verdicts(claims) -> list[Verdict]:
+    """Of rows as from a GPU, on a machine without one."""
+    return judge(claims, run_of(run_rows(gpu=True), MACHINE))
+
+
+def test_a_whole_run_is_judged(claims, verdicts):
     on_gpu = {v.id: v for v in judge(claims, run_of(run_rows(gpu=True)))}
-    on_cpu = {v.id: v for v in judge(claims, run_of(run_rows(gpu=True), MACHINE))}
+    on_cpu = {v.id: v for v in verdicts}
     assert list(on_gpu) == list(on_cpu) == [claim.id for claim in claims]
     assert on_gpu["paper-vllm-fails"].verdict == "reproduced"
     assert on_gpu["paper-djinn-reliable"].verdict == "reproduced"
@@ -703,14 +709,17 @@ def test_a_whole_run_is_judged(claims):
     # These rows have no waiting requests, no longer trace, no warm start and no later systems.
     there, unmeasured = set(run_rows(gpu=True)["system"]) | {None}, set()
     for claim in claims:
-        named = [claim.arguments.get(key) for key in ("system", "to")]
-        systems = {name for one in named for name in (one if isinstance(one, list) else [one])}
+        system, to = (claim.arguments.get(key) for key in ("system", "to"))
+        missing = there.isdisjoint(system if isinstance(system, list) else [system])
         usual = {"trace": {"paper", None}, "mode": {"sequential", None}, "start": {"cold", None}}
         elsewhere = any(claim.arguments.get(key) not in known for key, known in usual.items())
-        of_no_rows = claim.metric in ("highest_rate", "exposed_switch_ms", "model_gib")
+        elsewhere &= claim.metric != "computed_hit_share"  # which needs no rows of that start
+        of_no_rows = claim.metric in (
+            "highest_rate", "exposed_switch_ms", "model_gib", "first_request_share"
+        )  # fmt: skip
         of_one_capacity = claim.arguments.get("system") == "djinn_eager"
         alone = claim.metric == "token_agreement_when_concurrent"
-        if systems.isdisjoint(there) or elsewhere or of_no_rows or of_one_capacity or alone:
+        if missing or to not in there or elsewhere or of_no_rows or of_one_capacity or alone:
             unmeasured.add(claim.id)
     unmeasured -= withdrawn
     assert {i for i in on_gpu if on_gpu[i].verdict == "not judged"} == unmeasured
@@ -734,9 +743,8 @@ NOTHING = replace(
 )
 
 
-def test_verdicts_come_back_from_their_file(tmp_path, claims):
+def test_verdicts_come_back_from_their_file(tmp_path, claims, verdicts):
     path = tmp_path / "run" / "claims.json"
-    verdicts = judge(claims, run_of(run_rows(), MACHINE))
     write_claims(verdicts, path)
 
     def refuse(constant: str) -> None:

@@ -80,12 +80,19 @@ def leave_it_to_a_callback(djinn):
     return pending, asked
 
 
-@pytest.mark.parametrize("options", [{}, {"decode": "graph", "host_capacity": "2MiB"}], ids=str)
+USES = [nothing, generate, submit, keep_the_model, look_ahead, fail, refer_to_itself,
+        leave_a_lease_open]  # fmt: skip
+OPTIONS: list[dict[str, str]] = [{}, {"decode": "graph", "host_capacity": "2MiB"}]
+
+
 @pytest.mark.parametrize(
-    "use",
-    [nothing, generate, submit, keep_the_model, look_ahead, fail, refer_to_itself,
-     leave_a_lease_open],
-)  # fmt: skip
+    ("use", "options"),
+    [  # each use once in either way by turns; the other half is slow
+        pytest.param(use, OPTIONS[way], marks=[] if i % 2 == way else [pytest.mark.slow])
+        for i, use in enumerate(USES)
+        for way in (0, 1)
+    ],
+)
 def test_a_collected_object_gives_everything_back(use, options, tmp_path, nothing_leaks):
     if "host_capacity" in options:
         options = {**options, "swap_dir": tmp_path}

@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
@@ -167,7 +167,6 @@ OBJECTS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(OBJECTS)
 def test_any_object_is_a_prompt_or_refused(thing):
     for read in (read_prompts, read_messages):

@@ -38,9 +38,18 @@ def cell_of(bench, system, label="half"):
     return bench.profile.cell("zipf", label, system)
 
 
-def test_rows_and_manifest(bench):
-    cell = cell_of(bench, "djinn")
-    rows = run_cell(bench, cell)
+@pytest.fixture(scope="module")
+def measured(bench):
+    """Rows and manifest of a cell of either system, for tests that only look at them."""
+    cells = {system: cell_of(bench, system) for system in ("djinn", "pytorch_pinned")}
+    return {
+        system: (run_cell(bench, cell), read_manifest(bench.run.cell(cell.id).manifest))
+        for system, cell in cells.items()
+    }
+
+
+def test_rows_and_manifest(bench, measured):
+    cell, (rows, manifest) = cell_of(bench, "djinn"), measured["djinn"]
     assert rows.equals(read_rows(bench.run.cell(cell.id).rows))
     assert rows["ok"].all()
     assert list(zip(rows["repeat"], rows["request"], strict=True)) == [
@@ -48,7 +57,6 @@ def test_rows_and_manifest(bench):
     ]
     assert (rows["n_tokens"] == bench.profile.new_tokens).all()
     assert not bench.run.cell(cell.id).journal.exists()
-    manifest = read_manifest(bench.run.cell(cell.id).manifest)
     assert manifest["run_id"] == rows["run_id"][0]
     assert manifest["parameters"]["page_bytes"] == 4096
     facts = manifest["models"].values()
@@ -76,8 +84,8 @@ def test_each_model_warms_up_with_a_whole_request(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
-def test_requests_that_arrive_together_wait_for_each_other(bench, system):
-    one_by_one = run_cell(bench, cell_of(bench, system))
+def test_requests_that_arrive_together_wait_for_each_other(bench, measured, system):
+    one_by_one = measured[system][0]
     cell = bench.profile.cell("zipf", "half", system, "concurrent")
     cell = cell.model_copy(update={"speed": math.inf})
     rows = run_cell(bench, cell)
@@ -111,8 +119,8 @@ def test_a_request_that_fails_beside_others_fails_alone(bench, monkeypatch):
     assert rows[~rows["ok"]].error_kind.tolist() == ["oom"]
 
 
-def test_every_repeat_starts_cold_and_costs_the_same_bytes(bench):
-    rows = run_cell(bench, cell_of(bench, "djinn"))
+def test_every_repeat_starts_cold_and_costs_the_same_bytes(measured):
+    rows = measured["djinn"][0]
     first, second = (rows[rows["repeat"] == repeat] for repeat in (0, 1))
     for column in ("loaded_bytes", "evicted_bytes", "resident_before_bytes", "token_sha"):
         assert first[column].tolist() == second[column].tolist(), column
@@ -134,26 +142,23 @@ def test_a_warm_start_has_asked_for_every_model_once(bench):
     assert all(sum(models.values()) > 0 for models in held)
 
 
-def test_a_cell_without_a_gpu_has_no_facts_of_one(bench):
-    cell = cell_of(bench, "djinn")
-    run_cell(bench, cell)
-    manifest = read_manifest(bench.run.cell(cell.id).manifest)
+def test_a_cell_without_a_gpu_has_no_facts_of_one(measured):
+    _, manifest = measured["djinn"]
     assert manifest["gpu_uuid"] is None and manifest["peak_device_bytes"] is None
     assert manifest["batches"] is False and manifest["parameters"]["start"] == "cold"
 
 
-def test_residency_after_each_request_is_kept(bench):
-    cell = cell_of(bench, "djinn")
-    rows = run_cell(bench, cell)
-    models = read_manifest(bench.run.cell(cell.id).manifest)["models"]
+def test_residency_after_each_request_is_kept(measured):
+    rows, manifest = measured["djinn"]
+    models = manifest["models"]
     for row in rows.itertuples():
         resident = json.loads(row.resident_bytes)
         assert resident[row.model] == models[row.model]["device_bytes"]
         assert sum(resident.values()) <= row.capacity_bytes
 
 
-def test_systems_agree_on_tokens(bench):
-    shas = [run_cell(bench, cell_of(bench, s))["token_sha"] for s in ("djinn", "pytorch_pinned")]
+def test_systems_agree_on_tokens(measured):
+    shas = [rows["token_sha"] for rows, _ in measured.values()]
     assert shas[0].tolist() == shas[1].tolist()
     assert shas[0].nunique() > 2
 
@@ -165,11 +170,10 @@ def test_a_system_that_cannot_run_here_says_so_in_every_row(bench):
     assert len(rows) == 12
 
 
-def test_notes_are_in_rows_and_manifest(bench):
-    cell = cell_of(bench, "pytorch_pinned")
-    rows = run_cell(bench, cell)
+def test_notes_are_in_rows_and_manifest(measured):
+    rows, manifest = measured["pytorch_pinned"]
     assert rows["note"].str.contains("pinning is a no-op").all()
-    assert any("no-op" in note for note in read_manifest(bench.run.cell(cell.id).manifest)["notes"])
+    assert any("no-op" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize(
@@ -219,8 +223,7 @@ def test_a_cell_that_dies_keeps_the_rows_it_finished(bench, monkeypatch):
 
 
 def test_a_death_before_the_first_request(bench):
-    cell = cell_of(bench, "djinn", "all")
-    bench.run.cell(cell.id).journal.unlink(missing_ok=True)
+    cell = bench.profile.cell("zipf", "all", "djinn", "concurrent")  # that no other test runs
     rows = close_dead_cell(bench, cell, "kernel_died", "out of memory")
     assert not rows["ok"].any()
     assert len(rows) == 12

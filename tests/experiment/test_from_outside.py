@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from profile_factory import LLAMA, entry, tiny_profile
-from pydantic import ValidationError
+from profile_factory import tiny_profile
 from tiny import PROMPT, spec
 from transformers import AutoTokenizer
 
@@ -21,24 +20,7 @@ from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import NOTEBOOKS
 from djinn_lib.trace import Request, Trace, read_trace, write_trace
 
-STRAYING = ["../x", "..", "/etc/x", "a/b", "a\\b", "a\0b", "", " ", ".hidden", "a\n", "x" * 65]
-
 # -- names -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", STRAYING, ids=repr)
-@pytest.mark.parametrize("kind", ["traces", "capacities", "systems", "models", "name"])
-def test_names_of_a_profile_stay_in_their_folder(kind, name):
-    zipf = {"kind": "zipf", "n": 6, "alpha": 1.0, "seed": 3, "rate_per_s": 2.0}
-    fields = {
-        "traces": {"traces": {"zipf": zipf, name: zipf}},
-        "capacities": {"capacities": {"all": "64MiB", name: "64MiB"}},
-        "systems": {"systems": {"djinn": {"system": "djinn"}, name: {"system": "djinn"}}},
-        "models": {"models": {name: entry(LLAMA)}},
-        "name": {"name": name},
-    }[kind]
-    with pytest.raises(ValidationError):
-        tiny_profile(**fields)
 
 
 def test_the_longest_names_make_files_that_can_be_made(tmp_path):

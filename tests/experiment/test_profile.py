@@ -120,11 +120,12 @@ def test_small_models_are_to_each_other_as_the_paper_s(cpu):
     assert [entry.stands_for for entry in cpu.models.values()] == list(PAPER_BYTES)
 
 
+@pytest.mark.slow
 def test_the_models_of_the_gpu_profile_are_as_large_as_the_real_ones():
     assert sizes_of("gpu") == PAPER_BYTES
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("name", ["cpu", pytest.param("gpu", marks=pytest.mark.slow), "smoke"])
 def test_capacities_force_what_they_force_in_the_paper(name):
     sizes, total = sorted(sizes_of(name).values()), sum(sizes_of(name).values())
     capacities = load_profile(name).capacities

@@ -1,6 +1,7 @@
 """Cost model, validation and the study of policies."""
 
 import copy
+import itertools
 import json
 import subprocess
 
@@ -276,8 +277,9 @@ def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
 # -- the explorer --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("traffic", explore.TRAFFIC)
-@pytest.mark.parametrize("policy", explore.CHOICES)
+@pytest.mark.parametrize(
+    ("policy", "traffic"), zip(explore.CHOICES, itertools.cycle(explore.TRAFFIC), strict=False)
+)
 def test_every_choice_of_the_explorer_has_a_picture(policy, traffic):
     figure = explore.picture(14.0, 3, 1.0, 54.0, policy, traffic)
     assert all(axes.has_data() for axes in figure.axes)
@@ -301,6 +303,7 @@ def sliders_of(box) -> dict:
     return {control.description: control for row in rows for control in row.children}
 
 
+@pytest.mark.slow
 def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     drawn, real = [], explore.picture
     monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))

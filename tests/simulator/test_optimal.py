@@ -153,9 +153,9 @@ def test_a_long_trace_over_many_models_is_quick():
     names = [f"model-{i}" for i in range(1000)]
     trace = zipf_trace(100_000, 0.9, names, seed=0, rate_per_s=100.0)
     sizes = {name: (1 + i % 14) * GIB for i, name in enumerate(names)}
-    begin_s = time.perf_counter()
+    begin_s = time.thread_time()  # of this thread alone, whoever else computes
     least = optimal_bytes(trace, sizes, 640 * GIB)
-    assert time.perf_counter() - begin_s < 10
+    assert time.thread_time() - begin_s < 10
     assert sum(sizes.values()) < least < 100_000 * 7.5 * GIB
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import djinn_lib as dj
@@ -73,7 +73,6 @@ def test_the_paper_trace_loads_what_the_table_says(capacity, gib):
     st.integers(30, 60),
     st.sampled_from([*POLICIES, "oracle"]),
 )
-@settings(max_examples=150, deadline=None)
 def test_bytes_are_conserved_and_never_below_the_optimum(requests, sizes, capacity, policy):
     by_name = dict(zip("abcd", sizes, strict=True))
     rows = simulate(requests, by_name, capacity, policy, page_bytes=1)
@@ -265,7 +264,7 @@ def test_loading_ahead_takes_nothing_from_who_computes_and_no_more_than_the_link
 
 
 def test_nobody_looks_ahead_where_nobody_waits():
-    with pytest.raises(ConfigError, match="nobody waits"):
+    with pytest.raises(ConfigError, match="no request waits"):
         simulate(["a"], {"a": 1 << 30}, "2GiB", lookahead=True)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import (
@@ -77,6 +79,18 @@ SHARING = {  # attention blocks that several layers use
 PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 264, 338, 327, 95]
 
 
+_FOLDERS = TemporaryDirectory(prefix="djinn-tiny-")  # removed at the end of the process
+
+
+@cache
+def saved(name: str) -> Path:
+    """The named architecture's folder as transformers saves it; nobody may change it."""
+    folder = Path(_FOLDERS.name) / name
+    spec(name).build().save_pretrained(folder)
+    return folder
+
+
+@cache
 def ordinary_tokens(folder: Path, n: int, dtype: str = "float32") -> tuple[int, ...]:
     """Greedy tokens after `PROMPT` of the model as transformers itself loads and runs it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from tiny import PROMPT, spec
+from tiny import PROMPT, saved
 
 from djinn_lib.experiment.weights import describe
 from djinn_lib.systems import system_class
@@ -18,12 +18,8 @@ ARCHITECTURES = ["llama", "phi", "qwen2-tied"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root, files = tmp_path_factory.mktemp("failures"), {}
-    for name in ARCHITECTURES:
-        spec(name).build().save_pretrained(root / name)
-        files[name] = describe(name, root / name)
-    return files
+def models():
+    return {name: describe(name, saved(name)) for name in ARCHITECTURES}
 
 
 def mappings_of(folder):

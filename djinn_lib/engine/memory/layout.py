@@ -19,8 +19,8 @@ ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own al
 Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after the last), ascending
 Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
 Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes all tensors, given by name
-Advance = Callable[[int], object]  # called with how many more bytes have been written
 Shrink = Callable[[torch.Tensor], int]  # packs filled bytes in place: how many it takes, from 0 on
+Advance = Callable[[int], object]  # called with how many more bytes have been written
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,9 +76,11 @@ class Catalog:
     def ensure_new(self, name: str) -> None:
         """Raise `ConfigError` for an invalid name or one that is in use."""
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
+            raise ConfigError(f"a model's name must be non-empty text, got {shown(name)}")
         if name in self._models:
-            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
+            raise ConfigError(
+                f"model {name!r} already exists; choose another name or remove it first"
+            )
 
     def add(self, name: str, opened: OpenedModel) -> ServedModel:
         """Load a model and prepare decoding, or leave nothing; see `Djinn.add`."""
@@ -103,7 +105,7 @@ class Catalog:
         device_bytes: torch.Tensor,
         progress: Progress,
     ) -> ServedModel:
-        """Fill a master, bind the module to its addresses, and make what decodes with it."""
+        """Fill the master, bind the module to its addresses, and make its decoder."""
         module = opened.module
         self._masters.add(name, layout, lambda views: opened.fill(views, progress.advance))
         tables = self._masters.tables(name, self._device)

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, spec
+from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, saved, spec
 from transformers import MambaConfig
 
 import djinn_lib as dj
@@ -16,20 +16,11 @@ from djinn_lib.engine.decode.cuda_graphs import Recorder
 from djinn_lib.engine.decode.decoder import EagerDecoder
 from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.decode.recorded import RecordedDecoder, prefill_lengths
-from djinn_lib.engine.decode.reference import ensure_alike
 from djinn_lib.engine.decode.sampling import Sampler, Sampling
 from djinn_lib.engine.models.packing import pack
-from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.errors import ConfigError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for name in CONFIGS:
-        spec(name).build().save_pretrained(root / name)
-    return root
 
 
 @pytest.fixture
@@ -47,44 +38,46 @@ def recorded(name, max_model_len=40, compiled=False):
     return RecordedDecoder(model, pack(model)[1], max_model_len, Recorder(CPU), compiled)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_recorded_tokens_are_transformers_own(folders, name):
+def some(*names):
+    """Every architecture as a parameter; all but some of them take long together."""
+    return [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+
+
+@pytest.mark.parametrize("name", some("llama", "gpt2", "mistral-sliding", "opt"))
+def test_recorded_tokens_are_transformers_own(name):
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", folders / name)
+        djinn.add("m", saved(name))
         assert djinn.set_decode("m", "graph") == "graph"
         for _ in range(2):
             g = djinn.generate("m", PROMPT, 20, ignore_eos=True)
-            assert g.token_ids == ordinary_tokens(folders / name, 20)
+            assert g.token_ids == ordinary_tokens(saved(name), 20)
             djinn.evict("m")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in ("llama", "gpt2") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS],
-)
-def test_compiled_tokens_are_transformers_own(folders, name, traced_only):
+@pytest.mark.parametrize("name", some("llama"))
+def test_compiled_tokens_are_transformers_own(name, traced_only):
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", folders / name)
+        djinn.add("m", saved(name))
         assert djinn.set_decode("m", "compiled") == "compiled"
         g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-        assert g.token_ids == ordinary_tokens(folders / name, 8)
+        assert g.token_ids == ordinary_tokens(saved(name), 8)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-def test_a_compiled_step_of_inductor(folders):
+def test_a_compiled_step_of_inductor():
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="compiled", max_model_len=40) as djinn:
-        djinn.add("m", folders / "phi")
+        djinn.add("m", saved("phi"))
         assert djinn.decode_modes["m"] == "compiled"
         g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-        assert g.token_ids == ordinary_tokens(folders / "phi", 8)
+        assert g.token_ids == ordinary_tokens(saved("phi"), 8)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2"])
 def test_prompts_of_any_length(name):
     model = spec(name).build()
     decoder = RecordedDecoder(model, pack(model)[1], 100, Recorder(CPU))
-    for n_prompt in (1, 2, 31, 32, 33, 63, 64, 65, 90):
+    for n_prompt in (1, 31, 32, 33, 64, 65, 90):
         prompt = [(7 * i + 3) % VOCAB for i in range(n_prompt)]
         expected = EagerDecoder(model).generate(prompt, 10, ignore_eos=True)
         assert decoder.generate(prompt, 10, ignore_eos=True).token_ids == expected.token_ids
@@ -97,9 +90,9 @@ def test_prefill_lengths_cover_every_prompt():
 
 
 @pytest.mark.parametrize("decode", ["eager", "graph"])
-def test_the_end_of_a_sequence(folders, decode):
+def test_the_end_of_a_sequence(decode):
     with dj.Djinn("2MiB", "cpu", "16KiB", decode=decode, max_model_len=40) as djinn:
-        djinn.add("m", folders / "llama")
+        djinn.add("m", saved("llama"))
         tokens = djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids
         for ends, kept in (([tokens[2]], 3), ([VOCAB - 1, tokens[0]], 1), (None, 8)):
             with djinn.lease("m") as model:
@@ -110,18 +103,18 @@ def test_the_end_of_a_sequence(folders, decode):
         assert djinn.generate("m", PROMPT, 8).token_ids == tokens  # the end is the last one asked
 
 
-def test_one_token_is_as_good_as_many(folders):
+def test_one_token_is_as_good_as_many():
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", folders / "llama")
+        djinn.add("m", saved("llama"))
         many = djinn.generate("m", PROMPT, 8, ignore_eos=True)
         one = djinn.generate("m", PROMPT, 1, ignore_eos=True)
         assert one.token_ids == many.token_ids[:1]
         assert one.decode_ms == 0 and many.decode_ms > 0
 
 
-def test_too_long_a_request_is_refused_before_anything_is_loaded(folders):
+def test_too_long_a_request_is_refused_before_anything_is_loaded():
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", folders / "llama")
+        djinn.add("m", saved("llama"))
         djinn.evict("m")
         with pytest.raises(ConfigError, match=r"at most 40 tokens.*14 \+ 27.*max_model_len"):
             djinn.generate("m", PROMPT, 27)
@@ -138,10 +131,9 @@ def test_what_an_earlier_request_left_in_the_cache_is_gone():
     assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected
 
 
-@pytest.mark.parametrize("decode", ["eager", "graph"])
-def test_sampled_tokens(folders, decode):
-    with dj.Djinn("2MiB", "cpu", "16KiB", decode=decode, max_model_len=40) as djinn:
-        djinn.add("m", folders / "llama")
+def test_sampled_tokens():
+    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
+        djinn.add("m", saved("llama"))
 
         def sample(**how):
             return djinn.generate("m", PROMPT, 12, ignore_eos=True, **how).token_ids
@@ -155,7 +147,7 @@ def test_sampled_tokens(folders, decode):
         sample(temperature=1.0)
         assert torch.equal(before, torch.random.get_rng_state())
         drawn = sample(temperature=1.5, top_k=50, top_p=0.9, seed=9)
-        djinn.set_decode("m", "eager" if decode == "graph" else "graph")
+        djinn.set_decode("m", "eager")
         assert sample(temperature=1.5, top_k=50, top_p=0.9, seed=9) == drawn
 
 
@@ -165,7 +157,7 @@ def test_draws_follow_the_probabilities():
 
     def shares(sampling):
         sampler = Sampler(sampling, CPU)
-        drawn = torch.cat([sampler.draw(logits) for _ in range(n)]).flatten()
+        drawn = sampler.draw(logits.expand(n, -1)).flatten()
         return torch.bincount(drawn, minlength=4) / n
 
     def close(got, expected):  # five standard deviations of a share
@@ -188,11 +180,6 @@ def test_sampling_that_means_nothing_is_refused(how):
         Sampling(**how)
 
 
-def test_a_way_of_decoding_that_there_is_not():
-    with pytest.raises(ConfigError, match=r"eager.*graph.*compiled.*'fast'"):
-        dj.Djinn("2MiB", "cpu", "16KiB", decode="fast")
-
-
 def test_a_model_that_cannot_be_recorded_decodes_eagerly(caplog):
     config = MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, state_size=4)
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph") as djinn, caplog.at_level("WARNING"):
@@ -213,7 +200,7 @@ class StrictRecorder(Recorder):
             self._on_gpu = False
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", some("llama", "opt"))
 def test_looking_at_values_is_found_before_anything_is_recorded(name):
     model = spec(name).build()
     arguments = model, pack(model)[1], 40, StrictRecorder(CPU)
@@ -225,25 +212,18 @@ def test_looking_at_values_is_found_before_anything_is_recorded(name):
 
 
 def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, caplog, traced_only):
-    real = compiling._LayerOfCache.update
+    real = compiling._LayerCache.update
 
     def forgets_values(self, key_states, value_states, *rest, **more):
         return real(self, key_states, torch.zeros_like(value_states), *rest, **more)
 
-    monkeypatch.setattr(compiling._LayerOfCache, "update", forgets_values)
+    monkeypatch.setattr(compiling._LayerCache, "update", forgets_values)
     with caplog.at_level(logging.WARNING):
         decoder = recorded("llama", compiled=True)
     assert decoder.mode == "graph"
     assert "expected logits within" in caplog.text
     expected = recorded("llama").generate(PROMPT, 8, ignore_eos=True)
     assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected.token_ids
-
-
-def test_logits_that_are_not_alike():
-    ensure_alike(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0001]))
-    for wrong in ([1.0, 2.1], [1.0, float("nan")]):
-        with pytest.raises(DjinnError, match="expected logits within"):
-            ensure_alike(torch.tensor(wrong), torch.tensor([1.0, 2.0]))
 
 
 def test_layers_share_compiled_code(monkeypatch, traced_only):
@@ -255,15 +235,12 @@ def test_layers_share_compiled_code(monkeypatch, traced_only):
         return real(module)
 
     monkeypatch.setattr(compiling, "_SharedCode", counted)
-    assert recorded("llama", compiled=True).mode == "compiled"
-    assert sorted(set(made)) == ["Embedding", "Linear", "LlamaDecoderLayer", "LlamaRMSNorm"]
-    assert made.count("LlamaDecoderLayer") == 1
-
-
-def test_the_model_is_itself_again_after_compiling(traced_only):
     model = spec("llama").build()
     decoder = RecordedDecoder(model, pack(model)[1], 40, Recorder(CPU), compiled=True)
-    decoder.generate(PROMPT, 4, ignore_eos=True)
+    assert decoder.mode == "compiled"
+    assert sorted(set(made)) == ["Embedding", "Linear", "LlamaDecoderLayer", "LlamaRMSNorm"]
+    assert made.count("LlamaDecoderLayer") == 1
+    decoder.generate(PROMPT, 4, ignore_eos=True)  # and the model is itself again:
     assert model.config._attn_implementation == "sdpa"
     assert not any("forward" in vars(module) for module in model.modules())
 

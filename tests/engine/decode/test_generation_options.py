@@ -110,14 +110,19 @@ def ordinary(model, **more):
     return tuple(output[0, len(PROMPT) :].tolist())
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Its tokens where nothing is asked for."""
+    return ordinary(ModelSpec(CONFIG, seed=0).build())
+
+
 def decoder_of(model, decode="graph"):
     recorder = Recorder(torch.device("cpu"))
     return make_decoder(decode, model, pack(model)[1], 40, recorder, lambda step: None)
 
 
 @pytest.mark.parametrize("options", BEYOND, ids=first)
-def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, options, caplog):
-    plain = ordinary(model)
+def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, plain, options, caplog):
     ask_for(model, options)
     expected = ordinary(model)
     assert (expected == plain) == (first(options) in NO_OTHER_TOKENS)

@@ -44,14 +44,19 @@ def expected(shared):
     return shared.generate("m", PROMPT, 6, ignore_eos=True).token_ids
 
 
+@pytest.fixture(scope="module")
+def logits(plain):
+    return plain(IDS).logits
+
+
 @pytest.fixture
-def djinn(shared, expected):
+def djinn(shared, expected, plain, logits):
     yield shared
     shared.check()
     assert shared.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
     with shared.lease("m") as model:
-        assert torch.equal(model.lm_head.weight, spec("phi").build().lm_head.weight)
-        assert torch.equal(model(IDS).logits, spec("phi").build()(IDS).logits)
+        assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+        assert torch.equal(model(IDS).logits, logits)
 
 
 def head(model):

@@ -4,7 +4,6 @@ import threading
 import time
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -145,7 +144,6 @@ class RingMachine(RuleBasedStateMachine):
             assert self.ring.n_free == self.ring.n_frames - len(self.naive.pages)
 
 
-RingMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestRing = RingMachine.TestCase
 
 

@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from naive_window import frames_by_prefix, merged, one_after_another, pages_of
 from test_pager import CPU, PAGE
-from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
+from tiny import CONFIGS, PROMPT, ordinary_tokens, saved, spec
 from weights import FORMS, fill_with, in_form, layout_of, weights_of
 
 import djinn_lib as dj
@@ -56,7 +56,6 @@ def planned(units, n_frames):
 
 
 @given(units(), st.integers(1, 40))
-@settings(max_examples=300, deadline=None)
 def test_a_window_holds_two_units_in_a_row_and_what_units_share(units, n_frames):
     if (window := planned(units, n_frames)) is None:
         return
@@ -71,7 +70,6 @@ def test_a_window_holds_two_units_in_a_row_and_what_units_share(units, n_frames)
 
 
 @given(units(), st.integers(1, 30), st.lists(st.integers(0, 14), min_size=1, max_size=60))
-@settings(max_examples=300, deadline=None)
 def test_every_unit_finds_its_pages_whatever_the_order(units, n_frames, order):
     """What is in each frame is simulated; a unit must see all of its pages at once."""
     if (window := planned(units, n_frames)) is None:
@@ -184,18 +182,20 @@ def test_two_layers_that_do_not_fit_are_refused(large):
     assert "huge" not in pager.ring.models
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_tokens_of_a_model_larger_than_the_ring(tmp_path, name):
-    """Every architecture, tied weights included, beside one that fits."""
-    for n in {name, "llama"}:
-        spec(n).build().save_pretrained(tmp_path / n)
+FAST = ("gpt2", "llama", "mistral-sliding", "qwen2-tied")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+)
+def test_tokens_of_a_model_larger_than_the_ring(name):
     n_bytes = pack(open_source(spec(name)).module, "host")[0].paged_bytes
     with dj.Djinn(int(n_bytes * 0.8), "cpu", "4KiB", decode="graph", max_model_len=64) as djinn:
-        djinn.add("large", tmp_path / name)
+        djinn.add("large", saved(name))
         assert djinn.set_decode("large", "graph") == "eager"
         for _ in range(2):
             g = djinn.generate("large", PROMPT, 12, ignore_eos=True)
-            assert g.token_ids == ordinary_tokens(tmp_path / name, 12)
+            assert g.token_ids == ordinary_tokens(saved(name), 12)
             assert g.loaded_bytes > n_bytes
             assert djinn.generate("large", PROMPT, 12, ignore_eos=True).token_ids == g.token_ids
             djinn.check()
@@ -203,38 +203,34 @@ def test_tokens_of_a_model_larger_than_the_ring(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [pytest.param("zamba", marks=pytest.mark.slow), "zamba2"])
-def test_blocks_that_several_layers_use(tmp_path, name):
+def test_blocks_that_several_layers_use(name):
     """Each waits for all of its pages, from the smallest window that is possible to the largest."""
-    spec(name).build().save_pretrained(tmp_path)
-    expected = ordinary_tokens(tmp_path, 6)
+    expected = ordinary_tokens(saved(name), 6)
     units = [unit.extents for unit in pack(spec(name).build(), "host")[1]]
     assert any(len(extents) > 1 for extents in units)
     frames = frames_by_prefix(units, 4096)
     for n_frames in (min(frames.values()), len(frames) - 1):
         with dj.Djinn(n_frames * 4096, "cpu", 4096, decode="eager") as djinn:
-            djinn.add("m", tmp_path)
+            djinn.add("m", saved(name))
             assert "m" in djinn.stats().streamed
             assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
             djinn.check()
 
 
-def test_larger_and_smaller_models_in_turns(tmp_path):
-    for n in ("llama", "phi"):
-        spec(n).build().save_pretrained(tmp_path / n)
-    expected = {n: ordinary_tokens(tmp_path / n, 8) for n in ("llama", "phi")}
+def test_larger_and_smaller_models_in_turns():
+    expected = {n: ordinary_tokens(saved(n), 8) for n in ("llama", "phi")}
     sizes = {n: sum(p.numel() * 4 for p in spec(n).build().parameters()) for n in expected}
     assert sizes["llama"] > sizes["phi"]
     with dj.Djinn((sizes["llama"] + sizes["phi"]) // 2, "cpu", "4KiB") as djinn:
         for n in expected:
-            djinn.add(n, tmp_path / n)
+            djinn.add(n, saved(n))
         for n in ("llama", "phi", "llama", "llama", "phi", "phi", "llama"):
             assert djinn.generate(n, PROMPT, 8, ignore_eos=True).token_ids == expected[n]
             djinn.check()
 
 
-def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(tmp_path, monkeypatch):
+def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(monkeypatch):
     """Every token waits for copies; a switch is what the first one waits for."""
-    spec("llama").build().save_pretrained(tmp_path / "llama")
     real = base.copy_page
 
     def slow(target, source):
@@ -242,7 +238,7 @@ def test_what_layers_wait_for_after_the_first_token_is_part_of_decoding(tmp_path
         real(target, source)
 
     with dj.Djinn("280KiB", "cpu", "4KiB") as djinn:
-        djinn.add("m", tmp_path / "llama")
+        djinn.add("m", saved("llama"))
         monkeypatch.setattr(base, "copy_page", slow)
         g = djinn.generate("m", PROMPT, 4, ignore_eos=True)
         one = djinn.generate("m", PROMPT, 1, ignore_eos=True)

@@ -1,11 +1,13 @@
 """What people pass instead of a decoder-only model is named, and what is one is left alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
-from tiny import CONFIGS, spec
+import tiny
+from tiny import CONFIGS
 
 from djinn_lib.engine.models.folder_kinds import explain_folder
 
@@ -39,7 +41,7 @@ CERTAIN = [
     ),
     ({"adapter_config.json": {"peft_type": "IA3"}}, "a IA3 adapter"),
     ({"adapter_config.json": "{"}, "a PEFT adapter (adapter_config.json): merge it"),
-    ({**config(), "adapter_config.json": {}}, "beside a model that it may or may not be merged"),
+    ({**config(), "adapter_config.json": {}}, "and model weights that may or may not include it"),
     ({"model_index.json": {"_class_name": "FluxPipeline"}, "unet/config.json": "{}"},
      "a diffusers pipeline (FluxPipeline)"),
     ({"config.json": {"_class_name": "UNet2DModel", "_diffusers_version": "1"}},
@@ -97,7 +99,7 @@ IF_REFUSED = [
       "model.safetensors": ""}, "a model of audio and vision (x)"),
     ({**config(), "processor_config.json": "{}"}, "a model of more than text"),
     (saved("BertForMaskedLM"), "an encoder (BertForMaskedLM)"),
-    (saved("MistralModel"), "a model without a head for text (MistralModel)"),
+    (saved("MistralModel"), "a model without a language-model head (MistralModel)"),
 ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def test_what_transformers_may_serve_is_named_when_it_does_not(tmp_path, files, 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_nothing_is_said_against_a_model(tmp_path, name):
-    spec(name).build().save_pretrained(tmp_path)
+    shutil.copytree(tiny.saved(name), tmp_path, dirs_exist_ok=True)
     fill(tmp_path, {"optimizer.bin": b"", "README.md": "", "onnx/model.onnx": b"",
                     "original/consolidated.00.pth": b""})  # fmt: skip
     assert explain_folder(tmp_path) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,10 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import CONFIGS, spec
+from tiny import CONFIGS, saved, spec
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -77,7 +78,7 @@ def save_tiny(name: str, folder: Path) -> None:
 
 
 # Tensors kept in float32, sines as buffers, tied with a bias, converted names, persistent buffers.
-FAST = ("deepseek_v3", "gpt_oss", "gptj", "llama", "modernbert-decoder", "rwkv", "llama-tied")
+FAST = ("deepseek_v3", "gpt_oss", "gptj", "modernbert-decoder", "rwkv", "llama-tied")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,6 @@ def write_folder(folder: Path, made: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(folders())
 def test_folders_give_what_from_pretrained_gives_or_are_refused(made):
     with tempfile.TemporaryDirectory() as name:
@@ -232,7 +232,7 @@ def test_models_may_be_added_from_many_threads(tmp_path):
 
 
 def test_a_config_of_a_million_layers_is_refused_soon(tmp_path):
-    spec("llama").build().save_pretrained(tmp_path)
+    shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
     path = tmp_path / "config.json"
     fields = json.loads(path.read_text()) | {"num_hidden_layers": 1_000_000}
     path.write_text(json.dumps(fields))

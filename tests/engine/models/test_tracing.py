@@ -12,7 +12,7 @@ from torch import nn
 
 import djinn_lib as dj
 from djinn_lib.engine.memory.devices import base
-from djinn_lib.engine.models import tracing
+from djinn_lib.engine.models import packing
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.tracing import needs_of, observe
 from djinn_lib.errors import CapacityError
@@ -120,7 +120,10 @@ def save(folder, **options):
         return pack(model)[1], model.eval()(IDS).logits
 
 
-@pytest.mark.parametrize("options", [{}, {"route": True}, {"n_layers": 12}], ids=str)
+MANY_LAYERS = pytest.param({"n_layers": 12}, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("options", [{}, {"route": True}, MANY_LAYERS], ids=str)
 def test_weights_that_others_read_are_there_in_a_ring_of_any_size(tmp_path, options, monkeypatch):
     """From the smallest window to the whole model; copies are slow, so that nothing is early."""
     units, expected = save(tmp_path, **options)
@@ -149,7 +152,7 @@ def test_one_that_cannot_be_observed_runs_when_all_is_there(monkeypatch, caplog)
     def refuse(*_):
         raise RuntimeError("nothing of this kind")
 
-    monkeypatch.setattr(tracing, "_observe", refuse)
+    monkeypatch.setattr(packing, "observe", refuse)
     expected = spec("llama").build()
     ids = IDS % min(VOCAB, expected.config.vocab_size)
     with caplog.at_level(logging.WARNING), dj.Djinn("1MiB", page="16KiB") as djinn:

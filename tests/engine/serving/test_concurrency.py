@@ -6,9 +6,9 @@ import threading
 import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 
-import psutil
 import pytest
-from tiny import PROMPT, VOCAB, ordinary_tokens, spec
+from open_files import n_open
+from tiny import PROMPT, VOCAB, ordinary_tokens, saved
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.decoder import EagerDecoder
@@ -19,20 +19,12 @@ NAMES = ["llama", "phi", "opt", "qwen2-tied"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for name in NAMES:
-        spec(name).build().save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture(scope="module")
-def expected(folders):
-    return {name: ordinary_tokens(folders / name, 6) for name in NAMES}
+def expected():
+    return {name: ordinary_tokens(saved(name), 6) for name in NAMES}
 
 
 @pytest.fixture
-def opened(folders):
+def opened():
     """Opens a `Djinn` that two of the four models fill."""
     objects = []
 
@@ -40,7 +32,7 @@ def opened(folders):
         djinn = dj.Djinn("1200KiB", "cpu", "16KiB", **options)
         objects.append(djinn)
         for name in NAMES:
-            djinn.add(name, folders / name)
+            djinn.add(name, saved(name))
         return djinn
 
     yield open_djinn
@@ -181,9 +173,9 @@ def test_a_request_that_is_served_ends_and_gives_its_lease_back(opened, expected
 
 
 @pytest.mark.parametrize("decode", ["eager", "graph"])
-def test_cancelling_a_task_frees_its_lease(folders, decode):
+def test_cancelling_a_task_frees_its_lease(decode):
     with dj.Djinn("1200KiB", "cpu", "16KiB", decode=decode, max_model_len=500) as djinn:
-        djinn.add("llama", folders / "llama")
+        djinn.add("llama", saved("llama"))
 
         async def give_up(after_s):
             task = asyncio.create_task(djinn.agenerate("llama", PROMPT, 400, ignore_eos=True))
@@ -409,17 +401,16 @@ def test_bad_requests_are_refused_before_they_wait(opened):
         dj.Djinn("1MiB", "cpu", "16KiB", order="lifo")
 
 
-def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected):
-    process = psutil.Process()
+def test_close_serves_what_is_being_served_and_fails_the_rest(expected):
 
     def held():
         names = [t.name for t in threading.enumerate() if t.name.startswith("djinn")]
-        return process.num_fds(), sorted(names)
+        return n_open(), sorted(names)
 
     def cycle():
         djinn = dj.Djinn("1200KiB", "cpu", "16KiB")
         for name in ("llama", "phi"):
-            djinn.add(name, folders / name)
+            djinn.add(name, saved(name))
         pending = [djinn.submit(name, PROMPT, 6, True) for name in ("llama", "phi", "phi")]
         while not (djinn.stats().leased or pending[0].done()):
             time.sleep(0.001)
@@ -439,12 +430,12 @@ def test_close_serves_what_is_being_served_and_fails_the_rest(folders, expected)
     assert held() == before
 
 
-def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplog):
+def test_models_that_come_and_go_while_others_are_asked(expected, caplog):
     """Nobody hangs, and whoever gets tokens gets those of the model that was asked."""
     failures, stop = [], threading.Event()
     with dj.Djinn("1200KiB", "cpu", "16KiB", order="affinity", decode="eager") as djinn:
         for name in ("llama", "phi"):
-            djinn.add(name, folders / name)
+            djinn.add(name, saved(name))
 
         def ask(seed):
             rng = random.Random(seed)
@@ -470,7 +461,7 @@ def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplo
         for thread in threads:
             thread.start()
         for i in range(4):
-            djinn.add("guest", folders / ("opt", "qwen2-tied")[i % 2])
+            djinn.add("guest", saved(("opt", "qwen2-tied")[i % 2]))
             time.sleep(0.05)
             while True:
                 try:
@@ -487,30 +478,30 @@ def test_models_that_come_and_go_while_others_are_asked(folders, expected, caplo
     assert not [r for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
-def test_a_request_is_not_served_by_another_model_of_the_same_name(folders, expected):
+def test_a_request_is_not_served_by_another_model_of_the_same_name(expected):
     with dj.Djinn("1200KiB", "cpu", "16KiB", decode="eager") as djinn:
         for name in ("llama", "phi"):
-            djinn.add(name, folders / name)
+            djinn.add(name, saved(name))
         with djinn.lease("llama"):
             pending = djinn.submit("phi", PROMPT, 6, ignore_eos=True)
             djinn.remove("phi")
-            djinn.add("phi", folders / "opt")
+            djinn.add("phi", saved("opt"))
         with pytest.raises(ConfigError, match="another model of that name"):
             pending.result(60)
         g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)
         assert g.token_ids == expected["opt"]
 
 
-def test_a_way_to_decode_is_set_for_the_model_that_has_the_name_by_then(folders, expected):
+def test_a_way_to_decode_is_set_for_the_model_that_has_the_name_by_then(expected):
     with dj.Djinn("1200KiB", "cpu", "16KiB", decode="eager", max_model_len=40) as djinn:
         for name in ("llama", "phi"):
-            djinn.add(name, folders / name)
+            djinn.add(name, saved(name))
         with ThreadPoolExecutor(1) as other:
             with djinn.lease("llama"):
                 mode = other.submit(djinn.set_decode, "phi", "graph")
                 time.sleep(0.05)
                 djinn.remove("phi")
-                djinn.add("phi", folders / "qwen2-tied")
+                djinn.add("phi", saved("qwen2-tied"))
                 assert not mode.done()
             assert mode.result(60) == "graph"
         g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)

@@ -1,7 +1,7 @@
 """The order of waiting requests against a naive model, and its bound on overtaking."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -67,7 +67,6 @@ def test_bad_input():
 
 
 @given(st.text("ab", min_size=1, max_size=60), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
 def test_a_steady_stream_of_hits_starves_nobody(arrivals, bound):
     """One arrives for each that is served, always for the resident model: the worst case."""
     queue, served = RequestQueue("affinity", bound), []
@@ -123,7 +122,6 @@ class QueueMachine(RuleBasedStateMachine):
             assert all(n <= self.bound for _, _, n in self.naive)
 
 
-QueueMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestQueue = QueueMachine.TestCase
 
 
