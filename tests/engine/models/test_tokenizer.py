@@ -100,7 +100,8 @@ def test_many_threads_may_ask_at_once():
 # -- folders ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "biogpt"])
+# The class of plbart needs a package that this project does not install.
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "biogpt", "plbart"])
 def test_a_folder_without_a_vocabulary_has_no_tokenizer(tmp_path, model_type):
     write(tmp_path, config__json={"model_type": model_type}, chat_template__jinja="x")
     assert read_tokenizer(tmp_path) is None
@@ -150,6 +151,13 @@ def test_broken_files_are_said_at_add(tmp_path, files):
 def test_a_tokenizer_without_its_vocabulary_is_incomplete(tmp_path, name, model_type):
     write(tmp_path, config__json={"model_type": model_type}, **{f"{name}__json": "{}"})
     with pytest.raises(CheckpointError, match=f"{name}.json"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_whose_package_is_missing_is_said(tmp_path):
+    write(tmp_path, config__json={"model_type": "plbart"})
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(b"not one")
+    with pytest.raises(CheckpointError, match=r"sentencepiece\.bpe\.model"):
         read_tokenizer(tmp_path)
 
 
