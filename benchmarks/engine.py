@@ -28,6 +28,7 @@ from engine_targets import read_floor_ms, targets
 
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.djinn import Djinn
+from djinn_lib.engine.memory.opening import MastersForm
 from djinn_lib.engine.models.packing import Embeddings
 from djinn_lib.errors import DjinnError
 from djinn_lib.experiment import machine
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, default=512)
     parser.add_argument("--embeddings", choices=get_args(Embeddings), default="host")
+    parser.add_argument("--masters", choices=get_args(MastersForm), default="plain")
     parser.add_argument("--models-dir", type=user_path, default=MODELS_DIR)
     parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "engine.json")
     options = parser.parse_args()
@@ -91,7 +93,7 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
     device_before_bytes, host_before_bytes = device_bytes_used(profile.device), host_bytes_used()
     with Djinn(capacity_bytes, profile.device, page=profile.page, decode="eager",
                max_model_len=options.max_model_len, embeddings=options.embeddings,
-               progress=say) as djinn:  # fmt: skip
+               masters=options.masters, progress=say) as djinn:  # fmt: skip
         setup: list[dict[str, Any]] = []
         for name, f in files.items():
             say(f"{name}: reading and pinning {f.n_bytes / 2**30:.2f} GiB")
@@ -121,6 +123,8 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
         per_token = {name: bytes_per_token(djinn, name) for name in files}
         pages = [int(parse_bytes(profile.page) * factor) for factor in PAGE_FACTORS]
         pages = [page for page in pages if page >= smallest_page(profile.device)]
+        if options.masters != "plain":  # compressed pages have one size
+            pages = []
         say("the size of a page")
         largest = sorted(sizes, key=lambda name: -sizes[name])[:2]
         curve = page_curve(
@@ -145,6 +149,7 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
         "capacity_bytes": capacity_bytes,
         "page_bytes": parse_bytes(profile.page),
         "embeddings": options.embeddings,
+        "masters": options.masters,
         "model_bytes": model_bytes,
         "sizes": sizes,
         "bytes_per_token": per_token,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from djinn_lib.engine.decode.sampling import Sampling
     from djinn_lib.engine.djinn import Djinn
+    from djinn_lib.engine.handles import Model
+    from djinn_lib.engine.models.packaged import small_model
     from djinn_lib.engine.models.spec import ModelSpec
     from djinn_lib.engine.serving.generation import Generation
     from djinn_lib.engine.serving.stream import Stream
@@ -46,6 +48,7 @@ __all__ = [
     "Fleet",
     "Generation",
     "LeaseError",
+    "Model",
     "ModelSpec",
     "PlatformError",
     "RecordError",
@@ -56,16 +59,19 @@ __all__ = [
     "__version__",
     "optimal_bytes",
     "simulate",
+    "small_model",
 ]
 _HOMES = {
     "Djinn": "engine.djinn",
     "Fleet": "fleet.fleet",
     "Generation": "engine.serving.generation",
+    "Model": "engine.handles",
     "ModelSpec": "engine.models.spec",
     "Sampling": "engine.decode.sampling",
     "Stream": "engine.serving.stream",
     "optimal_bytes": "simulator.optimal",
     "simulate": "simulator.simulate",
+    "small_model": "engine.models.packaged",
 }
 
 

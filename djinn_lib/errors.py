@@ -1,7 +1,7 @@
 """The errors that djinn_lib raises on purpose.
 
-Each message says what was expected, what came and what to do. Every class also derives from the
-built-in error that a caller would reach for first, so `except ValueError` works as expected.
+Each message says what is wrong and what to do. Every class also derives from the built-in error
+that a caller would expect, so `except ValueError` works.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ class DjinnError(Exception):
 
 
 def in_words(error: BaseException) -> str:
-    """Return what an error says; of those that others raise, also what it is."""
-    said = str(error)
-    return said if isinstance(error, DjinnError) and said else f"{type(error).__name__}: {said}"
+    """Return an error's message; for errors of other libraries, with its type."""
+    text = str(error)
+    return text if isinstance(error, DjinnError) and text else f"{type(error).__name__}: {text}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; others' errors can be pages long."""
-    said = str(error).strip()
-    return said.splitlines()[0][:300] if said else "no message"
+    """Return the first line of an error's message, of at most 300 characters."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else "no message"
 
 
 def shown(value: object) -> str:
-    """Return a refused value as a message shows it: short, and never the contents of a container.
+    """Format a refused value for a message: short, without contents of containers.
 
-    Printing a tensor reads its memory, which may not be mapped, and Python refuses to print an
-    integer of thousands of digits.
+    Printing a tensor reads its memory, which may not be mapped. Python refuses to print an integer
+    of thousands of digits.
     """
     if not isinstance(value, str | bytes | Number | PurePath | None):
         return f"a value of type {type(value).__name__}"
@@ -49,7 +49,7 @@ class ConfigError(DjinnError, ValueError):
 
 
 class TraceError(DjinnError, ValueError):
-    """A trace that is malformed or does not fit the models at hand."""
+    """A trace that is malformed or does not fit the configured models."""
 
 
 class RecordError(DjinnError, ValueError):
@@ -61,7 +61,7 @@ class CheckpointError(DjinnError, ValueError):
 
 
 class CapacityError(DjinnError, MemoryError):
-    """More memory was asked for than the ring, the device or the host has."""
+    """A request for more memory than the ring, the device or the host has."""
 
 
 class PlatformError(DjinnError, RuntimeError):
@@ -69,8 +69,8 @@ class PlatformError(DjinnError, RuntimeError):
 
 
 class LeaseError(DjinnError, RuntimeError):
-    """A lease was used after its release, or a leased model was to be changed."""
+    """A use of a released lease, or a change of a leased model."""
 
 
 class RequestCancelled(DjinnError, RuntimeError):
-    """A request was given up while it was being served."""
+    """A request that was cancelled while it was being served."""

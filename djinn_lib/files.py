@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Write files atomically: under a temporary name first, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from djinn_lib.errors import ConfigError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file under another name, and give it its own when it is on the disk.
+    """Let `write` make a file under a temporary name, sync it to disk, and rename it.
 
-    Folders are made. A failure leaves what was there before, and nothing else.
+    Parent folders are created. A failure keeps the previous file and leaves nothing else.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
@@ -36,19 +36,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data as strict JSON atomically.
+    """Write plain data as strict JSON, atomically.
 
     Raises:
-        ValueError: a number is not finite, which JSON cannot hold.
+        ValueError: a number is not finite, which JSON cannot represent.
     """
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def path_below(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder or in one of its folders.
+    """Return the path of a file in a folder or below it.
 
     Raises:
-        ConfigError: the name leads out of the folder, or is none.
+        ConfigError: the name is invalid or leads out of the folder.
     """
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
@@ -57,7 +57,7 @@ def path_below(folder: Path, name: str) -> Path:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Create a folder, if need be, and make sure that files can be written there.
+    """Create a folder if necessary, and check that files can be written there.
 
     Raises:
         ConfigError: they cannot.
@@ -70,5 +70,5 @@ def ensure_writable(folder: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"expected a folder that can be written to, got {folder} ({error.strerror}): "
-            "choose another run_dir or mend its permissions"
+            "choose another run_dir or correct its permissions"
         ) from error

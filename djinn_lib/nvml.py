@@ -1,4 +1,4 @@
-"""Facts of NVIDIA's management library; all of them are empty where there is no driver."""
+"""Query NVIDIA's management library; without a driver, all results are empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def ask(read: Callable[[Any], T]) -> T | None:
-    """Return what `read` gets from the library, None where there is no driver or no such GPU."""
+    """Return what `read` gets from the library; None without a driver or such a GPU."""
     import pynvml  # the module of nvidia-ml-py
 
     try:
@@ -31,25 +31,25 @@ def ask(read: Callable[[Any], T]) -> T | None:
 
 
 def driver_version() -> str | None:
-    """Version of the driver."""
+    """Return the driver's version."""
     return ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
 
 def first_gpu() -> str:
-    """Return the UUID of the GPU that CUDA shows this process first, or "gpu0" and the like.
+    """Return the UUID of the first GPU that CUDA shows this process, else "gpu0" etc.
 
-    The driver is asked, not CUDA, which would take device memory for the answer. Where no UUID is
-    to be had, the place in the driver's list stands for it.
+    It queries the driver, because a query of CUDA would take device memory. Without a UUID, it
+    returns the index in the driver's list.
     """
     visible = _first_visible()
     if visible.startswith("MIG-"):
-        return visible  # a part of a GPU: no index leads to it
+        return visible  # a MIG instance has no index
     uuid = ask(lambda nvml: nvml.nvmlDeviceGetUUID(_first_handle(nvml)))
     return uuid or (f"gpu{visible}" if visible.isdigit() else visible)
 
 
 def _first_visible() -> str:
-    """The first entry of CUDA_VISIBLE_DEVICES: an index, or a UUID as far as it was written."""
+    """Return CUDA_VISIBLE_DEVICES' first entry: an index, or the start of a UUID."""
     entry = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
     return entry if re.fullmatch(r"\d+|(GPU|MIG)-[0-9A-Za-z-]+", entry) else "0"
 
@@ -63,7 +63,7 @@ def _first_handle(nvml: Any) -> Any:
 
 
 def used_bytes() -> int | None:
-    """Bytes of the first GPU's memory in use, by whomever; None where there is no driver."""
+    """Return the memory in use on the first GPU, in bytes; None without a driver."""
 
     def read(nvml: Any) -> int:
         return int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).used)
@@ -72,13 +72,13 @@ def used_bytes() -> int | None:
 
 
 class MemoryWatch:
-    """Notes the most of the first GPU's memory that is in use while its block runs.
+    """Records the peak use of the first GPU's memory while its block runs.
 
-    By whomever: what libraries and other processes of a system take counts as well. It is asked for
-    ten times a second by a thread, which costs the serving thread less than the noise of its clock.
+    Memory of libraries and other processes counts too. A thread samples it ten times a second,
+    which costs the serving thread less than the noise of its clock.
 
     Attributes:
-        peak_bytes: the most, less what was in use before the block; None where there is no driver.
+        peak_bytes: the peak above the use before the block; None without a driver.
     """
 
     def __init__(self, interval_s: float = 0.1) -> None:
@@ -111,20 +111,20 @@ class MemoryWatch:
 def await_memory(
     base_bytes: int | None, patience_s: float = 60.0, slack_bytes: int = 64 << 20
 ) -> str:
-    """Wait until no more of the first GPU's memory is in use than before.
+    """Wait until the first GPU's memory in use has returned to its earlier level.
 
     Args:
-        base_bytes: from `used_bytes`, before; None: there is nothing to wait for.
-        patience_s: how long (s) to wait.
-        slack_bytes: what the driver itself may need more.
+        base_bytes: earlier result of `used_bytes`; None waits for nothing.
+        patience_s: maximum time to wait, in seconds.
+        slack_bytes: additional bytes that the driver itself may use.
 
     Returns:
-        "" when it is; else what is left in use, for people.
+        "" on success; else a message about the memory that remains in use.
     """
     deadline_s = time.monotonic() + patience_s
     while base_bytes is not None and (used := used_bytes() or 0) > base_bytes + slack_bytes:
         if time.monotonic() > deadline_s:
-            held = ", ".join(gpu_processes(with_this_one=False)) or "no process that it names"
+            held = ", ".join(gpu_processes(with_this_one=False)) or "no process that NVML lists"
             return (
                 f"expected {base_bytes:,} bytes of GPU memory in use as before, got {used:,} "
                 f"after {patience_s:.0f} s, held by {held}"

@@ -1,4 +1,4 @@
-"""Where things are in this repository, and paths as users write them."""
+"""Locations in this repository, and paths that users enter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from djinn_lib.errors import ConfigError, shown
 
 REPO = Path(__file__).resolve().parent.parent
-REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our own run
+REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our published run
 NOTEBOOKS = REPO / "notebooks"
-FIGURES = REPO / "figures"  # as published
+FIGURES = REPO / "figures"  # the published figures
 STUDY = REPO / "data" / "reference" / "study"  # points of the study of policies
-SOAKS = {  # kept results of benchmarks/soak.py
+SOAKS = {  # published results of benchmarks/soak.py
     "2 cores": REPO / "data" / "reference" / "cpu" / "soak.json",
     "one H100": REFERENCE / "soak.json",
 }
 
 
 def user_path(value: object, what: str = "a path") -> Path:
-    """Return a path as a user writes it, with ``~`` as the home folder.
+    """Return a path that a user entered, with ``~`` as the home folder.
 
     Raises:
-        ConfigError: it is no text or path, is empty, or names the home of nobody.
+        ConfigError: it is not a text or path, is empty, or names an unknown user's home.
     """
     if not isinstance(value, str | Path) or not str(value).strip() or "\0" in str(value):
         raise ConfigError(f"expected {what} as text or Path, got {shown(value)}")
@@ -33,10 +33,10 @@ def user_path(value: object, what: str = "a path") -> Path:
 
 
 def python_path() -> str:
-    """Return the PYTHONPATH by which other processes find this package, and all they found before.
+    """Return a PYTHONPATH with this package, followed by the current entries.
 
-    They are to inherit it. What is handed to Ray as a worker's environment is expanded there, so
-    that a folder called `${X}` would not arrive.
+    Set it in this process, so that others inherit it. Ray would expand variables in a worker's
+    environment, which breaks a folder called `${X}`.
     """
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys([str(REPO), *filter(None, before)]))

@@ -1,4 +1,4 @@
-"""What code produced a result: the commit of the working tree, and the packages installed."""
+"""Identify the code behind a result: the commit and the installed packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter, where installed."""
+    """Return the versions of Python and of the relevant packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -28,12 +28,12 @@ def package_versions() -> dict[str, str]:
 def git_state(repo: Path) -> tuple[str, bool]:
     """Return the commit of a working tree, and whether files differ from it.
 
-    Where the tree's own history is not at hand (an archive, a container, a copy) ``DJINN_COMMIT``
-    tells the commit, with "-dirty" behind it for a changed tree. Without either the commit is
-    "unknown", and the tree counts as changed.
+    Without a git history (an archive, a container, a copy), ``DJINN_COMMIT`` names the commit, with
+    the suffix "-dirty" for a changed tree. It takes precedence. Without either, the commit is
+    "unknown" and the tree counts as changed.
     """
-    if told := os.environ.get("DJINN_COMMIT"):
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
+    if declared := os.environ.get("DJINN_COMMIT"):
+        return declared.removesuffix("-dirty"), declared.endswith("-dirty")
     try:
         commit = _git(repo, "rev-parse", "HEAD").strip()
         dirty = bool(_git(repo, "status", "--porcelain", "--untracked-files=no").strip())

@@ -1,8 +1,8 @@
-"""Folders replaced as one: the old are put aside, the new in place, and then the old are deleted.
+"""Replace several folders as one: either all old ones or all new ones remain.
 
-Whatever ends this on its way, an error or a kill, either all old folders or all new ones are whole.
-An error is undone at once; what a kill left is put right by `recover`, which the next run calls.
-The rule that tells both cases apart: nothing is deleted before every target is there again.
+The old folders are moved aside, the new ones into place, and then the old ones are deleted. An
+error is undone at once. After a kill, the next run calls `recover`. It can tell the two states
+apart, because nothing is deleted before every target exists again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 
 def replace_folders(made: Mapping[Path, Path]) -> None:
-    """Put new folders in the places of others, all or none.
+    """Move new folders to their targets, all or none.
 
     Args:
         made: the new folder for each target, on the same file system. A target need not exist.
 
     Raises:
-        OSError: a folder cannot be moved; all targets are as they were, and so are the new ones.
+        OSError: a folder cannot be moved; all targets and new folders are as before.
     """
     recover(*made)
     try:
@@ -31,12 +31,12 @@ def replace_folders(made: Mapping[Path, Path]) -> None:
     except BaseException:
         _undo(made)
         raise
-    os.sync()  # the old ones go when the new ones are on the disk
+    os.sync()  # delete the old folders only after the new ones are on disk
     _forget(made)
 
 
 def recover(*targets: Path) -> None:
-    """Put right what a process left that was killed while it replaced these folders together."""
+    """Repair the folders that a killed process was replacing together."""
     _empty_trash(targets)
     if any(_aside(target).exists() for target in targets):
         if all(target.exists() for target in targets):
@@ -50,13 +50,13 @@ def _put_aside(target: Path) -> None:
     if target.exists():
         os.rename(target, _aside(target))
     else:
-        _aside(target).mkdir(parents=True)  # stands for a folder that was not there
+        _aside(target).mkdir(parents=True)  # an empty folder marks that there was none before
 
 
 def _undo(made: Mapping[Path, Path | None]) -> None:
-    """Put back what was put aside; new folders go back where they were, or to be deleted.
+    """Restore the old folders; move new ones back, or to the trash.
 
-    First they all go: as long as a target is missing, whoever comes next knows what to do.
+    All new folders are moved first. While a target is missing, `recover` knows that it must undo.
     """
     aside = [target for target in made if _aside(target).exists()]
     for target in aside:
@@ -70,7 +70,7 @@ def _undo(made: Mapping[Path, Path | None]) -> None:
 
 
 def _forget(targets: Iterable[Path]) -> None:
-    """Delete what was put aside. Renamed first: half of a folder must not pass for a whole one."""
+    """Delete the old folders, renamed first: no partial folder may look complete."""
     for target in targets:
         if _aside(target).exists():
             os.rename(_aside(target), _trash(target))

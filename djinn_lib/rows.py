@@ -1,7 +1,7 @@
-"""Rows: what a cell leaves behind, checked when it is written and when it is read.
+"""Rows of measurements, one per request: schema, checks, reading and writing.
 
-A row is one request. Files appear whole or not at all. The schema says what a row is, not what a
-clock may say: rows whose times contradict each other are kept, and `clock_warning` names them.
+Rows are checked when they are written and when they are read. The schema does not check clocks:
+rows whose times contradict each other are kept, and `clock_warning` reports them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ERROR_KINDS = (
 )  # fmt: skip
 _BYTES = ("loaded_bytes", "evicted_bytes", "writeback_bytes", "resident_before_bytes")
 _TIMES = ("switch_ms", "ttft_ms", "decode_ms", "total_ms")
-_TOLERANCE_MS = 0.5  # clocks are read one after the other
+_TOLERANCE_MS = 0.5  # the clocks are not read at the same instant
 
 
 def _text(*values: str) -> pa.Column:
@@ -90,11 +90,11 @@ SCHEMA = pa.DataFrameSchema(
     unique=["run_id", "repeat", "request"],
 )  # fmt: skip
 COLUMNS = tuple(SCHEMA.columns)
-_SINCE = {"start": "cold"}  # columns that older rows lack, and what they would say
+_SINCE = {"start": "cold"}  # columns that older rows lack, and their value there
 
 
 def token_sha(token_ids: Sequence[int]) -> str:
-    """Return 16 hex digits that stand for a sequence of token ids."""
+    """Hash a sequence of token ids to 16 hex digits."""
     data = b"".join(int(i).to_bytes(8, "little", signed=True) for i in token_ids)
     return hashlib.sha256(data).hexdigest()[:16]
 
@@ -102,13 +102,13 @@ def token_sha(token_ids: Sequence[int]) -> str:
 def failed_row(*, error_kind: str, error: str, **keys: Any) -> dict[str, Any]:
     """Return the row of a request that failed.
 
-    Such a row can always be written: a kind that is unknown becomes "other", and what no file can
-    hold of a message (half a character of a broken path) becomes "?".
+    Such a row can always be written: an unknown kind becomes "other", and characters of the message
+    that no file can hold (half a character of a broken path) become "?".
 
     Args:
         error_kind: one of `ERROR_KINDS`.
-        error: what happened, in words.
-        keys: the columns that say which request it was.
+        error: description of what happened.
+        keys: the columns that identify the request.
     """
     kind = error_kind if error_kind in ERROR_KINDS else "other"
     return {
@@ -129,7 +129,7 @@ _DEAD = ("RayActorError", "ActorDiedError", "WorkerCrashedError", "EngineDeadErr
 
 
 def classify_error(error: BaseException) -> str:
-    """Return which of `ERROR_KINDS` an exception, or what caused it, belongs to."""
+    """Return the member of `ERROR_KINDS` that fits an exception or its cause."""
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
         return "oom"
     if "out of memory" in str(error).lower():
@@ -138,7 +138,7 @@ def classify_error(error: BaseException) -> str:
         return "timeout"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk_full"
-    if "no space left on device" in str(error).lower():  # from libraries that lose the number
+    if "no space left on device" in str(error).lower():  # from libraries that drop errno
         return "disk_full"
     if isinstance(error, (EOFError, BrokenPipeError, ConnectionError)):
         return "engine_died"
@@ -173,7 +173,7 @@ def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return the frame if it fits the schema.
 
     Raises:
-        RecordError: it does not, or is empty; the message names the first rule that is broken.
+        RecordError: it does not, or it is empty; the message names the first broken rule.
     """
     if frame.empty:
         raise RecordError(f"{where}: expected at least 1 row, got none")
@@ -189,9 +189,9 @@ def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def clock_warning(frame: pd.DataFrame) -> str:
-    """Return which served requests have parts that exceed their total; "" if none has.
+    """Report served requests whose parts exceed their total; "" if there are none.
 
-    Only a mistake in measuring explains that, but what was measured beside it still counts.
+    Only a measuring error explains that. The other measurements remain valid.
     """
     parts_ms = frame[["queue_ms", "switch_ms", "decode_ms"]].sum(axis=1)
     longest_ms = parts_ms.where(parts_ms > frame["ttft_ms"], frame["ttft_ms"])
@@ -206,7 +206,7 @@ def clock_warning(frame: pd.DataFrame) -> str:
 
 
 def write_rows(frame: pd.DataFrame, path: Path) -> None:
-    """Write checked rows as parquet; the file appears whole or not at all.
+    """Write checked rows as parquet, atomically.
 
     Raises:
         RecordError: the rows break the schema; nothing is written.
@@ -220,7 +220,7 @@ def read_rows(path: Path) -> pd.DataFrame:
     """Read and check the rows of a cell.
 
     Raises:
-        RecordError: the file is missing, cut short or breaks the schema.
+        RecordError: the file is missing, truncated or breaks the schema.
     """
     try:
         frame = _completed(pd.read_parquet(path))
@@ -232,7 +232,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 
 def no_rows() -> pd.DataFrame:
-    """Return a frame with every column and no row."""
+    """Return an empty frame with every column."""
     return pd.DataFrame(columns=list(COLUMNS))
 
 

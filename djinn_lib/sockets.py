@@ -1,7 +1,7 @@
-"""Where sockets with a path can be: Linux takes no longer one than 107 bytes.
+"""Choose folders for Unix sockets, whose paths Linux limits to 107 bytes.
 
-Batch systems set long folders for temporary files, and libraries that listen there fail late and in
-words of their own. So each that does is told where its sockets fit: kernels, Ray, vLLM.
+Batch systems set long temporary folders, and libraries that listen there fail late with unclear
+errors. So each of them gets a folder that is short enough: kernels, Ray, vLLM.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _RAYS = "/ray/session_2026-11-23_06-00-00_123456_1234567/sockets/plasma_store.1"
 
 
 def socket_folder(n_below: int, wanted: str | None = None) -> str:
-    """Return a folder for sockets: the one that is wanted, or /tmp where that is too long.
+    """Return a folder for sockets: the wanted one, or /tmp if that is too long.
 
     Args:
-        n_below: bytes that the longest path of a socket in it has more than the folder.
+        n_below: maximum bytes that a socket's path adds to the folder's.
         wanted: default is the folder for temporary files (TMPDIR).
 
     Raises:
-        ConfigError: the one is too long, and in the other nothing can be written.
+        ConfigError: the wanted folder is too long, and /tmp is not writable.
     """
     folder = wanted or tempfile.gettempdir()
     longest = LONGEST_BYTES - n_below
@@ -39,9 +39,9 @@ def socket_folder(n_below: int, wanted: str | None = None) -> str:
 
 
 def ray_folder() -> str:
-    """Return where a Ray that is started here can have its sockets, logs and spilled objects.
+    """Return a folder for the sockets, logs and spilled objects of a new Ray.
 
-    As Ray itself chooses it, by RAY_TMPDIR or TMPDIR, where that is short enough.
+    It is Ray's own choice, RAY_TMPDIR or TMPDIR, if that is short enough.
 
     Raises:
         ConfigError: see `socket_folder`.

@@ -1,7 +1,8 @@
-"""Traces: which model is asked for, and when.
+"""Traces: which models are requested, and when.
 
-`paper_trace` reproduces the published sequence of 30 requests; `zipf_trace` makes others. On disk a
-trace is JSON Lines: a header with its parameters and a hash, then a line a request.
+`paper_trace` reproduces the published sequence of 30 requests. `zipf_trace` and `session_trace`
+generate others. A trace file is JSON Lines: a header with parameters and a hash, then one line per
+request.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _MAX_REQUESTS = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request: its number from 0, when it arrives (seconds), and the model it asks for."""
+    """One request: its number from 0, its arrival in seconds, and its model."""
 
     request: int
     arrival_s: float
@@ -38,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Trace:
-    """A sequence of requests and the parameters that it was made from."""
+    """A sequence of requests, and the parameters that generated it."""
 
     kind: str
     params: Mapping[str, Any]
@@ -50,7 +51,7 @@ class Trace:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models asked for, in order of first appearance."""
+        """Requested models, in order of first appearance."""
         return tuple(dict.fromkeys(request.model for request in self.requests))
 
     @cached_property
@@ -74,17 +75,17 @@ def _requests(arrivals_s: np.ndarray, models: Sequence[str]) -> tuple[Request, .
 def paper_trace(
     models: Sequence[str] = PAPER_MODELS, n: int = _PAPER["n"], seed: int = _PAPER["seed"]
 ) -> Trace:
-    """Return a trace drawn as the paper's: exponential gaps, then models with 40/40/20 percent.
+    """Generate a trace as in the paper: exponential gaps, models at 40/40/20 %.
 
     With the default `n` and `seed` it is the published trace of 30 requests.
 
     Args:
-        models: three names that take the places of llama-7b, mistral-7b and phi-2.
+        models: three names, in the roles of llama-7b, mistral-7b and phi-2.
         n: number of requests, at least 1.
         seed: of NumPy's RandomState.
 
     Raises:
-        TraceError: not three different names, or a number out of its range.
+        TraceError: the models are not three different names, or a number is out of range.
     """
     if len(models) != 3 or len(set(models)) != 3:
         raise TraceError(f"expected three different models for the paper's trace, got {models}")
@@ -92,7 +93,7 @@ def paper_trace(
         raise TraceError(f"expected 1 to {_MAX_REQUESTS} requests, got {n}")
     if not 0 <= seed < 2**32:
         raise TraceError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")
-    generator = np.random.RandomState(seed)  # its stream never changes between versions of NumPy
+    generator = np.random.RandomState(seed)  # its stream is stable across NumPy versions
     arrivals_s = generator.exponential(_PAPER["mean_gap_s"], n).cumsum()
     drawn = generator.choice(3, size=n, p=_PAPER["probabilities"])
     params = {**_PAPER, "n": n, "seed": seed, "models": list(models)}
@@ -100,17 +101,17 @@ def paper_trace(
 
 
 def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> Trace:
-    """Return `n` requests with Poisson arrivals, model i drawn in proportion to (i + 1)**-alpha.
+    """Generate Poisson arrivals, with model i in proportion to (i + 1)**-alpha.
 
     Args:
         n: number of requests, at least 1.
-        alpha: skew; 0 asks for all models alike.
+        alpha: skew; 0 makes all models equally popular.
         models: names, the most popular first.
         seed: of NumPy's PCG64 generator.
         rate_per_s: mean arrivals per second.
 
     Raises:
-        TraceError: a parameter is out of its range.
+        TraceError: a parameter is out of range.
     """
     _check_zipf(n, alpha, models, seed, rate_per_s)
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -130,9 +131,9 @@ def session_trace(
     visit_requests: float = 8.0,
     n_visits: int = 4,
 ) -> Trace:
-    """Return `n` requests of users who each stay with a model for a while, as in a conversation.
+    """Generate requests of users who each stay with a model for a while.
 
-    At any time `n_visits` visits are open; each request belongs to one of them at random, and ends
+    At any time `n_visits` visits are open. Each request belongs to a random one of them, and ends
     it with probability 1 / `visit_requests`. A new visit draws its model as `zipf_trace` does.
 
     Args:
@@ -141,7 +142,7 @@ def session_trace(
         n_visits: visits open at a time, at least 1.
 
     Raises:
-        TraceError: a parameter is out of its range.
+        TraceError: a parameter is out of range.
     """
     _check_zipf(n, alpha, models, seed, rate_per_s)
     if not (math.isfinite(visit_requests) and visit_requests >= 1 and n_visits >= 1):
@@ -167,7 +168,7 @@ def session_trace(
 
 
 def _zipf_shares(alpha: float, n_models: int) -> np.ndarray:
-    """Share of the requests that each model gets, the most popular first."""
+    """Return each model's share of the requests, the most popular first."""
     weights = np.arange(1, n_models + 1, dtype=float) ** -alpha
     return weights / weights.sum()
 
@@ -198,7 +199,7 @@ def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per
 
 
 def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) -> Trace:
-    """Return a trace whose models are called by `names`, but for those in `keep`."""
+    """Rename the models of a trace by `names`, except those in `keep`."""
     requests = tuple(
         request
         if request.model in keep
@@ -209,20 +210,20 @@ def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) 
 
 
 def check_models(trace: Trace, known: Collection[str]) -> None:
-    """Make sure that every model of a trace is configured.
+    """Check that every model of a trace is configured.
 
     Raises:
-        TraceError: one is not.
+        TraceError: a model is not.
     """
     if unknown := [model for model in trace.models if model not in known]:
         raise TraceError(
             f"expected a trace over the models {list(known)}, got {unknown[0]!r}: "
-            "add it to the profile, or make the trace anew"
+            "add it to the profile, or generate the trace again"
         )
 
 
 def write_trace(trace: Trace, path: Path) -> None:
-    """Write a trace; the file appears whole or not at all."""
+    """Write a trace atomically."""
     header = {"format": FORMAT, "kind": trace.kind, "params": dict(trace.params),
               "n": len(trace), "sha256": trace.sha256}  # fmt: skip
     write_text(path, _dump(header) + "".join(_dump(asdict(r)) for r in trace.requests))
@@ -232,12 +233,13 @@ def read_trace(path: Path) -> Trace:
     """Read a trace and check everything in it.
 
     Raises:
-        TraceError: missing, cut short, edited or of another format; the message names the line.
+        TraceError: the file is missing, truncated, edited or of another format; the message names
+            the line.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"expected a trace in {path}, got {error}: make it anew") from error
+        raise TraceError(f"expected a trace in {path}, got {error}: generate it again") from error
     header = _header(path, lines[0] if lines else "")
     requests = tuple(_request(path, i, line) for i, line in enumerate(lines[1:]))
     if len(requests) != header["n"]:
@@ -245,14 +247,14 @@ def read_trace(path: Path) -> Trace:
     _check_order(path, requests)
     trace = Trace(header["kind"], header["params"], requests)
     if trace.sha256 != header["sha256"]:
-        raise _broken(path, 1, f"hash {trace.sha256} of what follows", header["sha256"])
+        raise _broken(path, 1, f"hash {trace.sha256} of this trace", header["sha256"])
     return trace
 
 
 def _broken(path: Path, line_number: int, expected: str, got: object) -> TraceError:
     return TraceError(
         f"{path}, line {line_number}: expected {expected}, got {str(got)[:100]!r}: the file was "
-        "cut short or edited; make the trace anew"
+        "truncated or edited; generate the trace again"
     )
 
 

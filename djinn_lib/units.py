@@ -1,4 +1,4 @@
-"""Sizes in bytes and other numbers: reading them from text, printing them for people."""
+"""Parse sizes in bytes from text, and format numbers for people."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BINARY = {"B": 0, "KiB": 1, "MiB": 2, "GiB": 3, "TiB": 4}
 _EXPONENTS = {unit.lower(): exponent for unit, exponent in _BINARY.items()}
 _DECIMAL = re.compile(r"([kmgt])b?", re.IGNORECASE)
 _SIZE = re.compile(r"\s*(\d{1,30}(?:\.\d{1,30})?)\s*([a-z]+)\s*", re.ASCII | re.IGNORECASE)
-_MOST = 2**63 - 1  # what an operating system counts bytes with
+_MOST = 2**63 - 1  # largest count of bytes of an operating system
 
 
 def parse_bytes(size: int | str) -> int:
-    """Return a size in bytes, given as a whole number or as text such as ``"25GiB"``.
+    """Parse a size in bytes, given as a whole number or as text such as ``"25GiB"``.
 
     Units may be in either case, with a space before them.
 
@@ -39,7 +39,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def _read_size(text: str) -> int | None:
-    """Bytes that a text names; None when it names none."""
+    """Parse a number with a unit into bytes; None if the text has another form."""
     if not (match := _SIZE.fullmatch(text)):
         return None
     number, unit = match.groups()
@@ -54,7 +54,7 @@ def _read_size(text: str) -> int | None:
 
 
 def format_bytes(n_bytes: int) -> str:
-    """Return a size for people, in binary units: ``26843545600`` gives ``"25.0 GiB"``."""
+    """Format a size in binary units: ``26843545600`` gives ``"25.0 GiB"``."""
     value, unit = float(n_bytes), "B"
     for unit in _BINARY:
         if abs(value) < 1024 or unit == "TiB":
@@ -64,7 +64,7 @@ def format_bytes(n_bytes: int) -> str:
 
 
 def three_digits(value: float) -> str:
-    """A number for people, with three digits or all those before the point; "-" for NaN."""
+    """Format a number with three digits, or all digits before the point; "-" for NaN."""
     if math.isnan(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         {"embeddings": ""}, {"embeddings": []}, {"embeddings": False},
         {"host_capacity": 0}, {"host_capacity": False}, {"host_capacity": "1GB"},
         {"host_capacity": 2**62}, {"swap_dir": 5}, {"swap_dir": ""}, {"swap_dir": b"/tmp"},
-        {"progress": None}, {"progress": "print"},
+        {"progress": None}, {"progress": "print"}, {"progress": 1},
     ],
     ids=str,
 )  # fmt: skip
@@ -148,7 +148,7 @@ def test_overlap_may_be_changed_to_a_flag_only():
 def test_names_of_models(name):
     spec = dj.ModelSpec({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1})
     with dj.Djinn("64KiB", page="16KiB", device="cpu") as djinn:
-        with pytest.raises(ConfigError, match="expected the name of a model as text"):
+        with pytest.raises(ConfigError, match="name must be non-empty text"):
             djinn.add(name, spec)
         lease = lambda name: djinn.lease(name).__enter__()  # noqa: E731
         for use in (djinn.remove, djinn.evict, djinn.sha256, lease):

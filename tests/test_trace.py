@@ -35,7 +35,7 @@ ARRIVALS_S = {
     28: 48.252890664448934,
     29: 48.34801836396175,
 }
-REMEDY = "make the trace anew"
+REMEDY = "generate the trace again"
 
 
 def written(trace: Trace, folder: Path) -> Path:
@@ -235,12 +235,12 @@ def test_no_single_character_can_be_changed_unseen(tmp_path_factory, position, c
 
 
 def test_files_that_are_no_traces(tmp_path):
-    with pytest.raises(TraceError, match=r"expected a trace in .*no\.jsonl.*: make it anew"):
+    with pytest.raises(TraceError, match=r"expected a trace in .*no\.jsonl.*: generate it again"):
         read_trace(tmp_path / "no.jsonl")
-    with pytest.raises(TraceError, match="make it anew"):
+    with pytest.raises(TraceError, match="generate it again"):
         read_trace(tmp_path)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(TraceError, match="make it anew"):
+    with pytest.raises(TraceError, match="generate it again"):
         read_trace(tmp_path / "binary.jsonl")
 
 

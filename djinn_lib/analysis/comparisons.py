@@ -229,7 +229,7 @@ def _means(run: Run, rows: pd.DataFrame, rates: Mapping[str, Any]) -> dict[str, 
     read = rows["model"].map(run.needed_sizes).astype(float) * (rows["n_tokens"] - 1)
     ceiling_ms = copy_ms + (read.mean() / float(memory) * 1e3 if memory else 0.0)
     return {
-        "n": len(rows),
+        "n": rows["request"].nunique(),
         "total (ms)": total_ms,
         "copy (ms)": copy_ms,
         "write-back (ms)": writeback_ms,

@@ -169,7 +169,8 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
         here = rows[rows["capacity_label"] == label]
         systems = [str(name) for name in attempted(here)["system"].unique()]
         try:
-            found += side_by_side(run, systems, trace=trace, capacity_label=str(label)).values()
+            if systems:
+                found += side_by_side(run, systems, trace=trace, capacity_label=str(label)).values()
             found.append(here[here["error_kind"] == "unavailable"])
         except NotMeasured:  # which machine a row is of is in its column
             found.append(here)

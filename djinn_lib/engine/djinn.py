@@ -14,19 +14,21 @@ from transformers import PreTrainedModel
 
 from djinn_lib.arguments import flag
 from djinn_lib.engine.decode.modes import Decode
+from djinn_lib.engine.handles import Model, ModelsByName
 from djinn_lib.engine.holdings import Holdings
 from djinn_lib.engine.memory.lease import PagerStats
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
+from djinn_lib.engine.pictures import ModelState, picture
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions, takes_options
-from djinn_lib.engine.serving.requests import Requests
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
+from djinn_lib.units import format_bytes
 
 
-class Djinn(Requests):
+class Djinn(ModelsByName):
     """Serves models that together are larger than the device memory given to them.
 
     ``Djinn("25GiB")`` is enough on most machines; all parameters are those of `EngineOptions`.
@@ -73,7 +75,7 @@ class Djinn(Requests):
         dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-    ) -> None:
+    ) -> Model:
         """Read a model into its master, and prepare to decode with it.
 
         Unless decoding is eager, that takes a moment on the device: the model is loaded, and
@@ -86,6 +88,9 @@ class Djinn(Requests):
             revision: commit, tag or branch of a hub id.
             trust_remote_code: allow Python code that comes with the checkpoint.
 
+        Returns:
+            The model, with methods of its own: ``djinn.add("chat", ...).generate("Hi")``.
+
         Raises:
             CheckpointError: weights are missing, truncated, corrupt, pickled or quantised.
             CapacityError: the host is full, or the model is larger than the ring and so are its two
@@ -93,7 +98,8 @@ class Djinn(Requests):
             ConfigError: the name is taken, or the architecture cannot be used.
         """
         self._models.ensure_new(name)
-        self._models.add(name, open_source(source, dtype, revision, trust_remote_code))
+        opened = open_source(source, dtype, revision, trust_remote_code)
+        return Model(self, self._models.add(name, opened))
 
     def set_decode(self, name: str, decode: Decode) -> Decode:
         """Change how one model decodes from now on; see the class.
@@ -240,6 +246,28 @@ class Djinn(Requests):
             DjinnError: called in a forked child, which this does not belong to.
         """
         self._holdings.close()
+
+    def __repr__(self) -> str:
+        if not self._holdings.is_of_this_process:
+            return "Djinn(of another process)"
+        return "Djinn(closed)" if self.closed else f"Djinn({self._in_words(self.stats())})"
+
+    def _repr_html_(self) -> str | None:
+        """Draw which models are resident, and how far."""
+        if self.closed or not self._holdings.is_of_this_process:
+            return None
+        stats = self.stats()
+        states = [
+            ModelState(m.name, m.n_bytes, stats.resident_bytes[m.name], m.name in stats.leased)
+            for m in self._models
+            if m.name in stats.resident_bytes
+        ]
+        return picture(states, self._in_words(stats))
+
+    def _in_words(self, stats: PagerStats) -> str:
+        n, resident = len(self), format_bytes(sum(stats.resident_bytes.values()))
+        ring = f"{format_bytes(self.capacity_bytes)} on {self.device}"
+        return f"{ring}, {n} model{'' if n == 1 else 's'}, {resident} resident"
 
     def __enter__(self) -> Djinn:
         return self

@@ -11,17 +11,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer
 
 from djinn_lib.engine.models.checkpoint import folder_config, load_pretrained
 from djinn_lib.engine.models.hub import resolve_folder
+from djinn_lib.engine.models.packaged import convert_gguf, packaged_gguf
 from djinn_lib.engine.models.packing import pack
-from djinn_lib.engine.models.spec import ModelSpec, check_dtype
+from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CheckpointError
 from djinn_lib.experiment.integrity import ensure_same_files, file_digests, weights_digest
 from djinn_lib.experiment.profile import ModelEntry, Profile
@@ -135,37 +135,10 @@ def _prepare(entry: ModelEntry, dtype: str, target: Path) -> None:
         folder = resolve_folder(entry.hub_id or Path(str(entry.folder)), entry.revision)
         partial.joinpath("source.txt").write_text(str(folder.resolve()))
     elif entry.gguf_package:
-        _convert_gguf(_packaged_gguf(entry.gguf_package), dtype, partial)
+        convert_gguf(packaged_gguf(entry.gguf_package), dtype, partial)
     else:
         spec = ModelSpec(entry.config or {}, dtype, entry.seed)
         spec.build("cuda" if torch.cuda.is_available() else "cpu").save_pretrained(partial)
     if (partial / "config.json").exists():
         write_json(partial / "prepared.json", file_digests(partial))
     partial.rename(target)
-
-
-def _packaged_gguf(package: str) -> Path:
-    """Return the GGUF file that an installed Python package carries, without importing it."""
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError as error:
-        raise CheckpointError(
-            f"expected the package {package!r} to be installed, got none: run `make setup`"
-        ) from error
-    found = [file.locate() for file in files if file.name.endswith(".gguf")]
-    if not found:
-        raise CheckpointError(f"expected a .gguf file in the package {package!r}, got none")
-    return Path(str(found[0]))
-
-
-def _convert_gguf(gguf: Path, dtype: str, target: Path) -> None:
-    source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        dtype=check_dtype(dtype),
-        quantization_config=GgufConfig(dequantize=True),
-        **source,
-    )
-    vars(model.config).pop("quantization_config", None)  # the weights are dequantised now
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)

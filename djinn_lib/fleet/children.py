@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and what they said before they ended."""
+"""Start child processes that end with their parent, and read their logs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 _PARENT = "DJINN_PARENT"
 _PR_SET_PDEATHSIG = 1
-_ASKED_S, _TOLD_S = 20.0, 10.0  # to end by itself, and after SIGTERM
-# An exception as the end of a traceback tells it, behind whatever a logger has put before it.
+_GRACE_S, _TERMINATE_S = 20.0, 10.0  # to end after a request, and after SIGTERM
+# An exception at the end of a traceback, after any prefix of a logger.
 _RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)$")
-# What vLLM's processes say of an error that another one of them told before.
+# vLLM's messages about an earlier error in another of its processes.
 _SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization failed")
 _OURS = "djinn_lib.errors."
 _ROOT = Path(__file__).resolve().parents[2]
-# The kernel ends a child with the thread that started it; this one lives as long as the process.
+# The kernel kills a child when the *thread* that started it ends; this thread never does.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
 
 
@@ -33,15 +33,15 @@ def start(
     environment: Mapping[str, str] | None = None,
     descriptors: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Start `python -m module` with this copy of djinn_lib; its output goes to a file.
+    """Start `python -m module` with this copy of djinn_lib and its output in a file.
 
-    The module has to call `end_with_parent`.
+    The module must call `end_with_parent`.
 
     Args:
         python: of the environment to run in.
         module, arguments: what to run.
-        log: where its output goes.
-        environment: variables beside those of this process.
+        log: file for its output.
+        environment: variables to add to those of this process.
         descriptors: open files that it inherits.
     """
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -61,35 +61,35 @@ def start(
                 stderr=subprocess.STDOUT,
                 env=variables,
                 pass_fds=tuple(descriptors),
-                start_new_session=True,  # an interrupt at the keyboard is the parent's business
+                start_new_session=True,  # the parent handles interrupts from the keyboard
             )
 
     return _STARTER.submit(run).result()
 
 
 def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel signal this process when the one that started it ends, however that ends."""
+    """Let the kernel signal this process when its parent ends, for any reason."""
     parent = os.environ.pop(_PARENT, None)
     if parent is None:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
-    if os.getppid() != int(parent):  # it ended before
+    if os.getppid() != int(parent):  # the parent ended before the call
         os._exit(1)
 
 
 def end(process: subprocess.Popen[bytes], asked: bool = False) -> None:
-    """Make sure that a process has ended, and what it started as well.
+    """End a process and everything that it started.
 
     Args:
         process: to end; it may have ended.
-        asked: it has been told to end, so it gets a moment for that.
+        asked: it was asked to end, so it gets time for that.
     """
-    if not (asked and _has_ended(process, _ASKED_S)):
+    if not (asked and _has_ended(process, _GRACE_S)):
         process.terminate()
-        if not _has_ended(process, _TOLD_S):
+        if not _has_ended(process, _TERMINATE_S):
             process.kill()
             process.wait()
-    with suppress(ProcessLookupError):  # as a rule nobody is left in its session
+    with suppress(ProcessLookupError):  # usually its session is empty by now
         os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -114,8 +114,8 @@ def last_lines(log: Path, n: int = 12) -> str:
 def raised_last(log: Path) -> tuple[str, str] | None:
     """Return the class and the message of the error that a log ends with, or None.
 
-    One of ours goes before others. Of several processes that write to the log, one may only tell
-    that another one failed: that is not what is looked for.
+    Our own errors take precedence. Messages of one process about the failure of another one are
+    skipped.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()

@@ -22,7 +22,7 @@ import torch
 from djinn_lib.engine.memory.devices import open_address_space, open_copier
 from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.layout import Fill, Layout
-from djinn_lib.engine.memory.masters import HostMasters
+from djinn_lib.engine.memory.opening import choose_masters, open_masters
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
@@ -44,6 +44,7 @@ class RingModel:
         fill: writes them into the master copy.
         device: where to compute; it has to be that of the ring.
         on_loss: called by the listener when the broker is gone, after every step has failed.
+        masters: "plain", "compressed" or "auto", as for a `Djinn`.
 
     Raises:
         ConfigError: the ring is on another device, or has an engine for that model.
@@ -58,7 +59,9 @@ class RingModel:
         fill: Fill,
         device: torch.device,
         on_loss: Callable[[DjinnError], None] = lambda error: None,
+        masters: str = "plain",
     ) -> None:
+        self._master_form = choose_masters(masters, device)
         self.model, self.n_bytes, self._connection = model, layout.n_bytes, connection
         self.page_bytes, self._on_loss = connection.page_bytes, on_loss
         self._is_cuda = device.type == "cuda"
@@ -87,7 +90,7 @@ class RingModel:
                 f"the ring is on {connection.device} and the engine of {self.model!r} on {device}: "
                 "start both on the same device"
             )
-        masters = HostMasters(pin=self._is_cuda)
+        masters = open_masters(None, self.page_bytes, pin=self._is_cuda, form=self._master_form)
         self._closing.callback(masters.close)
         n_pages = -(-layout.n_bytes // self.page_bytes)
         descriptors = connection.join(self.model, n_pages)

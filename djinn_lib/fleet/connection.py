@@ -1,4 +1,4 @@
-"""A connection to the broker of a ring, as its clients have it."""
+"""A client's connection to the broker of a ring."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _GREETING_S = 30.0
 
 
 class Connection:
-    """A greeted connection to a broker.
+    """A connection to a broker, after the greeting.
 
     Attributes:
         page_bytes, n_frames, device: of the ring.
 
     Raises:
-        ConfigError: no broker listens there, it is another user's, or of another version.
+        ConfigError: no broker listens there, or it belongs to another user or has another version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -40,7 +40,7 @@ class Connection:
             self.socket.connect(str(path))
         except PermissionError as error:
             raise ConfigError(
-                f"the ring at {path} is not yours to connect to: start a ring of your own"
+                f"the ring at {path} belongs to another user: start a ring of your own"
             ) from error
         except OSError as error:
             raise ConfigError(
@@ -60,7 +60,7 @@ class Connection:
         self.socket.settimeout(None)
 
     def status(self) -> RingStatus:
-        """Look at the ring; for a connection that has not joined.
+        """Query the ring; only for a connection that has not joined.
 
         Raises:
             BrokerGone: the broker ended.
@@ -72,7 +72,7 @@ class Connection:
         return RingStatus.from_message(protocol.expect(protocol.receive(self.socket), "status"))
 
     def join(self, model: str, n_pages: int) -> list[int]:
-        """Become the engine of a model; returns descriptors of the frames, for the caller to close.
+        """Join as the engine of a model; return frame descriptors for the caller to close
 
         Raises:
             ConfigError: another engine serves that model.
@@ -84,5 +84,5 @@ class Connection:
         return protocol.receive_descriptors(self.socket, n_descriptors)
 
     def close(self) -> None:
-        """Hang up; closing twice is harmless."""
+        """Close the connection; closing twice is harmless."""
         self.socket.close()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
+from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.errors import ConfigError, DjinnError, shown
 from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
@@ -47,6 +48,7 @@ class Fleet(Requests):
         eviction: "pages" evicts only what is needed; "models" evicts entire models.
         quantum_s: how long an engine computes at least while others wait.
         max_wait_s: how long no engine waits much longer than.
+        masters: "plain", "compressed" or "auto": how engines keep their masters, as for a `Djinn`.
         python: of the environment that has vLLM; default is DJINN_VLLM_PYTHON, else this one, else
             that of `.venv-vllm`.
         progress: told what a longer step is doing.
@@ -68,8 +70,10 @@ class Fleet(Requests):
         max_wait_s: float = 1.0,
         python: str | Path | None = None,
         progress: Callable[[str], None] = print,
+        masters: MastersForm = "plain",
     ) -> None:
         self.device = parse_device(device)
+        self._masters = choose_masters(masters, torch.device("cpu"))  # engines know their devices
         self.capacity_bytes = parse_bytes(capacity)
         page_bytes = parse_bytes(page or DEFAULT_PAGE_BYTES[self.device.type])
         self._python, self._progress = vllm_python(python), progress
@@ -128,7 +132,7 @@ class Fleet(Requests):
                 self._python,
                 settings,
                 self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
-                engine_environment(self.socket),
+                engine_environment(self.socket, self._masters),
             )
         except BaseException:
             with self._lock:

@@ -1,4 +1,4 @@
-"""What an engine of a ring is doing, what it cost, and what it is told."""
+"""States of an engine of a ring, its counters, and the messages that it receives."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from enum import Enum
 
 
 class State(Enum):
-    """What an engine is doing, as far as the ring is concerned."""
+    """What an engine is doing with its pages."""
 
     IDLE = "idle"
     WAITING = "waiting"
     HOLDING = "holding"
-    REVOKED = "revoked"  # asked to give back, and not yet done with its step
+    REVOKED = "revoked"  # asked to give back its lease, and still finishing its step
 
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """For an engine: keep `n_kept` pages, map `frames` after them and load those pages.
+    """Message: keep `n_kept` pages, map `frames` after them, load those pages.
 
-    `granted`: nothing is missing after that, and the lease is held. `n_evicted` counts the pages
-    that other models lose for it.
+    `granted` means that nothing is missing after that, and the lease is held. `n_evicted` counts
+    the pages evicted from other models for it.
     """
 
     model: str
@@ -32,19 +32,19 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """For an engine: give the lease back at the end of the step at hand."""
+    """Message: give the lease back at the end of the current step."""
 
     model: str
 
 
 @dataclass(slots=True)
 class Counts:
-    """What happened to one model since it joined; `waited_s` counts the time up to each grant."""
+    """Counters of one model since it joined; `waited_s` sums the time to each grant."""
 
     leases: int = 0
     switches: int = 0  # leases for which pages had to be loaded
     loaded_pages: int = 0
-    evicted_pages: int = 0  # of this model, by others
+    evicted_pages: int = 0  # pages of this model, evicted for others
     revoked: int = 0
     waited_s: float = 0.0
     longest_wait_s: float = 0.0
@@ -52,11 +52,11 @@ class Counts:
 
 @dataclass(slots=True)
 class Engine:
-    """One engine's place in the queue and what it cost so far; times are seconds of any clock."""
+    """One engine's state and counters; times are seconds of any clock."""
 
     model: str
     state: State = State.IDLE
-    since_s: float = 0.0  # asked (waiting), or able to compute (holding)
-    place: int = 0  # how many had asked before it did
+    since_s: float = 0.0  # when it asked (waiting), or could first compute (holding)
+    place: int = 0  # number of earlier requests for a lease, by any engine
     quantum_s: float = 0.0
     counts: Counts = field(default_factory=Counts)

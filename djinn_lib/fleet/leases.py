@@ -1,20 +1,20 @@
-"""Leases by the step: which engine may compute with its pages, and which has to give them up.
+"""Schedule leases by the step: which engine may compute, and which must yield.
 
-Pure bookkeeping over the engine's own `Ring`, without sockets, threads or a clock: every event
-brings its time along, and the answer is a list of messages for engines. The broker carries them.
+This is bookkeeping over the engine's own `Ring`, without sockets, threads or a clock. Every event
+carries its time, and the result is a list of messages for engines. The broker delivers them.
 
-An engine asks for a lease when it has something to compute, and gives it back when it has nothing
-left. Between the two it runs as many steps as it likes. Three rules decide:
+An engine asks for a lease when it has work, and gives it back when it has none left. In between it
+runs any number of steps. Three rules decide:
 
-* **The oldest waiter comes first.** It gets free frames and those of models without a lease at
-  once, and copies into them while others still compute. It holds the lease when nothing is missing.
-* **A lease lasts for a quantum at least**, and for five times as long as its own load took, so that
-  loading takes at most a fifth of the time. When the oldest waiter needs the frames of holders
-  whose quantum is over, those are asked to give back, the longest holder first.
-* **Nobody waits for longer than `max_wait_s`** and a step: then no quantum protects a holder.
+* **The oldest waiter comes first.** It gets free frames and the frames of models without a lease at
+  once. It loads into them while others still compute, and holds the lease when nothing is missing.
+* **A lease lasts for at least a quantum**, and for at least five times its own load time. So
+  loading takes at most a fifth of the time. If the oldest waiter needs the frames of holders whose
+  quantum is over, these are revoked, the longest holder first.
+* **The wait is bounded** by `max_wait_s` and a step: after that no quantum protects a holder.
 
-A waiter that misses nothing is served at once, whoever else waits. Models that fit into the ring
-together hold leases together.
+A waiter that misses nothing is served at once, regardless of other waiters. So models that fit into
+the ring together hold leases together.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import ConfigError, LeaseError
 from djinn_lib.fleet.lease_states import Engine, Frames, Revoke, State
 
-LOAD_SHARE = 5  # a lease lasts at least that many times as long as loading for it took
+LOAD_SHARE = 5  # a lease lasts at least this many times as long as its load took
 
 
 class Leases:
-    """Who holds pages of the ring, who waits for them and who must give them up.
+    """Decides which engines hold pages of the ring, which wait and which must yield.
 
     Args:
-        ring: its frames; nobody else may change it.
+        ring: its frames; only this object may change it.
         policy: orders the models that lose pages.
-        quantum_s: how long a lease lasts at least while others wait.
-        max_wait_s: how long the oldest waiter is kept waiting by anybody's quantum.
+        quantum_s: minimum duration of a lease while others wait.
+        max_wait_s: how long quanta may delay the oldest waiter.
 
     Raises:
-        ConfigError: a time is not above zero, or nobody could ever have a whole quantum.
+        ConfigError: a time is not above zero, or `max_wait_s` is shorter than the quantum.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Leases:
         self._quantum_s, self._max_wait_s = quantum_s, max_wait_s
         self._engines: dict[str, Engine] = {}
         self._n_asked = 0
-        self._loading: str | None = None  # the oldest waiter, once frames were assigned to it
+        self._loading: str | None = None  # the oldest waiter, after its first frames were assigned
 
     def __contains__(self, model: str) -> bool:
-        """Whether an engine with that model joined."""
+        """Whether an engine with that model has joined."""
         return model in self._engines
 
     @property
     def engines(self) -> tuple[Engine, ...]:
-        """Every engine, in the order in which they joined; to be read only."""
+        """All engines, in the order in which they joined; read-only."""
         return tuple(self._engines.values())
 
     # -- events --------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ class Leases:
         self._engines[model] = Engine(model)
 
     def leave(self, model: str, now_s: float) -> list[Frames | Revoke]:
-        """Remove an engine, whatever it was doing; its frames are free."""
+        """Remove an engine in any state and free its frames."""
         self._release(model)
         del self._engines[model]
         self.ring.remove(model)
@@ -87,10 +87,10 @@ class Leases:
         return self._advance(now_s)
 
     def ask(self, model: str, now_s: float) -> list[Frames | Revoke]:
-        """Queue an engine that wants to compute.
+        """Queue an engine that has work.
 
         Raises:
-            LeaseError: it waits already, or holds a lease.
+            LeaseError: it already waits or holds a lease.
         """
         engine = self._in_state(model, State.IDLE)
         engine.state, engine.since_s, engine.place = State.WAITING, now_s, self._n_asked
@@ -99,23 +99,23 @@ class Leases:
         return self._advance(now_s)
 
     def use(self, model: str, now_s: float) -> None:
-        """Note a request that came while the engine holds its lease, for the policy."""
+        """Record a request that came during the engine's lease, for the policy."""
         self._policy.touch(model, now_s)
 
     def loaded(self, model: str, seconds: float, now_s: float) -> None:
-        """Note that the pages of a holder arrived, `seconds` after they were assigned."""
+        """Record that a holder's pages arrived, `seconds` after they were assigned."""
         engine = self._engines[model]
         if engine.state is State.HOLDING:
             engine.since_s = now_s
             engine.quantum_s = max(self._quantum_s, LOAD_SHARE * seconds)
 
     def give_back(self, model: str, now_s: float, drop: bool = False) -> list[Frames | Revoke]:
-        """End a lease, asked for or not; the engine no longer reads its pages.
+        """End a lease, revoked or not; the engine no longer reads its pages.
 
         Args:
             model: whose lease ends.
             now_s: when.
-            drop: free all its frames as well, as an engine that is put to sleep does.
+            drop: also free all its frames, for an engine that is put to sleep.
 
         Raises:
             LeaseError: the engine is waiting, or holds no lease and drops nothing.
@@ -128,11 +128,11 @@ class Leases:
         return self._advance(now_s)
 
     def tick(self, now_s: float) -> list[Frames | Revoke]:
-        """Let time pass: quanta end."""
+        """Advance the time: quanta may end."""
         return self._advance(now_s)
 
     def deadline_s(self) -> float | None:
-        """When `tick` will change something, if nothing happens before."""
+        """Return when `tick` will change something, if no other event comes first."""
         waiting = self._waiting()
         if not waiting or self._shortfall(waiting[0]) <= 0:
             return None
@@ -141,7 +141,7 @@ class Leases:
     # -- decisions -----------------------------------------------------------------------------
 
     def _advance(self, now_s: float) -> list[Frames | Revoke]:
-        """Serve waiters, the oldest first, until one has to wait for somebody's step."""
+        """Serve waiters, oldest first, until one has to wait for a revoked step."""
         out: list[Frames | Revoke] = []
         waiting = self._waiting()
         self._policy.expect([engine.model for engine in waiting])
@@ -151,13 +151,14 @@ class Leases:
             if oldest.state is State.WAITING:
                 out += self._revoke_for(oldest, now_s)
                 break
+        # Others are served only if they need no frames, so they cannot delay the oldest.
         for engine in waiting:
             if self.ring.is_whole(engine.model):
                 out += self._assign(engine, now_s)
         return out
 
     def _assign(self, engine: Engine, now_s: float) -> list[Frames | Revoke]:
-        """Give a waiter the frames that can be had now, and the lease if those are all."""
+        """Assign available frames to a waiter, and the lease if nothing is missing."""
         model, ring = engine.model, self.ring
         n_kept, n_pages = ring.n_resident(model), ring.n_loadable(model)
         granted = n_pages == ring.n_missing(model)
@@ -168,7 +169,7 @@ class Leases:
             self._engines[extent.model].counts.evicted_pages += len(extent.frames)
         frames = ring.map_missing(model, n_pages).frames
         was_loading = self._loading == model
-        if not was_loading:  # from now on its pages are written to
+        if not was_loading:  # protect its pages from eviction while they are written
             ring.lease(model)
         if was_loading or not granted:
             self._loading = None if granted else model
@@ -185,10 +186,10 @@ class Leases:
         counts.waited_s += waited_s
         counts.longest_wait_s = max(counts.longest_wait_s, waited_s)
         engine.state, engine.since_s = State.HOLDING, now_s
-        engine.quantum_s = math.inf if switched else self._quantum_s  # until `loaded` says more
+        engine.quantum_s = math.inf if switched else self._quantum_s  # `loaded` replaces infinity
 
     def _revoke_for(self, waiter: Engine, now_s: float) -> list[Frames | Revoke]:
-        """Ask holders whose time is over to give back, no more of them than are needed."""
+        """Revoke leases whose quantum is over, no more of them than necessary."""
         shortfall = self._shortfall(waiter)
         out: list[Frames | Revoke] = []
         for holder in sorted(self._holders(), key=lambda engine: engine.since_s):
@@ -202,7 +203,7 @@ class Leases:
         return out
 
     def _shortfall(self, waiter: Engine) -> int:
-        """Pages that a waiter misses beyond those that are about to be given back."""
+        """Return the pages that a waiter misses beyond those being given back."""
         coming = [e.model for e in self._engines.values() if e.state is State.REVOKED]
         return self.ring.n_missing(waiter.model) - sum(map(self.ring.n_resident, coming))
 
@@ -210,7 +211,7 @@ class Leases:
         return min(holder.since_s + holder.quantum_s, waiter.since_s + self._max_wait_s)
 
     def _release(self, model: str) -> None:
-        """Take the lease from an engine, or its place in the queue."""
+        """Take away an engine's lease or its place in the queue."""
         engine = self._engines[model]
         if self.ring.is_leased(model):
             self.ring.release(model)
@@ -219,7 +220,7 @@ class Leases:
         engine.state = State.IDLE
 
     def _waiting(self) -> list[Engine]:
-        """Waiters, the first that asked first, also of several that asked at one time."""
+        """List the waiters in the order in which they asked."""
         waiting = [e for e in self._engines.values() if e.state is State.WAITING]
         return sorted(waiting, key=lambda engine: engine.place)
 
@@ -231,13 +232,13 @@ class Leases:
         if engine is None or engine.state not in states:
             state = engine.state.value if engine else "unknown"
             raise LeaseError(
-                f"the engine of {model!r} is {state} where it has to be "
+                f"the engine of {model!r} is {state}, but must be "
                 f"{' or '.join(s.value for s in states)}: it broke the ring's protocol"
             )
         return engine
 
     def check(self) -> None:
-        """Audit the whole state; raises `AssertionError` naming the first broken invariant."""
+        """Check all invariants; raise `AssertionError` that names the first broken one."""
 
         def ensure(holds: bool, what: str) -> None:
             if not holds:

@@ -1,4 +1,4 @@
-"""Sockets of a broker: one a path, one a GPU, and what its clients' processes do."""
+"""The broker's socket and its locks, and waiting for client processes to end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.protocol import Message, ProtocolError
 
-ENDING_S = 10.0  # for the process of a client that hung up to end
+ENDING_S = 10.0  # for a client's process to end after its connection
 
 
 async def read_message(reader: asyncio.StreamReader) -> Message | None:
@@ -32,14 +32,14 @@ async def read_message(reader: asyncio.StreamReader) -> Message | None:
 
 
 async def process_ended(pid: int) -> None:
-    """Wait until a process has ended: until then it may write to its frames.
+    """Wait until a process has ended, because until then it may write to its frames.
 
-    One that lives on without its connection is waited for no longer than `ENDING_S`; our clients
-    do not.
+    The wait for a process that outlives its connection ends after `ENDING_S`. The clients of this
+    library do not outlive it.
     """
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:  # it is gone, or of another namespace
+    except OSError:  # it has ended, or is in another namespace
         return
     try:
         ended = asyncio.Event()
@@ -55,7 +55,7 @@ async def process_ended(pid: int) -> None:
 
 @contextlib.contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """Listen on a socket that only this user can connect to; it is removed at the end.
+    """Listen on a socket that only this user can connect to; remove it at the end.
 
     Raises:
         ConfigError: another broker listens there, or the path cannot be a socket.
@@ -70,16 +70,16 @@ def listening(path: Path) -> Iterator[socket.socket]:
             ) from error
         undo.callback(lambda: Path(lock.lock_file).unlink(missing_ok=True))
         if path.exists() and not stat.S_ISSOCK(path.stat().st_mode):
-            raise ConfigError(f"{path} exists and is no socket: choose another path")
-        path.unlink(missing_ok=True)  # of a broker that was killed: nobody has the lock
+            raise ConfigError(f"{path} exists and is not a socket: choose another path")
+        path.unlink(missing_ok=True)  # left by a killed broker, because the lock was free
         listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         mask = os.umask(0o177)
         try:
             listener.bind(str(path))
         except OSError as error:
             raise ConfigError(
-                f"the socket {path} cannot be made ({error.strerror or error}): choose a shorter "
-                "path, in a folder that you can write to"
+                f"the socket {path} cannot be created ({error.strerror or error}): choose a "
+                "shorter path, in a folder that you can write to"
             ) from error
         finally:
             os.umask(mask)
@@ -91,10 +91,10 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def only_one_on(device: torch.device) -> Iterator[None]:
-    """Keep other brokers off a GPU; on the CPU there may be as many as memory allows.
+    """Lock a GPU against other brokers; on the CPU any number may run.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: another broker uses the GPU.
     """
     if device.type == "cpu":
         yield
@@ -105,7 +105,7 @@ def only_one_on(device: torch.device) -> Iterator[None]:
         lock.acquire()
     except (Timeout, OSError) as error:
         raise ConfigError(
-            f"{device} has a ring already ({_why(error)}): connect engines to that one, or end it"
+            f"{device} already has a ring ({_why(error)}): connect engines to that one, or end it"
         ) from error
     try:
         yield

@@ -1,4 +1,4 @@
-"""A picture in a notebook that is drawn again and again while a block runs."""
+"""Update a picture in a notebook while a block runs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from djinn_lib.errors import DjinnError
 
 @contextmanager
 def drawn_again(html: Callable[[], str], every_s: float) -> Iterator[None]:
-    """Show what `html` returns, as often as that, and once more at the end.
+    """Show the result of `html`; update it every `every_s` seconds and at the end.
 
-    Outside of a notebook nothing is shown.
+    Outside a notebook, it shows nothing.
     """
     try:
         from IPython.core.getipython import get_ipython
@@ -29,7 +29,7 @@ def drawn_again(html: Callable[[], str], every_s: float) -> Iterator[None]:
     ended = threading.Event()
 
     def draw() -> None:
-        with suppress(DjinnError, OSError):  # what is drawn may be gone
+        with suppress(DjinnError, OSError):  # the source of the picture may have been closed
             picture.update(HTML(html()))
 
     def draw_again() -> None:

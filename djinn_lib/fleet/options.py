@@ -66,10 +66,11 @@ def defaults_on(device: str) -> dict[str, Any]:
     return {**options, "gpu_memory_utilization": 0.05}  # only asked for at the start, to be free
 
 
-def engine_environment(socket: Path) -> dict[str, str]:
-    """Return the variables of an engine's process: where the ring is, and what vLLM reads."""
+def engine_environment(socket: Path, masters: str) -> dict[str, str]:
+    """Return the variables of an engine's process: of the ring, and what vLLM reads."""
     return {
         "DJINN_RING": str(socket),
+        "DJINN_MASTERS": masters,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_RPC_BASE_PATH": str(socket.parent),

@@ -1,11 +1,11 @@
-"""The parameters of a module as bytes to be paged: packed in order of use, bound again to pages.
+"""Pack the parameters of a module into bytes to page, and bind them to the pages.
 
-What stands outside of the layers comes first, then layer by layer: so a layer may run as soon as
-all bytes up to its own end are there, whatever else it reads.
+Parameters outside the layers come first, then those of each layer in order. So a layer may run when
+all bytes up to its own end are loaded.
 
-What is packed are storages, each once: tied parameters, views of one tensor and transposed ones
-keep their shapes, strides and sharing. What is not a parameter (buffers, tables of positions,
-scales) stays where it is, since it may be written to.
+Packing works on storages, each once. Tied parameters, views of one tensor and transposed ones keep
+their shapes, strides and sharing. Other tensors (buffers, tables of positions, scales) keep their
+memory, because they may be written to.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class _Bound:
 
 
 class PackedParameters:
-    """The parameters of `module`: those outside of `layers`, then those of each layer.
+    """The parameters of `module`: those outside `layers`, then those of each layer.
 
     Attributes:
         layout: a slot for each storage, as bytes.
-        layer_ends: for each layer, the first byte behind what it and all before it need.
-        outside_end: the first byte behind what is outside of the layers.
+        layer_ends: for each layer, the end (exclusive) of the bytes that it and all before need.
+        outside_end: the end (exclusive) of the bytes outside the layers.
 
     Raises:
         ConfigError: it has no parameters.
@@ -83,9 +83,9 @@ class PackedParameters:
 
     @torch.no_grad()
     def bind(self, view: torch.Tensor) -> None:
-        """Give every parameter, and every other tensor over the same memory, its place in `view`.
+        """Bind every parameter, and every other tensor over the same memory, to `view`.
 
-        Nothing is read or written; the memory that held the parameters before is freed.
+        Nothing is read or written. The previous memory of the parameters is freed.
 
         Args:
             view: the packed model (1-d uint8), on the device that computes.
@@ -101,20 +101,20 @@ class PackedParameters:
         gc.collect()
 
     def _end_of(self, parameters: Iterable[torch.Tensor]) -> int:
-        """Return the first byte behind the storages of some parameters."""
+        """Return the end (exclusive) of the storages of some parameters, in bytes."""
         names = [self._names.get(one.untyped_storage().data_ptr()) for one in parameters]
         slots = {slot.name: slot.end for slot in self.layout.slots}
         return max((slots[name] for name in names if name), default=0)
 
     def _bound(self, tensor: torch.Tensor) -> _Bound | None:
-        """Where a tensor lies in the packed model, or None if it is not packed."""
+        """Locate a tensor in the packed model; None if it is not packed."""
         if not tensor.numel() or tensor.layout is not torch.strided:
             return None
         name = self._names.get(tensor.untyped_storage().data_ptr())
         return (name and _Bound(tensor, self._offsets[name] + _offset_bytes(tensor))) or None
 
     def _aliases(self) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-        """Tensors that modules have as plain attributes."""
+        """Yield the tensors that modules hold as plain attributes."""
         for module in self._module.modules():
             for name, value in _plain_attributes(module):
                 if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):

@@ -1,10 +1,10 @@
-"""What the broker of a ring and its clients say to each other, version 1.
+"""Messages between the broker of a ring and its clients, protocol version 1.
 
-A Unix stream socket of mode 0600, one connection a client. Each message is a JSON object behind
-its length (4 bytes, big-endian); "kind" says what it is. The broker takes connections of its own
-user only (SO_PEERCRED).
+The transport is a Unix stream socket of mode 0600, one connection per client. Each message is a
+JSON object after its length (4 bytes, big-endian), with a field "kind". The broker accepts
+connections of its own user only (SO_PEERCRED).
 
-A connection begins with a greeting:
+A connection starts with a greeting:
 
 =================  ==================================================  ============================
 kind               fields                                              then
@@ -14,17 +14,17 @@ broker: welcome    version, page_bytes, n_frames, device               the clien
 broker: refused    error (a class of `djinn_lib.errors`), message      the broker hangs up
 =================  ==================================================  ============================
 
-A client that only watches sends ``status`` as often as it likes, and is answered with ``status``:
-the fields of `djinn_lib.fleet.status.RingStatus`. An engine joins:
+A monitoring client sends ``status`` at any time, and is answered with ``status``: the fields of
+`djinn_lib.fleet.status.RingStatus`. An engine joins:
 
 =================  ==================================================  ============================
 kind               fields                                              meaning
 =================  ==================================================  ============================
-engine: join       model, n_pages                                      one engine a model
+engine: join       model, n_pages                                      at most one engine per model
 broker: joined     n_descriptors                                       the frames follow, once, as
                                                                        descriptors: one byte of data
                                                                        with up to 200 of them each
-engine: ask        -                                                   it wants to compute
+engine: ask        -                                                   it has work
 broker: frames     n_kept, frames, granted, n_evicted                  keep the first `n_kept`
                                                                        pages, map `frames` after
                                                                        them, load those; compute
@@ -34,12 +34,12 @@ engine: use        -                                                   a request
 broker: revoke     -                                                   give back after this step
 engine: give_back  drop                                                done with its pages; `drop`
                                                                        frees their frames as well
-engine: leave      -                                                   nothing of it touches a
-                                                                       frame any more
+engine: leave      -                                                   it no longer accesses any
+                                                                       frame
 =================  ==================================================  ============================
 
-``revoke`` may cross a ``give_back``; an engine without a lease ignores it. Frames of an engine
-whose connection ends without ``leave`` are free when its process has ended.
+``revoke`` may cross a ``give_back``; an engine without a lease ignores it. If an engine's
+connection ends without ``leave``, its frames are free when its process has ended.
 """
 
 from __future__ import annotations
@@ -57,31 +57,31 @@ from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformErr
 VERSION = 1
 EXIT_STATUS = {ConfigError: 2, CapacityError: 3, PlatformError: 4}  # of a broker that cannot start
 HEADER = struct.Struct("!I")
-MOST_BYTES = 64 << 20  # the page table of the largest ring has fewer
-_DESCRIPTORS_AT_ONCE = 200  # Linux takes 253 a message
+MOST_BYTES = 64 << 20  # more than the page table of the largest ring
+_DESCRIPTORS_AT_ONCE = 200  # Linux allows 253 per message
 
 Message = dict[str, Any]
 
 
 class ProtocolError(DjinnError, ConnectionError):
-    """The other side said something that this version does not know."""
+    """The other side sent a message that this version does not know."""
 
 
 class BrokerGone(DjinnError, ConnectionError):
-    """The broker of a ring ended, or hung up."""
+    """The broker of a ring ended, or closed the connection."""
 
 
 def encode(kind: str, **fields: object) -> bytes:
-    """Return a message as it travels."""
+    """Encode a message for the socket."""
     body = json.dumps({"kind": kind, **fields}).encode()
     return HEADER.pack(len(body)) + body
 
 
 def decode(body: bytes) -> Message:
-    """Return the message in the bytes behind its length.
+    """Decode the body of a message.
 
     Raises:
-        ProtocolError: they are no message.
+        ProtocolError: it is not a message.
     """
     try:
         message = json.loads(body)
@@ -89,23 +89,23 @@ def decode(body: bytes) -> Message:
         message = None
     if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
         raise ProtocolError(
-            "a message on the ring's socket is not of its protocol: connect engines of the same "
-            "version of djinn_lib only"
+            "the ring's socket received something else than a message of its protocol: connect "
+            "only engines of the same version of djinn_lib"
         )
     return message
 
 
 def body_bytes(header: bytes) -> int:
-    """Return how long the body behind a header is.
+    """Return the length of the body after a header, in bytes.
 
     Raises:
-        ProtocolError: longer than any message.
+        ProtocolError: it is longer than any message.
     """
     (n_bytes,) = HEADER.unpack(header)
     if n_bytes > MOST_BYTES:
         raise ProtocolError(
-            f"a message of {n_bytes} bytes on the ring's socket is not of its protocol: connect "
-            "engines of the same version of djinn_lib only"
+            f"the ring's socket received a message of {n_bytes} bytes, more than its protocol "
+            "has: connect only engines of the same version of djinn_lib"
         )
     return n_bytes
 
@@ -121,22 +121,22 @@ def field(message: Mapping[str, Any], name: str, kind: type) -> Any:
     if is_bool or not isinstance(value, (int, float) if kind is float else kind):
         raise ProtocolError(
             f"the message {message.get('kind')!r} has no field {name!r} of type {kind.__name__}: "
-            "connect engines of the same version of djinn_lib only"
+            "connect only engines of the same version of djinn_lib"
         )
     return value
 
 
 def send(connection: socket.socket, kind: str, **fields: object) -> None:
-    """Send a message; blocks until the socket took it."""
+    """Send a message; block until the socket has accepted it."""
     connection.sendall(encode(kind, **fields))
 
 
 def receive(connection: socket.socket) -> Message:
-    """Wait for a message; "refused" becomes the error that it names.
+    """Wait for a message; raise the error that a "refused" message names.
 
     Raises:
-        BrokerGone: the other side hung up.
-        ProtocolError: it is no message.
+        BrokerGone: the other side closed the connection.
+        ProtocolError: it is not a message.
         DjinnError: the broker refused.
     """
     header = receive_bytes(connection, HEADER.size)
@@ -147,7 +147,7 @@ def receive(connection: socket.socket) -> Message:
 
 
 def receive_bytes(connection: socket.socket, n_bytes: int) -> bytes:
-    """Wait for exactly as many bytes.
+    """Wait for exactly `n_bytes` bytes.
 
     Raises:
         BrokerGone: the connection ended before.
@@ -160,36 +160,36 @@ def receive_bytes(connection: socket.socket, n_bytes: int) -> bytes:
             part = b""
         if not part:
             raise BrokerGone(
-                "the broker of the ring ended, or hung up: start it again (`djinn ring`, or a new "
-                "Fleet), and then the engines"
+                "the broker of the ring ended or closed the connection: start it again (`djinn "
+                "ring`, or a new Fleet), and then the engines"
             )
         data += part
     return bytes(data)
 
 
 def expect(message: Message, kind: str) -> Message:
-    """Return a message of the kind that has to come now.
+    """Return a message if it is of the expected kind.
 
     Raises:
-        ProtocolError: it is another one.
+        ProtocolError: it is of another kind.
     """
     if message["kind"] != kind:
         raise ProtocolError(
-            f"the message {message['kind']!r} came where {kind!r} has to: connect engines of the "
-            "same version of djinn_lib only"
+            f"expected the message {kind!r}, got {message['kind']!r}: connect only engines of the "
+            "same version of djinn_lib"
         )
     return message
 
 
 def send_descriptors(connection: socket.socket, descriptors: Sequence[int]) -> None:
-    """Send open files to another process, which gets descriptors of its own."""
+    """Send open files to another process, which receives its own descriptors."""
     for first in range(0, len(descriptors), _DESCRIPTORS_AT_ONCE):
         some = list(descriptors[first : first + _DESCRIPTORS_AT_ONCE])
         socket.send_fds(connection, [b"\0"], some)
 
 
 def receive_descriptors(connection: socket.socket, n: int) -> list[int]:
-    """Receive `n` open files; the caller closes them.
+    """Receive `n` open files; the caller must close them.
 
     Raises:
         BrokerGone: the connection ended before.
@@ -217,17 +217,17 @@ def peer(connection: socket.socket) -> tuple[int, int]:
 
 
 def refused(error: BaseException) -> bytes:
-    """Return the message that refuses a client."""
+    """Encode the message that refuses a client."""
     return encode("refused", error=type(error).__name__, message=str(error))
 
 
 def refusal(message: Message) -> DjinnError:
-    """Return the error that a "refused" stands for."""
+    """Return the error that a "refused" message names."""
     kind = error_class(str(message.get("error"))) or DjinnError
     return kind(str(message.get("message")))
 
 
 def error_class(name: str) -> type[DjinnError] | None:
-    """Return the class of `djinn_lib.errors` that has a name, or None."""
+    """Return a class of `djinn_lib.errors` by name, or None."""
     found = getattr(errors, name, None)
     return found if isinstance(found, type) and issubclass(found, DjinnError) else None

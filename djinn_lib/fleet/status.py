@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from djinn_lib.engine.pictures import COLORS
 from djinn_lib.fleet.lease_states import Counts
 from djinn_lib.fleet.leases import Leases
 from djinn_lib.units import format_bytes
 
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#7f7f7f")
 _MOST_CELLS = 240  # of a picture: a cell then stands for several neighbouring frames
 
 
@@ -138,4 +138,4 @@ class RingStatus:
 
 
 def _color(number: int) -> str:
-    return "#dddddd" if number < 0 else _COLORS[number % len(_COLORS)]
+    return "#8884" if number < 0 else COLORS[number % len(COLORS)]

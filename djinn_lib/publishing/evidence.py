@@ -11,8 +11,9 @@ from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
 from djinn_lib.experiment.profile import cell_id
 
 _SYSTEMS = ("system", "to", "baseline", "reference")  # arguments of metrics that name systems
-_OF_THE_MACHINE = {"total_gib", "capacity_share"}
-_OF_THE_TRACE = {"popularity_ratio"}
+_OF_THE_MACHINE = {"total_gib", "model_gib", "capacity_share"}
+_OF_THE_TRACE = {"popularity_ratio", "computed_hit_share"}
+_OF_LOADS = {"highest_rate"}  # rows of the traces whose names begin with "load"
 _OF_ALL_SYSTEMS = {"token_agreement", "token_agreement_of"}
 _OF_ALL_CELLS_OF_A_SYSTEM = {"token_agreement_when_concurrent"}
 _OF_ALL_CAPACITIES = {"speedup_over_capacities", "speedup_spread", "worst_bytes_to_optimum"}
@@ -34,13 +35,13 @@ class Shown:
     Args:
         notebooks: where each executed notebook is, by name.
         figures: names of the figures on the page.
-        cells: trace, capacity, system and mode of each cell that has rows.
+        cells: trace, capacity, system, mode and start of each cell that has rows.
         traces: files of traces.
     """
 
     notebooks: Mapping[str, str]
     figures: Collection[str]
-    cells: Sequence[tuple[str, str, str, str]]
+    cells: Sequence[tuple[str, str, str, str, str]]
     traces: Collection[str]
 
 
@@ -65,7 +66,7 @@ def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
         yield Link("machine.json", "machine.json")
         return
     if claim.metric in _OF_THE_TRACE:
-        name = f"{claim.arguments['trace']}.jsonl"
+        name = f"{claim.arguments.get('trace', MAIN_TRACE)}.jsonl"
         if name in shown.traces:
             yield Link("trace", f"traces/{name}")
         return
@@ -77,18 +78,23 @@ def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
         yield Link(f"rows of {cell_id(*cell)}", f"requests/{cell_id(*cell)}.parquet")
 
 
-def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str) -> bool:
+def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, start: str) -> bool:
     """Whether a claim is measured on the rows of a cell; None in an argument stands for all."""
     where: Mapping[str, Any] = claim.arguments
+    if claim.metric not in _OF_ALL_SYSTEMS and system not in _systems(where, system):
+        return False
     if claim.metric in _OF_ALL_CELLS_OF_A_SYSTEM:
-        return system in _systems(where, system)
-    default = None if claim.metric in _OF_ALL_CAPACITIES else MAIN_CAPACITY
-    wanted_capacity = where.get("capacity_label", default)
+        return True
+    if where.get("start", "cold") != start:
+        return False
+    of_load = claim.metric in _OF_LOADS
+    all_capacities = claim.metric in _OF_ALL_CAPACITIES
+    wanted_capacity = where.get("capacity_label", None if all_capacities else MAIN_CAPACITY)
+    wanted_trace = where.get("trace", MAIN_TRACE)
     return (
-        where.get("mode", "sequential") == mode
-        and where.get("trace", MAIN_TRACE) in (trace, None)
+        mode == ("concurrent" if of_load else where.get("mode", "sequential"))
+        and (trace.startswith("load") if of_load else wanted_trace in (trace, None))
         and wanted_capacity in (capacity, None)
-        and (claim.metric in _OF_ALL_SYSTEMS or system in _systems(where, system))
     )
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 
 from djinn_lib.analysis import validation
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
-from djinn_lib.analysis.comparisons import gain_table, ratio_table, token_table
+from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
 from djinn_lib.analysis.host_pace import decode_table, loop_table
 from djinn_lib.analysis.results import (
     ablation_table,
@@ -181,6 +181,7 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "results": results,
     "systems": systems_table,
     "gain": gain_table,
+    "parts": lambda run: parts_table(run, published()),
     "gain with transformers' steps": partial(gain_table, fast="djinn_eager"),
     "tokens": token_table,
     "sweep": sweep_table,

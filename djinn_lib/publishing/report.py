@@ -35,6 +35,7 @@ from djinn_lib.experiment.profile import cell_id
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
 from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
+from djinn_lib.metrics import attempted
 from djinn_lib.paths import REFERENCE, user_path
 from djinn_lib.publishing.captions import COMPUTED, MEASURED
 from djinn_lib.publishing.evidence import Link, Shown, evidence
@@ -223,9 +224,9 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
         return []
 
 
-def _cells(run: Run) -> list[tuple[str, str, str, str]]:
-    keys = ["trace", "capacity_label", "system", "mode"]
-    return list(run.rows[keys].drop_duplicates().itertuples(index=False, name=None))
+def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:
+    keys = ["trace", "capacity_label", "system", "mode", "start"]
+    return list(attempted(run.rows)[keys].drop_duplicates().itertuples(index=False, name=None))
 
 
 def _with_evidence(
@@ -233,7 +234,7 @@ def _with_evidence(
     listing: Sequence[Mapping[str, Any]],
     figures: Sequence[Mapping[str, str]],
     traces: Sequence[str],
-    cells: Sequence[tuple[str, str, str, str]],
+    cells: Sequence[tuple[str, str, str, str, str]],
 ) -> list[tuple[Verdict, list[Link]]]:
     """Each verdict with what it rests on."""
     claims = {claim.id: claim for claim in load_claims()}

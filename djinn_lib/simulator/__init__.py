@@ -1,1 +1,1 @@
-"""The ring under an analytic clock, and the fewest bytes that any schedule could load."""
+"""Simulate the ring with an analytic clock, and bound the bytes to load."""

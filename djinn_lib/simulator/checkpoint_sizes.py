@@ -1,4 +1,4 @@
-"""Fleets of models: how large the checkpoints are that people serve."""
+"""Sizes of public checkpoints, and fleets of models drawn from them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ def checkpoint_bytes(path: Path = CHECKPOINTS) -> dict[str, int]:
 
 
 def fleet(n_models: int, seed: int = 0) -> dict[str, int]:
-    """Return the bytes of `n_models` models by name; three are the paper's, others are drawn.
+    """Return the bytes of `n_models` models by name.
+
+    A fleet of three is the paper's; any other number is drawn from `checkpoint_bytes`.
 
     Args:
         n_models: at least 1.
-        seed: of the draw, with replacement, from `checkpoint_bytes`.
+        seed: of the draw, with replacement.
 
     Raises:
         ConfigError: fewer than one model.

@@ -1,9 +1,9 @@
-"""What a request costs, as a function of bytes: the clock of the simulator.
+"""Compute what a request costs from its bytes: the clock of the simulator.
 
-A few numbers describe a machine and a model well: the rate of the link, what a copy costs before
-its first byte and the host for its pages, the time of a prefill and of a token. `fit` takes them
-from the rows of `benchmarks/engine.py`; for models that were not measured they follow from the
-bytes, since at batch 1 both prefill and decode are bound by reading the weights once.
+A few numbers describe a machine and a model well. These are the rate of the link, the fixed cost of
+a copy, the host's cost per page, and the times of a prefill and of a token. `fit` takes them from
+the rows of `benchmarks/engine.py`. For models that were not measured, they follow from the bytes:
+at batch size 1, reading the weights once bounds both prefill and decode.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class CostModel:
     Args:
         link_bytes_per_s: rate at which missing weights arrive.
         load_start_s: from the request to the first byte, when something is missing.
-        hit_s: what the switch to a resident model costs.
+        hit_s: cost of the switch to a resident model.
         prefill_s: time of a prompt by model; others follow from `prefill_line`.
         token_s: time of a further token by model; others follow from `token_line`.
         prefill_line, token_line: seconds as a line over the bytes of a model.
-        plan_line: seconds as a line over missing bytes, in which the host evicts and maps, and
-            nothing is computed yet.
+        plan_line: seconds as a line over missing bytes, for evicting and mapping on the host before
+            computation starts.
         n_tokens: new tokens of a request.
         overlap: whether the prefill runs behind the copy.
 
@@ -68,20 +68,20 @@ class CostModel:
             raise ConfigError(f"expected at least 1 new token a request, got {self.n_tokens}")
 
     def prefill_of(self, model: str, n_bytes: int) -> float:
-        """Seconds from the start of a prefill to the first token, all weights being there."""
+        """Return the seconds from a prefill's start to the first token, without loading."""
         start_s, per_byte_s = self.prefill_line
         return self.prefill_s.get(model, start_s + per_byte_s * n_bytes)
 
     def decode_of(self, model: str, n_bytes: int) -> float:
-        """Seconds from the first to the last token."""
+        """Return the seconds from the first to the last token."""
         start_s, per_byte_s = self.token_line
         return self.token_s.get(model, start_s + per_byte_s * n_bytes) * (self.n_tokens - 1)
 
     def switch_of(self, loaded_bytes: int, prefill_s: float) -> float:
-        """Seconds that missing bytes add to the time to the first token.
+        """Return the seconds that missing bytes add to the time to the first token.
 
-        With overlap, layers follow the copy: whichever takes longer, copy or prefill, counts. The
-        prefill begins when all is mapped, which the copy does not wait for.
+        With overlap, layers follow the copy, so the longer of copy and prefill counts. The prefill
+        starts when everything is mapped; the copy does not wait for that.
         """
         if not loaded_bytes:
             return self.hit_s
@@ -92,21 +92,22 @@ class CostModel:
 
 
 def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
-    """Return the cost model of the machine that `benchmarks/engine.py` measured.
+    """Fit the cost model of the machine that `benchmarks/engine.py` measured.
 
-    Fitted from hits, full misses with overlap and bare loads, of whole models and of the part that
-    the curve of page sizes loads; requests for one model after another are left alone, so that they
-    can be predicted.
+    The fit uses hits, full misses with overlap and bare loads. The loads are of whole models, and
+    of the parts that the curve of page sizes loads. Requests that switch between models are left
+    out, so that they can test the model's predictions.
 
     Args:
         engine: content of ``engine.json``.
-        n_tokens: new tokens of the requests to come.
+        n_tokens: new tokens of the requests to simulate.
 
     Raises:
-        ConfigError: the cases that are needed are not there.
+        ConfigError: the necessary cases are missing.
     """
     sizes = engine["sizes"]
-    hits = {c["model"]: c for c in engine["cases"] if c["case"] == "hit"}  # the fastest comes last
+    # The last case of a model is the fastest decode mode, and wins.
+    hits = {c["model"]: c for c in engine["cases"] if c["case"] == "hit"}
     loads = [c for c in engine["cases"] if c["case"] in ("load", "full miss, overlap on")]
     if not hits or len({c["loaded_bytes"] for c in loads}) < 2:
         raise ConfigError(
@@ -138,19 +139,19 @@ def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
 
 
 def _line(points: Iterable[tuple[float, float]]) -> Line:
-    """Least squares of relative errors over (bytes, milliseconds), neither part below 0."""
+    """Fit a line to (bytes, milliseconds) by relative least squares, no part below 0."""
     x, y = np.array(list(points), float).T
     slope, intercept = np.polyfit(x, y / 1e3, 1, w=1 / y)
-    if intercept < 0:  # through the origin then
+    if intercept < 0:  # fit a line through the origin instead
         slope, intercept = float((x / y).sum() / (x * x / y / y).sum()) / 1e3, 0.0
     return max(0.0, float(intercept)), max(0.0, float(slope))
 
 
 def engine_rows(reference: Path = REFERENCE) -> dict[str, Any]:
-    """Return the engine's benchmark of a reference run.
+    """Read the engine's benchmark of a reference run.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it is missing or unreadable.
     """
     path = reference / "engine.json"
     try:

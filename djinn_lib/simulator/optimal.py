@@ -1,21 +1,21 @@
-"""The fewest bytes that any schedule could load: the offline optimum for partial residency.
+"""Compute the fewest bytes that any schedule can load, with partial residency.
 
-The rule (Belady's, for bytes instead of pages): load what is missing of the requested model, and
-when that overflows the capacity, evict exactly the overflow from the resident model whose next use
-is furthest away, then from the next one.
+The rule is Belady's, for bytes instead of pages. Load what the requested model misses. If that
+overflows the capacity, evict exactly the overflow, from the resident model whose next use is
+furthest away, then from the next one.
 
-Why it is optimal. Between two uses of a model, only how many of its bytes are *kept* matters. Let
-interval i, of a model of s_i bytes, keep a share y_i in [0, 1]; the load is the first touches plus
-sum s_i (1 - y_i), and at every request the bytes kept across it must fit beside the requested
-model. Each interval covers consecutive requests, so the constraint matrix has consecutive ones and
-is totally unimodular: with sizes in bytes the linear program has an optimum in whole bytes. The
-greedy rule finds it by exchange. Take an optimal schedule that first differs from the rule at some
-overflow, where it keeps a byte with a later next use instead of one with a sooner next use. Swap
-the two from here until the sooner use: the same room is taken at every moment up to then, one load
-is saved there, and at most one is added at the later use. So the rule loads no more.
+Why it is optimal: between two uses of a model, only the number of its bytes that are *kept*
+matters. Let interval i, of a model of s_i bytes, keep a share y_i in [0, 1]. The load is the first
+touches plus sum s_i (1 - y_i). At every request, the bytes kept across it must fit next to the
+requested model. Each interval covers consecutive requests, so the constraint matrix has consecutive
+ones and is totally unimodular: with sizes in bytes, the linear program has an optimum in whole
+bytes. The greedy rule finds it, by an exchange argument. Take an optimal schedule that differs from
+the rule, first at some overflow. There it keeps a byte with a later next use instead of one with a
+sooner next use. Swap the two until the sooner use. Both take the same room until then. One load is
+saved at the sooner use, and at most one is added at the later use. So the rule loads no more.
 
-All of it holds while a byte costs the same whichever model it belongs to. Where it does not (models
-behind links of different rates, say), `least_cost` solves the linear program itself.
+This holds if a byte of every model costs the same. If not, for example with links of different
+rates, `least_cost` solves the linear program itself.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from djinn_lib.trace import Trace
 def optimal_bytes(
     trace: Trace | Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int = 1
 ) -> int:
-    """Return the fewest bytes that serving a trace can load, starting with an empty ring.
+    """Return the fewest bytes that serving a trace can load, from an empty ring.
 
     Args:
-        trace: the requests, or just the models they ask for, in order.
+        trace: the requests, or only their models, in order.
         sizes: bytes of each model.
         capacity: bytes of the ring.
-        page_bytes: what is kept and loaded is a multiple of this, as is the capacity; a model's
-            last page counts what the model fills of it when the model is loaded.
+        page_bytes: kept and loaded bytes and the capacity are multiples of this. A model's last
+            page counts only the bytes that the model fills when it is loaded.
 
     Raises:
-        TraceError: the trace is empty or asks for a model without a size.
+        TraceError: the trace is empty or requests a model without a size.
         CapacityError: a size is not positive, or a model alone is larger than the capacity.
     """
     return sum(optimal_loads(trace, sizes, capacity, page_bytes))
@@ -55,7 +55,7 @@ def optimal_bytes(
 def optimal_loads(
     trace: Trace | Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int = 1
 ) -> list[int]:
-    """Return what each request of an optimal schedule loads, in bytes; see `optimal_bytes`."""
+    """Return what each request of an optimal schedule loads, in bytes."""
     models = _models(trace)
     n_pages = _checked_pages(models, sizes, capacity, page_bytes)
     free, resident = capacity // page_bytes, dict.fromkeys(n_pages, 0)
@@ -101,7 +101,7 @@ def _checked_pages(
             raise TraceError(
                 f"expected a size for every model of the trace, got none for {model!r}"
             )
-        if not 1 <= sizes[model] < math.inf:  # nor may it be NaN
+        if not 1 <= sizes[model] < math.inf:  # also refuses NaN
             raise CapacityError(f"expected a positive size, got {sizes[model]} for {model!r}")
         pages[model] = -(-sizes[model] // page_bytes)
         if pages[model] > capacity // page_bytes:
@@ -118,14 +118,14 @@ def least_cost(
     capacity: int,
     cost_per_byte: Mapping[str, float],
 ) -> float:
-    """Return the least cost of loading that any schedule could reach, when bytes differ in cost.
+    """Return the least cost of loading for any schedule, if bytes differ in cost.
 
-    The linear program of this module's docstring, each interval weighted by its model's cost, by
-    HiGHS. Its matrix holds an entry for each request between two uses of a model, so thousands of
-    requests over a few models are fine and a million are not; `optimal_bytes` is.
+    It solves the linear program of this module's docstring by HiGHS, with each interval weighted by
+    its model's cost. The matrix has an entry for each request between two uses of a model. So
+    thousands of requests over a few models are feasible, but not a million; use `optimal_bytes`.
 
     Args:
-        trace: the requests, or just the models they ask for, in order.
+        trace: the requests, or only their models, in order.
         sizes: bytes of each model.
         capacity: bytes of the ring.
         cost_per_byte: of loading, by model; any unit.

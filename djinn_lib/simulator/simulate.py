@@ -1,7 +1,7 @@
-"""The ring under an analytic clock: any models, any traffic, any link, without a GPU.
+"""Simulate the ring with an analytic clock: any models, traffic and link.
 
-`ring.py` and `policy.py` decide here exactly as they do on a GPU; only time comes from a
-`CostModel`. Rows have the schema of measured ones, so every figure and metric works on them.
+The ring and the policies are the code that serves on a GPU; only time comes from a `CostModel`.
+Rows have the schema of measured rows, so every figure and metric works on them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Mode = Literal["sequential", "concurrent"]
 PAGE_BYTES = 64 << 20
 MAX_FRAMES = 10_000_000
 MAX_SIZE_BYTES = 1 << 60
-DEPTH = 4  # requests that are looked at ahead, as `lookahead.DEPTH`
-RESIDENCY_UP_TO = 200_000  # requests times models; beyond, rows do not tell what was resident
+DEPTH = 4  # requests to prefetch for, as `lookahead.DEPTH`
+RESIDENCY_UP_TO = 200_000  # requests times models; larger traces omit each model's residency
 
 _FLOATS = ("arrival_s", "start_s", "queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms")
 _INTS = ("loaded_bytes", "evicted_bytes", "resident_before_bytes")
@@ -51,34 +51,33 @@ def simulate(
     system: str = "djinn",
     capacity_label: str | None = None,
 ) -> pd.DataFrame:
-    """Serve a trace by the ring and return a row a request.
+    """Serve a trace by the ring and return a row per request.
 
     Args:
-        trace: the requests, or just the models they ask for, in order.
+        trace: the requests, or only their models, in order.
         sizes: bytes of each model.
         capacity: of the ring, in bytes or as text ("25GiB").
-        policy: who loses pages: a name, "oracle" (knows the whole trace), or a `Policy`.
-        bandwidth: bytes per second of the link, where `costs` is not given.
+        policy: chooses the pages to evict: a name, "oracle" (knows the whole trace), or a `Policy`.
+        bandwidth: bytes per second of the link, if `costs` is not given.
         page_bytes: size of a page and a frame.
         eviction: "pages" or "models", see `Ring`.
         costs: times of link, prefill and decode; default is the link alone.
-        mode: "sequential" starts a request when the one before it is done; "concurrent" lets
-            requests arrive as the trace says and wait in a queue for the one GPU, first come first
-            served.
-        lookahead: in mode "concurrent", load what waiting requests miss while one computes, as
-            `Djinn` does: what the link can bring in that time, without pages of who computes or
-            comes sooner. `loaded_bytes` count it, `switch_ms` only what is left.
+        mode: "sequential" starts a request when the previous one is done. "concurrent" lets
+            requests arrive at the trace's times and wait in a FIFO queue for the one GPU.
+        lookahead: in mode "concurrent", prefetch for waiting requests while one computes, as
+            `Djinn` does: what the link can load in that time, without evicting the running model or
+            models that come sooner. `loaded_bytes` include prefetched bytes, `switch_ms` does not.
         system: label of the rows.
         capacity_label: of the rows; default is the capacity in GiB.
 
     Returns:
-        Rows in the schema of `djinn_lib.rows`. Where requests times models exceed
-        `RESIDENCY_UP_TO`, they do not say which bytes of which model were resident.
+        Rows in the schema of `djinn_lib.rows`. If requests times models exceed `RESIDENCY_UP_TO`,
+        they omit the resident bytes of each model.
 
     Raises:
-        TraceError: an empty trace, or one that asks for a model without a size.
+        TraceError: the trace is empty or requests a model without a size.
         CapacityError: a model alone is larger than the ring.
-        ConfigError: a size, rate or option has no meaning.
+        ConfigError: a size, rate or option is invalid.
     """
     models, arrivals_s = _requests(trace)
     capacity_bytes = parse_bytes(capacity)
@@ -90,7 +89,7 @@ def simulate(
     memory = _Memory(sizes, models, capacity_bytes, page_bytes, eviction, chooser)
     if lookahead and mode != "concurrent":
         raise ConfigError(
-            "expected mode 'concurrent' with lookahead, got 'sequential': nobody waits"
+            "lookahead needs mode 'concurrent', got 'sequential', in which no request waits"
         )
     served = _serve(memory, models, arrivals_s, costs, mode, lookahead)
     label = capacity_label or f"{capacity_bytes / 2**30:g}"
@@ -113,16 +112,16 @@ def _requests(trace: Trace | Sequence[str]) -> tuple[list[str], Sequence[float]]
 
 @dataclass(slots=True)
 class _Step:
-    """What a request did to the ring, in bytes."""
+    """The effect of a request on the ring, in bytes."""
 
     resident_before: int
     loaded: int
     evicted: int
-    ahead: int = 0  # of the loaded bytes, those that came before the request had its turn
+    ahead: int = 0  # loaded bytes that were prefetched before the request's turn
 
 
 class _Memory:
-    """The ring, its policy and the bytes of models."""
+    """The ring, its policy and the sizes of models."""
 
     def __init__(
         self,
@@ -149,7 +148,7 @@ class _Memory:
                     f"got {model!r} with {format_bytes(n_bytes)}: raise the capacity"
                 )
         self.ring = Ring(n_frames, eviction)
-        self._ahead: dict[str, tuple[int, int]] = {}  # loaded ahead and evicted for it, by model
+        self._ahead: dict[str, tuple[int, int]] = {}  # per model: bytes prefetched, and evicted for
         for model, n_bytes in self.sizes.items():
             n_pages = -(-n_bytes // page_bytes)
             self.ring.add(model, n_pages)
@@ -165,7 +164,7 @@ class _Memory:
         return _Step(max(0, before - ahead), n_bytes - before + ahead, evicted, ahead)
 
     def load_ahead(self, model: str, waiting: Sequence[str], n_bytes: int) -> None:
-        """While `model` computes, load up to `n_bytes` of the models that wait, as Djinn does."""
+        """Prefetch up to `n_bytes` of the waiting models while `model` computes."""
         self.ring.lease(model)
         names = list(dict.fromkeys(waiting[:DEPTH]))
         for i, name in enumerate(names):
@@ -193,7 +192,7 @@ class _Memory:
         return min(self.ring.n_resident(model) * self.page_bytes, self.sizes[model])
 
     def residency(self) -> dict[str, int]:
-        """Resident bytes of each model."""
+        """Return the resident bytes of each model."""
         return {model: self._resident_bytes(model) for model in self.sizes}
 
 
@@ -210,12 +209,12 @@ def _checked(sizes: Mapping[str, int], model: str) -> int:
 
 
 class _Served:
-    """Columns that differ from row to row, at 8 bytes a value."""
+    """Columns with a value per row, at 8 bytes a value."""
 
-    def __init__(self, tells_residency: bool) -> None:
+    def __init__(self, with_residency: bool) -> None:
         self.floats = {name: array("d") for name in _FLOATS}
         self.ints = {name: array("q") for name in _INTS}
-        self.residency: list[str] | None = [] if tells_residency else None
+        self.residency: list[str] | None = [] if with_residency else None
 
 
 def _serve(
@@ -233,6 +232,7 @@ def _serve(
     free_at_s = 0.0
     queue = _Queue(models, arrivals_s) if mode == "concurrent" else None
     for model, arrival_s in zip(models, arrivals_s, strict=True):
+        # FIFO: the GPU is free, and the request has arrived.
         start_s = free_at_s if queue is None else max(free_at_s, arrival_s)
         waiting = [] if queue is None else queue.after_next(start_s)
         if queue is not None:
@@ -244,7 +244,7 @@ def _serve(
         busy_s = first_s + decodes_s[model]
         free_at_s = start_s + busy_s
         if lookahead and waiting:
-            idle_s = busy_s - on_demand / costs.link_bytes_per_s  # of the link, while it computes
+            idle_s = busy_s - on_demand / costs.link_bytes_per_s  # idle time of the link
             memory.load_ahead(model, waiting, int(idle_s * costs.link_bytes_per_s))
         queued_s = 0.0 if queue is None else start_s - arrival_s
         values = (arrival_s, start_s, queued_s * 1e3, switch_s * 1e3, (queued_s + first_s) * 1e3,
@@ -260,7 +260,7 @@ def _serve(
 
 
 class _Queue:
-    """Which requests have arrived and wait, at most `REACH` of them: no policy looks further."""
+    """Waiting requests, at most `REACH` of them; no policy looks further ahead."""
 
     REACH = 64
 
@@ -270,7 +270,7 @@ class _Queue:
         self._waiting: deque[str] = deque()
 
     def after_next(self, now_s: float) -> list[str]:
-        """Take the next request out, and return those that wait behind it."""
+        """Remove the next request, and return the models that wait behind it."""
         while self._next is not None and (self._next[1] <= now_s or not self._waiting):
             self._waiting.append(self._next[0])
             self._next = next(self._coming, None)
@@ -304,7 +304,7 @@ def _frame(
         "model": pd.array(models, dtype="str"),
         "writeback_bytes": np.zeros(n, np.int64),
         "n_tokens": np.full(n, costs.n_tokens),
-        "token_sha": token_sha(()),  # nothing is computed
+        "token_sha": token_sha(()),  # no tokens are computed
         "ok": np.ones(n, bool),
         "error_kind": "",
         "error": "",

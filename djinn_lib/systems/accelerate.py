@@ -1,7 +1,8 @@
-"""accelerate's offloading: a model whose last layers are brought in whenever they are called.
+"""Offload a model with accelerate, which copies its last layers at each call.
 
-The same device memory for the same first layers as a ring has, the same master copies, and
-accelerate's own hooks. Not one of `SYSTEMS`: it serves one model, which is larger than the device.
+The first layers use the same device memory as in a ring, with the same master copies and
+accelerate's own hooks. It is not one of `SYSTEMS`: it serves one model, which is larger than the
+device.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def offload(
     capacity_bytes: int,
     device: str,
 ) -> tuple[PreTrainedModel, int]:
-    """Give a model accelerate's hooks; returns it, and the bytes that each forward pass copies.
+    """Add accelerate's hooks; return the model and the bytes copied per pass.
 
     The first units stay on the device, as many as leave room for the largest of the others.
 
     Args:
-        model: as `open_source` gives it, before `fill` or after.
+        model: from `open_source`, before or after `fill`.
         units: of the model, in the order of execution.
         weights: its master copies on the host, by name.
         capacity_bytes: device memory for weights.
@@ -36,16 +37,17 @@ def offload(
     """
     ends = sorted({unit.end_byte for unit in units})
     sizes = {end: end - begin for begin, end in pairwise([0, *ends])}
+    # One unit at a time is copied, into room that the resident ones must leave free.
     stays_up_to = max((e for e in ends if e + max(sizes.values()) <= capacity_bytes), default=0)
-    going = {unit.module for unit in units if unit.end_byte > stays_up_to}
-    moved = {name: w for name, w in weights.items() if _owner(name, going) is None}
+    offloaded = {unit.module for unit in units if unit.end_byte > stays_up_to}
+    moved = {name: w for name, w in weights.items() if _owner(name, offloaded) is None}
     for name, parameter in model.named_parameters():
         if name in moved:
             parameter.data = _on_device(moved[name], device)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    for unit in going:
+    for unit in offloaded:
         own = {n.removeprefix(f"{unit}."): w for n, w in weights.items() if _owner(n, {unit})}
         cpu_offload(model.get_submodule(unit), torch.device(device), state_dict=_Masters(own))
     return model.requires_grad_(False), sum(
@@ -62,10 +64,10 @@ def _on_device(weight: torch.Tensor, device: str) -> torch.Tensor:
 
 
 class _Masters(dict[str, torch.Tensor]):
-    """Master copies as accelerate's hooks look them up.
+    """Master copies for the lookups of accelerate's hooks.
 
-    On the CPU a weight that is looked up is copied, as on its way to any other device; the hooks
-    would use the master itself.
+    On the CPU, a lookup copies the weight, as the transfer to another device would. The hooks
+    themselves would use the master.
     """
 
     def __getitem__(self, name: str) -> torch.Tensor:

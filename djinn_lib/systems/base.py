@@ -1,8 +1,8 @@
-"""What every system under test has in common.
+"""The common interface of all systems under test.
 
 A system gets the folders of the models' weights and a capacity, and serves one request at a time:
-token ids in, token ids and costs out. Whatever it does to have the right weights on the device is
-what the experiment measures.
+token ids in, token ids and costs out. How it gets the right weights onto the device is what the
+experiment measures.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from djinn_lib.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk: `folder` holds config.json and safetensors of `n_bytes` of weights.
+    """A model on disk: a folder with config.json and `n_bytes` of safetensors.
 
-    `digests` are those of its files by name (`integrity.file_digests`), as the set-up saw them.
+    `digests` maps its files' names to `integrity.file_digests`, as recorded at set-up.
     """
 
     name: str
@@ -38,12 +38,12 @@ class ModelFiles:
 
 @dataclass(slots=True)
 class Served:
-    """What one request gave and cost; bytes count weights, times are milliseconds.
+    """The result and costs of one request; bytes of weights, milliseconds.
 
-    `total_ms` runs from the moment the system got the request until it is ready for the next one;
-    of it, `switch_ms` is what the weights cost (load, offload, engine start; with overlap the
-    exposed wait only) and `decode_ms` the time from the first to the last new token. `ttft_ms`
-    counts from the same moment to the first token.
+    `total_ms` runs from the moment the system takes up the request until it is ready for the next
+    one. `switch_ms` is the part that the weights cost: load, offload and engine start; with
+    overlap, only the exposed wait. `ttft_ms` runs from the start to the first token, and
+    `decode_ms` from the first to the last new token.
     """
 
     token_ids: tuple[int, ...]
@@ -63,14 +63,14 @@ class SystemUnderTest(ABC):
 
     Args:
         models: the models by name.
-        capacity_bytes: device memory for weights; systems that cannot be told ignore it.
+        capacity_bytes: device memory for weights; systems without such a limit ignore it.
         device: "cpu" or "cuda".
         options: of this system, see each class.
     """
 
     option_names: ClassVar[frozenset[str]] = frozenset()
-    reads_files_while_serving: ClassVar[bool] = False  # else the start has read all there is
-    batches: ClassVar[bool] = False  # whether requests that wait may be computed together
+    reads_files_while_serving: ClassVar[bool] = False  # if False, only `start` reads files
+    batches: ClassVar[bool] = False  # whether waiting requests may be computed together
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class SystemUnderTest(ABC):
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """Say why this system cannot run here, or None if it can."""
+        """Return why this system cannot run here, or None if it can."""
         return None
 
     def notes(self) -> list[str]:
-        """What a reader must know of how this system ran on this device."""
+        """List facts about this run that a reader must know."""
         return []
 
     @abstractmethod
@@ -109,31 +109,32 @@ class SystemUnderTest(ABC):
     def submit(
         self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
     ) -> Future[Served]:
-        """Queue one request beside others; by default `worker`, of one thread, serves them in turn.
+        """Queue a request; by default, the one thread of `worker` serves them in turn.
 
-        A system that queues requests by itself overrides this. `total_ms` and `ttft_ms` of the
-        result count from the moment that the request is taken up, not from its arrival.
+        A system with its own queue overrides this. `total_ms` and `ttft_ms` of the result count
+        from the moment the request is taken up, not from its arrival.
         """
         return worker.submit(self.serve, model, prompt_ids, max_new_tokens)
 
     def device_bytes(self) -> dict[str, int]:
-        """Bytes of each model that are on the device when nothing of it is missing.
+        """Return each fully loaded model's bytes on the device; call after `start`.
 
-        All of its weights, unless a system can leave some of them elsewhere. After `start`.
+        These are all its weights, unless a system can keep some elsewhere.
         """
         return {name: files.n_bytes for name, files in self.models.items()}
 
     def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
-        """Take what only the first use of a model costs (allocations, caches, compilation).
+        """Pay the one-time costs of a model: allocations, caches, compilation.
 
-        A whole request of the cell's own size: after requests of two tokens the first one for each
-        model was seen to decode, on an H100 with transformers' own steps, at a third of the pace.
-        Systems whose every request is a cold start override this with nothing.
+        It serves a whole request of the cell's own size. After requests of two tokens, the first
+        full request of each model decoded at a third of the pace. This was on an H100, with
+        transformers' own steps. Systems that start cold for every request override this with
+        nothing.
         """
         self.serve(model, prompt_ids, max_new_tokens)
 
     def reset(self) -> None:
-        """Take all weights off the device, as before the first request; called before a repeat."""
+        """Take all weights off the device, before each repeat of the trace."""
         return
 
     @abstractmethod
@@ -151,7 +152,7 @@ class SystemUnderTest(ABC):
         return self.models[model]
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next tells the truth."""
+        """Wait for the device, so that the clock includes all submitted work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -164,12 +165,13 @@ class SystemUnderTest(ABC):
 def load_ordinarily(
     files: ModelFiles, device: str | torch.device = "cpu", device_map: bool = False
 ) -> PreTrainedModel:
-    """Return the model on a device, loaded to the host and moved as transformers' users do.
+    """Load a model to the host and move it to a device, as transformers' users do.
 
     With `device_map`, `from_pretrained` puts each weight on the device as it reads it.
 
-    On the CPU that ends in memory of its own, like a device's: safetensors only maps the file, so
-    that without the copy the first forward pass would read the weights, and loading cost nothing.
+    On the CPU, the parameters are then copied to their own memory, as on a device. safetensors only
+    maps the file. Without the copy, loading would cost nothing, and the first forward pass would
+    read the weights.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.

@@ -24,11 +24,12 @@ class DjinnRing(SystemUnderTest):
         order, max_overtaken, lookahead: of requests that wait for others.
         embeddings: "host" (default) or "ring": where lookup tables are.
         host_capacity, swap_dir: keep master copies on disk behind as much host memory.
+        masters: "plain" (default), "compressed" or "auto": whether master copies are compressed.
     """
 
     option_names = frozenset(
         {"eviction", "overlap", "page", "policy", "decode", "max_model_len", "order",
-         "max_overtaken", "lookahead", "embeddings", "host_capacity", "swap_dir"}
+         "max_overtaken", "lookahead", "embeddings", "host_capacity", "swap_dir", "masters"}
     )  # fmt: skip
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:

@@ -1,4 +1,4 @@
-"""`ray_actors`: one Ray actor process a model; whole actors are killed to make room."""
+"""`ray_actors`: one Ray actor process per model, killed to make room."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from djinn_lib.sockets import ray_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
-_LOAD_S = 600.0  # an actor that Ray cannot place would be waited for for ever
+_LOAD_S = 600.0  # without a limit, the wait for an actor that Ray cannot place never ends
 _GENERATE_S = 600.0
 _KILL_S = 30.0
 
 
 class ModelActor:
-    """What runs in an actor's process: one model on the device."""
+    """The code in an actor's process: one model on the device."""
 
     def __init__(self, files: ModelFiles, device: str) -> None:
         self.model = load_ordinarily(files, device)
 
     def ready(self) -> int:
-        """Answer with the process id once the model is loaded."""
+        """Return the process id, once the model is loaded."""
         return os.getpid()
 
     def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> tuple[float, Tokens]:
-        """Decode with transformers' own `generate`; returns the clock (s) at its start as well.
+        """Decode with transformers' `generate`; return the clock (s) at its start too.
 
-        Linux has one monotonic clock for all processes, so the caller can go on from it.
+        Linux has one monotonic clock for all processes, so the caller can use the value.
         """
         begin_s = time.perf_counter()
         return begin_s, generate_eager(self.model, prompt_ids, max_new_tokens, ignore_eos=True)
 
 
 class RayActors(SystemUnderTest):
-    """A model is resident while its actor lives; the least recently used actors are killed."""
+    """Keeps a model resident while its actor lives; kills the least recently used."""
 
     reads_files_while_serving = True
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """Ray has to be installed."""
+        """Check that Ray is installed."""
         return None if find_spec("ray") else "ray is not installed: pip install 'ray>=2.60'"
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -64,7 +64,7 @@ class RayActors(SystemUnderTest):
         self.started_ray = not ray.is_initialized()
         if self.started_ray:
             ray.init(
-                address="local",  # not a cluster that happens to run on this machine
+                address="local",  # ignores a cluster that already runs on this machine
                 num_cpus=len(self.models) + 1,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -75,16 +75,16 @@ class RayActors(SystemUnderTest):
             )
         self.actors: OrderedDict[str, Any] = OrderedDict()
         self.pids: dict[str, int] = {}
-        # Actors share the GPU; Ray only counts, it does not divide.
+        # Actors share the GPU: Ray only counts shares, and does not enforce them.
         n_gpus = 1 / (len(self.models) + 1) if self.device.type == "cuda" else 0
         self.actor_class = ray.remote(num_cpus=1, num_gpus=n_gpus, max_restarts=0)(ModelActor)
 
     def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
-        """Nothing: every new actor is a new process, which is cold by nature."""
+        """Do nothing: every new actor is a new, cold process."""
         return
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
-        """Have the model's actor generate, creating it if it does not live."""
+        """Generate in the model's actor, which is created if it does not live."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -101,9 +101,9 @@ class RayActors(SystemUnderTest):
             loaded_s = time.perf_counter()
             call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
             generate_s, tokens = ray.get(call, timeout=_GENERATE_S)
-        except RayTaskError as error:  # the request's fault: the actor lives on
+        except RayTaskError as error:  # the request failed, the actor lives on
             raise error.as_instanceof_cause() from error
-        except (RayError, TimeoutError):  # the actor died, or nobody knows what it does
+        except (RayError, TimeoutError):  # the actor died, or its state is unknown
             self._kill(model)
             raise
         return Served(
@@ -121,7 +121,7 @@ class RayActors(SystemUnderTest):
         )
 
     def _make_room(self, files: ModelFiles) -> int:
-        """Kill actors, least recently used first, until the model fits; returns bytes freed."""
+        """Kill least recently used actors until the model fits; return bytes freed."""
         if files.n_bytes > self.capacity_bytes:
             raise CapacityError(
                 f"expected a model of at most {self.capacity_bytes} bytes, got {files.name!r} "
@@ -138,7 +138,7 @@ class RayActors(SystemUnderTest):
         return sum(self.models[name].n_bytes for name in self.actors)
 
     def _kill(self, model: str) -> None:
-        """Kill an actor and wait for the end of its process, for only then is its memory free."""
+        """Kill an actor and wait until its process has ended and its memory is free."""
         import ray
 
         if actor := self.actors.pop(model, None):
@@ -165,5 +165,5 @@ class RayActors(SystemUnderTest):
 
 
 def _actor_environment() -> dict[str, str]:
-    """Let actors use the threads that the other systems have; Ray sets 1, which would slow them."""
+    """Give actors as many threads as the other systems; Ray's default is 1."""
     return {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}

@@ -1,8 +1,9 @@
-"""Which engines sleep and which run, when each can only be awake or asleep as a whole.
+"""Decide which engines sleep and which run, each awake or asleep as a whole.
 
-Pure bookkeeping: no engines, no clock. Requests for one model are served together. The oldest
-request comes first, within limits: while the engines that have to sleep for it are busy, they take
-more requests of their own, until it has waited for `max_wait_s`; then they finish what they have.
+This is bookkeeping without engines or a clock. Requests for one model are served together. The
+oldest request has priority, within limits: while the engines that must sleep for it are busy, they
+accept more of their own requests, until it has waited for `max_wait_s`. Then they only finish what
+they have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from djinn_lib.errors import CapacityError
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that is not being served; `key` is the caller's."""
+    """A request that is not being served yet; `key` identifies it for the caller."""
 
     key: Any
     model: str
@@ -26,7 +27,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Hand these requests to their engine, which is awake."""
+    """Decision: pass these requests to their engine, which is awake."""
 
     model: str
     requests: tuple[Waiting, ...]
@@ -34,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Let an idle engine sleep; it makes room for the model `room_for`."""
+    """Decision: let an idle engine sleep, to make room for the model `room_for`."""
 
     model: str
     room_for: str
@@ -42,19 +43,19 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Wake an engine: there is room for its model."""
+    """Decision: wake an engine; there is room for its model."""
 
     model: str
 
 
 class SleepOrder:
-    """Decides, one step at a time; each decision counts as carried out.
+    """Makes one decision at a time; each counts as carried out.
 
     Args:
         sizes: bytes of each model.
         capacity_bytes: for models that are awake.
         naive: let every other engine sleep whenever the model changes.
-        max_wait_s: how long busy engines take new requests while an older one waits for their room.
+        max_wait_s: how long busy engines accept new requests while an older one waits for room.
 
     Raises:
         CapacityError: a model is larger than the capacity.
@@ -75,7 +76,7 @@ class SleepOrder:
                 )
         self._sizes, self._capacity_bytes = dict(sizes), capacity_bytes
         self._naive, self._max_wait_s = naive, max_wait_s
-        self.awake: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self.awake: OrderedDict[str, None] = OrderedDict()  # least recently used first
         self._running: Counter[str] = Counter()
         self._waiting: list[Waiting] = []
 
@@ -84,23 +85,23 @@ class SleepOrder:
         self._waiting.append(Waiting(key, model, now_s))
 
     def done(self, model: str) -> None:
-        """Note that a request of a model is no longer served."""
+        """Record that a request of a model has ended."""
         self._running[model] -= 1
 
     def forget(self, model: str) -> list[Waiting]:
-        """Note that the engine of a model ended; returns its requests that wait."""
+        """Record that a model's engine has ended; return its waiting requests."""
         self.awake.pop(model, None)
         left = [one for one in self._waiting if one.model == model]
         self._waiting = [one for one in self._waiting if one.model != model]
         return left
 
     def forget_all(self) -> list[Waiting]:
-        """Empty the queue; returns who waited."""
+        """Empty the queue; return the waiting requests."""
         left, self._waiting = self._waiting, []
         return left
 
     def next(self, now_s: float) -> Run | Sleep | Wake | None:
-        """Decide what to do now; None when only a request's end or time can change anything."""
+        """Return the next decision; None if nothing can be done now."""
         if not self._waiting:
             return None
         oldest = self._waiting[0].model
@@ -118,14 +119,15 @@ class SleepOrder:
         return None
 
     def deadline_s(self) -> float | None:
-        """When `next` may decide something that it did not before, if nothing happens."""
+        """Return when `next` may change its decision, if no event comes first."""
         if not self._waiting or self._waiting[0].model in self.awake:
             return None
         return self._waiting[0].since_s + self._max_wait_s
 
     def _admissible(self, now_s: float) -> str | None:
-        """The model of the oldest request that can be served as engines are now."""
+        """Return the model of the oldest request that an awake engine may serve now."""
         oldest = self._waiting[0]
+        # The oldest request has waited long enough: engines that block it accept nothing more.
         drains = oldest.model not in self.awake and now_s >= oldest.since_s + self._max_wait_s
         for one in self._waiting:
             if one.model in self.awake and not (drains and not self._fits(oldest.model)):

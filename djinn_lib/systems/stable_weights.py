@@ -49,7 +49,8 @@ class StableWeights:
         n_models: int,
         progress: Callable[[str], None],
     ) -> None:
-        self._device, self._decode, self._progress = device, decode, progress
+        self._device, self._progress = device, progress
+        self._decode: Decode = decode
         page_bytes = DEFAULT_PAGE_BYTES[device.type]
         n_frames = -(-capacity_bytes // page_bytes) + n_models
         self._space = open_address_space(device, n_frames, page_bytes)

@@ -1,7 +1,7 @@
-"""`vllm_recreate`: vLLM with one engine at a time, rebuilt when the model changes.
+"""`vllm_recreate`: one vLLM engine at a time, rebuilt when the model changes.
 
-This is what the paper calls vLLM Sequential. On the CPU it runs in an environment of its own
-(`make vllm`), because vLLM pins other versions than the rest.
+The paper calls this vLLM Sequential. On the CPU it runs in its own environment (`make vllm`),
+because vLLM pins other package versions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from djinn_lib.sockets import socket_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 
 MAX_MODEL_LEN = 512
-_SOCKET = "/12345678-1234-1234-1234-123456789012"  # how vLLM calls one, in processes of its own
+_SOCKET = "/12345678-1234-1234-1234-123456789012"  # the form of vLLM's socket names
 
 
 class VllmRecreate(SystemUnderTest):
@@ -39,14 +39,14 @@ class VllmRecreate(SystemUnderTest):
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """vLLM has to be importable."""
+        """Check that vLLM can be imported."""
         if find_spec("vllm"):
             return None
         hint = "run `make vllm`" if device == "cpu" else "pip install vllm==0.24.0"
         return f"vLLM is not installed in this environment: {hint}"
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
-        """Configure vLLM; engines are part of the requests that need them."""
+        """Configure vLLM; engines are built during the requests that need them."""
         set_environment()
         progress("importing vLLM")
         import vllm
@@ -60,7 +60,7 @@ class VllmRecreate(SystemUnderTest):
         }
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
-        """Generate with the model's engine, built now unless it is the one at hand."""
+        """Generate with the model's engine, building it unless it is the current one."""
         files = self.known(model)
         ids = check_request(prompt_ids, self.vocab_sizes[model], max_new_tokens, self.options)
         begin_s = time.perf_counter()
@@ -73,7 +73,7 @@ class VllmRecreate(SystemUnderTest):
         try:
             timed = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
         except BaseException:
-            self.reset()  # what it left behind must not meet the next request
+            self.reset()  # the next request needs a clean engine
             raise
         token_ids, first_s, last_s = timed
         switched_from = self.models[victim].n_bytes if victim and not resident_before else 0
@@ -90,7 +90,7 @@ class VllmRecreate(SystemUnderTest):
         )
 
     def reset(self) -> None:
-        """Tear the engine down and give its memory back."""
+        """Tear the engine down and free its memory."""
         if self.engine is not None:
             engine, self.engine, self.resident = self.engine, None, None
             engine.llm_engine.engine_core.shutdown()
@@ -106,12 +106,12 @@ class VllmRecreate(SystemUnderTest):
 
 
 def set_environment() -> None:
-    """What vLLM reads from the environment; what the user has set there stays."""
+    """Set vLLM's environment variables, unless the user has set them."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(len(_SOCKET)))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # else two lines at every sleep
-    if not find_spec("flashinfer"):  # asked for even where tokens are not sampled
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise two lines at every sleep
+    if not find_spec("flashinfer"):  # vLLM needs it even if no tokens are sampled
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
@@ -119,11 +119,11 @@ def set_environment() -> None:
 def check_request(
     prompt_ids: Sequence[int], vocab_size: int, max_new_tokens: int, options: dict[str, Any]
 ) -> list[int]:
-    """Return the prompt as a list, if the engine can serve the request in full.
+    """Return the prompt as a list, if the engine can serve the whole request.
 
     Raises:
-        ConfigError: the prompt cannot be used, or the answer would not fit: vLLM then stops early
-            and says nothing.
+        ConfigError: the prompt cannot be used, or the answer would not fit. vLLM would then stop
+            early without an error.
     """
     ids = check_prompt(prompt_ids, vocab_size, max_new_tokens)
     limit = options.get("max_model_len", MAX_MODEL_LEN)
@@ -141,7 +141,7 @@ def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: 
 
 
 def engine_options(files: ModelFiles, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what every vLLM engine of the experiment is made with."""
+    """Return the options of every vLLM engine of the experiment."""
     return {
         "model": str(files.folder),
         "load_format": "safetensors",
@@ -159,9 +159,9 @@ def engine_options(files: ModelFiles, options: dict[str, Any]) -> dict[str, Any]
 def generate_stepwise(
     vllm: Any, llm: Any, prompt_ids: Sequence[int], max_new_tokens: int
 ) -> tuple[tuple[int, ...], float, float]:
-    """Decode greedily; returns the ids and the clock (s) at the first and at the last of them.
+    """Decode greedily; return the ids and the clock (s) at the first and the last id.
 
-    The engine is stepped by hand, because only so is the moment of the first token known exactly.
+    The engine is stepped by hand, because only this gives the exact time of the first token.
     """
     parameters = vllm.SamplingParams(
         max_tokens=max_new_tokens,

@@ -273,7 +273,7 @@ def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame)
 
 def test_switches_say_what_was_found_and_what_is_drawn_elsewhere(figures: dict[str, Figure]):
     shown = texts(figures["switches"])
-    assert "model found whole: 50%" in shown and "model found not at all: 17%" in shown
+    assert "found whole: 50%" in shown and "found not at all: 17%" in shown
     tiny = cell_rows("djinn")
     tiny.loc[3, "switch_ms"] = 0.0
     assert "1 switches below 0.01 ms" in switch_cdf(tiny, PAPER).get_supxlabel()
@@ -290,8 +290,8 @@ def test_load_is_counted_against_a_target():
 
 
 def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
-    assert "published" in texts(latency_cdf(at_25, PAPER))
-    assert "published" not in texts(latency_cdf(at_25))
+    assert "paper: P50, P99" in texts(latency_cdf(at_25, PAPER))
+    assert "paper" not in texts(latency_cdf(at_25))
 
 
 def test_phases_add_up_to_the_mean_total(at_25: pd.DataFrame):

@@ -142,10 +142,8 @@ def test_a_warm_start_has_asked_for_every_model_once(bench):
     assert all(sum(models.values()) > 0 for models in held)
 
 
-def test_a_cell_without_a_gpu_has_no_facts_of_one(bench):
-    cell = cell_of(bench, "djinn")
-    run_cell(bench, cell)
-    manifest = read_manifest(bench.run.cell(cell.id).manifest)
+def test_a_cell_without_a_gpu_has_no_facts_of_one(measured):
+    _, manifest = measured["djinn"]
     assert manifest["gpu_uuid"] is None and manifest["peak_device_bytes"] is None
     assert manifest["batches"] is False and manifest["parameters"]["start"] == "cold"
 
@@ -225,8 +223,7 @@ def test_a_cell_that_dies_keeps_the_rows_it_finished(bench, monkeypatch):
 
 
 def test_a_death_before_the_first_request(bench):
-    cell = cell_of(bench, "djinn", "all")
-    bench.run.cell(cell.id).journal.unlink(missing_ok=True)
+    cell = bench.profile.cell("zipf", "all", "djinn", "concurrent")  # that no other test runs
     rows = close_dead_cell(bench, cell, "kernel_died", "out of memory")
     assert not rows["ok"].any()
     assert len(rows) == 12

@@ -303,6 +303,7 @@ def sliders_of(box) -> dict:
     return {control.description: control for row in rows for control in row.children}
 
 
+@pytest.mark.slow
 def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     drawn, real = [], explore.picture
     monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))

@@ -87,7 +87,11 @@ def ring(shared_ring):
 
 @pytest.fixture
 def engines(ring):
-    made = {model: FakeEngine(ring.socket, model, 6 * MIB - 100) for model in "abc"}
+    forms = {"a": "plain", "b": "compressed", "c": "auto"}
+    made = {
+        model: FakeEngine(ring.socket, model, 6 * MIB - 100, masters=form)
+        for model, form in forms.items()
+    }
     yield made
     for engine in made.values():
         engine.close()

@@ -139,10 +139,10 @@ def test_what_breaks_the_protocol_is_refused_and_changes_nothing():
         leases.join("big", 11)
     with pytest.raises(ConfigError, match="added before"):
         leases.join("a", 2)
-    with pytest.raises(LeaseError, match="is idle where it has to be holding"):
+    with pytest.raises(LeaseError, match="is idle, but must be holding"):
         leases.give_back("a", 0.0)
     leases.ask("a", 0.0)
-    with pytest.raises(LeaseError, match="is holding where it has to be idle"):
+    with pytest.raises(LeaseError, match="is holding, but must be idle"):
         leases.ask("a", 0.0)
     leases.check()
 

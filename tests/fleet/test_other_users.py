@@ -53,7 +53,7 @@ def test_a_socket_that_one_may_not_open(ring):
     said = os.read(reader, 1000).decode()
     os.close(reader)
     os.close(writer)
-    assert "is not yours to connect to: start a ring of your own" in said
+    assert "belongs to another user: start a ring of your own" in said
 
 
 def test_a_gpu_has_one_ring(monkeypatch):

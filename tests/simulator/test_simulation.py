@@ -264,7 +264,7 @@ def test_loading_ahead_takes_nothing_from_who_computes_and_no_more_than_the_link
 
 
 def test_nobody_looks_ahead_where_nobody_waits():
-    with pytest.raises(ConfigError, match="nobody waits"):
+    with pytest.raises(ConfigError, match="no request waits"):
         simulate(["a"], {"a": 1 << 30}, "2GiB", lookahead=True)
 
 

@@ -1,4 +1,4 @@
-"""An engine without vLLM: random bytes on a ring, whose steps compare them with their source.
+"""An engine without vLLM: random weights on a ring, whose steps compare them with their source.
 
 Run as a process: ``fake_engine.py SOCKET MODEL N_BYTES``; it steps until it is killed, and prints a
 line after each step.
@@ -8,31 +8,30 @@ import sys
 import time
 
 import torch
+import weights
 
-from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.fleet.client import RingModel
 from djinn_lib.fleet.connection import Connection
 
 
 def weights_of(model, n_bytes):
     """The same bytes for the same name, in every process."""
-    generator = torch.Generator().manual_seed(sum(model.encode()))
-    return torch.randint(0, 256, (n_bytes,), dtype=torch.uint8, generator=generator)
+    return weights.weights_of(n_bytes, sum(model.encode()))
 
 
 class FakeEngine:
     """A client of a ring; `step` raises if a byte of it is wrong."""
 
-    def __init__(self, socket, model, n_bytes, on_loss=lambda error: None):
+    def __init__(self, socket, model, n_bytes, on_loss=lambda error: None, masters="plain"):
         self.weights = weights_of(model, n_bytes)
-        layout = Layout.pack([("weights", (n_bytes,), torch.uint8)])
         self.ring = RingModel(
             Connection(socket),
             model,
-            layout,
-            lambda slots: slots["weights"].copy_(self.weights),
+            weights.layout_of(n_bytes),
+            weights.fill_with(self.weights),
             torch.device("cpu"),
             on_loss,
+            masters,
         )
 
     def step(self, seconds=0.0):

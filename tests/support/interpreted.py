@@ -128,7 +128,7 @@ def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
     norm = Norm(RMS_NORM, torch.rand(24, generator=generator), None, 1e-6)
     product = silu(matrix @ rms_norm(x[0, 0], (24,), norm.weight, 1e-6))
     results = []
-    with mock.patch.multiple(decode_operators, POSITIONS=16, POSITIONS_BESIDE=16):
+    with mock.patch.multiple(decode_operators, POSITIONS=16, SHARED_POSITIONS=16):
         for seen, how in ((upto, {"last": last}), (mask, {"mask": mask})):
             expected = scaled_dot_product_attention(query, keys, values, seen, enable_gqa=True)
             unseen = ~seen[0, 0, 0]
@@ -136,7 +136,7 @@ def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
             for tensor in dirty:
                 tensor[:, :, unseen] = torch.nan  # what is not attended to is not looked at
             results.append(distance(attend(flat, *dirty, scale, **how), expected.flatten()))
-            attended, multiplied = decode_operators.attend_beside(
+            attended, multiplied = decode_operators.attend_and_multiply(
                 flat, *dirty, scale, how.get("mask"), last, x, Product(matrix), norm, SILU
             )
             results.append(distance(attended, expected.flatten()))

@@ -35,9 +35,11 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
         rates: of these traces, in requests a second.
         target_ms: from a request's arrival until it has to be done.
     """
-    figure, panels = plt.subplots(1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained")
     rows, unavailable = split_unavailable(rows)
     systems = order_systems(rows["system"])
+    figure, panels = plt.subplots(
+        1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5 if systems else 0.5), layout="constrained"
+    )
     if not systems:
         for axes in panels:
             axes.set_axis_off()

@@ -64,7 +64,8 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     axes.grid(which="major")
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8)
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
+                      columnspacing=1.0, handletextpad=0.5)  # fmt: skip
     footnote(figure, [sample_note(rows), *_least_note(rows), *unavailable_notes(unavailable)])
     return figure
 
@@ -76,7 +77,7 @@ def _mark_found(axes: Axes, rows: pd.DataFrame, color: str) -> None:
     kinds = np.select([loaded == 0, before > 0], ["whole", "in part"], "not at all")
     for kind, marker in FOUND.items():
         of_kind = kinds == kind
-        label = f"model found {kind}: {of_kind.mean():.0%}" if len(done) else kind
+        label = f"Djinn, found {kind}: {of_kind.mean():.0%}" if len(done) else kind
         axes.plot(done["ms"][of_kind], heights[of_kind], marker, color=color, markersize=3.5,
                   markerfacecolor="white", label=label)  # fmt: skip
 
@@ -87,8 +88,11 @@ def _shade_modes(axes: Axes, paper: Mapping[str, Any]) -> None:
     for mode in paper.get("switches_of_djinn", []):
         left, right = max(mode["low_ms"], low), mode["high_ms"] or high
         axes.axvspan(left, right, color="0.55", alpha=0.16, linewidth=0)
-        axes.annotate(f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
-                      fontsize=SMALL_PT, color="0.3")  # fmt: skip
+        axes.annotate(
+            f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
+            fontsize=SMALL_PT, color="0.3", zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+        )  # fmt: skip
     axes.set_xlim(low, high)
 
 
@@ -171,8 +175,11 @@ def _draw_systems(
         style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
         _draw_switches(left, part, **style)
         draw_cdf(right, part, "total_ms", **style)
-    clipped = _least_note(later_touches(rows))
-    footnote(figure, [sample_note(rows), *clipped, *unavailable_notes(unavailable), *left_out])
+    later = later_touches(rows)
+    n_left = later.groupby("system")["request"].nunique().max() if len(later) else 0
+    first = [f"Left: n = {n_left}, without the first request for each model."] if n_left else []
+    notes = [sample_note(rows), *first, *_least_note(later)]
+    footnote(figure, [*notes, *unavailable_notes(unavailable), *left_out])
 
 
 def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:

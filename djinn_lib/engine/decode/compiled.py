@@ -32,7 +32,7 @@ from djinn_lib.engine.decode.kv_cache import KvCache
 from djinn_lib.engine.models.packing import Unit
 from djinn_lib.errors import ConfigError
 
-Manner = Callable[[], AbstractContextManager[None]]  # the context in which a step runs
+StepContext = Callable[[], AbstractContextManager[None]]  # the context in which a step runs
 FUSED = "fused layers"
 
 
@@ -95,16 +95,16 @@ class CompiledUnits:
     ) -> None:
         self._model, self._cache, self._attention = model, cache, attention
         shared: dict[Any, _SharedCode] = {}
-        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._replacements: list[tuple[nn.Module, Callable[..., Any]]] = []
         for unit in units:
             module = model.get_submodule(unit.module)
             if module is not model:
-                likeness = _likeness(module)
-                if likeness not in shared:
-                    shared[likeness] = _SharedCode(module)
-                self._stand_ins.append((module, self._stand_in(module, shared[likeness])))
+                structure = _structure(module)
+                if structure not in shared:
+                    shared[structure] = _SharedCode(module)
+                self._replacements.append((module, self._replacement(module, shared[structure])))
 
-    def _stand_in(self, module: nn.Module, code: _SharedCode) -> Callable[..., Any]:
+    def _replacement(self, module: nn.Module, code: _SharedCode) -> Callable[..., Any]:
         index = next((m.layer_idx for m in module.modules() if hasattr(m, "layer_idx")), None)
         tensors = _tensors(module)
 
@@ -129,25 +129,25 @@ class CompiledUnits:
         limits = torch._dynamo.config.patch(
             recompile_limit=1 << 20, fail_on_recompile_limit_hit=True
         )
-        with standing_in(self._model, self._stand_ins, self._attention), limits:
+        with replaced_forwards(self._model, self._replacements, self._attention), limits:
             yield
 
 
 @contextmanager
-def standing_in(
+def replaced_forwards(
     model: PreTrainedModel,
-    stand_ins: Sequence[tuple[nn.Module, Callable[..., Any]]],
+    replacements: Sequence[tuple[nn.Module, Callable[..., Any]]],
     attention: str,
 ) -> Iterator[None]:
     """Replace modules' forward functions and the attention during a block."""
     before = model.config._attn_implementation or "sdpa"
     model.set_attn_implementation(attention)
-    for module, forward in stand_ins:
+    for module, forward in replacements:
         module.forward = forward
     try:
         yield
     finally:
-        for module, _ in stand_ins:
+        for module, _ in replacements:
             del module.forward  # uncovers the method of its class
         model.set_attn_implementation(before)
 
@@ -175,14 +175,14 @@ class _SharedCode:
         kwargs: dict[str, Any],
     ) -> Any:
         if isinstance(where, int):
-            args = (*args[:where], _LayerOfCache(keys, values, position), *args[where + 1 :])
+            args = (*args[:where], _LayerCache(keys, values, position), *args[where + 1 :])
         elif where is not None:
-            kwargs = {**kwargs, where: _LayerOfCache(keys, values, position)}
+            kwargs = {**kwargs, where: _LayerCache(keys, values, position)}
         with _Products():
             return functional_call(self._shape, tensors, args, kwargs)
 
 
-class _LayerOfCache:
+class _LayerCache:
     """The part of the cache interface that one layer uses while one token is added."""
 
     def __init__(self, keys: Any, values: Any, position: Any) -> None:
@@ -207,7 +207,7 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in named}
 
 
-def _likeness(module: nn.Module) -> Any:
+def _structure(module: nn.Module) -> Any:
     """Return a key; equal keys mean equal functions of tensors and arguments."""
     plain = (bool, int, float, str, type(None))
     parts = [
@@ -228,7 +228,7 @@ def _likeness(module: nn.Module) -> Any:
 
 def faster_ways(
     model: PreTrainedModel, units: Sequence[Unit], cache: KvCache
-) -> Iterator[tuple[str, Callable[[], Manner]]]:
+) -> Iterator[tuple[str, Callable[[], StepContext]]]:
     """Yield the name and constructor of each fast step, fastest first."""
     if has_triton(model.device):
         from djinn_lib.engine.decode.fused_layers import FusedUnits  # needs triton

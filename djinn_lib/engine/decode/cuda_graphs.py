@@ -1,7 +1,7 @@
 """Record a computation once as CUDA graphs, and replay it at almost no host cost.
 
-A computation that waits for weights is recorded in pieces, one per unit of the model, so that each
-piece can wait for its bytes before it runs. Recorded work uses fixed virtual addresses. It remains
+A computation that waits for weights is recorded in pieces, one per unit of the model. Each piece
+can then wait for its bytes before it runs. Recorded work uses fixed virtual addresses. It remains
 valid when other frames are mapped under these addresses.
 """
 
@@ -56,17 +56,17 @@ class GraphRecording:
             graph.replay()
 
 
-_LOOKS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
+_HOST_READS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 
 
-def looks_at_values(func: Any, args: tuple[Any, ...]) -> bool:
+def reads_on_host(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operator returns values, or sizes that depend on them, to the host."""
     if func is torch.ops.aten.index.Tensor:  # only an index that is a mask does
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    return bool(_LOOKS & set(func.tags))
+    return bool(_HOST_READS & set(func.tags))
 
 
-class NoLookingAtValues(TorchDispatchMode):
+class NoHostReads(TorchDispatchMode):
     """Refuse operators that read tensor values on the host; captures cannot do so.
 
     A capture that meets such an operator fails and leaks allocator memory. So a computation is
@@ -79,7 +79,7 @@ class NoLookingAtValues(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if looks_at_values(func, args):
+        if reads_on_host(func, args):
             raise ConfigError(
                 f"expected a forward pass that does not depend on values on the host, got {func}"
             )
@@ -106,7 +106,7 @@ class Recorder:
             ConfigError: it reads values on the host.
         """
         if self._on_gpu:
-            with torch.no_grad(), NoLookingAtValues():
+            with torch.no_grad(), NoHostReads():
                 function()
 
     def record(
@@ -155,7 +155,7 @@ class Recorder:
                 capture.end()
             except BaseException:
                 capture.abandon()
-                self._pool = torch.cuda.graph_pool_handle()  # the old one may be in use
+                self._pool = torch.cuda.graph_pool_handle()
                 raise
             finally:
                 for hook in hooks:

@@ -131,7 +131,7 @@ def make_decoder(
     units: Sequence[Unit],
     max_model_len: int,
     recorder: Recorder,
-    progress: Callable[[str], None],
+    progress: Callable[[str], object],
     tokenizer: Any | None = None,
     wait: Wait = lambda extents: None,
 ) -> Decoder:

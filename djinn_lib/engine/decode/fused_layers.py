@@ -1,7 +1,7 @@
 """Run decoder layers of common architectures as a few fused kernels.
 
-They serve steps of one token. They are written by hand, because `torch.compile` neither fuses a
-norm into the product that follows it nor requests weights before the previous kernel has ended. A
+They serve steps of one token. They are written by hand, because `torch.compile` does not fuse a
+norm into the product after it. It also does not request weights before the previous kernel ends. A
 layer that is not exactly of a known kind is refused and then compiled (see `compiled`). The logits
 are compared with those of the plain step in any case.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from djinn_lib.engine.decode.compiled import standing_in
+from djinn_lib.engine.decode.compiled import replaced_forwards
 from djinn_lib.engine.decode.kernels.attention import NAME
 from djinn_lib.engine.decode.kernels.operators import (
     GELU_TANH,
@@ -26,7 +26,7 @@ from djinn_lib.engine.decode.kernels.operators import (
     Norm,
     Product,
     attend,
-    attend_beside,
+    attend_and_multiply,
     multiply,
     project,
 )
@@ -38,12 +38,14 @@ UNMASKED = "djinn_fused"  # an attention that never runs, because whole layers a
 WIDEST = 8192  # elements of a vector that one program can hold
 Forward = Callable[..., torch.Tensor]
 # Arguments of `attend`: queries, keys, values, scale, mask, position.
-Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor]
+AttendArguments = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor
+]
 
 _ACTIVATIONS = {"SiLU": SILU, "SiLUActivation": SILU, "NewGELUActivation": GELU_TANH,
                 "GELUTanh": GELU_TANH}  # fmt: skip
 _FIXED_ROTATIONS = {"default", "linear", "llama3", "yarn"}  # others also depend on the length
-_ROOT_MEAN_SQUARE = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"}
+_RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"}
 
 
 class FusedUnits:
@@ -68,18 +70,18 @@ class FusedUnits:
                 f"expected decoder layers out of {sorted(_LAYERS)}, a norm and a head, got "
                 f"{sorted({type(module).__name__ for module in modules})}"
             )
-        self._stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
+        self._replacements: list[tuple[nn.Module, Callable[..., Any]]] = [
             (layer, _LAYERS[type(layer).__name__](layer, cache)) for layer in layers
         ]
         # The head computes the final norm too, so the norm passes its input through.
         norm, head = rest
-        self._stand_ins += [(norm, lambda x: x), (head, _head(norm, head))]
-        self._stand_ins += _rotations(model, cache.kv_layers[0].max_cache_len)
-        self._attention = _mask_of(model, cache.kv_layers[0].max_cache_len)
+        self._replacements += [(norm, lambda x: x), (head, _head(norm, head))]
+        self._replacements += _rotations(model, cache.kv_layers[0].max_cache_len)
+        self._attention = _attention_for(model, cache.kv_layers[0].max_cache_len)
 
     def in_place(self) -> AbstractContextManager[None]:
         """Replace the units in the model during a block."""
-        return standing_in(self._model, self._stand_ins, self._attention)
+        return replaced_forwards(self._model, self._replacements, self._attention)
 
 
 def _rotations(
@@ -98,7 +100,7 @@ def _rotations(
     return [(rotary, lambda *given, **named: tables)]
 
 
-def _mask_of(model: PreTrainedModel, capacity: int) -> str:
+def _attention_for(model: PreTrainedModel, capacity: int) -> str:
     """Return the attention to set; one without a mask if all tokens are visible."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return NAME if window is not None and window < capacity else UNMASKED
@@ -111,7 +113,7 @@ def _head(norm: nn.Module, head: nn.Module) -> Forward:
 
 def _sequential(layer: Any, cache: KvCache) -> Forward:
     """Build attention and a gated network, each after a norm, with a residual."""
-    seen, after = _seen(layer, cache), _norm(layer.post_attention_layernorm)
+    inputs, after = _attention_inputs(layer, cache), _norm(layer.post_attention_layernorm)
     out, mlp = _product(layer.self_attn.o_proj), layer.mlp
     up, gate, down = (_product(p) for p in (mlp.up_proj, mlp.gate_proj, mlp.down_proj))
     activation = _activation(mlp.act_fn)
@@ -119,7 +121,7 @@ def _sequential(layer: Any, cache: KvCache) -> Forward:
         raise ConfigError("expected a gated network without biases")
 
     def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        attended = attend(*seen(hidden_states, **given))
+        attended = attend(*inputs(hidden_states, **given))
         x = multiply(attended, out, residual=hidden_states)
         inner = multiply(x, up, after, gate=gate, activation=activation)
         return multiply(inner, down, residual=x).view_as(hidden_states)
@@ -129,7 +131,7 @@ def _sequential(layer: Any, cache: KvCache) -> Forward:
 
 def _parallel(layer: Any, cache: KvCache) -> Forward:
     """Build attention and a network in parallel, with one norm and one residual."""
-    seen, norm = _seen(layer, cache), _norm(layer.input_layernorm)
+    inputs, norm = _attention_inputs(layer, cache), _norm(layer.input_layernorm)
     out, mlp = _product(layer.self_attn.dense), layer.mlp
     up, down = _product(mlp.fc1), _product(mlp.fc2)
     activation = _activation(mlp.activation_fn)
@@ -139,8 +141,8 @@ def _parallel(layer: Any, cache: KvCache) -> Forward:
         raise ConfigError("expected a bias in both of the last products or in none")
 
     def forward(hidden_states: torch.Tensor, **given: Any) -> torch.Tensor:
-        attended, inner = attend_beside(
-            *seen(hidden_states, **given), hidden_states, up, norm, activation
+        attended, inner = attend_and_multiply(
+            *inputs(hidden_states, **given), hidden_states, up, norm, activation
         )
         y = multiply(inner, down, other=(attended, out), residual=hidden_states)
         return y.view_as(hidden_states)
@@ -156,7 +158,7 @@ _LAYERS: dict[str, Callable[[Any, KvCache], Forward]] = {
 }
 
 
-def _seen(layer: Any, cache: KvCache) -> Callable[..., Seen]:
+def _attention_inputs(layer: Any, cache: KvCache) -> Callable[..., AttendArguments]:
     """Build the part up to `attend`: store keys and values, return its arguments."""
     norm, own = _norm(layer.input_layernorm), layer.self_attn
     query, key, value = (_product(p) for p in (own.q_proj, own.k_proj, own.v_proj))
@@ -170,7 +172,7 @@ def _seen(layer: Any, cache: KvCache) -> Callable[..., Seen]:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Any = None,
         **given: Any,
-    ) -> Seen:
+    ) -> AttendArguments:
         mask = attention_mask
         fits = mask is None or (mask.dtype == torch.bool and mask.is_contiguous())
         if (
@@ -194,7 +196,7 @@ def _norm(module: Any) -> Norm:
     name, weight = type(module).__name__, getattr(module, "weight", None)
     if weight is None or weight.dim() != 1 or weight.numel() > WIDEST:
         raise ConfigError(f"expected a norm of at most {WIDEST} weights, got {module}")
-    if name in _ROOT_MEAN_SQUARE:
+    if name in _RMS_NORMS:
         return Norm(RMS_NORM, weight.detach(), None, float(module.variance_epsilon))
     if type(module) is nn.LayerNorm and module.bias is not None:
         return Norm(LAYER_NORM, weight.detach(), module.bias.detach(), float(module.eps))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.decode.compiled import Manner, faster_ways, note_refusal
+from djinn_lib.engine.decode.compiled import StepContext, faster_ways, note_refusal
 from djinn_lib.engine.decode.cuda_graphs import Mailbox, Recorder, Recording, Repeated
 from djinn_lib.engine.decode.eager import OnToken, Proceed, Tokens, ends_with
 from djinn_lib.engine.decode.generation_options import eos_ids
@@ -60,27 +60,27 @@ class RecordedDecoder:
         max_model_len: int,
         recorder: Recorder,
         compiled: bool = False,
-        progress: Callable[[str], None] = lambda step: None,
+        progress: Callable[[str], object] = lambda step: None,
         wait: Wait = lambda extents: None,
     ) -> None:
         self.model, self.max_model_len, self.device = model, max_model_len, model.device
         if "logits_to_keep" not in signature(model.forward).parameters:
-            raise ConfigError(f"expected a forward pass with logits_to_keep in {type(model)}")
+            raise ConfigError(f"the forward pass of {type(model)} has no logits_to_keep")
         room = longest(model, max_model_len)
         if room <= N_TOKENS:
             raise ConfigError(f"expected positions for more than {N_TOKENS} tokens, got {room}")
         self.cache = KvCache(model.config, room, self.device)
-        progress("decoding as transformers does, to compare with")
+        progress("decoding with transformers, as a reference")
         references = References(model, _probe_lengths(room, self.cache.longest_window))
         self._prompt = torch.zeros((1, room), dtype=torch.long, device=self.device)
         self._last = torch.zeros(1, dtype=torch.long, device=self.device)
         self._token = torch.zeros((1, 1), dtype=torch.long, device=self.device)
         self._logits: torch.Tensor = self._forward_prompt(1)
-        self._manner: Manner = nullcontext
+        self._step_context: StepContext = nullcontext
         for function in (lambda: self._prefill(min(room, SHORTEST_PREFILL)), self._decode):
             recorder.ensure_recordable(function)
         self._mailbox = Mailbox(room, self.device)
-        # Compare with the reference before recording: recording cannot repair wrong logits.
+        # Compare before recording: wrong logits would make every recording useless.
         self._prefills: dict[int, Recording] = {
             length: Repeated(lambda length=length: self._prefill(length))
             for length in prefill_lengths(room)
@@ -94,7 +94,7 @@ class RecordedDecoder:
         self.mode: Decode = "graph"
         self.way = "plain"
         self._step = self._record_step(recorder, units, compiled, progress, wait, references)
-        self._asked = _asked(model)
+        self._options = _options(model)
         self.cache.clear()
         self.kv_cache_bytes = self.cache.n_bytes
 
@@ -103,7 +103,7 @@ class RecordedDecoder:
         recorder: Recorder,
         units: Sequence[Unit],
         compiled: bool,
-        progress: Callable[[str], None],
+        progress: Callable[[str], object],
         wait: Wait,
         references: References,
     ) -> Recording:
@@ -114,17 +114,18 @@ class RecordedDecoder:
             references.ensure_alike(lambda reference: self._follow(reference, step))
             return step
 
+        # Use the first faster step that can be recorded and gives the reference's logits.
         ways = faster_ways(self.model, units, self.cache) if compiled else ()
         for way, make in ways:
             progress(f"making a faster decode step: {way}")
             try:
-                self._manner = make()
+                self._step_context = make()
                 step = record()
                 self.mode, self.way = "compiled", way
                 return step
             except Exception as error:  # the architecture's own code may raise anything
                 note_refusal(self.model, way, error)
-                self._manner = nullcontext
+                self._step_context = nullcontext
         progress("recording the decode step")
         return record()
 
@@ -145,7 +146,7 @@ class RecordedDecoder:
     def close(self) -> None:
         """Release the recordings and the cache; closing twice is harmless."""
         self._prefills.clear()
-        for held in ("_step", "_manner", "cache"):
+        for held in ("_step", "_step_context", "cache"):
             vars(self).pop(held, None)
 
     # -- computations to record ------------------------------------------------------------
@@ -170,7 +171,7 @@ class RecordedDecoder:
     def _decode(self) -> None:
         """Process the token; set the same outputs as `_prefill`."""
         self.cache.mode(prefilling=False)
-        with self._manner():
+        with self._step_context():
             output: Any = self.model(
                 input_ids=self._token, past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
@@ -203,7 +204,7 @@ class RecordedDecoder:
             on_token: called with each new token; the sequence ends if it returns True.
         """
         begin_s = time.perf_counter()
-        self._ensure_asked_the_same()
+        self._ensure_same_options()
         ends = frozenset() if ignore_eos else eos_ids(self.model)
         sampler = None if sampling is None or sampling.greedy else Sampler(sampling, self.device)
         tokens: list[int] = []
@@ -245,9 +246,9 @@ class RecordedDecoder:
                 f"got {n_prompt} + {max_new_tokens}: shorten one, or raise max_model_len"
             )
 
-    def _ensure_asked_the_same(self) -> None:
+    def _ensure_same_options(self) -> None:
         """Refuse a changed generation_config, which was only checked at set-up."""
-        if self._asked != _asked(self.model):
+        if self._options != _options(self.model):
             raise ConfigError(
                 f"the generation_config of a {self.model.config.model_type} has changed since it "
                 "was added: call set_decode to use the new one"
@@ -282,6 +283,6 @@ def _probe_lengths(room: int, longest_window: int) -> list[int]:
     return lengths
 
 
-def _asked(model: PreTrainedModel) -> dict[str, Any]:
+def _options(model: PreTrainedModel) -> dict[str, Any]:
     """Return a generation_config's options but eos_token_id (read per request)."""
     return {k: v for k, v in vars(model.generation_config).items() if k != "eos_token_id"}

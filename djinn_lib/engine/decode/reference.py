@@ -97,8 +97,8 @@ class References:
         now = _buffers(self._model)
         if changed := [name for name, state in now if self._settled.get(name) != state]:
             raise DjinnError(
-                f"expected a forward pass that leaves a model as it was, got one that changes "
-                f"{', '.join(changed[:3])}"
+                f"the forward pass changes buffers of the model ({', '.join(changed[:3])}), which "
+                "would affect the next request"
             )
 
 
@@ -164,7 +164,9 @@ def ensure_alike(got: torch.Tensor, expected: torch.Tensor, where: str = "") -> 
     limits = torch.finfo(got.dtype)
     usual = expected.double().abs() < limits.max / 2  # the others mark impossible ids
     if not torch.equal(got[~usual].float(), expected[~usual].float()):
-        raise DjinnError(f"expected other ids to be impossible {where}".strip())
+        raise DjinnError(
+            f"expected the same impossible ids as transformers' generate {where}".strip()
+        )
     a, b = got[usual].double(), expected[usual].double()
     spread = float((b - b.mean()).norm())
     distance = float(((a - a.mean()) - (b - b.mean())).norm())

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
-from djinn_lib.engine.decode.cuda_graphs import looks_at_values
+from djinn_lib.engine.decode.cuda_graphs import reads_on_host
 
 LARGEST = 1 << 22  # elements of a tensor to compute; a larger one remains a shape
 MOST_OPERATORS = 200_000  # limit for models that run a loop over tokens
 
 _aten = torch.ops.aten
-_MADE_EMPTY = {
+_EMPTY_FACTORIES = {
     _aten.empty.memory_format,
     _aten.empty_strided.default,
     _aten.empty_like.default,
@@ -70,10 +70,10 @@ class ShapesOnly(TorchDispatchMode):
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         # The host needs values that are unknown: compute with zeros, keep integers as answers.
-        if looks_at_values(func, args) and any(t.is_meta for t in tensors):
+        if reads_on_host(func, args) and any(t.is_meta for t in tensors):
             known = _on("cpu", func, *tree_map(_zeros_for, (args, kwargs)))
             return tree_map(lambda x: _shape_of(x) if _is_float(x) else x, known)
-        if func in _MADE_EMPTY or any(t.is_meta for t in tensors):
+        if func in _EMPTY_FACTORIES or any(t.is_meta for t in tensors):
             return _on("meta", func, args, kwargs)
         try:
             shaped = _on("meta", func, args, kwargs)

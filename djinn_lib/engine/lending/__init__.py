@@ -1,1 +1,1 @@
-"""Models in the hands of users: whole while they are lent, and refused in words afterwards."""
+"""Lend models to users, guard their weights, and undo changes afterwards."""

@@ -7,10 +7,10 @@ results. So users never get the library's own tensors. They get tensors over the
 first. A result that shares the memory is a `LentTensor` too. What leaves torch (NumPy, DLPack) is a
 copy.
 
-Some reads bypass Python: the backward pass of a graph that was built while the weights were lent, a
-kept storage, or a tensor that was given a weight's memory (`tensor.data = weight`). For these, each
-loan has its own storages. When the loan ends, saved tensors are marked as modified, and the
-storages lose their memory (see `_end_storage`).
+Some reads bypass Python. Examples are the backward pass of a graph built during the lease, a kept
+storage, and a tensor with a weight's memory (`tensor.data = weight`). For these, each loan has its
+own storages. When the loan ends, saved tensors are marked as modified, and the storages lose their
+memory (see `_end_storage`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Loan:
         """
         self.refusal = (
             f"a tensor that shares memory with weights of {self.model!r} outlived the lease or the "
-            "forward pass that it was made in: clone() it there, or make it again in a new lease"
+            "forward pass that made it: clone() it there, or make it again in a new lease"
         )
         written, replaced = [], []
         with DisableTorchFunctionSubclass():
@@ -135,7 +135,7 @@ def _refuse_in_a_child() -> None:
         if loan.refusal is None:
             loan.refusal = (
                 f"weights of {loan.model!r} can only be read in the process that leased it, and "
-                "this is a forked child of that process: make a Djinn of its own here"
+                "this is a forked child of that process: create another Djinn here"
             )
 
 
@@ -247,7 +247,7 @@ def _marked(result: Any, lent: list[LentTensor]) -> Any:
 
 
 def _is_same(func: Any, tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether this is `tensor.data = tensor`, as in a `module.to(...)` without effect."""
+    """Whether this is `tensor.data = tensor`, as in a `module.to` without effect."""
     value = args[1] if func == _SET_DATA else None
     return (
         isinstance(value, Tensor)

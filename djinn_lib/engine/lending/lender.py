@@ -1,7 +1,7 @@
 """Lend a model to users: control when its weights can be read, and undo changes.
 
 Users get a `Twin` of the module that serves requests. The twin is made for the first lease and
-lives as long as the model, so a reference that a user has kept works again in the next lease.
+lives as long as the model. So a reference that a user has kept works again in the next lease.
 
 A model can be lent before all its bytes are on the device. A model larger than the ring never has
 them all on the device, because its layers share a window of frames. In both cases, a weight can be
@@ -150,13 +150,13 @@ class Lending:
     def _when_partial(self) -> str:
         if self._streamed:
             return (
-                f"weights of {self._name!r} cannot be read by hand, since it is larger than the "
-                "ring and its layers take turns in the same memory: call the model, or raise the "
+                f"weights of {self._name!r} cannot be read directly, because it is larger than "
+                "the ring and its layers share the same memory: call the model, or raise the "
                 "capacity"
             )
         return (
-            f"weights of {self._name!r} may not have arrived yet: call "
-            f"djinn.wait({self._name!r}) before reading them by hand"
+            f"weights of {self._name!r} may not be loaded yet: call "
+            f"djinn.wait({self._name!r}) before reading them directly"
         )
 
     def _make_twin(self) -> Twin:
@@ -183,7 +183,7 @@ class Lending:
         if os.getpid() != self._process:
             raise LeaseError(
                 f"{self._name!r} can only be used in the process that leased it, and this is a "
-                "forked child of that process: make a Djinn of its own here"
+                "forked child of that process: create another Djinn here"
             )
         if not self._n_leases:
             raise LeaseError(str(self._closed.refusal))

@@ -22,18 +22,18 @@ _ABSENT = object()
 class Pristine:
     """The state of a module and all its submodules, without the bytes of parameters.
 
-    It holds the types of modules, the attributes of modules and configurations, and the items of
-    containers among these attributes (registered parameters, buffers, modules and hooks). It also
-    holds the bytes of buffers.
+    It holds the types of modules, and the attributes of modules and configurations. Of containers
+    (registered parameters, buffers, modules and hooks) it holds the items. It also holds the bytes
+    of buffers.
 
     Args:
         root: the module, in the state to restore.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._kept = [_Kept(module, name) for name, module in root.named_modules()]
+        self._kept = [_ObjectState(module, name) for name, module in root.named_modules()]
         self._kept += [
-            _Kept(config, "config") for config in _configs(getattr(root, "config", None))
+            _ObjectState(config, "config") for config in _configs(getattr(root, "config", None))
         ]
         self._buffers = [
             (name, buffer, buffer.detach().clone()) for name, buffer in root.named_buffers()
@@ -54,7 +54,7 @@ class Pristine:
         return changed
 
 
-class _Kept:
+class _ObjectState:
     """The attributes of one object."""
 
     def __init__(self, thing: object, name: str) -> None:

@@ -20,6 +20,7 @@ Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after 
 Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
 Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes all tensors, given by name
 Shrink = Callable[[torch.Tensor], int]  # packs filled bytes in place: how many it takes, from 0 on
+Advance = Callable[[int], object]  # called with how many more bytes have been written
 
 
 @dataclass(frozen=True, slots=True)

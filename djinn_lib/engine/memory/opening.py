@@ -45,7 +45,7 @@ def open_masters(
     swap_dir: str | Path | None = None,
     pin: bool = False,
     form: MastersForm = "plain",
-    report: Callable[[str], None] = lambda step: None,
+    report: Callable[[str], object] = lambda step: None,
 ) -> Masters:
     """Return where master copies are kept: all in host memory, or on disk behind as much of it.
 

@@ -1,1 +1,1 @@
-"""From a checkpoint to a packed model whose weights are bound to addresses."""
+"""Load checkpoints, pack their weights, and bind them to addresses."""

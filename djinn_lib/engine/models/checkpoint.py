@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from djinn_lib.engine.models.construction import as_its_own, causal_class, isolated
+from djinn_lib.engine.models.construction import as_its_own, causal_class, isolated, without_bars
 from djinn_lib.engine.models.folder_kinds import explain_folder
 from djinn_lib.engine.models.spec import check_dtype
 from djinn_lib.errors import CheckpointError, ConfigError, DjinnError, first_line
@@ -145,7 +145,7 @@ def load_pretrained(
     wanted = None if dtype is None else check_dtype(dtype)
     config = folder_config(folder, trust_remote_code)
     count = _bound(folder, weight_files(folder))
-    with _LOADING:
+    with _LOADING, without_bars():
         model_class, config = _causal_class(folder, config, trust_remote_code, count)
         try:
             made: Any = isolated(model_class, count).from_pretrained(

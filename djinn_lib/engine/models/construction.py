@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 _CASTS = frozenset({torch.Tensor.float, torch.Tensor.double, torch.Tensor.type, torch.from_numpy})
 
@@ -204,6 +205,19 @@ def set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
             part.dtype = dtype
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence transformers' bar: it counts tensors that are mapped, not bytes that are read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    if shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def from_state(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
@@ -211,7 +225,8 @@ def from_state(
     dtype: torch.dtype,
 ) -> PreTrainedModel:
     """Return what `from_pretrained` makes of named tensors, without copying them."""
-    model = isolated(model_class).from_pretrained(
-        None, config=config, state_dict=dict(state), dtype=dtype
-    )
+    with without_bars():
+        model = isolated(model_class).from_pretrained(
+            None, config=config, state_dict=dict(state), dtype=dtype
+        )
     return as_its_own(model, model_class)

@@ -122,9 +122,9 @@ def _adapter(folder: _Folder) -> str | None:
     kind = {"LORA": "LoRA", "PROMPT_TUNING": "prompt tuning"}.get(str(kind), kind) or "PEFT"
     base = adapter.get("base_model_name_or_path")
     whose = f" for {base!r}" if isinstance(base, str) and base else ""
-    beside = ", beside a model that it may or may not be merged into" if folder.has_weights else ""
+    weights = " and model weights that may or may not include it" if folder.has_weights else ""
     return (
-        f"a {kind} adapter (adapter_config.json){whose}{beside}: merge it into its base model "
+        f"a {kind} adapter (adapter_config.json){whose}{weights}: merge it into its base model "
         "(merge_and_unload and save_pretrained of peft), or load the base model"
     )
 
@@ -133,10 +133,10 @@ def _diffusion(folder: _Folder) -> str | None:
     pipeline, config = folder.json("model_index.json"), folder.config
     if "model_index.json" in folder.names:
         name = pipeline.get("_class_name", "model_index.json")
-        return f"a diffusers pipeline ({name}): it makes no text; load it with diffusers"
+        return f"a diffusers pipeline ({name}): it generates no text; load it with diffusers"
     if "_diffusers_version" in config:
         name = config.get("_class_name", "config.json")
-        return f"a part of a diffusers pipeline ({name}): it makes no text; load it with diffusers"
+        return f"a part of a diffusers pipeline ({name}): it generates no text; use diffusers"
     return None
 
 
@@ -144,7 +144,7 @@ def _embedding(folder: _Folder) -> str | None:
     marks = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"}
     if marks := sorted(marks & {*folder.names}):
         return (
-            f"an embedding model ({marks[0]} of sentence-transformers): it makes vectors and no "
+            f"an embedding model ({marks[0]} of sentence-transformers): it returns vectors, not "
             "text; load it with sentence-transformers"
         )
     return None
@@ -153,7 +153,7 @@ def _embedding(folder: _Folder) -> str | None:
 def _classifier(folder: _Folder) -> str | None:
     if _HEADS_THAT_CLASSIFY.search(folder.architecture):
         return (
-            f"a classifier or reward model ({folder.architecture}): it gives scores and no text; "
+            f"a classifier or reward model ({folder.architecture}): it returns scores, not text; "
             "load it with its own class of transformers"
         )
     return None
@@ -268,8 +268,8 @@ def _senses(folder: _Folder) -> str | None:
     senses = sorted({found[1] for key in folder.config if (found := _SENSE.fullmatch(key))})
     if senses or folder.matching(_PROCESSOR):
         return (
-            f"a model of {' and '.join(senses) or 'more than text'} ({folder.what}): only models "
-            "of text alone are served; load it with its own class of transformers"
+            f"a model of {' and '.join(senses) or 'more than text'} ({folder.what}): only text "
+            "models are served; load it with its own class of transformers"
         )
     return None
 
@@ -277,8 +277,8 @@ def _senses(folder: _Folder) -> str | None:
 def _encoder(folder: _Folder) -> str | None:
     if folder.architecture.endswith(("ForMaskedLM", "ForPreTraining")):
         return (
-            f"an encoder ({folder.architecture}): it fills gaps and continues no text; load it "
-            "with its own class of transformers"
+            f"an encoder ({folder.architecture}): it fills in masked tokens and cannot continue "
+            "text; load it with its own class of transformers"
         )
     return None
 
@@ -286,8 +286,8 @@ def _encoder(folder: _Folder) -> str | None:
 def _headless(folder: _Folder) -> str | None:
     if re.search(r"(?<!LMHead)(Model|Encoder)$", folder.architecture):
         return (
-            f"a model without a head for text ({folder.architecture}), such as an embedding model: "
-            "load the one with a head, or this one with transformers' AutoModel"
+            f"a model without a language-model head ({folder.architecture}), such as an embedding "
+            "model: load the one with a head, or this one with transformers' AutoModel"
         )
     return None
 

@@ -56,7 +56,9 @@ def _as_path(source: str | Path) -> Path:
             f"{type(source).__name__}"
         )
     if not str(source).strip():
-        raise CheckpointError("expected a folder, a hub id or a ModelSpec, got an empty text")
+        raise CheckpointError(
+            "the source of a model is empty: pass a folder, a hub id or a ModelSpec"
+        )
     try:
         path = Path(source).expanduser()
         path.exists()  # raises for a NUL byte or a name that is too long

@@ -62,7 +62,7 @@ def choose_embeddings(embeddings: str | None, host_keeps_all: bool) -> Embedding
         )
     if chosen == "host" and not host_keeps_all:
         raise ConfigError(
-            "expected embeddings='ring' with host_capacity, got 'host': leave one of them out"
+            "embeddings='host' cannot be combined with host_capacity: leave one of them out"
         )
     return cast("Embeddings", chosen)
 
@@ -73,10 +73,9 @@ def pack(
     """Compute how to pack a model's parameters in execution order, and its units.
 
     Each parameter is packed once. Parameters that several units need come first, because they stay
-    on the device when layers share a window of frames (see `window`). Among these, a parameter
-    that no unit needs together with another one comes last, because it need not stay. With
-    `embeddings` "host", lookup tables come after all others and belong to no unit, so nothing waits
-    for them.
+    on the device when layers share a window of frames (see `window`). Among these, a parameter that
+    no unit needs together with another one comes last, because it need not stay. With `embeddings`
+    "host", lookup tables come after all others and belong to no unit, so nothing waits for them.
     """
     events, layers = _events(model), _decoder_layers(model)
     needs = needs_of(model, layers, events)
@@ -167,8 +166,8 @@ def bind(model: PreTrainedModel, views: Mapping[str, torch.Tensor], device: torc
     parameters = dict(model.named_parameters())
     if unbound := sorted(parameters.keys() - views.keys()):
         raise ConfigError(
-            f"expected every parameter of {model.config.model_type} bound to the ring, got "
-            f"{unbound[:5]} elsewhere: this architecture creates parameters after packing"
+            f"the parameters {unbound[:5]} of {model.config.model_type} are not bound to the ring: "
+            "this architecture creates parameters after packing and cannot be served"
         )
     for name, parameter in parameters.items():
         parameter.data = views[name]

@@ -9,11 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.arguments import flag
-from djinn_lib.engine.memory.layout import Fill
 from djinn_lib.engine.models.checkpoint import load_pretrained, weight_files
 from djinn_lib.engine.models.hub import resolve_folder
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, fill_from_spec, skeleton
-from djinn_lib.engine.models.tensor_files import fill_from
+from djinn_lib.engine.models.tensor_files import CountedFill, fill_from
 from djinn_lib.engine.models.tokenizer import Tokenizer, read_tokenizer
 from djinn_lib.errors import ConfigError, shown
 
@@ -26,7 +25,7 @@ class OpenedModel:
     """
 
     module: PreTrainedModel
-    fill: Fill
+    fill: CountedFill
     tokenizer: Tokenizer | None
 
 

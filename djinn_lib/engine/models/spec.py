@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from djinn_lib.arguments import whole_number
-from djinn_lib.engine.memory.layout import Fill
+from djinn_lib.engine.memory.layout import Advance
 from djinn_lib.engine.models.construction import (
     DefaultDtype,
     as_its_own,
@@ -22,6 +22,7 @@ from djinn_lib.engine.models.construction import (
     set_dtype,
     without_dtype,
 )
+from djinn_lib.engine.models.tensor_files import CountedFill, ignore
 from djinn_lib.errors import ConfigError, DjinnError, first_line, shown
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -128,17 +129,18 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     return from_state(model_class, config, zeros, dtype)
 
 
-def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> Fill:
+def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> CountedFill:
     """Return a function that fills a skeleton's buffers and views of its parameters."""
 
-    def fill(views: Mapping[str, torch.Tensor]) -> None:
+    def fill(views: Mapping[str, torch.Tensor], advance: Advance = ignore) -> None:
         built = spec.build()
         parameters = dict(built.named_parameters(remove_duplicate=False))
         for name, view in views.items():
             view.copy_(parameters[name].detach())
+            advance(view.nbytes)
         _take_buffers(model, built)
 
-    def fill_plainly(views: Mapping[str, torch.Tensor]) -> None:
+    def fill_plainly(views: Mapping[str, torch.Tensor], advance: Advance = ignore) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(spec.seed)
         deviation = float(getattr(spec.resolve_config(), "initializer_range", 0.02))
@@ -148,6 +150,7 @@ def fill_from_spec(spec: ModelSpec, model: PreTrainedModel) -> Fill:
                 view.copy_(drawn.normal_(0.0, deviation, generator=generator))
             else:
                 view.fill_(1.0 if name.endswith("weight") else 0.0)
+            advance(view.nbytes)
 
     return fill if spec.init == "transformers" else fill_plainly
 

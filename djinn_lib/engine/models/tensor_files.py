@@ -14,15 +14,28 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from djinn_lib.engine.memory.layout import Fill
+from djinn_lib.engine.memory.layout import Advance
 from djinn_lib.errors import CheckpointError
 
 _BLOCK_BYTES = 16 << 20  # what one thread reads per call
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s*(.*)")
+
+
+class CountedFill(Protocol):
+    """Writes all tensors of a model, given by name, and reports its progress."""
+
+    def __call__(self, views: Mapping[str, torch.Tensor], advance: Advance = ...) -> None:
+        """Fill `views`; call `advance` with the bytes of each written part."""
+        ...
+
+
+def ignore(n_bytes: int) -> None:
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +67,7 @@ class Region:
         return sorted(regions, key=lambda region: region.begin)
 
 
-def fill_from(model: nn.Module, files: Collection[Path]) -> Fill:
+def fill_from(model: nn.Module, files: Collection[Path]) -> CountedFill:
     """Return a function that fills views of a model's parameters, by name.
 
     It frees each converted tensor after copying it, so memory holds the tensor only once.
@@ -64,7 +77,7 @@ def fill_from(model: nn.Module, files: Collection[Path]) -> Fill:
         files: some of its tensors may be mapped from these.
     """
 
-    def fill(views: Mapping[str, torch.Tensor]) -> None:
+    def fill(views: Mapping[str, torch.Tensor], advance: Advance = ignore) -> None:
         regions = Region.of_this_process(files)
         parameters = dict(model.named_parameters())
         stored: list[tuple[torch.Tensor, Path, int]] = []
@@ -75,7 +88,8 @@ def fill_from(model: nn.Module, files: Collection[Path]) -> Fill:
             else:
                 view.copy_(parameters[name].detach())
                 parameters[name].data = parameters[name].new_empty(0)
-        read_tensors(stored)
+                advance(view.nbytes)
+        read_tensors(stored, advance)
 
     return fill
 
@@ -94,11 +108,14 @@ def _place(
     return regions[i].file, regions[i].offset + address - regions[i].begin
 
 
-def read_tensors(stored: Collection[tuple[torch.Tensor, Path, int]]) -> None:
+def read_tensors(
+    stored: Collection[tuple[torch.Tensor, Path, int]], advance: Advance = ignore
+) -> None:
     """Read tensors from files in blocks, on all cores.
 
     Args:
         stored: contiguous tensors in host memory, each with its file and offset in bytes.
+        advance: called with the number of bytes of each block that was read.
 
     Raises:
         CheckpointError: a file has become shorter.
@@ -108,12 +125,13 @@ def read_tensors(stored: Collection[tuple[torch.Tensor, Path, int]]) -> None:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "djinn-checkpoint") as threads:
             blocks = list(_blocks(stored))
             read = threads.map(lambda b: _read_block(opened[b[1]], b[0], b[2]), blocks)
-            for (_, file, _), whole in zip(blocks, read, strict=True):
+            for (target, file, _), whole in zip(blocks, read, strict=True):
                 if not whole:
                     raise CheckpointError(
                         f"{file} ({file.stat().st_size} bytes) ends before its tensors do: "
                         "download it again"
                     )
+                advance(len(target))
     finally:
         for descriptor in opened.values():
             os.close(descriptor)

@@ -27,6 +27,8 @@ from djinn_lib.errors import CheckpointError, ConfigError, in_words
 
 # Patterns of vocabulary files that transformers reads for any class.
 _VOCABULARIES = (FULL_TOKENIZER_FILE, "tekken.json", "tokenizer.model*", "tiktoken.model")
+# Those of a class that is not known, since a package that it needs is not installed.
+_LIKELY_VOCABULARIES = ("*.model", "vocab.*", "merges.txt")
 _SETTINGS_FILES = (TOKENIZER_CONFIG_FILE, ADDED_TOKENS_FILE, SPECIAL_TOKENS_MAP_FILE)
 _MESSAGE_CHARACTERS = 400
 _REMEDY = (
@@ -84,8 +86,8 @@ class Tokenizer:
         conversation = read_messages(messages)
         if getattr(self.own, "chat_template", "") is None:
             raise ConfigError(
-                "expected a tokenizer with a chat template, got one without: pass the formatted "
-                "conversation as text to generate()"
+                "the tokenizer has no chat template: pass the formatted conversation as text to "
+                "generate()"
             )
         advice = "check the roles and their order, or pass the formatted text to generate()"
         with self._lock, _refused("messages that the model's chat template can format", advice):
@@ -156,7 +158,10 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> Tokenizer |
 
 def _vocabularies(folder: Path, of_class: Any) -> list[str]:
     """List the files from which a tokenizer class would read its vocabulary."""
-    own = of_class.vocab_files_names.values() if of_class else ()
+    try:
+        own = of_class.vocab_files_names.values() if of_class else ()
+    except ImportError:  # transformers' placeholder for a class whose package is missing
+        own = _LIKELY_VOCABULARIES
     found = _present(folder, [*_VOCABULARIES, *filter(None, own)])
     return [name for name in found if name not in _SETTINGS_FILES]
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.cuda_graphs import Recorder
@@ -14,12 +15,14 @@ from djinn_lib.engine.decode.decoder import Decoder, EagerDecoder, make_decoder
 from djinn_lib.engine.decode.eager import hold_back
 from djinn_lib.engine.decode.modes import Decode, parse_decode
 from djinn_lib.engine.lending.lender import Lending
+from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.models.packing import Unit, Wait, bind, pack
 from djinn_lib.engine.models.sources import OpenedModel
 from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.engine.serving.options import EngineOptions
+from djinn_lib.engine.serving.progress import Progress, progress_of
 from djinn_lib.engine.serving.served_model import ServedModel
 from djinn_lib.errors import ConfigError, shown
 
@@ -50,6 +53,12 @@ class Catalog:
         """Iterate over all models in order of addition."""
         return iter(tuple(self._models.values()))
 
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._models
+
     def __getitem__(self, name: str) -> ServedModel:
         """Return a model by name.
 
@@ -67,40 +76,56 @@ class Catalog:
     def ensure_new(self, name: str) -> None:
         """Raise `ConfigError` for an invalid name or one that is in use."""
         if not isinstance(name, str) or not name.strip():
-            raise ConfigError(f"expected the name of a model as text, got {shown(name)}")
+            raise ConfigError(f"a model's name must be non-empty text, got {shown(name)}")
         if name in self._models:
-            raise ConfigError(f"expected a new model name, got {name!r}, which was added before")
+            raise ConfigError(
+                f"model {name!r} already exists; choose another name or remove it first"
+            )
 
-    def add(self, name: str, opened: OpenedModel) -> None:
+    def add(self, name: str, opened: OpenedModel) -> ServedModel:
         """Load a model and prepare decoding, or leave nothing; see `Djinn.add`."""
         module = opened.module
         layout, units = pack(module, self._options.tables)
         # Pages come first: if they are refused, no weights are read in vain.
         device_bytes = self._pager.add(name, layout.paged_bytes, [unit.extents for unit in units])
         try:
-            self._masters.add(name, layout, opened.fill)
-            tables = self._masters.tables(name, self._device)
-            bind(module, layout.paged_views(device_bytes) | tables, self._device)
-            hold_back(module, units, self._wait(name))
-            addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
-            lending = Lending(
-                name,
-                module,
-                units,
-                addresses,
-                self._pager.is_streamed(name),
-                lambda: self._pager.is_intact(name),
-            )
-            decoder = self._make_decoder(
-                name, module, units, self._options.decode_mode, opened.tokenizer
-            )
+            with progress_of(self._options.progress, name, layout.n_bytes) as progress:
+                return self._prepare(name, opened, layout, units, device_bytes, progress)
         except BaseException:
             self._pager.remove(name)
             self._masters.discard(name)
             raise
-        self._models[name] = ServedModel(
+
+    def _prepare(
+        self,
+        name: str,
+        opened: OpenedModel,
+        layout: Layout,
+        units: tuple[Unit, ...],
+        device_bytes: torch.Tensor,
+        progress: Progress,
+    ) -> ServedModel:
+        """Fill the master, bind the module to its addresses, and make its decoder."""
+        module = opened.module
+        self._masters.add(name, layout, lambda views: opened.fill(views, progress.advance))
+        tables = self._masters.tables(name, self._device)
+        bind(module, layout.paged_views(device_bytes) | tables, self._device)
+        hold_back(module, units, self._wait(name))
+        addresses = range(device_bytes.data_ptr(), device_bytes.data_ptr() + len(device_bytes))
+        lending = Lending(
+            name,
+            module,
+            units,
+            addresses,
+            self._pager.is_streamed(name),
+            lambda: self._pager.is_intact(name),
+        )
+        mode = self._options.decode_mode
+        decoder = self._make_decoder(name, module, units, mode, opened.tokenizer, progress)
+        self._models[name] = served = ServedModel(
             name, module, units, layout.paged_bytes, opened.tokenizer, decoder, lending
         )
+        return served
 
     def set_decode(self, name: str, decode: str) -> Decode:
         """Change how one model decodes; return the actual mode; see `Djinn.set_decode`."""
@@ -108,7 +133,10 @@ class Catalog:
         self[name]  # refuses an unknown name before waiting
         with self._turn(name), self._lease_to_record(name, mode):
             model = self[name]  # look up again; the lease prevents its removal from here on
-            decoder = self._make_decoder(name, model.module, model.units, mode, model.tokenizer)
+            with progress_of(self._options.progress, name, 0) as progress:
+                decoder = self._make_decoder(
+                    name, model.module, model.units, mode, model.tokenizer, progress
+                )
             before, model.decoder = model.decoder, decoder
             before.close()
         return decoder.mode
@@ -126,6 +154,7 @@ class Catalog:
         units: Sequence[Unit],
         decode: Decode,
         tokenizer: Tokenizer | None,
+        progress: Progress,
     ) -> Decoder:
         own = tokenizer.own if tokenizer else None
         if decode == "eager" or self._pager.is_streamed(name):
@@ -138,7 +167,7 @@ class Catalog:
                 units,
                 self._options.max_model_len,
                 self._recorder,
-                lambda step: self._options.progress(f"{name}: {step}"),
+                progress.step,
                 own,
                 self._wait(name),
             )

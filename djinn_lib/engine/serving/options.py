@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 
-from djinn_lib.arguments import flag, function, whole_number
+from djinn_lib.arguments import flag, whole_number
 from djinn_lib.engine.decode.modes import Decode, default_decode, parse_decode
 from djinn_lib.engine.decode.sampling import MOST_TOKENS
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
@@ -18,6 +18,7 @@ from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.engine.memory.policies import Lookahead, Policy, make_policy, sparing_what_waits
 from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
+from djinn_lib.engine.serving.progress import Show, check_show
 from djinn_lib.engine.serving.queue import Order, RequestQueue
 from djinn_lib.errors import ConfigError
 from djinn_lib.units import parse_bytes
@@ -57,7 +58,8 @@ class EngineOptions:
         masters: "compressed" keeps master copies of 16-bit weights in about 0.67 (bfloat16) or 0.86
             (float16) of their bytes, without loss, and decodes them on the device, so that fewer
             bytes cross the link. "auto" does so for models that get smaller by 5% or more.
-        progress: called with what a longer step of `add` is doing.
+        progress: whether `add` shows a bar while it reads and prepares a model, if that takes
+            longer than a moment; or a function that is told the steps.
 
     Attributes:
         torch_device, capacity_bytes, page_bytes: what `device`, `capacity` and `page` stand for.
@@ -86,7 +88,7 @@ class EngineOptions:
     host_capacity: int | str | None = None
     swap_dir: str | Path | None = None
     masters: MastersForm = "plain"
-    progress: Callable[[str], None] = print
+    progress: Show = True
     torch_device: torch.device = field(init=False)
     capacity_bytes: int = field(init=False)
     page_bytes: int = field(init=False)
@@ -107,7 +109,7 @@ class EngineOptions:
             ),
             "overlap": flag(self.overlap, "overlap"),
             "lookahead": flag(self.lookahead, "lookahead"),
-            "progress": function(self.progress, "progress"),
+            "progress": check_show(self.progress),
         }
         RequestQueue(self.order, self.max_overtaken)  # which refuses what it cannot do
         resolved |= {

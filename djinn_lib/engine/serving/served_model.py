@@ -66,7 +66,7 @@ class ServedModel:
         if sampling.stops and self.tokenizer is None:
             raise ConfigError(
                 f"stop needs a tokenizer, and {self.name!r} has none: leave it out, or add the "
-                "model from a folder that holds its tokenizer"
+                "model from a folder with its tokenizer"
             )
         prompts, many = read_prompts(prompt)
         requests = []
@@ -107,8 +107,8 @@ class ServedModel:
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise ConfigError(
-                f"expected token ids for {self.name!r}, got text, but the model has no tokenizer: "
-                "pass a list of ids, or add it from a folder that holds its tokenizer"
+                f"{self.name!r} has no tokenizer, so it cannot read text: pass a list of token "
+                "ids, or add the model from a folder with its tokenizer"
             )
         return self.tokenizer
 

@@ -75,7 +75,9 @@ class Turns:
         ticket = Ticket(model)
         with self._lock:
             if self._closed:
-                raise DjinnError(f"expected an open Djinn for {model!r}, got one that was closed")
+                raise DjinnError(
+                    f"a request for {model!r} came after its Djinn was closed: open a new one"
+                )
             self._queue.push(ticket, model)
         try:
             self._grant()
@@ -200,7 +202,9 @@ class Turns:
         for ticket in refused:
             if ticket.set_running_or_notify_cancel():
                 ticket.set_exception(
-                    DjinnError(f"expected an open Djinn for {ticket.model!r}, got one that closed")
+                    DjinnError(
+                        f"a Djinn was closed before its request for {ticket.model!r} was served"
+                    )
                 )
         with self._lock:
             self._lock.wait_for(

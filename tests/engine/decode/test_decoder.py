@@ -212,12 +212,12 @@ def test_looking_at_values_is_found_before_anything_is_recorded(name):
 
 
 def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, caplog, traced_only):
-    real = compiling._LayerOfCache.update
+    real = compiling._LayerCache.update
 
     def forgets_values(self, key_states, value_states, *rest, **more):
         return real(self, key_states, torch.zeros_like(value_states), *rest, **more)
 
-    monkeypatch.setattr(compiling._LayerOfCache, "update", forgets_values)
+    monkeypatch.setattr(compiling._LayerCache, "update", forgets_values)
     with caplog.at_level(logging.WARNING):
         decoder = recorded("llama", compiled=True)
     assert decoder.mode == "graph"

@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from tiny import PROMPT, spec
@@ -58,7 +58,6 @@ def round_trip(words, bits):
 
 
 @given(npst.arrays(np.uint16, st.integers(1, 300)), BITS)
-@settings(deadline=None)
 def test_any_bits_come_back(words, bits):
     round_trip(words, bits)
 
@@ -78,7 +77,6 @@ def test_any_bits_come_back(words, bits):
     bits=BITS,
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=40)
 def test_pages_of_very_different_pieces_come_back(pieces, bits, seed):
     rng = np.random.default_rng(seed)
     special = np.array([0, 0x8000, 1, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x7C00, 0xFC01])
@@ -169,7 +167,6 @@ def filled(drawn, n_tables):
 
 
 @given(drawn=LAYOUTS, n_tables=st.integers(0, 2))
-@settings(deadline=None, max_examples=30)
 def test_models_of_mixed_dtypes_come_back(drawn, n_tables):
     layout, content = filled(drawn, n_tables)
     masters, plain = CompressedMasters(HostMasters(), PAGE), HostMasters()

@@ -41,7 +41,7 @@ CERTAIN = [
     ),
     ({"adapter_config.json": {"peft_type": "IA3"}}, "a IA3 adapter"),
     ({"adapter_config.json": "{"}, "a PEFT adapter (adapter_config.json): merge it"),
-    ({**config(), "adapter_config.json": {}}, "beside a model that it may or may not be merged"),
+    ({**config(), "adapter_config.json": {}}, "and model weights that may or may not include it"),
     ({"model_index.json": {"_class_name": "FluxPipeline"}, "unet/config.json": "{}"},
      "a diffusers pipeline (FluxPipeline)"),
     ({"config.json": {"_class_name": "UNet2DModel", "_diffusers_version": "1"}},
@@ -99,7 +99,7 @@ IF_REFUSED = [
       "model.safetensors": ""}, "a model of audio and vision (x)"),
     ({**config(), "processor_config.json": "{}"}, "a model of more than text"),
     (saved("BertForMaskedLM"), "an encoder (BertForMaskedLM)"),
-    (saved("MistralModel"), "a model without a head for text (MistralModel)"),
+    (saved("MistralModel"), "a model without a language-model head (MistralModel)"),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Tokens to pieces of text: no character is cut, and stop texts end them."""
 
 from byte_tokenizer import bytes_as_characters, words_and_bytes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from djinn_lib.engine.models.tokenizer import Tokenizer
@@ -48,7 +48,6 @@ def test_spaces_between_words_are_kept_and_the_first_is_not():
     assert "".join(read(WORDS, special)[0]) == "Hello world Hi."
 
 
-@settings(max_examples=150, deadline=None)
 @given(ids=st.lists(st.integers(0, len(BYTES) - 1), max_size=30))
 def test_the_pieces_are_the_text_whatever_the_tokens(ids):
     """Also of bytes that are no characters at all."""
@@ -64,14 +63,12 @@ def byte_ids(text):
 SOME = [*([i] for i in range(1, 7)), [WORDS.own.eos_token_id], *map(byte_ids, "aé中🙂")]
 
 
-@settings(max_examples=150, deadline=None)
 @given(groups=st.lists(st.sampled_from(SOME), max_size=20))
 def test_words_and_characters_of_bytes_in_any_order(groups):
     ids = [token for group in groups for token in group]
     assert "".join(read(WORDS, ids)[0]) == WORDS.decode(ids)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     text=st.text(st.sampled_from("ab\né🙂"), max_size=20),
     stops=st.lists(st.text(st.sampled_from("ab\né🙂"), min_size=1, max_size=4), max_size=3),

@@ -132,9 +132,9 @@ def test_close_refuses_who_waits_and_waits_for_who_computes():
     turns.close()
     order.append("closed")
     assert order == ["computed", "closed"]
-    with pytest.raises(DjinnError, match="one that closed"):
+    with pytest.raises(DjinnError, match="was closed before its request"):
         ticket.result(10)
-    with pytest.raises(DjinnError, match="one that was closed"):
+    with pytest.raises(DjinnError, match="after its Djinn was closed"):
         turns.join("c")
     turns.close()
     thread.join(10)

@@ -22,7 +22,7 @@ from djinn_lib.errors import ConfigError
 NAME = "djinn_decode"
 BLOCK, N_WARPS = 64, 8  # positions per block, and warps per program
 # Arguments that transformers also passes, and whose effect the mask already contains.
-_HARMLESS = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
+_IN_MASK = {"sliding_window", "is_causal", "position_ids", "use_cache", "cache_position"}
 
 
 @triton_op("djinn::attend_to_cache", mutates_args={})
@@ -71,7 +71,7 @@ def decode_attention(
     more = [
         name
         for name, given in kwargs.items()
-        if name not in _HARMLESS and not any(given is value for value in unset)
+        if name not in _IN_MASK and not any(given is value for value in unset)
     ]
     fits = query.shape[0] == query.shape[2] == 1 and key.shape[-1] == value.shape[-1]
     if more or dropout or attention_mask is None or attention_mask.dtype != torch.bool or not fits:

@@ -24,7 +24,7 @@ POSITIONS, ATTENTION_WARPS = 256, 8
 # Positions per iteration when attention shares a launch with a product, and the bytes of weights
 # below which a program projects two pairs of rows. Chosen by the compiler's register counts and by
 # the bytes that a program requests.
-POSITIONS_BESIDE, PROJECTED_BYTES = 64, 16 << 10
+SHARED_POSITIONS, PROJECTED_BYTES = 64, 16 << 10
 _kernels: Any = decode_kernels
 
 
@@ -122,7 +122,7 @@ def attend(
     return out
 
 
-def attend_beside(
+def attend_and_multiply(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -148,11 +148,11 @@ def attend_beside(
     n_rows, width = product.weight.shape
     attended = torch.empty_like(query)
     out = torch.empty(n_rows, dtype=x.dtype, device=x.device)
-    _kernels.attend_beside_kernel[(n_heads + triton.cdiv(n_rows, 2 * ROWS),)](
+    _kernels.attend_and_multiply_kernel[(n_heads + triton.cdiv(n_rows, 2 * ROWS),)](
         query, keys, values, _or(mask, query), last, attended, scale, length, head_size, n_heads,
         x, norm.weight, _or(norm.bias, x), norm.epsilon,
         product.weight, _or(product.bias, x), out, n_rows, width,
-        HAS_MASK=mask is not None, GROUP=n_heads // n_key_heads, POSITIONS=POSITIONS_BESIDE,
+        HAS_MASK=mask is not None, GROUP=n_heads // n_key_heads, POSITIONS=SHARED_POSITIONS,
         WIDTH=triton.next_power_of_2(head_size),
         NORM=norm.kind, ACTIVATION=activation, HAS_BIAS=product.bias is not None,
         ROWS=2 * ROWS, BLOCK=triton.next_power_of_2(width), **_launch(x, WARPS),

@@ -80,9 +80,9 @@ def project_kernel(
     head = program // half  # counted over queries, keys and values; next, within its kind
     head -= tl.where(is_query, 0, tl.where(is_value, n_heads + n_key_heads, n_heads))
     # Rotated rows pair up across the halves; values and the rest of a head pair with neighbours.
-    turns = (pair < n_rotated // 2) & (program < (n_heads + n_key_heads) * half)
-    first = tl.where(turns, pair, 2 * pair)
-    second = tl.where(turns, pair + n_rotated // 2, 2 * pair + 1)
+    rotates = (pair < n_rotated // 2) & (program < (n_heads + n_key_heads) * half)
+    first = tl.where(rotates, pair, 2 * pair)
+    second = tl.where(rotates, pair + n_rotated // 2, 2 * pair + 1)
     column = tl.arange(0, BLOCK)
     inside = column < width
     row = (head * head_size).to(tl.int64)
@@ -108,10 +108,10 @@ def project_kernel(
         sum_b += tl.load(bias + row + second).to(tl.float32)
     # Round before rotating, as transformers does. Unrotated rows have cos 1 and sin 0.
     y_a, y_b = sum_a.to(vector.dtype), sum_b.to(vector.dtype)
-    out_a = y_a * tl.load(cos + first, mask=turns, other=1.0)
-    out_a -= y_b * tl.load(sin + first, mask=turns, other=0.0)
-    out_b = y_b * tl.load(cos + second, mask=turns, other=1.0)
-    out_b += y_a * tl.load(sin + second, mask=turns, other=0.0)
+    out_a = y_a * tl.load(cos + first, mask=rotates, other=1.0)
+    out_a -= y_b * tl.load(sin + first, mask=rotates, other=0.0)
+    out_b = y_b * tl.load(cos + second, mask=rotates, other=1.0)
+    out_b += y_a * tl.load(sin + second, mask=rotates, other=0.0)
     if is_query:
         tl.store(queries + row + first, out_a)
         tl.store(queries + row + second, out_b)
@@ -143,31 +143,31 @@ def attend_kernel(
     inside = column < head_size
     q = tl.load(query + head * head_size + column, mask=inside, other=0.0).to(tl.float32) * scale
     base = (head // GROUP) * length * head_size
-    top = tl.full([], -float("inf"), tl.float32)
+    maximum = tl.full([], -float("inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
-    mixed = tl.zeros([WIDTH], dtype=tl.float32)
+    weighted = tl.zeros([WIDTH], dtype=tl.float32)
     end = length
     if not HAS_MASK:
         end = tl.load(last).to(tl.int32) + 1
     for begin in range(0, end, BLOCK):
         position = begin + tl.arange(0, BLOCK)
-        seen = position < end
+        visible = position < end
         if HAS_MASK:
-            seen = tl.load(mask + position, mask=seen, other=0) != 0
-        if tl.max(seen.to(tl.int32), axis=0) > 0:
+            visible = tl.load(mask + position, mask=visible, other=0) != 0
+        if tl.max(visible.to(tl.int32), axis=0) > 0:
             at = base + position[:, None] * head_size + column[None, :]
-            wanted = seen[:, None] & inside[None, :]
+            wanted = visible[:, None] & inside[None, :]
             k = tl.load(keys + at, mask=wanted, other=0.0).to(tl.float32)
             v = tl.load(values + at, mask=wanted, other=0.0).to(tl.float32)
-            score = tl.where(seen, tl.sum(q[None, :] * k, axis=1), -float("inf"))
+            score = tl.where(visible, tl.sum(q[None, :] * k, axis=1), -float("inf"))
             # Online softmax: rescale the running sums to the new maximum.
-            new_top = tl.maximum(top, tl.max(score, axis=0))
-            shrink = tl.exp(top - new_top)
-            weight = tl.exp(score - new_top)
-            total = total * shrink + tl.sum(weight, axis=0)
-            mixed = mixed * shrink + tl.sum(weight[:, None] * v, axis=0)
-            top = new_top
-    result = (mixed / total).to(out.dtype.element_ty)
+            new_maximum = tl.maximum(maximum, tl.max(score, axis=0))
+            rescale = tl.exp(maximum - new_maximum)
+            weight = tl.exp(score - new_maximum)
+            total = total * rescale + tl.sum(weight, axis=0)
+            weighted = weighted * rescale + tl.sum(weight[:, None] * v, axis=0)
+            maximum = new_maximum
+    result = (weighted / total).to(out.dtype.element_ty)
     tl.store(out + head * head_size + column, result, mask=inside)
 
 
@@ -232,7 +232,7 @@ def multiply_kernel(
 
 
 @triton.jit
-def attend_beside_kernel(
+def attend_and_multiply_kernel(
     query, keys, values, mask, last, attended, scale, length, head_size, n_heads: tl.constexpr,
     x, norm_weight, norm_bias, epsilon, matrix, bias, out, n_rows, width: tl.constexpr,
     HAS_MASK: tl.constexpr, GROUP: tl.constexpr, POSITIONS: tl.constexpr, WIDTH: tl.constexpr,

@@ -64,7 +64,7 @@ def compress_model(
     buffer: torch.Tensor,
     layout: Layout,
     page_bytes: int,
-    report: Callable[[str], None],
+    report: Callable[[str], object],
 ) -> Index:
     """Compress a model in place, by as many threads as there are cores.
 
@@ -190,7 +190,7 @@ def _exponent(slots: Iterable[Slot], begin: int, end: int) -> int | None:
 class _Watch:
     """Tells how far it is, at most every few seconds, and what came of it."""
 
-    def __init__(self, model: str, n_bytes: int, report: Callable[[str], None]) -> None:
+    def __init__(self, model: str, n_bytes: int, report: Callable[[str], object]) -> None:
         self._model, self._n_bytes, self._report = model, n_bytes, report
         self._begin_s = self._last_s = time.perf_counter()
 

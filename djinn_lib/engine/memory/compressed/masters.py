@@ -40,7 +40,7 @@ class CompressedMasters:
         store: Store,
         page_bytes: int,
         if_worthwhile: bool = False,
-        report: Callable[[str], None] = lambda step: None,
+        report: Callable[[str], object] = lambda step: None,
     ) -> None:
         if page_bytes % STORED_ALIGNMENT:
             raise ConfigError(

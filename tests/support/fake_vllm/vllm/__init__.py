@@ -35,7 +35,9 @@ class LLM:
         self.name, self.fails, self.step_s = served_model_name[0], fails, step_s
         self.weights, self.ring = weights_of(self.name, n_bytes), None
         if worker_cls:
-            self.engine = FakeEngine(os.environ["DJINN_RING"], self.name, n_bytes)
+            self.engine = FakeEngine(
+                os.environ["DJINN_RING"], self.name, n_bytes, masters=os.environ["DJINN_MASTERS"]
+            )
             self.ring = self.engine.ring
         self.running = {}
         self.llm_engine = SimpleNamespace(

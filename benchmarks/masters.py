@@ -1,0 +1,156 @@
+"""What compressed masters save, and what they cost: `python benchmarks/masters.py --profile gpu`.
+
+A full miss cannot take less than its bytes take on the link. Compressed masters make the bytes
+fewer, and decode them on the device. For each dtype, each model and both forms of masters: the time
+to add it, its stored bytes, a full miss (from nothing resident until all weights are there), and a
+hit. Then the same hit while the next model is loaded ahead, which takes part of the device.
+Medians of several repeats; the least and the greatest are kept beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pandas as pd
+from engine_cases import Cases, spread, timed
+
+from djinn_lib.analysis.plots.masters import full_misses
+from djinn_lib.analysis.plots.style import save_figure
+from djinn_lib.engine.djinn import Djinn
+from djinn_lib.errors import DjinnError
+from djinn_lib.experiment import machine
+from djinn_lib.experiment.bench import MODELS_DIR
+from djinn_lib.experiment.locks import gpu_lock
+from djinn_lib.experiment.profile import Profile, load_profile
+from djinn_lib.experiment.weights import files_sha256, prepare_models, prompt_ids
+from djinn_lib.files import write_json
+from djinn_lib.paths import REPO, user_path
+from djinn_lib.provenance import git_state
+from djinn_lib.systems.base import ModelFiles
+from djinn_lib.units import parse_bytes
+
+FORMS = ("plain", "compressed")
+SHOWN = ["dtype", "model", "form", "share", "add_s", "load_ms", "by_link", "ttft_ms",
+         "ms_per_token", "ms_per_token_beside"]  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print, write and draw; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
+    parser.add_argument("--models", nargs="*", help="of the profile; default all")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--models-dir", type=user_path, default=MODELS_DIR)
+    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "masters.json")
+    options = parser.parse_args()
+    try:
+        profile = chosen(load_profile(options.profile), options.models)
+        alone = gpu_lock(options.out.parent) if profile.device == "cuda" else nullcontext()
+        with alone:
+            result = measure(profile, options)
+    except DjinnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_json(options.out, result)
+    rows = pd.DataFrame(result["rows"])
+    print(rows[SHOWN].round(3).to_string(index=False, na_rep="-"))
+    paths = save_figure(full_misses(rows), options.out.parent, options.out.stem)
+    print(f"written: {options.out}", *paths)
+    return 0
+
+
+def chosen(profile: Profile, models: list[str] | None) -> Profile:
+    """The profile with some of its models."""
+    kept = {m: entry for m, entry in profile.models.items() if not models or m in models}
+    if not kept:
+        raise DjinnError(f"choose --models out of {list(profile.models)}, got {models}")
+    return profile.model_copy(update={"models": kept})
+
+
+def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what was measured, and where it comes from, as plain data."""
+    facts = machine.describe_machine(profile.device)
+    link, rows, hashes = facts["link_rate_bytes_per_s"], [], {}
+    for dtype in options.dtypes:
+        same = profile.model_copy(update={"dtype": dtype})
+        files = prepare_models(same, options.models_dir)
+        hashes |= {f"{name}, {dtype}": files_sha256(f) for name, f in files.items()}
+        for form in FORMS:
+            print(f"{dtype}, {form}", flush=True)
+            rows += [{"dtype": dtype, **row} for row in measured(same, files, form, options, link)]
+    commit, dirty = git_state(REPO)
+    return {
+        "command": "python benchmarks/masters.py",
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "machine": facts,
+        "profile": profile.name,
+        "page_bytes": parse_bytes(profile.page),
+        "repeats": options.repeats,
+        "weights_sha256": hashes,
+        "rows": rows,
+    }
+
+
+def measured(
+    profile: Profile,
+    files: dict[str, ModelFiles],
+    form: Any,
+    options: argparse.Namespace,
+    link: float,
+) -> Iterator[dict[str, Any]]:
+    """A row a model, of one form of masters; all models fit into the ring together."""
+    page_bytes = parse_bytes(profile.page)
+    capacity = sum(f.n_bytes + page_bytes for f in files.values())
+    prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
+    with Djinn(capacity, profile.device, page=profile.page, masters=form) as djinn:
+        add_s = {n: timed(lambda f=f: djinn.add(f.name, f.folder)) for n, f in files.items()}
+        cases = Cases(djinn, prompts, profile.new_tokens, options.repeats)
+        for name in files:
+            plain, stored = djinn.stats().masters[name]
+            n_bytes = djinn.masters.layout(name).paged_bytes
+            loads_ms = [cases.load_ms(name) for _ in range(options.repeats + 1)][1:]
+            hit = cases.hit(name, djinn.decode_modes[name])
+            link_ms = n_bytes / link * 1e3
+            yield {
+                "model": name,
+                "form": form,
+                "plain_bytes": plain,
+                "stored_bytes": stored,
+                "share": stored / plain,
+                "add_s": add_s[name],
+                "loaded_bytes": n_bytes,
+                "link_ms": link_ms,
+                **spread("load_ms", loads_ms),
+                "by_link": statistics.median(loads_ms) / link_ms,
+                "ttft_ms": hit["ttft_ms"],
+                "ms_per_token": hit["ms_per_token"],
+                **beside(cases, name),
+            }
+        djinn.check()
+
+
+def beside(cases: Cases, model: str) -> dict[str, float]:
+    """Milliseconds a token of a resident model, while the largest of the others is loaded."""
+    sizes = cases.djinn.residency().set_index("model").bytes.drop(model)
+    if sizes.empty:
+        return {}
+    other, done = sizes.idxmax(), []
+    for _ in range(cases.repeats):
+        cases.request(model, 1)
+        cases.djinn.evict(other)
+        first = cases.djinn.submit(model, cases.prompts[model], cases.new_tokens, ignore_eos=True)
+        second = cases.djinn.submit(other, cases.prompts[other], 1, ignore_eos=True)
+        done.append(first.result().decode_ms / max(1, cases.new_tokens - 1))
+        second.result()
+    return spread("ms_per_token_beside", done)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The picture of compressed masters: what a full miss takes, next to the link."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from djinn_lib.analysis.plots.style import (
+    COLUMN_IN,
+    SMALL_PT,
+    footnote,
+    require_rows,
+    styled,
+)
+from djinn_lib.units import three_digits
+
+_COLORS = {"plain": "#7F7F7F", "compressed": "#0072B2"}
+
+
+@styled
+def full_misses(rows: pd.DataFrame) -> Figure:
+    """Draw how long it takes until all weights are on the device, a panel a dtype.
+
+    Args:
+        rows: a row for each dtype, model and form ("plain", "compressed"): load_ms, the median;
+            link_ms, what the model's plain bytes take at the link's rate; share, its stored bytes
+            by its plain ones.
+
+    Raises:
+        RecordError: there are no rows.
+    """
+    require_rows(rows, "compressed masters")
+    dtypes, models = list(rows["dtype"].unique()), list(rows["model"].unique())
+    figure, grid = plt.subplots(
+        len(dtypes), 1, figsize=(COLUMN_IN, 0.5 + len(dtypes) * (0.35 + 0.38 * len(models))),
+        squeeze=False, sharex=True, layout="constrained",
+    )  # fmt: skip
+    for dtype, axes in zip(dtypes, grid[:, 0], strict=True):
+        part = rows[rows["dtype"] == dtype]
+        sns.barplot(part, x="load_ms", y="model", hue="form", order=models, palette=_COLORS,
+                    saturation=1.0, errorbar=None, ax=axes, legend=dtype == dtypes[0])  # fmt: skip
+        for y, model in enumerate(models):
+            own = part[part["model"] == model].set_index("form")
+            if own.empty:
+                continue
+            axes.vlines(own["link_ms"].iloc[0], y - 0.45, y + 0.45, color="#D55E00", linestyle="--")
+            for form, height in (("plain", -0.2), ("compressed", 0.2)):
+                if form in own.index:
+                    note = f"{three_digits(own.load_ms[form])} ms, {own.share[form]:.0%} of bytes"
+                    end_ms = max(own.load_ms[form], own.link_ms[form])
+                    axes.annotate(note, (end_ms, y + height), (4, 0), va="center",
+                                  textcoords="offset points", fontsize=SMALL_PT,
+                                  in_layout=False)  # fmt: skip
+        axes.set(title=dtype, xlabel="", ylabel="")
+    if legend := grid[0, 0].get_legend():
+        sns.move_legend(legend.axes, "lower right", bbox_to_anchor=(1, 1), ncols=2, title=None)
+    longest_ms = rows[["load_ms", "link_ms"]].max(axis=None)
+    grid[-1, 0].set_xlim(0, 1.9 * longest_ms)  # the rest is for what stands beside the bars
+    grid[-1, 0].set_xlabel("ms from nothing resident to all weights")
+    footnote(figure, ["dashed: plain bytes at the rate of the link"])
+    return figure

@@ -1,0 +1,224 @@
+"""One model of a `Djinn`, as `add` returns it: the same methods without the name."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Unpack, cast
+
+from transformers import PreTrainedModel
+
+from djinn_lib.engine.decode.modes import Decode
+from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
+from djinn_lib.engine.pictures import ModelState, picture
+from djinn_lib.engine.prompts import Prompt
+from djinn_lib.engine.serving.generation import Generation
+from djinn_lib.engine.serving.request import PendingGeneration
+from djinn_lib.engine.serving.requests import Messages, Requests
+from djinn_lib.engine.serving.served_model import ServedModel
+from djinn_lib.engine.serving.stream import Stream
+from djinn_lib.errors import ConfigError
+from djinn_lib.units import format_bytes
+
+if TYPE_CHECKING:
+    from djinn_lib.engine.djinn import Djinn
+
+
+class Model:
+    """A model of a `Djinn`.
+
+    After the model was removed every method raises `ConfigError`, also where another model has its
+    name by then.
+    """
+
+    def __init__(self, djinn: Djinn, served: ServedModel) -> None:
+        self._owner, self._served = djinn, served
+
+    @property
+    def _djinn(self) -> Djinn:
+        if self._served.removed:
+            raise ConfigError(
+                f"the model {self.name!r} of this handle was removed: add it again, and use what "
+                "add returns"
+            )
+        return self._owner
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self._served.name
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that it takes on the device when all of it is resident."""
+        return self._served.n_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of it that are on the device now."""
+        return self._djinn.stats().resident_bytes[self.name]
+
+    @property
+    def residency(self) -> float:
+        """The share of its bytes that is on the device now, from 0 to 1."""
+        return self.resident_bytes / self.n_bytes
+
+    @property
+    def decode_mode(self) -> Decode:
+        """How it decodes."""
+        return self._served.decoder.mode
+
+    # -- requests: see the methods of `Djinn` ----------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | Any:
+        """Continue a prompt, or each of a list of them; see `Djinn.generate`."""
+        return self._djinn.generate(
+            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    def chat(
+        self,
+        messages: Messages,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Answer a conversation; see `Djinn.chat`."""
+        return self._djinn.chat(
+            self.name, messages, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream[Any]:
+        """Yield a continuation while it is decoded; see `Djinn.stream`."""
+        return self._djinn.stream(
+            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    def submit(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> PendingGeneration | Any:
+        """Queue what `generate` does, and return at once; see `Djinn.submit`."""
+        return self._djinn.submit(
+            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    async def agenerate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation | Any:
+        """`generate` for asyncio; see `Djinn.agenerate`."""
+        return await self._djinn.agenerate(
+            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    def astream(
+        self,
+        prompt: Prompt | Messages,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncIterator[Any]:
+        """`stream` for asyncio; see `Djinn.astream`."""
+        return self._djinn.astream(
+            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of `text`; see `Djinn.tokenize`."""
+        return self._djinn.tokenize(self.name, text)
+
+    # -- its pages -------------------------------------------------------------------------------
+
+    def lease(self, *, wait: bool = True) -> AbstractContextManager[PreTrainedModel]:
+        """Lend the transformers model; see `Djinn.lease`."""
+        return self._djinn.lease(self.name, wait=wait)
+
+    def evict(self) -> int:
+        """Take all its pages off the device; returns how many bytes that freed."""
+        return self._djinn.evict(self.name)
+
+    def remove(self) -> None:
+        """Forget it and free all that it holds; see `Djinn.remove`."""
+        self._djinn.remove(self.name)
+
+    # -- in a notebook ---------------------------------------------------------------------------
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Model) and self._served is other._served
+
+    def __hash__(self) -> int:
+        return id(self._served)
+
+    def __repr__(self) -> str:
+        if self._served.removed or self._owner.closed:
+            return f"Model({self.name!r}, removed)"
+        return (
+            f"Model({self.name!r}, {format_bytes(self.n_bytes)}, {self.residency:.0%} resident, "
+            f"decode={self.decode_mode!r})"
+        )
+
+    def _repr_html_(self) -> str | None:
+        """Draw how much of it is resident."""
+        if self._served.removed or self._owner.closed:
+            return None
+        return picture([ModelState(self.name, self.n_bytes, self.resident_bytes)])
+
+
+class ModelsByName(Requests):
+    """Models as a mapping has them: by name, in order of addition."""
+
+    def __getitem__(self, name: str) -> Model:
+        """The model of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        served = self._models[name]
+        return Model(cast("Djinn", self), served)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._models
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the models."""
+        return (model.name for model in self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __bool__(self) -> bool:
+        return True  # also without models
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self)  # what a notebook offers after `djinn["`

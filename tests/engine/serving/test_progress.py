@@ -1,0 +1,66 @@
+"""What `add` shows: a bar of bytes, the steps, or nothing."""
+
+import pytest
+from tiny import spec
+from tqdm import tqdm
+
+import djinn_lib as dj
+from djinn_lib.engine.serving import progress as module
+from djinn_lib.engine.serving.progress import check_show, progress_of
+from djinn_lib.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("m")
+    spec("llama", "float32").build().save_pretrained(folder)
+    return folder
+
+
+def added(folder, source, **options):
+    with dj.Djinn("1MiB", "cpu", "16KiB", decode="graph", max_model_len=40, **options) as djinn:
+        djinn.add("m", source)
+        return djinn.masters.n_bytes
+
+
+@pytest.mark.parametrize("kind", ["folder", "spec", "plain"])
+def test_the_bar_counts_every_byte_of_the_weights(folder, kind, monkeypatch, capfd):
+    bars = []
+
+    class Bar(tqdm):
+        def close(self):
+            bars.append((self.desc, self.n, self.total))
+            super().close()
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(module, "_SHOWN_AFTER_S", 0)
+    plain = dj.ModelSpec(spec("llama").config, init="plain")
+    n_bytes = added(folder, {"folder": folder, "spec": spec("llama"), "plain": plain}[kind])
+    (first, *_) = bars
+    assert first[0] == "m: recording the decode step: "
+    assert 0.99 * n_bytes <= first[1] <= n_bytes == first[2]  # all but what aligns them
+    shown = capfd.readouterr()
+    assert "m: reading weights" in shown.err and not shown.out
+    assert "Loading weights" not in shown.err  # transformers' own
+
+
+def test_silence_and_a_function_that_is_told(folder, capfd):
+    added(folder, folder, progress=False)
+    assert capfd.readouterr() == ("", "")
+    steps = []
+    added(folder, folder, progress=steps.append)
+    assert steps[0].startswith("m: ") and steps[-1] == "m: recording the decode step"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_failure_closes_the_bar(monkeypatch, capfd):
+    monkeypatch.setattr(module, "_SHOWN_AFTER_S", 0)
+    with pytest.raises(OSError), progress_of(True, "m", 10) as progress:
+        progress.advance(5)
+        raise OSError
+    assert not tqdm._instances
+
+
+def test_what_cannot_be_shown():
+    with pytest.raises(ConfigError, match="progress, if not True or False, to be a function"):
+        check_show("yes")
