@@ -64,7 +64,7 @@ def test_a_gpu_has_one_ring(monkeypatch):
     first, second = torch.device("cuda:0"), torch.device("cuda:1")
     try:
         with only_one_on(first), only_one_on(second):
-            says = r"cuda:0 has a ring already \(another broker holds its lock\): connect engines"
+            says = r"cuda:0 already has a ring \(another broker holds its lock\): connect"
             with pytest.raises(ConfigError, match=says), only_one_on(first):
                 pass
         with only_one_on(first):
