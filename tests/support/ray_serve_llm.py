@@ -56,13 +56,6 @@ def asked(model):
     return answer.json()["choices"][0]["text"]
 
 
-def ports(first):
-    """Fixed ports of a node's agents: waiting for those that they choose has a short limit."""
-    names = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port",
-             "dashboard_agent_listen_port")  # fmt: skip
-    return {name: first + i for i, name in enumerate(names)}
-
-
 def main():
     models = sorted(one for one in Path(sys.argv[1]).iterdir() if (one / "config.json").exists())
     with ExitStack() as undo:
@@ -74,11 +67,8 @@ def main():
             rings[model.name] = model / "ring"
         cluster = Cluster()
         undo.callback(cluster.shutdown)
-        for i, model in enumerate(models):
-            cluster.add_node(
-                num_cpus=4, resources={model.name: 1}, object_store_memory=100 << 20,
-                **ports(52100 + 10 * i),
-            )  # fmt: skip
+        for model in models:
+            cluster.add_node(num_cpus=4, resources={model.name: 1}, object_store_memory=100 << 20)
         ray.init(address=cluster.address)
         undo.callback(ray.shutdown)
         configs = [config(model, rings[model.name]) for model in models]
