@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -23,7 +24,7 @@ from djinn_lib.analysis.plots.style import (
 )
 from djinn_lib.metrics import by_request, latency
 
-STATISTICS = {"p50": "-", "p99": ":"}
+STATISTICS: dict[str, Any] = {"p50": "-", "p99": ":"}
 
 
 @styled
@@ -85,7 +86,7 @@ def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float)
 def _draw_panel(axes: Axes, table: pd.DataFrame, systems: Sequence[str], column: str) -> None:
     for system in systems:
         part, look = table[table["system"] == system], system_look(system)
-        common = {"color": look.color, "marker": look.marker, "markersize": 3.5}
+        common: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 3.5}
         if column == "in_time":
             axes.plot(part["rate"], part[column], linestyle=look.linestyle, **common)
             continue
