@@ -48,7 +48,6 @@ class Holdings:
                 options.swap_dir,
                 device.type == "cuda",
                 options.master_form,
-                options.progress,
             )
             undo.callback(masters.close)
             capacity_bytes, policy = options.capacity_bytes, options.victims

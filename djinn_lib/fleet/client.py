@@ -22,7 +22,7 @@ import torch
 from djinn_lib.engine.memory.devices import open_address_space, open_copier
 from djinn_lib.engine.memory.frames import Extent
 from djinn_lib.engine.memory.layout import Fill, Layout
-from djinn_lib.engine.memory.opening import choose_masters, open_masters
+from djinn_lib.engine.memory.opening import MastersForm, choose_masters, open_masters
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
@@ -61,7 +61,7 @@ class RingModel:
         on_loss: Callable[[DjinnError], None] = lambda error: None,
         masters: str = "plain",
     ) -> None:
-        self._master_form = choose_masters(masters, device)
+        self._master_form: MastersForm = choose_masters(masters, device)
         self.model, self.n_bytes, self._connection = model, layout.n_bytes, connection
         self.page_bytes, self._on_loss = connection.page_bytes, on_loss
         self._is_cuda = device.type == "cuda"
