@@ -124,7 +124,7 @@ def test_bad_values_are_refused_by_name(rows, column, value, named):
 
 @pytest.mark.parametrize("column", TIMES)
 def test_failed_rows_have_no_times(rows, column):
-    keys = {name: rows[4][name] for name in COLUMNS[:11]}
+    keys = {name: rows[4][name] for name in COLUMNS[:12]}
     rows[4] = failed_row(**keys, error_kind="oom", error="out of memory")
     assert len(rows_frame(rows)) == 30
     rows[4][column] = 1.0
@@ -152,7 +152,7 @@ def test_clocks_that_are_read_one_after_the_other_differ_a_little(rows):
 
 
 def test_requests_that_failed_have_no_clocks_to_doubt(rows):
-    keys = {name: rows[4][name] for name in COLUMNS[:11]}
+    keys = {name: rows[4][name] for name in COLUMNS[:12]}
     failed = [failed_row(**keys, error_kind="oom", error="")]
     assert clock_warning(rows_frame(failed)) == ""
 
@@ -166,7 +166,7 @@ def test_the_same_request_may_stand_in_two_runs_or_repeats(good):
 
 @pytest.mark.parametrize("kind", ERROR_KINDS)
 def test_a_failed_row_fits_the_schema(rows, kind):
-    keys = {name: rows[0][name] for name in COLUMNS[:11]}
+    keys = {name: rows[0][name] for name in COLUMNS[:12]}
     (row,) = rows_frame([failed_row(**keys, error_kind=kind, error="")]).to_dict("records")
     assert (row["ok"], row["error_kind"], row["error"]) == (False, kind, kind)
     assert math.isnan(row["total_ms"]) and row["n_tokens"] == 0 and row["loaded_bytes"] == 0
@@ -174,7 +174,7 @@ def test_a_failed_row_fits_the_schema(rows, kind):
 
 
 def test_a_failed_row_can_always_be_written(rows, tmp_path):
-    keys = {name: rows[0][name] for name in COLUMNS[:11]}
+    keys = {name: rows[0][name] for name in COLUMNS[:12]}
     row = failed_row(**keys, error_kind="bad_luck", error="no /data/\udcff: " + "\0" * 3)
     write_rows(rows_frame([row]), tmp_path / "cell.parquet")
     (read,) = read_rows(tmp_path / "cell.parquet").to_dict("records")
@@ -326,3 +326,10 @@ def test_token_sha_tells_sequences_apart(one, other):
     assert (token_sha(one) == token_sha(other)) == (one == other)
     if one != one[::-1]:
         assert token_sha(one) != token_sha(one[::-1])
+
+
+def test_rows_older_than_warm_starts_are_cold(rows, tmp_path):
+    path = tmp_path / "old.parquet"
+    rows_frame(rows).drop(columns="start").to_parquet(path)
+    found = read_rows(path)
+    assert list(found.columns) == list(COLUMNS) and set(found["start"]) == {"cold"}

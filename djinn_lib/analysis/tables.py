@@ -19,7 +19,7 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
     """One row a fact of `machine.json`: sizes and rates for people, then software versions."""
     facts = []
     for name, value in machine.items():
-        if name == "versions":
+        if name == "versions" or (name == "gpu_uuid" and value is None):
             continue
         if name.endswith("_rate_bytes_per_s"):
             name = name.removesuffix("_rate_bytes_per_s") + " rate"

@@ -238,7 +238,7 @@ def _djinn(
     if capacity_bytes is None:
         opened = open_source(case.source, case.dtype)
         capacity_bytes = pack(opened.module)[0].n_bytes + parse_bytes(page)  # whole pages
-    with Djinn(capacity_bytes, device, page, decode="eager") as djinn:
+    with Djinn(capacity_bytes, device, page, decode="eager", progress=False) as djinn:
         djinn.add(case.name, case.source, dtype=case.dtype)
         djinn.generate(case.name, prompt_ids, 2, ignore_eos=True)  # warm-up
         for _ in range(repeats):

@@ -17,7 +17,9 @@ _PR_SET_PDEATHSIG = 1
 _GRACE_S, _TERMINATE_S = 20.0, 10.0  # to end after a request, and after SIGTERM
 # An exception at the end of a traceback, after any prefix of a logger.
 _RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)$")
-_SECOND_HAND = "Engine core initialization failed"  # vLLM's, about an earlier error
+# vLLM's messages about an earlier error in another of its processes.
+_SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization failed")
+_OURS = "djinn_lib.errors."
 _ROOT = Path(__file__).resolve().parents[2]
 # The kernel kills a child when the *thread* that started it ends; this thread never does.
 _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
@@ -110,16 +112,17 @@ def last_lines(log: Path, n: int = 12) -> str:
 
 
 def raised_last(log: Path) -> tuple[str, str] | None:
-    """Return the class and the message of the last error in a log, or None.
+    """Return the class and the message of the error that a log ends with, or None.
 
-    An error that only reports the failure of another process is skipped.
+    Our own errors take precedence. Messages of one process about the failure of another one are
+    skipped.
     """
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return None
-    for line in reversed(lines):
-        found = _RAISED.search(line.rstrip())
-        if found and _SECOND_HAND not in line:
-            return found[1].rpartition(".")[2], found[2]
-    return None
+    found = [match for line in lines if (match := _RAISED.search(line.rstrip()))]
+    told = [one for one in found if one[1].startswith(_OURS)] or [
+        one for one in found if not one[2].startswith(_SECOND_HAND)
+    ]
+    return (told[-1][1].rpartition(".")[2], told[-1][2]) if told else None

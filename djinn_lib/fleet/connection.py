@@ -40,7 +40,7 @@ class Connection:
             self.socket.connect(str(path))
         except PermissionError as error:
             raise ConfigError(
-                f"the ring at {path} is not yours to connect to: start a ring of your own"
+                f"the ring at {path} belongs to another user: start a ring of your own"
             ) from error
         except OSError as error:
             raise ConfigError(

@@ -14,7 +14,7 @@ from djinn_lib.errors import DjinnError
 def drawn_again(html: Callable[[], str], every_s: float) -> Iterator[None]:
     """Show the result of `html`; update it every `every_s` seconds and at the end.
 
-    Outside of a notebook nothing is shown.
+    Outside a notebook, it shows nothing.
     """
     try:
         from IPython.core.getipython import get_ipython

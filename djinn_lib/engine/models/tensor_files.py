@@ -27,15 +27,15 @@ _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ \d+\s*(.*)")
 
 
 class CountedFill(Protocol):
-    """Writes all tensors of a model, given by name, and tells how far it has come."""
+    """Writes all tensors of a model, given by name, and reports its progress."""
 
     def __call__(self, views: Mapping[str, torch.Tensor], advance: Advance = ...) -> None:
-        """Fill `views`; `advance` gets the bytes of each part that was written."""
+        """Fill `views`; call `advance` with the bytes of each written part."""
         ...
 
 
 def ignore(n_bytes: int) -> None:
-    """Where nobody wants to know how far it has come."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def read_tensors(
 
     Args:
         stored: contiguous tensors in host memory, each with its file and offset in bytes.
-        advance: told how many more bytes have been read.
+        advance: called with the number of bytes of each block that was read.
 
     Raises:
         CheckpointError: a file has become shorter.

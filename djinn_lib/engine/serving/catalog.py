@@ -105,7 +105,7 @@ class Catalog:
         device_bytes: torch.Tensor,
         progress: Progress,
     ) -> ServedModel:
-        """Fill a master, bind the module to its addresses, and make what decodes with it."""
+        """Fill the master, bind the module to its addresses, and make its decoder."""
         module = opened.module
         self._masters.add(
             name, layout, lambda views: opened.fill(views, progress.advance), progress.step

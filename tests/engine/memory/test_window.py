@@ -202,7 +202,8 @@ def test_tokens_of_a_model_larger_than_the_ring(name):
             djinn.evict("large")
 
 
-@pytest.mark.parametrize("name", [pytest.param("zamba", marks=pytest.mark.slow), "zamba2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zamba", "zamba2"])
 def test_blocks_that_several_layers_use(name):
     """Each waits for all of its pages, from the smallest window that is possible to the largest."""
     expected = ordinary_tokens(saved(name), 6)

