@@ -267,7 +267,12 @@ class Djinn(ModelsByName):
     def _in_words(self, stats: PagerStats) -> str:
         n, resident = len(self), format_bytes(sum(stats.resident_bytes.values()))
         ring = f"{format_bytes(self.capacity_bytes)} on {self.device}"
-        return f"{ring}, {n} model{'' if n == 1 else 's'}, {resident} resident"
+        words = f"{ring}, {n} model{'' if n == 1 else 's'}, {resident} resident"
+        plain = sum(master.plain for master in stats.masters.values())
+        stored = sum(master.stored for master in stats.masters.values())
+        if stored < plain:
+            words += f", masters of {format_bytes(plain)} in {format_bytes(stored)}"
+        return words
 
     def __enter__(self) -> Djinn:
         return self

@@ -11,7 +11,6 @@ from djinn_lib.engine.memory.opening import open_masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions
-from djinn_lib.engine.serving.progress import teller
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import DjinnError
 
@@ -49,7 +48,6 @@ class Holdings:
                 options.swap_dir,
                 device.type == "cuda",
                 options.master_form,
-                teller(options.progress),
             )
             undo.callback(masters.close)
             capacity_bytes, policy = options.capacity_bytes, options.victims

@@ -22,7 +22,7 @@ import torch
 
 from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.frames import Extent, n_frames_in
-from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
+from djinn_lib.engine.memory.layout import Fill, Layout, Report, Shrink, say_nothing
 from djinn_lib.engine.memory.masters import MasterBytes
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Ring
@@ -76,7 +76,14 @@ class DiskTier:
         """Host memory for masters in bytes."""
         return self._frames.numel()
 
-    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+    def add(
+        self,
+        model: str,
+        layout: Layout,
+        fill: Fill,
+        report: Report = say_nothing,
+        shrink: Shrink | None = None,
+    ) -> None:
         """Write the master of `model`; see `Store.add`.
 
         Raises:

@@ -19,6 +19,7 @@ ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own al
 Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after the last), ascending
 Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
 Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes all tensors, given by name
+Report = Callable[[str], object]  # told what a longer step is doing
 Shrink = Callable[[torch.Tensor], int]  # packs filled bytes in place: how many it takes, from 0 on
 Advance = Callable[[int], object]  # called with how many more bytes have been written
 
@@ -104,3 +105,7 @@ class Layout:
         tables = self.slots[len(self.paged) :]
         moved = [replace(slot, offset=slot.offset - moved_by) for slot in tables]
         return {slot.name: slot.view(packed) for slot in moved}
+
+
+def say_nothing(step: str) -> None:
+    """Report nothing."""

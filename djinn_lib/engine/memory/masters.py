@@ -15,7 +15,7 @@ import torch
 
 from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.devices.base import Source
-from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
+from djinn_lib.engine.memory.layout import Fill, Layout, Report, Shrink, say_nothing
 from djinn_lib.errors import ConfigError
 
 
@@ -34,10 +34,10 @@ class Masters(Protocol):
         """Host memory that they take, in bytes."""
         ...
 
-    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+    def add(self, model: str, layout: Layout, fill: Fill, report: Report = say_nothing) -> None:
         """Make the master of `model`: `fill` gets its tensors by name and writes all of them.
 
-        A `fill` that raises leaves nothing behind.
+        A `fill` that raises leaves nothing behind. `report` is told what comes after that.
 
         Raises:
             ConfigError: the name is taken, or the layout is empty or cannot be kept here.
@@ -107,7 +107,14 @@ class Masters(Protocol):
 class Store(Masters, Protocol):
     """Masters of which others decide what is stored; see `CompressedMasters`."""
 
-    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+    def add(
+        self,
+        model: str,
+        layout: Layout,
+        fill: Fill,
+        report: Report = say_nothing,
+        shrink: Shrink | None = None,
+    ) -> None:
         """Make the master of `model`; `shrink` packs it when it is filled, and the rest is freed.
 
         What `read` and `pieces` take is a place among the bytes that are left.
@@ -138,7 +145,14 @@ class HostMasters:
         self._masters: dict[str, torch.Tensor] = {}
         self._layouts: dict[str, Layout] = {}
 
-    def add(self, model: str, layout: Layout, fill: Fill, shrink: Shrink | None = None) -> None:
+    def add(
+        self,
+        model: str,
+        layout: Layout,
+        fill: Fill,
+        report: Report = say_nothing,
+        shrink: Shrink | None = None,
+    ) -> None:
         """Make the master of `model`; see `Store.add`."""
         if model in self._masters:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")

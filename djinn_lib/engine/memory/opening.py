@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -45,7 +44,6 @@ def open_masters(
     swap_dir: str | Path | None = None,
     pin: bool = False,
     form: MastersForm = "plain",
-    report: Callable[[str], object] = lambda step: None,
 ) -> Masters:
     """Return where master copies are kept: all in host memory, or on disk behind as much of it.
 
@@ -55,7 +53,6 @@ def open_masters(
         swap_dir: folder of the files on disk; default DJINN_SWAP_DIR, or the user's cache.
         pin: register host memory with the CUDA driver.
         form: "compressed" compresses them; "auto" compresses models that get smaller by 5% or more.
-        report: called with how far compression is.
 
     Raises:
         CapacityError, ConfigError: see `DiskTier` and `CompressedMasters`.
@@ -64,7 +61,7 @@ def open_masters(
     if form == "plain":
         return store
     try:
-        return CompressedMasters(store, page_bytes, form == "auto", report)
+        return CompressedMasters(store, page_bytes, form == "auto")
     except BaseException:
         store.close()
         raise

@@ -107,7 +107,9 @@ class Catalog:
     ) -> ServedModel:
         """Fill the master, bind the module to its addresses, and make its decoder."""
         module = opened.module
-        self._masters.add(name, layout, lambda views: opened.fill(views, progress.advance))
+        self._masters.add(
+            name, layout, lambda views: opened.fill(views, progress.advance), progress.step
+        )
         tables = self._masters.tables(name, self._device)
         bind(module, layout.paged_views(device_bytes) | tables, self._device)
         hold_back(module, units, self._wait(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,13 +44,6 @@ def progress_of(show: Show, name: str, n_bytes: int) -> Iterator[Progress]:
             unit_divisor=1024, delay=_SHOWN_AFTER_S, leave=False, dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield Progress(bar.update, lambda step: bar.set_description(f"{name}: {step}"))
-
-
-def teller(show: Show) -> Callable[[str], object]:
-    """Return what steps are told to that belong to no bar."""
-    if show is False:
-        return lambda step: None
-    return show if callable(show) else lambda step: tqdm.write(step, file=sys.stderr)
 
 
 def check_show(value: object) -> Show:

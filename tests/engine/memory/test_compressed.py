@@ -219,10 +219,10 @@ def test_what_does_not_decode_to_the_same_is_never_kept(monkeypatch):
 def test_progress_is_told(monkeypatch):
     monkeypatch.setattr(compress, "REPORT_S", 0.0)
     told, n_bytes = [], 4 * PAGE
-    compress_model("m", weights_of(n_bytes), layout_of(n_bytes), PAGE, told.append)
+    compress_model(weights_of(n_bytes), layout_of(n_bytes), PAGE, told.append)
     assert len(told) == 5
-    assert told[1].startswith("m: compressing, 32.0 KiB of 64.0 KiB into 2")
-    assert told[-1].startswith("m: compressed, 64.0 KiB of 64.0 KiB into 4")
+    assert told[1].startswith("compressing 32.0 KiB of 64.0 KiB into 2")
+    assert told[-1].startswith("compressed 64.0 KiB of 64.0 KiB into 4")
 
 
 def test_memory_is_given_back():
@@ -251,6 +251,7 @@ def test_auto_compresses_what_gets_smaller(dtype, shrinks):
         plain, stored = djinn.stats().masters["m"]
         assert (stored < 0.9 * plain) == shrinks
         assert (stored == plain) == (not shrinks)
+        assert (", masters of " in repr(djinn)) == shrinks
 
 
 def test_auto_leaves_plain_what_saves_too_little():
@@ -386,8 +387,8 @@ def test_a_model_that_is_still_being_added_cannot_be_read():
             pool.read("m", 0, PAGE)
         seen.append(step)
 
-    pool = CompressedMasters(HostMasters(), PAGE, report=look)
-    pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
+    pool = CompressedMasters(HostMasters(), PAGE)
+    pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)), look)
     assert seen and isinstance(pool.read("m", 0, PAGE), CompressedPage)
     pool.discard("m")
     with pytest.raises(ConfigError, match="not in host memory yet"):

@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from djinn_lib.engine.memory.compressed.decode import decode
 from djinn_lib.engine.memory.compressed.encode import Bytes, encode
 from djinn_lib.engine.memory.compressed.form import EXPONENT_BITS, MOST_BYTES, TILE_WORDS
 from djinn_lib.engine.memory.compressed.page import Compression
-from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES, Layout, Slot
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES, Layout, Report, Slot, say_nothing
 from djinn_lib.errors import DjinnError
 from djinn_lib.units import format_bytes
 
@@ -60,25 +60,20 @@ class Index:
 
 
 def compress_model(
-    model: str,
-    buffer: torch.Tensor,
-    layout: Layout,
-    page_bytes: int,
-    report: Callable[[str], object],
+    buffer: torch.Tensor, layout: Layout, page_bytes: int, report: Report = say_nothing
 ) -> Index:
     """Compress a model in place, by as many threads as there are cores.
 
     Every compressed page is decoded again and compared, before its bytes are given up.
 
     Args:
-        model: its name, for reports and errors.
         buffer: its bytes (1-d uint8, host); compressed ones replace them, from the start on.
         layout: of these bytes.
         page_bytes: size of a page; a multiple of `STORED_ALIGNMENT`.
         report: called with how far it is.
     """
     content, pages = buffer.numpy(), []
-    watch, end = _Watch(model, layout.paged_bytes, report), 0
+    watch, end = _Watch(layout.paged_bytes, report), 0
     with closing(_compress_pages(content, layout, page_bytes)) as compressed_pages:
         for begin, compressed in compressed_pages:
             stop = min(begin + page_bytes, layout.paged_bytes)
@@ -190,8 +185,8 @@ def _exponent(slots: Iterable[Slot], begin: int, end: int) -> int | None:
 class _Watch:
     """Tells how far it is, at most every few seconds, and what came of it."""
 
-    def __init__(self, model: str, n_bytes: int, report: Callable[[str], object]) -> None:
-        self._model, self._n_bytes, self._report = model, n_bytes, report
+    def __init__(self, n_bytes: int, report: Report) -> None:
+        self._n_bytes, self._report = n_bytes, report
         self._begin_s = self._last_s = time.perf_counter()
 
     def note(self, n_done: int, n_compressed: int) -> None:
@@ -205,6 +200,6 @@ class _Watch:
     def _say(self, what: str, n_done: int, n_compressed: int) -> None:
         seconds = time.perf_counter() - self._begin_s
         self._report(
-            f"{self._model}: {what}, {format_bytes(n_done)} of {format_bytes(self._n_bytes)} into "
+            f"{what} {format_bytes(n_done)} of {format_bytes(self._n_bytes)} into "
             f"{format_bytes(n_compressed)} in {seconds:.1f} s"
         )

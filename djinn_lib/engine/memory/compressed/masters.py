@@ -15,7 +15,7 @@ from djinn_lib.engine.memory.compressed.compress import (
 )
 from djinn_lib.engine.memory.compressed.page import CompressedPage
 from djinn_lib.engine.memory.devices.base import Source
-from djinn_lib.engine.memory.layout import Fill, Layout
+from djinn_lib.engine.memory.layout import Fill, Layout, Report, say_nothing
 from djinn_lib.engine.memory.masters import MasterBytes, Store
 from djinn_lib.errors import ConfigError
 
@@ -29,26 +29,19 @@ class CompressedMasters:
         store: keeps the compressed bytes.
         page_bytes: size of a page of the pager.
         if_worthwhile: leave models plain that get smaller by less than 5%.
-        report: called with how far compression is.
 
     Raises:
         ConfigError: pages of that size cannot be compressed.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        page_bytes: int,
-        if_worthwhile: bool = False,
-        report: Callable[[str], object] = lambda step: None,
-    ) -> None:
+    def __init__(self, store: Store, page_bytes: int, if_worthwhile: bool = False) -> None:
         if page_bytes % STORED_ALIGNMENT:
             raise ConfigError(
                 f"expected pages of a multiple of {STORED_ALIGNMENT} bytes for compressed masters, "
                 f"got {page_bytes}: choose another page size, or masters='plain'"
             )
         self._store, self._page_bytes = store, page_bytes
-        self._if_worthwhile, self._report = if_worthwhile, report
+        self._if_worthwhile = if_worthwhile
         self._compressed: dict[str, Index] = {}  # of those that are
 
     @property
@@ -56,7 +49,7 @@ class CompressedMasters:
         """Host memory of all masters in bytes."""
         return self._store.n_bytes
 
-    def add(self, model: str, layout: Layout, fill: Fill) -> None:
+    def add(self, model: str, layout: Layout, fill: Fill, report: Report = say_nothing) -> None:
         """Make and compress the master of `model`; see `Masters.add`.
 
         Until it is compressed, it takes its plain bytes.
@@ -68,12 +61,12 @@ class CompressedMasters:
                 estimate = estimated_bytes(buffer, layout, self._page_bytes)
                 if estimate > WORTHWHILE * layout.n_bytes:
                     return layout.n_bytes
-            made.append(compress_model(model, buffer, layout, self._page_bytes, self._report))
+            made.append(compress_model(buffer, layout, self._page_bytes, report))
             self._compressed[model] = made[0]  # before the store has it, and others can read it
             return made[0].n_bytes
 
         try:
-            self._store.add(model, layout, fill, shrink)
+            self._store.add(model, layout, fill, report, shrink)
         except BaseException:
             if made:
                 del self._compressed[model]
