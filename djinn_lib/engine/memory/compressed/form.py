@@ -38,7 +38,7 @@ A page may hold other tensors too, such as norms in single precision. Their byte
 all others, so they come back exactly; they only take more room. Which exponent is taken depends on
 the dtype that most bytes of the page have.
 
-**Size.** Normally distributed weights take 0.667 of their bytes as bfloat16 and 0.854 as float16;
+**Size.** Normally distributed weights take 0.669 of their bytes as bfloat16 and 0.857 as float16;
 entropy would allow 0.66 and 0.85. In the worst case the form is larger than the page, by 0.75 or
 1.1 bytes a word. Such a page is kept as it is.
 
