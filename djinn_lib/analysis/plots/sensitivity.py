@@ -142,8 +142,8 @@ def _legend(systems: Sequence[str], baseline: str, with_paper: bool) -> list[Lin
     for system in systems:
         look = system_look(system)
         label = look.label + (" (baseline)" if system == baseline else "")
-        handles.append(Line2D([], [], markersize=4.5, label=label, color=look.color,
-                              linestyle=look.linestyle, marker=look.marker))  # fmt: skip
+        style: dict[str, Any] = {"linestyle": look.linestyle, "marker": look.marker}
+        handles.append(Line2D([], [], markersize=4.5, label=label, color=look.color, **style))
     return [*handles, Line2D([], [], label="paper", **_PAPER)] if with_paper else handles
 
 
