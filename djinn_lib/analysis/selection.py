@@ -107,7 +107,8 @@ def could_not_batch(run: Run, rows: pd.DataFrame) -> pd.Series:
         for manifest in run.all_manifests.values()
         if manifest["system"].startswith("vllm") and not manifest.get("batches")
     }
-    return (rows["mode"] == "concurrent") & rows["run_id"].isin(unfair)
+    waited = (rows["mode"] == "concurrent") & (rows["error_kind"] != "unavailable")
+    return waited & rows["run_id"].isin(unfair)
 
 
 def served(run: Run, system: str, **where: Any) -> pd.DataFrame:

@@ -147,7 +147,10 @@ def _base(config: str) -> Profile:
         )
     tokens = fields.get("experiment", {}).get("max_tokens", base.new_tokens)
     named = {name: {"stands_for": name, "hub_id": hub_id} for name, hub_id in theirs.items()}
-    return Profile.model_validate({**base.model_dump(), "models": named, "new_tokens": tokens})
+    fields = base.model_dump(exclude={"traces", "cells", "large"})  # those name models of the base
+    cell = {"traces": [TRACE], "capacities": [next(iter(base.capacities))], "systems": ["djinn"]}
+    paper = {"traces": {TRACE: {"kind": "paper"}}, "cells": [cell]}
+    return Profile.model_validate({**fields, **paper, "models": named, "new_tokens": tokens})
 
 
 def _capacity(base: Profile, gb: float) -> tuple[str, str]:

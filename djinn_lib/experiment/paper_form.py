@@ -30,6 +30,7 @@ BASELINES = {
     "serverless": "serverless_warm",
     "vllm": "vllm_recreate",
 }
+_TRACE = "paper"
 _THEIRS = {ours: theirs for theirs, ours in BASELINES.items()}
 
 
@@ -126,6 +127,28 @@ def results_of(rows: pd.DataFrame, trace: str, capacity_label: str) -> dict[str,
     cells = attempted(rows[chosen & (rows["start"] == "cold")])
     cells = cells.groupby(["system", "mode"], sort=False)
     return {f"{baseline_name(str(s))}_{mode}": result(group) for (s, mode), group in cells}
+
+
+def write_run(
+    rows: pd.DataFrame, traces: Mapping[str, Trace], capacity_label: str, folder: Path
+) -> pd.DataFrame:
+    """Write a run's results on the paper's trace, and the trace, in the paper's form.
+
+    Args:
+        rows: of the run.
+        traces: of the run by name; without the paper's there are no results.
+        capacity_label: the capacity of the results.
+        folder: gets ``comparison_summary.json``; its folder ``paper_form`` gets the rest.
+
+    Returns:
+        What ``comparison_summary.json`` holds: a row a system and mode.
+    """
+    found = results_of(rows, _TRACE, capacity_label)
+    write_results(found, folder / "paper_form")
+    if _TRACE in traces:
+        save_trace(traces[_TRACE], folder / "paper_form" / "trace.json")
+    write_json(folder / "comparison_summary.json", summary(found))
+    return pd.DataFrame(summary(found)).T
 
 
 def write_results(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:

@@ -250,7 +250,7 @@ def test_a_folder_that_refuses_is_found_before_a_cell_runs(bench, monkeypatch, n
 
     monkeypatch.setattr(Path, "write_text", refuse)
     monkeypatch.setattr(cell_module, "_rows", None)
-    with pytest.raises(ConfigError, match="choose another run_dir or mend"):
+    with pytest.raises(ConfigError, match="choose another run_dir or correct"):
         run_cell(bench, cell_of(bench, "djinn"))
 
 

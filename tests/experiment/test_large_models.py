@@ -154,9 +154,7 @@ def test_figures_of_large_models_and_of_waiting_requests(rows):
     assert [line.get_label() for line in left.lines] == ["Djinn", "Djinn, one after the other"]
     assert left.lines[0].get_ydata()[-1] == right.lines[0].get_ydata()[-1] == 100.0
     assert len(left.lines[0].get_ydata()) == 28  # three first touches are left out
-    unbatched = cell_rows("vllm_sleep", gpu=True).assign(mode="concurrent")
-    figure = plot_switches.switches_beside_waiting(pd.concat([waiting, unbatched]), alone)
-    assert "vLLM sleep" not in {line.get_label() for axes in figure.axes for line in axes.lines}
+    figure = plot_switches.switches_beside_waiting(waiting, alone, ["vllm_sleep"])
     assert "Left out: vLLM sleep (vLLM batches by default" in figure.get_supxlabel()
     empty = plot_switches.switches_beside_waiting(waiting.iloc[:0], alone)
     assert "no concurrent cells" in said_by(empty)

@@ -37,6 +37,9 @@ MANIFEST = {
     "host_loop_us": [[210.5, 211.0], [209.9, 640.2]],
     "notes": ["pinning does nothing without CUDA"],
     "execution": None,
+    "gpu_uuid": None,
+    "batches": False,
+    "peak_device_bytes": None,
 }
 
 
@@ -51,6 +54,9 @@ NEWER = {
     "stolen_share": None,
     "host_loop_us": [],
     "execution": None,
+    "gpu_uuid": None,
+    "batches": None,
+    "peak_device_bytes": None,
 }  # fields that older manifests lack
 
 

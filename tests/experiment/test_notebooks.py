@@ -166,7 +166,7 @@ def test_kernels_take_no_ports_that_others_may_take(folder, monkeypatch, long):
     assert execute("listens", folder / "out" / "listens.ipynb", {}).state == "ok"
     heading, _, text = printed(folder / "out" / "listens.ipynb").partition("\n")
     connection = json.loads(text)
-    assert heading == "--- code cell 3"  # after the parameters, ours and those that were given
+    assert heading == "--- code cell 2"  # after the parameters
     assert connection["transport"] == "ipc"
     own = Path(connection["ip"]).parent
     assert own.name.startswith("djinn-kernel-") and not own.exists()  # gone with the kernel

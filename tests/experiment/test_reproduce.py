@@ -118,7 +118,7 @@ def test_everything_runs_in_its_order_and_a_second_time_nothing(run, kernels, ca
     assert run() == (0, ["00_setup", "01_trace", *CELLS, *READING])
     said = capsys.readouterr().out
     assert "paper-25-djinn (cell 1 of 3, duration unknown) ..." in said
-    assert said.splitlines()[-1].startswith("12 notebooks, 0 failed; results: ")
+    assert said.splitlines()[-1].startswith("13 notebooks, 0 failed; results: ")
     before = {path: path.stat().st_mtime_ns for path in kernels.run.path.rglob("*.*")}
     assert run() == (0, [])
     after = {path: path.stat().st_mtime_ns for path in kernels.run.path.rglob("*.*")}
@@ -131,7 +131,10 @@ def test_everything_runs_in_its_order_and_a_second_time_nothing(run, kernels, ca
 def test_an_edit_runs_what_it_can_change(run, library):
     run()
     (library / "analysis" / "claims.py").write_text("another verdict")
-    assert run() == (0, [n for n in READING if n not in ("07_large_models", "08_fleet")])
+    assert run() == (
+        0,
+        [n for n in READING if n not in ("00_start_here", "07_large_models", "08_fleet")],
+    )
     (library / "systems" / "djinn.py").write_text("another system")
     executed = run()[1]
     assert executed[0] == CELLS[0] and not set(CELLS[1:]) & set(executed)

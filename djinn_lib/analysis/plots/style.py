@@ -83,7 +83,7 @@ _NAVY = "#003F7F"
 SYSTEM_STYLE: dict[Any, Any] = {
     "djinn": Look("Djinn", _BLUE),
     "djinn_adaptive": Look("Djinn, adaptive policy", _NAVY, ":", "^"),
-    "djinn_compressed": Look("Djinn, compressed masters", _GREEN, ":", "o"),
+    "djinn_compressed": Look("Djinn, compressed masters", _NAVY, "-.", "o"),
     "djinn_affinity": Look("Djinn, by affinity", _BLUE, "-.", "h"),
     "djinn_no_lookahead": Look("Djinn, no lookahead", _SKY, "-.", "X"),
     "djinn_compiled": Look("Djinn, tables in the ring", _NAVY, "--", "o"),

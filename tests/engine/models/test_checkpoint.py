@@ -67,7 +67,9 @@ def test_weights_that_need_no_conversion_are_read_from_their_file(tmp_path, monk
     read = []
     real = tensor_files.read_tensors
     monkeypatch.setattr(
-        tensor_files, "read_tensors", lambda stored: (read.extend(stored), real(stored))
+        tensor_files,
+        "read_tensors",
+        lambda stored, advance: (read.extend(stored), real(stored, advance)),
     )
     opened = open_source(folder)
     views = {name: torch.empty_like(p) for name, p in opened.module.named_parameters()}

@@ -161,7 +161,9 @@ def test_one_that_cannot_be_observed_runs_when_all_is_there(monkeypatch, caplog)
         assert (unit.module, unit.extents) == ("", ((0, djinn._models["m"].n_bytes),))
         with djinn.lease("m") as model, torch.no_grad():
             assert torch.equal(model(ids).logits, expected(ids).logits)
-    assert "cannot be traced (nothing of this kind): it runs when all its weights" in caplog.text
+    assert (
+        "cannot be traced (nothing of this kind): it runs only after all its weights" in caplog.text
+    )
     with dj.Djinn("400KiB", page="16KiB") as djinn, pytest.raises(CapacityError):
         djinn.add("m", spec("llama"))
 
