@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     footnote,
+    nothing_to_draw,
     order_systems,
     sample_note,
     split_unavailable,
@@ -37,16 +38,11 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
         target_ms: from a request's arrival until it has to be done.
     """
     rows, unavailable = split_unavailable(rows)
-    systems = order_systems(rows["system"])
-    figure, panels = plt.subplots(
-        1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5 if systems else 0.5), layout="constrained"
-    )
+    systems, absent = order_systems(rows["system"]), unavailable_notes(unavailable)
     if not systems:
-        for axes in panels:
-            axes.set_axis_off()
-        note = "this run has no requests that arrive at given rates"
-        footnote(figure, [note, *unavailable_notes(unavailable)])
-        return figure
+        sentence = "This run has no requests that arrive at given rates."
+        return nothing_to_draw(" ".join([sentence, *absent]))
+    figure, panels = plt.subplots(1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained")
     table = load_table(rows, rates, target_ms)
     for axes, column, label in zip(
         panels, ("ttft", "total", "in_time"),
@@ -65,7 +61,7 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
     panels[2].axhline(90, color="0.4", linestyle=(0, (1, 1.5)), linewidth=1.0)
     figure.legend(handles=_legend(systems), loc="outside upper center", ncols=4)
     footnote(figure, [sample_note(rows), "Dotted at the right: 90%. Failed requests are late.",
-                      *_few(table), *unavailable_notes(unavailable)])  # fmt: skip
+                      *_few(table), *absent])  # fmt: skip
     return figure
 
 
