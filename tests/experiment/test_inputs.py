@@ -120,6 +120,7 @@ def test_a_kernel_of_its_own_is_part_of_what_a_cell_is_begun_with(run, monkeypat
     systems = {name: {"system": name} for name in ("djinn", "vllm_recreate")}
     profile = tiny_profile(systems=systems)
     cell = profile.cell("zipf", "all", "vllm_recreate")
+    monkeypatch.setattr(inputs, "kernel_name", lambda *_: None)
     before = cell_inputs(run, profile, cell)
     monkeypatch.setattr(inputs, "kernel_name", lambda *_: "djinn-vllm")
     assert changed(before, cell_inputs(run, profile, cell)) == ["profile"]
