@@ -105,10 +105,11 @@ def _in_words(command: Callable[..., int | None]) -> Callable[..., None]:
     return wrapped
 
 
-def _default_config() -> str:
+def default_config() -> str:
+    """Return the profile of this machine: "gpu" where the driver lists a GPU, else "cpu"."""
     from djinn_lib import nvml
 
-    return "gpu" if nvml.first_gpu() else "cpu"
+    return "gpu" if nvml.n_gpus() else "cpu"
 
 
 @app.command(rich_help_panel=_EXPERIMENT)
@@ -133,7 +134,7 @@ def run(
     from djinn_lib.experiment.comparison import compare
 
     return compare(
-        config_file or _default_config(), output_dir, [buffer_gb], baselines.split(","),
+        config_file or default_config(), output_dir, [buffer_gb], baselines.split(","),
         mode.value, trace_file, repeats, speed, executor.value,
     )  # fmt: skip
 
@@ -154,7 +155,7 @@ def sweep(
 
     sizes, names = parse_sizes(buffer_sizes), baselines.split(",")
     return compare(
-        config_file or _default_config(), output_dir, sizes, names, "sequential", trace_file,
+        config_file or default_config(), output_dir, sizes, names, "sequential", trace_file,
         repeats, executor=executor.value,
     )  # fmt: skip
 
@@ -214,7 +215,7 @@ def reproduce(
     """Run the whole experiment, or what is missing or changed of it; see also `make reproduce`."""
     from djinn_lib.experiment.reproduce import reproduce as run_all
 
-    return run_all(profile or _default_config(), run_dir, executor.value, names or [])
+    return run_all(profile or default_config(), run_dir, executor.value, names or [])
 
 
 def _hand_on(name: str, module: str, panel: str, said: str) -> None:

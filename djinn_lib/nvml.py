@@ -35,6 +35,11 @@ def driver_version() -> str | None:
     return ask(lambda nvml: nvml.nvmlSystemGetDriverVersion())
 
 
+def n_gpus() -> int:
+    """Return the number of GPUs that the driver lists; 0 without a driver."""
+    return ask(lambda nvml: int(nvml.nvmlDeviceGetCount())) or 0
+
+
 def first_gpu() -> str:
     """Return the UUID of the first GPU that CUDA shows this process, else "gpu0" etc.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from djinn_lib import cli, nvml
 from djinn_lib.cli import app
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import comparison, paper_form
@@ -105,6 +108,23 @@ def test_options_without_a_meaning_are_refused(given):
         comparison.describe(**options)
     with pytest.raises(ConfigError, match="no list of sizes"):
         comparison.parse_sizes("20,many")
+
+
+@pytest.mark.parametrize(("n_gpus", "profile"), [(0, "cpu"), (1, "gpu")])
+def test_the_profile_is_that_of_the_machine(monkeypatch, n_gpus, profile):
+    driver = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: n_gpus,
+        NVMLError=OSError,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert cli.default_config() == profile
+
+
+def test_without_a_driver_the_profile_is_that_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(nvml, "ask", lambda read: None)
+    assert cli.default_config() == "cpu"
 
 
 def test_the_papers_configuration_names_models_of_the_hub(tmp_path):

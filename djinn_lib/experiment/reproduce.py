@@ -206,7 +206,8 @@ def _ensure_device(profile: Profile) -> None:
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"expected a usable CUDA device for profile {profile.name!r}, got none: "
-                "use PROFILE=cpu, or install a driver"
+                "install a driver, or choose the profile cpu (make: PROFILE=cpu; djinn run and "
+                "sweep: --config-file cpu; djinn reproduce: --profile cpu)"
             )
 
 

@@ -37,12 +37,14 @@ class Shown:
         figures: names of the figures on the page.
         cells: trace, capacity, system, mode and start of each cell that has rows.
         traces: files of traces.
+        replicates: files of rows of further runs of the cells.
     """
 
     notebooks: Mapping[str, str]
     figures: Collection[str]
     cells: Sequence[tuple[str, str, str, str, str]]
     traces: Collection[str]
+    replicates: Collection[str] = ()
 
 
 def evidence(verdict: Verdict, claim: Claim | None, shown: Shown) -> list[Link]:
@@ -76,6 +78,10 @@ def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
         return
     for cell in cells:
         yield Link(f"rows of {cell_id(*cell)}", f"requests/{cell_id(*cell)}.parquet")
+        # A comparison rests on rows of one machine, which may be those of another run of the cell.
+        for name in sorted(shown.replicates):
+            if name.startswith(f"{cell_id(*cell)}-2"):  # what follows is a date
+                yield Link(f"another run: {name}", f"replicates/{name}")
 
 
 def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, start: str) -> bool:

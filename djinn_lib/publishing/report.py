@@ -157,7 +157,14 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "name": folder.name,
         "main_trace": MAIN_TRACE,
         "main_capacity": MAIN_CAPACITY,
-        "claims": _with_evidence(verdicts, listing, measured, traces, of_run.pop("cells")),
+        "claims": _with_evidence(
+            verdicts,
+            listing,
+            measured,
+            traces,
+            of_run.pop("cells"),
+            [path.name for path in (folder / "replicates").glob("*.parquet")],
+        ),
         "verdict_counts": Counter(verdict.verdict for verdict in verdicts),
         "figures": measured,
         "computed": list(_figures(folder, COMPUTED)),
@@ -235,11 +242,12 @@ def _with_evidence(
     figures: Sequence[Mapping[str, str]],
     traces: Sequence[str],
     cells: Sequence[tuple[str, str, str, str, str]],
+    replicates: Sequence[str],
 ) -> list[tuple[Verdict, list[Link]]]:
     """Each verdict with what it rests on."""
     claims = {claim.id: claim for claim in load_claims()}
     notebooks = {entry["name"]: entry["html"] for entry in listing if entry["html"]}
-    shown = Shown(notebooks, {figure["name"] for figure in figures}, cells, traces)
+    shown = Shown(notebooks, {figure["name"] for figure in figures}, cells, traces, replicates)
     return [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts]
 
 
