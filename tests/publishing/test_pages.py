@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from djinn_lib.analysis.claims import judge, load_claims, read_claims
 from djinn_lib.analysis.run import Run, load_run
-from djinn_lib.paths import REFERENCE
+from djinn_lib.experiment import large_results
+from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import pages
 from djinn_lib.publishing.pages import PAGES, TABLES, claims_summary, markdown, render, soaks
+from djinn_lib.publishing.redraw import READING
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +108,19 @@ def test_the_command_writes_what_it_renders(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "PAGES", (page,))
     pages.main()
     assert page.read_text().count("\n|") == 4
+
+
+def cells_of(notebook: Path) -> list[tuple[str, str]]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return [
+        (cell["cell_type"], "".join(cell["source"]))
+        for cell in cells
+        if "injected-parameters" not in cell["metadata"].get("tags", [])
+    ]
+
+
+@pytest.mark.parametrize("name", [*READING, large_results.NOTEBOOK])
+def test_what_was_executed_is_the_notebook_of_today(name: str):
+    """After an edit: djinn publish data/reference/h100 --replace --unfinished --allow-dirty."""
+    executed = REFERENCE / "notebooks" / f"{name}.ipynb"
+    assert cells_of(executed) == cells_of(REPO / "notebooks" / f"{name}.ipynb")
