@@ -90,7 +90,7 @@ def test_what_a_djinn_says_of_itself(djinn):
     a = djinn["a"]
     djinn.close()
     assert repr(djinn) == "Djinn(closed)" and djinn._repr_html_() is None
-    assert repr(a) == "Model('a', removed)" and a._repr_html_() is None
+    assert repr(a) == "Model('a', closed)" and a._repr_html_() is None
     for ask in (lambda: len(djinn), lambda: "a" in djinn, lambda: djinn["a"]):
         with pytest.raises(DjinnError, match="closed"):
             ask()
