@@ -60,6 +60,17 @@ def test_a_djinn_holds_models_by_name(djinn):
     assert djinn["a"] == djinn["a"] != djinn["b"] and len({djinn["a"], djinn["a"]}) == 1
     with pytest.raises(ConfigError, match=r"one of the models \['a', 'b'\], got 'c'"):
         djinn["c"]
+    with pytest.raises(ConfigError, match=r"add it with djinn.add\(name, source\)$"):
+        djinn["plain"]
+    djinn.add("plain", spec("gpt2"))
+    with pytest.raises(ConfigError, match=r"got 'plian': did you mean 'plain'\?$"):
+        djinn["plian"]
+    djinn.remove("plain")
+    for wrong, meant in {"temprature": "temperature", "max_tokens": "max_new_tokens"}.items():
+        with pytest.raises(ConfigError, match=rf"got '{wrong}': did you mean '{meant}'\?$"):
+            djinn["a"].generate(PROMPT, **{wrong: 1})
+    with pytest.raises(ConfigError, match=r"got 'colour': check the name$"):
+        djinn["a"].generate(PROMPT, **{"colour": 1})
     c = djinn.add("c", spec("gpt2"))
     assert c == djinn["c"] and c.generate([5], 2).n_new_tokens
     for name in djinn:  # the names as they were, while models go
