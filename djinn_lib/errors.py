@@ -6,6 +6,8 @@ that a caller would expect, so `except ValueError` works.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from numbers import Number
 from pathlib import PurePath
 
@@ -42,6 +44,12 @@ def shown(value: object) -> str:
     if len(text) <= _SHOWN_CHARACTERS:
         return text
     return f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
+def did_you_mean(value: object, known: Iterable[str], otherwise: str) -> str:
+    """Ask for the known name that is most like a refused one; `otherwise` if none is."""
+    similar = get_close_matches(value, known, 1) if isinstance(value, str) else []
+    return f"did you mean {shown(similar[0])}?" if similar else otherwise
 
 
 class ConfigError(DjinnError, ValueError):

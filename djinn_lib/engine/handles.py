@@ -182,7 +182,7 @@ class Model:
 
     def __repr__(self) -> str:
         if self._served.removed or self._owner.closed:
-            return f"Model({self.name!r}, removed)"
+            return f"Model({self.name!r}, {'removed' if self._served.removed else 'closed'})"
         return (
             f"Model({self.name!r}, {format_bytes(self.n_bytes)}, {self.residency:.0%} resident, "
             f"decode={self.decode_mode!r})"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.opening import open_masters
@@ -12,7 +13,7 @@ from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.scheduler import Scheduler
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import CapacityError, DjinnError
 
 _OWN_THREADS = "djinn-"  # how the names of the threads begin that are started for a Djinn
 
@@ -51,7 +52,8 @@ class Holdings:
             )
             undo.callback(masters.close)
             capacity_bytes, policy = options.capacity_bytes, options.victims
-            pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.eviction)
+            with _explaining_the_cpu(options):
+                pager = Pager(masters, capacity_bytes, page_bytes, device, policy, options.eviction)
             undo.callback(pager.close)
             scheduler = Scheduler(pager, options)
             models = Catalog(masters, pager, scheduler.turn, options)
@@ -122,3 +124,17 @@ class Holdings:
                 steps.callback(self.pager.close)  # it waits for what the device still does
                 steps.callback(self.scheduler.close, is_collected)
             self._is_released = True
+
+
+@contextmanager
+def _explaining_the_cpu(options: EngineOptions) -> Iterator[None]:
+    """Say why the ring is in host memory, if that is too small and nobody chose the CPU."""
+    try:
+        yield
+    except CapacityError as error:
+        was_chosen = options.device is not None or options.torch_device.type != "cpu"
+        if was_chosen or options.capacity_bytes < options.page_bytes:
+            raise
+        raise CapacityError(
+            f"{error} (device='cpu', because no usable GPU was found; device='cuda' says why)"
+        ) from error.__cause__

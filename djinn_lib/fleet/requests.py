@@ -119,7 +119,7 @@ class Requests(ABC):
         pending = engine.submit(
             prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
         )
-        return Stream(pending, parts, drop=pending.cancel)
+        return Stream(pending, parts, drop=pending.cancel, name=name)
 
 
 def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, Any]:

@@ -60,6 +60,17 @@ def test_a_djinn_holds_models_by_name(djinn):
     assert djinn["a"] == djinn["a"] != djinn["b"] and len({djinn["a"], djinn["a"]}) == 1
     with pytest.raises(ConfigError, match=r"one of the models \['a', 'b'\], got 'c'"):
         djinn["c"]
+    with pytest.raises(ConfigError, match=r"add it with djinn.add\(name, source\)$"):
+        djinn["plain"]
+    djinn.add("plain", spec("gpt2"))
+    with pytest.raises(ConfigError, match=r"got 'plian': did you mean 'plain'\?$"):
+        djinn["plian"]
+    djinn.remove("plain")
+    for wrong, meant in {"temprature": "temperature", "max_tokens": "max_new_tokens"}.items():
+        with pytest.raises(ConfigError, match=rf"got '{wrong}': did you mean '{meant}'\?$"):
+            djinn["a"].generate(PROMPT, **{wrong: 1})
+    with pytest.raises(ConfigError, match=r"got 'colour': check the name$"):
+        djinn["a"].generate(PROMPT, **{"colour": 1})
     c = djinn.add("c", spec("gpt2"))
     assert c == djinn["c"] and c.generate([5], 2).n_new_tokens
     for name in djinn:  # the names as they were, while models go
@@ -90,7 +101,7 @@ def test_what_a_djinn_says_of_itself(djinn):
     a = djinn["a"]
     djinn.close()
     assert repr(djinn) == "Djinn(closed)" and djinn._repr_html_() is None
-    assert repr(a) == "Model('a', removed)" and a._repr_html_() is None
+    assert repr(a) == "Model('a', closed)" and a._repr_html_() is None
     for ask in (lambda: len(djinn), lambda: "a" in djinn, lambda: djinn["a"]):
         with pytest.raises(DjinnError, match="closed"):
             ask()

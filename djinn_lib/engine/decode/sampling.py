@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from djinn_lib.arguments import flag, real_number, whole_number
-from djinn_lib.errors import ConfigError, shown
+from djinn_lib.errors import ConfigError, did_you_mean, shown
 
 GREEDY_BELOW = 1e-5  # as in vLLM: logits divided by less than that overflow
 _HOTTEST = 10**6  # by then every token is as likely as any other, in float32
@@ -134,8 +134,8 @@ class Sampling(Draws):
         known = [field.name for field in fields(cls)]
         if unknown := sorted(options.keys() - known):
             raise ConfigError(
-                f"expected sampling options out of {sorted(known)}, got {shown(unknown[0])}: check "
-                "the name"
+                f"expected sampling options out of {sorted(known)}, got {shown(unknown[0])}: "
+                f"{did_you_mean(unknown[0], known, 'check the name')}"
             )
         changes: dict[str, Any] = dict(options)
         if max_new_tokens is not None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import isfile  # False, not an error, in a folder that may not be read
 from pathlib import Path
 from typing import Any
 
@@ -227,16 +228,17 @@ def _other_weights(folder: _Folder) -> str | None:
         )
     if parts := folder.matching(r".*\.distcp|zero_pp_rank_.*|global_step\d+"):
         return f"parts of a distributed training run ({parts[0]}): merge them with its own tool"
+    if "config.json" not in folder.names:
+        return None  # these names occur in any folder: `_another_folder` explains them
     for pattern, library in _LIBRARIES.items():
         if files := folder.matching(pattern):
             return f"weights for {library} ({files[0]}): convert or download them as safetensors"
-    if pickles := folder.matching(
-        r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pth?|ckpt)"
-    ):
+    if pickles := folder.matching(_PICKLED):
         return _PICKLES.format(pickles[0])
     return None
 
 
+_PICKLED = r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pth?|ckpt)"
 _LIBRARIES = {
     r"tf_model.*\.h5": "TensorFlow",
     r"flax_model.*\.msgpack": "Flax",
@@ -251,9 +253,15 @@ def _another_folder(folder: _Folder) -> str | None:
     if steps := folder.matching(r"checkpoint-\d+"):
         last = max(steps, key=lambda name: int(name.rpartition("-")[2]))
         return f"a folder of checkpoints: pass one of them, such as {last} in it"
-    below = [n for n in folder.names if (folder.path / n / "config.json").is_file()]
+    below = [n for n in folder.names if isfile(folder.path / n / "config.json")]
     if below:
         return f"a folder of models: pass one of them, such as {below[0]} in it"
+    for pattern in (_PICKLED, *_LIBRARIES):
+        if files := folder.matching(pattern):
+            return (
+                f"a folder without config.json, so it is no checkpoint (it has {files[0]}): check "
+                "the path, or download all files of the model"
+            )
     if processors := folder.matching(_PROCESSOR):
         return f"a processor without a model ({processors[0]}): pass the folder of the model"
     if tokenizers := folder.matching(r"tokenizer.*|vocab\..*"):

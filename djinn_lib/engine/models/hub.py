@@ -19,6 +19,9 @@ _CODE = ["*.py", "custom_generate/*"]
 # Other formats and duplicates of the weights are in subfolders (original/, onnx/, ...).
 _FOLDERS = ["original/*", "onnx/*", "openvino/*", "gguf/*", "coreml/*", "mlx/*", "runs/*"]
 
+# Errors of the hub's HTTP client, by name: which library that is depends on its version.
+_NO_NETWORK = ("ConnectError", "ConnectTimeout", "ReadTimeout", "PoolTimeout", "ProxyError")
+
 
 def resolve_folder(
     source: str | Path, revision: str | None = None, trust_remote_code: bool = False
@@ -90,10 +93,21 @@ def _fetch(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"{repo!r} is neither a local folder nor a hub id that can be fetched "
-            f"({type(error).__name__}: {first_line(error)}): check the name, the revision and, for "
-            "a gated model, your access token"
-        ) from error
+            f"({type(error).__name__}: {first_line(error)}): {_remedy(error)}"
+        ) from None  # a traceback of the hub's client takes hundreds of lines in a notebook
     return folder
+
+
+def _remedy(error: BaseException) -> str:
+    """Say what to do about an error of the hub's client."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ == "OfflineModeIsEnabled":
+            return "pass a local folder, or unset HF_HUB_OFFLINE"
+        if isinstance(cause, ConnectionError | TimeoutError) or type(cause).__name__ in _NO_NETWORK:
+            return "no network: pass a local folder, or set HF_HUB_OFFLINE=1 with a full cache"
+        cause = cause.__cause__ or cause.__context__
+    return "check the name, the revision and, for a gated model, your access token"
 
 
 def _weight_names(folder: Path) -> list[str]:

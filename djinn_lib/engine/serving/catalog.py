@@ -24,7 +24,7 @@ from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.progress import Progress, progress_of
 from djinn_lib.engine.serving.served_model import ServedModel
-from djinn_lib.errors import ConfigError, shown
+from djinn_lib.errors import ConfigError, did_you_mean, shown
 
 
 class Catalog:
@@ -69,7 +69,7 @@ class Catalog:
         if model is None:
             raise ConfigError(
                 f"expected one of the models {list(self._models)}, got {shown(name)}: "
-                "add it with djinn.add(name, source)"
+                + did_you_mean(name, self._models, "add it with djinn.add(name, source)")
             )
         return model
 

@@ -143,6 +143,8 @@ def _takes(
 ) -> Callable[[_Init], Callable[Concatenate[Any, P], None]]:
     def decorate(init: _Init) -> Callable[Concatenate[Any, P], None]:
         def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+            if not args and "capacity" not in kwargs:
+                raise TypeError("expected a capacity, such as dj.Djinn('25GiB')")
             init(self, options(*args, **kwargs))
 
         own = list(signature(init).parameters.values())[:1]

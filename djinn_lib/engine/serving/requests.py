@@ -191,6 +191,7 @@ class Requests(ABC):
             pieces,
             partial(self._scheduler.ensure_may_wait, name),
             pending.request.cancelled.set,
+            name,
         )
 
     async def astream(

@@ -25,6 +25,7 @@ class Stream(Iterator[Part], Generic[Part]):
         ensure_may_wait: raises where the caller would wait for itself.
         drop: gives the request up without taking a lock: the garbage collector may call it in any
             thread and between any two steps.
+        name: of the model.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class Stream(Iterator[Part], Generic[Part]):
         pieces: SimpleQueue[Part | None],
         ensure_may_wait: Callable[[], None] = lambda: None,
         drop: Callable[[], object] = lambda: None,
+        name: str = "",
     ) -> None:
         self._pending, self._pieces = pending, pieces
         self._ensure_may_wait, self._drop = ensure_may_wait, drop
-        self._is_read = False
+        self._name, self._is_read = name, False
         pending.add_done_callback(lambda done: pieces.put(None))
 
     def __next__(self) -> Part:
@@ -68,6 +70,9 @@ class Stream(Iterator[Part], Generic[Part]):
         """Give the request up, if it is not done; twice is harmless."""
         self._is_read = True
         self._pending.cancel()
+
+    def __repr__(self) -> str:
+        return f"Stream({self._name!r}: iterate over it, or call result())"
 
     def __enter__(self) -> Stream[Part]:
         return self

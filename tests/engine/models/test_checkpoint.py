@@ -183,12 +183,20 @@ def test_code_of_a_hub_id_is_fetched_where_it_is_trusted(hub):
 
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    offline = type("OfflineModeIsEnabled", (ConnectionError,), {})
+    unnamed = type("ConnectError", (Exception,), {})
+    causes = [None, ConnectionError("no route"), unnamed(), offline()]
+
     def fail(*_, **__):
-        raise ConnectionError("no route\nlong trace")
+        raise RuntimeError("no such model\nlong trace") from causes.pop(0)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=r"someone/some-model.*no route.*access token"):
+    with pytest.raises(CheckpointError, match=r"some-model.*no such model.*token") as caught:
         resolve_folder("someone/some-model")
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+    for remedy in ("no network: pass a local", "no network: pass a local", "or unset HF_HUB_OFF"):
+        with pytest.raises(CheckpointError, match=remedy):
+            resolve_folder("someone/some-model")
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])

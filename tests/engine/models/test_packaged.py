@@ -60,9 +60,11 @@ def test_what_is_missing_is_named_with_how_to_get_it(cache, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_answers_in_words(cache):
+def test_it_answers_in_words(cache, capfd):
+    folder = dj.small_model()
+    assert "it/s" not in capfd.readouterr().err  # no progress bars
     with dj.Djinn("300MiB", "cpu") as djinn:
-        small = djinn.add("small", dj.small_model())
+        small = djinn.add("small", folder)
         g = small.chat("What is the capital of France?", 20)
         assert "Paris" in g.text and g.finish_reason == "stop"
         assert small.generate("One, two,", 8, stop=".").n_prompt_tokens == 4

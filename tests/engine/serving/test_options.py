@@ -9,7 +9,7 @@ import torch
 import djinn_lib as dj
 from djinn_lib.engine.memory.policies import LFU, Lookahead
 from djinn_lib.engine.serving.options import EngineOptions
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import CapacityError, ConfigError
 
 
 def test_a_djinn_takes_every_option_and_no_other():
@@ -17,6 +17,8 @@ def test_a_djinn_takes_every_option_and_no_other():
     assert parameters == [field.name for field in fields(EngineOptions) if field.init]
     with pytest.raises(TypeError, match="polcy"):
         dj.Djinn("1MiB", "cpu", polcy="lru")
+    with pytest.raises(TypeError, match=r"expected a capacity, such as dj.Djinn\('25GiB'\)"):
+        dj.Djinn(device="cpu")  # type: ignore[call-arg]
 
 
 def test_what_defaults_stand_for():
@@ -32,6 +34,16 @@ def test_looking_ahead_is_one_option():
     assert type(EngineOptions("1MiB", "cpu", policy="lfu", lookahead=False).victims) is LFU
     with pytest.raises(ConfigError, match="leave one of them out"):
         EngineOptions("1MiB", "cpu", policy="lookahead", lookahead=False)
+
+
+def test_a_ring_too_large_for_the_host_says_why_it_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CapacityError, match=r"the capacity \(device='cpu', because no usable GPU"):
+        dj.Djinn("1000TiB", page="1TiB")
+    with pytest.raises(CapacityError, match=r"lower the capacity$"):
+        dj.Djinn("1000TiB", "cpu", page="1TiB")
+    with pytest.raises(CapacityError, match=r"choose smaller pages$"):
+        dj.Djinn("1KiB")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def is_idle(djinn):
 def test_the_pieces_are_the_text(djinn):
     whole = djinn.generate("m", "hello", 40, True)
     with djinn.stream("m", "hello", 40, True) as stream:
+        assert repr(stream) == "Stream('m': iterate over it, or call result())"
         pieces = list(stream)
     assert "".join(pieces) == whole.text and len(pieces) > 5
     assert stream.result().token_ids == whole.token_ids
