@@ -33,6 +33,25 @@ app = typer.Typer(
 
     **Serving:** `djinn serve` and `djinn ring` put the ring under vLLM.""",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import djinn_lib
+
+        typer.echo(f"djinn {djinn_lib.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show it")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
 _EXPERIMENT, _PUBLISHING, _SERVING = "The experiment", "Publishing", "Serving"
 
 

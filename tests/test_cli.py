@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import djinn_lib as dj
 from djinn_lib import cli, nvml
 from djinn_lib.cli import app
 from djinn_lib.errors import ConfigError
@@ -108,6 +109,11 @@ def test_options_without_a_meaning_are_refused(given):
         comparison.describe(**options)
     with pytest.raises(ConfigError, match="no list of sizes"):
         comparison.parse_sizes("20,many")
+
+
+def test_the_version_is_that_of_the_library():
+    assert called("--version").output.split() == ["djinn", dj.__version__]
+    assert "djinn reproduce" in called("--help").output
 
 
 @pytest.mark.parametrize(("n_gpus", "profile"), [(0, "cpu"), (1, "gpu")])
