@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    modeling_gguf_pytorch_utils,
 )
 
 from djinn_lib.engine.models.construction import without_bars
@@ -85,7 +82,7 @@ def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
     if find_spec("gguf") is None:
         raise CheckpointError(f"the package 'gguf' is not installed: {_INSTALL}")
     source = {"gguf_file": gguf.name}
-    with without_bars(), _without_bar_of_gguf():
+    with without_bars():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             dtype=check_dtype(dtype),
@@ -95,14 +92,3 @@ def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
         vars(model.config).pop("quantization_config", None)  # the weights are dequantised now
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
-
-
-@contextmanager
-def _without_bar_of_gguf() -> Iterator[None]:
-    """Silence the bar of transformers' GGUF reader, which no setting of transformers silences."""
-    tqdm = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
-    vars(modeling_gguf_pytorch_utils)["tqdm"] = lambda tensors, **_: tensors
-    try:
-        yield
-    finally:
-        vars(modeling_gguf_pytorch_utils)["tqdm"] = tqdm
