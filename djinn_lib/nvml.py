@@ -76,6 +76,15 @@ def used_bytes() -> int | None:
     return ask(read)
 
 
+def free_bytes() -> int | None:
+    """Return the free memory of the first GPU, in bytes; None without a driver."""
+
+    def read(nvml: Any) -> int:
+        return int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).free)
+
+    return ask(read)
+
+
 class MemoryWatch:
     """Records the peak use of the first GPU's memory while its block runs.
 

@@ -9,12 +9,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from djinn_lib import nvml
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.errors import ConfigError, DjinnError, shown
@@ -24,6 +25,7 @@ from djinn_lib.fleet.live import drawn_again
 from djinn_lib.fleet.options import engine_environment, engine_options
 from djinn_lib.fleet.requests import Requests
 from djinn_lib.fleet.ring_process import RingProcess
+from djinn_lib.fleet.starting import StartingRoom, need_bytes
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
 from djinn_lib.units import parse_bytes
@@ -82,6 +84,7 @@ class Fleet(Requests):
         )
         self._engines: dict[str, EngineClient] = {}
         self._lock = threading.Lock()  # of the engines' names
+        self._starting = StartingRoom(nvml.free_bytes)
         options = {
             "capacity": f"{self.capacity_bytes}B", "page": f"{page_bytes}B",
             "device": self.device, "policy": policy, "eviction": eviction,
@@ -106,6 +109,8 @@ class Fleet(Requests):
     def add(self, name: str, source: str | Path, **options: Any) -> None:
         """Start the engine of a model; safe to be called for several at once.
 
+        On a GPU several start side by side as far as its memory allows.
+
         Args:
             name: what requests will call it.
             source: a folder with config.json and safetensors, or a hub id.
@@ -125,15 +130,17 @@ class Fleet(Requests):
                     f"a model {name!r} cannot be added: choose another name, or remove it first"
                 )
             self._engines[name] = starting = _Starting()  # type: ignore[assignment]
-        self._progress(f"starting the engine of {name}")
+        need = need_bytes(source, settings) if self.device.type == "cuda" else 0
         try:
-            engine = EngineClient(
-                name,
-                self._python,
-                settings,
-                self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
-                engine_environment(self.socket, self._masters),
-            )
+            with self._starting.held(need) if need else nullcontext():
+                self._progress(f"starting the engine of {name}")
+                engine = EngineClient(
+                    name,
+                    self._python,
+                    settings,
+                    self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
+                    engine_environment(self.socket, self._masters),
+                )
         except BaseException:
             with self._lock:
                 if self._engines.get(name) is starting:

@@ -54,8 +54,7 @@ class DjinnVllm(SystemUnderTest):
             }
             self.fleet.add(name, files.folder, **options)
 
-        # On a GPU one after the other: while it loads, a model is there twice.
-        with ThreadPoolExecutor(1 if self.device.type == "cuda" else 2) as threads:
+        with ThreadPoolExecutor(len(self.models) if self.device.type == "cuda" else 2) as threads:
             list(threads.map(add, self.models))
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
