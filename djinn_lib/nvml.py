@@ -92,18 +92,25 @@ class MemoryWatch:
     which costs the serving thread less than the noise of its clock.
 
     Attributes:
-        peak_bytes: the peak above the use before the block; None without a driver.
+        base_bytes: the use before the block, which does not count; None without a driver.
     """
 
     def __init__(self, interval_s: float = 0.1) -> None:
-        self.peak_bytes: int | None = None
+        self.base_bytes: int | None = None
+        self._most_bytes = 0
         self._interval_s, self._ended = interval_s, threading.Event()
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The peak above the use before the block; None without a driver."""
+        if self.base_bytes is None:
+            return None
+        return max(0, self._most_bytes - self.base_bytes)
+
     def __enter__(self) -> MemoryWatch:
-        self._base_bytes = used_bytes()
+        self.base_bytes = used_bytes()
         self._thread = threading.Thread(target=self._watch, name="djinn-memory", daemon=True)
-        if self._base_bytes is not None:
-            self.peak_bytes = 0
+        if self.base_bytes is not None:
             self._thread.start()
         return self
 
@@ -116,8 +123,8 @@ class MemoryWatch:
         def watch(nvml: Any) -> None:
             gpu = _first_handle(nvml)
             while not self._ended.wait(self._interval_s):
-                used = int(nvml.nvmlDeviceGetMemoryInfo(gpu).used) - (self._base_bytes or 0)
-                self.peak_bytes = max(self.peak_bytes or 0, used)
+                used = int(nvml.nvmlDeviceGetMemoryInfo(gpu).used)
+                self._most_bytes = max(self._most_bytes, used)
 
         ask(watch)
 

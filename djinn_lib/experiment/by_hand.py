@@ -13,17 +13,17 @@ from djinn_lib.experiment.profile import Cell
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import REPO
 
-_EXECUTED = "DJINN_EXECUTED_COPY"  # of a kernel that a run started: the copy that it writes
+_COPIES = "DJINN_EXECUTED_COPIES"  # of a kernel that a run started: the folder of its notebooks
 
 
 @contextmanager
-def executing(copy: Path) -> Iterator[None]:
-    """Let kernels that are started in the block know which executed copy they are for."""
-    os.environ[_EXECUTED] = str(copy)
+def executing(copies: Path) -> Iterator[None]:
+    """Let kernels that are started in the block know the folder that their copies are for."""
+    os.environ[_COPIES] = str(copies)
     try:
         yield
     finally:
-        os.environ.pop(_EXECUTED, None)
+        os.environ.pop(_COPIES, None)
 
 
 def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
@@ -37,7 +37,7 @@ def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
         None where a run executes the notebook, which renews everything itself.
     """
     files = run.cell(cell.id)
-    if os.environ.get(_EXECUTED) == str(files.notebook.resolve()):
+    if os.environ.get(_COPIES) == str(files.notebook.resolve().parent):
         return None
     folder = _from_here(run.path)
     return Markdown(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,11 +27,10 @@ from tqdm import tqdm
 from djinn_lib.errors import DjinnError, TraceError, in_words
 from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.integrity import WeightsWatch
 from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, whole_frame
 from djinn_lib.experiment.profile import Cell
 from djinn_lib.experiment.record import CellRecord
-from djinn_lib.experiment.weights import prompt_ids
+from djinn_lib.experiment.running import running_system
 from djinn_lib.files import ensure_writable
 from djinn_lib.rows import classify_error, clock_warning, failed_row, token_sha
 from djinn_lib.systems import system_class
@@ -40,8 +38,14 @@ from djinn_lib.systems.base import Served, SystemUnderTest
 from djinn_lib.trace import Request, Trace, check_models, read_trace
 
 
-def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
+def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFrame:
     """Run a cell, write its rows and manifest, and return the rows.
+
+    Args:
+        bench: of the run.
+        cell: to run.
+        keep_running: whether the next cell of this process is of the same system, which goes on
+            running for it; see `djinn_lib.experiment.running`.
 
     Raises:
         TraceError: the trace is broken, empty, or names a model that the profile lacks.
@@ -54,7 +58,7 @@ def run_cell(bench: Bench, cell: Cell) -> pd.DataFrame:
     ensure_writable(files.rows.parent)  # before minutes are spent
     begun = CellRecord(bench, cell, trace)
     with begun.memory:
-        rows = whole_frame(_rows(begun))
+        rows = whole_frame(_rows(begun, keep_running))
     if warning := clock_warning(rows):
         begun.notes.append(warning)
     keep(files, rows, begun.manifest())
@@ -118,7 +122,7 @@ def _read_trace(bench: Bench, cell: Cell) -> Trace:
     return trace
 
 
-def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
+def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
     """Yield a row per request; each is in the journal before it is yielded."""
     cls, profile = system_class(begun.entry.system), begun.bench.profile
     if reason := cls.unavailable(profile.device):
@@ -126,9 +130,11 @@ def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
         return
     journal = begun.bench.run.cell(begun.cell.id).journal
     journal.unlink(missing_ok=True)
-    with ExitStack() as running:
+    with ExitStack() as stack:
         try:
-            system = _start(begun, running)
+            # Read now, so that a system that needs no files while it serves goes on without them.
+            begun.prompts = {(r.model, r.request): begun.prompt(r) for r in begun.trace.requests}
+            running = stack.enter_context(running_system(begun, keep_running))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             reason = f"could not start: {in_words(error)}"
@@ -140,8 +146,9 @@ def _rows(begun: CellRecord) -> Iterator[dict[str, Any]]:
             journal.open("w") as lines,
             tqdm(desc=begun.cell.id, unit="req", total=n_requests, mininterval=2) as progress,
         ):
-            for row in serve(begun, system):
+            for row in serve(begun, running.system):
                 progress.update()
+                running.keep &= row["ok"]
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 yield row
@@ -159,36 +166,6 @@ def _requests(begun: CellRecord) -> Iterator[tuple[int, Request]]:
     for repeat in range(begun.cell.repeats):
         for request in begun.trace.requests:
             yield repeat, request
-
-
-def _start(begun: CellRecord, running: ExitStack) -> SystemUnderTest:
-    """Start and warm up the system, which is closed with `running` whatever happens."""
-    begin_s = time.perf_counter()
-    watch = begun.watch = WeightsWatch(begun.bench.models)
-    # Read now, so that a system that needs no files while it serves goes on without them.
-    begun.prompts = {(r.model, r.request): _prompt(begun, r) for r in begun.trace.requests}
-    system = begun.make_system()
-    running.callback(gc.collect)
-    running.callback(system.close)
-    begun.notes.extend(system.notes())
-
-    def progress(step: str) -> None:
-        elapsed_s = time.perf_counter() - begin_s
-        print(f"{begun.cell.id}, after {elapsed_s:.0f} s: {step}", flush=True)
-
-    system.start(progress)
-    begun.device_bytes = system.device_bytes()
-    for name in begun.bench.models:
-        watch.ensure_unchanged(name)
-        prompt = _prompt(begun, Request(0, 0.0, name))
-        system.warm_up(name, prompt, begun.bench.profile.new_tokens)
-    begun.setup_s = time.perf_counter() - begin_s
-    return system
-
-
-def _prompt(begun: CellRecord, request: Request) -> list[int]:
-    files = begun.bench.models[request.model]
-    return prompt_ids(files, begun.bench.profile.prompt_tokens, request.request)
 
 
 def _free_unused_memory() -> None:
@@ -224,7 +201,7 @@ def _begin_repeat(begun: CellRecord, system: SystemUnderTest) -> None:
     system.reset()
     if begun.cell.start == "warm":
         for name in begun.bench.models:
-            prompt = _prompt(begun, Request(0, 0.0, name))
+            prompt = begun.prompt(Request(0, 0.0, name))
             system.serve(name, prompt, begun.bench.profile.new_tokens)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -25,31 +28,72 @@ from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.experiment.status import Status, read_execution
 from djinn_lib.rows import classify_error, read_rows
 
+if TYPE_CHECKING:
+    from jupyter_client.manager import KernelManager
+
 
 def stale_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that have to be run, those last that failed before: others come first."""
+    """Return the cells that have to be run, in an order to run them in.
 
-    def failed(cell: Cell) -> bool:
+    Cells that failed before come last. Those of one system at one capacity come together: they
+    are a series, which starts it once.
+    """
+    stale = [cell for cell in cells if not is_current(run, profile, cell)]
+    first: dict[tuple[str, str], int] = {}
+    for i, cell in enumerate(stale):
+        first.setdefault(_series_of(cell), i)
+
+    def place(cell: Cell) -> tuple[bool, int]:
         status = read_execution(run.cell(cell.id).manifest)
-        return status is not None and not status.settled
+        return status is not None and not status.settled, first[_series_of(cell)]
 
-    return sorted((c for c in cells if not is_current(run, profile, c)), key=failed)
+    return sorted(stale, key=place)
+
+
+def _series_of(cell: Cell) -> tuple[str, str]:
+    return cell.system, cell.capacity_label
 
 
 def run_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
     """Run cells here, one after the other; yields how each ended, as it does.
 
-    Memory of the GPU that a cell's processes held is waited for before the next one begins.
+    Those of a series that follow each other have one process. Memory of the GPU that it held is
+    waited for before the next one begins.
     """
     base_bytes = nvml.used_bytes() if profile.device == "cuda" else None
-    for i, cell in enumerate(cells, start=1):
-        place = f"cell {i} of {len(cells)}, {duration(expected_s(run, profile, cell))}"
-        yield run_cell_notebook(run, profile, cell, place)
-        if left := nvml.await_memory(base_bytes):
-            print(f"warning: {left}", flush=True)
+    places = {cell.id: f"cell {i} of {len(cells)}" for i, cell in enumerate(cells, start=1)}
+    for _, series in groupby(cells, _series_of):
+        left = deque(series)
+        while left:
+            yield from _run_in_one_process(run, profile, left, places)
+            if held := nvml.await_memory(base_bytes):
+                print(f"warning: {held}", flush=True)
 
 
-def run_cell_notebook(run: RunFolder, profile: Profile, cell: Cell, place: str) -> Status:
+def _run_in_one_process(
+    run: RunFolder, profile: Profile, left: deque[Cell], places: Mapping[str, str]
+) -> Iterator[Status]:
+    """Run cells of a series until none is left, or one failed: the next one gets a new process."""
+    from djinn_lib.experiment.notebooks import one_kernel  # see `execute_cell`
+
+    with one_kernel(kernel_name(profile, left[0]), fork=profile.device == "cpu") as kernel:
+        while left:
+            cell = left.popleft()
+            place = f"{places[cell.id]}, {duration(expected_s(run, profile, cell))}"
+            status = run_cell_notebook(run, profile, cell, place, kernel, bool(left))
+            yield status
+            if not status.settled:
+                return
+
+
+def run_cell_notebook(
+    run: RunFolder,
+    profile: Profile,
+    cell: Cell,
+    place: str,
+    kernel: KernelManager | None = None,
+    keep_running: bool = False,
+) -> Status:
     """Execute a cell's notebook; a failure becomes rows, and is a status.
 
     Args:
@@ -57,20 +101,28 @@ def run_cell_notebook(run: RunFolder, profile: Profile, cell: Cell, place: str) 
         profile: of the run.
         cell: one of the profile's.
         place: what is said of it at its beginning, for people.
+        kernel: where to run it; default is one of its own.
+        keep_running: whether the next notebook of that kernel is of the same system.
 
     Raises:
         KeyboardInterrupt: the cell's process has been ended. Its journal is there.
     """
     print(f"{cell.id} ({place}) ...", flush=True)
     begun = cell_inputs(run, profile, cell)
-    status = execute_cell(run, profile, cell, fork=profile.device == "cpu")
+    status = execute_cell(run, profile, cell, kernel, keep_running)
     status = settle(run, profile, cell, replace(status, begun_with=begun))
     report(status, changed(begun, cell_inputs(run, profile, cell)))
     return status
 
 
-def execute_cell(run: RunFolder, profile: Profile, cell: Cell, fork: bool = False) -> Status:
-    """Execute a cell's notebook, whose kernel may be a fork; returns how that ended."""
+def execute_cell(
+    run: RunFolder,
+    profile: Profile,
+    cell: Cell,
+    kernel: KernelManager | None = None,
+    keep_running: bool = False,
+) -> Status:
+    """Execute a cell's notebook, in a kernel of its own or a given one; returns how that ended."""
     from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
 
     files = run.cell(cell.id)
@@ -87,9 +139,11 @@ def execute_cell(run: RunFolder, profile: Profile, cell: Cell, fork: bool = Fals
             "capacity_label": cell.capacity_label,
             "mode": cell.mode,
             "start": cell.start,
+            "keep_running": keep_running,
         },
         kernel=kernel_name(profile, cell),
-        fork=fork,
+        fork=profile.device == "cpu",
+        manager=kernel,
     )
 
 

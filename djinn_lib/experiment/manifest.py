@@ -49,6 +49,8 @@ class Manifest(BaseModel):
     gpu_uuid: str | None = None
     batches: bool | None = None
     peak_device_bytes: int | None = None
+    # The cell that the system was started for, if it went on running after an earlier one.
+    running_since: str | None = None
     # How the latest execution ended (a `Status`), which may be a later one than that of the rows.
     # None while it goes on, where the cell was run by hand, and in older manifests.
     execution: dict[str, Any] | None = None

@@ -12,12 +12,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import papermill
-from jupyter_core.utils import ensure_event_loop
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+from jupyter_client.manager import AsyncKernelManager, KernelManager
+from jupyter_core.utils import ensure_event_loop, run_sync
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
@@ -71,6 +73,7 @@ def execute(
     parameters: Mapping[str, Any],
     kernel: str | None = None,
     fork: bool = False,
+    manager: KernelManager | None = None,
 ) -> Status:
     """Execute a notebook of `notebooks/` into `output`.
 
@@ -81,6 +84,7 @@ def execute(
         parameters: values for its parameters cell, of plain JSON types.
         kernel: a Jupyter kernel; default is the one that the notebook names.
         fork: whether the kernel may be a fork, which starts at once; see `kernels`.
+        manager: of a kernel from `one_kernel`, which is used instead, and goes on afterwards.
 
     Returns:
         How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
@@ -98,8 +102,11 @@ def execute(
         output.parent.mkdir(parents=True, exist_ok=True)
         for left in (output, partial, log_of(output)):
             left.unlink(missing_ok=True)
-        with executing(output.resolve()):
-            _papermill(source, partial, parameters, kernel, fork)
+        with (
+            executing(output.resolve().parent),
+            nullcontext(manager) if manager else one_kernel(kernel, fork) as used,
+        ):
+            _papermill(source, partial, parameters, used)
     except PapermillExecutionError as failure:
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
@@ -134,26 +141,41 @@ def _kind(failure: PapermillExecutionError) -> str:
     return kind
 
 
-def _papermill(
-    source: Path, output: Path, parameters: Mapping[str, Any], kernel: str | None, fork: bool
-) -> None:
+@contextmanager
+def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelManager]:
+    """Manage one kernel, which the first notebook starts; it ends with the block.
+
+    Args:
+        name: of a Jupyter kernel; default is the one of this environment.
+        fork: whether it may be a fork, where it is of this environment; see `kernels`.
+    """
+    kind = ForkingKernelManager if fork and name is None else AsyncKernelManager
     # Kernels find djinn_lib in this checkout, also those of another environment.
     os.environ["PYTHONPATH"] = python_path()
-    own = {"kernel_manager_class": ForkingKernelManager} if fork and kernel is None else {}
     with _sockets() as config:
-        papermill.execute_notebook(
-            _literally(source),
-            _literally(output),
-            parameters=dict(parameters),
-            kernel_name=kernel,
-            cwd=str(NOTEBOOKS),
-            progress_bar=False,
-            start_timeout=_START_S,
-            shutdown_kernel="immediate",
-            extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
-            config=config,
-            **own,
-        )
+        manager = kind(kernel_name=name or NATIVE_KERNEL_NAME, config=config)
+        try:
+            yield manager
+        finally:
+            if manager.has_kernel:
+                with suppress(RuntimeError):  # of a kernel that has ended by itself
+                    run_sync(manager.shutdown_kernel)(now=True)
+
+
+def _papermill(
+    source: Path, output: Path, parameters: Mapping[str, Any], manager: KernelManager
+) -> None:
+    papermill.execute_notebook(
+        _literally(source),
+        _literally(output),
+        parameters=dict(parameters),
+        kernel_name=manager.kernel_name,
+        cwd=str(NOTEBOOKS),
+        progress_bar=False,
+        start_timeout=_START_S,
+        extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
+        km=manager,
+    )
 
 
 def _literally(path: Path) -> str:

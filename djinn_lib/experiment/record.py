@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,10 +14,14 @@ from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import WeightsWatch, weights_digest
 from djinn_lib.experiment.profile import REPO, Cell
+from djinn_lib.experiment.weights import prompt_ids
 from djinn_lib.systems import system_class
 from djinn_lib.systems.base import SystemUnderTest
 from djinn_lib.trace import Request, Trace
 from djinn_lib.units import parse_bytes
+
+if TYPE_CHECKING:
+    from djinn_lib.experiment.running import Running
 
 
 class CellRecord:
@@ -35,11 +39,30 @@ class CellRecord:
         self.setup_s = 0.0
         self.notes: list[str] = []
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
+        self.running_since = ""  # the cell that the system was started for, if an earlier one
         self.watch: WeightsWatch  # from the start of the system on
         self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = provenance.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
         self.memory = nvml.MemoryWatch()
+
+    def prompt(self, request: Request) -> list[int]:
+        """The prompt of a request, as token ids; read from the model's files."""
+        files = self.bench.models[request.model]
+        return prompt_ids(files, self.bench.profile.prompt_tokens, request.request)
+
+    def began_with(self, running: Running, setup_s: float) -> None:
+        """Note what a system that was started for this cell said of itself."""
+        self.watch, self.setup_s = running.watch, setup_s
+        self.device_bytes = dict(running.device_bytes)
+        self.notes.extend(running.notes)
+
+    def go_on_with(self, running: Running) -> None:
+        """Note that the system had been running before this cell."""
+        self.began_with(running, 0.0)
+        self.running_since = running.first_cell
+        self.memory.base_bytes = running.base_bytes
+        self.other_gpu_processes = list(running.other_gpu_processes)
 
     def keys(self, repeat: int, request: Request) -> dict[str, Any]:
         """The columns that say which request a row is about."""
@@ -118,6 +141,7 @@ class CellRecord:
             "started_at_utc": self.started.isoformat(),
             "wall_s": time.perf_counter() - self.begin_s,
             "setup_s": self.setup_s,
+            "running_since": self.running_since or None,
             "stolen_share": self.host.stolen_share(),
             "host_loop_us": self.host_loop_us,
             "gpu_uuid": nvml.first_gpu() if profile.device == "cuda" else None,

@@ -23,9 +23,9 @@ def test_by_hand_it_says_what_is_new_and_the_command_for_the_rest(tmp_path):
 
 def test_in_a_run_it_says_nothing(tmp_path):
     run = RunFolder(tmp_path)
-    with executing(run.cell(CELL.id).notebook.resolve()):
+    with executing(run.cell(CELL.id).notebook.resolve().parent):
         assert what_is_renewed(run, CELL) is None
         assert what_is_renewed(RunFolder(tmp_path / "other"), CELL) is not None
-    with executing(Path("somewhere.ipynb")):
+    with executing(Path("somewhere")):
         assert what_is_renewed(run, CELL) is not None
     assert what_is_renewed(run, CELL) is not None  # the block is over

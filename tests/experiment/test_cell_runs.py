@@ -57,7 +57,7 @@ def run(bench, monkeypatch) -> Callable[..., Status]:
     def run_here(
         system: str, then: Exception | None = None, instead: Exception | None = None
     ) -> Status:
-        def execute(_source, output, parameters, _kernel, _fork):
+        def execute(_source, output, parameters, _manager):
             if instead:
                 raise instead
             try:

@@ -196,7 +196,7 @@ def test_a_cell_s_notebook_is_given_its_cell(tmp_path, monkeypatch):
     profile, given = tiny_profile(), {}
     (cell,) = profile.all_cells()
 
-    def execute(notebook, output, parameters, kernel, fork):
+    def execute(notebook, output, parameters, **_):
         given.update(parameters, notebook=notebook)
         return Status(output.stem, "ok", 1.0)
 
