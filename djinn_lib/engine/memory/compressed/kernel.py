@@ -20,7 +20,7 @@ import triton.language as tl
 
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
-N_WARPS = 8
+N_WARPS = 16  # a row a thread; with fewer warps registers are what limits how many run at once
 
 
 @triton.jit
@@ -69,7 +69,9 @@ def decode_kernel(
 ):  # fmt: skip
     """Write the words of one block."""
     block = tl.program_id(0)
-    row = block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None]
+    # Said to be apart, rows stay one a thread in all that follows: loads of several neighbours by a
+    # thread would have them exchanged through shared memory time and again.
+    row = tl.max_contiguous(block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None], [1, 1])
     column = tl.arange(0, 8)[None, :]
     i = row * 8 + column
     inside = row < (n_words + 7) // 8
