@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import torch
@@ -43,10 +44,17 @@ def decoding_keeps_up_with_the_link():
         compressed, form = encode(words, bits)
         source = torch.from_numpy(compressed).to(CUDA)
         target = torch.empty(PAGE, dtype=torch.uint8, device=CUDA)
-        seconds = median_s(lambda: kernel.decode(source, form, target))  # noqa: B023
-        assert np.array_equal(target.cpu().numpy().view(np.uint16), words)
-        print(f"{dtype}: {len(compressed) / PAGE:.4f} of the size, {PAGE / seconds / 1e9:.0f} GB/s")
-        assert PAGE / seconds > 300e9
+        print(f"{dtype}: {len(compressed) / PAGE:.4f} of the size")
+        per_s = {}
+        for n_warps in (2, 4, 8, 16):
+            target.zero_()
+            with mock.patch.object(kernel, "N_WARPS", n_warps):
+                kernel.decode(source, form, target)  # compiles it
+                seconds = median_s(lambda: kernel.decode(source, form, target))  # noqa: B023
+            assert np.array_equal(target.cpu().numpy().view(np.uint16), words)
+            per_s[n_warps] = PAGE / seconds
+            print(f"{dtype}: {n_warps} warps, {PAGE / seconds / 1e9:.0f} GB/s")
+        assert per_s[kernel.N_WARPS] > 300e9, per_s
 
 
 def median_s(work, n=20):
@@ -102,8 +110,9 @@ def damage_is_named():
             assert djinn.generate("good", PROMPT, 6, ignore_eos=True).token_ids == expected
             stored[place] ^= 0x80
             djinn.evict("bad")
-        assert djinn.generate("bad", PROMPT, 6, ignore_eos=True).token_ids == expected
-        djinn.check()
+            # Resident again, so that the next audit has something to compare.
+            assert djinn.generate("bad", PROMPT, 6, ignore_eos=True).token_ids == expected
+            djinn.check()
     torch.cuda.synchronize()
 
 

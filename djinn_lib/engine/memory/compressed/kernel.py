@@ -1,9 +1,13 @@
 """Decoding a page on a GPU, in Triton; see `form` for what the compressed bytes are.
 
-One program a block of words. Each of its words looks its symbol up by itself, so there is nothing
-to wait for but three sums over the block. Only later levels are read at places that depend on what
-was read before, and those places are checked: damaged bytes give wrong words, and never a fault of
-the device.
+One program a block of words, as rows of eight words. A thread reads the low bytes of a row at
+once, and writes its words at once. The codes of a row lie back to back in every level, at most 16
+bits of them, so each level is read a row at a time too; the codes of a word are found in these bits
+by shifts. What is left to wait for are three sums over the rows of the block.
+
+Later levels are read at places that depend on what was read before. Those places are checked:
+damaged bytes give wrong words, and never a fault of the device. Rows may reach over the end of a
+section, but not over the 16 bytes at which the next one begins.
 """
 
 from __future__ import annotations
@@ -16,21 +20,44 @@ import triton.language as tl
 
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
-N_WARPS = 8
+N_WARPS = 16  # a row a thread; with fewer warps registers are what limits how many run at once
 
 
 @triton.jit
-def _pair(section, i, there):
-    """Number `i` of 2-bit numbers, four a byte; 0 where there is none."""
-    return (tl.load(section + (i >> 2), mask=there, other=0).to(tl.int32) >> ((i & 3) * 2)) & 3
+def _halves(section):
+    """The 16-bit numbers of a section of bytes."""
+    return section.to(tl.pointer_type(tl.uint16))
 
 
 @triton.jit
-def _place(begin, escaped, n_codes):
-    """Where the codes of escapes lie in their level, and whether that is inside of it."""
-    counted = escaped.to(tl.int32)
-    place = begin + tl.cumsum(counted, 0) - counted
-    return place, escaped & (place >= 0) & (place < n_codes)
+def _escapes(codes, n_codes):
+    """How many of the first 0, 1, ... codes of a row are escapes, in 4 bits each; and in total."""
+    escaped = codes & (codes >> 1) & 0x5555 & ((1 << (2 * n_codes)) - 1)
+    # A bit every 2 bits becomes one every 4 bits; then the product adds up all below.
+    escaped = (escaped | (escaped << 8)) & 0x00FF00FF
+    escaped = (escaped | (escaped << 4)) & 0x0F0F0F0F
+    escaped = (escaped | (escaped << 2)) & 0x33333333
+    up_to = escaped * 0x11111111
+    return up_to << 4, up_to >> 28
+
+
+@triton.jit
+def _places(begin, counts):
+    """Where the codes of each row begin in their level."""
+    counts = counts.to(tl.int32)
+    return begin + tl.cumsum(counts, 0) - counts
+
+
+@triton.jit
+def _codes(level, place, counts, n_codes):
+    """The codes of each row in a later level, which may begin anywhere in 16 bits."""
+    half = place >> 3
+    n_halves = (n_codes + 7) >> 3
+    there = (counts > 0) & (half >= 0)
+    lower = tl.load(_halves(level) + half, mask=there & (half < n_halves), other=0)
+    upper = tl.load(_halves(level) + half + 1, mask=there & (half < n_halves - 1), other=0)
+    both = lower.to(tl.uint32) | (upper.to(tl.uint32) << 16)
+    return both >> ((place & 7) * 2).to(tl.uint32)
 
 
 # Numbers differ from page to page, and must not make a new kernel of each.
@@ -42,26 +69,56 @@ def decode_kernel(
 ):  # fmt: skip
     """Write the words of one block."""
     block = tl.program_id(0)
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n_words
-    # The rank of each word: a code of the first level, and of later ones where it is an escape.
-    rank = _pair(first, i, inside)
-    place, there = _place(tl.load(starts + 3 * block), inside & (rank == 3), n_second)
-    rank += _pair(second, place, there)
-    place, there = _place(tl.load(starts + 3 * block + 1), there & (rank == 6), n_third)
-    rank += _pair(third, place, there)
-    place, there = _place(tl.load(starts + 3 * block + 2), there & (rank == 9), n_last)
-    symbol = tl.load(ranks + block // TILE * 16 + rank, mask=inside, other=0).to(tl.int32)
-    symbol = tl.where(there, tl.load(last + place, mask=there, other=0).to(tl.int32), symbol)
+    # Said to be apart, rows stay one a thread in all that follows: loads of several neighbours by a
+    # thread would have them exchanged through shared memory time and again.
+    row = tl.max_contiguous(block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None], [1, 1])
+    column = tl.arange(0, 8)[None, :]
+    i = row * 8 + column
+    inside = row < (n_words + 7) // 8
+    lowest = tl.load(low + i, mask=inside, other=0).to(tl.uint32)
+    # A row of each level: its codes, and how many escapes come before each.
+    first_codes = tl.load(_halves(first) + row, mask=inside, other=0).to(tl.uint32)
+    before_second, n_escaped = _escapes(first_codes, tl.full((BLOCK // 8, 1), 8, tl.uint32))
+    place = _places(tl.load(starts + 3 * block), n_escaped)
+    second_codes = _codes(second, place, n_escaped, n_second)
+    before_third, n_escaped = _escapes(second_codes, n_escaped)
+    place = _places(tl.load(starts + 3 * block + 1), n_escaped)
+    third_codes = _codes(third, place, n_escaped, n_third)
+    before_last, n_escaped = _escapes(third_codes, n_escaped)
+    place = _places(tl.load(starts + 3 * block + 2), n_escaped)
+    # Each word: its codes, then its symbol, by the deepest of them.
+    at = column.to(tl.uint32)
+    code = (first_codes >> (at * 2)) & 3
+    at = (before_second >> (at * 4)) & 15
+    second_code = (second_codes >> (at * 2)) & 3
+    at = (before_third >> (at * 4)) & 7
+    third_code = (third_codes >> (at * 2)) & 3
+    at = (before_last >> (at * 4)) & 7
+    table = (ranks + block // TILE * 16).to(tl.pointer_type(tl.uint32))
+    to_3, to_7, to_11 = tl.load(table), tl.load(table + 1), tl.load(table + 2)
+    symbol = to_3 >> (code * 8)
+    escaped = code == 3
+    symbol = tl.where(escaped, ((to_3 >> 24) | (to_7 << 8)) >> (second_code * 8), symbol)
+    escaped = escaped & (second_code == 3)
+    symbol = tl.where(escaped, ((to_7 >> 16) | (to_11 << 16)) >> (third_code * 8), symbol)
+    escaped = escaped & (third_code == 3)
+    place = place + at.to(tl.int32)
+    there = escaped & (place >= 0) & (place < n_last)
+    symbol = tl.where(there, tl.load(last + place, mask=there, other=0).to(tl.uint32), symbol)
     # Exponent, mantissa, sign; then the sign comes first again.
-    rotated = symbol << (16 - EXPONENT_BITS)
-    rotated |= tl.load(low + i, mask=inside, other=0).to(tl.int32)
+    rotated = ((symbol & 255) << (16 - EXPONENT_BITS)) | lowest
     if EXPONENT_BITS < 8:
-        rotated |= _pair(pairs, i, inside) << 8
-        single = tl.load(singles + (i >> 3), mask=inside, other=0).to(tl.int32)
-        rotated |= ((single >> (i & 7)) & 1) << 10
-    word = (rotated >> 1) | ((rotated & 1) << 15)
-    tl.store(words + i, word.to(tl.int16), mask=inside)
+        pair = tl.load(_halves(pairs) + row, mask=inside, other=0).to(tl.uint32)
+        single = tl.load(singles + row, mask=inside, other=0).to(tl.uint32)
+        column = column.to(tl.uint32)
+        rotated |= ((pair >> (column * 2)) & 3) << 8
+        rotated |= ((single >> column) & 1) << 10
+    word = ((rotated >> 1) | ((rotated & 1) << 15)).to(tl.int16)
+    # A mask that differs within a row would have words written one by one.
+    if (block + 1) * BLOCK <= n_words:
+        tl.store(words + i, word)
+    else:
+        tl.store(words + i, word, mask=i < n_words)
 
 
 def decode(compressed: torch.Tensor, form: Form, target: torch.Tensor) -> None:
