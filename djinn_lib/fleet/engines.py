@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cached_property
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import children
+from djinn_lib.fleet.options import engine_tokenizer
 from djinn_lib.fleet.protocol import error_class
 
 Result = dict[str, Any]  # see `vllm_engine`
@@ -83,7 +86,7 @@ class EngineClient:
         environment: Mapping[str, str] | None = None,
         start_timeout_s: float = 900.0,
     ) -> None:
-        self.name, self.log = name, log
+        self.name, self.options, self.log = name, dict(options), log
         self._numbers = itertools.count()
         self._pending: dict[str, PendingResult] = {}
         self._lock = threading.Lock()  # of what is pending, and of sending
@@ -95,7 +98,7 @@ class EngineClient:
                 environment, [theirs.fileno()],
             )  # fmt: skip
         try:
-            self.facts = self._started(dict(options), start_timeout_s)
+            self.facts = self._started(self.options, start_timeout_s)
         except BaseException:
             children.end(self._process)
             self._pipe.close()
@@ -126,6 +129,17 @@ class EngineClient:
             f"the engine of {self.name!r} did not start ({kind or 'no error'}: {why}): correct its "
             f"options. The end of its log:\n{children.last_lines(self.log)}"
         )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the model, read when it is first needed; None if it has none.
+
+        The engine has its own. This one formats conversations in the process of the caller.
+
+        Raises:
+            CheckpointError: its files are broken, or cannot be fetched.
+        """
+        return engine_tokenizer(self.options) if self.facts["has_tokenizer"] else None
 
     @property
     def pid(self) -> int:

@@ -18,9 +18,11 @@ import torch
 from djinn_lib import nvml
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.opening import MastersForm, choose_masters
-from djinn_lib.errors import ConfigError, DjinnError, shown
+from djinn_lib.engine.serving.named import ByName
+from djinn_lib.errors import ConfigError, DjinnError, unknown_model
 from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
+from djinn_lib.fleet.handles import FleetModel
 from djinn_lib.fleet.live import drawn_again
 from djinn_lib.fleet.options import engine_environment, engine_options
 from djinn_lib.fleet.requests import Requests
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
-class Fleet(Requests):
+class Fleet(Requests, ByName):
     """Serves models that together are larger than the device memory given to them, with vLLM.
 
     Every model gets a vLLM engine in a process of its own, which batches its requests; all their
@@ -106,8 +108,8 @@ class Fleet(Requests):
 
     # -- models ----------------------------------------------------------------------------
 
-    def add(self, name: str, source: str | Path, **options: Any) -> None:
-        """Start the engine of a model; safe to be called for several at once.
+    def add(self, name: str, source: str | Path, **options: Any) -> FleetModel:
+        """Start the engine of a model; threads may add several at the same time.
 
         On a GPU several start side by side as far as its memory allows.
 
@@ -116,6 +118,9 @@ class Fleet(Requests):
             source: a folder with config.json and safetensors, or a hub id.
             options: any of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
                 `kv_cache_memory_bytes` is memory beside the ring; default 2 GiB on a GPU.
+
+        Returns:
+            The model, with methods of its own: ``fleet.add("chat", ...).generate("Hi")``.
 
         Raises:
             ConfigError: the name is taken, or the options cannot be used with a ring.
@@ -149,9 +154,9 @@ class Fleet(Requests):
         with self._lock:
             if self._engines.get(name) is starting:
                 self._engines[name] = engine
-                return
-        engine.close()  # the fleet was closed meanwhile
-        self._ensure_open()
+                return FleetModel(self, engine)
+        engine.close()
+        raise _closed()
 
     def remove(self, name: str) -> None:
         """End the engine of a model; its frames are free. Requests that wait for it fail."""
@@ -168,20 +173,32 @@ class Fleet(Requests):
         """Return the engine of a model.
 
         Raises:
-            ConfigError: no model is called so.
+            ConfigError: there is no such model.
         """
         self._ensure_open()
         engine = self._engines.get(name)
         if engine is None or isinstance(engine, _Starting):
             raise ConfigError(
-                f"no model is called {shown(name)}: add it first, or choose one of {self.models}"
+                unknown_model(name, self.models, "add it with fleet.add(name, source)")
             )
         return engine
 
     @property
     def models(self) -> list[str]:
-        """The models that can be asked."""
+        """The names of the models that have started."""
         return [n for n, one in list(self._engines.items()) if not isinstance(one, _Starting)]
+
+    @property
+    def _names(self) -> list[str]:
+        return self.models
+
+    def __getitem__(self, name: str) -> FleetModel:
+        """Return a model by name.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        return FleetModel(self, self.engine(name))
 
     # -- state -----------------------------------------------------------------------------
 
@@ -217,7 +234,7 @@ class Fleet(Requests):
 
     def _ensure_open(self) -> None:
         if self.closed:
-            raise DjinnError("this fleet was closed: make a new one")
+            raise _closed()
 
     def close(self) -> None:
         """End all engines and the broker; requests that wait fail. Closing twice is harmless."""
@@ -228,6 +245,10 @@ class Fleet(Requests):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _closed() -> DjinnError:
+    return DjinnError("this fleet was closed: make a new one")
 
 
 class _Starting:

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import DjinnError, unknown_model
 from djinn_lib.fleet.status import RingStatus
 
 _HOP_BY_HOP = frozenset(
@@ -118,10 +118,8 @@ class Gateway:
             return None
 
     def _unknown(self, model: str) -> Response:
-        known = ", ".join(self._upstreams)
-        return self._answer(
-            "unknown", _error(404, f"no model is called {model!r}: choose from {known}")
-        )
+        said = unknown_model(model, self._upstreams, "choose one of these")
+        return self._answer("unknown", _error(404, said))
 
     async def _pass_on(self, request: Request) -> Response:
         body = await request.body()

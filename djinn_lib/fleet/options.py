@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from djinn_lib.engine.models.hub import resolve_folder
+from djinn_lib.engine.models.tokenizer import Tokenizer, read_tokenizer
 from djinn_lib.errors import ConfigError, shown
 
 KV_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -64,6 +66,18 @@ def defaults_on(device: str) -> dict[str, Any]:
     if device == "cpu":
         return {**options, "enforce_eager": True}  # compiling for a CPU takes a minute
     return {**options, "gpu_memory_utilization": 0.05}  # only asked for at the start, to be free
+
+
+def engine_tokenizer(options: Mapping[str, Any]) -> Tokenizer | None:
+    """Read the tokenizer that an engine with these options uses.
+
+    Raises:
+        CheckpointError: its files are broken, or cannot be fetched.
+    """
+    trusted = bool(options.get("trust_remote_code"))
+    revision = options.get("tokenizer_revision") or options.get("revision")
+    source = options.get("tokenizer") or options["model"]
+    return read_tokenizer(resolve_folder(source, revision, trusted), trusted)
 
 
 def engine_environment(socket: Path, masters: str) -> dict[str, str]:

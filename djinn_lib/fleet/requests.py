@@ -1,4 +1,4 @@
-"""Requests of a fleet: checked before an engine sees them, and made into `Generation`s after."""
+"""Requests to a fleet: check them, pass them to an engine, and convert what it returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from queue import SimpleQueue
 from typing import Any, Unpack
 
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.prompts import Prompt, ReadPrompt, read_prompts
+from djinn_lib.engine.prompts import (
+    Messages,
+    Prompt,
+    ReadPrompt,
+    is_conversation,
+    read_prompts,
+)
 from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.engine.serving.stream import Stream
 from djinn_lib.errors import ConfigError, shown
@@ -18,14 +24,14 @@ Part = str | list[int]
 
 
 class Requests(ABC):
-    """What a fleet is asked."""
+    """The methods of a `Fleet` that make requests."""
 
     @abstractmethod
     def engine(self, name: str) -> EngineClient:
         """Return the engine of a model.
 
         Raises:
-            ConfigError: no model is called so.
+            ConfigError: there is no such model.
         """
 
     def generate(
@@ -62,6 +68,32 @@ class Requests(ABC):
             for one in asked:  # where one failed, nobody waits for the others
                 one.cancel()
 
+    def chat(
+        self,
+        name: str,
+        messages: Messages,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Answer a conversation, formatted with the chat template of the model's tokenizer.
+
+        Args:
+            name: which model.
+            messages: such as ``[{"role": "user", "content": "Hi"}]``; a text is one such message.
+            max_new_tokens, ignore_eos, sampling, options: as for `generate`.
+
+        Raises:
+            ConfigError: as for `generate`; or the model has no chat template, or its template
+                cannot take these messages.
+            CheckpointError: the tokenizer cannot be read.
+            EngineDied: its engine ended.
+        """
+        ids = chat_ids(self.engine(name), messages)
+        return self.generate(name, ids, max_new_tokens, ignore_eos, sampling=sampling, **options)
+
     def submit(
         self,
         name: str,
@@ -93,7 +125,7 @@ class Requests(ABC):
     def stream(
         self,
         name: str,
-        prompt: Prompt,
+        prompt: Prompt | Messages,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
         *,
@@ -104,13 +136,20 @@ class Requests(ABC):
 
         A piece is what one step of the engine gave. Leaving the loop early gives the request up.
 
+        Args:
+            name: which model.
+            prompt: one prompt, as for `generate`; or a list of messages, as for `chat`.
+            max_new_tokens, ignore_eos, sampling, options: as for `generate`.
+
         Raises:
-            ConfigError, EngineDied: as for `generate`.
+            ConfigError, EngineDied: as for `generate` and `chat`.
         """
         engine = self.engine(name)
         asked = Sampling.of(sampling, max_new_tokens, ignore_eos, options)
         parameters = sampling_parameters(engine, asked)
-        prompts, several = read_prompts(prompt)
+        prompts, several = read_prompts(
+            chat_ids(engine, prompt) if is_conversation(prompt) else prompt
+        )
         if several:
             raise ConfigError("several prompts cannot be streamed at once: pass one")
         check_prompt(engine, prompts[0], parameters["max_tokens"])
@@ -141,6 +180,19 @@ def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, A
             raise ConfigError(f"stop needs a tokenizer, and {engine.name!r} has none: leave it out")
         parameters["stop"] = list(sampling.stops)
     return parameters
+
+
+def chat_ids(engine: EngineClient, messages: object) -> list[int]:
+    """Return the token ids of a conversation, up to the start of the model's answer.
+
+    Raises:
+        ConfigError: the model has no tokenizer or chat template, or the template cannot format
+            these messages.
+        CheckpointError: the tokenizer cannot be read.
+    """
+    if engine.tokenizer is None:
+        raise ConfigError(f"{engine.name!r} has no tokenizer: pass token ids to generate()")
+    return engine.tokenizer.encode_chat(messages)
 
 
 def check_prompt(engine: EngineClient, prompt: ReadPrompt, max_new_tokens: int) -> None:
