@@ -39,28 +39,28 @@ _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
 class Fleet(Requests, ByName):
-    """Serves models that together are larger than the device memory given to them, with vLLM.
+    """Serves models with vLLM that together are larger than the device memory given to them.
 
-    Every model gets a vLLM engine in a process of its own, which batches its requests; all their
-    weights lie on one ring. The processes end with this object, and with this process.
+    Every model gets a vLLM engine in its own process, which batches requests. The weights of all
+    models share one ring. The processes end when this object is closed or this process ends.
 
     Args:
         capacity: device memory for weights, in bytes or as text ("25GiB").
         device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
         page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
-        policy: who loses pages when the ring is full, by name.
+        policy: name of the eviction policy.
         eviction: "pages" evicts only what is needed; "models" evicts entire models.
-        quantum_s: how long an engine computes at least while others wait.
-        max_wait_s: how long no engine waits much longer than.
+        quantum_s: minimum time that an engine computes while others wait.
+        max_wait_s: approximate limit of the time that an engine waits.
         masters: "plain", "compressed" or "auto": how engines keep their masters, as for a `Djinn`.
-        python: of the environment that has vLLM; default is DJINN_VLLM_PYTHON, else this one, else
-            that of `.venv-vllm`.
-        progress: told what a longer step is doing.
+        python: Python of an environment with vLLM; default is DJINN_VLLM_PYTHON, else this Python,
+            else the one of `.venv-vllm`.
+        progress: called with messages during longer steps.
 
     Raises:
-        ConfigError: a parameter has no meaning, or the GPU has a ring already.
+        ConfigError: a parameter is invalid, or the GPU already has a ring.
         CapacityError: the capacity is below one page or above the free memory.
-        PlatformError: no vLLM, or the platform lacks what the device's frames need.
+        PlatformError: vLLM is missing, or the platform cannot share frames of the device.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Fleet(Requests, ByName):
         masters: MastersForm = "plain",
     ) -> None:
         self.device = parse_device(device)
-        self._masters = choose_masters(masters, torch.device("cpu"))  # engines know their devices
+        self._masters = choose_masters(masters, torch.device("cpu"))  # checks the name only
         self.capacity_bytes = parse_bytes(capacity)
         page_bytes = parse_bytes(page or DEFAULT_PAGE_BYTES[self.device.type])
         self._python, self._progress = vllm_python(python), progress
@@ -114,10 +114,10 @@ class Fleet(Requests, ByName):
         On a GPU several start side by side as far as its memory allows.
 
         Args:
-            name: what requests will call it.
+            name: name of the model in requests.
             source: a folder with config.json and safetensors, or a hub id.
-            options: any of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
-                `kv_cache_memory_bytes` is memory beside the ring; default 2 GiB on a GPU.
+            options: options of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
+                `kv_cache_memory_bytes` is not part of the ring; default 2 GiB on a GPU.
 
         Returns:
             The model, with methods of its own: ``fleet.add("chat", ...).generate("Hi")``.
@@ -159,14 +159,14 @@ class Fleet(Requests, ByName):
         raise _closed()
 
     def remove(self, name: str) -> None:
-        """End the engine of a model; its frames are free. Requests that wait for it fail."""
+        """End the engine of a model and free its frames; its unfinished requests fail."""
         engine = self.engine(name)
         with self._lock:
             self._engines.pop(name, None)
         engine.close()
 
     def evict(self, name: str) -> None:
-        """Take all pages of a model off the device, after the step at hand."""
+        """Evict all pages of a model, after the current step."""
         self.engine(name).call("ring_sleep")
 
     def engine(self, name: str) -> EngineClient:
@@ -203,7 +203,7 @@ class Fleet(Requests, ByName):
     # -- state -----------------------------------------------------------------------------
 
     def status(self) -> RingStatus:
-        """Look at the ring.
+        """Query the state of the ring.
 
         Raises:
             BrokerGone: its process ended.
@@ -216,7 +216,7 @@ class Fleet(Requests, ByName):
         return self.status().residency()
 
     def stats(self) -> pd.DataFrame:
-        """One row a model: what leases cost it since it was added."""
+        """One row a model: costs of its leases since it was added."""
         return self.status().stats()
 
     def _repr_html_(self) -> str:
@@ -224,12 +224,12 @@ class Fleet(Requests, ByName):
         return "<i>closed</i>" if self.closed else self.status().html()
 
     def live(self, every_s: float = 0.2) -> AbstractContextManager[None]:
-        """Show the ring in a notebook, drawn again and again until the block ends."""
+        """Show the ring in a notebook, and redraw it until the block ends."""
         return drawn_again(self._repr_html_, every_s)
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the fleet was closed."""
         return not self._finalizer.alive
 
     def _ensure_open(self) -> None:
@@ -237,7 +237,7 @@ class Fleet(Requests, ByName):
             raise _closed()
 
     def close(self) -> None:
-        """End all engines and the broker; requests that wait fail. Closing twice is harmless."""
+        """End all engines and the broker; unfinished requests fail. A second call does nothing."""
         self._finalizer()
 
     def __enter__(self) -> Fleet:
@@ -252,17 +252,17 @@ def _closed() -> DjinnError:
 
 
 class _Starting:
-    """Holds the name of a model whose engine is starting."""
+    """Reserves the name of a model whose engine is starting."""
 
     def ask_to_end(self) -> None:
-        """Nothing: `add` looks whether the fleet was closed."""
+        """Do nothing: `add` checks whether the fleet was closed."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _close(owner: int, engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
-    """End everything that a fleet started; a forked child leaves its parent's as it is."""
+    """End everything that a fleet started; does nothing in a forked child."""
     if os.getpid() != owner:
         return
     ending = list(engines.values())
