@@ -45,9 +45,7 @@ class PartCell:
     def notes(self) -> list[str]:
         """Its notes, including the name of its part."""
         notes = list(self.manifest["notes"])
-        if not any(
-            note.startswith(_RAN_IN) for note in notes
-        ):  # a merged part already has the note
+        if not any(note.startswith(_RAN_IN) for note in notes):  # a merged part has one
             notes.append(f"{_RAN_IN}{self.part}")
         return notes
 
