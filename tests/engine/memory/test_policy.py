@@ -98,7 +98,7 @@ def test_the_oracle_refuses_what_it_was_not_told_of():
     oracle = Oracle("ab")
     oracle.touch("a", 0.0)
     oracle.touch("b", 1.0)
-    with pytest.raises(ConfigError, match="the oracle's 2 requests"):
+    with pytest.raises(ConfigError, match="knows only 2 requests"):
         oracle.touch("a", 2.0)
 
 
