@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TraceError,
     )
     from djinn_lib.fleet.fleet import Fleet
+    from djinn_lib.fleet.handles import FleetModel
     from djinn_lib.simulator.optimal import optimal_bytes
     from djinn_lib.simulator.simulate import simulate
 
@@ -46,6 +47,7 @@ __all__ = [
     "Djinn",
     "DjinnError",
     "Fleet",
+    "FleetModel",
     "Generation",
     "LeaseError",
     "Model",
@@ -64,6 +66,7 @@ __all__ = [
 _HOMES = {
     "Djinn": "engine.djinn",
     "Fleet": "fleet.fleet",
+    "FleetModel": "fleet.handles",
     "Generation": "engine.serving.generation",
     "Model": "engine.handles",
     "ModelSpec": "engine.models.spec",

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import commands
 
 app = typer.Typer(
@@ -188,16 +188,25 @@ def trace(
     kind: Annotated[Kind, typer.Option(help="40/40/20 percent, or Zipf's law")] = Kind.paper,
     alpha: Annotated[float, typer.Option(help="with `zipf`: the skew")] = 1.0,
     rate: Annotated[float, typer.Option(help="with `zipf`: requests a second")] = 0.5,
+    replace: Annotated[bool, typer.Option("--replace", help="replace the output file")] = False,
 ) -> None:
-    """Write a trace: which of the paper's three models is asked for, and when."""
+    """Write a trace: each request's model (one of the paper's three) and arrival time.
+
+    Missing folders are created. An existing file is kept, unless `--replace` is given.
+    """
     from djinn_lib.experiment.paper_form import save_trace
     from djinn_lib.trace import PAPER_MODELS, paper_trace, zipf_trace
 
+    if output.exists() and not replace:
+        raise ConfigError(f"{output} already exists: choose another --output, or add --replace")
+    is_new_folder = not output.parent.exists()
     if kind is Kind.paper:
         made = paper_trace(n=n_agents, seed=seed)
     else:
         made = zipf_trace(n_agents, alpha, PAPER_MODELS, seed, rate)
     save_trace(made, output)
+    if is_new_folder:
+        print(f"created the folder {output.parent}")
     print(f"{len(made)} requests for {len(made.models)} models: {output}")
 
 

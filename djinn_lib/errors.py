@@ -6,7 +6,7 @@ that a caller would expect, so `except ValueError` works.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from numbers import Number
 from pathlib import PurePath
@@ -50,6 +50,13 @@ def did_you_mean(value: object, known: Iterable[str], otherwise: str) -> str:
     """Ask for the known name that is most like a refused one; `otherwise` if none is."""
     similar = get_close_matches(value, known, 1) if isinstance(value, str) else []
     return f"did you mean {shown(similar[0])}?" if similar else otherwise
+
+
+def unknown_model(name: object, known: Collection[str], otherwise: str) -> str:
+    """Return the message about a name that no model has; `otherwise` if none is like it."""
+    return f"expected one of the models {list(known)}, got {shown(name)}: " + did_you_mean(
+        name, known, otherwise
+    )
 
 
 class ConfigError(DjinnError, ValueError):

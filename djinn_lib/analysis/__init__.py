@@ -1,1 +1,1 @@
-"""What a run says: its rows read, counted, judged and drawn. Needs no torch."""
+"""Analyse a run: read its rows, compute metrics, judge claims, draw figures. Needs no torch."""

@@ -1,6 +1,6 @@
-"""What notebook 02 shows of one cell: a summary, its requests, and what the ring held.
+"""Show one cell in notebook 02: a summary, its requests, and the content of the ring.
 
-Of a system that cannot run on this machine there is one sentence, and nothing else.
+For a system that cannot run on this machine, it shows only one sentence.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MOVED = {"loaded": "loaded", "evicted": "evicted", "writeback": "written back"}
 
 
 def summary(rows: pd.DataFrame) -> Styler | Markdown:
-    """Return the measures of one cell, one a line; or the sentence why it could not run.
+    """Return the measures of one cell, one on each line; or why it could not run.
 
     Args:
-        rows: of one cell.
+        rows: rows of one cell.
     """
     if why := _unavailable(rows):
         return Markdown(why)
@@ -34,12 +34,12 @@ def summary(rows: pd.DataFrame) -> Styler | Markdown:
 
 
 def requests(rows: pd.DataFrame) -> Styler | None:
-    """Return a line a request of the first repeat; None of a cell that could not run."""
+    """Return a line for each request of the first repeat; None if the cell could not run."""
     return None if _unavailable(rows) else shown(request_table(rows))
 
 
 def held(rows: pd.DataFrame, system: str) -> Figure | None:
-    """Draw the bytes of each model after each request; None of a cell that could not run."""
+    """Draw the bytes of each model after each request; None if the cell could not run."""
     return None if _unavailable(rows) else residency_over_time(rows, system)
 
 
@@ -69,9 +69,9 @@ def cell_measures(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def request_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a line a request of the first repeat: weights in MiB, times in ms, and failures.
+    """Return a line for each request of the first repeat: weights in MiB, times in ms, failures.
 
-    The column of failures is there only if a request failed.
+    The column of failures exists only if a request failed.
     """
     first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
     table = first[["request", "model"]].rename(columns={"model": "model"})
@@ -87,7 +87,7 @@ def request_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unavailable(rows: pd.DataFrame) -> str:
-    """Why the system of a cell cannot run on this machine; empty if it can."""
+    """Return why the system of a cell cannot run on this machine; "" if it can."""
     rest, reasons = split_unavailable(rows)
     if not reasons or len(rest):
         return ""

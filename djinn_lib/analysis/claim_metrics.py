@@ -1,9 +1,8 @@
-"""What a claim can be about: one small function a metric, from a run to a value.
+"""Metrics of claims: each is a small function from a run to a value.
 
-Here are the register of all metrics, and those of counts, bytes and shares, which hold on any
-machine; `claim_tokens` has those of tokens, `claim_times` and `claim_rates` those that rest on
-clocks. A metric that cannot be measured raises
-`NotMeasured` with the reason.
+This module has the register of all metrics, and the metrics of counts, bytes and shares, which are
+valid on any machine. `claim_tokens` has metrics of tokens; `claim_times` and `claim_rates` have
+metrics of times. A metric that cannot be measured raises `NotMeasured` with the reason.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ KEYS = ["trace", "request"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A value, how many requests of a trace it rests on, and how sure it is.
+    """A measured value, its number of requests, and its uncertainty.
 
     Attributes:
-        value: what was measured.
-        n: requests, not their repeats.
-        remark: numbers behind it, for people.
-        interval: 95%, where the value is a statistic of requests that stand for others.
-        span: where there is no such interval, the least and the greatest that was found: of the
-            repeats of a count or a maximum, or of several capacities.
+        value: the measured value.
+        n: number of requests, without repeats.
+        remark: more numbers, as text.
+        interval: 95% interval, if the value is a statistic of a sample of requests.
+        span: without an interval, the least and the greatest value, over the repeats of a count or
+            a maximum, or over several capacities.
     """
 
     value: float
@@ -73,7 +72,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """Make sure that a metric takes these arguments.
 
     Raises:
-        TypeError: it does not; the message says which.
+        TypeError: an argument is missing or unknown; the message names it.
     """
     bound = inspect.signature(METRICS[name]).bind(None, **arguments).arguments
     inspect.signature(select).bind(None, None, **bound.get("where", {}))
@@ -88,14 +87,14 @@ def estimate(found: Interval, n: int, remark: str = "") -> Measurement:
 
 
 def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
-    """Return a share of the requests of a trace, which is a count: all of them were sent.
+    """Return a share of the requests of a trace.
 
-    So it has no interval. Where repeats differ, its span is that of the repeats.
+    All requests were sent, so it is a count without an interval. If repeats differ, it has a span.
 
     Args:
         hits: True for each row that counts.
         rows: the rows.
-        remark: for people.
+        remark: more numbers, as text.
     """
     each = hits.groupby(rows["repeat"]).mean()
     spread = (float(each.min()), float(each.max()))
@@ -105,7 +104,7 @@ def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
 
 
 def n_requests(rows: pd.DataFrame) -> int:
-    """Return how many requests rows are of, each trace by itself, repeats not counted."""
+    """Return the number of requests, counted for each trace, without repeats."""
     return len(rows[KEYS].drop_duplicates())
 
 
@@ -115,7 +114,7 @@ def _bytes_per_repeat(rows: pd.DataFrame) -> float:
 
 @metric()
 def zero_load_share(run: Run, system: str, **where: Any) -> Measurement:
-    """Share of the served requests for which not one byte was loaded."""
+    """Share of the served requests for which no byte was loaded."""
     rows = served(run, system, **where)
     hits = rows["loaded_bytes"] == 0
     return count(hits, rows, _so_many(hits, rows))
@@ -166,7 +165,7 @@ def capacity_share(run: Run, capacity_label: str) -> Measurement:
 
 @metric()
 def popularity_ratio(run: Run, trace: str) -> Measurement:
-    """Probability of the most popular model divided by that of the second, as drawn from."""
+    """Probability of the most popular model divided by that of the second."""
     chosen = run.traces.get(trace)
     if chosen is None or "probabilities" not in chosen.params:
         raise NotMeasured(f"no trace {trace!r} with known probabilities in this run")
@@ -179,9 +178,9 @@ def popularity_ratio(run: Run, trace: str) -> Measurement:
 def bytes_to_optimum(
     run: Run, system: str, capacity_label: str, trace: str = MAIN_TRACE
 ) -> Measurement:
-    """Bytes loaded divided by the least that any schedule must load in that capacity.
+    """Bytes loaded divided by the minimum that any schedule must load at that capacity.
 
-    Of what the system keeps on the device: tables that stay in the host are no part of either.
+    Neither includes lookup tables that stay in host memory.
     """
     rows = served(run, system, trace=trace, capacity_label=capacity_label)
     if trace not in run.traces:
@@ -208,10 +207,10 @@ def computed_hit_share(
     """Share of the main trace's requests that load nothing: simulated, not measured.
 
     Args:
-        run: whose sizes and capacity are taken.
-        capacity_label: of the ring.
+        run: run with the sizes and the capacity.
+        capacity_label: label of the ring's capacity.
         eviction: "models" for a cache of whole models, "pages" for parts of them.
-        start: "warm" if each model was asked for once before, in their order.
+        start: "warm" if each model was requested once before, in their order.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
     before = list(run.sizes) if start == WARM else []

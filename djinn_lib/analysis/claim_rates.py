@@ -1,6 +1,6 @@
-"""Metrics of claims on several cells: speed-ups over capacities, and the load that is carried.
+"""Metrics of claims on several cells: speed-ups over capacities, and the sustained load.
 
-They rest on clocks. Importing this module registers them.
+They are metrics of times. Importing this module registers them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from djinn_lib.metrics import block_length, bootstrap_interval, by_request
 
 @metric(timed=True)
 def speedup_over_capacities(run: Run, system: str, baseline: str) -> Measurement:
-    """Ratio of medians at each capacity: its middle; every interval has to be as expected."""
+    """Middle of the ratios of medians at all capacities; every interval must be as expected."""
     ratios = _speedups(run, system, baseline)
     values, judged = [r.value for r in ratios], [r.judged for r in ratios]
     span = min(low for low, _ in judged), max(high for _, high in judged)
@@ -66,10 +66,10 @@ def _least_and_most(ratios: Sequence[float]) -> str:
 def highest_rate(
     run: Run, system: str, target_ms: float, share: float = 0.9, **where: Any
 ) -> Measurement:
-    """Highest rate of arrivals (requests a second) at which a share of them is done in time.
+    """Highest arrival rate (requests per second) at which a share of requests meets a target.
 
-    At that rate and at all lower ones that were run. Traces of arrivals are those whose names begin
-    with "load"; failed requests are late.
+    The share must also meet it at all lower measured rates. Names of these traces begin with
+    "load". Failed requests miss the target.
     """
     found: dict[float, metrics.Interval] = {}
     n = 0

@@ -1,4 +1,4 @@
-"""Metrics of claims that rest on clocks: latencies, their ratios, the cost of a switch.
+"""Metrics of claims on times: latencies, their ratios, the cost of a switch.
 
 They are judged on a GPU only. Importing this module registers them. Two systems are compared on one
 machine, request by request; maxima are compared with maxima.
@@ -39,7 +39,7 @@ def _is_largest(statistic: str, n: int) -> bool:
 
 
 def _block(rows: pd.DataFrame, n: int) -> int:
-    """Requests that wait for each other are drawn in blocks; one after another they are not."""
+    """Return the block size of the bootstrap: above 1 only for requests that wait for others."""
     return block_length(n) if (rows["mode"] == "concurrent").any() else 1
 
 
@@ -58,7 +58,7 @@ def latency(run: Run, system: str, statistic: str, **where: Any) -> Measurement:
 
 
 def _maxima(rows: pd.DataFrame) -> list[float]:
-    """The slowest request of each repeat: a maximum has no interval but these."""
+    """Return the slowest request of each repeat; a maximum has no interval."""
     return [float(ms) for ms in metrics.served(rows).groupby("repeat")["total_ms"].max()]
 
 
@@ -74,8 +74,7 @@ def statistic_ratio(
 ) -> Measurement:
     """A statistic of the total latency of `system` divided by that of `to`, paired by request.
 
-    Of several systems the one that does best is taken, out of those that ran on one machine with
-    `to`.
+    If several systems are given, the best one that ran on one machine with `to` is used.
     """
     found = [_ratio(run, name, both, to, statistic)
              for name, both in _comparable(run, system, to, **where).items()]  # fmt: skip
@@ -99,7 +98,7 @@ def _ratio(
 
 
 def _without_name(ratio: Measurement) -> Measurement:
-    """The remark needs no name where there was no choice."""
+    """Remove the system's name from the remark."""
     _, _, place = ratio.remark.partition(", ")
     return Measurement(ratio.value, ratio.n, place, ratio.interval, ratio.span)
 
@@ -107,10 +106,10 @@ def _without_name(ratio: Measurement) -> Measurement:
 def _comparable(
     run: Run, system: str | Sequence[str], to: str, **where: Any
 ) -> dict[str, dict[str, pd.DataFrame]]:
-    """Return rows of each system and of `to`, both of one machine, by the system's name.
+    """Return rows of each system and of `to`, both from one machine, by the system's name.
 
     Raises:
-        NotMeasured: there is none, for the first reason that was found.
+        NotMeasured: there are none; with the first reason.
     """
     served(run, to, **where)  # says why there is none, if so
     found, reasons = {}, []
@@ -129,9 +128,9 @@ def _comparable(
 def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) -> Measurement:
     """Mean cost of a change of the model in `system` divided by that in `to`, paired by request.
 
-    Only requests count whose model differs from the one before, and not those that ask for a model
-    the first time in a repeat, which must load it in every system. Of several systems the one whose
-    switches cost least is taken.
+    Only requests count whose model differs from that of the previous request. The first request for
+    a model in a repeat does not count, because every system must load it then. If several systems
+    are given, the one with the lowest cost is used.
     """
     costs = {}
     for name, both in _comparable(run, system, to, **where).items():
@@ -154,7 +153,7 @@ def _later_costs(rows: pd.DataFrame) -> pd.Series:
 
 @metric(timed=True)
 def exposed_switch_ms(run: Run, system: str, **where: Any) -> Measurement:
-    """Mean time that switches cost requests, the first for each model of a repeat left out."""
+    """Mean exposed time of switches, without the first request for each model of a repeat."""
     rows = metrics.later_touches(select(run, system, **where))
     costs = by_request(rows, "switch_ms")
     if costs.empty:
@@ -169,8 +168,8 @@ def maximum_to_least(
 ) -> Measurement:
     """Slowest request of a system divided by that of the baseline whose slowest is fastest.
 
-    Below 1 it is faster than every baseline's. Baselines are all systems but Djinn and its
-    ablations, as far as they ran on one machine with `system`.
+    Below 1 it is faster than that of every baseline. Baselines are all systems except Djinn and its
+    ablations that ran on one machine with `system`.
     """
     where = {"trace": trace, "capacity_label": capacity_label}
     names = sorted({name for name in metrics.served(select(run, None, **where))["system"]
@@ -203,13 +202,13 @@ def switch_distance(
 ) -> Measurement:
     """How far the distribution of switch times is from a given one: 0 if alike, 1 if disjoint.
 
-    The total variation distance over classes of a switch's cost: the share of requests that would
-    have to be in another class.
+    It is the total variation distance over classes of a switch's cost: the share of requests that
+    would have to be in another class.
 
     Args:
-        run: that is measured.
-        system: whose switches.
-        classes: low (ms), high (ms) and share of each. What is in none of them counts as one more.
+        run: the run.
+        system: the system.
+        classes: low (ms), high (ms) and share of each class. All other costs are one more class.
         where: see `select`.
     """
     rows = served(run, system, **where)

@@ -1,4 +1,4 @@
-"""Metrics of claims on tokens: who gives the same ones. Importing this module registers them."""
+"""Metrics of claims on equal tokens. Importing this module registers them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def token_agreement(run: Run) -> Measurement:
 def token_agreement_of(run: Run, system: str, **where: Any) -> Measurement:
     """Share of requests for which `system` gives the tokens of every transformers-based system.
 
-    These are the other systems that decode by transformers' own steps, at the same capacity. A
-    request counts as the same only if it is so in every repeat.
+    These are the other systems that decode by transformers' own steps, at the same capacity. The
+    tokens must be equal in every repeat.
     """
     own = served(run, system, **where)
     rows = metrics.served(select(run, None, **where))
@@ -63,8 +63,8 @@ def token_agreement_lead(
 ) -> Measurement:
     """Share of requests for which `system` gives the tokens of `reference`, less that of `to`.
 
-    A token is chosen by its score. In half precision some scores differ by no more than what
-    another order of additions changes; after such a token all later ones differ.
+    A token is chosen by its score. In half precision the order of additions can change which of two
+    close scores is higher. All tokens after such a token differ.
     """
     first = {
         name: served(run, name, **where).groupby("request")["token_sha"].first()

@@ -1,4 +1,4 @@
-"""Claims, and what a run says of them."""
+"""Read claims, and judge them by a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CLAIMS = REPO / "claims.yml"
 Judgement = Literal[
     "reproduced", "exceeded", "not reproduced", "unresolved", "not judged", "withdrawn"
 ]
-OPEN = frozenset({"not judged", "withdrawn"})  # judgements that say nothing of what was measured
+OPEN = frozenset({"not judged", "withdrawn"})  # judgements without a measurement
 # Ink and background: dark on light, so that they read on any page.
 _COLORS = {
     "reproduced": ("#14532d", "#dcfce7"),
@@ -116,10 +116,10 @@ class Claim(BaseModel):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run says of a claim.
+    """Verdict of a run on a claim.
 
-    `measured` is None when it says nothing. `low` and `high` are those of a 95% interval, and None
-    where there is none: counts, bytes and maxima have none.
+    `measured` is None if the run has no value. `low` and `high` are the 95% interval; counts, bytes
+    and maxima have none.
     """
 
     id: str
@@ -190,8 +190,8 @@ def compare(
 ) -> tuple[Judgement, str]:
     """Return the judgement on a measured range, and a phrase that says why.
 
-    All of the range has to lie on one side of a bound: one that crosses it leaves the claim
-    unresolved. What is better than expected throughout is exceeded.
+    The whole range must be on one side of a bound; if it crosses the bound, the claim is
+    unresolved. If the whole range is better than expected, the claim is exceeded.
     """
     low, high = expected.bounds
     least = low - tolerance * abs(low) if math.isfinite(low) else low

@@ -1,4 +1,4 @@
-"""What the headline comparisons rest on: ratios, where the time goes, what the gain is made of."""
+"""Tables of the main comparisons: ratios, and the parts of latencies and of gains."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ _GIB = 2**30
 def ratio_table(run: Run, paper: Paper) -> pd.DataFrame:
     """Return how many times lower latencies of one system are than those of another.
 
-    The paper's Djinn decodes by transformers' own steps, as its PyTorch pinned does: like
-    `djinn_eager` here. Of the forms of vLLM's sleep mode the one that is best in a statistic is
-    compared. Below 1 the latency is higher. `n` is how many requests a ratio is paired by. Ratios
-    that cannot be measured have the reason.
+    The paper's Djinn decodes by transformers' own steps, as its PyTorch pinned does; here that is
+    `djinn_eager`. For vLLM's sleep mode, the best variant in each statistic is used. Below 1 the
+    latency is higher. `n` is the number of paired requests. Ratios that cannot be measured have the
+    reason.
     """
     rows = [_ratio(run, paper, slow, fast, statistic, theirs)
             for slow, fast, statistics, theirs in PAIRS for statistic in statistics]  # fmt: skip
@@ -83,10 +83,10 @@ def _ratio(
 
 @or_reason
 def gain_table(run: Run, slow: str = "pytorch_pinned", fast: str = "djinn") -> pd.DataFrame:
-    """Return what a mean request of one system takes less than one of another, part by part.
+    """Return how much time a mean request of one system saves over another, for each part.
 
-    Both are compared on the newest machine that ran both. Only the switch is how weights move; the
-    rest is how tokens are computed, for which no ring is needed.
+    Both are compared on the newest machine that ran both. Only the switch depends on how weights
+    move. The other parts depend on how tokens are computed, which needs no ring.
     """
     need_clocks(run)
     both = side_by_side(run, [slow, fast])
@@ -140,10 +140,10 @@ def _tokens(run: Run, system: str, reference: str, trace: str) -> dict[str, floa
 
 @or_reason
 def pinned_table(run: Run, paper: Paper) -> pd.DataFrame:
-    """Return what is known of the paper's slowest baseline, PyTorch pinned, and of this run's.
+    """Compare the paper's slowest baseline, PyTorch pinned, with that of this run.
 
-    `implied` is the rate at which the paper's median moves the bytes of a mean request there and
-    back, if computing took as long there as here. Pageable memory is what its code does not use.
+    `implied` is the rate of copies in both directions behind the paper's median, if computing
+    took as long there as here. The paper's code does not use pageable memory.
     """
     rows = served(run, "pytorch_pinned")
     need_clocks(run)
@@ -187,12 +187,12 @@ def decomposition(
 ) -> pd.DataFrame:
     """Return where a request's time goes: a row a system, means over its served requests.
 
-    A switch is split by what its bytes need at the measured rates of the link; the rest is the
-    system's own doing: allocating, starting an engine, reading files. It is negative where copying
-    hides behind computing. `total` is the sum of copy, write-back, rest, prefill and decode. The
-    ceiling is a request of nothing but physics: its bytes at the link's rate, then its tokens at
-    the rate of device memory, as each token of batch 1 reads all weights. Without a GPU it has no
-    decoding, and the share that is reached is NaN. So are the paper's numbers where it gives none.
+    A switch is split into the time to copy its bytes at the measured rates of the link, and a rest:
+    allocating, starting an engine, reading files. The rest is negative if copying overlaps with
+    computing. `total` is the sum of copy, write-back, rest, prefill and decode. The ceiling is an
+    ideal request: its bytes at the link's rate, then its tokens at the rate of device memory, since
+    each token of batch 1 reads all weights. Without a GPU it has no decoding, and the reached share
+    is NaN. Numbers that the paper does not give are NaN too.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.

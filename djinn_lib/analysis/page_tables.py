@@ -1,4 +1,4 @@
-"""Tables of a running ring: what a switch moved, and what each request cost."""
+"""Tables of a running ring: pages moved by a switch, and costs of requests."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _MIB = 1 << 20
 
 
 class Cost(Protocol):
-    """What a request found and moved, as a `Generation` says it; all in bytes."""
+    """Resident and moved bytes of a request, as in a `Generation`."""
 
     @property
     def loaded_bytes(self) -> int:
-        """Copied to the device for it."""
+        """Bytes copied to the device for it."""
         ...
 
     @property
     def evicted_bytes(self) -> int:
-        """Taken from other models for it."""
+        """Bytes evicted from other models for it."""
         ...
 
     @property
     def resident_before_bytes(self) -> int:
-        """Of its model, found on the device."""
+        """Bytes of its model that were already on the device."""
         ...
 
 

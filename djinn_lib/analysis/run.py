@@ -1,4 +1,4 @@
-"""A run's folder as one object: everything that figures, claims and the report read of it."""
+"""Read a run's folder into one object, for figures, claims and the report."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind.
+    """The results of a run.
 
     Attributes:
-        folder: of the run.
-        rows: one row a request, of every cell.
+        folder: folder of the run.
+        rows: one row for each request of every cell.
         machine: facts of `machine.json`: names, sizes, versions, measured rates.
         traces: by name.
-        manifests: by cell id; where each cell's rows come from.
-        replicates: rows of the same cells, measured on other machines or at other times. They tell
-            how much a result depends on the machine, and let systems be compared on one machine.
-        replicate_manifests: of these, by run id.
+        manifests: by cell id; the origin of each cell's rows.
+        replicates: rows of the same cells, measured on other machines or at other times. They show
+            how much a result depends on the machine, and allow comparisons on one machine.
+        replicate_manifests: manifests of the replicates, by run id.
         listed_machines: entries of "machines" in machine.json, which name the machines of a run
             that was merged from parts.
     """
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def has_clocks(self) -> bool:
-        """Whether times can be judged; on a CPU that is shared with other work they are noise."""
+        """Whether times can be judged; on a shared CPU they are too noisy."""
         return self.machine.get("device") != "cpu"
 
     # -- weights -----------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class Run:
 
     @cached_property
     def device_sizes(self) -> dict[str, dict[str, int]]:
-        """Bytes of each model that are on the device when nothing of it is missing, by system."""
+        """Bytes of each model on the device when it is completely loaded, by system."""
         return {
             system: {
                 model: int(facts.get("device_bytes", facts["bytes"]))
@@ -101,7 +101,7 @@ class Run:
         return optimal_bytes(self.traces[trace], self.needed_sizes, capacity_bytes)
 
     def compulsory_bytes(self, trace: str) -> int:
-        """Return the bytes that are needed of every model that a trace asks for, each once."""
+        """Return the bytes of all models of a trace, each counted once."""
         return sum(self.needed_sizes[model] for model in self.traces[trace].models)
 
     # -- systems and machines ----------------------------------------------------------------
@@ -110,7 +110,7 @@ class Run:
     def other_steps(self) -> frozenset[str]:
         """Labels of the systems that decode by other steps than transformers' own.
 
-        Their arithmetic rounds differently, so sometimes another token is the likeliest.
+        Their arithmetic rounds differently, so they sometimes choose another token.
         """
         return self._labels(_has_other_steps)
 
@@ -138,10 +138,10 @@ class Run:
 
     @cached_property
     def machine_numbers(self) -> dict[str, int]:
-        """Which machine ran what, by run id: from 1 on, the oldest cell's machine first.
+        """Number of the machine of each run id, from 1 on, in the order of their first cells.
 
-        Machines of one kind are told apart by the UUID of their GPU; in rows older than that, by
-        what their set-ups measured. There is more than one where parts were merged.
+        Machines of one kind are distinguished by the UUID of their GPU; in older rows, by the rates
+        of their set-ups. Merged runs have several machines.
         """
         numbers: dict[str, int] = {}
         in_order = sorted(self.all_manifests.values(), key=lambda m: m["started_at_utc"])
@@ -149,9 +149,9 @@ class Run:
 
     @cached_property
     def machine_names(self) -> dict[int, str]:
-        """What the machines are called, by number: by the UUID of the GPU where it is known.
+        """Names of machines, by number: the UUID of the GPU if it is known.
 
-        Else as in machine.json, if it lists them.
+        Otherwise they are the names in machine.json, if it lists them.
         """
         parts: dict[str, str] = {}
         for entry in self.listed_machines:
@@ -164,7 +164,7 @@ class Run:
         }
 
     def machines_of(self, rows: pd.DataFrame) -> str:
-        """Say which machines served rows, by their names; "0" where it is not known."""
+        """Return the names of the machines that served rows; "0" if unknown."""
         numbers = sorted({self.machine_numbers.get(str(i), 0) for i in rows["run_id"].unique()})
         return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
 
@@ -172,7 +172,7 @@ class Run:
 
     @cached_property
     def every_row(self) -> pd.DataFrame:
-        """The rows, replicates among them."""
+        """All rows, including replicates."""
         if self.replicates.empty:
             return self.rows
         return pd.concat([self.rows, self.replicates], ignore_index=True)
@@ -198,7 +198,7 @@ class Run:
         return rows
 
     def other_cells(self, trace: str, capacity_label: str | None = None) -> pd.DataFrame:
-        """Return what `cells` does, but no rows where a run has none instead of an error."""
+        """Like `cells`, but return an empty table instead of an error."""
         rows = sequential(self.rows)
         rows = rows[(rows["trace"] == trace) & (rows["start"] == "cold")]
         return rows if capacity_label is None else rows[rows["capacity_label"] == capacity_label]
@@ -206,7 +206,7 @@ class Run:
     def concurrent_cells(self, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
         """Return the rows of one trace and capacity whose requests were sent as they arrived.
 
-        They are empty where a run has none.
+        The table is empty if there are none.
         """
         rows = self.rows[(self.rows["mode"] == "concurrent") & (self.rows["start"] == "cold")]
         return rows[(rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)]
@@ -233,7 +233,7 @@ def _identity(manifest: Manifest) -> str:
 
 
 def _facts(machine: Mapping[str, Any]) -> str:
-    """What tells machines apart, as text; versions of packages do not."""
+    """Return the facts that identify a machine, as text, without package versions."""
     facts = {name: value for name, value in machine.items() if name != "versions"}
     return json.dumps(facts, sort_keys=True)
 

@@ -1,4 +1,4 @@
-"""The rows of a run that a question asks for, and which of them may be compared."""
+"""Select rows of a run, and decide which of them may be compared."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _P = ParamSpec("_P")
 
 
 class NotMeasured(Exception):
-    """The run does not say; the message says why."""
+    """A value that the run does not have; the message says why."""
 
 
 def or_reason(make: Callable[_P, pd.DataFrame]) -> Callable[_P, pd.DataFrame]:
-    """Let a function return a table of one line with the reason where it cannot measure."""
+    """Make a function return a table with the reason if it raises `NotMeasured`."""
 
     @wraps(make)
     def made(*args: _P.args, **kwargs: _P.kwargs) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def need_clocks(run: Run) -> None:
     """Make sure that the times of a run can be compared.
 
     Raises:
-        NotMeasured: they come from a CPU that is shared with other work.
+        NotMeasured: they come from a shared CPU.
     """
     if not run.has_clocks:
         raise NotMeasured(CPU_CLOCKS)
@@ -66,7 +66,7 @@ def select(
 
 
 def select_every(run: Run, system: str | None, **where: Any) -> pd.DataFrame:
-    """Return what `select` does, replicates among the rows."""
+    """Like `select`, with replicates among the rows."""
     return _matching(run, run.every_row, system, **where)
 
 
@@ -96,11 +96,11 @@ def _matching(
 
 
 def could_not_batch(run: Run, rows: pd.DataFrame) -> pd.Series:
-    """Whether rows are of requests that waited, in a system that was kept from batching them.
+    """Whether rows are of concurrent requests to a system that was prevented from batching.
 
-    vLLM batches the requests of a model by default. Cells whose manifest does not say that their
-    engines were free to (older ones cannot say so, for they gave an engine one request at a time)
-    tell nothing of vLLM's queues, and are not compared.
+    vLLM batches the requests of a model by default. Older cells gave an engine one request at a
+    time, so they say nothing about vLLM's queues and are not compared. Manifests of newer cells say
+    that their engines could batch.
     """
     unfair = {
         manifest["run_id"]
@@ -127,7 +127,7 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     """Return the attempted rows of a cell of each system, all from one machine.
 
     Machines of one kind differ, so systems are compared on the newest machine that ran them all,
-    with replicates if need be.
+    with replicates if necessary.
 
     Raises:
         NotMeasured: one of them has none or cannot run here, or no machine ran them all.
@@ -153,11 +153,11 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
 
 
 def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -> pd.DataFrame:
-    """Return the rows of the systems that were run at more than one capacity, if any were.
+    """Return the rows of the systems that were run at more than one capacity.
 
-    The baseline is among them wherever it was run, so that an unfinished run can be looked at.
-    At each capacity they are rows of one machine, where one ran all that were run there. Column
-    `machine` says which: systems of different machines are not compared.
+    The baseline is always among them, so unfinished runs can be analysed too. At each capacity all
+    rows are from one machine, if one machine ran all systems. Systems of different machines, which
+    column `machine` shows, are not compared.
 
     Raises:
         RecordError: there are none.
@@ -193,7 +193,7 @@ def swept(rows: pd.DataFrame) -> list[str]:
 
 
 def ran_on(run: Run, *frames: pd.DataFrame) -> str:
-    """Say which machine rows come from, where the run has rows of several; "" otherwise."""
+    """Return from which machines rows come, if the run has several machines; else ""."""
     if len(set(run.machine_numbers.values())) < 2:
         return ""
     *others, last = run.machines_of(pd.concat(frames)).split(", ")

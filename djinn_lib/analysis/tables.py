@@ -1,4 +1,4 @@
-"""The tables that notebooks show: rows and facts in the units that people read."""
+"""Tables for notebooks, in readable units."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Does the simulator tell the truth? Simulated rows compared with measured ones.
+"""Validate the simulator: compare simulated rows with measured ones.
 
-Measured are the rows of `SYSTEMS` in a reference run where there are any, else the cases of the
-engine's benchmark in which one model follows another. The cost model is fitted from hits, loads and
-full misses of single models, so neither has been used for the fit.
+Measured rows are those of `SYSTEMS` in a reference run if there are any, else the cases of the
+engine's benchmark in which one model follows another. The cost model is fitted to hits, loads and
+full misses of single models, so the fit uses neither.
 """
 
 from __future__ import annotations
@@ -99,15 +99,15 @@ def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.D
 
 
 def compared(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return requests measured and simulated: of cells where there are any, else of the engine."""
+    """Return measured and simulated requests: of cells if there are any, else of the engine."""
     found = cells(reference)
     return pairs(reference) if found.empty else found
 
 
 def predicted_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
-    """Predict what a cell of a reference run would have been with other policies.
+    """Predict the results of a cell of a reference run with other policies.
 
-    A row a policy, the offline optimum last.
+    One row for each policy, the offline optimum last.
 
     Raises:
         RecordError: the run has no such cell.
@@ -133,7 +133,7 @@ def predicted_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn")
 def _again(
     rows: pd.DataFrame, manifest: Mapping[str, Any], reference: Path, policy: str = "lru"
 ) -> pd.DataFrame:
-    """The requests of one repeat of a cell, simulated."""
+    """Simulate the requests of one repeat of a cell."""
     sizes = {
         name: model.get("device_bytes", model["bytes"])
         for name, model in manifest["models"].items()
@@ -151,7 +151,7 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Predict what loading ahead is worth on the paper's trace, all requests sent at once.
+    """Predict the benefit of prefetching on the paper's trace, with all requests sent at once.
 
     A row for each of "one after the other", "waiting", "waiting, loading ahead", with the columns
     of `djinn_lib.analysis.results.waiting_table`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
@@ -11,41 +11,35 @@ from transformers import PreTrainedModel
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
 from djinn_lib.engine.pictures import ModelState, picture
-from djinn_lib.engine.prompts import Prompt
+from djinn_lib.engine.prompts import Messages, Prompt
 from djinn_lib.engine.serving.generation import Generation
-from djinn_lib.engine.serving.request import PendingGeneration
-from djinn_lib.engine.serving.requests import Messages, Requests
+from djinn_lib.engine.serving.named import ByName, NamedModel
+from djinn_lib.engine.serving.requests import Requests
 from djinn_lib.engine.serving.served_model import ServedModel
-from djinn_lib.engine.serving.stream import Stream
-from djinn_lib.errors import ConfigError
 from djinn_lib.units import format_bytes
 
 if TYPE_CHECKING:
     from djinn_lib.engine.djinn import Djinn
 
 
-class Model:
+class Model(NamedModel):
     """A model of a `Djinn`.
 
-    After the model was removed every method raises `ConfigError`, also where another model has its
+    After the model was removed every method raises `ConfigError`, even if another model has its
     name by then.
     """
 
     def __init__(self, djinn: Djinn, served: ServedModel) -> None:
         self._owner, self._served = djinn, served
 
-    @property
-    def _djinn(self) -> Djinn:
+    def _ensure_present(self) -> Djinn:
         if self._served.removed:
-            raise ConfigError(
-                f"the model {self.name!r} of this handle was removed: add it again, and use what "
-                "add returns"
-            )
+            raise self._removed()
         return self._owner
 
     @property
     def name(self) -> str:
-        """What requests call it."""
+        """The name of the model in requests."""
         return self._served.name
 
     @property
@@ -56,7 +50,7 @@ class Model:
     @property
     def resident_bytes(self) -> int:
         """Bytes of it that are on the device now."""
-        return self._djinn.stats().resident_bytes[self.name]
+        return self._ensure_present().stats().resident_bytes[self.name]
 
     @property
     def residency(self) -> float:
@@ -68,63 +62,7 @@ class Model:
         """How it decodes."""
         return self._served.decoder.mode
 
-    # -- requests: see the methods of `Djinn` ----------------------------------------------------
-
-    def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        *,
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Generation | Any:
-        """Continue a prompt, or each of a list of them; see `Djinn.generate`."""
-        return self._djinn.generate(
-            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
-        )
-
-    def chat(
-        self,
-        messages: Messages,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        *,
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Generation:
-        """Answer a conversation; see `Djinn.chat`."""
-        return self._djinn.chat(
-            self.name, messages, max_new_tokens, ignore_eos, sampling=sampling, **options
-        )
-
-    def stream(
-        self,
-        prompt: Prompt | Messages,
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        *,
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Stream[Any]:
-        """Yield a continuation while it is decoded; see `Djinn.stream`."""
-        return self._djinn.stream(
-            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
-        )
-
-    def submit(
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: int | None = None,
-        ignore_eos: bool | None = None,
-        *,
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> PendingGeneration | Any:
-        """Queue what `generate` does, and return at once; see `Djinn.submit`."""
-        return self._djinn.submit(
-            self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
-        )
+    # -- requests of asyncio, and tokens ---------------------------------------------------------
 
     async def agenerate(
         self,
@@ -136,7 +74,7 @@ class Model:
         **options: Unpack[SamplingOptions],
     ) -> Generation | Any:
         """`generate` for asyncio; see `Djinn.agenerate`."""
-        return await self._djinn.agenerate(
+        return await self._ensure_present().agenerate(
             self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
         )
 
@@ -150,27 +88,23 @@ class Model:
         **options: Unpack[SamplingOptions],
     ) -> AsyncIterator[Any]:
         """`stream` for asyncio; see `Djinn.astream`."""
-        return self._djinn.astream(
+        return self._ensure_present().astream(
             self.name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options
         )
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of `text`; see `Djinn.tokenize`."""
-        return self._djinn.tokenize(self.name, text)
+        return self._ensure_present().tokenize(self.name, text)
 
     # -- its pages -------------------------------------------------------------------------------
 
     def lease(self, *, wait: bool = True) -> AbstractContextManager[PreTrainedModel]:
         """Lend the transformers model; see `Djinn.lease`."""
-        return self._djinn.lease(self.name, wait=wait)
+        return self._ensure_present().lease(self.name, wait=wait)
 
     def evict(self) -> int:
         """Take all its pages off the device; returns how many bytes that freed."""
-        return self._djinn.evict(self.name)
-
-    def remove(self) -> None:
-        """Forget it and free all that it holds; see `Djinn.remove`."""
-        self._djinn.remove(self.name)
+        return self._ensure_present().evict(self.name)
 
     # -- in a notebook ---------------------------------------------------------------------------
 
@@ -195,30 +129,17 @@ class Model:
         return picture([ModelState(self.name, self.n_bytes, self.resident_bytes)])
 
 
-class ModelsByName(Requests):
-    """Models as a mapping has them: by name, in order of addition."""
+class ModelsByName(Requests, ByName):
+    """The models of a `Djinn` by name, as handles."""
+
+    @property
+    def _names(self) -> list[str]:
+        return [model.name for model in self._models]
 
     def __getitem__(self, name: str) -> Model:
-        """The model of that name.
+        """Return a model by name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such model.
         """
-        served = self._models[name]
-        return Model(cast("Djinn", self), served)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._models
-
-    def __iter__(self) -> Iterator[str]:
-        """The names of the models."""
-        return (model.name for model in self._models)
-
-    def __len__(self) -> int:
-        return len(self._models)
-
-    def __bool__(self) -> bool:
-        return True  # also without models
-
-    def _ipython_key_completions_(self) -> list[str]:
-        return list(self)  # what a notebook offers after `djinn["`
+        return Model(cast("Djinn", self), self._models[name])

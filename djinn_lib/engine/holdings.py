@@ -1,4 +1,4 @@
-"""What a `Djinn` holds, and its end: closed by hand, collected, or inherited by a child process."""
+"""Own the resources of a `Djinn`, and release them when it is closed or collected."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.scheduler import Scheduler
 from djinn_lib.errors import CapacityError, DjinnError
 
-_OWN_THREADS = "djinn-"  # how the names of the threads begin that are started for a Djinn
+_OWN_THREADS = "djinn-"  # prefix of the names of a Djinn's threads
 
 
 class Holdings:
     """Threads, device memory and host memory of one `Djinn`, released together and once.
 
-    Nothing here refers to the `Djinn`, so that it can be collected while this still works.
+    Nothing here refers to the `Djinn`, so it can be collected while this is in use.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Holdings:
 
     @classmethod
     def made_of(cls, options: EngineOptions) -> Holdings:
-        """Make everything that a `Djinn` needs; a failure leaves nothing.
+        """Make everything that a `Djinn` needs; after an error nothing is left.
 
         Raises:
             CapacityError: the capacity is below one page or above the free memory.
@@ -62,12 +62,12 @@ class Holdings:
 
     @property
     def is_of_this_process(self) -> bool:
-        """False in a forked child, which shares the memory but has none of the threads."""
+        """Whether this process made them; a forked child has none of the threads."""
         return os.getpid() == self._process
 
     @property
     def is_closed(self) -> bool:
-        """Whether they were released, or are being."""
+        """Whether they were released, or are being released."""
         return self._is_closed
 
     def ensure_open(self) -> Holdings:
@@ -86,9 +86,9 @@ class Holdings:
         return self
 
     def close(self) -> None:
-        """Refuse requests that wait, let the one being served end, and release everything.
+        """Refuse queued requests, finish the current one, and release everything.
 
-        Closing twice is harmless; a second caller waits for the first.
+        A second call waits for the first one and does nothing else.
 
         Raises:
             LeaseError: called inside a lease.
@@ -100,16 +100,16 @@ class Holdings:
         self._release(is_collected=False)
 
     def collect(self) -> None:
-        """Do the same for a `Djinn` that nobody refers to any more; never raises.
+        """Close a `Djinn` that the garbage collector deletes; never raises.
 
-        The garbage collector may call this in any thread and between any two steps, those of the
-        holdings' own threads included. So another thread does the work.
+        The garbage collector may call this in any thread at any point, including the threads of
+        these holdings. So another thread does the work.
         """
         if not self.is_of_this_process or self._is_released:
             return
         self._is_closed = True
         thread = threading.Thread(target=self._release, args=(True,), name="djinn-end")
-        with suppress(RuntimeError):  # no threads any more: the process ends, and frees all
+        with suppress(RuntimeError):  # the process is ending, which frees everything
             thread.start()
             if not threading.current_thread().name.startswith(_OWN_THREADS):
                 thread.join()
@@ -118,17 +118,17 @@ class Holdings:
         with self._releasing:
             if self._is_released:
                 return
-            with ExitStack() as steps:  # from the last to the first, whatever one of them raises
+            with ExitStack() as steps:  # in reverse order, even if one of them raises
                 steps.callback(self.masters.close)
                 steps.callback(self.models.clear)
-                steps.callback(self.pager.close)  # it waits for what the device still does
+                steps.callback(self.pager.close)  # it waits for the device
                 steps.callback(self.scheduler.close, is_collected)
             self._is_released = True
 
 
 @contextmanager
 def _explaining_the_cpu(options: EngineOptions) -> Iterator[None]:
-    """Say why the ring is in host memory, if that is too small and nobody chose the CPU."""
+    """If host memory is too small for the ring, explain why the CPU was chosen."""
     try:
         yield
     except CapacityError as error:

@@ -1,4 +1,4 @@
-"""What callers pass as a prompt, read into text or a list of token ids; and conversations.
+"""Read what callers pass as prompts into text or lists of token ids; and read conversations.
 
 A prompt is text, a list, tuple, range or one-dimensional array of token ids, or what a tokenizer
 returns. A list of those is a list of prompts. Nothing else is taken for ids: not floats, flags,
@@ -17,6 +17,7 @@ import torch
 from djinn_lib.errors import ConfigError, shown
 
 Prompt = str | Sequence[int] | torch.Tensor | np.ndarray | Mapping[str, Any]
+Messages = str | Sequence[Mapping[str, Any]]
 ReadPrompt = str | list[int]
 
 _LONGEST = 2**24  # tokens; more than any model has positions for

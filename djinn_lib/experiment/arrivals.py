@@ -1,4 +1,4 @@
-"""Sending requests when they arrive, whether or not earlier ones have been served."""
+"""Send requests at their arrival times, even if earlier ones have not been served."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from djinn_lib.trace import Request
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request that is done: what it gave or why it failed, `total_s` after it arrived."""
+    """A finished request: its result or its error, `total_s` seconds after its arrival."""
 
     request: Request
     served: Served | None
@@ -28,12 +28,12 @@ class Arrived:
 def send(
     requests: Sequence[Request], speed: float, submit: Callable[[Request], Future[Served]]
 ) -> Iterator[Arrived]:
-    """Submit each request when it arrives, and yield each as soon as it is done.
+    """Submit each request at its arrival time, and yield each as soon as it is done.
 
     Args:
-        requests: in the order of their arrivals.
-        speed: how many times faster than they say; infinity sends all of them at once.
-        submit: queues a request; what it raises fails that request alone.
+        requests: requests in the order of their arrivals.
+        speed: factor by which arrivals are faster; infinity sends all requests at once.
+        submit: queues a request; if it raises, only that request fails.
     """
     done: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
     stopped = threading.Event()

@@ -1,4 +1,4 @@
-"""What all cells of a run share, as the set-up makes and leaves it: models, machine, traces."""
+"""Prepare and read what all cells of a run share: models, facts of the machine, traces."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Bench:
     """What all cells of a run share.
 
     Args:
-        profile: of the run.
+        profile: the profile of the run.
         run: its folder.
         models: the models' files, by name.
         machine: facts of the machine that the set-up ran on.
@@ -41,10 +41,10 @@ class Bench:
 
     @classmethod
     def open(cls, profile: Profile, run_dir: Path) -> Bench:
-        """Read what the set-up notebook left in the run folder.
+        """Read the results of the set-up notebook from the run folder.
 
         Raises:
-            ConfigError: the set-up has not been run there, or with other models.
+            ConfigError: the set-up has not been run there, or was run with other models.
         """
         path = RunFolder(run_dir).machine
         try:
@@ -109,7 +109,7 @@ class Bench:
         ).set_index("label")
 
     def write_traces(self) -> dict[str, Trace]:
-        """Generate and write every trace of the profile; returns them by name."""
+        """Generate and write every trace of the profile; return them by name."""
         traces = {name: self.profile.make_trace(name) for name in self.profile.traces}
         self.run.traces.mkdir(parents=True, exist_ok=True)
         for name, trace in traces.items():

@@ -1,4 +1,4 @@
-"""Cells that somebody runs by hand in Jupyter or with papermill: what that renews, in words."""
+"""Tell users who run a cell by hand, in Jupyter or with papermill, what that updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COPIES = "DJINN_EXECUTED_COPIES"  # of a kernel that a run started: the folder 
 
 @contextmanager
 def executing(copies: Path) -> Iterator[None]:
-    """Let kernels that are started in the block know the folder that their copies are for."""
+    """Tell kernels that start in the block the folder of their executed copies."""
     os.environ[_COPIES] = str(copies)
     try:
         yield
@@ -27,14 +27,14 @@ def executing(copies: Path) -> Iterator[None]:
 
 
 def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
-    """Return what a cell that was run by hand has renewed, and how to renew the rest.
+    """Return what a cell that was run by hand has updated, and how to update the rest.
 
     Args:
         run: the run's folder.
-        cell: that was run.
+        cell: the cell.
 
     Returns:
-        None where a run executes the notebook, which renews everything itself.
+        None if a run executes the notebook, because the run updates everything.
     """
     files = run.cell(cell.id)
     if os.environ.get(_COPIES) == str(files.notebook.resolve().parent):
@@ -49,6 +49,6 @@ def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
 
 
 def _from_here(folder: Path) -> str:
-    """A folder as seen from the repository where it lies in it, for a command that is run there."""
+    """Return a folder relative to the repository, if it is inside, for use in a command."""
     path = folder.resolve()
     return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)

@@ -1,13 +1,11 @@
-"""Runs one cell: one system, one trace, one capacity, in this process.
+"""Run one cell: one system, one trace and one capacity, in this process.
 
-A failed request is a row with its cause, and the cell goes on. Rows are noted one by one in a
-journal, so that a process that dies loses nothing but the request it died on; `close_dead_cell`
-turns the journal of such a cell into rows. What becomes of rows that are there already, see
-`djinn_lib.experiment.kept_rows`.
+A failed request becomes a row with its cause, and the cell continues. Each row is written to a
+journal at once, so a process that dies loses only its current request. `close_dead_cell` turns the
+journal of such a cell into rows. `djinn_lib.experiment.kept_rows` decides about existing rows.
 
-A cell that was interrupted by its user is run again from its first request instead: half of it in
-one process and half in another would not be the cold start and the sequence that the rows tell of.
-Until then its journal stays where it is, for whoever wants to look at it.
+A cell that its user interrupted runs again from its first request, because a cell in two processes
+would not have the cold start and the sequence of its trace. Its journal is kept until then.
 """
 
 from __future__ import annotations
@@ -42,10 +40,10 @@ def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFra
     """Run a cell, write its rows and manifest, and return the rows.
 
     Args:
-        bench: of the run.
-        cell: to run.
-        keep_running: whether the next cell of this process is of the same system, which goes on
-            running for it; see `djinn_lib.experiment.running`.
+        bench: the bench of the run.
+        cell: the cell to run.
+        keep_running: whether the next cell of this process uses the same system, which then keeps
+            running; see `djinn_lib.experiment.running`.
 
     Raises:
         TraceError: the trace is broken, empty, or names a model that the profile lacks.
@@ -67,23 +65,23 @@ def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFra
 
 
 def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataFrame:
-    """See to it that a cell has rows whose process died, or whose notebook failed.
+    """Write rows for a cell whose process died, or whose notebook failed.
 
-    Those that it finished are taken from its journal, and every other request gets a failed row. If
-    it had measured everything, or an earlier execution served more, the rows on disk stay.
+    Finished requests are taken from its journal, and all others get failed rows. The rows on disk
+    stay if they are complete, or if an earlier execution served more requests.
 
     Args:
-        bench: of the run.
-        cell: that died.
+        bench: the bench of the run.
+        cell: the cell that died.
         kind: an error kind, such as "kernel_died".
-        error: what is known of the cause.
+        error: the known cause.
 
     Returns:
-        The rows that are on disk now.
+        The rows that are now on disk.
 
     Raises:
-        TraceError: the trace is broken or empty, so that nobody knows what to write.
-        OSError: the rows cannot be written either; the journal is still there then.
+        TraceError: the trace is broken or empty, so the requests are unknown.
+        OSError: the rows cannot be written; the journal is kept.
     """
     begun, files = CellRecord(bench, cell, _read_trace(bench, cell)), bench.run.cell(cell.id)
     noted = _noted(begun)
@@ -102,7 +100,7 @@ def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataF
 
 
 def _noted(begun: CellRecord) -> dict[tuple[int, int], dict[str, Any]]:
-    """The rows of a cell's journal by repeat and request, if this cell asks for them."""
+    """Return the rows of a cell's journal by repeat and request, without unknown requests."""
     asked = {(repeat, r.request): r.model for repeat, r in _requests(begun)}
     noted: dict[tuple[int, int], dict[str, Any]] = {}
     for row in read_journal(begun.bench.run.cell(begun.cell.id).journal):
@@ -117,13 +115,13 @@ def _read_trace(bench: Bench, cell: Cell) -> Trace:
     trace = read_trace(path)
     if not trace.requests:
         raise TraceError(
-            f"expected a trace of at least 1 request, got none in {path}: make the trace anew"
+            f"expected a trace of at least 1 request, got none in {path}: generate the trace again"
         )
     return trace
 
 
 def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
-    """Yield a row per request; each is in the journal before it is yielded."""
+    """Yield a row for each request, after writing it to the journal."""
     cls, profile = system_class(begun.entry.system), begun.bench.profile
     if reason := cls.unavailable(profile.device):
         yield from _all_failed(begun, "unavailable", reason)
@@ -157,7 +155,7 @@ def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
 
 
 def _all_failed(begun: CellRecord, kind: str, error: str) -> Iterator[dict[str, Any]]:
-    """A failed row for every request of the cell, for one and the same reason."""
+    """Yield a failed row for every request of the cell, all with the same reason."""
     for repeat, request in _requests(begun):
         yield failed_row(**begun.keys(repeat, request), error_kind=kind, error=error)
 
@@ -169,10 +167,10 @@ def _requests(begun: CellRecord) -> Iterator[tuple[int, Request]]:
 
 
 def _free_unused_memory() -> None:
-    """After a request ran out of memory: what it left behind goes before the next one comes.
+    """Free memory after a request ran out of memory, before the next request.
 
-    torch empties its cache by itself before it gives up, but what the failed request still held
-    then is unused only now, and other allocators (the driver's, another process) may want it.
+    torch empties its cache before it raises, but the failed request still used memory then. Other
+    allocators, such as the driver or another process, may need that memory.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -180,7 +178,7 @@ def _free_unused_memory() -> None:
 
 
 def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
-    """Each request when the one before is done; a row each."""
+    """Send each request when the previous one is done; yield a row for each."""
     for repeat, request in _requests(begun):
         begun.note_pace(repeat)
         keys = None
@@ -197,7 +195,7 @@ def _serve_one_by_one(begun: CellRecord, system: SystemUnderTest) -> Iterator[di
 
 
 def _begin_repeat(begun: CellRecord, system: SystemUnderTest) -> None:
-    """Take everything off the device; for a warm start, serve each model once, uncounted."""
+    """Empty the device; for a warm start, serve each model once without counting it."""
     system.reset()
     if begun.cell.start == "warm":
         for name in begun.bench.models:
@@ -206,7 +204,7 @@ def _begin_repeat(begun: CellRecord, system: SystemUnderTest) -> None:
 
 
 def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterator[dict[str, Any]]:
-    """Each request when it arrives; a row each, in the order in which they are done."""
+    """Send each request when it arrives; yield a row for each, in the order of completion."""
 
     def submit(request: Request) -> Future[Served]:
         prompt = _checked_prompt(begun, system, request)

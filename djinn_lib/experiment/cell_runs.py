@@ -1,4 +1,4 @@
-"""Cells of a run, executed in its folder: whatever happens, each has rows that say so."""
+"""Execute cells of a run; each gets rows, even if it fails."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 def stale_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that have to be run, in an order to run them in.
+    """Return the cells to run, in their order of execution.
 
-    Cells that failed before come last. Those of one system at one capacity come together: they
-    are a series, which starts it once.
+    Cells that failed before come last. Cells of one system at one capacity are a series: they come
+    together, so the system starts only once.
     """
     stale = [cell for cell in cells if not is_current(run, profile, cell)]
     first: dict[tuple[str, str], int] = {}
@@ -55,10 +55,10 @@ def _series_of(cell: Cell) -> tuple[str, str]:
 
 
 def run_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
-    """Run cells here, one after the other; yields how each ended, as it does.
+    """Run cells here, one after the other; yield the status of each when it ends.
 
-    Those of a series that follow each other have one process. Memory of the GPU that it held is
-    waited for before the next one begins.
+    Consecutive cells of a series share a process. The next series starts after the memory of the
+    GPU has been freed.
     """
     base_bytes = nvml.used_bytes() if profile.device == "cuda" else None
     places = {cell.id: f"cell {i} of {len(cells)}" for i, cell in enumerate(cells, start=1)}
@@ -73,7 +73,7 @@ def run_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterat
 def _run_in_one_process(
     run: RunFolder, profile: Profile, left: deque[Cell], places: Mapping[str, str]
 ) -> Iterator[Status]:
-    """Run cells of a series until none is left, or one failed: the next one gets a new process."""
+    """Run the cells of a series up to the first failure, after which a new process is needed."""
     from djinn_lib.experiment.notebooks import one_kernel  # see `execute_cell`
 
     with one_kernel(kernel_name(profile, left[0]), fork=profile.device == "cpu") as kernel:
@@ -94,18 +94,18 @@ def run_cell_notebook(
     kernel: KernelManager | None = None,
     keep_running: bool = False,
 ) -> Status:
-    """Execute a cell's notebook; a failure becomes rows, and is a status.
+    """Execute a cell's notebook; a failure becomes rows and a status.
 
     Args:
         run: the folder, after set-up and traces.
-        profile: of the run.
-        cell: one of the profile's.
-        place: what is said of it at its beginning, for people.
-        kernel: where to run it; default is one of its own.
-        keep_running: whether the next notebook of that kernel is of the same system.
+        profile: the profile of the run.
+        cell: a cell of the profile.
+        place: text to print when it starts.
+        kernel: the kernel to use; default is a new one.
+        keep_running: whether the next notebook of that kernel uses the same system.
 
     Raises:
-        KeyboardInterrupt: the cell's process has been ended. Its journal is there.
+        KeyboardInterrupt: the cell's process has been ended. Its journal is kept.
     """
     print(f"{cell.id} ({place}) ...", flush=True)
     begun = cell_inputs(run, profile, cell)
@@ -122,7 +122,7 @@ def execute_cell(
     kernel: KernelManager | None = None,
     keep_running: bool = False,
 ) -> Status:
-    """Execute a cell's notebook, in a kernel of its own or a given one; returns how that ended."""
+    """Execute a cell's notebook, in a new or a given kernel; return its status."""
     from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
 
     files = run.cell(cell.id)
@@ -148,17 +148,17 @@ def execute_cell(
 
 
 def settle(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Status:
-    """See to it that a cell has rows, and that its manifest says how its execution ended.
+    """Make sure that a cell has rows, and that its manifest has the status of its execution.
 
     Args:
-        run: the folder, with whatever the execution left there.
-        profile: of the run.
-        cell: that was executed.
-        status: of its notebook.
+        run: the folder, after the execution.
+        profile: the profile of the run.
+        cell: the cell that was executed.
+        status: the status of its notebook.
 
     Returns:
-        What the rows make of the status. It says so if not even a failure could be written down
-        (the disk is full, say): other cells go on.
+        The status of the cell, with the failures in its rows. If nothing can be written, for
+        example on a full disk, the status says so, and other cells continue.
     """
     files = run.cell(cell.id)
     try:
@@ -188,7 +188,7 @@ def _close(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Stat
 
 
 def judge_rows(status: Status, rows: pd.DataFrame) -> Status:
-    """Return the status of a cell whose notebook went through, by what its rows say."""
+    """Return the status of a cell whose notebook succeeded, from its rows."""
     failed = rows[~rows["ok"]]
     if failed.empty:
         return status
@@ -203,7 +203,7 @@ def judge_rows(status: Status, rows: pd.DataFrame) -> Status:
 
 
 def report(status: Status, changes: Sequence[str] = ()) -> None:
-    """Print how an execution ended, and what changed while it went on."""
+    """Print the status of an execution, and the inputs that changed meanwhile."""
     print(status, flush=True)
     if changes:
         print(f"{status.task}: {', '.join(changes)} changed while it ran: the next run does it "

@@ -1,8 +1,7 @@
-"""One comparison or sweep, described by a few options instead of a profile.
+"""Run a comparison or sweep that is described by a few options instead of a profile.
 
-The options become a profile of their own, which is kept in the output folder, and which
-`reproduce` runs: the same notebooks, rows and manifests as everything else. Results are written in
-the form of the paper's scripts as well.
+The options become a profile in the output folder, which `reproduce` runs with the usual notebooks,
+rows and manifests. Results are also written in the form of the paper's scripts.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ def compare(
     speed: float = 1.0,
     executor: str = "local",
 ) -> int:
-    """Run some systems on one trace at one or more capacities; returns `reproduce`'s exit status.
+    """Run some systems on one trace at one or more capacities; return `reproduce`'s exit status.
 
     Args:
         config: a profile's name or file, or a configuration of the paper's scripts.
-        output_dir: where everything goes; a second call goes on there.
-        buffers_gb: capacities in GiB; without a GPU shares of `PAPER_GIB`.
+        output_dir: folder of the results; a second call continues there.
+        buffers_gb: capacities in GiB; without a GPU, shares of `PAPER_GIB`.
         baselines: labels of the profile's systems, or the paper's names; "all" for its five.
         mode: requests one after another, at their arrival, or both in turn.
         trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
         repeats: how often each system serves the trace.
-        speed: how many times as fast requests arrive in mode "concurrent".
+        speed: factor by which arrivals are faster in mode "concurrent".
         executor: where cells run, "local" or "ray".
 
     Raises:
-        ConfigError: an option has no meaning; the message says which.
+        ConfigError: an option is invalid; the message says which.
         TraceError: the trace cannot be used.
     """
     profile = describe(config, buffers_gb, baselines, mode, trace_file, repeats, speed)
@@ -79,10 +78,10 @@ def describe(
     repeats: int = 1,
     speed: float = 1.0,
 ) -> Profile:
-    """Return the profile that the options of `compare` stand for.
+    """Return the profile for the options of `compare`.
 
     Raises:
-        ConfigError: one of them has no meaning.
+        ConfigError: an option is invalid.
     """
     base = _base(config)
     capacities = dict(_capacity(base, gb) for gb in buffers_gb)
@@ -110,7 +109,7 @@ def describe(
 
 
 def write_paper_form(run: RunFolder, profile: Profile) -> None:
-    """Write what cells measured in the form of the paper's scripts.
+    """Write results of cells in the form of the paper's scripts.
 
     With several capacities each has a folder of its own.
     """
@@ -126,7 +125,7 @@ def write_paper_form(run: RunFolder, profile: Profile) -> None:
 
 
 def _base(config: str) -> Profile:
-    """A profile, or one with the models of a configuration of the paper's scripts."""
+    """Return a profile; for a configuration of the paper's scripts, one with its models."""
     if not config.endswith((".yml", ".yaml")):
         return load_profile(config)
     try:
@@ -154,7 +153,7 @@ def _base(config: str) -> Profile:
 
 
 def _capacity(base: Profile, gb: float) -> tuple[str, str]:
-    """Label and size of a capacity: the profile's own where it has one of that label."""
+    """Return label and size of a capacity: those of the profile if it has the label."""
     if not 0 < gb < 1 << 20:
         raise ConfigError(f"a buffer of {gb:g} GB has no meaning; give a positive size")
     label = f"{gb:g}"
@@ -171,7 +170,7 @@ def _paper_names(baselines: Sequence[str]) -> list[str]:
 
 
 def _label(base: Profile, name: str) -> str:
-    """The label of the profile's system that a name stands for."""
+    """Return the label of the profile's system for a name."""
     for label in (paper_form.BASELINES.get(name, name), name):
         if label in base.systems:
             return label
@@ -182,7 +181,7 @@ def _label(base: Profile, name: str) -> str:
 
 
 def _plain(profile: Profile) -> dict[str, Any]:
-    """A profile's fields as YAML has them, without what is not set."""
+    """Return a profile's fields for YAML, without unset ones."""
     fields = profile.model_dump(exclude={"name"}, exclude_none=True)
     return {key: value for key, value in fields.items() if value != {}}
 
@@ -191,7 +190,7 @@ def parse_sizes(text: str) -> list[float]:
     """Return sizes in GB from text such as "20,25,32,40".
 
     Raises:
-        ConfigError: one of them is no number.
+        ConfigError: one of them is not a number.
     """
     parts = [part for part in re.split(r"[,\s]+", text.strip()) if part]
     try:

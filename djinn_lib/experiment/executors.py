@@ -1,10 +1,10 @@
-"""Independent jobs on a Ray cluster: one call hands them out, and takes back one result for each.
+"""Run independent jobs on a Ray cluster, and return one result for each.
 
-Jobs write nothing that others read: values come back to the caller, the only one to keep them, so a
-result is there whole or not at all, and no file system has to be shared for results.
+Jobs write no shared files: their results return to the caller as values. So results are complete or
+absent, and no shared file system is needed for them.
 
-An exception is a job's own doing: it is its result, is not tried again, and stops no other job. The
-jobs of a lost worker or node run again. So a job may run twice, but its result arrives once.
+An exception in a job is its result. It is not retried and does not stop other jobs. The jobs of a
+lost worker or node run again. So a job may run twice, but its result arrives once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Job:
-    """One call of a function that a node can import, and what of the node it occupies.
+    """A call of an importable function, and the resources that it needs.
 
-    With `whole_node` it has all cores of one of the largest nodes, not `num_cpus`.
+    With `whole_node` it gets all cores of one of the largest nodes, instead of `num_cpus`.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended: its value, or the cause of its failure.
+    """Result of a job: its value, or the cause of its failure.
 
-    `lost` says that its worker or node went, each time that it was tried.
+    `lost` says that its worker or node was lost in every attempt.
     """
 
     value: Any = None
@@ -67,15 +67,15 @@ def fan_out(
     """Run jobs on a Ray cluster and yield each with its result as it ends.
 
     Args:
-        jobs: to be run, in any order.
-        address: of a cluster, as "host:port"; default `RAY_ADDRESS`, and without that a cluster
-            on this machine is started, and stopped in the end.
-        max_retries: how often a job is run again whose worker or node is lost.
-        patience_s: how long (s) a job is waited for that no remaining node can hold.
+        jobs: the jobs, which run in any order.
+        address: address of a cluster, as "host:port"; default `RAY_ADDRESS`; without that, a
+            cluster on this machine is started, and stopped at the end.
+        max_retries: how often a job is retried after its worker or node is lost.
+        patience_s: how long (s) to wait for a node that can run a job.
 
     Raises:
-        ConfigError: the address is none, or nothing answers there.
-        PlatformError: Ray is not installed, or no node has what a job needs; nothing has run then.
+        ConfigError: the address is invalid, or no cluster answers there.
+        PlatformError: Ray is not installed, or no node has the resources; nothing has run.
     """
     with _cluster(ensure_ray(address)):
         import ray
@@ -95,11 +95,11 @@ def fan_out(
 
 
 def ensure_ray(address: str | None = None) -> str | None:
-    """Return the address of the cluster to join, or None if one is to be started here.
+    """Return the address of the cluster to join, or None to start one here.
 
     Raises:
-        ConfigError: the address is none, or no cluster answers there, or no folder here is short
-            enough for the sockets of one.
+        ConfigError: the address is invalid, no cluster answers there, or the path of every folder
+            here is too long for sockets.
         PlatformError: Ray is not installed.
     """
     if find_spec("ray") is None:
@@ -119,7 +119,7 @@ def ensure_ray(address: str | None = None) -> str | None:
 
 
 def _ensure_answers(host: str, port: int) -> None:
-    """Ask before joining: `ray.init` itself would try for minutes, then end this process."""
+    """Check the cluster first: `ray.init` would try for minutes and then end this process."""
     ray_check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address"]
     check = [*ray_check, f"{host}:{port}"]
     try:
@@ -135,7 +135,7 @@ def _ensure_answers(host: str, port: int) -> None:
 
 @contextmanager
 def _cluster(joined: str | None) -> Iterator[None]:
-    """Be connected to a cluster; one that was started here ends here, another goes on."""
+    """Connect to a cluster; stop it at the end if it was started here."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -167,7 +167,7 @@ def _cluster(joined: str | None) -> Iterator[None]:
 
 
 def _submit(jobs: Sequence[Job], max_retries: int) -> dict[Any, tuple[Job, Resources]]:
-    """Hand out all jobs, if each fits a node; returns them by Ray's reference to the result."""
+    """Submit all jobs, if each fits a node; return them by Ray's reference to the result."""
     import ray
 
     nodes = _nodes()
@@ -184,7 +184,7 @@ def _submit(jobs: Sequence[Job], max_retries: int) -> dict[Any, tuple[Job, Resou
 
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Result:
-    """Run a job on its worker. An exception goes back as text, for not all can be pickled."""
+    """Run a job on its worker; return exceptions as text, since not all can be pickled."""
     try:
         return Result(function(*arguments))
     except (Exception, SystemExit) as error:  # a worker that exits would be taken for a lost one
@@ -204,14 +204,14 @@ def _result(ref: Any) -> Result:
 
 
 def _nodes() -> list[Resources]:
-    """Return what each living node has in all, free or not."""
+    """Return the total resources of each living node."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _needs(job: Job, nodes: Sequence[Resources]) -> Resources:
-    """What to ask Ray for. Two jobs that each need the most cores that a node has never meet."""
+    """Return the resources to request; two jobs that need a whole node never share one."""
     cores = [node.get("CPU", 0) for node in nodes if node.get("GPU", 0) >= job.num_gpus]
     return {"CPU": max(cores, default=1) if job.whole_node else job.num_cpus, "GPU": job.num_gpus}
 

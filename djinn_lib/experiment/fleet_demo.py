@@ -1,7 +1,7 @@
-"""Several models on one ring under vLLM, asked at once, and compared with plain vLLM.
+"""Serve several models on one ring under vLLM at once, and compare them with plain vLLM.
 
-A demonstration for every machine that has vLLM, and the check that tokens are those of vLLM
-without a ring. What the ring is worth in time is measured by cells, as for any other system.
+This is a demonstration for every machine with vLLM, and a check that the tokens are those of vLLM
+without a ring. Cells measure the times, as for any other system.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ _SAMPLE_S = 0.02
 
 @dataclass(frozen=True)
 class FleetRun:
-    """What was asked and what the ring looked like meanwhile; times count from the first request.
+    """Requests and states of the ring over time; times count from the first request.
 
     Attributes:
-        reason: why nothing could be run here, or None.
-        capacity_bytes: of the ring.
+        reason: why nothing can run here, or None.
+        capacity_bytes: capacity of the ring.
         requests: a row each: model, request, begin_s, first_s, end_s, loaded_bytes, switch_ms, ids.
-        residency: a row a moment and model: at_s, model, resident_bytes.
-        stats: a row a model: what leases cost it.
-        plain: ids of plain vLLM, by (model, request).
+        residency: a row for each time and model: at_s, model, resident_bytes.
+        stats: a row for each model: costs of its leases.
+        plain: token ids of plain vLLM, by (model, request).
     """
 
     reason: str | None = None
@@ -81,17 +81,18 @@ def measure(
     live: bool = True,
     progress: Callable[[str], None] = print,
 ) -> FleetRun:
-    """Ask all models of a bench at once on a ring of a share of their weights; keep the outcome.
+    """Send requests to all models of a bench at once, on a ring of a share of their weights.
 
     Args:
-        bench: whose models are served.
-        share: of all weights that fit into the ring.
-        n_requests, n_tokens: of each model, and of each request.
+        bench: the bench whose models are served.
+        share: capacity of the ring, as a share of all weights.
+        n_requests: number of requests for each model.
+        n_tokens: number of new tokens of each request.
         live: draw the ring in the notebook while requests are served.
-        progress: told of every longer step.
+        progress: called with messages during longer steps.
 
     Raises:
-        ConfigError: the share leaves no room for the largest model, or nothing is asked for.
+        ConfigError: the largest model does not fit into the ring, or there are no requests.
     """
     if n_requests < 1 or n_tokens < 1:
         raise ConfigError(f"{n_requests} requests of {n_tokens} tokens: ask for one at least")
@@ -146,7 +147,7 @@ def _measured(
 def _ask_all(
     fleet: Fleet, prompts: dict[tuple[str, int], list[int]], n_tokens: int
 ) -> tuple[pd.DataFrame, float]:
-    """Submit every request at once; returns their rows, and when the first was submitted."""
+    """Submit all requests at once; return their rows, and the time of the first submission."""
     begin_s = time.perf_counter()
     asked: dict[tuple[str, int], Future[Any]] = {
         key: fleet.submit(key[0], ids, n_tokens, ignore_eos=True) for key, ids in prompts.items()
@@ -164,7 +165,7 @@ def _ask_all(
 
 @contextmanager
 def _sampled(fleet: Fleet) -> Iterator[list[tuple[float, str, int]]]:
-    """Look at the ring again and again while the block runs."""
+    """Record the state of the ring repeatedly while the block runs."""
     samples: list[tuple[float, str, int]] = []
     ended = threading.Event()
 
@@ -188,7 +189,7 @@ def _plain(
     n_tokens: int,
     progress: Callable[[str], None],
 ) -> dict[tuple[str, int], tuple[int, ...]]:
-    """What vLLM without a ring says."""
+    """Return the tokens of vLLM without a ring."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     parameters = {"max_tokens": n_tokens, "temperature": 0.0, "ignore_eos": True}
 

@@ -1,7 +1,7 @@
-"""What executions are begun with, as digests: one is up to date while nothing of it has changed.
+"""Digests of the inputs of executions: an execution is current while no input has changed.
 
-Digests are taken before an execution begins and kept with its status. So a file that is edited
-while a cell runs does not pass for what its rows were made with: the next command runs it again.
+Digests are computed before an execution starts, and stored with its status. So if a file is edited
+while a cell runs, the next command runs the cell again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def digest(value: Any) -> str:
 def digest_files(paths: Iterable[Path], root: Path = REPO) -> str:
     """Return one digest of the names and contents of files, and of those below folders.
 
-    A file that is not there, or cannot be read, is part of the digest as such. Names count as seen
-    from `root`, so that a moved checkout is the same.
+    A missing or unreadable file changes the digest too. Names are relative to `root`, so a moved
+    checkout has the same digest.
     """
     return digest([(_name(path, root), _content(path)) for path in sorted(set(_files(paths)))])
 
@@ -68,7 +68,7 @@ def _content(path: Path) -> str:
 
 
 def cell_inputs(run: RunFolder, profile: Profile, cell: Cell) -> dict[str, str]:
-    """Return digests of all that the rows of a cell are made from."""
+    """Return digests of all inputs of a cell."""
     return {
         "profile": digest(_part_of(profile, cell)),
         "trace": _content(run.trace(cell.trace)),
@@ -78,7 +78,7 @@ def cell_inputs(run: RunFolder, profile: Profile, cell: Cell) -> dict[str, str]:
 
 
 def _part_of(profile: Profile, cell: Cell) -> dict[str, Any]:
-    """The part of a profile that a cell reads; others may change without it."""
+    """Return the part of a profile that a cell reads."""
     apart = {"cells", "systems", "capacities", "traces", "large"}
     return {
         "cell": cell.model_dump(),
@@ -91,9 +91,9 @@ def _part_of(profile: Profile, cell: Cell) -> dict[str, Any]:
 
 
 def code_of(system: str) -> list[Path]:
-    """Return the files, and folders of files, of the code that makes the rows of a system.
+    """Return the files and folders of the code that affects the rows of a system.
 
-    Of the systems' modules: its own, those that it builds on, and those that belong to no system.
+    Modules of other systems are not among them, unless the system builds on them.
     """
     own, _ = SYSTEMS[system]
     others = {module for module, _ in SYSTEMS.values()} | _OF_SOME_CELLS
@@ -107,7 +107,7 @@ def code_of(system: str) -> list[Path]:
 
 
 def kernel_name(profile: Profile, cell: Cell) -> str | None:
-    """Return the kernel of an environment of its own that a cell needs, where it is installed."""
+    """Return the kernel of the separate environment that a cell needs, if it is installed."""
     wanted = KERNELS.get(profile.systems[cell.system].system)
     if profile.device != "cpu" or wanted is None:
         return None
@@ -117,7 +117,7 @@ def kernel_name(profile: Profile, cell: Cell) -> str | None:
 
 
 def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
-    """Return the digests of files that a set-up noted, by model; none without a set-up."""
+    """Return the digests of files that the set-up stored, by model; none without a set-up."""
     try:
         models = json.loads(machine_json.read_text())["models"]
         return {name: dict(files["digests"]) for name, files in models.items()}
@@ -126,7 +126,7 @@ def recorded_digests(machine_json: Path) -> dict[str, dict[str, str]]:
 
 
 def is_current(run: RunFolder, profile: Profile, cell: Cell) -> bool:
-    """Whether a cell need not be run: its latest execution ended well, with what there is now."""
+    """Whether a cell is current: its latest execution succeeded, with the current inputs."""
     files = run.cell(cell.id)
     status = read_execution(files.manifest)
     return (
@@ -139,7 +139,7 @@ def is_current(run: RunFolder, profile: Profile, cell: Cell) -> bool:
 
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Return the names of what differs."""
+    """Return the names of inputs that differ."""
     return [
         name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
     ]
@@ -148,7 +148,7 @@ def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def expected_s(
     run: RunFolder, profile: Profile, cell: Cell, reference: Path = REFERENCE
 ) -> float | None:
-    """Return the seconds that a cell took before, here or in the reference run of its profile."""
+    """Return the duration of a cell in seconds, from here or from the reference run."""
     status: Status | None = read_execution(run.cell(cell.id).manifest)
     if status and status.settled:
         return status.seconds
@@ -160,7 +160,7 @@ def expected_s(
 
 
 def duration(seconds: float | None) -> str:
-    """Return an expected duration for people: "about 40 s", "about 2.5 min"."""
+    """Return an expected duration as text: "about 40 s", "about 2.5 min"."""
     if seconds is None:
         return "duration unknown"
     return f"about {seconds:.0f} s" if seconds < 90 else f"about {seconds / 60:.1f} min"

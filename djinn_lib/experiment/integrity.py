@@ -1,11 +1,10 @@
-"""Whether model files are still the ones that the set-up saw.
+"""Check that model files have not changed since the set-up.
 
-The set-up records a digest of each file, and every cell checks all of them before it starts, byte
-by byte: sizes and times of modification do not tell a flipped bit. One core hashes about 1.3 GB/s,
-and blocks are hashed by all cores at once, so the check costs about half a second for the 0.6 GB of
-the CPU profile on two cores, and two to three for 31 GB on sixteen: little beside what a cell
-takes, and no cache has to be trusted. While a cell runs, stamps (which cost microseconds) are
-compared.
+The set-up stores a digest of each file. Every cell checks all files before it starts, byte by byte,
+because sizes and modification times do not show a flipped bit. One core hashes about 1.3 GB/s, and
+all cores hash in parallel. So the check takes about half a second for the 0.6 GB of the CPU profile
+on two cores, and two to three seconds for 31 GB on sixteen. While a cell runs, only sizes and
+times of the files are compared, which takes microseconds.
 """
 
 from __future__ import annotations
@@ -69,12 +68,12 @@ def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) ->
     """Make sure that the files of a folder have the expected digests.
 
     Args:
-        folder: of a model.
-        expected: from `file_digests`.
-        remedy: what the reader is to do if they have not.
+        folder: folder of a model.
+        expected: digests from `file_digests`.
+        remedy: for the error: what the user should do.
 
     Raises:
-        CheckpointError: naming the file that differs, is missing or is new.
+        CheckpointError: a file differs, is missing or is new; the message names it.
     """
     missing = dict(expected)
     for name, digest in _digests(folder):
@@ -85,10 +84,9 @@ def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) ->
 
 
 def files_are_as_set_up(machine_json: Path) -> bool:
-    """Whether all model files are still those that a set-up noted, byte by byte.
+    """Whether all model files are the ones that the set-up recorded, byte by byte.
 
-    Which files a model has, the set-up has noted too: nothing of a checkpoint is understood here,
-    and no torch imported.
+    The set-up also recorded which files a model has, so this needs neither checkpoints nor torch.
     """
     try:
         models = json.loads(machine_json.read_text())["models"]
@@ -106,10 +104,10 @@ class WeightsWatch:
     """Notices files that change after they were checked, by size, time and inode.
 
     Args:
-        models: with the digests that the set-up recorded.
+        models: models with the digests of the set-up.
 
     Raises:
-        CheckpointError: a file is not the one that the set-up saw.
+        CheckpointError: a file differs from the one of the set-up.
     """
 
     def __init__(self, models: Mapping[str, ModelFiles]) -> None:
@@ -124,7 +122,7 @@ class WeightsWatch:
             ensure_same_files(files.folder, files.digests, "run notebook 00_setup again")
 
     def ensure_unchanged(self, model: str) -> None:
-        """Make sure that the files of a model are those that were checked.
+        """Make sure that the files of a model have not changed since the check.
 
         Raises:
             CheckpointError: a file was replaced, written to or deleted.

@@ -1,8 +1,8 @@
-"""What becomes of a cell's rows when an execution of it ends: nothing measured is lost to failures.
+"""Decide which rows of a cell are kept after an execution, so failures lose no measurements.
 
-A measurement that came to its end replaces what was there. An execution that died does not: rows on
-disk that answer the same questions stay, unless it had served more requests itself. Rows that
-served more than those that take their place are kept in a folder beside them.
+A complete measurement replaces the rows on disk. An execution that died replaces them only if it
+served more requests, or if they are for other inputs. Replaced rows that served more requests are
+kept in another folder.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _SAME_REQUESTS = ["mode", "capacity_bytes", "trace", "repeat", "request", "model
 
 
 def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
-    """Put the rows and the manifest of an execution in their place, unless those there stay.
+    """Store the rows and the manifest of an execution, unless the existing ones are kept.
 
     Args:
-        files: of the cell.
-        rows: of the execution, one for every request of the cell.
-        manifest: of the execution; a note that begins with `DIED` says that it did.
+        files: files of the cell.
+        rows: rows of the execution, one for every request of the cell.
+        manifest: manifest of the execution; a note that begins with `DIED` says that it died.
 
     Returns:
-        The rows that are there now.
+        The rows that are now on disk.
 
     Raises:
         RecordError: rows or manifest break their schema.
-        OSError: the disk is full; what was there is still there.
+        OSError: the disk is full; the existing files are unchanged.
     """
     earlier = _on_disk(files)
     if earlier is not None:
@@ -57,16 +57,16 @@ def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> p
 def whole_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return rows as `rows_frame` does, with a failed row for each that breaks the schema.
 
-    So a mistake in one row, which is one of its system, costs no other. What the row said is in its
-    error.
+    So a bug of a system that breaks one row does not lose the others. The error of the failed row
+    has its content.
     """
     return rows_frame(_mended(list(rows)))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a journal, in its order, each of which fits the schema.
+    """Return the rows of a journal that fit the schema, in its order.
 
-    A line that was cut short, or that does not say which request it is about, is left out.
+    Incomplete lines, and lines without the keys of a request, are left out.
     """
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -76,7 +76,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def set_aside(files: CellFiles) -> None:
-    """Move the journal of an execution that was interrupted to where only people read it.
+    """Move the journal of an interrupted execution to a folder that only people read.
 
     Raises:
         OSError: it cannot be moved.
@@ -87,7 +87,7 @@ def set_aside(files: CellFiles) -> None:
 
 
 def _on_disk(files: CellFiles) -> tuple[pd.DataFrame, dict[str, Any] | None] | None:
-    """The rows that are there and can be read, and their manifest if it is theirs."""
+    """Return the existing rows, if they can be read, and their manifest if it matches."""
     try:
         rows = read_rows(files.rows)
     except RecordError:
@@ -105,9 +105,9 @@ def _outweighs(
     rows: pd.DataFrame,
     manifest: Mapping[str, Any],
 ) -> bool:
-    """Whether earlier rows answer what those of an execution that died were to answer, and more.
+    """Whether earlier rows have the same inputs as an execution that died, and more results.
 
-    Rows without a manifest tell nothing of what they answer.
+    Rows without a manifest never count, because their inputs are unknown.
     """
     if its_manifest is None or _questions(its_manifest) != _questions(manifest):
         return False
@@ -130,7 +130,7 @@ def _requests(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
 
 
 def _questions(manifest: Mapping[str, Any]) -> str:
-    """What an execution was asked to measure, and with which weights; not by which code."""
+    """Return what an execution had to measure, and with which weights, regardless of the code."""
     weights = {
         name: [facts.get(key) for key in ("bytes", "dtype", "sha256")]
         for name, facts in manifest["models"].items()
@@ -140,7 +140,7 @@ def _questions(manifest: Mapping[str, Any]) -> str:
 
 
 def _keep_beside(files: CellFiles, run_id: str) -> None:
-    """Keep rows and manifest under another name as well, before others take their place."""
+    """Copy rows and manifest to another name, before others replace them."""
     files.earlier.mkdir(exist_ok=True)
     for source in (files.rows, files.manifest):
         target = files.earlier / source.name.replace(files.id, run_id, 1)
@@ -153,9 +153,9 @@ def _keep_beside(files: CellFiles, run_id: str) -> None:
 
 
 def _mended(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that the schema takes, and failed ones in the place of those that it refuses.
+    """Replace rows that break the schema by failed rows.
 
-    A row that does not say which request it is about is left out.
+    A row without the keys of a request is left out.
     """
     try:
         return rows_frame(rows).to_dict("records") if rows else []
@@ -176,7 +176,7 @@ def _failed_instead(row: Mapping[str, Any], error: Exception) -> list[dict[str, 
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """The row of a journal's line; None for one that was cut short."""
+    """Parse a line of a journal; None if it is incomplete."""
     try:
         row = json.loads(line)
     except ValueError:

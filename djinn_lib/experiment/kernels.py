@@ -1,11 +1,11 @@
-"""Kernels that start at once: each is forked from a process that has done what all of them import.
+"""Fork Jupyter kernels from a process that has imported large packages, so they start at once.
 
-torch and transformers take seconds of each core to import, a small cell on the CPU takes less. What
-is imported beforehand are other people's packages alone, which do not change during a run: every
-kernel still imports djinn_lib itself, as it is on the disk when its cell begins. A forked kernel is
-a process of its own like any other, and ends with the run that started it, even if that is killed.
+Importing torch and transformers takes seconds, longer than a small cell on the CPU. Only other
+packages are imported in advance, because they do not change during a run. Every kernel imports
+djinn_lib itself, as it is on disk when its cell starts. A forked kernel ends with the run that
+started it, even if that is killed.
 
-Not for GPUs: a process that has used one cannot be forked, and importing may use it.
+This does not work with GPUs: a process that has used CUDA cannot be forked, and imports may use it.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _IMPORTED = [
 
 
 def fork_context() -> ForkServerContext:
-    """Return where processes are forked from one that has imported what takes long."""
+    """Return the context that forks processes from one with the imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     return context
 
 
 class ForkingKernelManager(AsyncKernelManager):
-    """Starts the kernel of this environment as a fork; all else is Jupyter's own."""
+    """Starts the kernel of this environment as a fork; everything else is Jupyter's."""
 
     async def _async_pre_start_kernel(self, **options: Any) -> tuple[list[str], dict[str, Any]]:
         self.kernel_id = self.kernel_id or str(uuid.uuid4())
@@ -69,7 +69,7 @@ class _ForkProvisioner(LocalProvisioner):
 
 
 class _Forked:
-    """A forked process with what Jupyter asks of a `subprocess.Popen`."""
+    """A forked process with the interface of `subprocess.Popen` that Jupyter uses."""
 
     stdin = stdout = stderr = None
 
@@ -99,7 +99,7 @@ class _Forked:
 
 
 def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
-    """Be a kernel, in a forked process."""
+    """Run a kernel in a forked process."""
     os.setsid()  # Ctrl-C is for the run, which ends its kernels itself
     threading.Thread(target=_end_with_the_run, name="djinn-run-watch", daemon=True).start()
     os.environ.clear()
@@ -114,7 +114,7 @@ def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
 
 
 def _end_with_the_run() -> None:
-    """Wait for the end of the process that asked for this one; the fork server would live on."""
+    """Wait for the end of the process that requested this one, then end."""
     run = multiprocessing.parent_process()
     if run is not None:
         run.join()

@@ -1,9 +1,9 @@
-"""One model larger than the ring: how fast its layers can take turns, and how others do it.
+"""Measure a model larger than the ring, and compare it with accelerate's offloading.
 
-Every forward pass has to bring in what does not stay on the device, so a token takes at least as
-long as these bytes take through the link, and at least as long as it takes to compute. Compared
-with accelerate's offloading, given the same device memory for the same first layers, the same
-master copies, and hooks that bring each other layer in when it is called and drop it afterwards.
+Every forward pass must load the bytes that do not stay on the device. So a token takes at least the
+time to copy these bytes, and at least the time to compute. accelerate gets the same device memory
+for the same first layers, and the same masters. Its hooks load each other layer when it is called
+and drop it afterwards.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]
 
 @dataclass(frozen=True)
 class LargeCase:
-    """A model and a ring that does not hold it.
+    """A model and a smaller ring.
 
     Args:
-        name: of the model.
+        name: name of the model.
         source: a checkpoint's folder, or a `ModelSpec`.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         capacity_bytes: device memory for weights.
-        resident: also measure it with a ring that holds it, which says what computing alone takes.
+        resident: also measure it in a ring that holds it, to get the time of computing alone.
     """
 
     name: str
@@ -83,10 +83,10 @@ def rows_of(
     measure: bool,
     progress: Callable[[str], None] = print,
 ) -> pd.DataFrame:
-    """Return the rows of a run: measured now, or those that it has.
+    """Return the rows of a run: the existing ones, or new measurements.
 
     Raises:
-        ConfigError: nothing can be measured, see `measure_all`.
+        ConfigError: nothing can be measured; see `measure_all`.
         RecordError: the run has no rows.
     """
     if measure:
@@ -100,7 +100,7 @@ def measure_all(
     """Measure every case of a profile, write the rows to the run's folder and return them.
 
     Raises:
-        ConfigError: the profile has no such case, or too few tokens are asked for.
+        ConfigError: the profile has no such case, or the number of tokens is too small.
     """
     if n_tokens < 2:
         raise ConfigError(f"expected at least 2 tokens, to time one, got {n_tokens}")
@@ -166,7 +166,7 @@ def measure(
 
     Raises:
         ConfigError: the model fits into the ring.
-        CapacityError: two of its layers in a row do not.
+        CapacityError: two consecutive layers do not fit.
     """
     rows: list[dict[str, Any]] = []
     facts = {

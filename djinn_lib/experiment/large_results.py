@@ -37,7 +37,7 @@ def read_large(folder: Path) -> pd.DataFrame:
     """Read the rows of a run's folder.
 
     Raises:
-        RecordError: there are none, or they are of another form.
+        RecordError: there are none, or they break the schema.
     """
     path = folder / ROWS
     try:

@@ -1,8 +1,7 @@
-"""Locks that keep two runs apart: one a run's folder, one a GPU.
+"""Lock a run's folder and its GPU against other runs.
 
-A second run in the same folder would mix its rows with those of the first; on the same GPU each
-would measure the other. The kernel frees the lock of a process that was killed. The file says who
-holds it.
+Two runs in one folder would mix their rows; on one GPU they would disturb each other's
+measurements. The operating system frees the lock of a killed process. The file names the holder.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def run_locks(run_dir: Path, device: str) -> Iterator[None]:
     """Hold the lock of a run's folder and, for "cuda", that of the GPU.
 
     Args:
-        run_dir: exists and can be written to.
-        device: "cpu" or "cuda"; "cpu" where the run's cells go to other machines.
+        run_dir: an existing, writable folder.
+        device: "cpu" or "cuda"; "cpu" also if the cells run on other machines.
 
     Raises:
         ConfigError: another run holds one of them; the message names it.
@@ -54,13 +53,13 @@ def gpu_lock(run_dir: Path) -> Iterator[None]:
 
 
 def _shared_folder() -> Path:
-    """Where all users of this machine find the locks of its GPUs."""
+    """Return the folder of the locks of GPUs, which all users of this machine share."""
     return Path(tempfile.gettempdir())
 
 
 @contextmanager
 def _held(path: Path, run_dir: Path, what: str) -> Iterator[None]:
-    """Hold the lock in a file, which stays there afterwards: deleting it would let two in."""
+    """Hold the lock in a file; the file stays, because deleting it would allow two holders."""
 
     def sign(descriptor: int) -> None:
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "run_dir": str(run_dir)}

@@ -1,4 +1,4 @@
-"""What machine is this: its parts, its software, and the rates that bound every result."""
+"""Describe the machine: hardware, software, and measured rates that bound all results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from djinn_lib import nvml
 from djinn_lib.provenance import package_versions
 
 _COPY_BYTES = 256 << 20
-_HBM_BYTES = 2 << 30  # many times the cache, and long beside the start of a kernel
+_HBM_BYTES = 2 << 30  # much larger than the cache, and slow compared with a kernel's start
 _IN_A_ROW = 8
 _WARM_UP_S = 0.3  # of copies or reads, until the link or the clock of the memory is awake
 _LOOP_STEPS = 10_000
@@ -30,8 +30,8 @@ def describe_machine(device: str) -> dict[str, Any]:
     `link_rate_bytes_per_s` is the rate of a large copy from host memory to the device (on the CPU,
     of a copy within host memory). None without a GPU: `hbm_rate_bytes_per_s`, bytes read plus
     written by a copy within device memory, and `hbm_read_rate_bytes_per_s`, bytes read by the
-    fastest of a few reductions. `eager_operator_us` is what bounds eager decoding: microseconds
-    that the host needs to start one small operator.
+    fastest of a few reductions. `eager_operator_us` bounds eager decoding: the time, in
+    microseconds, in which the host starts one small operator.
     """
     memory = psutil.virtual_memory()
     return {
@@ -71,10 +71,10 @@ def versions() -> dict[str, str]:
 
 
 def measure_rates(device: str, repeats: int = 5) -> dict[str, float | None]:
-    """Measure the ceilings, in bytes per second: on a GPU the best of `repeats`, else the median.
+    """Measure rates in bytes per second: on a GPU the best of `repeats`, else the median.
 
-    A ceiling is what can be reached. A GPU's link takes a while to reach it, and nothing makes it
-    faster than it is; the memory of a shared CPU has good and bad moments, and its rate is typical.
+    A GPU's link is slow at first and then reaches its maximum, which is the rate to report. The
+    memory of a shared CPU is sometimes faster and sometimes slower, so the typical rate is used.
     """
     pinned = device == "cuda"
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, pin_memory=pinned)
@@ -106,9 +106,9 @@ def measure_rates(device: str, repeats: int = 5) -> dict[str, float | None]:
 def eager_operator_us(device: str, repeats: int = 21) -> float:
     """Measure the median time of the host, in microseconds, for one operator on one element.
 
-    A layer of a transformer is some tens of operators, each started by Python and most of them done
-    on the GPU sooner than the next one is started, so that eager decoding is bound by one core of
-    the host: replayed from a CUDA graph the same kernels take a fraction of the time.
+    A transformer layer has some tens of operators, each started by Python. The GPU finishes most of
+    them before the next one starts, so one core of the host bounds eager decoding. Replayed from a
+    CUDA graph, the same kernels take a fraction of the time.
     """
     number = torch.zeros(1, device=device)
     took_s = []
@@ -125,7 +125,7 @@ def eager_operator_us(device: str, repeats: int = 21) -> float:
 def host_loop_us(repeats: int = 5) -> float:
     """Measure the host's pace: the median time of a fixed loop of Python, in microseconds.
 
-    It takes about a millisecond altogether, and neither memory nor the device has a part in it.
+    It takes about a millisecond and uses neither much memory nor the device.
     """
     took_s = []
     for _ in range(repeats):
@@ -137,16 +137,16 @@ def host_loop_us(repeats: int = 5) -> float:
 
 
 class HostClock:
-    """Watches how much processor time others take from this machine, from its making on."""
+    """Measures how much processor time a hypervisor takes from this machine."""
 
     def __init__(self) -> None:
         self._begin = psutil.cpu_times()
 
     def stolen_share(self) -> float | None:
-        """Return the share of the time of all cores that a hypervisor gave to others meanwhile.
+        """Return the share of processor time that a hypervisor gave to others since creation.
 
-        A machine without a hypervisor, or with one that does not tell, says 0. None where the
-        system keeps no such count.
+        It is 0 without a hypervisor, or with one that does not report it; None if the system has no
+        such counter.
         """
         now = psutil.cpu_times()
         if not hasattr(now, "steal"):
@@ -164,9 +164,9 @@ def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> floa
 
 
 def _rate(n_bytes: int, work: Callable[[], Any], on_gpu: bool, repeats: int) -> float:
-    """Bytes per second of `work`, which is about `n_bytes`.
+    """Return the bytes per second of `work`, which handles `n_bytes`.
 
-    On a GPU each is timed over several, so that what the host needs to start them does not count.
+    On a GPU several calls are timed together, so the host's time to start them does not count.
     """
     if not on_gpu:
         work()
@@ -178,7 +178,7 @@ def _rate(n_bytes: int, work: Callable[[], Any], on_gpu: bool, repeats: int) -> 
 
 
 def _seconds(work: Callable[[], Any], n_times: int) -> float:
-    """What `work` takes, on average over `n_times` in a row."""
+    """Return the mean time of `work` over `n_times` consecutive calls."""
     begin_s = time.perf_counter()
     for _ in range(n_times):
         work()

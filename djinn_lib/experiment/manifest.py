@@ -1,6 +1,6 @@
-"""Manifests: where the rows of a cell come from, and how its latest execution ended.
+"""Manifests: origin of the rows of a cell, and status of its latest execution.
 
-A cell has no other state. Whether it has to be run again is read off its manifest alone, see
+A cell has no other state. Its manifest alone decides whether it must run again; see
 `djinn_lib.experiment.inputs`.
 """
 
@@ -18,7 +18,7 @@ from djinn_lib.files import write_text
 
 
 class Manifest(BaseModel):
-    """Where the rows of a cell come from."""
+    """Origin of the rows of a cell."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,7 +60,7 @@ def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
     """Write a checked manifest as JSON; the file appears whole or not at all.
 
     Raises:
-        RecordError: a field is missing, unknown, of the wrong type or nothing that JSON can hold.
+        RecordError: a field is missing, unknown, of the wrong type, or not valid in JSON.
         OSError: the disk is full or the folder cannot be written to.
     """
     checked = _manifest(manifest, str(path)).model_dump()
@@ -85,7 +85,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def note_execution(path: Path, execution: Mapping[str, Any]) -> None:
-    """Say in a manifest how the latest execution of its cell ended.
+    """Store the status of the latest execution of a cell in its manifest.
 
     Raises:
         RecordError: the manifest is missing or broken.

@@ -1,8 +1,7 @@
-"""Logs of executed notebooks: what loaders and engines printed, in a file next to the copy.
+"""Move the printed output of executed notebooks to log files.
 
-A notebook of this package shows its results as tables and figures. What it prints is progress and
-messages of libraries, which can be hundreds of lines. So an executed copy keeps a link in their
-place.
+Notebooks of this package show results as tables and figures. They print only progress and messages
+of libraries, which can be hundreds of lines. So an executed copy has a link to a log instead.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ def log_of(notebook: Path) -> Path:
 
 
 def move_messages(notebook: Path, log: Path) -> None:
-    """Move what a notebook printed into a log; each cell that printed gets a link to it.
+    """Move the printed output of a notebook into a log, and link it in each cell that printed.
 
-    Bars of progress that were drawn over each other are one line of the log. Without messages there
-    is no log, and one of an earlier execution goes.
+    A progress bar becomes one line of the log. Without messages there is no log, and the log of an
+    earlier execution is deleted.
 
     Args:
         notebook: an executed copy, which is changed.
-        log: where the messages go; in the end it lies in the same folder as the copy.
+        log: the log; it will be in the same folder as the copy.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: the copy is no notebook.
+        ValueError: the copy is not a notebook.
     """
     log.unlink(missing_ok=True)
     content, lines = json.loads(notebook.read_text()), []
@@ -81,7 +80,7 @@ def _text(output: dict[str, Any]) -> str:
 
 
 def _lines(printed: list[str]) -> list[str]:
-    """The lines of a text as a terminal would show them in the end, without empty ones."""
+    """Return the lines of a text as a terminal finally shows them, without empty ones."""
     text = _ESCAPES.sub("", "".join(printed)).replace("\r\n", "\n")
     lines = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return [line for line in lines if line]

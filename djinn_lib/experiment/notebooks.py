@@ -1,8 +1,8 @@
-"""Runs notebooks headlessly with papermill, and never takes half a result for a whole one.
+"""Execute notebooks with papermill, and detect incomplete executions.
 
-Papermill warns of an unknown parameter and says nothing of a killed kernel in the notebook it
-leaves. So parameters are checked first, and the executed copy appears under its name only when it
-is complete or has failed for good.
+Papermill only warns of unknown parameters, and its output does not show that a kernel was killed.
+So parameters are checked first, and the executed copy appears under its name only when it is
+complete or has finally failed.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Make sure that a notebook has every parameter it is to be given, and of that type.
+    """Make sure that a notebook has all given parameters, with the types of the values.
 
     Raises:
-        ConfigError: there is no such notebook, or it lacks one of the parameters, or annotates it
-            with another type than that of the value.
+        ConfigError: there is no such notebook, or it lacks a parameter or has another type for it.
     """
     if not notebook.exists():
         known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
@@ -79,20 +78,20 @@ def execute(
 
     Args:
         notebook: its name without the ending, e.g. "02_run_system".
-        output: the executed copy, or the notebook as it is if its kernel did not start; whatever
-            was there before goes. What was printed goes to a log next to it.
+        output: path of the executed copy, which is replaced; printed output goes to a log next
+            to it. If the kernel did not start, it is a copy of the notebook.
         parameters: values for its parameters cell, of plain JSON types.
         kernel: a Jupyter kernel; default is the one that the notebook names.
         fork: whether the kernel may be a fork, which starts at once; see `kernels`.
-        manager: of a kernel from `one_kernel`, which is used instead, and goes on afterwards.
+        manager: manager of a kernel from `one_kernel`, to use instead; it keeps running.
 
     Returns:
-        How it ended. A failing or dying notebook is a status, not an exception, and so is a copy
-        that cannot be written, and whatever else the libraries raise.
+        The status. Failing or dying notebooks, copies that cannot be written and errors of
+        libraries are statuses, not exceptions.
 
     Raises:
-        ConfigError: notebook or parameters are unknown; nothing has been run then.
-        KeyboardInterrupt: the kernel has been ended, and no copy is left.
+        ConfigError: notebook or parameters are unknown; nothing has run.
+        KeyboardInterrupt: the kernel was ended, and there is no copy.
     """
     source = NOTEBOOKS / f"{notebook}.ipynb"
     check_parameters(source, parameters)
@@ -115,7 +114,7 @@ def execute(
         kind, error = "kernel_died", f"the kernel did not start: {failure}"
     except OSError as failure:
         kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
-    except Exception as failure:  # whatever else the libraries raise: other notebooks go on
+    except Exception as failure:  # errors of libraries: other notebooks continue
         kind, error = classify_error(failure), in_words(failure)
     except BaseException:
         # What still listened to the kernel will find it dead; nobody is left who wants to know.
@@ -134,7 +133,7 @@ def execute(
 
 
 def _kind(failure: PapermillExecutionError) -> str:
-    """The kind of an error of which only the name and the words came out of the kernel."""
+    """Classify an error from its name and its message, which is all that the kernel returns."""
     kind = classify_error(RuntimeError(failure.evalue))
     if kind == "other" and failure.ename in _NAMED_KINDS:
         return _NAMED_KINDS[failure.ename]
@@ -146,8 +145,8 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
     """Manage one kernel, which the first notebook starts; it ends with the block.
 
     Args:
-        name: of a Jupyter kernel; default is the one of this environment.
-        fork: whether it may be a fork, where it is of this environment; see `kernels`.
+        name: name of a Jupyter kernel; default is the one of this environment.
+        fork: whether the kernel of this environment may be a fork; see `kernels`.
     """
     kind = ForkingKernelManager if fork and name is None else AsyncKernelManager
     # Kernels find djinn_lib in this checkout, also those of another environment.
@@ -179,16 +178,16 @@ def _papermill(
 
 
 def _literally(path: Path) -> str:
-    """A path for papermill, which takes it for a format string to fill parameters in."""
+    """Escape a path for papermill, which uses it as a format string."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
 def _sockets() -> Iterator[Config]:
-    """Have a kernel listen on sockets in a folder of its own, for as long as the block runs.
+    """Let a kernel listen on sockets in its own folder while the block runs.
 
-    Jupyter's default are ports that are free when they are chosen and may be taken when the kernel
-    starts: of two that start side by side one then dies (nteract/papermill#511).
+    By default Jupyter chooses free ports, which may be taken when the kernel starts. If two kernels
+    start at once, one may then die (nteract/papermill#511).
     """
     folder = socket_folder(len(_SOCKET))
     with tempfile.TemporaryDirectory(prefix="djinn-kernel-", dir=folder) as own:

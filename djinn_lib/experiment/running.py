@@ -1,11 +1,11 @@
-"""A system that goes on running between the cells of one process.
+"""Keep a system running between the cells of one process.
 
-To start a system can take longer than to measure it: three engines of vLLM need a minute or two.
-So the cells of one system at one capacity run one after the other in one process, which starts it
-once. Nothing else is shared: every repeat of every cell begins with nothing on the device.
+Starting a system can take longer than measuring it: three engines of vLLM need a minute or two. So
+the cells of one system at one capacity run one after the other in one process, which starts it only
+once. Nothing else is shared: every repeat of every cell starts with an empty device.
 
-A process holds at most one system. A cell of another one closes it first, and so does a cell in
-which a request failed: what such a system still holds is unknown.
+A process holds at most one system. It is closed before a cell of another system, and after a cell
+with a failed request, because its state is then unknown.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from djinn_lib.trace import Request
 
 @dataclass(slots=True)
 class Running:
-    """A system that was started, and what later cells must know of that.
+    """A started system, and what later cells must know about it.
 
     Attributes:
-        system: started and warmed up.
-        made_of: what it was started with; a cell with other things needs another system.
-        first_cell: the id of the cell that it was started for.
-        watch: of the models' files, which it has read.
-        device_bytes: of each model, on the device.
-        notes: of the system, for the rows.
+        system: the system, started and warmed up.
+        made_of: its inputs; a cell with other inputs needs another system.
+        first_cell: id of the cell that it was started for.
+        watch: watch of the models' files, which it has read.
+        device_bytes: bytes of each model on the device.
+        notes: notes of the system, for the rows.
         base_bytes: device memory in use before the start; None without a driver.
-        other_gpu_processes: that held memory of the GPU before the start.
-        keep: whether it may go on running after the cell at hand.
+        other_gpu_processes: other processes with memory of the GPU before the start.
+        keep: whether it may keep running after the current cell.
     """
 
     system: SystemUnderTest
@@ -50,14 +50,14 @@ class Running:
     keep: bool = False
 
     def close(self) -> None:
-        """Close the system and give its memory back."""
+        """Close the system and free its memory."""
         self.system.close()
         gc.collect()
 
 
 @dataclass(slots=True)
 class _Process:
-    """What this process has running."""
+    """The running system of this process."""
 
     kept: Running | None = field(default=None)
 
@@ -67,15 +67,15 @@ _process = _Process()
 
 @contextmanager
 def running_system(begun: CellRecord, keep_running: bool) -> Iterator[Running]:
-    """Have the system of a cell running while the block runs: the kept one, or a new one.
+    """Provide the running system of a cell: the kept one, or a new one.
 
     Args:
-        begun: the cell; told what a manifest needs of the start.
-        keep_running: whether the next cell of this process is of the same system, so that it goes
-            on running after the block. It does not if the block fails, or sets `keep` to False.
+        begun: record of the cell; it receives the facts of the start for the manifest.
+        keep_running: whether the next cell of this process uses the same system, which then keeps
+            running after the block, unless the block fails or sets `keep` to False.
 
     Raises:
-        Exception: whatever the system raises when it starts. It has been closed then.
+        Exception: the system did not start; it has been closed.
     """
     running, _process.kept = _process.kept, None
     if running is not None and running.made_of != _made_of(begun):

@@ -1,6 +1,6 @@
-"""How executions of notebooks ended. Each is kept with what it left, and nowhere else.
+"""Statuses of executed notebooks.
 
-That of a cell is in its manifest; that of any other notebook in the metadata of its executed copy.
+The status of a cell is in its manifest; that of any other notebook is in the metadata of its copy.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _KEY = "djinn"  # of a notebook's metadata
 
 @dataclass(frozen=True)
 class Status:
-    """How an execution ended.
+    """Status of an execution.
 
     Args:
         task: name of the executed notebook.
-        state: "unavailable" where a cell's system cannot run on this machine.
-        seconds: that it took, with the start of its kernel.
-        error_kind: as in rows; "" when it is ok.
-        error: what happened, in words.
-        begun_with: digests of all that it was made from, before it began.
+        state: "unavailable" if a cell's system cannot run on this machine.
+        seconds: its duration, with the start of its kernel.
+        error_kind: as in rows; "" if it succeeded.
+        error: the error message.
+        begun_with: digests of its inputs, before it started.
         left: files that it wrote, by their path in the run's folder.
     """
 
@@ -48,12 +48,12 @@ class Status:
 
     @property
     def settled(self) -> bool:
-        """Whether it need not be run again for its own sake."""
+        """Whether it succeeded, so only changed inputs require another execution."""
         return self.state != "failed"
 
 
 def read_status(notebook: Path) -> Status | None:
-    """Return how a notebook's execution ended; None where its copy does not say, or is none."""
+    """Return the status of a notebook; None if its copy has none or is not a notebook."""
     try:
         kept = json.loads(notebook.read_text())["metadata"][_KEY]
         return Status(**{**kept, "task": notebook.stem})  # a copy may have another name
@@ -62,11 +62,11 @@ def read_status(notebook: Path) -> Status | None:
 
 
 def keep_status(status: Status, notebook: Path) -> None:
-    """Write into an executed copy how its execution ended.
+    """Store the status of an execution in its executed copy.
 
     Raises:
-        OSError: the disk is full, or the copy is not there.
-        ValueError: the copy is no notebook.
+        OSError: the disk is full, or there is no copy.
+        ValueError: the copy is not a notebook.
     """
     content = json.loads(notebook.read_text())
     content.setdefault("metadata", {})[_KEY] = asdict(status)
@@ -74,7 +74,7 @@ def keep_status(status: Status, notebook: Path) -> None:
 
 
 def read_statuses(run_dir: Path) -> list[Status]:
-    """Return how the executions of a run ended, by name, of those that say so."""
+    """Return the known statuses of a run, by name."""
     run = RunFolder(run_dir)
     found: Iterable[Status | None] = [
         *(read_status(path) for path in run.executed()),
@@ -84,7 +84,7 @@ def read_statuses(run_dir: Path) -> list[Status]:
 
 
 def read_execution(manifest: Path) -> Status | None:
-    """Return how the latest execution of a cell ended; None where its manifest does not say."""
+    """Return the status of a cell's latest execution; None if its manifest has none."""
     try:
         execution: dict[str, Any] | None = read_manifest(manifest)["execution"]
         return Status(**execution) if execution else None

@@ -1,6 +1,6 @@
-"""Prepares the model folders of a profile: config.json, safetensors, and a tokenizer where known.
+"""Prepare the model folders of a profile: config.json, safetensors, and a tokenizer if known.
 
-Every system reads the same folders. A folder appears complete or not at all.
+Every system reads the same folders. A folder appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _PROMPT = (
 def prepare_models(
     profile: Profile, folder: Path, progress: Callable[[str], None] = print
 ) -> dict[str, ModelFiles]:
-    """Make the folders of all models of a profile that are not there yet.
+    """Make the missing folders of all models of a profile.
 
     Args:
-        profile: says which models, and of which dtype.
-        folder: where they go, one folder a model.
-        progress: told what is being done.
+        profile: the profile, with models and dtype.
+        folder: parent folder, with one folder for each model.
+        progress: called with messages during longer steps.
 
     Raises:
         CheckpointError: a source is missing or broken.
@@ -63,9 +63,9 @@ def prepare_models(
 
 
 def _checked_digests(folder: Path, target: Path) -> dict[str, str]:
-    """Digests of a model's files; those made here must still be as they were made.
+    """Return digests of a model's files; files that were made here must be unchanged.
 
-    A folder of the user's own may change between two set-ups.
+    A folder of the user may change between two set-ups.
     """
     record = target / "prepared.json"
     if folder == target and record.exists():
@@ -76,14 +76,14 @@ def _checked_digests(folder: Path, target: Path) -> dict[str, str]:
 
 
 def describe(name: str, folder: Path) -> ModelFiles:
-    """Return what systems must know of a model folder."""
+    """Return the facts about a model folder that systems need."""
     model = load_pretrained(folder)
     layout, _ = pack(model)
     return ModelFiles(name, folder, layout.n_bytes, str(model.dtype).removeprefix("torch."))
 
 
 def files_sha256(files: ModelFiles) -> str:
-    """Digest of the weights files as they are now, which all are read for."""
+    """Read all weights files and return their digest."""
     return weights_digest(file_digests(files.folder))
 
 
@@ -103,7 +103,7 @@ def prompt_ids(files: ModelFiles, n_tokens: int, request: int) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _tokenizer(folder: Path) -> Any:
-    """Read once a process: reading one takes longer than many a request."""
+    """Read a tokenizer once for each process, because reading takes longer than a request."""
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 

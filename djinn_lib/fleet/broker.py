@@ -1,7 +1,7 @@
-"""The broker: owns the frames of one device and lends them to engines of other processes.
+"""The broker: it owns the frames of one device and lends them to engines in other processes.
 
-One thread and one event loop. What it decides is decided by `Leases`; here are the socket, the
-clock and the frames themselves. It never touches weights.
+It is one thread with one event loop. `Leases` makes the decisions; the broker has the socket, the
+clock and the frames. It never reads or writes weights.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from djinn_lib.fleet.protocol import Message, ProtocolError
 from djinn_lib.fleet.status import RingStatus
 from djinn_lib.units import parse_bytes
 
-_GREETING_S = 5.0  # for a client to say who it is
+_GREETING_S = 5.0  # time for a client to send its first message
 
 
 class Broker:
-    """Frames of one device, lent to whoever connects.
+    """Lends the frames of one device to engines.
 
     Args:
         capacity_bytes: device memory for weights; rounded down to whole frames.
         page_bytes: size of a page and a frame.
         device: "cpu", or one GPU.
-        policy: who loses pages, by name or as an object.
-        eviction: "pages" takes from victims only what is needed; "models" takes all their pages.
+        policy: the eviction policy, by name or as an object.
+        eviction: "pages" evicts only what is needed; "models" evicts all pages of a victim.
         quantum_s, max_wait_s: see `Leases`.
 
     Raises:
         CapacityError: the device has less memory.
-        PlatformError: the platform lacks what the device's frames need.
+        PlatformError: the platform cannot share frames of the device.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Broker:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def status(self) -> RingStatus:
-        """Look at the ring."""
+        """Return the state of the ring."""
         return RingStatus.of(self.leases, str(self.device), self.page_bytes)
 
     def run(self, path: Path, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve on a socket until the process is told to end (SIGTERM, SIGINT), then clean up.
+        """Serve on a socket until SIGTERM or SIGINT, then clean up.
 
         Raises:
-            ConfigError: another broker listens there, or has this GPU.
+            ConfigError: another broker uses the socket or the GPU.
         """
         try:
             with only_one_on(self.device), listening(path) as listener:
@@ -111,7 +111,7 @@ class Broker:
     # -- one connection ------------------------------------------------------------------------
 
     async def _talk(self, connection: socket.socket) -> None:
-        """Serve one client for as long as it stays."""
+        """Serve one client until it disconnects."""
         reader, writer = await asyncio.open_connection(sock=connection)
         pid, uid = protocol.peer(connection)
         try:
@@ -184,13 +184,13 @@ class Broker:
             self._carry_out(self.leases.leave(model, time.monotonic()))
 
     def _lend(self, connection: socket.socket) -> None:
-        """Send the frames; through a socket of its own, which may block."""
+        """Send the frames through a blocking duplicate of the socket."""
         with connection.dup() as blocking:
             blocking.settimeout(_GREETING_S)
             protocol.send_descriptors(blocking, self._descriptors)
 
     def _event(self, model: str, message: Message) -> list[Frames | Revoke]:
-        """Tell the leases what an engine said."""
+        """Pass a message of an engine on to the leases; return their decisions."""
         now_s, leases = time.monotonic(), self.leases
         match message["kind"]:
             case "ask":
@@ -206,7 +206,7 @@ class Broker:
         return leases.tick(now_s)
 
     def _carry_out(self, decisions: list[Frames | Revoke]) -> None:
-        """Send what the leases decided, and look again when a quantum ends."""
+        """Send the decisions of the leases, and set a timer for the next end of a quantum."""
         for one in decisions:
             if writer := self._writers.get(one.model):
                 writer.write(_as_message(one))
@@ -222,7 +222,7 @@ class Broker:
         self._carry_out(self.leases.tick(time.monotonic()))
 
     def close(self) -> None:
-        """Free the frames; those that an engine has mapped are freed when it unmaps them."""
+        """Free the frames; frames that an engine has mapped are freed when it unmaps them."""
         while self._descriptors:
             os.close(self._descriptors.pop())
         self._space.close()
@@ -237,10 +237,10 @@ def open_broker(
     quantum_s: float = 0.25,
     max_wait_s: float = 1.0,
 ) -> Broker:
-    """Make a broker from what users write: sizes as text, defaults by device.
+    """Make a broker from options of users: sizes as text, defaults by device.
 
     Raises:
-        ConfigError: a value has no meaning.
+        ConfigError: a value is invalid.
         CapacityError, PlatformError: see `Broker`.
     """
     place = parse_device(device)

@@ -1,6 +1,6 @@
 """A model on pages of a broker's ring, and the lease to compute with them.
 
-Knows nothing of vLLM: whoever has packed weights and computes in steps can be a client. The broker
+It does not depend on vLLM: any engine with packed weights and steps can be a client. The broker
 decides which pages are where; masters, mapping and copying are the engine's own (`engine.memory`).
 
 Two threads: the caller's, which computes, and one that listens to the broker. The listener maps and

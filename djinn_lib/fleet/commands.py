@@ -1,4 +1,4 @@
-"""`djinn ring` and `djinn serve`: the fleet on a command line."""
+"""The commands `djinn ring` and `djinn serve`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 @app.command()
 def ring(
     capacity: Annotated[str, typer.Option(help="device memory for weights, such as 25GiB")],
-    socket: Annotated[Path, typer.Option(help="where engines connect (DJINN_RING)")],
+    socket: Annotated[Path, typer.Option(help="socket to which engines connect (DJINN_RING)")],
     device: Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu")] = None,
-    page: Annotated[str | None, typer.Option(help="64MiB on a GPU, 1MiB on the CPU")] = None,
-    policy: Annotated[str, typer.Option(help="who loses pages")] = "lru",
-    eviction: Annotated[str, typer.Option(help="pages, or whole models")] = "pages",
-    quantum: Annotated[float, typer.Option(help="seconds that a lease lasts at least")] = 0.25,
-    max_wait: Annotated[float, typer.Option(help="seconds that nobody waits longer than")] = 1.0,
+    page: Annotated[
+        str | None, typer.Option(help="page size; 64MiB on a GPU, 1MiB on the CPU")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="eviction policy")] = "lru",
+    eviction: Annotated[str, typer.Option(help="evict `pages`, or whole `models`")] = "pages",
+    quantum: Annotated[float, typer.Option(help="minimum duration of a lease, in seconds")] = 0.25,
+    max_wait: Annotated[float, typer.Option(help="seconds that an engine waits at most")] = 1.0,
     scratch: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Own the memory for weights of one device, and lend it to the engines that connect."""
@@ -41,12 +43,12 @@ def ring(
         try:
             broker.run(socket, lambda: print(said, flush=True))
         finally:
-            if scratch:  # of a fleet, which may have been killed
+            if scratch:  # the folder of a fleet that may have been killed
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
 @app.command()
-def serve(file: Annotated[Path, typer.Argument(help="which models, from what memory")]) -> None:
+def serve(file: Annotated[Path, typer.Argument(help="fleet.yml, with models and memory")]) -> None:
     """Serve several models at one OpenAI-compatible address."""
     with _said_in_one_line():
         from djinn_lib.fleet import fleet_file
@@ -57,7 +59,7 @@ def serve(file: Annotated[Path, typer.Argument(help="which models, from what mem
 
 @contextmanager
 def _said_in_one_line() -> Iterator[None]:
-    """Tell an error of ours as what it says, without a traceback."""
+    """Print our own errors in one line, without a traceback."""
     try:
         yield
     except DjinnError as error:
@@ -71,5 +73,5 @@ def fleet() -> None:
 
 
 if __name__ == "__main__":
-    children.end_with_parent(signal.SIGTERM)  # so that it cleans up
+    children.end_with_parent(signal.SIGTERM)  # SIGTERM, so it cleans up
     app()

@@ -1,4 +1,4 @@
-"""One vLLM engine as the process that uses it sees it: requests go in at once, futures come out."""
+"""The client side of a vLLM engine process: it submits requests and returns futures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import cached_property
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import children
+from djinn_lib.fleet.options import engine_tokenizer
 from djinn_lib.fleet.protocol import error_class
 
 Result = dict[str, Any]  # see `vllm_engine`
@@ -26,10 +29,10 @@ class EngineDied(DjinnError, RuntimeError):
 
 
 class PendingResult(Future[Any]):
-    """The outcome of a request, or of a call; cancelling it gives the request up.
+    """Future of a request or a call; cancelling it cancels the request.
 
     Attributes:
-        submitted_s: when, by the monotonic clock.
+        submitted_s: time of submission, by the monotonic clock.
     """
 
     def __init__(
@@ -44,14 +47,14 @@ class PendingResult(Future[Any]):
         self._withdraw, self._convert = withdraw, convert
 
     def answer(self, value: Any) -> None:
-        """Take what the engine returned."""
+        """Set the result that the engine returned."""
         try:
             self.set_result(self._convert(value, self.submitted_s))
         except Exception as error:
             self.set_exception(error)
 
     def cancel(self) -> bool:
-        """Give the request up, though it is being served; False when it is done."""
+        """Cancel the request, even if it is being served; return False if it is done."""
         cancelled = super().cancel()
         if cancelled:
             self._withdraw()
@@ -59,15 +62,15 @@ class PendingResult(Future[Any]):
 
 
 class EngineClient:
-    """Starts a vLLM engine in a process of its own and hands it requests; safe for many threads.
+    """Starts a vLLM engine in its own process and sends it requests; thread-safe.
 
     Args:
-        name: of the model, for messages.
-        python: of the environment that has vLLM.
-        options: for `vllm.LLM`.
-        log: where the engine's output goes.
+        name: name of the model, for messages.
+        python: Python of an environment with vLLM.
+        options: options of `vllm.LLM`.
+        log: file for the engine's output.
         environment: variables for the engine.
-        start_timeout_s: how long it may take to start.
+        start_timeout_s: maximum time to start.
 
     Raises:
         DjinnError: it did not start: the worker's own error, or `EngineDied` with the last lines
@@ -83,11 +86,11 @@ class EngineClient:
         environment: Mapping[str, str] | None = None,
         start_timeout_s: float = 900.0,
     ) -> None:
-        self.name, self.log = name, log
+        self.name, self.options, self.log = name, dict(options), log
         self._numbers = itertools.count()
         self._pending: dict[str, PendingResult] = {}
-        self._lock = threading.Lock()  # of what is pending, and of sending
-        self._ended: str | None = None  # why nothing can be asked any more
+        self._lock = threading.Lock()  # of `_pending` and of sending
+        self._ended: str | None = None  # why it ended
         self._pipe, theirs = Pipe()
         with theirs:
             self._process = children.start(
@@ -95,7 +98,7 @@ class EngineClient:
                 environment, [theirs.fileno()],
             )  # fmt: skip
         try:
-            self.facts = self._started(dict(options), start_timeout_s)
+            self.facts = self._started(self.options, start_timeout_s)
         except BaseException:
             children.end(self._process)
             self._pipe.close()
@@ -119,13 +122,24 @@ class EngineClient:
         return values[0]
 
     def _not_started(self, why: str, kind: str = "") -> DjinnError:
-        """The error of an engine that did not start; one of ours needs no log to explain it."""
+        """Return the error of an engine that did not start; our own errors need no log."""
         if ours := error_class(kind):
             return ours(f"the engine of {self.name!r} did not start: {why}")
         return EngineDied(
             f"the engine of {self.name!r} did not start ({kind or 'no error'}: {why}): correct its "
             f"options. The end of its log:\n{children.last_lines(self.log)}"
         )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the model, read when it is first needed; None if it has none.
+
+        The engine has its own. This one formats conversations in the process of the caller.
+
+        Raises:
+            CheckpointError: its files are broken, or cannot be fetched.
+        """
+        return engine_tokenizer(self.options) if self.facts["has_tokenizer"] else None
 
     @property
     def pid(self) -> int:
@@ -139,7 +153,7 @@ class EngineClient:
 
     @property
     def n_pending(self) -> int:
-        """How many requests and calls it has not answered."""
+        """Number of unanswered requests and calls."""
         return len(self._pending)
 
     def submit(
@@ -149,13 +163,13 @@ class EngineClient:
         on_part: OnPart | None = None,
         convert: Callable[[Any, float], Any] = lambda value, submitted_s: value,
     ) -> PendingResult:
-        """Hand a request over at once; vLLM batches it with what else there is.
+        """Submit a request and return at once; vLLM batches it with others.
 
         Args:
             prompt: text, or token ids.
             parameters: for `vllm.SamplingParams`.
-            on_part: called, by another thread, with new token ids and their text as they come.
-            convert: makes the outcome of the engine's result and the moment of this call.
+            on_part: called by another thread with new token ids and their text after each step.
+            convert: makes the result from the engine's result and the time of this call.
 
         Raises:
             EngineDied: the engine has ended.
@@ -181,13 +195,13 @@ class EngineClient:
             self._pending[number] = pending
             try:
                 self._pipe.send((kind, number, *rest))
-            except OSError as error:  # the listener finds out why
+            except OSError as error:  # the listener will find the reason
                 del self._pending[number]
                 raise self._failed() from error
         return pending
 
     def _withdraw(self, cancelled: PendingResult) -> None:
-        with self._lock, suppress(OSError):  # of an engine that has ended, as the request has
+        with self._lock, suppress(OSError):  # the engine has ended, and so has the request
             for number, pending in list(self._pending.items()):
                 if pending is cancelled:
                     del self._pending[number]
@@ -218,7 +232,7 @@ class EngineClient:
             pending = self._pending.get(number)
             if kind != "part":
                 self._pending.pop(number, None)
-        if pending is None:  # it was cancelled meanwhile
+        if pending is None:  # it was cancelled
             return
         if kind == "part":
             if pending.on_part:
@@ -238,7 +252,7 @@ class EngineClient:
         )
 
     def ask_to_end(self) -> None:
-        """Ask the engine to end and go on, so that several can end at the same time."""
+        """Ask the engine to end, without waiting, so several can end at the same time."""
         with self._lock:
             if self._ended is None:
                 self._ended = "it was closed"
@@ -246,7 +260,7 @@ class EngineClient:
                     self._pipe.send(("end",))
 
     def close(self) -> None:
-        """End the engine; requests that wait fail. Closing twice is harmless."""
+        """End the engine; unfinished requests fail. A second call does nothing."""
         self.ask_to_end()
         children.end(self._process, asked=True)
         self._listener.join()

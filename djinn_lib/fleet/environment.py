@@ -1,4 +1,4 @@
-"""Which Python runs vLLM: it may pin other versions than the rest, and then has its own."""
+"""Find the Python that runs vLLM, which may need an environment of its own."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def vllm_python(python: str | Path | None = None) -> Path:
     """Return the Python of the environment that has vLLM.
 
     Args:
-        python: which one; default is DJINN_VLLM_PYTHON, else this one, else that of `.venv-vllm`
-            in the current folder or beside djinn_lib.
+        python: the Python to use; default is DJINN_VLLM_PYTHON, else this Python, else the one of
+            `.venv-vllm` in the current folder or next to djinn_lib.
 
     Raises:
-        PlatformError: it has no vLLM.
+        PlatformError: vLLM is not installed there.
     """
     chosen = python or os.environ.get(VARIABLE)
     if not chosen and find_spec("vllm"):
@@ -47,7 +47,7 @@ def vllm_python(python: str | Path | None = None) -> Path:
 
 
 def unavailable() -> str | None:
-    """Say why no vLLM can be used, or None if one can."""
+    """Return why vLLM cannot be used, or None if it can."""
     try:
         vllm_python()
     except PlatformError as error:
@@ -56,7 +56,7 @@ def unavailable() -> str | None:
 
 
 def _built() -> Path | None:
-    """The environment that `make vllm` built, if there is one."""
+    """Return the Python of the environment that `make vllm` built, if there is one."""
     for folder in (Path.cwd(), Path(__file__).resolve().parents[2]):
         python = folder / ".venv-vllm" / "bin" / "python"
         if python.exists() and not (folder / ".venv-vllm" / ".installing").exists():

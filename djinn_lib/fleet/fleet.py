@@ -18,9 +18,11 @@ import torch
 from djinn_lib import nvml
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES, parse_device
 from djinn_lib.engine.memory.opening import MastersForm, choose_masters
-from djinn_lib.errors import ConfigError, DjinnError, shown
+from djinn_lib.engine.serving.named import ByName
+from djinn_lib.errors import ConfigError, DjinnError, unknown_model
 from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
+from djinn_lib.fleet.handles import FleetModel
 from djinn_lib.fleet.live import drawn_again
 from djinn_lib.fleet.options import engine_environment, engine_options
 from djinn_lib.fleet.requests import Requests
@@ -36,29 +38,29 @@ if TYPE_CHECKING:
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
-class Fleet(Requests):
-    """Serves models that together are larger than the device memory given to them, with vLLM.
+class Fleet(Requests, ByName):
+    """Serves models with vLLM that together are larger than the device memory given to them.
 
-    Every model gets a vLLM engine in a process of its own, which batches its requests; all their
-    weights lie on one ring. The processes end with this object, and with this process.
+    Every model gets a vLLM engine in its own process, which batches requests. The weights of all
+    models share one ring. The processes end when this object is closed or this process ends.
 
     Args:
         capacity: device memory for weights, in bytes or as text ("25GiB").
         device: "cuda", or "cpu" (Linux); default is a GPU where there is one.
         page: size of a page; default 64 MiB on a GPU, 1 MiB on the CPU.
-        policy: who loses pages when the ring is full, by name.
+        policy: name of the eviction policy.
         eviction: "pages" evicts only what is needed; "models" evicts entire models.
-        quantum_s: how long an engine computes at least while others wait.
-        max_wait_s: how long no engine waits much longer than.
+        quantum_s: minimum time that an engine computes while others wait.
+        max_wait_s: approximate limit of the time that an engine waits.
         masters: "plain", "compressed" or "auto": how engines keep their masters, as for a `Djinn`.
-        python: of the environment that has vLLM; default is DJINN_VLLM_PYTHON, else this one, else
-            that of `.venv-vllm`.
-        progress: told what a longer step is doing.
+        python: Python of an environment with vLLM; default is DJINN_VLLM_PYTHON, else this Python,
+            else the one of `.venv-vllm`.
+        progress: called with messages during longer steps.
 
     Raises:
-        ConfigError: a parameter has no meaning, or the GPU has a ring already.
+        ConfigError: a parameter is invalid, or the GPU already has a ring.
         CapacityError: the capacity is below one page or above the free memory.
-        PlatformError: no vLLM, or the platform lacks what the device's frames need.
+        PlatformError: vLLM is missing, or the platform cannot share frames of the device.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Fleet(Requests):
         masters: MastersForm = "plain",
     ) -> None:
         self.device = parse_device(device)
-        self._masters = choose_masters(masters, torch.device("cpu"))  # engines know their devices
+        self._masters = choose_masters(masters, torch.device("cpu"))  # checks the name only
         self.capacity_bytes = parse_bytes(capacity)
         page_bytes = parse_bytes(page or DEFAULT_PAGE_BYTES[self.device.type])
         self._python, self._progress = vllm_python(python), progress
@@ -106,16 +108,19 @@ class Fleet(Requests):
 
     # -- models ----------------------------------------------------------------------------
 
-    def add(self, name: str, source: str | Path, **options: Any) -> None:
-        """Start the engine of a model; safe to be called for several at once.
+    def add(self, name: str, source: str | Path, **options: Any) -> FleetModel:
+        """Start the engine of a model; threads may add several at the same time.
 
         On a GPU several start side by side as far as its memory allows.
 
         Args:
-            name: what requests will call it.
+            name: name of the model in requests.
             source: a folder with config.json and safetensors, or a hub id.
-            options: any of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
-                `kv_cache_memory_bytes` is memory beside the ring; default 2 GiB on a GPU.
+            options: options of vLLM's engine (`vllm.LLM`), such as max_model_len or dtype.
+                `kv_cache_memory_bytes` is not part of the ring; default 2 GiB on a GPU.
+
+        Returns:
+            The model, with methods of its own: ``fleet.add("chat", ...).generate("Hi")``.
 
         Raises:
             ConfigError: the name is taken, or the options cannot be used with a ring.
@@ -149,44 +154,56 @@ class Fleet(Requests):
         with self._lock:
             if self._engines.get(name) is starting:
                 self._engines[name] = engine
-                return
-        engine.close()  # the fleet was closed meanwhile
-        self._ensure_open()
+                return FleetModel(self, engine)
+        engine.close()
+        raise _closed()
 
     def remove(self, name: str) -> None:
-        """End the engine of a model; its frames are free. Requests that wait for it fail."""
+        """End the engine of a model and free its frames; its unfinished requests fail."""
         engine = self.engine(name)
         with self._lock:
             self._engines.pop(name, None)
         engine.close()
 
     def evict(self, name: str) -> None:
-        """Take all pages of a model off the device, after the step at hand."""
+        """Evict all pages of a model, after the current step."""
         self.engine(name).call("ring_sleep")
 
     def engine(self, name: str) -> EngineClient:
         """Return the engine of a model.
 
         Raises:
-            ConfigError: no model is called so.
+            ConfigError: there is no such model.
         """
         self._ensure_open()
         engine = self._engines.get(name)
         if engine is None or isinstance(engine, _Starting):
             raise ConfigError(
-                f"no model is called {shown(name)}: add it first, or choose one of {self.models}"
+                unknown_model(name, self.models, "add it with fleet.add(name, source)")
             )
         return engine
 
     @property
     def models(self) -> list[str]:
-        """The models that can be asked."""
+        """The names of the models that have started."""
         return [n for n, one in list(self._engines.items()) if not isinstance(one, _Starting)]
+
+    @property
+    def _names(self) -> list[str]:
+        return self.models
+
+    def __getitem__(self, name: str) -> FleetModel:
+        """Return a model by name.
+
+        Raises:
+            ConfigError: there is no such model.
+        """
+        return FleetModel(self, self.engine(name))
 
     # -- state -----------------------------------------------------------------------------
 
     def status(self) -> RingStatus:
-        """Look at the ring.
+        """Query the state of the ring.
 
         Raises:
             BrokerGone: its process ended.
@@ -199,7 +216,7 @@ class Fleet(Requests):
         return self.status().residency()
 
     def stats(self) -> pd.DataFrame:
-        """One row a model: what leases cost it since it was added."""
+        """One row a model: costs of its leases since it was added."""
         return self.status().stats()
 
     def _repr_html_(self) -> str:
@@ -207,20 +224,20 @@ class Fleet(Requests):
         return "<i>closed</i>" if self.closed else self.status().html()
 
     def live(self, every_s: float = 0.2) -> AbstractContextManager[None]:
-        """Show the ring in a notebook, drawn again and again until the block ends."""
+        """Show the ring in a notebook, and redraw it until the block ends."""
         return drawn_again(self._repr_html_, every_s)
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether the fleet was closed."""
         return not self._finalizer.alive
 
     def _ensure_open(self) -> None:
         if self.closed:
-            raise DjinnError("this fleet was closed: make a new one")
+            raise _closed()
 
     def close(self) -> None:
-        """End all engines and the broker; requests that wait fail. Closing twice is harmless."""
+        """End all engines and the broker; unfinished requests fail. A second call does nothing."""
         self._finalizer()
 
     def __enter__(self) -> Fleet:
@@ -230,18 +247,22 @@ class Fleet(Requests):
         self.close()
 
 
+def _closed() -> DjinnError:
+    return DjinnError("this fleet was closed: make a new one")
+
+
 class _Starting:
-    """Holds the name of a model whose engine is starting."""
+    """Reserves the name of a model whose engine is starting."""
 
     def ask_to_end(self) -> None:
-        """Nothing: `add` looks whether the fleet was closed."""
+        """Do nothing: `add` checks whether the fleet was closed."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _close(owner: int, engines: dict[str, Any], ring: RingProcess, folder: Path) -> None:
-    """End everything that a fleet started; a forked child leaves its parent's as it is."""
+    """End everything that a fleet started; does nothing in a forked child."""
     if os.getpid() != owner:
         return
     ending = list(engines.values())

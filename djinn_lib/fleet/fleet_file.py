@@ -1,12 +1,12 @@
-"""`fleet.yml`: which models `djinn serve` serves, and from what memory.
+"""Read `fleet.yml`, which says which models `djinn serve` serves, and with how much memory.
 
     capacity: 25GiB
     models:
       chat: {model: Qwen/Qwen3-8B, max_model_len: 8192}
       code: {model: some/moe-fp8}
 
-Beside these: device, page, policy, eviction, quantum_s, max_wait_s (see `Fleet`), host and port.
-What stands beside `model` are options of `vllm serve`, with underscores for hyphens.
+Other options: device, page, policy, eviction, quantum_s, max_wait_s (see `Fleet`), host, port.
+The other fields of a model are options of `vllm serve`, with underscores for hyphens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OURS = ("worker_cls", "served_model_name", "host", "port", "uds", "api_server_c
 
 @dataclass(frozen=True, slots=True)
 class FleetFile:
-    """What a fleet file says; `models` maps names to options, of which "model" is where it is."""
+    """Content of a fleet file; `models` maps names to options, and "model" is the source."""
 
     capacity: str | int
     models: Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,7 @@ class FleetFile:
     python: str | None = field(default=None)
 
     def ring_options(self) -> dict[str, Any]:
-        """Return what `djinn ring` is called with, apart from the socket."""
+        """Return the options of `djinn ring`, without the socket."""
         options = {
             "capacity": _as_text(self.capacity), "device": self.device,
             "page": _as_text(self.page),
@@ -60,7 +60,7 @@ def read_fleet_file(path: Path) -> FleetFile:
     """Read and check a fleet file.
 
     Raises:
-        ConfigError: it cannot be read, or says something that cannot be used.
+        ConfigError: it cannot be read, or a value is invalid.
     """
     try:
         said = yaml.safe_load(path.read_text())
@@ -99,7 +99,7 @@ def _check_model(path: Path, name: object, options: object) -> None:
 
 
 def vllm_arguments(name: str, options: Mapping[str, Any]) -> list[str]:
-    """Return the arguments of `vllm serve` for a model; mappings travel as JSON."""
+    """Return the arguments of `vllm serve` for a model; mappings become JSON."""
     arguments = ["serve", str(options["model"]), "--served-model-name", name]
     for option, value in options.items():
         if option == "model" or value is None:

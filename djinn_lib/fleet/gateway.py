@@ -1,7 +1,7 @@
-"""One OpenAI-compatible address in front of one `vllm serve` a model.
+"""One OpenAI-compatible address for several `vllm serve` servers, one for each model.
 
-Requests are routed by their `model` and passed through as they are, answers as they come. A caller
-that hangs up takes its request with it, and so frees its place in vLLM's batch.
+Requests are routed by their `model` and forwarded unchanged, and answers are streamed back. If a
+caller disconnects, its request is cancelled, which frees its place in vLLM's batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import DjinnError, unknown_model
 from djinn_lib.fleet.status import RingStatus
 
 _HOP_BY_HOP = frozenset(
@@ -32,18 +32,18 @@ _HOP_BY_HOP = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """A model's own server: its address, and what tells whether its process runs."""
+    """The server of a model: its address, and whether its process runs."""
 
     url: str
     is_alive: Callable[[], bool]
 
 
 class Gateway:
-    """The application; `app` is for any ASGI server.
+    """The gateway; `app` runs in any ASGI server.
 
     Args:
-        upstreams: by name of the model.
-        status: looks at the ring; raises `DjinnError` when there is none any more.
+        upstreams: servers by name of the model.
+        status: returns the state of the ring; raises `DjinnError` if the ring has ended.
     """
 
     def __init__(self, upstreams: Mapping[str, Upstream], status: Callable[[], RingStatus]) -> None:
@@ -72,7 +72,7 @@ class Gateway:
             yield
 
     async def _health(self, request: Request) -> Response:
-        """200 when every server answers that it is well, else 503 and which are not."""
+        """Return 200 if all servers are healthy, else 503 and the state of each."""
         names = list(self._upstreams)
         well = await asyncio.gather(*(self._is_well(self._upstreams[name]) for name in names))
         state = {name: "ok" if one else "down" for name, one in zip(names, well, strict=True)}
@@ -96,7 +96,7 @@ class Gateway:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, request: Request) -> Response:
-        """What each server says of its model; one that is down is left out."""
+        """List the models, as their servers describe them; without those that are down."""
         cards = await asyncio.gather(*(self._card(one, request) for one in self._upstreams))
         return JSONResponse({"object": "list", "data": [one for one in cards if one]})
 
@@ -108,7 +108,7 @@ class Gateway:
         return JSONResponse(card) if card else _error(503, f"the server of {name!r} is down")
 
     async def _card(self, name: str, request: Request) -> dict[str, Any] | None:
-        """What the server of a model says of it, or None; it may want to know who asks."""
+        """Return a server's description of its model, or None; forwards the authorization."""
         headers = {k: v for k, v in request.headers.items() if k == "authorization"}
         url = f"{self._upstreams[name].url}/v1/models"
         try:
@@ -118,10 +118,8 @@ class Gateway:
             return None
 
     def _unknown(self, model: str) -> Response:
-        known = ", ".join(self._upstreams)
-        return self._answer(
-            "unknown", _error(404, f"no model is called {model!r}: choose from {known}")
-        )
+        said = unknown_model(model, self._upstreams, "choose one of these")
+        return self._answer("unknown", _error(404, said))
 
     async def _pass_on(self, request: Request) -> Response:
         body = await request.body()
@@ -141,7 +139,7 @@ class Gateway:
         return response
 
     async def _ask(self, model: str, upstream: Upstream, request: Request, body: bytes) -> Response:
-        """Send a request to its server, unless the caller hangs up before it answers."""
+        """Forward a request; cancel it if the caller disconnects before the answer."""
         url = httpx.URL(f"{upstream.url}{request.url.path}", query=request.url.query.encode())
         headers = [(k, v) for k, v in request.headers.raw if k.decode().lower() not in _HOP_BY_HOP]
         sent = self._client.build_request(request.method, url, headers=headers, content=body)
@@ -150,7 +148,7 @@ class Gateway:
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the caller has disconnected
             answer = answering.result()
         except httpx.HTTPError as error:
             why = "is not reachable" if upstream.is_alive() else "has ended"

@@ -1,4 +1,4 @@
-"""Options of a vLLM engine on a ring: what it gets by default, and what cannot be had."""
+"""Options of a vLLM engine on a ring: defaults, and checks of options that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from djinn_lib.engine.models.hub import resolve_folder
+from djinn_lib.engine.models.tokenizer import Tokenizer, read_tokenizer
 from djinn_lib.errors import ConfigError, shown
 
 KV_CACHE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -20,16 +22,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vo
 def engine_options(
     name: str, source: str | Path, device: str, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what `vllm.LLM` is called with.
+    """Return the options of `vllm.LLM`.
 
     Args:
-        name: of the model on the ring.
+        name: name of the model.
         source: a folder or a hub id.
         device: "cpu" or "cuda".
-        options: of vLLM, which go before the defaults here.
+        options: options of the user, which override the defaults here.
 
     Raises:
-        ConfigError: the folder holds no model, or an option cannot be used with a ring.
+        ConfigError: the folder has no model, or an option cannot be used with a ring.
     """
     for option in ON_ONE_DEVICE:
         if options.get(option, 1) != 1:
@@ -55,19 +57,34 @@ def engine_options(
 
 
 def defaults_on(device: str) -> dict[str, Any]:
-    """Return what differs from vLLM's defaults for every engine on a ring.
+    """Return the defaults of every engine on a ring that differ from vLLM's.
 
-    vLLM would measure its share of a GPU by what is free when it starts, and the ring and other
-    engines have theirs already. So it is told how much memory its KV cache may take.
+    By default vLLM sizes its KV cache by the free memory, which does not work next to a ring and
+    other engines. So the size of the KV cache is fixed.
     """
     options: dict[str, Any] = {"kv_cache_memory_bytes": KV_CACHE_BYTES[device]}
     if device == "cpu":
         return {**options, "enforce_eager": True}  # compiling for a CPU takes a minute
-    return {**options, "gpu_memory_utilization": 0.05}  # only asked for at the start, to be free
+    return {
+        **options,
+        "gpu_memory_utilization": 0.05,
+    }  # vLLM only checks that it is free
+
+
+def engine_tokenizer(options: Mapping[str, Any]) -> Tokenizer | None:
+    """Read the tokenizer that an engine with these options uses.
+
+    Raises:
+        CheckpointError: its files are broken, or cannot be fetched.
+    """
+    trusted = bool(options.get("trust_remote_code"))
+    revision = options.get("tokenizer_revision") or options.get("revision")
+    source = options.get("tokenizer") or options["model"]
+    return read_tokenizer(resolve_folder(source, revision, trusted), trusted)
 
 
 def engine_environment(socket: Path, masters: str) -> dict[str, str]:
-    """Return the variables of an engine's process: of the ring, and what vLLM reads."""
+    """Return the environment variables of an engine's process."""
     return {
         "DJINN_RING": str(socket),
         "DJINN_MASTERS": masters,

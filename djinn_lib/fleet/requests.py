@@ -1,4 +1,4 @@
-"""Requests of a fleet: checked before an engine sees them, and made into `Generation`s after."""
+"""Requests to a fleet: check them, pass them to an engine, and convert what it returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from queue import SimpleQueue
 from typing import Any, Unpack
 
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.prompts import Prompt, ReadPrompt, read_prompts
+from djinn_lib.engine.prompts import (
+    Messages,
+    Prompt,
+    ReadPrompt,
+    is_conversation,
+    read_prompts,
+)
 from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.engine.serving.stream import Stream
 from djinn_lib.errors import ConfigError, shown
@@ -18,14 +24,14 @@ Part = str | list[int]
 
 
 class Requests(ABC):
-    """What a fleet is asked."""
+    """The methods of a `Fleet` that make requests."""
 
     @abstractmethod
     def engine(self, name: str) -> EngineClient:
         """Return the engine of a model.
 
         Raises:
-            ConfigError: no model is called so.
+            ConfigError: there is no such model.
         """
 
     def generate(
@@ -42,15 +48,15 @@ class Requests(ABC):
 
         Args:
             name: which model.
-            prompt: as for `Djinn.generate`; a list of prompts is batched by vLLM.
+            prompt: as for `Djinn.generate`; vLLM batches a list of prompts.
             max_new_tokens, ignore_eos, sampling, options: as for `Djinn.generate`.
 
         Returns:
-            What the model said and what it cost; for a list of prompts a list. Bytes that several
+            The continuation and its costs; for a list of prompts a list. Bytes that several
             requests waited for count for the first of them.
 
         Raises:
-            ConfigError: unknown model, a prompt that it cannot take, or a value without meaning.
+            ConfigError: the model is unknown, or the prompt or a value is invalid.
             EngineDied: its engine ended.
         """
         asked = self.submit(name, prompt, max_new_tokens, ignore_eos, sampling=sampling, **options)
@@ -59,8 +65,34 @@ class Requests(ABC):
         try:
             return [wait_for(one) for one in asked]
         finally:
-            for one in asked:  # where one failed, nobody waits for the others
+            for one in asked:  # if one failed, the others are not needed
                 one.cancel()
+
+    def chat(
+        self,
+        name: str,
+        messages: Messages,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool | None = None,
+        *,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generation:
+        """Answer a conversation, formatted with the chat template of the model's tokenizer.
+
+        Args:
+            name: which model.
+            messages: such as ``[{"role": "user", "content": "Hi"}]``; a text is one such message.
+            max_new_tokens, ignore_eos, sampling, options: as for `generate`.
+
+        Raises:
+            ConfigError: as for `generate`; or the model has no chat template, or its template
+                cannot take these messages.
+            CheckpointError: the tokenizer cannot be read.
+            EngineDied: its engine ended.
+        """
+        ids = chat_ids(self.engine(name), messages)
+        return self.generate(name, ids, max_new_tokens, ignore_eos, sampling=sampling, **options)
 
     def submit(
         self,
@@ -72,14 +104,14 @@ class Requests(ABC):
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> PendingResult | Any:  # Any: see `generate`
-        """Hand what `generate` does to the engine and return at once.
+        """Queue what `generate` does, and return at once.
 
         Returns:
-            A future: `result()` waits for the `Generation`, `cancel()` gives the request up. For a
-            list of prompts a list of them.
+            A future: `result()` waits for the `Generation`, `cancel()` cancels the request. For a
+            list of prompts, a list of futures.
 
         Raises:
-            ConfigError: as for `generate`; nothing was asked.
+            ConfigError: as for `generate`; nothing was queued.
         """
         engine = self.engine(name)
         asked = Sampling.of(sampling, max_new_tokens, ignore_eos, options)
@@ -93,24 +125,31 @@ class Requests(ABC):
     def stream(
         self,
         name: str,
-        prompt: Prompt,
+        prompt: Prompt | Messages,
         max_new_tokens: int | None = None,
         ignore_eos: bool | None = None,
         *,
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream[Any]:  # Any: str, or list[int] for a model without a tokenizer
-        """Yield a continuation as it comes: text, or token ids for a model without a tokenizer.
+        """Yield a continuation during decoding: text, or token ids without a tokenizer.
 
-        A piece is what one step of the engine gave. Leaving the loop early gives the request up.
+        Each piece is the result of one step. Leaving the loop early cancels the request.
+
+        Args:
+            name: which model.
+            prompt: one prompt, as for `generate`; or a list of messages, as for `chat`.
+            max_new_tokens, ignore_eos, sampling, options: as for `generate`.
 
         Raises:
-            ConfigError, EngineDied: as for `generate`.
+            ConfigError, EngineDied: as for `generate` and `chat`.
         """
         engine = self.engine(name)
         asked = Sampling.of(sampling, max_new_tokens, ignore_eos, options)
         parameters = sampling_parameters(engine, asked)
-        prompts, several = read_prompts(prompt)
+        prompts, several = read_prompts(
+            chat_ids(engine, prompt) if is_conversation(prompt) else prompt
+        )
         if several:
             raise ConfigError("several prompts cannot be streamed at once: pass one")
         check_prompt(engine, prompts[0], parameters["max_tokens"])
@@ -123,10 +162,10 @@ class Requests(ABC):
 
 
 def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, Any]:
-    """Return a request's options as vLLM calls them.
+    """Return a request's options under vLLM's names.
 
     Raises:
-        ConfigError: texts are to end it, and the model has no tokenizer.
+        ConfigError: there are stop texts, and the model has no tokenizer.
     """
     parameters: dict[str, Any] = {
         "max_tokens": sampling.max_new_tokens,
@@ -134,7 +173,7 @@ def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, A
         "temperature": 0.0 if sampling.greedy else sampling.temperature,
     }
     if not sampling.greedy:
-        seed = sampling.next_seed() & (2**63 - 1)  # vLLM's are signed
+        seed = sampling.next_seed() & (2**63 - 1)  # vLLM takes signed seeds
         parameters |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "seed": seed}
     if sampling.stops:
         if not engine.facts["has_tokenizer"]:
@@ -143,11 +182,24 @@ def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, A
     return parameters
 
 
-def check_prompt(engine: EngineClient, prompt: ReadPrompt, max_new_tokens: int) -> None:
-    """Refuse a prompt that vLLM would cut, or read beyond its tables for.
+def chat_ids(engine: EngineClient, messages: object) -> list[int]:
+    """Return the token ids of a conversation, up to the start of the model's answer.
 
     Raises:
-        ConfigError: naming what is wrong with it.
+        ConfigError: the model has no tokenizer or chat template, or the template cannot format
+            these messages.
+        CheckpointError: the tokenizer cannot be read.
+    """
+    if engine.tokenizer is None:
+        raise ConfigError(f"{engine.name!r} has no tokenizer: pass token ids to generate()")
+    return engine.tokenizer.encode_chat(messages)
+
+
+def check_prompt(engine: EngineClient, prompt: ReadPrompt, max_new_tokens: int) -> None:
+    """Check a prompt that vLLM would cut, or that has invalid token ids.
+
+    Raises:
+        ConfigError: the message says what is wrong with it.
     """
     facts = engine.facts
     if isinstance(prompt, str):
@@ -170,7 +222,7 @@ def check_prompt(engine: EngineClient, prompt: ReadPrompt, max_new_tokens: int) 
 
 
 def generation_of(engine: EngineClient) -> Callable[[Result, float], Generation]:
-    """Return what makes a `Generation` of an engine's result and of when it was asked for."""
+    """Return a function from a result and its submission time to a `Generation`."""
 
     def convert(result: Result, submitted_s: float) -> Generation:
         has_text = engine.facts["has_tokenizer"]
@@ -196,7 +248,7 @@ def generation_of(engine: EngineClient) -> Callable[[Result, float], Generation]
 
 
 def wait_for(pending: PendingResult) -> Generation:
-    """Wait for a request; an interrupt gives it up."""
+    """Wait for a request; an interrupt cancels it."""
     try:
         return pending.result()
     except BaseException:

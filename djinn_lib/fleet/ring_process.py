@@ -1,4 +1,4 @@
-"""A broker in a process of its own, for whoever starts engines: a fleet, `djinn serve`."""
+"""Run a broker in its own process, for a `Fleet` or `djinn serve`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class RingProcess:
     """Starts `djinn ring`, which ends with this process and then removes its folder.
 
     Args:
-        folder: of its socket and its log.
-        options: of `djinn ring`.
+        folder: folder of its socket and its log.
+        options: options of `djinn ring`.
 
     Attributes:
-        socket: where engines connect (DJINN_RING).
+        socket: path to which engines connect (DJINN_RING).
 
     Raises:
-        ConfigError, CapacityError, PlatformError: what it said when it did not start.
+        ConfigError, CapacityError, PlatformError: it did not start; with its own message.
     """
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class RingProcess:
         )
 
     def _not_started(self, status: int) -> DjinnError:
-        """The error that the broker told on its last line."""
+        """Return the error on the last line of the broker's log."""
         said = children.last_lines(self._log).rpartition("djinn: ")[2]
         kinds = {number: kind for kind, number in EXIT_STATUS.items()}
         return kinds.get(status, DjinnError)(
@@ -69,7 +69,7 @@ class RingProcess:
         )
 
     def status(self) -> RingStatus:
-        """Look at the ring.
+        """Query the state of the ring.
 
         Raises:
             BrokerGone: its process ended.
@@ -78,6 +78,6 @@ class RingProcess:
             return self._connection.status()
 
     def end(self) -> None:
-        """End it; ending twice is harmless."""
+        """End the broker; a second call does nothing."""
         self._connection.close()
         children.end(self.process)

@@ -1,4 +1,4 @@
-"""`djinn serve`: a ring, one `vllm serve` a model on it, and one address in front of them."""
+"""`djinn serve`: start a ring, one `vllm serve` for each model, and a gateway for all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from djinn_lib.fleet.status import RingStatus
 from djinn_lib.sockets import socket_folder
 
 _SERVER_STARTS_S = 1800.0
-_LAST_ANSWERS_S = 5  # for requests at hand, when told to end
+_LAST_ANSWERS_S = 5  # time for unfinished requests at the end
 _LONGEST_SOCKET = "/djinn-12345678/12345678-1234-1234-1234-123456789012"
 
 
@@ -32,7 +32,7 @@ class Server:
     """One `vllm serve` on a port of this machine.
 
     Attributes:
-        url: where it listens.
+        url: its address.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Server:
         """Wait until it answers.
 
         Raises:
-            DjinnError: it ended instead, or took too long; with the last lines of its log.
+            DjinnError: it ended or took too long; the message has the last lines of its log.
         """
         until_s = time.monotonic() + _SERVER_STARTS_S
         while time.monotonic() < until_s and self.is_alive():
@@ -66,7 +66,7 @@ class Server:
         raise self._not_started()
 
     def _not_started(self) -> DjinnError:
-        """The error that its log tells of; one of ours needs no log to explain it."""
+        """Return the error in its log; our own errors need no log."""
         kind, message = children.raised_last(self.log) or ("", "")
         if ours := error_class(kind):
             return ours(f"the server of {self.name!r} did not start: {message}")
@@ -85,10 +85,10 @@ class Server:
 def running(
     file: FleetFile, progress: Callable[[str], None] = print
 ) -> Iterator[tuple[dict[str, Server], Callable[[], RingStatus]]]:
-    """Start everything behind the address; it ends with the block.
+    """Start the ring and all servers; end them after the block.
 
     Yields:
-        The servers by model, and what looks at the ring.
+        The servers by model, and a function that returns the state of the ring.
 
     Raises:
         DjinnError: something did not start; nothing is left running.
@@ -108,7 +108,7 @@ def running(
             servers[name] = Server(name, python, arguments, log, ring.socket)
             undo.callback(servers[name].end)
             progress(f"starting the server of {name}, which writes to {log}")
-            if device.type == "cuda":  # one after the other: a model that loads is there twice
+            if device.type == "cuda":  # one after the other: a loading model takes twice its memory
                 servers[name].wait()
         for server in servers.values():
             server.wait()
@@ -116,7 +116,7 @@ def running(
 
 
 def serve(file: FleetFile, progress: Callable[[str], None] = print) -> None:
-    """Serve until told to end (SIGINT, SIGTERM).
+    """Serve until SIGINT or SIGTERM.
 
     Raises:
         ConfigError: another program listens at the address.
@@ -145,9 +145,9 @@ def serve(file: FleetFile, progress: Callable[[str], None] = print) -> None:
 
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at the address, taken before minutes are spent on what it will serve.
+    """Bind a socket to the address first, because starting the servers takes minutes.
 
-    Nobody listens at it yet: callers are refused until everything is there.
+    It does not listen yet: connections are refused until all servers have started.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,7 +162,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

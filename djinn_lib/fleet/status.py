@@ -1,4 +1,4 @@
-"""What a ring looks like at one moment: who has which frames, who computes, who waits."""
+"""State of a ring: which model has which frames, and which engines compute or wait."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from djinn_lib.fleet.lease_states import Counts
 from djinn_lib.fleet.leases import Leases
 from djinn_lib.units import format_bytes
 
-_MOST_CELLS = 240  # of a picture: a cell then stands for several neighbouring frames
+_MOST_CELLS = 240  # of a picture; on larger rings a cell is several frames
 
 
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
-    """One model: pages it has in all and on the ring, what its engine does, and what that took."""
+    """State of one model: its pages, its resident pages, its engine and its counters."""
 
     model: str
     state: str
@@ -30,7 +30,7 @@ class ModelStatus:
 
 @dataclass(frozen=True, slots=True)
 class RingStatus:
-    """A ring of `n_frames` frames; `frames[i]` is the number of the model in frame `i`, or -1."""
+    """State of a ring; `frames[i]` is the index of the model in frame `i`, or -1."""
 
     device: str
     page_bytes: int
@@ -40,7 +40,7 @@ class RingStatus:
 
     @classmethod
     def of(cls, leases: Leases, device: str, page_bytes: int) -> RingStatus:
-        """Look at a ring."""
+        """Return the state of a ring."""
         ring, frames = leases.ring, [-1] * leases.ring.n_frames
         models = []
         for number, engine in enumerate(leases.engines):
@@ -59,7 +59,7 @@ class RingStatus:
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> RingStatus:
-        """Read what `fields` wrote."""
+        """Build it from a message made by `fields`."""
         models = tuple(
             ModelStatus(**{**model, "counts": Counts(**model["counts"])})
             for model in message["models"]
@@ -77,7 +77,7 @@ class RingStatus:
         return asdict(self)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes of frames that each model has."""
+        """Resident bytes of each model, in whole pages."""
         return {model.model: model.n_resident * self.page_bytes for model in self.models}
 
     def residency(self) -> pd.DataFrame:
@@ -91,7 +91,7 @@ class RingStatus:
         return pd.DataFrame(rows)
 
     def stats(self) -> pd.DataFrame:
-        """One row a model: what its engine does, and what leases cost it since it joined."""
+        """One row a model: the state of its engine, and costs of leases since it joined."""
         rows = [
             {
                 "model": one.model,

@@ -1,1 +1,1 @@
-"""For those who publish a run as the reference: merged, scrubbed, shown on one page."""
+"""Merge runs, publish a run as the reference, and show it on one page."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Of what a run measured.
+# Figures of a run's measurements.
 MEASURED = {
     "latency_cdf": (
         "Latency of every request",
@@ -11,15 +11,15 @@ MEASURED = {
     ),
     "latency_ablation": (
         "From whole models to Djinn",
-        "The same for each step of the ablation, and for the best simple caches.",
+        "The same latencies for each step of the ablation, and for the best simple caches.",
     ),
     "switches": (
         "What a switch costs",
-        "Share of switches within a time, by what a request found of its model.",
+        "Share of switches within a time, by how much of its model was resident.",
     ),
     "sensitivity": (
         "Sensitivity to the capacity",
-        "Speed-up over the baseline with 95% intervals, and requests that found their weights.",
+        "Speed-up over the baseline with 95% intervals, and share of requests without loads.",
     ),
     "latency_breakdown": (
         "Where the time goes",
@@ -35,20 +35,20 @@ MEASURED = {
     ),
     "bytes_loaded": (
         "Bytes moved",
-        "Weights moved for the whole trace, compared with the least that was possible.",
+        "Weights moved for the whole trace, compared with the possible minimum.",
     ),
     "zipf": (
         "A longer trace",
-        "What switches cost, and how long requests take, when models are drawn by Zipf's law.",
+        "Cost of switches and latency of requests, when models are drawn by Zipf's law.",
     ),
     "concurrent": (
-        "Requests that wait for each other",
-        "What switches cost, and how long requests take, when all are sent at once. Every system "
-        "computes one request at a time; none batches.",
+        "Concurrent requests",
+        "Cost of switches and latency of requests, when all are sent at once. Every system "
+        "computes one request at a time, without batching.",
     ),
     "load": (
         "Load",
-        "Times from arrival at several rates, and the share of requests done within a target.",
+        "Latency from arrival at several rates, and the share of requests within a target.",
     ),
     "large_models": (
         "A model larger than the ring",
@@ -56,10 +56,10 @@ MEASURED = {
     ),
     "fleet": (
         "A fleet: vLLM engines on one ring",
-        "Requests to all models at once, and the bytes of each model on the ring meanwhile.",
+        "Requests to all models at once, and the resident bytes of each model over time.",
     ),
 }
-# Of the simulator and of the study of policies, which are the same whichever run it is.
+# Figures of the simulator and the study of policies, which do not depend on the run.
 COMPUTED = {
     "simulator_validation": (
         "The simulator compared with measured rows",
@@ -71,15 +71,15 @@ COMPUTED = {
     ),
     "policies_capacity": (
         "The memory that makes switching free",
-        "Share of all weights that has to fit, for a mean switch of less than 10 ms.",
+        "Share of all weights that must fit for a mean switch below 10 ms.",
     ),
     "policies_queue": (
-        "Policies when requests wait",
-        "Latencies at different loads, for policies that know the queue and some that do not.",
+        "Policies with a queue",
+        "Latencies at different loads, for policies that know the queue and policies that do not.",
     ),
     "simulator_growth": (
         "How the simulator scales",
         "The cost of a request does not grow with their number.",
     ),
-    "explore": ("The picture kept from the explorer", "Of notebook explore, with its sliders."),
+    "explore": ("A figure saved from the explorer", "From notebook explore, with its settings."),
 }

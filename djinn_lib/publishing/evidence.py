@@ -1,4 +1,4 @@
-"""What a claim rests on, as links of a page: its notebook, its figure, its rows."""
+"""Link a claim to its evidence: its notebook, its figure and its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_LOADS = {"highest_rate"}  # rows of the traces whose names begin with "load"
 _OF_ALL_SYSTEMS = {"token_agreement", "token_agreement_of"}
 _OF_ALL_CELLS_OF_A_SYSTEM = {"token_agreement_when_concurrent"}
 _OF_ALL_CAPACITIES = {"speedup_over_capacities", "speedup_spread", "worst_bytes_to_optimum"}
-_MOST = 8  # more cells than that are one link to all
+_MOST = 8  # a claim with more cells gets one link to all
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,14 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a page of a run has to link to.
+    """The link targets on the page of a run.
 
     Args:
-        notebooks: where each executed notebook is, by name.
+        notebooks: path of each executed notebook, by name.
         figures: names of the figures on the page.
         cells: trace, capacity, system, mode and start of each cell that has rows.
         traces: files of traces.
-        replicates: files of rows of further runs of the cells.
+        replicates: files of rows of repeated runs of the cells.
     """
 
     notebooks: Mapping[str, str]
@@ -48,12 +48,12 @@ class Shown:
 
 
 def evidence(verdict: Verdict, claim: Claim | None, shown: Shown) -> list[Link]:
-    """Return the links of one claim, of what there is; `claim` says which rows it was measured on.
+    """Return the links of one claim to its existing evidence.
 
     Args:
-        verdict: of a run.
-        claim: of the same id, or None if there is no such claim any more.
-        shown: what the page has.
+        verdict: the verdict of a run.
+        claim: the claim of the same id, which names its rows; None if it no longer exists.
+        shown: the link targets of the page.
     """
     links = []
     if href := shown.notebooks.get(verdict.notebook):

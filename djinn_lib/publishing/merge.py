@@ -1,13 +1,12 @@
-"""Cells of several run folders put into one.
+"""Merge the cells of several run folders into one.
 
     python -m djinn_lib.publishing.merge RUN_DIR PART...
 
-A run may be done in parts, on machines of one kind that are lent one after another. Parts belong
-together when their cells had the same profile and parameters, traces, weights, packages, driver,
-GPU and commit; anything else is refused with the differences. `--allow-commits` takes different
-commits, and the notes of each cell then name its own. What was measured of each machine is kept:
-`machine.json` lists all machines with their cells. A cell that several parts have is in the run
-once, and its other measurements are kept as replicates.
+A run may be done in parts, on several machines of one kind. Parts must have the same profile and
+parameters, traces, weights, packages, driver, kind of GPU and commit; otherwise the differences are
+listed and nothing is merged. `--allow-commits` accepts different commits, which the notes of the
+cells then name. `machine.json` lists all machines with their measurements and cells. If several
+parts have the same cell, one measurement is taken and the others are kept as replicates.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Merge; returns the exit status: 0 when all cells are there, 1 when some miss, 2: refused."""
+    """Merge; return the exit status: 0 complete, 1 cells are missing, 2 refused."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publishing.merge", description=__doc__)
     parser.add_argument("run_dir", type=user_path, help="the folder to make")
     parser.add_argument("parts", type=user_path, nargs="+", help="run folders, in any order")
     parser.add_argument(
         "--allow-commits", action="store_true", help="parts may come from different commits"
     )
-    parser.add_argument("--replace", action="store_true", help="replace RUN_DIR, if it is there")
+    parser.add_argument("--replace", action="store_true", help="replace RUN_DIR, if it exists")
     options = parser.parse_args(arguments)
     try:
         cells = merge(options.run_dir, options.parts, options.allow_commits, options.replace)
@@ -69,17 +68,17 @@ def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
 def merge(
     run_dir: Path, parts: Sequence[Path], allow_commits: bool = False, replace: bool = False
 ) -> list[PartCell]:
-    """Make a run folder out of the cells of several; returns the cells that are in it.
+    """Merge the cells of several parts into a run folder; return its cells.
 
-    Of a cell that several parts have, the later one is taken, whole ones before those with failed
-    requests. The others are printed, and kept as replicates if every request was served; else the
-    manifest of the one taken notes them. A folder that is replaced is whole, the old one or the new
-    one, whatever ends this on its way.
+    If several parts have the same cell, the latest one is taken, preferably without failed
+    requests. The others are printed. They are kept as replicates if all their requests were served;
+    otherwise they are only noted in the manifest. A replaced folder is always complete: either the
+    old or the new one.
 
     Raises:
-        ConfigError: the folder is there already, or is itself one of the parts, or a run uses it.
-        RecordError: the parts do not belong together, or one of them cannot be read.
-        OSError: the disk is full, or refuses; the folder is as it was.
+        ConfigError: the folder exists, is one of the parts, or is in use by a run.
+        RecordError: the parts do not match, or one of them cannot be read.
+        OSError: writing failed, for example on a full disk; the folder is unchanged.
     """
     run_dir, parts = run_dir.resolve(), [part.resolve() for part in parts]
     if run_dir in parts or len(set(parts)) < len(parts):
@@ -104,7 +103,7 @@ def merge(
         raise RecordError("expected parts with at least one cell among them, got none: add one")
     chosen, others = _choose(found)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A run that goes on in the folder would lose what it writes from now on.
+    # Lock the folder: a run that uses it would lose its results.
     unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
     with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:
         made = Path(scratch) / "run"
@@ -118,7 +117,7 @@ def merge(
 
 
 def _labels(parts: Sequence[Path]) -> dict[str, Path]:
-    """Short names of folders: what differs in their paths, so that no machine's path is kept."""
+    """Return short names of folders: only the parts of their paths that differ."""
     if len(parts) == 1:
         return {parts[0].name: parts[0]}
     common = Path(os.path.commonpath(parts))
@@ -126,10 +125,10 @@ def _labels(parts: Sequence[Path]) -> dict[str, Path]:
 
 
 def _choose(found: Sequence[PartCell]) -> tuple[list[PartCell], list[PartCell]]:
-    """Return the one to take of each cell and the replicates to keep, and say which there are."""
+    """Choose one measurement of each cell, and the replicates to keep; print the choice."""
     chosen, kept = [], []
     for name in sorted({cell.name for cell in found}):
-        # Two parts may have the very same measurement, if one was merged from the other.
+        # If one part was merged from another, both have the same measurement.
         of_name = {(cell.manifest["run_id"], cell.manifest["started_at_utc"]): cell
                    for cell in found if cell.name == name}  # fmt: skip
         *others, best = sorted(of_name.values(), key=lambda cell: cell.rank)
@@ -172,13 +171,13 @@ def _write_rest(
         suffix = "" if label == newest else "." + own.replace("/", "-")
         for name in _PER_PART:
             _copy_notebook(part, made, name, f"{name}{suffix}")
-            for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # of a part merged before
+            for path in (part / "notebooks").glob(f"{name}.*.ipynb"):  # from a merged part
                 _copy_notebook(part, made, path.stem, path.stem)
     write_json(made / "machine.json", _machines(states, chosen, newest))
 
 
 def _newest_machine(part: Path, listed: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name of the newest machine of a part that was merged itself."""
+    """Return the name of the newest machine of a part that was itself merged."""
     begun = {
         read_manifest(part / "requests" / f"{cell}.manifest.json")["started_at_utc"]: entry["part"]
         for entry in listed
@@ -190,10 +189,10 @@ def _newest_machine(part: Path, listed: Sequence[Mapping[str, Any]]) -> str | No
 def _machines(
     states: Mapping[str, Mapping[str, Any]], chosen: Sequence[PartCell], newest: str
 ) -> dict[str, Any]:
-    """machine.json of all: the newest part's facts, the best of each measure, then each machine.
+    """Return machine.json of all parts: facts of the newest, best rates, and a list of machines.
 
-    A measure is a ceiling: what one machine of a kind reaches is what the others are held against.
-    A part that was merged itself brings the machines that it lists.
+    Measured rates are upper limits, so the best one of any machine is used for all. A part that
+    was itself merged contributes the machines that it lists.
     """
     machines = []
     for label, state in states.items():
@@ -211,7 +210,7 @@ def _machines(
 
 
 def _copy_large(made: Path, parts: Sequence[Path]) -> None:
-    """Copy the newest rows of models larger than the ring, which are measured all at once."""
+    """Copy the newest rows of models larger than the ring, which are measured together."""
     having = {
         json.loads((part / large_results.MANIFEST).read_text())["started_at_utc"]: part
         for part in parts
@@ -225,7 +224,7 @@ def _copy_large(made: Path, parts: Sequence[Path]) -> None:
 
 
 def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:
-    """Copy an executed notebook, where a part has it."""
+    """Copy an executed notebook, if a part has it."""
     if (notebook := part / "notebooks" / f"{name}.ipynb").exists():
         copy_with_log(notebook, made / "notebooks" / f"{new}.ipynb")
 

@@ -1,8 +1,9 @@
-"""The tables of README.md and docs/results.md: `python -m djinn_lib.publishing.pages`.
+"""Generate the tables of README.md and docs/results.md from the reference run.
 
-Each stands between two comments, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and is made
-again from the reference run. The prose around them is written by hand. A test fails when a page and
-the data disagree.
+    python -m djinn_lib.publishing.pages
+
+Each table is between two comments, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``. The prose
+around them is written by hand. A test fails when a page and the data disagree.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ _STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
 
 def main() -> None:
-    """Bring the pages up to date, and the page of the published run."""
+    """Update the pages, and the page of the published run."""
     for path in PAGES:
         write_text(path, render(path.read_text(), load_run(REFERENCE)))
     build_published()
 
 
 def render(text: str, run: Run) -> str:
-    """Return a page with every table made again from the reference run."""
+    """Return a page with every table regenerated from the reference run."""
     for name, table in TABLES.items():
         block = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if block.search(text):
@@ -62,7 +63,7 @@ def render(text: str, run: Run) -> str:
 def _made(table: Callable[[Run], pd.DataFrame], run: Run) -> str:
     try:
         return markdown(table(run))
-    except (DjinnError, NotMeasured) as reason:  # of a run that was published unfinished
+    except (DjinnError, NotMeasured) as reason:  # the published run may be unfinished
         return f"Not measured: {reason}."
 
 
@@ -96,20 +97,20 @@ def _elsewhere(verdict: Verdict) -> str:
 
 
 def results(run: Run) -> pd.DataFrame:
-    """Return the systems with few columns, as the README shows them."""
+    """Return a short table of systems, for the README."""
     columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
     return systems_table(run)[columns]
 
 
 def engine_targets(run: Run) -> pd.DataFrame:
-    """Return what the engine should reach, and reaches."""
+    """Return targets of the engine with measured values."""
     table = pd.DataFrame(engine_rows(run.folder)["targets"])
     table["met"] = table["met"].map({True: "yes", False: "**no**"})
     return table[["name", "target", "measured", "unit", "met"]].rename(columns={"name": "measure"})
 
 
 def engine_cases(run: Run) -> pd.DataFrame:
-    """Return hits in every way of decoding, and misses."""
+    """Return the costs of hits in every decode mode, and of misses."""
     result = engine_rows(run.folder)
     table = pd.DataFrame(case for case in result["cases"] if "decode" in case)
     order = table["model"].map({model: place for place, model in enumerate(result["sizes"])})
@@ -120,7 +121,7 @@ def engine_cases(run: Run) -> pd.DataFrame:
 
 
 def engine_pages(run: Run) -> pd.DataFrame:
-    """Return what the size of a page changes."""
+    """Return how the page size affects costs."""
     table = pd.DataFrame(engine_rows(run.folder)["page_curve"])
     table["page"] = table["page_bytes"] // 2**20
     return _columns(table, page="page (MiB)", full_ms="full load (ms)",
@@ -129,7 +130,7 @@ def engine_pages(run: Run) -> pd.DataFrame:
 
 
 def _columns(table: pd.DataFrame, **names: str) -> pd.DataFrame:
-    """Some columns under other names, bytes as GiB."""
+    """Select and rename columns, and convert bytes to GiB."""
     chosen = table[list(names)].rename(columns=names)
     in_gib = [name for name in chosen if name.endswith("(GiB)")]
     return chosen.assign(**{name: chosen[name] / 2**30 for name in in_gib})
@@ -144,7 +145,7 @@ def policies(_: Run) -> pd.DataFrame:
 
 
 def zipf_policies(run: Run) -> pd.DataFrame:
-    """Return what other policies are predicted to be worth on the Zipfian trace."""
+    """Return predictions for other policies on the Zipfian trace."""
     table = validation.predicted_policies(run.folder, "zipf-25-djinn")
     paper = validation.predicted_policies(run.folder, "paper-25-djinn")
     table["paper's trace: bytes / optimum (x)"] = paper["bytes / optimum (x)"]
@@ -152,7 +153,7 @@ def zipf_policies(run: Run) -> pd.DataFrame:
 
 
 def soaks(_: Run, kept: Mapping[str, Path] = SOAKS) -> pd.DataFrame:
-    """Return what happened to many requests at once."""
+    """Return the results of the soak tests."""
     return pd.DataFrame.from_dict({
         where: _soak(json.loads(path.read_text())) for where, path in kept.items()
     }, orient="index").rename_axis("machine")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The cells of a run folder that is a part of a larger run, and whether parts belong together."""
+"""Read the cells of a part of a larger run, and check whether parts match."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_A_CELL = ("repeats", "page_bytes", "mode", "speed")  # parameters that diffe
 
 @dataclass(frozen=True)
 class PartCell:
-    """One measurement of a cell in one part, and where its rows and executed notebook are."""
+    """One measurement of a cell in a part, with the paths of its rows and notebook."""
 
     part: str
     rows_path: Path
@@ -38,14 +38,14 @@ class PartCell:
 
     @property
     def rank(self) -> tuple[bool, bool, str]:
-        """What could run before what could not, whole ones before others, later before earlier."""
+        """Sort key: available systems first, then cells without failures, then later ones."""
         return self.n_rows > 0, self.n_failed == 0, self.manifest["started_at_utc"]
 
     @property
     def notes(self) -> list[str]:
-        """Its notes, which part it is from among them."""
+        """Its notes, including the name of its part."""
         notes = list(self.manifest["notes"])
-        if not any(note.startswith(_RAN_IN) for note in notes):  # a merged part has said so
+        if not any(note.startswith(_RAN_IN) for note in notes):  # a merged part has one
             notes.append(f"{_RAN_IN}{self.part}")
         return notes
 
@@ -65,10 +65,10 @@ class PartCell:
 def read_part(folder: Path, label: str) -> list[PartCell]:
     """Read every cell of a run folder, replicates included.
 
-    There may be none if it has rows of models larger than the ring.
+    A part may have only rows of models larger than the ring.
 
     Raises:
-        RecordError: it has neither, or rows, a manifest or machine.json are missing or broken.
+        RecordError: it has no rows, or rows, a manifest or machine.json are missing or broken.
     """
     read_machine(folder)
     paths = sorted((folder / "requests").glob("*.parquet"))
@@ -92,9 +92,9 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
 
 
 def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[str]:
-    """Return a line for each thing in which cells differ that must not; none: they fit together.
+    """Return a line for each difference that prevents merging.
 
-    A package that is not installed in one place was not used there, and is no difference.
+    A package that is missing in one place was not used there, so it is no difference.
     """
     lines: dict[str, None] = {}  # in order, each once
     first: dict[str, tuple[PartCell, Any]] = {}
@@ -107,10 +107,10 @@ def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[
 
 
 def _must_agree(manifest: Mapping[str, Any], allow_commits: bool) -> Iterator[tuple[str, Any]]:
-    """What must be equal, under a name that says among which cells.
+    """Yield values that must be equal, each with a name that says among which cells.
 
-    A system may have an environment of its own, and a label of the profile's systems its options
-    and what it keeps on the device; a trace's hash must agree among the cells that use it.
+    Package versions are compared for each system, options and device bytes for each label of the
+    profile's systems, and the hash of a trace among cells that use it.
     """
     machine = manifest["machine"]
     trace, _, label, *_ = manifest["cell"].split("-")

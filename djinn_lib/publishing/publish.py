@@ -1,13 +1,15 @@
-"""A finished GPU run as the reference run: `python -m djinn_lib.publishing.publish data/runs/gpu`.
+"""Publish a finished GPU run as the reference run.
 
-Rows, manifests, traces and executed notebooks of the run are copied to `data/reference/h100`, and
-everything that is made from rows is made again from the copies: the notebooks that read rows, the
-figures (also in `figures/`), claims.json and comparison_summary.json. So what is published cannot
-disagree with its rows. Paths of the machine that ran it are cut out.
+    python -m djinn_lib.publishing.publish data/runs/gpu
 
-A run is refused if it misses cells (`--unfinished` takes it: what it would tell is then said to
-be not measured), ran without a GPU, or came from a changed working tree (`--allow-dirty` takes it).
-What is published already stays, unless `--replace` is given.
+Rows, manifests, traces and executed notebooks of the run are copied to `data/reference/h100`.
+Everything that is derived from rows is generated again from the copies: notebooks, figures (also in
+`figures/`), claims.json and comparison_summary.json. So published results always agree with their
+rows. Paths of the machine are removed.
+
+A run is refused if cells are missing (`--unfinished` accepts it, and their results are shown as not
+measured), if it ran without a GPU, or from a changed working tree (`--allow-dirty` accepts it). An
+existing reference run is kept, unless `--replace` is given.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _ABSOLUTE = re.compile(r"(?<![\w./:<}\]-])/(?:[\w.+@{}\[\]-]+/)+([\w.+@{}\[\]-]+
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Publish; returns the exit status."""
+    """Publish; return the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publishing.publish", description=__doc__)
     parser.add_argument("run_dir", type=user_path)
     parser.add_argument("--replace", action="store_true", help="replace what is published")
@@ -70,15 +72,15 @@ def publish(
     reference: Path = REFERENCE,
     figures: Path = FIGURES,
 ) -> None:
-    """Make a run the reference run; nothing changes unless all of it can be made.
+    """Make a run the reference run; after an error nothing has changed.
 
-    Both folders are then replaced as one: whatever ends this on its way, both are the old ones or
-    both the new ones, if need be after the next run.
+    Both folders are replaced together: even if the process is killed, both are the old ones or both
+    the new ones, at the latest after the next run.
 
     Raises:
-        ConfigError: something is published already.
-        RecordError: the run is not one to publish, or cannot be read.
-        OSError: the disk is full, or refuses; what was published is as it was.
+        ConfigError: there already is a published run.
+        RecordError: the run does not qualify, or cannot be read.
+        OSError: writing failed, for example on a full disk.
     """
     recover(reference, figures)
     taken = [name for name in PUBLISHED if (reference / name).exists()]
@@ -114,7 +116,7 @@ def publish(
 
 
 def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
-    """What speaks against publishing a run."""
+    """Yield the reasons not to publish a run."""
     if run.machine.get("device") != "cuda":
         yield f"a run on the device {run.machine.get('device')!r}"
     profiles = sorted({manifest["profile"] for manifest in run.manifests.values()})
@@ -136,7 +138,7 @@ def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
 
 
 def _copy(run: Run, made: Path) -> None:
-    """Copy what was measured, without paths of the machine that measured it."""
+    """Copy the measurements, without paths of the machine."""
     for folder in ("requests", REPLICATES):
         for path in sorted((run.folder / folder).glob("*.parquet")):
             rows = read_rows(path)
@@ -175,9 +177,9 @@ def _read(made: Path, reference: Path) -> None:
 
 
 def _tidy(path: Path, made: Path) -> None:
-    """Take the paths out of an executed notebook.
+    """Remove paths of the machine from an executed notebook.
 
-    Papermill notes the run's folder and the repository, as they were on the machine.
+    Papermill records the paths of the run's folder and of the repository.
     """
     content, known = json.loads(path.read_text()), {str(made): _READ_FROM}
     papermill = content.get("metadata", {}).get("papermill", {})
@@ -194,7 +196,7 @@ def _tidy(path: Path, made: Path) -> None:
 
 
 def _assemble(new: Path, made: Path, reference: Path) -> None:
-    """Fill a folder with what was made; engine.json and whatever else is published stays."""
+    """Fill a folder with the new files, and keep engine.json and other published files."""
     new.mkdir()
     for path in reference.iterdir():
         if path.name not in PUBLISHED:
@@ -220,11 +222,11 @@ def scrub(value: Any, known: Mapping[str, str] | None = None) -> Any:
 
 
 def scrub_text(text: str, known: Mapping[str, str] | None = None) -> str:
-    """Return a text with known folders renamed, and every other absolute path cut to its last part.
+    """Rename known folders in a text, and cut every other absolute path to its last part.
 
     Args:
-        text: any.
-        known: folders and what to write instead; longer ones are replaced first.
+        text: any text.
+        known: folders with their replacements; longer ones are replaced first.
     """
     text = text.replace("file:///", "/")
     for folder, instead in sorted((known or {}).items(), key=lambda item: -len(item[0])):

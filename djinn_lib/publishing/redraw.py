@@ -1,9 +1,9 @@
-"""Figures drawn again from rows: `make figures`, `python -m djinn_lib.publishing.redraw`.
+"""Draw figures again from rows: `make figures`, `python -m djinn_lib.publishing.redraw`.
 
-The notebooks that only read rows are the one definition of every figure, so they are what runs
-here. Without a folder it is the reference run, and the published figures in `figures/` are drawn
-again. With one it is a run of your own, whose figures, claims, notebooks and page are made again.
-Notebooks run in parallel, one a core: it takes about a minute and needs no GPU.
+Every figure is defined by a notebook that only reads rows, so these notebooks are executed. Without
+a folder they read the reference run and draw the published figures in `figures/`. With the folder
+of a run they update its figures, claims, notebooks and page. Notebooks run in parallel, one on each
+core. This takes about a minute and needs no GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and th
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw; returns the exit status: 1 when a notebook failed, 2 when there is nothing to draw."""
+    """Draw; return the exit status: 1 if a notebook failed, 2 if there is nothing to draw."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publishing.redraw", description=__doc__)
     parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the reference run")
     options = parser.parse_args(arguments)
@@ -59,14 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
-    """Execute every notebook that only reads rows, into a run's folder; returns how each ended.
+    """Execute every notebook that only reads rows, into a run's folder; return their statuses.
 
     Args:
-        run_dir: with rows, traces and machine.json; gets figures, claims, notebooks and statuses.
-        reference_dir: of the rows that the simulator's clock is fitted to.
+        run_dir: a folder with rows, traces and machine.json; the results are written there.
+        reference_dir: folder of the rows to which the simulator's costs are fitted.
 
     Raises:
-        RecordError: the folder holds no run that can be read.
+        RecordError: the folder has no readable run.
     """
     load_run(run_dir)
     (run_dir / "figures").mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         parameters[large_results.NOTEBOOK] = more
     ended = []
     for status in _side_by_side(run_dir / "notebooks", parameters):
-        with suppress(OSError):  # of a process that was killed there is no copy
+        with suppress(OSError):  # a killed process has left no copy
             keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
         print(status, flush=True)
         ended.append(status)
@@ -87,9 +87,9 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
 
 
 def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:
-    """Execute notebooks into a folder; yields how each ended, the first to end first.
+    """Execute notebooks into a folder; yield their statuses as they end.
 
-    In processes, because papermill changes its working directory. They only read the same rows, so
+    They run in processes, because papermill changes the working directory. They only read rows, so
     their order does not matter.
     """
     with _processes(min(len(parameters), len(os.sched_getaffinity(0)), MOST_AT_ONCE)) as pool:
@@ -114,17 +114,17 @@ def _status(ended: Future[Status], name: str) -> Status:
 
 
 def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = None) -> Path:
-    """Draw one figure from the rows of a run; returns where it is.
+    """Draw one figure from the rows of a run; return its path.
 
     Args:
         figure: a key of `FIGURE_NOTEBOOKS`.
-        run_dir: the run's folder; default is the published run, whose folder is left as it is.
-        output: where it goes, as PDF or PNG; default is the run's ``figures/``, or the
+        run_dir: the run's folder; default is the published run, which is not changed.
+        output: PDF or PNG file to write; default is the run's ``figures/``, or the
             working directory for the published run.
 
     Raises:
-        ConfigError: there is no such figure or ending, or it could not be drawn.
-        RecordError: the folder holds no run that can be read.
+        ConfigError: the figure or the ending is unknown, or it could not be drawn.
+        RecordError: the folder has no readable run.
     """
     if figure not in FIGURE_NOTEBOOKS:
         raise ConfigError(f"there is no figure {figure!r}; choose from {list(FIGURE_NOTEBOOKS)}")
@@ -148,22 +148,21 @@ def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = Non
 
 
 def _link_rows(run_dir: Path, scratch: Path) -> None:
-    """Let a scratch folder have the rows of a run, and nothing that was made from them."""
+    """Provide the rows of a run in a scratch folder, without derived files."""
     for part in ("requests", REPLICATES, "traces", "machine.json", *large_results.FILES):
         if (run_dir / part).exists():
             (scratch / part).symlink_to(run_dir / part)
 
 
 def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> list[Status]:
-    """Draw the published figures again from the reference rows; returns what failed.
+    """Draw the published figures again from the reference rows; return the failures.
 
-    Nothing in the reference's folder is touched, and figures are replaced when all are drawn, as
-    one.
+    The reference's folder is not changed. Figures are replaced together, when all are drawn.
 
     Raises:
         ConfigError: there are no reference rows.
     """
-    recover(reference, figures)  # of a publication that was killed
+    recover(reference, figures)  # repair after a killed publication
     if not any((reference / "requests").glob("*.parquet")):
         raise ConfigError(
             f"expected rows of the reference run in {reference / 'requests'}, got none: to draw "
@@ -183,7 +182,7 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
 
 @contextmanager
 def new_figures(figures: Path) -> Iterator[Path]:
-    """A folder to take the place of `figures`; what is not drawn again is in it already."""
+    """Make a folder to replace `figures`, with copies of the figures that are not redrawn."""
     figures.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{figures.name}-", dir=figures.parent) as name:
         drawn = Path(name) / figures.name
@@ -195,10 +194,10 @@ def new_figures(figures: Path) -> Iterator[Path]:
 
 
 def copy_figures(source: Path, target: Path) -> list[Path]:
-    """Copy PDFs and PNGs of one folder into another; returns the copies.
+    """Copy PDFs and PNGs of one folder into another; return the copies.
 
     Raises:
-        RecordError: there are none.
+        RecordError: there are no figures.
     """
     found = sorted(path for path in source.glob("*") if path.suffix in (".pdf", ".png"))
     if not found:

@@ -47,7 +47,7 @@ _FIRST = "00_start_here"
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An executed notebook as HTML; `error` says why there is none."""
+    """An executed notebook as HTML; `error` says why conversion failed."""
 
     notebook: Path
     html: Path
@@ -55,7 +55,7 @@ class Page:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the page of a run, or of the published run; returns the exit status."""
+    """Write the page of a run, or of the published run; return the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.publishing.report", description=__doc__)
     parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the published run")
     options = parser.parse_args(arguments)
@@ -65,9 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_published(reference: Path = REFERENCE) -> Path:
-    """Write the page of the published run, which links its notebooks as they are.
+    """Write the page of the published run, which links notebooks without converting them.
 
-    As HTML they would be as large as everything else in the folder.
+    As HTML they would double the size of the folder.
     """
     return build_report(reference, as_html=False)
 
@@ -75,11 +75,11 @@ def build_published(reference: Path = REFERENCE) -> Path:
 def build_report(run_dir: Path | str, as_html: bool = True) -> Path:
     """Write ``index.html`` into a run's folder.
 
-    What is missing or broken (a notebook, the claims, the rows) is listed as such on the page.
+    The page lists what is missing or broken, such as a notebook, the claims or the rows.
 
     Args:
         run_dir: the run's folder.
-        as_html: whether to write every executed notebook as HTML, and to link that.
+        as_html: whether to convert every executed notebook to HTML, and link that.
 
     Returns:
         The page's path.
@@ -98,7 +98,7 @@ def build_report(run_dir: Path | str, as_html: bool = True) -> Path:
 
 
 def convert_notebooks(folder: Path) -> list[Page]:
-    """Convert every notebook of a folder whose HTML is missing or older; returns all of them.
+    """Convert notebooks whose HTML is missing or outdated; return all notebooks.
 
     A notebook that cannot be converted does not stop the others.
     """
@@ -128,14 +128,14 @@ def _as_they_are(folder: Path) -> list[Page]:
 
 
 def _whole(folder: Path) -> list[Path]:
-    """The executed notebooks of a folder: first the one to begin with, then by name, then cells."""
+    """Return the executed notebooks of a folder: the first one to read, others, then cells."""
     found = [p for p in folder.glob("*.ipynb") if not p.name.endswith(".partial.ipynb")]
     cells = f"{CELL_NOTEBOOK}."
     return sorted(found, key=lambda p: (p.stem != _FIRST, p.name.startswith(cells), p.name))
 
 
 def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
-    """Everything that the page's template shows."""
+    """Return the values of the page's template."""
     problems = [f"{p.notebook.name} cannot be read: {p.error}" for p in pages if p.error]
     try:
         of_run = _of_run(load_run(folder))
@@ -200,7 +200,7 @@ def _no_run() -> dict[str, Any]:
 
 
 def _summary(run: Run) -> Markup | None:
-    """The main cells side by side as an HTML table; None if the run has none."""
+    """Return the comparison of the main cells as an HTML table; None without rows."""
     try:
         table = systems_table(run)
     except RecordError:
@@ -209,7 +209,7 @@ def _summary(run: Run) -> Markup | None:
 
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry a cell and kind of failure."""
+    """Return one entry for each cell and kind of failure."""
     cell = ["trace", "capacity_label", "system", "mode", "start"]
     return [
         {
@@ -223,7 +223,7 @@ def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _claims(path: Path, problems: list[str]) -> list[Verdict]:
-    """The verdicts; none, and a problem more, if the file is broken."""
+    """Return the verdicts; if the file is broken, add a problem and return none."""
     try:
         return read_claims(path) if path.exists() else []
     except RecordError as error:
@@ -244,7 +244,7 @@ def _with_evidence(
     cells: Sequence[tuple[str, str, str, str, str]],
     replicates: Sequence[str],
 ) -> list[tuple[Verdict, list[Link]]]:
-    """Each verdict with what it rests on."""
+    """Return each verdict with links to its evidence."""
     claims = {claim.id: claim for claim in load_claims()}
     notebooks = {entry["name"]: entry["html"] for entry in listing if entry["html"]}
     shown = Shown(notebooks, {figure["name"] for figure in figures}, cells, traces, replicates)
@@ -252,7 +252,7 @@ def _with_evidence(
 
 
 def _figures(folder: Path, captions: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """The figures of those with a caption that there are; after the measured ones, all others."""
+    """Yield the existing figures that have captions; after the measured ones, all others."""
     stems = sorted(path.stem for path in (folder / "figures").glob("*.png"))
     known = [name for name in captions if name in stems]
     others = [stem for stem in stems if stem not in MEASURED | COMPUTED]
@@ -286,7 +286,7 @@ def _notebook(
 
 
 def _run_by_hand(manifest: Path) -> bool:
-    """Whether the rows of a cell are newer than its executed notebook: nothing executed that."""
+    """Whether the rows of a cell are newer than its executed notebook."""
     try:
         return json.loads(manifest.read_text()).get("execution", "") is None
     except (OSError, ValueError, AttributeError):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from fake_engine import weights_of
 from test_broker import MIB, until
+from tokenizer_factory import START_ID, save_tokenizer
 
 import djinn_lib as dj
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
@@ -113,7 +114,8 @@ def test_evicting_and_looking_at_the_ring(fleet):
 @pytest.mark.parametrize(
     "name, prompt, options, says",
     [
-        ("d", [1], {}, "no model is called 'd'"),
+        ("d", [1], {}, r"models \['a', 'b', 'c'\], got 'd': add it with fleet"),
+        ("aa", [1], {}, "got 'aa': did you mean 'a'?"),
         ("a", "text", {}, "has no tokenizer"),
         ("a", [], {}, "at least one"),
         ("a", [[1], []], {}, "at least one"),
@@ -182,10 +184,51 @@ def test_text_of_a_model_with_a_tokenizer(patched, fleet):
     fleet.remove("t")
 
 
+def test_a_conversation_is_formatted_with_the_models_own_template(tmp_path, patched, fleet):
+    (tmp_path / "config.json").write_text("{}")
+    save_tokenizer(tmp_path)
+    chat = fleet.add("t", tmp_path, n_bytes=MIB)
+    formatted = [START_ID, *b"[user]Hi[assistant]"]
+    want = fleet.generate("t", formatted, 5)
+    messages = [{"role": "user", "content": "Hi"}]
+    for said in (fleet.chat("t", messages, 5), fleet.chat("t", "Hi", 5), chat.chat("Hi", 5)):
+        assert said.token_ids == want.token_ids and said.n_prompt_tokens == len(formatted)
+    assert "".join(fleet.stream("t", messages, 5)) == want.text
+    with pytest.raises(ConfigError, match="unknown role system"):
+        fleet.chat("t", [{"role": "system", "content": "Hi"}])
+    with pytest.raises(ConfigError, match="'a' has no tokenizer"):
+        fleet.chat("a", "Hi")
+    chat.remove()
+
+
+def test_a_handle_does_what_the_fleet_does_until_its_model_is_removed(patched, fleet):
+    first = fleet.add("h", patched, n_bytes=MIB)
+    assert isinstance(first, dj.FleetModel) and repr(first) == "FleetModel('h')"
+    want = fleet.generate("h", [5], 4).token_ids
+    assert first.generate([5], 4).token_ids == first.submit([5], 4).result().token_ids == want
+    assert tuple(one for part in first.stream([5], 4) for one in part) == want
+    first.evict()
+    assert fleet.status().resident_bytes()["h"] == 0
+    first.remove()
+    second = fleet.add("h", patched, n_bytes=MIB)
+    assert second == fleet["h"] != first and repr(first) == "FleetModel('h', removed)"
+    for use in (lambda: first.generate([5], 4), first.evict, first.remove):
+        with pytest.raises(ConfigError, match="'h' of this handle was removed"):
+            use()
+    assert second.generate([5], 4).token_ids == want
+    second.remove()
+
+
+def test_a_fleet_holds_models_by_name(fleet):
+    assert set(fleet) == set(SIZES) == set(fleet._ipython_key_completions_())
+    assert len(fleet) == 3 and "a" in fleet and "d" not in fleet and 5 not in fleet
+    assert fleet["a"] == fleet["a"] != fleet["b"] and len({fleet["a"], fleet["a"]}) == 1
+
+
 def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
     with nothing_leaks():
         fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
-        fleet.add("c", patched, n_bytes=SIZES["c"], step_s=0.5)
+        handle = fleet.add("c", patched, n_bytes=SIZES["c"], step_s=0.5)
         asked = fleet.submit("c", [1], 60)
         folder, pid = fleet.socket.parent, fleet.engine("c").pid
         fleet.close()
@@ -193,7 +236,10 @@ def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
             asked.result(20)
         assert not folder.exists() and not Path(f"/proc/{pid}").exists()
         fleet.close()
-        for use in (lambda: fleet.generate("c", [1]), lambda: fleet.add("x", patched), fleet.stats):
+        uses = (lambda: fleet.generate("c", [1]), lambda: fleet.add("x", patched), fleet.stats,
+                lambda: handle.generate([1]), handle.remove)  # fmt: skip
+        assert repr(handle) == "FleetModel('c', closed)"
+        for use in uses:
             with pytest.raises(DjinnError, match="this fleet was closed"):
                 use()
         assert fleet._repr_html_() == "<i>closed</i>"

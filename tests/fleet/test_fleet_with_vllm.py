@@ -141,7 +141,7 @@ def test_a_request_that_is_given_up_frees_its_place(fleet, expected):
 @pytest.mark.parametrize(
     "name, prompt, n, says",
     [
-        ("none", [1, 2], 5, "no model is called 'none'"),
+        ("none", [1, 2], 5, "got 'none'"),
         ("gpt2", "text", 5, "has no tokenizer: pass token ids"),
         ("gpt2", [], 5, "at least one"),
         ("gpt2", [VOCAB], 5, f"from 0 to {VOCAB - 1}"),

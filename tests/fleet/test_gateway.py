@@ -129,7 +129,10 @@ def test_models_are_listed_and_one_that_is_down_is_not(gateway):
     listed = httpx.get(f"{gateway}/v1/models").json()
     assert [one["id"] for one in listed["data"]] == ["chat", "code"]
     assert httpx.get(f"{gateway}/v1/models/code").json()["id"] == "code"
-    for name, status, says in [("none", 404, "choose from"), ("dead", 503, "'dead' is down")]:
+    for name, status, says in [
+        ("none", 404, "choose one of these"),
+        ("dead", 503, "'dead' is down"),
+    ]:
         answer = httpx.get(f"{gateway}/v1/models/{name}")
         assert answer.status_code == status and says in answer.json()["error"]["message"]
 
@@ -166,7 +169,8 @@ def test_errors_are_passed_through_and_those_of_the_gateway_look_alike(gateway):
     assert answer.status_code == 400 and answer.headers["x-from"] == "chat"
     assert answer.json()["error"]["message"] == "too long"
     for status, says, answer in [
-        (404, "choose from chat, code", complete(gateway, model="none")),
+        (404, "got 'none': choose one of these", complete(gateway, model="none")),
+        (404, "did you mean 'chat'?", complete(gateway, model="chta")),
         (400, "names no model", complete(gateway, prompt="hi")),
         (400, "names no model", httpx.post(f"{gateway}/v1/completions", content=b"{")),
         (400, "names no model", httpx.post(f"{gateway}/v1/completions", content=b"[]")),

@@ -102,7 +102,7 @@ def test_openais_own_client(served):
     assert said["chat"] and said["streamed"] == said["chat"] and said["n_parts"] > 2
     assert said["n_of_list"] == 4, "two prompts, two answers each"
     assert said["errors"] == {
-        "unknown model": ["NotFoundError", "no model is called 'none': choose from llama, qwen3"],
+        "unknown model": ["NotFoundError", "models ['llama', 'qwen3'], got 'none'"],
         "too long": ["BadRequestError", "maximum context length"],
         "wrong value": ["BadRequestError", "temperature"],
         "wrong role": ["BadRequestError", "unknown role alien"],

@@ -40,7 +40,7 @@ said = {
     "n_of_list": len(of_list.choices),
     "errors": {
         "unknown model": error_of(
-            "no model is called 'none': choose from llama, qwen3",
+            "models ['llama', 'qwen3'], got 'none'",
             lambda: complete(model="none", prompt="x"),
         ),
         "too long": error_of(

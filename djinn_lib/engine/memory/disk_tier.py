@@ -1,12 +1,12 @@
-"""Master copies on disk, of which host memory holds as many pages as it may.
+"""Keep masters on disk, with a limited amount of host memory as a cache.
 
-The number of models is then bounded by the disk alone. What host memory is to the device, the disk
-is to host memory: a `Ring` of host frames decides which pages of which master are in memory, a
-model that loses some loses its tail, and nothing is written back.
+Only the disk limits the number of models. Host memory works like device memory: a `Ring` of host
+frames decides which pages of which master are in memory, a victim loses pages from its tail, and
+nothing is written back.
 
-Each master has a `SwapFile`, whose pages are read straight into their frames, several at a time.
-Loaders of whole files (fastsafetensors, the Run:ai Model Streamer)
-bring all tensors of a checkpoint into memory of their own; here single pages go to given frames.
+Each master has a `SwapFile`. Several threads read its pages directly into their frames. Loaders of
+whole files (fastsafetensors, the Run:ai Model Streamer) do not fit here: they read all tensors of a
+checkpoint into memory of their own.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from djinn_lib.engine.memory.swap_file import BLOCK_BYTES, SwapFile
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.units import format_bytes
 
-READ_BYTES = 16 << 20  # at a time and thread: enough to keep a disk busy
+READ_BYTES = 16 << 20  # for each read of a thread; enough to keep a disk busy
 N_READERS = 8
 
 
 class DiskTier:
-    """`Masters` on disk, and a host memory of `capacity_bytes` before it.
+    """`Masters` on disk, with `capacity_bytes` of host memory as a cache.
 
     Args:
         capacity_bytes: host memory for pages of masters; rounded down to whole pages.
-        page_bytes: size of a page, that of the pager; a multiple of `BLOCK_BYTES`.
-        folder: where the files go; it must be on a disk, not in memory.
+        page_bytes: page size of the pager; a multiple of `BLOCK_BYTES`.
+        folder: folder of the files; it must be on a disk, not in memory.
         pin: register the host memory with the CUDA driver.
 
     Raises:
-        CapacityError: less than one page, or the host has not as much memory.
-        ConfigError: the page size cannot be read directly, or the folder cannot be written to.
+        CapacityError: the capacity is below one page or above the free host memory.
+        ConfigError: the page size does not suit direct reads, or the folder cannot be written to.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class DiskTier:
 
         Raises:
             CapacityError: it is larger than the host memory, or the disk is full.
-            ConfigError: as there; or the folder cannot be used.
+            ConfigError: see `Store.add`; or the folder cannot be used.
         """
         if model in self._files:
             raise ConfigError(f"expected a new model name, got {model!r}, which was added before")
         if not layout.n_bytes:
             raise ConfigError(f"expected a model with weights, got none for {model!r}")
-        if shrink is None:  # else nobody knows yet how large it is
+        if shrink is None:  # else its size is not known yet
             self._ensure_fits(model, -(-layout.n_bytes // self._page_bytes))
         file = SwapFile(self._folder, layout, self._page_bytes, fill, shrink)
         try:
@@ -114,10 +114,10 @@ class DiskTier:
             )
 
     def discard(self, model: str) -> None:
-        """Delete the master of `model`, if there is one; waits for brief holds of it.
+        """Delete the master of `model`, if there is one; wait for brief holds of it.
 
         Raises:
-            LeaseError: it is held for longer; nothing changes.
+            LeaseError: it has a lasting hold; nothing changes.
         """
         with self._changed:
             self._changed.wait_for(
@@ -131,7 +131,7 @@ class DiskTier:
                 self._files.pop(model).close()
 
     def layout(self, model: str) -> Layout:
-        """How the tensors of `model` are packed."""
+        """Return how the tensors of `model` are packed."""
         return self._known(model).layout
 
     def _known(self, model: str) -> SwapFile:
@@ -142,14 +142,14 @@ class DiskTier:
         return file
 
     def hold(self, model: str, lasting: bool = False) -> None:
-        """Have all bytes of `model` in host memory, and keep them there until `let_go`.
+        """Read all bytes of `model` into host memory, and keep them there until `let_go`.
 
-        Waits for others to let go, but for lasting holds, which may outlast the caller.
+        Waits for the brief holds of others, but not for lasting ones.
 
         Raises:
             ConfigError: there is no such model, or the tier is closed.
-            CapacityError: other models are held in too much of the host memory.
-            DjinnError: pages cannot be read, or are not what was written.
+            CapacityError: other holds leave too little host memory.
+            DjinnError: pages cannot be read, or have changed on disk.
         """
         with self._changed:
             self._known(model)
@@ -165,7 +165,7 @@ class DiskTier:
             self._fill_frames(missing, lasting)
 
     def _has_room(self, model: str) -> bool:
-        """Whether the pages of a model fit, or waiting would not make them fit."""
+        """Whether the pages of a model fit, or waiting cannot help."""
         return self.ring.can_load(model) or not self._n_brief
 
     def _take_frames(self, model: str) -> Extent:
@@ -178,7 +178,7 @@ class DiskTier:
         return missing
 
     def _fill_frames(self, missing: Extent, lasting: bool) -> None:
-        """Read pages without the lock: others may use theirs meanwhile."""
+        """Read pages without the lock, so others can use the tier meanwhile."""
         model, error = missing.model, None
         try:
             self._read_all(missing)
@@ -193,7 +193,7 @@ class DiskTier:
                 self.bytes_read += len(missing.frames) * self._page_bytes
             self._changed.notify_all()
         if error and not isinstance(error, Exception):
-            raise error  # an interrupt of the caller
+            raise error  # the caller was interrupted
         if error:
             raise DjinnError(
                 f"expected {len(missing.frames)} pages of {model!r} from its swap file in "
@@ -201,7 +201,7 @@ class DiskTier:
             ) from error
 
     def _read_all(self, missing: Extent) -> None:
-        """Read pages with all readers; none of them reads any more when this ends, or fails."""
+        """Read pages with all readers; no reader is active after this returns or raises."""
         file = self._known(missing.model)
         reads = [
             self._readers.submit(file.read, first_page, [self._frame(frame) for frame in frames])
@@ -210,13 +210,13 @@ class DiskTier:
         try:
             for read in reads:
                 read.result()
-        finally:  # of an error, too: the frames may be another model's next
+        finally:  # after errors, too: the frames may go to another model
             for read in reads:
                 read.cancel()
             wait(reads)
 
     def _runs(self, extent: Extent) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Consecutive pages to be read at a time: the first of them, and their frames."""
+        """Yield consecutive pages for one read, as (first page, frames)."""
         n_pages = max(1, READ_BYTES // self._page_bytes)
         for i in range(0, len(extent.frames), n_pages):
             yield extent.first_page + i, extent.frames[i : i + n_pages]
@@ -225,7 +225,7 @@ class DiskTier:
         return self._frames[frame * self._page_bytes : (frame + 1) * self._page_bytes]
 
     def let_go(self, model: str, lasting: bool = False) -> None:
-        """Undo one `hold` of the same kind; harmless once the tier is closed."""
+        """Undo one `hold` of the same kind; does nothing after the tier was closed."""
         with self._changed:
             if model in self._files:
                 self._release(model, lasting)
@@ -236,20 +236,20 @@ class DiskTier:
         self._changed.notify_all()
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
-        """Bytes `begin` to `end` of a held model, within one page; to be read only."""
+        """Return bytes `begin` to `end` of a held model, within one page, read-only."""
         page = begin // self._page_bytes
         offset = begin - page * self._page_bytes
         return self._frame(self.ring.frames(model)[page])[offset : offset + end - begin]
 
     def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Bytes `begin` to `end` of what is stored of a held model, page by page."""
+        """Return stored bytes `begin` to `end` of a held model, page by page."""
         cuts = range((begin // self._page_bytes + 1) * self._page_bytes, end, self._page_bytes)
         return tuple(self.read(model, *piece) for piece in pairwise([begin, *cuts, end]))
 
     def tables(
         self, model: str, device: torch.device, moved_by: int = 0
     ) -> dict[str, torch.Tensor]:
-        """None: what stays in host memory for ever is no part of a tier.
+        """Return no tables: they would have to stay in host memory.
 
         Raises:
             ConfigError: the model was packed with lookup tables.
@@ -262,11 +262,11 @@ class DiskTier:
         return {}
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
-        """Have `block_until_copied(model)` called before frames of a model get other content."""
+        """Register a function to call before frames of a model get other content."""
         self._block_until_copied = block_until_copied
 
     def sha256(self, model: str) -> str:
-        """Hash of what is stored, to compare two masters or a master with the device."""
+        """Return the hash of the stored bytes, to compare masters."""
         digest, n_bytes = hashlib.sha256(), self._known(model).n_bytes
         self.hold(model)
         try:
@@ -278,12 +278,12 @@ class DiskTier:
         return digest.hexdigest()
 
     def sizes(self) -> dict[str, MasterBytes]:
-        """How many bytes each master has, in memory or not."""
+        """Return the size of each master."""
         files = tuple(self._files.items())
         return {m: MasterBytes(file.layout.n_bytes, file.n_bytes) for m, file in files}
 
     def close(self) -> None:
-        """Delete all masters, held or not, and free the host memory; twice is harmless."""
+        """Delete all masters and free the host memory; a second call does nothing."""
         with self._changed:
             self._changed.wait_for(lambda: not self._reading)
             for model in list(self._files):

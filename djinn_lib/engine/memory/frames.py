@@ -1,4 +1,4 @@
-"""Frames by number: how many fit into a capacity, and which pages of a model lie in which."""
+"""Count the frames that fit into a capacity, and describe which pages lie in which frames."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Extent:
 
 
 def n_frames_in(capacity_bytes: int, page_bytes: int, what: str = "a capacity") -> int:
-    """Return how many whole frames fit into as many bytes; `what` names them in an error.
+    """Return how many whole frames fit into a capacity; `what` names it in errors.
 
     Raises:
-        ConfigError: pages have no size, or so many fit that the tables would fill the host.
-        CapacityError: not even one fits.
+        ConfigError: the page size is below 1, or the frames are too many for their tables.
+        CapacityError: not one frame fits.
     """
     if page_bytes < 1:
         raise ConfigError(f"expected a page size of at least 1 byte, got {page_bytes}")

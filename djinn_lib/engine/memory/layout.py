@@ -1,9 +1,9 @@
-"""How the tensors of a model are packed: back to back, in the order of execution.
+"""Pack the tensors of a model back to back, in the order of execution.
 
-So loading the first pages is loading the first layers. Lookup tables can be an exception. Of a
-table of embeddings a token needs one row of some kilobytes, while the table takes a quarter of a
-gigabyte of every 7B model. So it can stay in host memory: it lies behind the pages, is never
-loaded, and the device fetches the rows that it needs over the link.
+The first pages therefore hold the first layers. Lookup tables can be an exception. A token needs
+one row of an embedding table, a few kilobytes, while the table of a 7B model takes a quarter of a
+gigabyte. So tables can stay in host memory. They then lie after the pages and are never loaded; the
+device reads the rows that it needs over the link.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-ALIGNMENT_BYTES = 256  # what CUDA kernels with vector loads, and torch's own allocator, count on
+ALIGNMENT_BYTES = 256  # vector loads of CUDA kernels need this; torch's allocator gives it
 
 Extents = tuple[tuple[int, int], ...]  # bytes of a packed model: (first, after the last), ascending
-Shaped = tuple[str, tuple[int, ...], torch.dtype]  # the name of a tensor, and what it is
+Shaped = tuple[str, tuple[int, ...], torch.dtype]  # name, shape and dtype of a tensor
 Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes all tensors, given by name
-Report = Callable[[str], object]  # told what a longer step is doing
-Shrink = Callable[[torch.Tensor], int]  # packs filled bytes in place: how many it takes, from 0 on
-Advance = Callable[[int], object]  # called with how many more bytes have been written
+Report = Callable[[str], object]  # called with what a longer step is doing
+Shrink = Callable[[torch.Tensor], int]  # compresses bytes in place; returns how many are left
+Advance = Callable[[int], object]  # called with the number of bytes just written
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor lies in a packed model: `offset` and `n_bytes` in bytes from its start."""
+    """Position of one tensor in a packed model; `offset` is in bytes from its start."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Slot:
         return self.offset + self.n_bytes
 
     def view(self, packed: torch.Tensor) -> torch.Tensor:
-        """The tensor as a view of `packed`, the model's bytes (1-d uint8)."""
+        """Return the tensor as a view of `packed`, the model's bytes (1-d uint8)."""
         return packed[self.offset : self.end].view(self.dtype).view(self.shape)
 
 
@@ -57,7 +57,7 @@ class Layout:
 
     @classmethod
     def pack(cls, tensors: Iterable[Shaped], tables: Iterable[Shaped] = ()) -> Layout:
-        """Lay tensors out in the given order, aligned to `ALIGNMENT_BYTES`, then lookup tables."""
+        """Place tensors in the given order, aligned to `ALIGNMENT_BYTES`, then lookup tables."""
         slots, offset, behind = [], 0, list(tables)
         for name, shape, dtype in [*tensors, *behind]:
             slot = Slot(name, tuple(shape), dtype, offset)
@@ -77,11 +77,11 @@ class Layout:
 
     @property
     def paged_bytes(self) -> int:
-        """Size of what is paged, which comes first, in bytes."""
+        """Size of the paged part, which comes first, in bytes."""
         return self.paged[-1].end if self.paged else 0
 
     def extents(self, names: Collection[str]) -> Extents:
-        """Where the paged tensors among `names` lie; neighbours are one extent."""
+        """Return where the paged tensors among `names` lie; neighbours form one extent."""
         found: list[tuple[int, int]] = []
         for slot in self.paged:
             if slot.name not in names:
@@ -93,15 +93,15 @@ class Layout:
         return tuple(found)
 
     def views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every tensor by name, as views of `packed` (1-d uint8 of at least `n_bytes`)."""
+        """Return all tensors by name, as views of `packed` (1-d uint8, at least `n_bytes`)."""
         return {slot.name: slot.view(packed) for slot in self.slots}
 
     def paged_views(self, packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Every tensor but the lookup tables, as views of at least `paged_bytes`."""
+        """Return all tensors except lookup tables, as views of at least `paged_bytes`."""
         return {slot.name: slot.view(packed) for slot in self.paged}
 
     def table_views(self, packed: torch.Tensor, moved_by: int = 0) -> dict[str, torch.Tensor]:
-        """The lookup tables, as views of `packed`, where they lie `moved_by` bytes earlier."""
+        """Return the lookup tables, which lie `moved_by` bytes earlier, as views of `packed`."""
         tables = self.slots[len(self.paged) :]
         moved = [replace(slot, offset=slot.offset - moved_by) for slot in tables]
         return {slot.name: slot.view(packed) for slot in moved}

@@ -1,4 +1,4 @@
-"""Leases: the right to use a model, what it measured, and what a pager holds for whom."""
+"""Leases of models, what they cost, and the state of a pager."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from djinn_lib.engine.memory.masters import MasterBytes
 
 @dataclass(slots=True)
 class Tally:
-    """What went through the window of a model larger than the ring, under one lease."""
+    """Bytes copied through the window of a model larger than the ring, and stalls, for a lease."""
 
     loaded_bytes: int = 0
     stalls: Stalls = field(default_factory=Stalls)
 
 
 class LeaseStats:
-    """What granting and using a lease took.
+    """Costs of granting and using a lease.
 
     Args:
-        stalls: of the copies that computations under the lease may wait for, from now on.
-        streamed: of a model larger than the ring.
+        stalls: stalls of the copies that computations under the lease may wait for.
+        streamed: counters of the window, for a model larger than the ring.
 
     Attributes:
-        resident_before_bytes: on the device before anything was loaded for the lease.
-        prefetched_bytes: loaded for it ahead of its beginning.
-        mapped_bytes: loaded for it when it began.
-        evicted_bytes: that others lost for it.
-        plan_s: seconds that evicting and mapping took.
+        resident_before_bytes: bytes on the device before anything was loaded for the lease.
+        prefetched_bytes: bytes loaded before the lease began.
+        mapped_bytes: bytes loaded when it began.
+        evicted_bytes: bytes evicted from other models.
+        plan_s: seconds of evicting and mapping.
     """
 
     def __init__(self, stalls: Sequence[Stalls] = (), streamed: Tally | None = None) -> None:
@@ -44,16 +44,16 @@ class LeaseStats:
 
     @property
     def loaded_bytes(self) -> int:
-        """Bytes copied for the lease: ahead of it, when it began, and for each forward pass."""
+        """Bytes copied before the lease, when it began, and for each forward pass."""
         return self.prefetched_bytes + self.mapped_bytes + self._streamed.loaded_bytes
 
     def note_first_token(self) -> None:
-        """What is waited for from now on is not for the first token; only the first call counts."""
+        """Note that later stalls do not delay the first token; only the first call counts."""
         self._first = self._first or tuple(each.reading() for each in self._stalls)
 
     @property
     def stall_s(self) -> float:
-        """Seconds that computations waited for copies; waits for streams to get past the last."""
+        """Seconds that computations waited for copies; blocks until the last wait has ended."""
         return sum(each.total_s for each in self._stalls) - self._begin_s
 
     @property
@@ -74,9 +74,9 @@ class Lease:
         self._holder: int | None = os.getpid()
 
     def release(self) -> None:
-        """Give the lease back; the pages stay until somebody else needs the frames.
+        """Release the lease; the pages stay until others need the frames.
 
-        In a forked child this does nothing: the lease is its parent's.
+        In a forked child this does nothing, because the lease belongs to the parent.
         """
         holder, self._holder = self._holder, None
         if holder == os.getpid():
@@ -91,16 +91,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class PagerStats:
-    """What a pager holds at a moment.
+    """State of a pager.
 
     Attributes:
-        n_free: frames that no model has.
-        leased: models that hold a lease.
-        loading: models of which copies are in flight, or failed and not yet rolled back.
-        streamed: models larger than the ring, whose layers take turns.
-        resident_bytes: of each model.
-        frames: of each model's resident pages, in page order.
-        masters: bytes of each model's master, plain and as it is stored.
+        n_free: number of free frames.
+        leased: models with a lease.
+        loading: models with copies in flight, or with failed copies not rolled back yet.
+        streamed: models larger than the ring.
+        resident_bytes: resident bytes of each model.
+        frames: frames of each model's resident pages, in page order.
+        masters: size of each model's master, plain and as it is stored.
     """
 
     n_free: int

@@ -1,4 +1,4 @@
-"""The copies of consecutive pages of a model, queued a few at a time as they are mapped."""
+"""Track the copies of consecutive pages of a model, queued a few at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from djinn_lib.errors import DjinnError
 
 
 class Load:
-    """Pages of a model on their way, from byte `first_byte` on.
+    """Copies of pages of a model, from byte `first_byte` on.
 
-    Computations wait for the first `n` bytes only, so the first layers compute while later ones are
-    still copied. A page whose copy fails ends the load: pages before it are good, and those after
-    it are of no use.
+    A computation waits only for the bytes that it needs, so the first layers compute while later
+    ones are copied. If the copy of a page fails, the load ends: earlier pages are valid, later ones
+    are not used.
 
     Attributes:
-        stalls: how long callers of `wait` were held up.
+        stalls: how long callers of `wait` had to wait.
     """
 
     def __init__(self, copier: Copier, first_byte: int) -> None:
@@ -25,10 +25,10 @@ class Load:
         self._copier = copier
         self._copies: list[PageCopy] = []
         self._ends: list[int] = []  # the byte after each page
-        self._n_good = 0  # pages known to be there
+        self._n_good = 0  # pages known to be loaded
 
     def copy(self, pages: Sequence[Page]) -> None:
-        """Queue the copies of the next pages, which are mapped; of none after one that failed."""
+        """Queue the copies of the next pages, which must be mapped; none after a failed copy."""
         for target, source in pages:
             if self.error:
                 return
@@ -37,12 +37,12 @@ class Load:
             self._ends.append(begin + target.numel())
 
     def wait(self, end_byte: int) -> None:
-        """Hold the caller's computation until bytes up to `end_byte` are on the device.
+        """Make the caller's computation wait until bytes up to `end_byte` are on the device.
 
-        Called when all pages are queued. Bytes past the end of this load are ignored.
+        Call it after all pages are queued. Bytes past the end of this load are ignored.
 
         Raises:
-            DjinnError: the copy failed before it got that far; its cause is chained.
+            DjinnError: the copy of an earlier page failed; the cause is chained.
         """
         if end_byte <= self.first_byte or self._n_good == len(self._copies):
             return
@@ -52,29 +52,29 @@ class Load:
             raise copy_failed(f"weights up to byte {end_byte}", str(self.good_bytes), error)
 
     def block_until_ended(self) -> None:
-        """Block the host until what is queued has ended, well or badly; never raises its error."""
+        """Block the host until all queued copies have ended; never raise their errors."""
         if self._copies:
             self._copies[-1].block_until_ended()
 
     @property
     def arrived(self) -> bool:
-        """Whether all that is queued is on the device."""
+        """Whether all queued pages are on the device."""
         return self._count_good() == len(self._copies)
 
     @property
     def error(self) -> BaseException | None:
-        """What ended it early, as far as is known; for certain when nothing is in flight."""
+        """The error of the first failed copy that is known; reliable when none is in flight."""
         n_good = self._count_good()
         return self._copies[n_good].error if n_good < len(self._copies) else None
 
     @property
     def good_bytes(self) -> int:
-        """How many bytes from the start of the model are known to be on the device."""
+        """Number of bytes from the start of the model that are known to be loaded."""
         n_good = self._count_good()
         return self._ends[n_good - 1] if n_good else self.first_byte
 
     def _count_good(self) -> int:
-        """Look how far the copies have come. Two threads that look at once find the same."""
+        """Count the pages that are loaded; safe for several threads at once."""
         n_good = self._n_good
         while n_good < len(self._copies):
             if not self._copies[n_good].ended or self._copies[n_good].error:
@@ -85,7 +85,7 @@ class Load:
 
 
 def copy_failed(expected: str, got: str, cause: BaseException) -> DjinnError:
-    """Return the error of a caller that waits for bytes that will not come."""
+    """Return the error to raise for bytes whose copy failed."""
     error = DjinnError(
         f"expected {expected}, got {got}: the copy failed ({cause}); try the request again"
     )

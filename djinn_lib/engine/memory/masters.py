@@ -1,8 +1,8 @@
-"""Masters: the complete copy of every model's weights, packed for loading.
+"""Store a master of each model: a complete copy of its weights, packed for loading.
 
-A master is filled once and only read after that; an eviction has nothing to save. `HostMasters`
-keeps all of them in host memory; `DiskTier` keeps them on disk, behind as much host memory as it
-may use. `CompressedMasters` keeps packed bytes in one of these two, and unpacks on the way.
+A master is filled once and is read-only afterwards, so an eviction writes nothing back.
+`HostMasters` keeps all masters in host memory. `DiskTier` keeps them on disk, with limited host
+memory as a cache. `CompressedMasters` stores compressed bytes in one of these two.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from djinn_lib.errors import ConfigError
 
 
 class MasterBytes(NamedTuple):
-    """The size of one master: of the weights, and of what is stored of them."""
+    """Size of one master in bytes: of its weights, and as it is stored."""
 
     plain: int
     stored: int
 
 
 class Masters(Protocol):
-    """Masters by the name of their model, wherever they are kept."""
+    """Masters by the name of their model."""
 
     @property
     def n_bytes(self) -> int:
-        """Host memory that they take, in bytes."""
+        """Host memory used for masters, in bytes."""
         ...
 
     def add(self, model: str, layout: Layout, fill: Fill, report: Report = say_nothing) -> None:
         """Make the master of `model`: `fill` gets its tensors by name and writes all of them.
 
-        A `fill` that raises leaves nothing behind. `report` is told what comes after that.
+        If `fill` raises, nothing is left. `report` is called with later steps, such as compressing.
 
         Raises:
-            ConfigError: the name is taken, or the layout is empty or cannot be kept here.
+            ConfigError: the name is taken, or the layout is empty or not supported here.
             CapacityError: there is too little memory, or disk space.
         """
         ...
@@ -50,17 +50,17 @@ class Masters(Protocol):
         ...
 
     def layout(self, model: str) -> Layout:
-        """How the tensors of `model` are packed."""
+        """Return how the tensors of `model` are packed."""
         ...
 
     def hold(self, model: str, lasting: bool = False) -> None:
-        """Have all bytes of `model` in host memory, and keep them there until `let_go`.
+        """Read all bytes of `model` into host memory, and keep them there until `let_go`.
 
-        May take as long as reading them from disk does. Every call needs a `let_go`. `lasting` says
-        that it will come when somebody else wants it to, not as soon as the caller is done.
+        Every call needs a `let_go`. With `lasting` that may come much later, so others do not
+        wait for it.
 
         Raises:
-            CapacityError: host memory does not allow it.
+            CapacityError: there is too little host memory.
             DjinnError: they cannot be read.
         """
         ...
@@ -73,39 +73,36 @@ class Masters(Protocol):
         ...
 
     def read(self, model: str, begin: int, end: int) -> Source:
-        """Bytes `begin` to `end` of a held model, for a copier: all of one page of the pager.
-
-        To be read only.
-        """
+        """Return bytes `begin` to `end` of a held model, which are one page; read-only."""
         ...
 
     def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
-        """The lookup tables of `model`, in host memory, as tensors that `device` can read.
+        """Return the lookup tables of `model`, in host memory, as tensors that `device` can read.
 
         Raises:
-            PlatformError: it cannot.
+            PlatformError: the device cannot read them.
         """
         ...
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
-        """Have `block_until_copied(model)` called before memory of a model gets other content."""
+        """Register a function to call before memory of a model gets other content."""
         ...
 
     def sha256(self, model: str) -> str:
-        """Hash of the weights in packing order, to compare two masters or one with the device."""
+        """Return the hash of the weights in packing order, to compare masters."""
         ...
 
     def sizes(self) -> dict[str, MasterBytes]:
-        """How many bytes each master has, wherever they are kept."""
+        """Return the size of each master."""
         ...
 
     def close(self) -> None:
-        """Free all masters; twice is harmless."""
+        """Free all masters; a second call does nothing."""
         ...
 
 
 class Store(Masters, Protocol):
-    """Masters of which others decide what is stored; see `CompressedMasters`."""
+    """Masters whose stored bytes `CompressedMasters` decides."""
 
     def add(
         self,
@@ -115,29 +112,29 @@ class Store(Masters, Protocol):
         report: Report = say_nothing,
         shrink: Shrink | None = None,
     ) -> None:
-        """Make the master of `model`; `shrink` packs it when it is filled, and the rest is freed.
+        """Make the master of `model`; `shrink` compresses it in place, and the rest is freed.
 
-        What `read` and `pieces` take is a place among the bytes that are left.
+        Positions that `read` and `pieces` take are positions in the stored bytes.
         """
         ...
 
     def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Bytes `begin` to `end` of what is stored of a held model, in as many pieces as needed."""
+        """Return stored bytes `begin` to `end` of a held model, in one or more pieces."""
         ...
 
     def tables(
         self, model: str, device: torch.device, moved_by: int = 0
     ) -> dict[str, torch.Tensor]:
-        """The lookup tables, which `shrink` moved by as many bytes; see `Masters.tables`."""
+        """Return the lookup tables, which `shrink` moved by `moved_by` bytes."""
         ...
 
 
 class HostMasters:
-    """Masters in host memory, one buffer a model, all the time.
+    """Masters in host memory, one buffer for each model.
 
     Args:
-        pin: register masters with the CUDA driver, so that copies run at the rate of the link. A
-            master is filled first: registering memory that exists already is the fastest way.
+        pin: register masters with the CUDA driver, so copies run at the rate of the link. A master
+            is filled before it is registered, which is faster.
     """
 
     def __init__(self, pin: bool = False) -> None:
@@ -174,36 +171,36 @@ class HostMasters:
             host.unpin(master)
 
     def layout(self, model: str) -> Layout:
-        """How the tensors of `model` are packed."""
+        """Return how the tensors of `model` are packed."""
         return self._layouts[model]
 
     def master(self, model: str) -> torch.Tensor:
-        """The packed bytes of `model` (1-d uint8, host), to be read only."""
+        """Return the packed bytes of `model` (1-d uint8, host), read-only."""
         return self._masters[model]
 
     def hold(self, model: str, lasting: bool = False) -> None:
-        """Nothing to do: a master is always there."""
+        """Do nothing: masters are always in host memory."""
 
     def let_go(self, model: str, lasting: bool = False) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
-        """Bytes `begin` to `end` of `model`, to be read only."""
+        """Return bytes `begin` to `end` of `model`, read-only."""
         if (master := self._masters.get(model)) is None:
             raise ConfigError(f"the model {model!r} is not in host memory yet; wait for its add()")
         return master[begin:end]
 
     def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Bytes `begin` to `end` of `model`, which are one piece."""
+        """Return bytes `begin` to `end` of `model`, as one piece."""
         return (self.read(model, begin, end),)
 
     def tables(
         self, model: str, device: torch.device, moved_by: int = 0
     ) -> dict[str, torch.Tensor]:
-        """The lookup tables of `model`, in host memory, as tensors that `device` can read.
+        """Return the lookup tables of `model`, in host memory, as tensors that `device` can read.
 
         Raises:
-            PlatformError: it cannot.
+            PlatformError: the device cannot read them.
         """
         layout = self._layouts[model]
         if not layout.n_tables:
@@ -211,14 +208,14 @@ class HostMasters:
         return layout.table_views(host.seen_from(self._masters[model], device), moved_by)
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
-        """Masters stay where they are until they are discarded, after their models are removed."""
+        """Do nothing: the memory of a master is never reused."""
 
     def sha256(self, model: str) -> str:
-        """Hash of the packed bytes, to compare two masters or a master with the device."""
+        """Return the hash of the packed bytes, to compare masters."""
         return hashlib.sha256(self._masters[model].numpy().data).hexdigest()
 
     def sizes(self) -> dict[str, MasterBytes]:
-        """How many bytes each master has."""
+        """Return the size of each master."""
         masters = tuple(self._masters.items())
         return {m: MasterBytes(self._layouts[m].n_bytes, kept.numel()) for m, kept in masters}
 

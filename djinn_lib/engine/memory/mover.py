@@ -1,7 +1,7 @@
-"""Moving pages: what the ring decides is mapped, copied and unmapped, and rolled back together.
+"""Carry out decisions of the ring: map, copy and unmap pages, and roll back after errors.
 
-`Ring` decides, `PagedModel` maps and copies. The mover is the only place where the two meet. It
-takes no lock: the pager does.
+`Ring` decides, `PagedModel` maps and copies. The mover keeps both consistent. It takes no lock; the
+pager does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from djinn_lib.errors import ConfigError
 
 
 class Mover:
-    """Keeps page tables, mappings and copies of all models in step.
+    """Keeps page tables, mappings and copies of all models consistent.
 
     Args:
-        ring: its page tables.
+        ring: the page tables.
         policy: orders victims.
-        space, copier: of the device; pages are those of `space`.
-        masters: where the bytes of a model come from.
+        space, copier: address space and copier of the device.
+        masters: the master copies of all models.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Mover:
         self.models: dict[str, PagedModel] = {}
 
     def add(self, model: str, n_bytes: int, window: Window | None) -> PagedModel:
-        """Reserve addresses for a model; a failure leaves nothing."""
+        """Reserve addresses for a model; after an error nothing is left."""
         n_pages = window.n_frames if window else -(-n_bytes // self.page_bytes)
         self.ring.add(model, n_pages)
         try:
@@ -57,7 +57,7 @@ class Mover:
         self.policy.forget(model)
 
     def reset(self) -> None:
-        """Evict all models, none of which is leased, and have the policy begin anew."""
+        """Evict all models, none of which may be leased, and reset the policy."""
         for model in self.models:
             self.evict(model)
             self.policy.forget(model)
@@ -65,10 +65,10 @@ class Mover:
             self.policy.admit(model, self.ring.n_pages(model), self.ring.n_frames)
 
     def __getitem__(self, model: str) -> PagedModel:
-        """The model of that name.
+        """Return a model by name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such model.
         """
         if (paged := self.models.get(model)) is None:
             raise ConfigError(
@@ -77,13 +77,13 @@ class Mover:
         return paged
 
     def resident_bytes(self, model: str) -> int:
-        """Bytes of `model` that are mapped; the last page counts what the model fills of it."""
+        """Bytes of `model` that are mapped; of the last page only the bytes that it uses."""
         return self[model].bytes_of(0, self.ring.n_resident(model))
 
     def load(self, model: str, n_pages: int, spare: frozenset[str] = frozenset()) -> int:
-        """Take frames from others, map and start to copy; returns the bytes that others lost.
+        """Evict pages of others, map pages and start copies; return the evicted bytes.
 
-        An error leaves the model as it was. What others lost by then stays lost.
+        After an error the model is as before. Pages that were evicted stay evicted.
         """
         evicted = self.ring.make_room(model, self.policy, n_pages, spare)
         try:
@@ -96,13 +96,13 @@ class Mover:
                 except BaseException:
                     self.ring.roll_back(model, n_pages)
                     raise
-        finally:  # after the copies began: for a moment a frame has two addresses
+        finally:  # after the copies started: briefly a frame has two addresses
             for extent in evicted:
                 self.models[extent.model].unmap(extent.first_page, len(extent.frames))
         return sum(self._bytes_of(extent) for extent in evicted)
 
     def evict(self, model: str) -> int:
-        """Unmap all pages of an unleased model; returns their bytes."""
+        """Unmap all pages of an unleased model; return their bytes."""
         self.ring.ensure_unleased(model)
         self.settle()
         paged, n_bytes = self.models[model], self.resident_bytes(model)
@@ -113,9 +113,9 @@ class Mover:
         return n_bytes
 
     def settle(self, wanted: str | None = None) -> None:
-        """Roll back what failed copies left without bytes, of the wanted and all unleased models.
+        """Unmap pages whose copies failed, of `wanted` and of all unleased models.
 
-        A leased model keeps its pages: whoever computes with it is told when it waits for them.
+        A leased model keeps its pages; `wait` raises the error where its bytes are used.
         """
         for model, paged in self.models.items():
             paged.forget_arrived()

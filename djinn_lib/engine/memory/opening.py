@@ -1,4 +1,4 @@
-"""Where master copies are kept, and whether compressed, as the options of a user ask for it."""
+"""Open the storage of masters that a user's options ask for: host or disk, compressed or not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MastersForm = Literal["plain", "compressed", "auto"]
 
 
 def choose_masters(masters: str, device: torch.device) -> MastersForm:
-    """Return how masters are kept: as asked for, or what the device can decode.
+    """Return the form of masters: as requested, or plain if `device` cannot decode them.
 
     Raises:
-        ConfigError: there is no such form.
-        PlatformError: compressed masters are asked for on a GPU, and nothing can decode them there.
+        ConfigError: the form is unknown.
+        PlatformError: compressed masters are requested, and the GPU cannot decode them.
     """
     if masters not in get_args(MastersForm):
         raise ConfigError(f"expected masters to be one of {get_args(MastersForm)}, got {masters!r}")
@@ -45,10 +45,10 @@ def open_masters(
     pin: bool = False,
     form: MastersForm = "plain",
 ) -> Masters:
-    """Return where master copies are kept: all in host memory, or on disk behind as much of it.
+    """Open the storage of masters: host memory, or disk with host memory as a cache.
 
     Args:
-        host_capacity: host memory for masters, in bytes or as text; None for as much as they need.
+        host_capacity: host memory for masters, in bytes or as text; None keeps all of them there.
         page_bytes: size of a page.
         swap_dir: folder of the files on disk; default DJINN_SWAP_DIR, or the user's cache.
         pin: register host memory with the CUDA driver.
@@ -77,6 +77,6 @@ def _open_store(
 
 
 def default_folder() -> Path:
-    """DJINN_SWAP_DIR, or a folder in the user's cache."""
+    """Return DJINN_SWAP_DIR, or a folder in the user's cache."""
     named = os.environ.get("DJINN_SWAP_DIR")
     return user_path(named or "~/.cache/djinn/swap", "DJINN_SWAP_DIR")

@@ -1,7 +1,7 @@
-"""One model as the pager sees it: its addresses, its copies in flight, its last use.
+"""Map the pages of one model and copy their bytes.
 
-Pages of the ring are pages of the model, one to one, unless the model is larger than the ring: then
-the last few stand for the slots of its `Window`, each of which is mapped wherever it is at home.
+Each page of the ring is one page of the model. The exception is a model larger than the ring: its
+last ring pages are the slots of its `Window`, and each slot is mapped at several addresses.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from djinn_lib.engine.memory.load import Load
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.window import Streamed, Window
 
-LARGEST_BATCH = 16  # pages mapped at once; a page of 64 MiB is copied in the time of as many
+LARGEST_BATCH = 16  # pages to map at once; mapping 16 takes about as long as copying one of 64 MiB
 
 
 class PagedModel:
     """Maps pages of one model and starts their copies; the pager decides which.
 
     Attributes:
-        n_bytes: of the model.
-        window: how it runs, when it is larger than the ring.
-        streamed: its pages on their way through the window.
+        n_bytes: size of the model.
+        window: plan for a model larger than the ring, else None.
+        streamed: state of the window, else None.
         view: its range of addresses (1-d uint8).
         loads: copies in flight, or failed and not yet rolled back, in page order.
-        prefetched_bytes, evicted_for_it_bytes: ahead of the next lease, and because of that.
+        prefetched_bytes: bytes loaded ahead of the next lease.
+        evicted_for_it_bytes: bytes evicted from other models for that prefetch.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class PagedModel:
 
     @property
     def n_stable_pages(self) -> int:
-        """How many pages stay as long as nobody evicts them; they are the first ones."""
+        """Number of pages, from the first one on, that stay resident until they are evicted."""
         return self.window.n_prefix if self.window else self.area.n_pages
 
     def bytes_of(self, first_page: int, n_pages: int) -> int:
-        """Bytes of the model in consecutive pages of the ring; a window counts for none."""
+        """Bytes of the model in consecutive pages of the ring, without those of the window."""
         begin = min(first_page, self.n_stable_pages) * self.page_bytes
         end = min(first_page + n_pages, self.n_stable_pages) * self.page_bytes
         return max(0, min(end, self.n_bytes) - begin)
@@ -72,10 +73,10 @@ class PagedModel:
         return self._masters.read(self.name, begin, end)
 
     def check_bytes(self, n_bytes: int) -> None:
-        """Compare its first bytes, all of them resident, with its master.
+        """Compare its first `n_bytes`, which must be resident, with its master.
 
-        On the device: masters go there at the rate of the link, while pages would come slowly into
-        memory that is not pinned.
+        The comparison runs on the device: copies from pinned masters are fast, while copies of
+        pages back to unpinned host memory would be slow.
 
         Raises:
             AssertionError: naming the first byte that differs.
@@ -93,7 +94,7 @@ class PagedModel:
             self._masters.let_go(self.name)
 
     def _on_device(self, source: Source, held: torch.Tensor) -> torch.Tensor:
-        """A page of the master, intact and decoded, on the device of the page it belongs to."""
+        """Check and decode a page of the master; return it on the device of `held`."""
         if isinstance(source, torch.Tensor):
             return source.to(held.device)
         copied = torch.empty_like(held)
@@ -112,11 +113,11 @@ class PagedModel:
     def load(self, extent: Extent) -> None:
         """Map missing pages and start to copy them, a few at a time.
 
-        The copies of a few pages are queued while the next few are mapped. A mapping that fails is
-        an error of this call; a copy that fails is one of those that wait for its bytes.
+        The copies of a few pages are queued while the next few are mapped. This call raises if
+        mapping fails. If a copy fails, the error is raised by those that wait for its bytes.
 
         Raises:
-            DjinnError: mapping failed; nothing of the extent is mapped or in flight any more.
+            DjinnError: mapping failed; no page of the extent is mapped or in flight.
         """
         n_stable = max(0, min(len(extent.frames), self.n_stable_pages - extent.first_page))
         load = Load(self._copier, extent.first_page * self.page_bytes)
@@ -127,14 +128,14 @@ class PagedModel:
                 self._space.map(self.area, first_page, extent.frames[begin:end])
                 load.copy([self._page(first_page + i) for i in range(end - begin)])
         except BaseException:
-            load.block_until_ended()  # what is in flight would write to pages that are unmapped
+            load.block_until_ended()  # or copies would write to unmapped pages
             self.unmap(extent.first_page, len(extent.frames))
             raise
         if n_stable:
             self.loads.append(load)
 
     def _page(self, page: int) -> Page:
-        """Where a page is copied to and from; masters may reuse it once no copy reads it."""
+        """The target and the source of the copy of a page."""
         begin = page * self.page_bytes
         end = min(begin + self.page_bytes, self.n_bytes)
         return self.view[begin:end], self._read(begin, end)
@@ -147,7 +148,7 @@ class PagedModel:
                 self._space.map(self.area, page, frames[:n_pages])
 
     def unmap(self, first_page: int, n_pages: int) -> None:
-        """Unmap pages of the ring, wherever they are mapped; nobody may use them any more."""
+        """Unmap pages of the ring at all their addresses; they must not be in use."""
         n_stable = max(0, min(n_pages, self.n_stable_pages - first_page))
         self._space.unmap(self.area, first_page, n_stable)
         if self.window and self.streamed and n_pages > n_stable:
@@ -156,13 +157,13 @@ class PagedModel:
                 self._space.unmap(self.area, page, n_homes)
 
     def release(self) -> None:
-        """Give the addresses back; tensors over them must not be used any more."""
+        """Release the addresses; tensors over them must not be used afterwards."""
         self.block_until_unused()
         self._space.release(self.area)
 
     @property
     def ring_pages(self) -> frozenset[int]:
-        """Pages of the ring of which every address is mapped; for audits."""
+        """Pages of the ring that are mapped at all their addresses; for audits."""
         mapped = self._space.mapped_pages(self.area)
         pages = {page for page in mapped if page < self.n_stable_pages}
         if self.window:
@@ -174,7 +175,7 @@ class PagedModel:
     # -- copies and computations in flight ---------------------------------------------------
 
     def wait(self, end_byte: int) -> None:
-        """Hold the caller's computation until bytes up to `end_byte` are there."""
+        """Make the caller's computation wait until bytes up to `end_byte` are loaded."""
         for load in tuple(self.loads):
             load.wait(end_byte)
 
@@ -186,20 +187,20 @@ class PagedModel:
             self.streamed.block_until_ended()
 
     def block_until_unused(self) -> None:
-        """Block the host until nothing writes or reads its frames: others may have them."""
+        """Block the host until nothing reads or writes its frames, so others can use them."""
         self.block_until_copied()
         if self.streamed:
             self.streamed.reset()
         self._last_use()
 
     def note_use(self, fence: Callable[[], None]) -> None:
-        """Remember how to wait for the last computation that reads it."""
+        """Store a function that waits for the last computation that reads the model."""
         self._last_use = fence
 
     def good_bytes(self) -> int | None:
-        """Bytes from its start that are there for sure, when a copy failed; None if none did.
+        """If a copy failed, return how many bytes before it are loaded; else None.
 
-        Blocks until no copy is in flight, if one failed: what comes after the gap is of no use.
+        If a copy failed, this blocks until no copy is in flight. Bytes after the gap are useless.
         """
         failed = next((load for load in self.loads if load.error), None)
         if failed is None:
@@ -209,15 +210,15 @@ class PagedModel:
 
     @property
     def is_loading(self) -> bool:
-        """Whether a load is in flight, or failed and not yet rolled back."""
+        """Whether a load is in flight, or has failed and is not rolled back yet."""
         return not all(load.arrived for load in tuple(self.loads))
 
     def forget_arrived(self) -> None:
-        """Drop the loads that went well."""
+        """Drop the loads that succeeded."""
         self.loads = [load for load in self.loads if not load.arrived]
 
     def begin_stats(self) -> LeaseStats:
-        """Return what counts hold-ups, and bytes through the window, from now on."""
+        """Start to count stalls, and bytes copied through the window; return the counters."""
         tally = Tally()
         if self.streamed:
             self.streamed.tally = tally
@@ -227,8 +228,8 @@ class PagedModel:
 def _batches(n_pages: int) -> Iterator[tuple[int, int]]:
     """Split pages into batches, each as (first, after the last).
 
-    The first is one page, so that the link is idle for no longer than it takes to map that; the
-    next ones double, since a call to the driver has a price.
+    The first batch is one page, so the first copy starts early. Each next batch is twice as large,
+    because every call to the driver has a fixed cost.
     """
     begin, size = 0, 1
     while begin < n_pages:

@@ -1,7 +1,7 @@
-"""The pager: leases of models whose pages come and go.
+"""The pager: it grants leases of models, and loads and evicts their pages.
 
-`Ring` decides, `PagedModel` maps and copies, `Mover` keeps the two in step, `Masters` have the
-bytes. Every use of a model goes through a lease::
+`Ring` decides what is resident, `PagedModel` maps and copies pages, `Mover` keeps the two
+consistent, and `Masters` hold the bytes. Every use of a model needs a lease::
 
     with pager.lease("llama-7b") as lease:   # missing pages are mapped and start to load
         pager.wait_for("llama-7b", extents)  # before these bytes are read
@@ -34,11 +34,11 @@ class Pager:
     """Moves pages of models through a ring of device memory; safe to use from many threads.
 
     Args:
-        masters: where the bytes of a model come from.
+        masters: the master copies of all models.
         capacity_bytes: device memory for weights; rounded down to whole frames.
         page_bytes: size of a page and a frame.
-        device: where the frames are.
-        policy, eviction: who loses pages, and how many; see `Mover` and `Ring`.
+        device: device of the frames.
+        policy, eviction: which models lose pages, and how many; see `Mover` and `Ring`.
 
     Raises:
         CapacityError: the capacity is below one page, or the device has less memory.
@@ -68,16 +68,16 @@ class Pager:
         return self.ring.n_frames * self.page_bytes
 
     def add(self, model: str, n_bytes: int, units: Sequence[Extents] = ()) -> torch.Tensor:
-        """Reserve addresses for a model and return them as a 1-d uint8 tensor, for life.
+        """Reserve addresses for a model; return them as a 1-d uint8 tensor, valid until removal.
 
         Args:
             model: its name.
             n_bytes: its size.
-            units: the bytes that each of its units needs, for a model larger than the ring;
-                default is one unit that needs all.
+            units: the bytes that each of its units (layers) needs, for a model larger than the
+                ring; default is one unit that needs all bytes.
 
         Raises:
-            CapacityError: it is larger than the ring, and so is what has to be there at once.
+            CapacityError: it is larger than the ring, and a window for it does not fit either.
         """
         window = None
         if n_bytes > self.capacity_bytes:
@@ -87,29 +87,29 @@ class Pager:
             return self._mover.add(model, n_bytes, window).view
 
     def remove(self, model: str) -> None:
-        """Free the frames and addresses of a model, or raise `LeaseError` if it is leased."""
+        """Free the frames and addresses of a model; raise `LeaseError` if it is leased."""
         with self._lock:
             self._mover.remove(model)
 
     def evict(self, model: str) -> int:
-        """Unmap all pages of a model and return their bytes; a leased one is a `LeaseError`."""
+        """Unmap all pages of a model, return their bytes; raise `LeaseError` if it is leased."""
         with self._lock:
             return self._mover.evict(model)
 
     def reset(self) -> None:
-        """Unmap all pages, and have the policy begin anew; with a leased model a `LeaseError`."""
+        """Unmap all pages and reset the policy; raise `LeaseError` if a model is leased."""
         with self._lock:
             if leased := [model for model in self.ring.models if self.ring.is_leased(model)]:
                 raise LeaseError(f"expected no leased models, got {leased}: release them first")
             self._mover.reset()
 
     def lease(self, model: str) -> Lease:
-        """Make every page of `model` resident or on its way, and protect it.
+        """Start to load every missing page of `model`, and protect its pages from eviction.
 
-        Returns as soon as the copies are under way; `wait` holds back whoever needs the bytes.
+        Returns as soon as the copies are queued; use `wait` before bytes are read.
 
         Raises:
-            ConfigError: the model was never added.
+            ConfigError: the model is unknown.
             CapacityError: other leases hold the frames that it needs.
         """
         begin_s = time.perf_counter()
@@ -123,23 +123,23 @@ class Pager:
             stats.evicted_bytes = paged.evicted_for_it_bytes + evicted_bytes
             paged.prefetched_bytes = paged.evicted_for_it_bytes = 0
             self._mover.policy.touch(model, time.monotonic())
-            if paged.window:  # it reads its master as long as it runs
+            if paged.window:  # it reads its master while it runs
                 self._masters.hold(model, lasting=True)
             self.ring.lease(model)
         stats.plan_s = time.perf_counter() - begin_s
         return Lease(model, stats, self._release)
 
     def prefetch(self, model: str, spare: Collection[str] = ()) -> int:
-        """Load what can be loaded of a model without taking pages from leased or spared ones.
+        """Load pages of a model without evicting pages of leased or spared models.
 
-        Without a lease nothing is done: then the frames are for the lease that comes next.
+        If no model is leased, this does nothing: the next lease gets the frames.
 
         Args:
-            model: that will be leased soon.
+            model: a model that will be leased soon.
             spare: models that keep their pages, since they will be leased sooner.
 
         Returns:
-            How many bytes are on their way.
+            Number of bytes whose copies were started.
         """
         spared = frozenset(spare)
         with self._held(model):
@@ -158,17 +158,17 @@ class Pager:
             self._mover.policy.expect(upcoming)
 
     def wait(self, model: str, end_byte: int | None = None) -> None:
-        """Hold the caller's computation until the first `end_byte` bytes of `model` are there.
+        """Make the caller's computation wait for the first `end_byte` bytes of `model`.
 
-        Of a model larger than the ring, only what stays on the device; see `wait_for`.
+        For a model larger than the ring, this covers only its prefix; see `wait_for`.
 
         Args:
-            model: leased.
+            model: a leased model.
             end_byte: default is all bytes.
 
         Raises:
-            ConfigError: the model was never added, or is removed.
-            LeaseError: the model holds no lease, so its pages may be gone.
+            ConfigError: the model is unknown.
+            LeaseError: the model is not leased, so its pages may have been evicted.
             DjinnError: the copy failed.
         """
         paged = self._mover[model]
@@ -177,8 +177,8 @@ class Pager:
     def wait_for(self, model: str, extents: Extents) -> None:
         """Like `wait`, for all bytes that a unit of `model` needs.
 
-        They stay until the next call for the same model; of a model that fits into the ring, as
-        long as it is leased.
+        They stay resident while the model is leased. For a model larger than the ring they stay
+        until the next call for the same model.
         """
         paged = self._mover[model]
         self._wait_stable(paged, extents[-1][1])
@@ -186,10 +186,10 @@ class Pager:
             paged.streamed.wait(extents)
 
     def block_until_loaded(self, model: str) -> None:
-        """Block the host until all that `wait` may wait for is on the device.
+        """Block the host until everything that `wait` covers is on the device.
 
         Raises:
-            LeaseError: the model holds no lease.
+            LeaseError: the model is not leased.
             DjinnError: the copy failed.
         """
         for load in tuple(self._mover[model].loads):
@@ -211,19 +211,19 @@ class Pager:
             )
 
     def is_streamed(self, model: str) -> bool:
-        """Whether a model is larger than the ring, so that its layers take turns."""
+        """Whether a model is larger than the ring, so its layers use a window."""
         return self._mover[model].window is not None
 
     def is_resident(self, model: str) -> bool:
-        """Whether a model is whole on the device or on its way; takes no lock and never raises."""
+        """Whether all pages are loaded or being copied; takes no lock and never raises."""
         return self.ring.is_whole(model)
 
     def resident_bytes(self, model: str) -> int:
-        """Bytes of `model` that are mapped; the last page counts what the model fills of it."""
+        """Bytes of `model` that are mapped; of the last page only the bytes that it uses."""
         return self._mover.resident_bytes(model)
 
     def stats(self) -> PagerStats:
-        """Return what is held at this moment."""
+        """Return the current state."""
         with self._lock:
             models = self._mover.models.items()
             return PagerStats(
@@ -242,12 +242,12 @@ class Pager:
             self._mover.check()
 
     def is_intact(self, model: str) -> bool:
-        """Whether the resident bytes of a model equal their master; takes as long as loading it."""
+        """Whether the resident bytes of a model equal its master; as slow as loading it."""
         with self._lock:
             return self._mover.is_intact(model)
 
     def close(self) -> None:
-        """Let copies end and release all device memory. Tensors over it must not be used again."""
+        """Wait for copies and release all device memory; its tensors must not be used again."""
         try:
             self.copier.close()
         finally:
@@ -257,10 +257,10 @@ class Pager:
 
     @contextmanager
     def _held(self, model: str) -> Iterator[None]:
-        """Take the lock, with all that is missing of a model in host memory.
+        """Take the lock, once all missing bytes of a model are in host memory.
 
-        Reading it from disk can take seconds, in which others must be able to use the pager; while
-        it is being read the model may lose more pages, so that is looked up again.
+        Reading them from disk can take seconds, and other threads must be able to use the pager
+        meanwhile. The model may lose pages during that time, so the state is checked again.
         """
         held = False
         try:

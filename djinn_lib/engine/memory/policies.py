@@ -1,13 +1,13 @@
-"""Who loses pages when the ring is full.
+"""Eviction policies: they choose which models lose pages when the ring is full.
 
-A policy only orders victims; how many pages each of them loses is the ring's business. To add one,
-derive from `Policy`, override `touch`, `forget` and `victims`, and list it in `POLICIES`: the
-contract tests run over every entry. The same objects serve the GPU and the simulator. A policy
-that asks others passes on everything that it is told, or they decide on less than they would alone.
+A policy only orders victims; the ring decides how many pages each of them loses. To add a policy,
+derive from `Policy`, override `touch`, `forget` and `victims`, and list it in `POLICIES`. The
+contract tests run over every entry. The engine and the simulator use the same objects. A policy
+that wraps others must pass every call on to them.
 
-A model loses its tail and costs what it loses, so a byte is worth the same in every model: what
-counts is when its model is asked for next, not its size. Under independent requests it is best to
-keep the models that are asked for most often.
+An evicted page costs its bytes to load again, whatever model it belongs to. So a policy should
+consider when a model is needed next, not its size. If requests are independent, the best models to
+keep are the most frequently requested ones.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class Policy(ABC):
 
     @abstractmethod
     def touch(self, model: str, now_s: float) -> None:
-        """Note a request for `model` at time `now_s` (any clock that never runs backwards)."""
+        """Note a request for `model` at time `now_s` (of any monotonic clock)."""
 
     @abstractmethod
     def forget(self, model: str) -> None:
-        """Drop what is known of `model`, which left the ring for good."""
+        """Forget `model`, which was removed from the ring."""
 
     @abstractmethod
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
-        """Yield every model of `candidates` once, the first to lose pages first."""
+        """Yield every model of `candidates` once, in the order in which they should lose pages."""
 
     def admit(self, model: str, n_pages: int, n_frames: int) -> None:  # noqa: B027
-        """Note a new model of `n_pages` pages, next to a ring of `n_frames`. Most ignore it."""
+        """Note a new model of `n_pages` pages on a ring of `n_frames`. Most policies ignore it."""
 
     def expect(self, upcoming: Sequence[str]) -> None:  # noqa: B027
-        """Note which models wait to be served, the next one first. Most ignore it."""
+        """Note which models have queued requests, the next one first. Most policies ignore it."""
 
 
 class LRU(Policy):
-    """Least recently used first (Denning, 1968); models never touched go before all others."""
+    """Evict the least recently used model first (Denning, 1968); unused models come first."""
 
     def __init__(self) -> None:
         self._n_touches, self._last = 0, dict[str, int]()  # the number of each model's last touch
@@ -64,13 +64,13 @@ class LRU(Policy):
 
 
 class LFU(Policy):
-    """Least frequently used first, where old requests count less (LRFU: Lee et al., 2001).
+    """Evict the least frequently used first; old requests count less (LRFU: Lee et al., 2001).
 
-    A request counts 2 to the power of its number over `half_life`; only ratios matter, so nothing
-    has to be aged, and logarithms keep the counts within range for ever.
+    Request `i` has the weight 2 ** (i / half_life). Only ratios of counts matter, so old counts
+    need no update. Counts are stored as logarithms, so they never overflow.
 
     Args:
-        half_life: requests (of any model) after which one counts half.
+        half_life: number of requests (for any model) after which a request counts half.
     """
 
     def __init__(self, half_life: float = 500.0) -> None:
@@ -98,13 +98,13 @@ class LFU(Policy):
 
 
 class EWMA(Policy):
-    """Latest expected next use first, from an average of the gaps between uses.
+    """Evict the model with the latest expected next use first.
 
-    The time to the next use is taken as the average gap, or as the time since the last use if that
-    is longer: such a model fell out of use. A model used once has no gap and goes first.
+    The expected time to the next use is the average gap between uses, or the time since the last
+    use if that is longer. A model that was used once has no gap and is evicted first.
 
     Args:
-        weight: of the newest gap in the exponentially weighted moving average.
+        weight: weight of the newest gap in the exponentially weighted moving average.
     """
 
     def __init__(self, weight: float = 0.1) -> None:
@@ -116,7 +116,7 @@ class EWMA(Policy):
         self._gap: dict[str, float] = {}
 
     def touch(self, model: str, now_s: float) -> None:
-        """Take the gap since the last use into the average; gaps are counted in requests."""
+        """Update the average with the gap since the last use; gaps are counted in requests."""
         self._now += 1
         if model in self._last:
             gap = self._now - self._last[model]
@@ -125,12 +125,12 @@ class EWMA(Policy):
         self._last[model] = self._now
 
     def forget(self, model: str) -> None:
-        """Drop what is known of `model`."""
+        """Forget `model`."""
         for known in (self._last, self._gap):
             known.pop(model, None)
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
-        """Return `candidates`, the one expected back last first."""
+        """Return `candidates`, the latest expected next use first."""
 
         def soon(model: str) -> tuple[float, float, str]:
             idle = self._now - self._last.get(model, -1)
@@ -140,16 +140,16 @@ class EWMA(Policy):
 
 
 class Adaptive(Policy):
-    """The one of several policies that would have loaded least lately.
+    """Use the policy out of several that would recently have loaded the fewest pages.
 
-    Recency wins where users stay with a model, frequency where requests are independent. Each
-    expert runs a ring of its own, without bytes; the one with the fewest loads, old ones counting
-    less, orders the victims of the real ring (adaptive caching by refetching: Gramacy et al., 2002;
-    as experts: LeCaR, Vietri et al., 2018).
+    Recency is better when users stay with a model, frequency when requests are independent. Each
+    policy (an expert) manages a simulated ring of its own. The expert with the fewest page loads
+    orders the victims of the real ring; older loads count less (adaptive caching by refetching:
+    Gramacy et al., 2002; as experts: LeCaR, Vietri et al., 2018).
 
     Args:
-        experts: to choose from; default is LRU and LFU over the last few thousand requests.
-        half_life: requests after which a load counts half.
+        experts: policies to choose from; default is LRU and LFU over a few thousand requests.
+        half_life: number of requests after which a load counts half.
     """
 
     def __init__(self, experts: Sequence[Policy] | None = None, half_life: float = 1000.0) -> None:
@@ -165,7 +165,7 @@ class Adaptive(Policy):
             expert.admit(model, n_pages, n_frames)
 
     def touch(self, model: str, now_s: float) -> None:
-        """Let every expert serve the request in its own ring."""
+        """Serve the request in the simulated ring of every expert."""
         for i, expert in enumerate(self._experts):
             shadow = self._shadows[i] if self._shadows else None
             if shadow and model in shadow:
@@ -177,7 +177,7 @@ class Adaptive(Policy):
             expert.touch(model, now_s)
 
     def forget(self, model: str) -> None:
-        """Drop the model, and with the last one what the experts lost."""
+        """Forget the model; with the last model, also forget the loads of the experts."""
         for shadow in self._shadows:
             if model in shadow:
                 shadow.remove(model)
@@ -187,21 +187,21 @@ class Adaptive(Policy):
             self._shadows, self._lost = [], [0.0] * len(self._experts)
 
     def expect(self, upcoming: Sequence[str]) -> None:
-        """Pass it on."""
+        """Pass the queue on to every expert."""
         for expert in self._experts:
             expert.expect(upcoming)
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
-        """Return the order of the expert that lost least."""
+        """Return the order of the expert with the fewest loads."""
         best = min(range(len(self._experts)), key=self._lost.__getitem__)
         return self._experts[best].victims(candidates)
 
 
 class Lookahead(Policy):
-    """Spares what waits in the queue; another policy (`beyond`, default LRU) orders the others.
+    """Evict models without queued requests first, in the order of another policy.
 
-    Among models that wait, the one whose turn comes last goes first (Belady, 1966, as far as the
-    queue reaches).
+    Among models with queued requests, the one whose turn comes last is evicted first (Belady, 1966,
+    as far as the queue is known). `beyond` is the other policy; default is LRU.
     """
 
     def __init__(self, beyond: Policy | None = None) -> None:
@@ -209,7 +209,7 @@ class Lookahead(Policy):
         self._turn: dict[str, int] = {}
 
     def admit(self, model: str, n_pages: int, n_frames: int) -> None:
-        """Pass it on."""
+        """Pass the model on."""
         self._beyond.admit(model, n_pages, n_frames)
 
     def touch(self, model: str, now_s: float) -> None:
@@ -217,29 +217,29 @@ class Lookahead(Policy):
         self._beyond.touch(model, now_s)
 
     def forget(self, model: str) -> None:
-        """Pass it on."""
+        """Forget the model."""
         self._turn.pop(model, None)
         self._beyond.forget(model)
 
     def expect(self, upcoming: Sequence[str]) -> None:
-        """Remember whose turn is when, and pass it on."""
+        """Store the order of the queue, and pass it on."""
         self._beyond.expect(upcoming)
         self._turn = {}
         for turn, model in enumerate(upcoming):
             self._turn.setdefault(model, turn)
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
-        """Return the models that do not wait, then those that do, the last turn first."""
+        """Return models that are not queued, then those that are, the last turn first."""
         waiting = [model for model in candidates if model in self._turn]
         yield from self._beyond.victims(candidates - frozenset(waiting))
         yield from sorted(waiting, key=lambda model: -self._turn[model])
 
 
 class Oracle(Policy):
-    """Furthest next use first, the future being known: the offline optimum (Belady, 1966).
+    """Evict the model whose next use is furthest: the offline optimum (Belady, 1966).
 
     Args:
-        models: every request that will be made, in order.
+        models: the model of every future request, in order.
     """
 
     def __init__(self, models: Sequence[str]) -> None:
@@ -248,17 +248,23 @@ class Oracle(Policy):
         self._next_of: dict[str, float] = {}
 
     def touch(self, model: str, now_s: float) -> None:
-        """Go on to the next request; one more than were foretold is a `ConfigError`."""
+        """Advance to the next request.
+
+        Raises:
+            ConfigError: there are more requests than the oracle knows.
+        """
         if self._n_touches == len(self._next):
-            raise ConfigError(f"more than the oracle's {len(self._next)} requests: give it all")
+            raise ConfigError(
+                f"the oracle knows only {len(self._next)} requests: pass all requests of the trace"
+            )
         self._next_of[model] = self._next[self._n_touches]
         self._n_touches += 1
 
     def forget(self, model: str) -> None:
-        """Nothing: the future stays as foretold."""
+        """Do nothing: the future requests stay the same."""
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
-        """Return `candidates`, the one used last in future first."""
+        """Return `candidates`, the one with the furthest next use first."""
         return sorted(candidates, key=lambda m: (-self._next_of.get(m, math.inf), m))
 
 
@@ -272,7 +278,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(policy: str | Policy) -> Policy:
-    """Return a policy by name (a `ConfigError` if there is none), or the object itself."""
+    """Return a policy by name, or the object itself; raise `ConfigError` for other values."""
     if isinstance(policy, Policy):
         return policy
     if policy == "oracle":
@@ -286,12 +292,12 @@ def make_policy(policy: str | Policy) -> Policy:
 
 
 def sparing_what_waits(policy: Policy) -> Policy:
-    """Return a policy behind `Lookahead`, or itself if it knows as much."""
+    """Wrap a policy in `Lookahead`, unless it already knows the queue or the future."""
     return policy if isinstance(policy, Lookahead | Oracle) else Lookahead(policy)
 
 
 def next_uses(models: Sequence[str]) -> list[float]:
-    """For each request, the number of the next one for the same model, or infinity."""
+    """Return, for each request, the index of the next one for the same model, or infinity."""
     following: dict[str, float] = {}
     result = [math.inf] * len(models)
     for i in range(len(models) - 1, -1, -1):

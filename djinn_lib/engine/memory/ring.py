@@ -1,20 +1,19 @@
-"""The ring: which frame of device memory holds which page of which model.
+"""The ring: it records which frame of device memory holds which page of which model.
 
-Pure bookkeeping, without torch: every decision about residency is made here, and the code that
-moves bytes only carries it out. The terms are those of operating systems. A *frame* is one of
+This is only bookkeeping, without torch. All decisions about residency are made here, and the code
+that moves bytes carries them out. The terms are those of operating systems. A *frame* is one of
 `n_frames` equal pieces of device memory; a *page* is an equally large piece of a model's packed
 weights; a *page table* says which frame holds a page.
 
 Two invariants make the ring small enough to reason about:
 
 * **Prefix residency.** The resident pages of a model are always its first ones. Weights are packed
-  in execution order, so a partly resident model can start computing at once while the tail
-  streams in. A page table is therefore a list of frames, and its length is all there is to know.
+  in execution order, so a partly resident model can start to compute at once while its tail
+  is loaded. A page table is therefore just a list of frames.
 * **Weights are read-only.** Evicting a page frees its frame; nothing is ever written back.
 
-Free frames stand in a queue in the order in which they were freed. Taking from its head is the hand
-of a clock sweeping round the ring: a frame is reused as late as possible, so that the work which
-read its old page has had the longest time to retire.
+Free frames are in a queue, in the order in which they were freed. A frame is therefore reused as
+late as possible, so computations that read its old page have had the longest time to end.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Eviction = Literal["pages", "models"]
 
 
 class VictimOrder(Protocol):
-    """What the ring asks of an eviction policy (see `djinn_lib.engine.memory.policies`)."""
+    """The part of an eviction policy that the ring uses (see `memory.policies`)."""
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
         """Yield models of `candidates` in the order in which they should lose pages."""
@@ -42,8 +41,8 @@ class Ring:
 
     Args:
         n_frames: number of frames, at least 1.
-        eviction: ``"pages"`` takes from victims only as many pages as are needed, from the
-            tail; ``"models"`` takes all the pages of a victim, as caches of whole models do.
+        eviction: ``"pages"`` evicts only as many pages of victims as needed, from the tail;
+            ``"models"`` evicts all pages of a victim, like a cache of whole models.
     """
 
     def __init__(self, n_frames: int, eviction: Eviction = "pages") -> None:
@@ -60,13 +59,13 @@ class Ring:
         self._n_pages: dict[str, int] = {}
         self._tables: dict[str, list[int]] = {}
         self._leases: dict[str, int] = {}
-        self._resident: set[str] = set()  # models with at least one page: what a victim can be
+        self._resident: set[str] = set()  # models with at least one page: possible victims
 
-    # -- what is where ---------------------------------------------------------------------
+    # -- residency ------------------------------------------------------------------------
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model added, in order of addition."""
+        """All models, in order of addition."""
         return tuple(self._n_pages)
 
     def __contains__(self, model: str) -> bool:
@@ -86,13 +85,13 @@ class Ring:
         return len(self._tables[self._known(model)])
 
     def n_missing(self, model: str) -> int:
-        """Number of pages of `model` that have to be loaded before it is whole."""
+        """Number of pages of `model` that are not resident."""
         return self.n_pages(model) - self.n_resident(model)
 
     def is_whole(self, model: str) -> bool:
-        """Whether every page of `model` is resident; False when it was never added or is removed.
+        """Whether every page of `model` is resident; False for an unknown model.
 
-        Safe while another thread adds, removes, maps or evicts: it looks at each table once.
+        Thread-safe without a lock, because it reads each table only once.
         """
         table, n_pages = self._tables.get(model), self._n_pages.get(model)
         return table is not None and len(table) == n_pages
@@ -140,7 +139,7 @@ class Ring:
         self._leases[model] = 0
 
     def remove(self, model: str) -> Extent:
-        """Forget an unleased model and free its frames; returns the extent that was resident."""
+        """Remove an unleased model and free its frames; return the extent that was resident."""
         extent = self.evict(model, self.n_resident(model))
         del self._n_pages[model], self._tables[model], self._leases[model]
         return extent
@@ -158,7 +157,7 @@ class Ring:
         self._leases[model] -= 1
 
     def ensure_unleased(self, model: str) -> None:
-        """Raise `LeaseError` if the model is leased, so that its pages have to stay."""
+        """Raise `LeaseError` if the model is leased."""
         if self.is_leased(model):
             raise LeaseError(
                 f"expected an unleased model to evict, got {model!r}: release it first"
@@ -167,15 +166,15 @@ class Ring:
     # -- eviction and mapping --------------------------------------------------------------
 
     def n_evictable(self, model: str, spare: frozenset[str] = frozenset()) -> int:
-        """Number of frames that other, unleased models hold, those to `spare` left out."""
+        """Number of frames of other, unleased models, except those in `spare`."""
         return sum(len(self._tables[victim]) for victim in self._candidates(model, spare))
 
     def can_load(self, model: str) -> bool:
-        """Whether every missing page of `model` could be mapped, evicting if need be."""
+        """Whether all missing pages of `model` can be mapped, with evictions if necessary."""
         return self.n_missing(model) <= self.n_loadable(model)
 
     def n_loadable(self, model: str, spare: frozenset[str] = frozenset()) -> int:
-        """How many missing pages of `model` could be mapped without a page of `spare`."""
+        """Number of missing pages of `model` that can be mapped without evicting `spare`."""
         return min(self.n_missing(model), self.n_free + self.n_evictable(model, spare))
 
     def make_room(
@@ -185,19 +184,20 @@ class Ring:
         n_pages: int | None = None,
         spare: frozenset[str] = frozenset(),
     ) -> list[Extent]:
-        """Evict until missing pages of `model` have free frames.
+        """Evict until there are free frames for missing pages of `model`.
 
-        Returns the evicted extents, each the tail of its victim. An error changes nothing.
+        Returns the evicted extents, each the tail of its victim. After an error nothing has
+        changed.
 
         Args:
-            model: to be loaded.
-            policy: orders the victims, each of which it names once.
-            n_pages: how many of the missing pages; default all of them.
+            model: the model to load.
+            policy: orders the victims, each of them once.
+            n_pages: number of missing pages; default all of them.
             spare: models that keep their pages, leased or not.
 
         Raises:
             CapacityError: leases hold too many frames.
-            ConfigError: the policy names too few victims.
+            ConfigError: the policy yields too few victims.
         """
         n_pages = self.n_missing(model) if n_pages is None else n_pages
         n_evictable = self.n_evictable(model, spare)
@@ -216,7 +216,7 @@ class Ring:
     def _choose(
         self, model: str, policy: VictimOrder, shortfall: int, spare: frozenset[str]
     ) -> dict[str, int]:
-        """How many pages each victim loses, so that `shortfall` frames get free."""
+        """Return how many pages each victim loses, to free `shortfall` frames."""
         lost: dict[str, int] = {}
         candidates = self._candidates(model, spare)
         victims = iter(policy.victims(candidates) if shortfall > 0 else ())
@@ -243,7 +243,7 @@ class Ring:
         return self.roll_back(model, n_pages)
 
     def roll_back(self, model: str, n_pages: int) -> Extent:
-        """Like `evict`, leased or not: for pages whose copy failed."""
+        """Like `evict`, but also for a leased model: for pages whose copy failed."""
         table = self._tables[self._known(model)]
         if not 0 <= n_pages <= len(table):
             raise ConfigError(f"expected 0 to {len(table)} pages of {model!r}, got {n_pages}")
@@ -259,7 +259,7 @@ class Ring:
         """Give missing pages of `model` free frames, in page order.
 
         Args:
-            model: to be loaded.
+            model: the model to load.
             n_pages: how many of the missing pages, the first ones; default all of them.
 
         Raises:
@@ -283,7 +283,7 @@ class Ring:
     # -- audit -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Audit the whole state; raises `AssertionError` naming the first broken invariant."""
+        """Audit the whole state; raise `AssertionError` with the first broken invariant."""
 
         def ensure(holds: bool, what: str) -> None:
             if not holds:

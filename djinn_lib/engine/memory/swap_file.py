@@ -1,8 +1,8 @@
-"""A master copy on disk.
+"""Keep a master on disk.
 
-The file's name is removed as soon as it is open, so that nothing is left behind whatever happens to
-the process, and nobody can replace it. Pages are read past the page cache (`O_DIRECT`), and their
-checksums are compared.
+The file is unlinked as soon as it is open. So it disappears with the process, and nobody can
+replace it. Pages are read with `O_DIRECT`, bypassing the page cache, and their checksums are
+compared.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from djinn_lib.engine.memory.layout import Fill, Layout, Shrink
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.units import format_bytes
 
-BLOCK_BYTES = 4096  # what O_DIRECT asks offsets, lengths and addresses to be multiples of
-_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")  # that one call may fill
+BLOCK_BYTES = 4096  # O_DIRECT needs offsets, lengths and addresses aligned to this
+_MOST_BUFFERS = os.sysconf("SC_IOV_MAX")  # per call of preadv
 
 
 class SwapFile:
-    """A master on disk, without a name; its pages can be read and nothing else.
+    """A master on disk, in an unlinked file; its pages can only be read.
 
     Args:
-        folder: where it is written.
+        folder: folder of the file.
         layout: how the tensors are packed.
         page_bytes: size of a page; the last one is padded.
         fill: writes all tensors.
-        shrink: packs them in place; what that leaves is cut off. Pages are then those of the
-            packed bytes.
+        shrink: compresses them in place; the file is cut to the result, and pages are those of
+            the compressed bytes.
 
     Attributes:
-        n_bytes: of what is stored.
+        n_bytes: size of the stored bytes.
 
     Raises:
         ConfigError: the folder cannot be written to.
-        CapacityError: the disk is full, or cannot keep what is written.
+        CapacityError: the disk is full, or writing failed.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SwapFile:
             path.unlink()
         try:
             os.fsync(self._fd)
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # or it would stay in memory
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # else it stays cached
         except OSError as error:
             self.close()
             raise CapacityError(
@@ -81,15 +81,15 @@ class SwapFile:
 
     @property
     def n_pages(self) -> int:
-        """How many pages are stored."""
+        """Number of stored pages."""
         return -(-self.n_bytes // self._page_bytes)
 
     def read(self, first_page: int, frames: list[torch.Tensor]) -> None:
         """Read consecutive pages into frames of their size.
 
         Raises:
-            OSError: they cannot be read, or the file ends before they do.
-            ValueError: they are not what was written.
+            OSError: they cannot be read, or the file is too short.
+            ValueError: they differ from what was written.
         """
         buffers = [frame.numpy().data for frame in frames]
         read_all(self._fd, buffers, first_page * self._page_bytes)
@@ -98,15 +98,15 @@ class SwapFile:
                 raise ValueError(f"page {page} has changed on disk (its checksum differs)")
 
     def close(self) -> None:
-        """Give the disk space back."""
+        """Free the disk space."""
         os.close(self._fd)
 
 
 def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
-    """Fill buffers, however little is read at a time.
+    """Fill buffers completely, with as many reads as needed.
 
     Raises:
-        OSError: the file cannot be read, or ends before that.
+        OSError: the file cannot be read, or is too short.
     """
     n_bytes, done, left = sum(map(len, buffers)), 0, deque(buffers)
     with ExitStack() as opened:
@@ -120,7 +120,7 @@ def read_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
                 n_read -= len(left.popleft())
             if n_read:
                 left[0] = left[0][n_read:]
-            if done % BLOCK_BYTES and source == fd:  # from here on O_DIRECT reads nothing
+            if done % BLOCK_BYTES and source == fd:  # O_DIRECT cannot read an unaligned rest
                 source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
                 opened.callback(os.close, source)
 
@@ -139,7 +139,7 @@ def _new_file(folder: Path) -> Path:
 
 
 def _allocate(path: Path, n_bytes: int) -> None:
-    """Reserve the disk space now: writing through a mapping to a full disk ends the process."""
+    """Reserve the disk space: writing to a full disk through a mapping kills the process."""
     try:
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, n_bytes)
@@ -151,7 +151,7 @@ def _allocate(path: Path, n_bytes: int) -> None:
 
 
 def _open_direct(path: Path) -> int:
-    """Open for reading past the page cache; through it where the file system cannot do that."""
+    """Open for direct reads; through the page cache if the file system lacks O_DIRECT."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:

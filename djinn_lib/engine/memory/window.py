@@ -1,13 +1,14 @@
-"""Running a model that is larger than the ring: its layers take turns in a window of frames.
+"""Run a model that is larger than the ring: its layers take turns in a window of frames.
 
-The first pages of the model, its *prefix*, stay like those of any other model. The frames of the
-*window* are mapped many times, at every page of the rest that may come to lie in them: page `p` of
-the rest is at home in slot `p mod n_slots`, whatever pass it is. So nothing is mapped while the
-model runs; pages are copied in the order of execution, each as soon as the layers that read the
-last page of its slot have been computed, and the link is never idle while the device computes.
+The first pages of the model, its *prefix*, stay resident, as those of any other model. The other
+pages, the *tail*, share the frames of the *window*. Page `p` of the tail always uses slot
+`p mod n_slots`, so the frame of a slot is mapped at the addresses of all pages that use it, and
+nothing is mapped while the model runs. Pages are copied in the order of execution. Each copy starts
+as soon as the layers that read the previous page of its slot have been computed, so the link is
+never idle while the device computes.
 
-What several layers share comes first in a packed model. It has to lie in the prefix: a layer finds
-all its pages in place then, wherever its own weights are.
+Weights that several layers share come first in a packed model. They must lie in the prefix, so
+every layer finds them loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from djinn_lib.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How a model of `n_pages` uses fewer frames: a prefix stays, the rest takes turns in slots."""
+    """Plan for a model of `n_pages` in fewer frames: a prefix stays, the tail uses slots."""
 
     n_pages: int
     n_prefix: int
@@ -37,19 +38,19 @@ class Window:
 
     @classmethod
     def plan(cls, n_bytes: int, units: Sequence[Extents], n_frames: int, page_bytes: int) -> Window:
-        """Use all of `n_frames`: for the longest prefix that leaves room for two units in a row.
+        """Plan for `n_frames`: the longest prefix that leaves room for two consecutive units.
 
         Args:
-            n_bytes: of the model.
+            n_bytes: size of the model.
             units: the bytes that each of its units needs.
-            n_frames: in the ring; fewer than the model has pages.
+            n_frames: frames in the ring; fewer than the model has pages.
             page_bytes: size of a page and a frame.
 
         Raises:
-            CapacityError: what units share and two that follow each other do not fit together.
+            CapacityError: shared weights and two consecutive units do not fit together.
         """
-        # With a shorter prefix no window is smaller. So a prefix that leaves too few slots can only
-        # be replaced by one that leaves as many as it asks for, or by an even shorter one.
+        # A shorter prefix never needs fewer slots. So if a prefix leaves too few slots, the next
+        # candidate is the one that leaves as many as this one needs.
         n_prefix = n_frames - 1
         while n_prefix >= 0:
             n_slots = _n_slots(units, n_prefix, page_bytes)
@@ -66,19 +67,19 @@ class Window:
 
     @property
     def n_frames(self) -> int:
-        """How many frames the model takes when it runs."""
+        """Number of frames that the model uses when it runs."""
         return self.n_prefix + self.n_slots
 
     @property
     def n_tail(self) -> int:
-        """How many pages are copied in each forward pass."""
+        """Number of pages that each forward pass copies."""
         return self.n_pages - self.n_prefix
 
     def turn(self, extents: Extents) -> tuple[int, int] | None:
-        """First page of the rest, and the page after the last, that a unit needs; None for none.
+        """Return the tail pages that a unit needs, as (first, after the last), or None.
 
         Raises:
-            ConfigError: more than the window holds; no unit that was planned for needs as much.
+            ConfigError: it needs more pages than the window holds, so it was not planned for.
         """
         pages = _beyond(extents, self.n_prefix, self.page_bytes)
         if pages and pages[1] - pages[0] > self.n_slots:
@@ -89,13 +90,13 @@ class Window:
         return pages and (pages[0] - self.n_prefix, pages[1] - self.n_prefix)
 
     def homes(self, first_slot: int, n_slots: int) -> list[tuple[int, int]]:
-        """Where frames of the window are mapped, as (first page, number of pages)."""
+        """Return where frames of the window are mapped, as (first page, number of pages)."""
         first = range(self.n_prefix + first_slot, self.n_pages, self.n_slots)
         return [(page, min(n_slots, self.n_pages - page)) for page in first]
 
 
 def _beyond(extents: Extents, n_prefix: int, page_bytes: int) -> tuple[int, int] | None:
-    """First page, and the page after the last, that extents need beyond a prefix."""
+    """Return the first page that extents need beyond a prefix, and the page after the last."""
     pages = [(begin // page_bytes, -(-end // page_bytes)) for begin, end in extents]
     if not (rest := [(first, last) for first, last in pages if last > n_prefix]):
         return None
@@ -103,7 +104,7 @@ def _beyond(extents: Extents, n_prefix: int, page_bytes: int) -> tuple[int, int]
 
 
 def _n_slots(units: Sequence[Extents], n_prefix: int, page_bytes: int) -> int:
-    """How many slots units need beyond a prefix, alone and with the one that follows."""
+    """Return how many slots units need beyond a prefix, alone and with the next unit."""
     turns = sorted({pages for unit in units if (pages := _beyond(unit, n_prefix, page_bytes))})
     alone = [last - first for first, last in turns]
     in_a_row = [max(a[1], b[1]) - a[0] for a, b in pairwise(turns)]
@@ -111,15 +112,16 @@ def _n_slots(units: Sequence[Extents], n_prefix: int, page_bytes: int) -> int:
 
 
 def _prefixes(units: Sequence[Extents], page_bytes: int) -> list[int]:
-    """Prefixes, in pages, after which units need a smaller window."""
+    """Return the lengths of prefixes, in pages, at which units may need a smaller window."""
     return [0, *{-(-end // page_bytes) for unit in units for _, end in unit}]
 
 
 class Rotation:
-    """Which pages of the rest are in the window, and which are to be copied next.
+    """Track which pages of the tail are in the window, and which to copy next.
 
-    Positions count pages of the rest for ever: position `q` is page `q mod n_tail` of it. The
-    window holds positions from `begin` (still needed) to `end` (submitted last). Pure bookkeeping.
+    Positions count pages over all forward passes: position `q` is page `q mod n_tail` of the tail.
+    The window holds positions from `begin` (the first still needed) to `end` (after the last one
+    submitted). This is only bookkeeping.
     """
 
     def __init__(self, n_tail: int, n_slots: int) -> None:
@@ -127,9 +129,9 @@ class Rotation:
         self.begin = self.end = 0
 
     def need(self, first: int, last: int) -> tuple[int, int]:
-        """Turn to a unit of pages `first` up to `last` of the rest; returns their positions.
+        """Move to a unit of pages `first` up to `last` of the tail; return their positions.
 
-        What came before it has been computed, and so may be overwritten.
+        Earlier units have been computed, so their pages may be overwritten.
         """
         position = self.begin + (first - self.begin) % self.n_tail
         self.begin = position
@@ -137,15 +139,15 @@ class Rotation:
         return position, position + last - first
 
     def skip_to(self, position: int) -> None:
-        """Everything before `position` has been computed."""
+        """Note that everything before `position` has been computed."""
         self.begin = max(self.begin, position)
         self.end = max(self.end, self.begin)
 
     def take(self) -> int | None:
-        """Return the next position that can be copied, as its slot is free; None if there is none.
+        """Return the next position whose slot is free; None if there is none.
 
-        The page that lay in the slot before is the one `n_slots` pages earlier in the same pass, or
-        the last one of the pass before that is at home there.
+        The previous page in the slot is the one `n_slots` pages earlier in the same pass, or else
+        the last page of the previous pass that uses the slot.
         """
         page = self.end % self.n_tail
         if page >= self.n_slots:
@@ -170,7 +172,7 @@ class Rotation:
 
 
 class Streamed:
-    """The rest of one model on its way through the window.
+    """Copies the tail of one model through the window.
 
     Attributes:
         tally: what is copied and waited for; replaced with each lease.
@@ -200,16 +202,16 @@ class Streamed:
         self.tally = Tally()
 
     def wait(self, extents: Extents) -> None:
-        """Hold the caller's computation until the bytes of a unit are in their places.
+        """Make the caller's computation wait until the bytes of a unit are loaded.
 
-        What the unit before needed may be overwritten from now on.
+        The pages of the previous unit may be overwritten from now on.
 
         Raises:
             DjinnError: a copy failed; the request can be tried again.
         """
         if turn := self._window.turn(extents):
             self._last = self.rotation.need(*turn)
-        else:  # it needs nothing of the window, but what was needed is done with
+        else:  # it needs no page of the window, but the previous unit is done
             self.rotation.skip_to(self._last[1])
             self._last = (self.rotation.begin, self.rotation.begin)
         try:
@@ -235,12 +237,12 @@ class Streamed:
             self.tally.loaded_bytes += end - begin
 
     def block_until_ended(self) -> None:
-        """Block the host until no copy is in flight; never raises a copy's error."""
-        for page_copy in tuple(self._copies.values()):  # another thread may let go of some
+        """Block the host until no copy is in flight; never raise the error of a copy."""
+        for page_copy in tuple(self._copies.values()):  # another thread may remove some
             page_copy.block_until_ended()
 
     def reset(self) -> None:
-        """Forget what is in the window, when no copy is in flight: others may get its frames."""
+        """Wait for copies, then forget the content of the window; its frames are free to use."""
         self.block_until_ended()
         self._copies.clear()
         self.rotation.reset()

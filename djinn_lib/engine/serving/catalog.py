@@ -24,7 +24,7 @@ from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.engine.serving.options import EngineOptions
 from djinn_lib.engine.serving.progress import Progress, progress_of
 from djinn_lib.engine.serving.served_model import ServedModel
-from djinn_lib.errors import ConfigError, did_you_mean, shown
+from djinn_lib.errors import ConfigError, shown, unknown_model
 
 
 class Catalog:
@@ -68,8 +68,7 @@ class Catalog:
         model = self._models.get(name) if isinstance(name, str) else None
         if model is None:
             raise ConfigError(
-                f"expected one of the models {list(self._models)}, got {shown(name)}: "
-                + did_you_mean(name, self._models, "add it with djinn.add(name, source)")
+                unknown_model(name, self._models, "add it with djinn.add(name, source)")
             )
         return model
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, Unpack
 
 from djinn_lib.engine.decode.sampling import Sampling, SamplingOptions
-from djinn_lib.engine.prompts import Prompt, is_conversation
+from djinn_lib.engine.prompts import Messages, Prompt, is_conversation
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.engine.serving.request import GenerationRequest, PendingGeneration, for_each
@@ -20,8 +20,6 @@ from djinn_lib.engine.serving.served_model import ServedModel
 from djinn_lib.engine.serving.stream import Stream
 from djinn_lib.engine.serving.transcript import Piece
 from djinn_lib.errors import ConfigError
-
-Messages = str | Sequence[Mapping[str, Any]]
 
 
 class Requests(ABC):

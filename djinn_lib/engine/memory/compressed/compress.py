@@ -1,8 +1,8 @@
-"""Compressing a whole model in the memory that it was read into.
+"""Compress a whole model in the memory that it was read into.
 
-Compressed pages move to the start of that memory. A page never gets larger, so it never reaches one
-that is still to be compressed. So compressing takes no more memory than reading did, and what it
-saves is given back afterwards.
+Compressed pages move to the start of that memory. A page never gets larger, so it never overwrites
+a page that is not compressed yet. Compression therefore needs no extra memory, and the rest is
+freed afterwards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.units import format_bytes
 
 STORED_ALIGNMENT = 64  # of a page among the compressed bytes
-REPORT_S = 5.0  # between two reports of how far it is
+REPORT_S = 5.0  # between two reports of progress
 SAMPLED_TILES = 4  # of a page, to estimate its compressed size
 
 
@@ -47,10 +47,10 @@ class Index:
     """Where everything lies in the compressed bytes of a model.
 
     Attributes:
-        pages: by number.
-        paged_bytes: of all pages, decoded.
-        moved_by: how far before their place in the layout lookup tables lie, in bytes.
-        n_bytes: of all.
+        pages: all pages, in order.
+        paged_bytes: size of all pages, decoded.
+        moved_by: bytes by which lookup tables lie before their place in the layout.
+        n_bytes: size of all compressed bytes.
     """
 
     pages: tuple[Stored, ...]
@@ -62,15 +62,15 @@ class Index:
 def compress_model(
     buffer: torch.Tensor, layout: Layout, page_bytes: int, report: Report = say_nothing
 ) -> Index:
-    """Compress a model in place, by as many threads as there are cores.
+    """Compress a model in place, with one thread for each core.
 
-    Every compressed page is decoded again and compared, before its bytes are given up.
+    Every compressed page is decoded again and compared before its plain bytes are overwritten.
 
     Args:
         buffer: its bytes (1-d uint8, host); compressed ones replace them, from the start on.
         layout: of these bytes.
         page_bytes: size of a page; a multiple of `STORED_ALIGNMENT`.
-        report: called with how far it is.
+        report: called with the progress.
     """
     content, pages = buffer.numpy(), []
     watch, end = _Watch(layout.paged_bytes, report), 0
@@ -78,7 +78,7 @@ def compress_model(
         for begin, compressed in compressed_pages:
             stop = min(begin + page_bytes, layout.paged_bytes)
             kept, compression = compressed if compressed else (content[begin:stop], None)
-            content[end : end + len(kept)] = kept  # where they overlap, numpy copies them first
+            content[end : end + len(kept)] = kept  # numpy handles overlaps
             pages.append(Stored(end, len(kept), compression))
             end = -(-(end + len(kept)) // STORED_ALIGNMENT) * STORED_ALIGNMENT
             watch.note(stop, pages[-1].begin + len(kept))
@@ -98,7 +98,7 @@ Compressed = tuple[Bytes, Compression]
 def _compress_pages(
     content: Bytes, layout: Layout, page_bytes: int
 ) -> Generator[tuple[int, Compressed | None]]:
-    """Where each page begins, with its compressed bytes; None for one that stays as it is."""
+    """Yield where each page begins, and its compressed bytes or None for a plain page."""
     exponents = _exponents(layout, page_bytes)
     waiting: deque[tuple[int, Future[Compressed | None]]] = deque()
     n_threads = min(len(os.sched_getaffinity(0)), len(exponents)) or 1
@@ -108,7 +108,7 @@ def _compress_pages(
                 begin = page * page_bytes
                 plain = content[begin : min(begin + page_bytes, layout.paged_bytes)]
                 waiting.append((begin, threads.submit(compress_page, plain, bits)))
-                if len(waiting) > n_threads + 1:  # compressed pages that wait take memory, too
+                if len(waiting) > n_threads + 1:  # waiting compressed pages take memory
                     begin, future = waiting.popleft()
                     yield begin, future.result()
             while waiting:
@@ -123,7 +123,7 @@ def compress_page(plain: Bytes, exponent_bits: int | None) -> Compressed | None:
     """Compress one page; None if it does not get smaller.
 
     Raises:
-        DjinnError: what was compressed does not decode to the same bytes.
+        DjinnError: the compressed bytes do not decode to the same bytes.
     """
     if exponent_bits is None:
         return None
@@ -159,7 +159,7 @@ def _estimated_page(words: np.ndarray, exponent_bits: int) -> int:
 
 
 def _exponents(layout: Layout, page_bytes: int) -> list[int | None]:
-    """By page: the bits of the exponent that most of its bytes have; None to leave it as it is."""
+    """Return the exponent bits of most bytes of each page; None for pages that stay plain."""
     n_pages, slots = -(-layout.paged_bytes // page_bytes), layout.paged
     found: list[int | None] = []
     first = 0
@@ -183,7 +183,7 @@ def _exponent(slots: Iterable[Slot], begin: int, end: int) -> int | None:
 
 
 class _Watch:
-    """Tells how far it is, at most every few seconds, and what came of it."""
+    """Reports the progress, at most every few seconds, and the result."""
 
     def __init__(self, n_bytes: int, report: Report) -> None:
         self._n_bytes, self._report = n_bytes, report

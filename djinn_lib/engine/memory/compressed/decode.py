@@ -1,4 +1,4 @@
-"""Decoding a page on the CPU, in numpy; see `form` for what the compressed bytes are."""
+"""Decode a page on the CPU with numpy; `form` describes the compressed bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from djinn_lib.engine.memory.compressed.form import (
     Form,
 )
 
-# By byte: its four 2-bit codes, a byte each.
+# For each byte: its four 2-bit codes, one a byte.
 _FOUR = ((np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3).astype(np.uint8).view(np.uint32)
 
 
@@ -24,7 +24,7 @@ def decode(compressed: Bytes, form: Form, words: Words) -> None:
     Args:
         compressed: its compressed bytes (1-d), intact.
         form: how they are compressed.
-        words: where to (1-d), `form.n_words` of them.
+        words: output (1-d), `form.n_words` of them.
     """
     at = form.sections
     starts = compressed[at.starts].view(np.int32).reshape(-1, 3)
@@ -48,7 +48,7 @@ def decode(compressed: Bytes, form: Form, words: Words) -> None:
 
 
 def _symbols(first: Bytes, ranks: Bytes, later: tuple[Bytes, Bytes, Bytes]) -> Bytes:
-    """Symbols of a tile; `later` are codes of the other levels from its first one on."""
+    """Return the symbols of a tile; `later` are the codes of the later levels from its start."""
     symbols = (first == 0).view(np.uint8) * ranks[0]
     symbols += (first == 1).view(np.uint8) * ranks[1]
     symbols += (first == 2).view(np.uint8) * ranks[2]
@@ -66,5 +66,5 @@ def _symbols(first: Bytes, ranks: Bytes, later: tuple[Bytes, Bytes, Bytes]) -> B
 
 
 def unpack_pairs(compressed: Bytes, n_codes: int) -> Bytes:
-    """The 2-bit codes of bytes, one a byte."""
+    """Unpack 2-bit codes into one byte each."""
     return _FOUR[:, 0].take(compressed).view(np.uint8)[:n_codes]

@@ -1,6 +1,6 @@
-"""Encoding a page on the CPU, in numpy, which releases the interpreter lock for arrays.
+"""Encode a page on the CPU with numpy, which releases the interpreter lock.
 
-Tile by tile, so that what one step writes is still in the cache when the next one reads it.
+Pages are encoded tile by tile, so that intermediate arrays stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from djinn_lib.engine.memory.compressed.form import (
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint16]
 
-_SAMPLED = 8  # one word of as many is counted, to rank symbols
+_SAMPLED = 8  # every 8th word is counted to rank symbols
 
 
 def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
@@ -32,10 +32,10 @@ def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
         exponent_bits: see `EXPONENT_BITS`.
 
     Returns:
-        The compressed bytes, and what it takes to decode them. They can be more than the page has.
+        The compressed bytes and their form. They can be larger than the page.
     """
     fixed = Form(exponent_bits, len(words))
-    compressed = np.zeros(fixed.n_bytes, np.uint8)  # the sections whose size is known beforehand
+    compressed = np.zeros(fixed.n_bytes, np.uint8)  # the sections of known size
     at, tiles = fixed.sections, []
     n_second = n_third = n_last = 0
     starts = compressed[at.starts].view(np.int32).reshape(-1, 3)
@@ -65,7 +65,7 @@ def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
 
 
 class _Tile(NamedTuple):
-    """The codes of a tile, one a byte, and where those of each of its blocks begin."""
+    """The codes of a tile, one a byte, and where the codes of each block begin."""
 
     ranked: Bytes
     first: Bytes
@@ -91,14 +91,14 @@ def _encode_tile(symbols: Bytes) -> _Tile:
 
 
 def most_frequent(symbols: Bytes) -> Bytes:
-    """The symbols that have a rank, the most frequent one first; counted in a sample."""
+    """Return the symbols that get a rank, most frequent first; counted in a sample."""
     sample = symbols[::_SAMPLED] if len(symbols) > BLOCK_WORDS else symbols
     counts = np.bincount(sample, minlength=256)
     return np.argsort(-counts, kind="stable")[:N_RANKED].astype(np.uint8)
 
 
 def _first_codes(symbols: Bytes, ranked: Bytes) -> Bytes:
-    """Codes of the first level. Comparisons take a tenth of the time that a lookup takes."""
+    """Return the codes of the first level. Comparisons are ten times faster than a lookup."""
     code = (symbols == ranked[0]).view(np.uint8) * np.uint8(3)
     code += (symbols == ranked[1]).view(np.uint8) * np.uint8(2)
     code += (symbols == ranked[2]).view(np.uint8)
@@ -106,7 +106,7 @@ def _first_codes(symbols: Bytes, ranked: Bytes) -> Bytes:
 
 
 def _later_ranks(ranked: Bytes) -> Bytes:
-    """By symbol: its rank counted from the second level on, or what follows the last rank."""
+    """Return, for each symbol, its rank minus 3, or one more than the last rank."""
     ranks = np.full(256, N_RANKED - 3, np.uint8)
     ranks[ranked[3:]] = np.arange(N_RANKED - 3)
     return ranks
@@ -125,7 +125,7 @@ def _write(section: Bytes, begin: int, content: Bytes) -> None:
 
 
 def _joined(fixed: Bytes, tiles: list[_Tile], form: Form) -> Bytes:
-    """The whole compressed page: what is there already, then the later levels."""
+    """Return the whole compressed page: the sections so far, then the later levels."""
     compressed, at = np.zeros(form.n_bytes, np.uint8), form.sections
     compressed[: len(fixed)] = fixed
     compressed[at.second] = pack_pairs(np.concatenate([tile.second for tile in tiles]))

@@ -19,7 +19,7 @@ from djinn_lib.engine.memory.layout import Fill, Layout, Report, say_nothing
 from djinn_lib.engine.memory.masters import MasterBytes, Store
 from djinn_lib.errors import ConfigError
 
-WORTHWHILE = 0.95  # of its bytes, or less, is what a model has to be compressed into
+WORTHWHILE = 0.95  # "auto" compresses a model to at most this share of its bytes, or not at all
 
 
 class CompressedMasters:
@@ -62,7 +62,7 @@ class CompressedMasters:
                 if estimate > WORTHWHILE * layout.n_bytes:
                     return layout.n_bytes
             made.append(compress_model(buffer, layout, self._page_bytes, report))
-            self._compressed[model] = made[0]  # before the store has it, and others can read it
+            self._compressed[model] = made[0]  # before others can read it from the store
             return made[0].n_bytes
 
         try:
@@ -78,11 +78,11 @@ class CompressedMasters:
         self._compressed.pop(model, None)
 
     def layout(self, model: str) -> Layout:
-        """How the tensors of `model` are packed in its decoded pages."""
+        """Return how the tensors of `model` are packed in its decoded pages."""
         return self._store.layout(model)
 
     def hold(self, model: str, lasting: bool = False) -> None:
-        """Have all bytes of `model` in host memory; see `Masters.hold`."""
+        """Read all bytes of `model` into host memory; see `Masters.hold`."""
         self._store.hold(model, lasting)
 
     def let_go(self, model: str, lasting: bool = False) -> None:
@@ -90,7 +90,7 @@ class CompressedMasters:
         self._store.let_go(model, lasting)
 
     def read(self, model: str, begin: int, end: int) -> Source:
-        """The page of a held model that has bytes `begin` to `end`, all of them.
+        """Return the page of a held model that consists of bytes `begin` to `end`.
 
         Raises:
             ConfigError: these bytes are not one page.
@@ -110,16 +110,16 @@ class CompressedMasters:
         return CompressedPage(model, number, pieces, page.compression)
 
     def tables(self, model: str, device: torch.device) -> dict[str, torch.Tensor]:
-        """The lookup tables of `model`, which are never compressed; see `Masters.tables`."""
+        """Return the lookup tables of `model`, which are never compressed."""
         index = self._compressed.get(model)
         return self._store.tables(model, device, index.moved_by if index else 0)
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
-        """Have `block_until_copied(model)` called before memory of a model gets other content."""
+        """Register a function to call before memory of a model gets other content."""
         self._store.when_reused(block_until_copied)
 
     def sha256(self, model: str) -> str:
-        """Hash of the decoded bytes: that of the same model in plain masters.
+        """Return the hash of the decoded bytes, which equals that of a plain master.
 
         Raises:
             DjinnError: compressed bytes have changed.
@@ -145,7 +145,7 @@ class CompressedMasters:
         return digest.hexdigest()
 
     def sizes(self) -> dict[str, MasterBytes]:
-        """How many bytes each master has, plain and as it is stored."""
+        """Return the size of each master, plain and as it is stored."""
         return self._store.sizes()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A page of a compressed master, as copiers get it: where its bytes lie, and what they are."""
+"""A page of a compressed master, as copiers get it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Compression:
     """How a page was compressed.
 
     Attributes:
-        form: of its compressed bytes.
-        checksum: their CRC-32.
+        form: form of its compressed bytes.
+        checksum: CRC-32 of its compressed bytes.
     """
 
     form: Form
@@ -31,9 +31,9 @@ class CompressedPage:
     """The stored bytes of one page.
 
     Attributes:
-        model, number: which page it is.
-        pieces: its bytes, in order (1-d uint8, host); a disk tier may have them in several frames.
-        compression: how it is compressed; None for bytes as they are.
+        model, number: identify the page.
+        pieces: its bytes, in order (1-d uint8, host); on a disk tier they may be in several frames.
+        compression: how it is compressed; None for plain bytes.
     """
 
     model: str
@@ -43,16 +43,16 @@ class CompressedPage:
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes are stored."""
+        """Number of stored bytes."""
         return sum(piece.numel() for piece in self.pieces)
 
     @property
     def stored(self) -> CompressedPage:
-        """The same bytes, to be copied as they are."""
+        """The same bytes, to be copied without decoding."""
         return replace(self, compression=None)
 
     def ensure_intact(self) -> None:
-        """Compare compressed bytes with their checksum; bytes as they are have none.
+        """Compare compressed bytes with their checksum; plain bytes have none.
 
         Raises:
             DjinnError: they have changed.
@@ -68,10 +68,10 @@ class CompressedPage:
             )
 
     def copy_to(self, target: torch.Tensor) -> None:
-        """Write the page to the CPU, decoded; or its bytes as they are, to any device.
+        """Decode the page into CPU memory; or copy plain bytes to any device.
 
         Args:
-            target: of the size of the page, or of `n_bytes` where they are copied as they are.
+            target: tensor of the size of the page; of `n_bytes` for plain bytes.
 
         Raises:
             DjinnError: the compressed bytes have changed.

@@ -1,4 +1,4 @@
-"""The only place that knows the driver: addresses, copies, host memory, of the CPU and of a GPU."""
+"""Backends of the CPU and of NVIDIA GPUs: address spaces, copies, host memory."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def open_address_space(
 
     Args:
         device: the CPU or a GPU.
-        n_frames, page_bytes: how many frames of which size.
+        n_frames, page_bytes: number and size of the frames.
         shared: make frames that can be exported to other processes.
-        frames: descriptors that another process exported: use its frames and make none.
+        frames: descriptors of another process's frames; default is to make new ones.
 
     Raises:
-        ConfigError: no backend for that kind of device.
+        ConfigError: there is no backend for the device.
         CapacityError: the device has less memory than the frames need.
         PlatformError: the platform lacks what the backend needs.
     """

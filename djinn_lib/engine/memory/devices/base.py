@@ -1,8 +1,8 @@
-"""What the library asks of a device: addresses that stay while frames come and go, and copies.
+"""Interfaces of a device: stable addresses over changing frames, and copies in the background.
 
-A tensor over a range of addresses keeps its address for life, whichever frames lie under it, so
-parameters are bound once and never again. Copies run in the background, one after the other; a
-copy that fails is never an error of the caller that queued it, but of those that wait for its page.
+A tensor over a range of addresses keeps its address, whichever frames are mapped there, so
+parameters are bound only once. Copies run in the background, one after the other. If a copy fails,
+the error is raised by those that wait for its page, not by the caller that queued it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from djinn_lib.errors import ConfigError, PlatformError
 from djinn_lib.units import format_bytes
 
 Source = torch.Tensor | CompressedPage  # bytes of one page on the host
-Page = tuple[torch.Tensor, Source]  # where on the device, and from where on the host
+Page = tuple[torch.Tensor, Source]  # target on the device, source on the host
 
 
 # -- addresses -----------------------------------------------------------------------------------
@@ -34,14 +34,14 @@ class Range:
 
 
 class Refused(PlatformError):
-    """The system or the driver refused a call; the message holds its own words."""
+    """The system or the driver refused a call; the message is theirs."""
 
 
 class AddressSpace(ABC):
     """`n_frames` physical frames of `page_bytes` each, and ranges to map them into.
 
-    A backend overrides the methods that begin with an underscore. What they promise together (a
-    complete roll-back, the words of an error) is decided here, so it is the same on every device.
+    A backend overrides the methods that begin with an underscore. Roll-back and error messages are
+    implemented here, so they are the same on every device.
     """
 
     device: torch.device
@@ -65,7 +65,7 @@ class AddressSpace(ABC):
         """Reserve addresses for `n_pages` pages; nothing is mapped.
 
         Raises:
-            PlatformError: there are not as many.
+            PlatformError: there are too few addresses.
         """
         n_bytes = n_pages * self.page_bytes
         try:
@@ -80,7 +80,7 @@ class AddressSpace(ABC):
         return area
 
     def release(self, area: Range) -> None:
-        """Give a range back, mapped or not. Tensors over it must not be used any more."""
+        """Release a range, mapped or not. Tensors over it must not be used afterwards."""
         if self._areas.pop(area.address, None):
             self._release(area, sorted(self._mapped.pop(area.address)))
 
@@ -88,7 +88,7 @@ class AddressSpace(ABC):
         """Map `frames[i]` at page `first_page + i`.
 
         Raises:
-            PlatformError: the system refuses; none of those pages is mapped.
+            PlatformError: the system refused; none of the pages is mapped.
         """
         if not frames:
             return
@@ -102,31 +102,31 @@ class AddressSpace(ABC):
             ) from error
 
     def unmap(self, area: Range, first_page: int, n_pages: int) -> None:
-        """Unmap pages, where they are mapped.
+        """Unmap those of the pages that are mapped.
 
-        The caller has made sure that nothing on the device still reads them.
+        The caller must make sure that nothing on the device still reads them.
 
         Raises:
-            PlatformError: the system refuses.
+            PlatformError: the system refused.
         """
         mapped = self._mapped[area.address]
         if pages := sorted(mapped.intersection(range(first_page, first_page + n_pages))):
             self._unmap(area, pages)
 
     def mapped_pages(self, area: Range) -> frozenset[int]:
-        """Which pages of a range are mapped; for audits."""
+        """Return the mapped pages of a range; for audits."""
         return frozenset(self._mapped[area.address])
 
     @abstractmethod
     def bytes_view(self, area: Range) -> torch.Tensor:
-        """The whole range as a 1-d uint8 tensor; valid for life, readable where mapped."""
+        """Return the whole range as a 1-d uint8 tensor, readable where pages are mapped."""
 
     @abstractmethod
     def export(self) -> list[int]:
         """Return descriptors of the frames for other processes; the caller closes them.
 
         Another process maps the same frames when it opens its address space over them. A frame is
-        freed when the last process that has it lets it go.
+        freed when the last process that uses it releases it.
 
         Raises:
             PlatformError: the frames were not made to be shared.
@@ -134,7 +134,7 @@ class AddressSpace(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Release every range and frame; closing twice is harmless."""
+        """Release every range and frame; a second call does nothing."""
 
     @abstractmethod
     def _reserve(self, n_bytes: int) -> int:
@@ -146,31 +146,31 @@ class AddressSpace(ABC):
 
     @abstractmethod
     def _map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
-        """Map frames, or raise `Refused`; notes in `_mapped` each page that it has mapped."""
+        """Map frames, or raise `Refused`; add each mapped page to `_mapped`."""
 
     @abstractmethod
     def _unmap(self, area: Range, pages: Sequence[int]) -> None:
-        """Unmap mapped pages, in ascending order, and take them out of `_mapped`."""
+        """Unmap mapped pages, in ascending order, and remove them from `_mapped`."""
 
 
 # -- copies --------------------------------------------------------------------------------------
 
-Reading = tuple[float, int]  # of `Stalls`: seconds of the host, and hold-ups of streams
+Reading = tuple[float, int]  # of `Stalls`: seconds of the host, number of waits of streams
 
 
 class Stalls:
-    """How long computations were held up: on the host, or on a CUDA stream."""
+    """Measures how long computations waited for copies, on the host or on a CUDA stream."""
 
     def __init__(self) -> None:
         self._host_s = 0.0
         self._on_streams: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def add(self, seconds: float) -> None:
-        """Add a hold-up of the host."""
+        """Add a wait of the host."""
         self._host_s += seconds
 
     def hold(self, arrival: torch.cuda.Event) -> None:
-        """Make the current stream wait for an event, and time that; the host goes on."""
+        """Make the current stream wait for an event and time it; the host does not wait."""
         stream = torch.cuda.current_stream(arrival.device)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record(stream)
@@ -179,11 +179,11 @@ class Stalls:
         self._on_streams.append((before, after))
 
     def reading(self) -> Reading:
-        """Return where this stands now, without waiting for streams; see `until_s`."""
+        """Return the current position, without waiting for streams; see `until_s`."""
         return self._host_s, len(self._on_streams)
 
     def until_s(self, reading: Reading) -> float:
-        """Seconds up to a reading, summed; waits for streams to get past its last hold-up."""
+        """Return the seconds up to a reading; blocks until its last wait of a stream has ended."""
         host_s, n_on_streams = reading
         held_up = self._on_streams[:n_on_streams]
         if held_up:
@@ -192,7 +192,7 @@ class Stalls:
 
     @property
     def total_s(self) -> float:
-        """Seconds up to now, summed; waits for streams to get past the last hold-up."""
+        """Seconds up to now; blocks until the last wait of a stream has ended."""
         return self.until_s(self.reading())
 
 
@@ -202,23 +202,23 @@ class PageCopy(ABC):
     @property
     @abstractmethod
     def ended(self) -> bool:
-        """Whether it has ended, well or badly."""
+        """Whether it has ended, with or without an error."""
 
     @property
     @abstractmethod
     def error(self) -> BaseException | None:
-        """Why it failed, as far as is known; for certain once it has ended or was waited for."""
+        """Why it failed, as far as known; reliable once it has ended or `wait` returned."""
 
     @abstractmethod
     def wait(self, stalls: Stalls) -> None:
-        """Hold the caller's computation until it has ended, and note for how long.
+        """Make the caller's computation wait until it has ended, and add the time to `stalls`.
 
-        It never raises the error of the copy.
+        This never raises the error of the copy.
         """
 
     @abstractmethod
     def block_until_ended(self) -> None:
-        """Block the host until it has ended; never raises its error."""
+        """Block the host until it has ended; never raise its error."""
 
 
 class Copier(ABC):
@@ -226,16 +226,16 @@ class Copier(ABC):
 
     @abstractmethod
     def submit(self, target: torch.Tensor, source: Source, after: Any = None) -> PageCopy:
-        """Queue the copy of one mapped page, which unpacks it where it is packed.
+        """Queue the copy of one mapped page; a compressed page is decoded.
 
         Args:
             target, source: see `Page`.
-            after: a `mark`; the copy comes after the computations that it stands for.
+            after: a `mark`; the copy starts after the computations before it.
         """
 
     @abstractmethod
     def mark(self) -> Any:
-        """Return what stands for the computations that the caller has submitted so far."""
+        """Return a mark behind the computations that the caller has submitted so far."""
 
     @abstractmethod
     def fence(self) -> Callable[[], None]:
@@ -246,7 +246,7 @@ class Copier(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Block until no copy is in flight, and free what the copier holds."""
+        """Block until no copy is in flight, and release all resources."""
 
 
 def copy_page(target: torch.Tensor, source: Source) -> None:

@@ -1,7 +1,7 @@
-"""What the control groups of this process leave it of memory, in both versions of their interface.
+"""Read the memory limits of this process's control groups, in both versions of the interface.
 
-A container is a control group, and so is a job of a batch system or a service. Each group may have
-a limit, which holds for all groups below it as well. The kernel ends a process that goes beyond.
+Containers, services and jobs of batch systems are control groups. Each group may have a limit,
+which also holds for the groups below it. The kernel kills processes that exceed it.
 See cgroups(7), and https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html.
 """
@@ -23,9 +23,9 @@ def limits_of(process: Path = Path("/proc/self")) -> list[int]:
 
 
 def groups_of(process: Path) -> list[Path]:
-    """Return the folders of the groups that a process is in, as far as they can be seen from here.
+    """Return the folders of a process's groups, as far as they are visible from here.
 
-    A container sees the tree from its own group on, or that of the whole machine.
+    A container sees the tree from its own group on, or the tree of the whole machine.
     """
     try:
         paths = dict(_paths(process))
@@ -41,7 +41,7 @@ def groups_of(process: Path) -> list[Path]:
 
 
 def _paths(process: Path) -> Iterator[tuple[int, Path]]:
-    """The group that limits a process's memory, in each version."""
+    """Yield the group that limits a process's memory, for each version."""
     for line in (process / "cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
@@ -51,7 +51,7 @@ def _paths(process: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _mounts(process: Path) -> Iterator[tuple[int, Path, Path]]:
-    """Each tree of groups that is mounted: its version, the group at its top, and its folder."""
+    """Yield each mounted tree of groups: its version, the group at its top, and its folder."""
     for line in (process / "mountinfo").read_text().splitlines():
         mount, _, file_system = line.partition(" - ")
         _, _, _, top, folder, *_ = (_unescaped(field) for field in mount.split())
@@ -63,15 +63,15 @@ def _mounts(process: Path) -> Iterator[tuple[int, Path, Path]]:
 
 
 def _unescaped(field: str) -> str:
-    """A path as it is: blanks and backslashes are octal numbers in mountinfo."""
+    """Decode a path of mountinfo, where blanks and backslashes are octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field)
 
 
 def bytes_left(group: Path) -> int | None:
-    """Return how many bytes a group leaves; None when it limits nothing.
+    """Return how many bytes a group leaves; None without a limit.
 
-    The cache of files is among them: the kernel gives it up when memory is short. Shared memory
-    counts as cache, but stays.
+    The page cache counts as free, because the kernel drops it when memory is short. Shared memory
+    counts as cache, but cannot be dropped.
 
     Args:
         group: its folder.
@@ -88,7 +88,7 @@ def bytes_left(group: Path) -> int | None:
 
 
 def _number(group: Path, name: str) -> int | None:
-    """What a file of a group says; None for "max", and for a file that is not there."""
+    """Return the number in a file of a group; None for "max" or a missing file."""
     try:
         return int((group / name).read_text())
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""The CPU as a device: frames in one `memfd`, ranges and pages by `mmap`, copies by a thread.
+"""The backend of the CPU: frames in one `memfd`, mappings by `mmap`, copies by a thread.
 
 The frames are one anonymous file in memory (`memfd_create(2)`), a range is `mmap(PROT_NONE)`, and
 mapping a page is `mmap(MAP_FIXED | MAP_SHARED)` of the frame's offset in that file. An access to an
-unmapped page ends in SIGSEGV, just as it faults on a GPU. Linux only.
+unmapped page causes SIGSEGV, as it causes a fault on a GPU. Linux only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CpuAddressSpace(AddressSpace):
     """Frames in one `memfd`, ranges by `mmap`. Linux only.
 
     Args:
-        n_frames, page_bytes: how many frames of which size.
+        n_frames, page_bytes: number and size of the frames.
         frames: the exported descriptor of another process's frames; default is to make new ones.
 
     Raises:
@@ -55,7 +55,7 @@ class CpuAddressSpace(AddressSpace):
         self._fd = -1
         _require_memfd()
         super().__init__(n_frames, page_bytes)
-        if frames is None:  # first: what does not fit is not helped by larger pages
+        if frames is None:  # first, because larger pages do not help here
             host.require(n_frames * page_bytes, "the ring", "lower the capacity")
         _require_mappings(n_frames)
         self._libc = _libc()
@@ -67,7 +67,7 @@ class CpuAddressSpace(AddressSpace):
     def _make_frames(self) -> None:
         n_bytes = self.n_frames * self.page_bytes
         self._fd = os.memfd_create("djinn-frames", os.MFD_CLOEXEC)
-        try:  # allocated now, so that no load pays for it and a lack of memory shows here
+        try:  # allocate now, so loads are not slower and a lack of memory is an error here
             os.posix_fallocate(self._fd, 0, n_bytes)
         except OSError as error:
             self.close()
@@ -87,9 +87,9 @@ class CpuAddressSpace(AddressSpace):
         self._libc.munmap(area.address, area.n_pages * self.page_bytes)
 
     def _map(self, area: Range, first_page: int, frames: Sequence[int]) -> None:
-        """One call for each run of neighbouring frames."""
+        """Map frames, with one call for each run of consecutive frames."""
         prot = mmap.PROT_READ | mmap.PROT_WRITE
-        # Populated at once: otherwise the copy that follows takes a page fault every 4 KiB.
+        # Populate at once: otherwise the copy causes a page fault every 4 KiB.
         flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_POPULATE
         for index, frame, n_frames in _runs(frames):
             page = first_page + index
@@ -98,12 +98,12 @@ class CpuAddressSpace(AddressSpace):
             self._mapped[area.address].update(range(page, page + n_frames))
 
     def _unmap(self, area: Range, pages: Sequence[int]) -> None:
-        """Put inaccessible memory in the place of the pages; the range stays reserved."""
+        """Replace the pages by inaccessible memory; the range stays reserved."""
         for _, page, n_pages in _runs(pages):
             address, n_bytes = area.address + page * self.page_bytes, n_pages * self.page_bytes
             try:
                 self._mmap(address, n_bytes, _PROT_NONE, _INACCESSIBLE | _MAP_FIXED, -1, 0)
-            except Refused as error:  # a hole in a mapping makes two of it: maybe one too many
+            except Refused as error:  # a hole splits a mapping in two, which may be one too many
                 raise PlatformError(
                     f"expected {n_pages} pages of {format_bytes(self.page_bytes)} to be unmapped, "
                     f"got {error}: use fewer, larger pages, or raise vm.max_map_count"
@@ -111,7 +111,7 @@ class CpuAddressSpace(AddressSpace):
             self._mapped[area.address].difference_update(range(page, page + n_pages))
 
     def bytes_view(self, area: Range) -> torch.Tensor:
-        """A tensor over the addresses; making it touches none of them."""
+        """Return a tensor over the addresses, without an access to them."""
         buffer = (ctypes.c_uint8 * (area.n_pages * self.page_bytes)).from_address(area.address)
         return torch.frombuffer(buffer, dtype=torch.uint8)
 
@@ -164,7 +164,7 @@ def _require_memfd() -> None:
 
 def _require_mappings(n_frames: int) -> None:
     limit = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if 2 * n_frames > limit:  # a mapped page may stand between two unmapped ones: two areas each
+    if 2 * n_frames > limit:  # mapped and unmapped pages may alternate: two mappings a page
         raise PlatformError(
             f"expected at most {limit // 2} frames (half of vm.max_map_count), got {n_frames}: "
             "choose larger pages"
@@ -172,30 +172,30 @@ def _require_mappings(n_frames: int) -> None:
 
 
 class ThreadCopy(PageCopy):
-    """A page that a host thread copies."""
+    """A copy by a host thread."""
 
     def __init__(self, copied: Future[None]) -> None:
         self._copied = copied
 
     @property
     def ended(self) -> bool:
-        """Whether the thread is done with the page."""
+        """Whether the thread has finished the page."""
         return self._copied.done()
 
     @property
     def error(self) -> BaseException | None:
-        """Known once the thread is done."""
+        """Why it failed; known once the thread has finished the page."""
         return self._copied.exception() if self._copied.done() else None
 
     def wait(self, stalls: Stalls) -> None:
-        """Block: on the CPU a computation is its caller."""
+        """Block: on the CPU the computation runs in the calling thread."""
         if not self._copied.done():
             begin_s = time.perf_counter()
             self._copied.exception()
             stalls.add(time.perf_counter() - begin_s)
 
     def block_until_ended(self) -> None:
-        """Block until the thread is done with the page."""
+        """Block until the thread has finished the page."""
         self._copied.exception()
 
 
@@ -206,16 +206,16 @@ class ThreadCopier(Copier):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="djinn-copier")
 
     def submit(self, target: torch.Tensor, source: Source, after: Any = None) -> ThreadCopy:
-        """Hand the page to the thread; computations before this call have ended."""
+        """Queue the page for the thread; computations before this call have ended."""
         return ThreadCopy(self._thread.submit(base.copy_page, target, source))
 
     def mark(self) -> None:
-        """Nothing: on the CPU a computation ends with its call."""
+        """Do nothing: on the CPU a computation ends with its call."""
 
     def fence(self) -> Callable[[], None]:
-        """There is nothing to block for."""
+        """Return a function that does nothing."""
         return lambda: None
 
     def close(self) -> None:
-        """End the thread after what is queued."""
+        """Finish queued copies and end the thread."""
         self._thread.shutdown()

@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as a device: the driver's virtual memory management.
+"""The backend of NVIDIA GPUs, by the driver's virtual memory management.
 
 Frames are physical allocations (`cuMemCreate`), a range is `cuMemAddressReserve`, and a page is
 mapped with `cuMemMap` and `cuMemSetAccess`. None of these waits for the device, so copies and
@@ -20,7 +20,7 @@ from djinn_lib.units import format_bytes
 
 try:
     from cuda.bindings import driver
-except ImportError:  # said when a GPU is asked for, not when this file is read
+except ImportError:  # reported when a GPU is requested, not on import
     driver: Any = None
 
 
@@ -28,13 +28,13 @@ class CudaAddressSpace(AddressSpace):
     """Frames of one GPU.
 
     Args:
-        n_frames, page_bytes: how many frames of which size.
+        n_frames, page_bytes: number and size of the frames.
         device: the GPU.
         shared: make frames that `export` can pass to other processes.
         frames: exported descriptors of another process's frames; default is to make new ones.
 
     Raises:
-        PlatformError: no usable GPU, driver or `cuda-bindings`, or one without virtual memory.
+        PlatformError: no usable GPU, driver or `cuda-bindings`, or no virtual memory management.
         CapacityError: less device memory is free than the frames need.
     """
 
@@ -66,7 +66,7 @@ class CudaAddressSpace(AddressSpace):
             self._import_frames(frames)
 
     def _import_frames(self, descriptors: Sequence[int]) -> None:
-        """Take the frames of another process; its descriptors stay the caller's."""
+        """Use the frames of another process; the caller still has to close the descriptors."""
         try:
             for one in descriptors:
                 self._frames.append(_call(driver.cuMemImportFromShareableHandle, one, _handles()))
@@ -99,7 +99,7 @@ class CudaAddressSpace(AddressSpace):
         return int(_call(driver.cuMemGetAllocationGranularity, self._kind, flag))
 
     def _enter_context(self) -> None:
-        """Make torch's context current, which a thread has none of until it first uses CUDA."""
+        """Make torch's context current: a thread has none before it first uses CUDA."""
         if not int(_call(driver.cuCtxGetCurrent)):
             _call(driver.cuCtxSetCurrent, self._context)
 
@@ -124,7 +124,7 @@ class CudaAddressSpace(AddressSpace):
         _call(driver.cuMemSetAccess, begin, len(frames) * self.page_bytes, [self._access], 1)
 
     def _unmap(self, area: Range, pages: Sequence[int]) -> None:
-        """Unmap pages one by one: a mapping can only be taken back whole."""
+        """Unmap pages one by one, because a mapping can only be undone as a whole."""
         self._enter_context()
         for page in pages:
             _call(driver.cuMemUnmap, area.address + page * self.page_bytes, self.page_bytes)
@@ -167,10 +167,10 @@ class CudaAddressSpace(AddressSpace):
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """Call the driver and return its value.
+    """Call the driver and return its result.
 
     Raises:
-        Refused: it answered with an error; the message has its name.
+        Refused: it returned an error; the message has its name.
     """
     status, *values = function(*arguments)
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -179,7 +179,7 @@ def _call(function: Any, *arguments: Any) -> Any:
 
 
 def _handles() -> Any:
-    """How frames travel between processes: as file descriptors."""
+    """Return the kind of handle by which processes share frames: file descriptors."""
     return driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 

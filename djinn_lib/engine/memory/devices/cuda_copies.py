@@ -1,4 +1,4 @@
-"""Copies to an NVIDIA GPU on streams; compressed pages are decoded there."""
+"""Copy pages to an NVIDIA GPU on CUDA streams, and decode compressed pages there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from djinn_lib.engine.memory.devices.base import Copier, PageCopy, Source, Stall
 
 
 class StreamCopy(PageCopy):
-    """A page that a CUDA stream copies: the event behind it, or why it was not submitted."""
+    """A copy on a CUDA stream: the event behind it, or the error of its submission."""
 
     def __init__(
         self, arrival: torch.cuda.Event | None, error: BaseException | None = None
@@ -24,15 +24,15 @@ class StreamCopy(PageCopy):
 
     @property
     def ended(self) -> bool:
-        """Whether the page is there, or failed."""
+        """Whether the page has arrived, or the copy failed."""
         arrival = self._arrival
         if arrival is not None and arrival.query():
-            self._arrival = None  # not asked again
+            self._arrival = None  # not queried again
         return self._arrival is None
 
     @property
     def error(self) -> BaseException | None:
-        """Known from the beginning."""
+        """Why it was not submitted; known from the start."""
         return self._error
 
     def wait(self, stalls: Stalls) -> None:
@@ -41,7 +41,7 @@ class StreamCopy(PageCopy):
             stalls.hold(arrival)
 
     def block_until_ended(self) -> None:
-        """Block until the page is there."""
+        """Block until the page has arrived."""
         if (arrival := self._arrival) is not None:
             arrival.synchronize()
 
@@ -49,9 +49,9 @@ class StreamCopy(PageCopy):
 class StreamCopier(Copier):
     """Copies on a CUDA stream of its own, from pinned memory at the rate of the link.
 
-    A compressed page is copied to a staging buffer, and decoded from there into its frame on a
-    second stream, while the first one copies the next page to another buffer. From the first
-    compressed page on, all pages arrive on the second stream, since they have to end in order.
+    A compressed page is copied to a staging buffer. A second stream decodes it from there into its
+    frame, while the first stream copies the next page to another buffer. From the first compressed
+    page on, all pages end on the second stream, because copies must end in order.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,9 +71,9 @@ class StreamCopier(Copier):
                 copied = _event(self._stream)
             return StreamCopy(self._decoder.follow(copied) if self._decoder else copied)
         except BaseException as error:
-            with suppress(RuntimeError):  # perhaps it was submitted after all, and has no event
+            with suppress(RuntimeError):  # it may have been submitted without an event
                 self._synchronize()
-            if not isinstance(error, Exception):  # an interrupt of the caller
+            if not isinstance(error, Exception):  # the caller was interrupted
                 raise
             return StreamCopy(None, error)
 
@@ -96,7 +96,7 @@ class StreamCopier(Copier):
 
 
 class StagedDecoder:
-    """Decodes pages on a stream of its own, each from one of two staging buffers.
+    """Decodes pages on its own stream, each from one of two staging buffers.
 
     Args:
         link: the stream that copies to the buffers.
@@ -110,18 +110,18 @@ class StagedDecoder:
         self._stream = torch.cuda.Stream(link.device)
         empty = torch.empty(0, dtype=torch.uint8, device=link.device)
         self._buffers = [empty, empty]
-        self._decoded: list[torch.cuda.Event | None] = [None, None]  # what was read from each
+        self._decoded: list[torch.cuda.Event | None] = [None, None]  # the last decoding from each
         self._turn = 0
 
     def submit(
         self, target: torch.Tensor, page: CompressedPage, after: Any = None
     ) -> torch.cuda.Event:
-        """Copy and decode one page; returns the event behind it.
+        """Copy and decode one page; return the event behind it.
 
         Args:
-            target: where to (1-d uint8, device).
-            page: a compressed one.
-            after: an event; what is there may be overwritten after it.
+            target: bytes to write (1-d uint8, device).
+            page: a compressed page.
+            after: an event; `target` may be overwritten after it.
         """
         assert page.compression  # as the caller has seen
         buffer = self._next_buffer(len(target))[: page.n_bytes]
@@ -136,12 +136,12 @@ class StagedDecoder:
         return arrival
 
     def follow(self, copied: torch.cuda.Event) -> torch.cuda.Event:
-        """Return an event behind a page that was copied plain, and all pages before it."""
+        """Return an event behind a plain copy and all pages before it."""
         self._stream.wait_event(copied)
         return _event(self._stream)
 
     def _next_buffer(self, n_bytes: int) -> torch.Tensor:
-        """A buffer of at least that size; what it holds is decoded before the link writes to it."""
+        """Return a buffer of at least that size; the link waits until its content is decoded."""
         self._turn = 1 - self._turn
         if len(self._buffers[self._turn]) < n_bytes:
             self.synchronize()  # its memory goes back to torch, which may give it to others at once
@@ -159,7 +159,7 @@ class StagedDecoder:
 
 
 def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """An event behind the work that the stream has been given so far."""
+    """Return an event behind all work submitted to a stream so far."""
     event = torch.cuda.Event()
     event.record(stream)
     return event

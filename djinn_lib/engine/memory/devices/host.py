@@ -1,4 +1,4 @@
-"""Host memory: looked up, allocated to the byte, pinned for the copy engine."""
+"""Query, allocate and pin host memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pin(master: torch.Tensor) -> None:
     """Register memory with the CUDA driver (`cudaHostRegister`), so that copies run at full rate.
 
     Raises:
-        CapacityError: the host has too little memory that can be pinned.
+        CapacityError: the host cannot pin as much memory.
     """
     status = _cudart().cudaHostRegister(master.data_ptr(), master.numel(), 0)
     if int(status) != 0:
@@ -32,7 +32,7 @@ def pin(master: torch.Tensor) -> None:
 
 
 def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return pinned memory as a tensor of a GPU, which reads it over the link; on the CPU itself.
+    """Return pinned memory as a tensor of `device`; a GPU reads it over the link.
 
     Pinned memory has the same address on the device (unified virtual addressing).
 
@@ -53,7 +53,7 @@ def seen_from(master: torch.Tensor, device: torch.device) -> torch.Tensor:
 def tensor_at(address: int, n_bytes: int, gpu: torch.device, owner: Any = None) -> torch.Tensor:
     """Return addresses as a tensor of a GPU (1-d uint8), which keeps `owner` alive.
 
-    torch looks the address up at this moment, so its first bytes have to be mapped.
+    torch looks the address up now, so its first bytes must be mapped.
     """
     return torch.as_tensor(_Bytes(address, n_bytes, owner), device=gpu)
 
@@ -72,7 +72,7 @@ class _Bytes:
 
 
 def unpin(master: torch.Tensor) -> None:
-    """Undo `pin`, when no copy reads the memory any more."""
+    """Undo `pin`, after all copies have ended."""
     torch.cuda.synchronize()
     _cudart().cudaHostUnregister(master.data_ptr())
 
@@ -87,16 +87,16 @@ def allocate(
 ) -> torch.Tensor:
     """Return exactly `n_bytes` of zeroed host memory (1-d uint8), aligned to the system's pages.
 
-    It is freed with the last tensor that views it. Huge pages, where the system has them, save most
-    of the time that the first touch of gigabytes takes.
+    It is freed with the last tensor that views it. Huge pages make the first access to gigabytes
+    much faster.
 
     Args:
         n_bytes: how many.
-        use, instead: what it is for, and what else could be done; for an error.
-        now: take the memory now, for what is written little by little: nobody else is promised it.
+        use, instead: for errors: what the memory is for, and what the user can do instead.
+        now: commit the memory now, so that later writes cannot run out of it.
 
     Raises:
-        CapacityError: there is not as much.
+        CapacityError: the host has less memory.
     """
     require(n_bytes, use, instead)
     try:
@@ -114,7 +114,7 @@ def allocate(
 
 
 def keep(memory: torch.Tensor, n_bytes: int) -> torch.Tensor:
-    """Return the first `n_bytes` of memory that was allocated here, and give the others back."""
+    """Return the first `n_bytes` of memory that was allocated here, and free the others."""
     begin = memory.data_ptr() + n_bytes
     begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     if (n_left := memory.data_ptr() + memory.numel() - begin) > 0:
@@ -129,14 +129,14 @@ def _libc() -> ctypes.CDLL:
 
 
 def require(n_bytes: int, use: str, instead: str) -> None:
-    """Refuse what the host cannot give: Linux promises it, and ends the process that uses it.
+    """Check that the host has as much memory: Linux overcommits, and kills processes later.
 
     Args:
-        n_bytes: that will be used.
-        use, instead: what for, and what else could be done.
+        n_bytes: how many.
+        use, instead: for errors: what the memory is for, and what the user can do instead.
 
     Raises:
-        CapacityError: there is not as much.
+        CapacityError: the host has less memory.
     """
     if n_bytes > (available_bytes := host_bytes_available()):
         raise CapacityError(
@@ -146,10 +146,10 @@ def require(n_bytes: int, use: str, instead: str) -> None:
 
 
 def host_bytes_available(group: Path | None = None) -> int:
-    """Return how many bytes of host memory this process can still have, by every rule for it.
+    """Return how many bytes of host memory this process can still use, under all its limits.
 
     Args:
-        group: folder of a control group, to go by its limit; default are the process's own groups.
+        group: folder of a control group to use instead of the process's own groups.
     """
     limits = [psutil.virtual_memory().available, *_left_of_addresses()]
     if group is None:
@@ -160,7 +160,7 @@ def host_bytes_available(group: Path | None = None) -> int:
 
 
 def _left_of_addresses() -> list[int]:
-    """What `ulimit -v` leaves, if it limits anything."""
+    """Return what `ulimit -v` leaves, if there is a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return []

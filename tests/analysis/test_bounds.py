@@ -1,0 +1,80 @@
+"""docs/measuring.md says which bounds are younger than the rows that they judge."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from fnmatch import fnmatch
+from functools import cache
+
+import pytest
+
+from djinn_lib.analysis.claims import judge, load_claims
+from djinn_lib.analysis.run import Manifest, Run, load_run
+from djinn_lib.experiment.profile import load_profile
+from djinn_lib.paths import REFERENCE, REPO
+
+PAGE = (REPO / "docs" / "measuring.md").read_text()
+
+
+@cache
+def when(commit: str) -> datetime:
+    """When a commit was made; skips where the history is not there."""
+    command = ["git", "show", "-s", "--format=%cI", commit]
+    said = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    if said.returncode:
+        pytest.skip(f"the history of this copy lacks the commit {commit}")
+    return datetime.fromisoformat(said.stdout.strip())
+
+
+def since(moment: datetime, run: Run) -> Run:
+    """A run with only those cells that began after a moment."""
+
+    def later(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
+        return {
+            name: manifest
+            for name, manifest in manifests.items()
+            if datetime.fromisoformat(manifest["started_at_utc"]) >= moment
+        }
+
+    cells, again = later(run.manifests), later(run.replicate_manifests)
+    ids = [manifest["run_id"] for manifest in (*cells.values(), *again.values())]
+    return replace(
+        run,
+        rows=run.rows[run.rows["run_id"].isin(ids)],
+        manifests=cells,
+        replicates=run.replicates[run.replicates["run_id"].isin(ids)],
+        replicate_manifests=again,
+    )
+
+
+def test_bounds_that_are_younger_than_their_rows_are_listed():
+    claims, run = load_claims(), load_run(REFERENCE)
+    table = PAGE.split("### Targets")[1].split("\n#")[0]
+    first_columns = "".join(line.split("|")[1] for line in table.splitlines() if line[:1] == "|")
+    listed = re.findall(r"`([a-z0-9*-]+)`", first_columns)
+    younger = []
+    for claim in claims:
+        assert claim.set_in is not None
+        kept = since(when(claim.set_in), run)
+        if len(kept.rows) == len(run.rows):
+            continue
+        before, after = judge([claim], run) + judge([claim], kept)
+        if before.measured != after.measured:  # it reads rows from before its bound
+            younger.append(claim.id)
+    assert younger
+    assert [name for name in younger if not any(fnmatch(name, one) for one in listed)] == []
+    known = [claim.id for claim in claims]
+    assert [one for one in listed if not any(fnmatch(name, one) for name in known)] == []
+
+
+def test_every_variant_of_djinn_and_every_kind_of_trace_is_described():
+    profiles = [load_profile(path.stem) for path in (REPO / "params").glob("*.yml")]
+    labels = {name for one in profiles for name, system in one.systems.items()
+              if system.system.startswith("djinn")} - {"djinn"}  # fmt: skip
+    traces = {re.sub(r"_[\d.]+$", "_*", name) for one in profiles for name in one.traces}
+    named = set(re.findall(r"`([\w.*]+)`", PAGE))
+    assert {*labels, *traces} - named - {"paper", "zipf"} == set()
