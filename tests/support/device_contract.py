@@ -128,6 +128,8 @@ def bytes_follow_frames_and_addresses_stay(device):
         space.map(b, 0, [7, 5])
         space.map(b, 2, [3, 2])
         assert [int(views[1][page * PAGE + 17]) for page in range(4)] == [70, 50, 30, 20]
+        again = space.bytes_view(b)  # while its pages are mapped, which they stay
+        assert again.data_ptr() == b.address and int(again[17]) == 70
         assert (space.mapped_pages(a), space.mapped_pages(b)) == (set(), {0, 1, 2, 3})
     finally:
         space.close()

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
-N_WARPS = 16  # a row a thread; with fewer warps registers are what limits how many run at once
+N_WARPS = 4  # a row a thread; with fewer warps registers are what limits how many run at once
 
 
 @triton.jit

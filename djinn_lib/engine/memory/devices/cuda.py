@@ -135,11 +135,14 @@ class CudaAddressSpace(AddressSpace):
 
         torch looks up the pointer once, so the first page is mapped for that moment.
         """
-        self.map(area, 0, [0])
+        needs_page = 0 not in self._mapped[area.address]
+        if needs_page:
+            self.map(area, 0, [0])
         try:
             return host.tensor_at(area.address, area.n_pages * self.page_bytes, self.device)
         finally:
-            self.unmap(area, 0, 1)
+            if needs_page:
+                self.unmap(area, 0, 1)
 
     def export(self) -> list[int]:
         """Return a descriptor for each frame."""
