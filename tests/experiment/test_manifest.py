@@ -40,6 +40,7 @@ MANIFEST = {
     "gpu_uuid": None,
     "batches": False,
     "peak_device_bytes": None,
+    "running_since": None,
 }
 
 
@@ -57,6 +58,7 @@ NEWER = {
     "gpu_uuid": None,
     "batches": None,
     "peak_device_bytes": None,
+    "running_since": None,
 }  # fields that older manifests lack
 
 
