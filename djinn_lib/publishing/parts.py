@@ -17,7 +17,8 @@ from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_rows
 
 _RAN_IN = "ran in the part "
-_OF_A_CELL = ("repeats", "page_bytes", "mode", "speed")  # parameters that differ between cells
+_OF_A_CELL = ("repeats", "page_bytes", "mode", "speed", "start")  # that differ between cells
+_OF_OTHER_CELLS = ("traces", "capacities")  # lists of what all cells use; compared by name
 
 
 @dataclass(frozen=True)
@@ -92,32 +93,36 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
 
 
 def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[str]:
-    """Return a line for each difference that prevents merging.
+    """Return a line for each difference that prevents merging: once for each part with another value.
 
     A package that is missing in one place was not used there, so it is no difference.
     """
-    lines: dict[str, None] = {}  # in order, each once
+    lines: dict[tuple[str, str, str], str] = {}
     first: dict[str, tuple[PartCell, Any]] = {}
     for cell in cells:
         for what, value in _must_agree(cell.manifest, allow_commits):
             where, known = first.setdefault(what, (cell, value))
             if value != known:
-                lines[f"{what}: {known} in {where}, {value} in {cell}"] = None
-    return list(lines)
+                line = f"{what}: {known} in {where}, {value} in {cell}"
+                lines.setdefault((what, repr(value), cell.part), line)
+    return list(lines.values())
 
 
 def _must_agree(manifest: Mapping[str, Any], allow_commits: bool) -> Iterator[tuple[str, Any]]:
     """Yield values that must be equal, each with a name that says among which cells.
 
     Package versions are compared for each system, options and device bytes for each label of the
-    profile's systems, and the hash of a trace among cells that use it.
+    profile's systems, and a trace or a capacity among cells that use it. So a profile may get more
+    of them between two parts.
     """
     machine = manifest["machine"]
-    trace, _, label, *_ = manifest["cell"].split("-")
+    trace, capacity, label, *_ = manifest["cell"].split("-")
     yield "profile", manifest["profile"]
     for name, value in manifest["parameters"].items():
-        if name not in _OF_A_CELL:
+        if name not in (*_OF_A_CELL, *_OF_OTHER_CELLS):
             yield f"parameter {name}", value
+    if (capacities := manifest["parameters"].get("capacities")) is not None:
+        yield f"capacity {capacity}", capacities.get(capacity)
     for model, facts in manifest["models"].items():
         for name, value in facts.items():
             among = f", {label}" if name == "device_bytes" else ""

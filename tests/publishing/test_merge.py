@@ -230,6 +230,28 @@ def test_systems_may_differ_in_what_they_keep_on_the_device(parts, tmp_path):
         merge(tmp_path / "run2", [*parts, again])
 
 
+def test_a_profile_may_get_more_traces_and_capacities_between_parts(parts, tmp_path):
+    profile = {"page_bytes": 1 << 20, "capacities": {"25": "3/4"}, "traces": {"paper": {}}}
+    more = {
+        **profile, "start": "warm",
+        "capacities": {"25": "3/4", "40": "all"}, "traces": {"paper": {}, "load_1": {}},
+    }  # fmt: skip
+    change_manifest(parts[0], "djinn", parameters=profile)
+    change_manifest(parts[1], "vllm_sleep", parameters=more)
+    merge(tmp_path / "run", parts)
+    change_manifest(parts[1], "vllm_sleep", parameters={**more, "capacities": {"25": "1/2"}})
+    with pytest.raises(RecordError, match="capacity 25: 3/4 in one .*, 1/2 in two"):
+        merge(tmp_path / "run2", parts)
+
+
+def test_a_difference_of_many_cells_is_told_once(parts, tmp_path):
+    for system in ("djinn", "pytorch_lru"):
+        change_manifest(parts[0], system, git_commit="0" * 40)
+    with pytest.raises(RecordError) as refused:
+        merge(tmp_path / "run", parts)
+    assert str(refused.value).count("commit: ") == 1
+
+
 def test_cells_of_other_modes_and_options_belong_to_the_same_run(parts, tmp_path):
     read = {"page_bytes": 1 << 20, "mode": "sequential", "speed": "1.0"}
     change_manifest(parts[0], "djinn", parameters=read, options={"decode": "compiled"})
