@@ -93,7 +93,7 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
 
 
 def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[str]:
-    """Return a line for each difference that prevents merging: once for each part with another value.
+    """Return a line for each difference that prevents merging, once for each part and value.
 
     A package that is missing in one place was not used there, so it is no difference.
     """

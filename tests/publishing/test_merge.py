@@ -240,7 +240,7 @@ def test_a_profile_may_get_more_traces_and_capacities_between_parts(parts, tmp_p
     change_manifest(parts[1], "vllm_sleep", parameters=more)
     merge(tmp_path / "run", parts)
     change_manifest(parts[1], "vllm_sleep", parameters={**more, "capacities": {"25": "1/2"}})
-    with pytest.raises(RecordError, match="capacity 25: 3/4 in one .*, 1/2 in two"):
+    with pytest.raises(RecordError, match=r"capacity 25: 3/4 in one .*, 1/2 in two"):
         merge(tmp_path / "run2", parts)
 
 

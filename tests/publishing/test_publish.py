@@ -164,12 +164,12 @@ def test_an_unfinished_run_is_refused_and_all_that_is_missing_named(run_dir, ref
     (run_dir / "requests" / "paper-40-djinn.parquet").unlink()
     (run_dir / "requests" / "paper-20-djinn.journal.jsonl").touch()
     manifest = read_manifest(run_dir / "requests" / "paper-25-djinn.manifest.json")
-    change(run_dir, git_dirty=True, parameters={**manifest["parameters"], "repeats": 5})
+    change(run_dir, git_dirty=True, parameters={**manifest["parameters"], "repeats": 0})
     with pytest.raises(RecordError) as refused:
         publish(run_dir, reference=reference, figures=tmp_path / "figures")
     said = str(refused.value)
     assert "1 cells missing: cell:paper-40-djinn" in said
-    assert "5 repeats of paper-25-djinn, the profile asks for 1" in said
+    assert "0 repeats of paper-25-djinn, the profile asks for 1" in said
     assert "not ended: paper-20-djinn.journal.jsonl" in said and "changed working tree" in said
     assert [path.name for path in reference.iterdir()] == ["engine.json"]
 
