@@ -139,6 +139,11 @@ def _papermill(
 ) -> None:
     # Kernels find djinn_lib in this checkout, also those of another environment.
     os.environ["PYTHONPATH"] = python_path()
+    if fork:  # without a GPU, or without a measurement
+        # OpenMP's threads spin while they wait for each other, which keeps the thread that they
+        # wait for from its core where another process wants one too: a cell then takes five times
+        # as long. Here they sleep. It is read when torch is imported, before the first fork.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     own = {"kernel_manager_class": ForkingKernelManager} if fork and kernel is None else {}
     with _sockets() as config:
         papermill.execute_notebook(
