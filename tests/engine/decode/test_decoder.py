@@ -229,6 +229,7 @@ def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, cap
     assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected.token_ids
 
 
+@pytest.mark.slow
 def test_layers_share_compiled_code(monkeypatch, traced_only):
     made = []
     real = compiling._SharedCode
