@@ -134,6 +134,7 @@ def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):
     assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_added(fleet, patched, tmp_path):
     for options, kind, says in [
         ({"fails": "start"}, EngineDied, "RuntimeError: no kernel for this device.*its log"),
@@ -182,6 +183,7 @@ def test_text_of_a_model_with_a_tokenizer(patched, fleet):
     fleet.remove("t")
 
 
+@pytest.mark.slow
 def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
     with nothing_leaks():
         fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
