@@ -151,6 +151,11 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
     kind = ForkingKernelManager if fork and name is None else AsyncKernelManager
     # Kernels find djinn_lib in this checkout, also those of another environment.
     os.environ["PYTHONPATH"] = python_path()
+    if fork:  # without a GPU, or without a measurement
+        # OpenMP's threads spin while they wait for each other, which keeps the thread that they
+        # wait for from its core where another process wants one too: a cell then takes five times
+        # as long. Here they sleep. It is read when torch is imported, before the first fork.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with _sockets() as config:
         manager = kind(kernel_name=name or NATIVE_KERNEL_NAME, config=config)
         try:

@@ -172,6 +172,7 @@ def test_grids_leave_out_capacities_that_come_out_the_same():
     assert len(SMALL.points()) == len(set(SMALL.points()))
 
 
+@pytest.mark.slow
 def test_order_and_executor_do_not_matter(small):
     points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
     backwards = run_study(points, lambda run, chosen: [run(p) for p in reversed(chosen)])
@@ -323,6 +324,7 @@ def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     assert str(tmp_path / "kept" / "explore.png") in kept.value
 
 
+@pytest.mark.slow
 def test_whatever_the_menus_offer_together_is_drawn(tmp_path, monkeypatch):
     drawn, real = [], explore.picture
     monkeypatch.setattr(explore, "picture", lambda **how: drawn.append(how) or real(**how))

@@ -301,6 +301,7 @@ def test_what_cannot_be_a_ring_is_one_message(tmp_path, capsys, options, status,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
     ring, lost = Ring(tmp_path).ready(), []
     engine = FakeEngine(ring.socket, "a", 4 * MIB, lost.append)

@@ -136,6 +136,7 @@ def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):
     assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_added(fleet, patched, tmp_path):
     for options, kind, says in [
         ({"fails": "start"}, EngineDied, "RuntimeError: no kernel for this device.*its log"),
@@ -225,6 +226,7 @@ def test_a_fleet_holds_models_by_name(fleet):
     assert fleet["a"] == fleet["a"] != fleet["b"] and len({fleet["a"], fleet["a"]}) == 1
 
 
+@pytest.mark.slow
 def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
     with nothing_leaks():
         fleet = Fleet("4MiB", "cpu", progress=lambda step: None)

@@ -241,6 +241,7 @@ def test_each_claim_links_its_notebook_its_figure_and_its_rows(page: str):
     assert 'href="traces/paper.jsonl"' in drawn
 
 
+@pytest.mark.slow
 def test_every_claim_of_the_file_has_rows_that_it_names(tmp_path: Path):
     """A metric with arguments of a new kind would silently link nothing."""
     run = load_run(write_run(tmp_path / "gpu", gpu=True))

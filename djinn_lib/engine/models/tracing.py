@@ -4,9 +4,10 @@ Nothing here is specific to an architecture. A twin of the model runs a prompt a
 Each module call and each parameter that an operator reads is recorded in order. So packing follows
 what the model does, including a module that reads another module's weight.
 
-The twin's weights are fake tensors: shapes without data. A forward pass that depends on values,
-such as the routing of tokens to experts, runs on random numbers instead. These all share the same
-memory.
+The twin's weights are shapes without data: on the meta device, where most models run, or else fake
+tensors, which pretend to be on the CPU and take twice as long. A forward pass that depends on
+values, such as the routing of tokens to experts, runs on random numbers instead. These all share
+the same memory.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ def observe(model: PreTrainedModel) -> list[Event]:
         Exception: what the architecture's own code raises, both on fake tensors and on numbers.
     """
     try:
+        return _observe(model, lambda p: torch.empty_like(p, device="meta"), "meta")
+    except Exception:  # the pass depends on values, makes tensors on the CPU, or is for it alone
+        pass
+    try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return _observe(model, lambda p: torch.empty(p.shape, dtype=p.dtype))
     except Exception:  # the pass depends on values, or has an operator without a fake version
@@ -51,21 +56,27 @@ def observe(model: PreTrainedModel) -> list[Event]:
             return _observe(model, weight)
 
 
-def _observe(model: PreTrainedModel, weight: Callable[[torch.Tensor], torch.Tensor]) -> list[Event]:
+def _observe(
+    model: PreTrainedModel,
+    weight: Callable[[torch.Tensor], torch.Tensor],
+    device: Literal["cpu", "meta"] = "cpu",
+) -> list[Event]:
     twins = {id(p): nn.Parameter(weight(p), requires_grad=False) for p in model.parameters()}
     names = {_storage(twins[id(p)]): name for name, p in model.named_parameters()}
-    buffers = {id(b): _copied(b) for b in model.buffers()}
+    buffers = {id(b): _copied(b, device) for b in model.buffers()}
     twin = copy.deepcopy(model, {**twins, **buffers})
     twin.config.return_dict = True  # as in `generate`
     events: list[Event] = []
     for name, module in twin.named_modules():
         _note_calls(module, name, events)
-    ids = torch.zeros((1, PROMPT_LENGTH), dtype=torch.long)
+    ids = torch.zeros((1, PROMPT_LENGTH), dtype=torch.long, device=device)
     with torch.no_grad(), _NoteReads(names, events):
         output: Any = twin(input_ids=ids, use_cache=True)
         found = {key: getattr(output, key, None) for key in _CACHES}
         caches = {key: cache for key, cache in found.items() if cache is not None}
-        with suppress(Exception):  # if a cache alone is not enough, use the prompt's trace only
+        # If a cache alone is not enough, use the prompt's trace only. On the meta device the cause
+        # may be the device, so that the whole trace is to be tried again.
+        with suppress(*([] if device == "meta" else [Exception])):
             twin(input_ids=ids[:, :1], use_cache=True, **caches)
     return events
 
@@ -111,8 +122,10 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _copied(buffer: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu().clone()
+def _copied(buffer: torch.Tensor, device: str) -> torch.Tensor:
+    if buffer.is_meta or device == "meta":
+        return torch.zeros_like(buffer, device=device)
+    return buffer.cpu().clone()
 
 
 @contextmanager

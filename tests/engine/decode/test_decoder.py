@@ -43,7 +43,7 @@ def some(*names):
     return [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
 
 
-@pytest.mark.parametrize("name", some("llama", "gpt2", "mistral-sliding", "opt"))
+@pytest.mark.parametrize("name", some("llama", "mistral-sliding"))
 def test_recorded_tokens_are_transformers_own(name):
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
         djinn.add("m", saved(name))
@@ -54,7 +54,7 @@ def test_recorded_tokens_are_transformers_own(name):
             djinn.evict("m")
 
 
-@pytest.mark.parametrize("name", some("llama"))
+@pytest.mark.parametrize("name", some())
 def test_compiled_tokens_are_transformers_own(name, traced_only):
     with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
         djinn.add("m", saved(name))
@@ -73,7 +73,10 @@ def test_a_compiled_step_of_inductor():
         assert g.token_ids == ordinary_tokens(saved("phi"), 8)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["mistral-sliding", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2"))],
+)
 def test_prompts_of_any_length(name):
     model = spec(name).build()
     decoder = RecordedDecoder(model, pack(model)[1], 100, Recorder(CPU))
@@ -226,6 +229,7 @@ def test_compiled_code_that_computes_something_else_is_not_used(monkeypatch, cap
     assert decoder.generate(PROMPT, 8, ignore_eos=True).token_ids == expected.token_ids
 
 
+@pytest.mark.slow
 def test_layers_share_compiled_code(monkeypatch, traced_only):
     made = []
     real = compiling._SharedCode

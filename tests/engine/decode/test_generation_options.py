@@ -92,6 +92,14 @@ def first(options):
     return next(iter(options), "nothing")
 
 
+def few_of(cases, *names):
+    """All cases as parameters; all but those of these names are slow, for there are many."""
+    return [
+        pytest.param(case, id=first(case), marks=[] if first(case) in names else pytest.mark.slow)
+        for case in cases
+    ]
+
+
 @pytest.fixture
 def model():
     return ModelSpec(CONFIG, seed=0).build()
@@ -121,7 +129,10 @@ def decoder_of(model, decode="graph"):
     return make_decoder(decode, model, pack(model)[1], 40, recorder, lambda step: None)
 
 
-@pytest.mark.parametrize("options", BEYOND, ids=first)
+@pytest.mark.parametrize(
+    "options",
+    few_of(BEYOND, "repetition_penalty", "min_length", "num_beams", "cache_implementation"),
+)
 def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, plain, options, caplog):
     ask_for(model, options)
     expected = ordinary(model)
@@ -137,7 +148,9 @@ def test_what_a_step_cannot_do_is_decoded_eagerly_with_a_warning(model, plain, o
     assert "cannot be recorded" not in caplog.text  # nothing else was asked for
 
 
-@pytest.mark.parametrize("options", HARMLESS, ids=first)
+@pytest.mark.parametrize(
+    "options", few_of(HARMLESS, "nothing", "do_sample", "use_cache", "eos_token_id")
+)
 def test_what_makes_no_difference_is_recorded(model, options, caplog):
     ask_for(model, options)
     expected = ordinary(model, num_return_sequences=1)
