@@ -64,23 +64,27 @@ def _least_and_most(ratios: Sequence[float]) -> str:
 
 @metric(timed=True)
 def highest_rate(
-    run: Run, system: str, target_ms: float, share: float = 0.9, **where: Any
+    run: Run, system: str, target_ms: float, share: float = 0.9, traces: str = "load", **where: Any
 ) -> Measurement:
     """Highest arrival rate (requests per second) at which a share of requests meets a target.
 
     The share must also meet it at all lower measured rates. Names of these traces begin with
-    "load". Failed requests miss the target.
+    `traces`. Failed requests miss the target. A rate at which the system did not run ends the
+    search, because a system that misses a lower rate is not asked for more.
     """
     found: dict[float, metrics.Interval] = {}
     n = 0
     for name, trace in run.traces.items():
-        if name.startswith("load"):
-            rows = select(run, system, trace=name, mode="concurrent", **where)
+        if name.startswith(f"{traces}_"):
+            try:
+                rows = select(run, system, trace=name, mode="concurrent", **where)
+            except NotMeasured:
+                continue
             in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"]).mean()
             n, rate = len(in_time), float(trace.params["rate_per_s"])
             found[rate] = bootstrap_interval(np.mean, in_time, block=block_length(n))
     if not found:
-        raise NotMeasured("no requests that arrive at given rates were sent in this run")
+        raise NotMeasured(f"{system} got no requests at given rates in this run")
     remark = ", ".join(f"{found[rate][0]:.0%} at {rate:g}/s" for rate in sorted(found))
     value, low, high = (_up_to(found, share, i) for i in range(3))
     return Measurement(value, n, remark, span=(low, high))

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis.comparisons import decomposition
+from djinn_lib.analysis.plots.load import load_table
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import NotMeasured, could_not_batch, or_reason, sweep
@@ -285,6 +286,34 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
         return pd.DataFrame(columns=columns)
     table = pd.concat(found, names=["mode", "system"])[columns]
     return table.rename(index=lambda name: system_look(name).label, level="system")
+
+
+def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
+    """Return a row a rate and system: times of requests that arrive, and how many are in time.
+
+    Args:
+        run: with rows of such traces.
+        traces: what their names begin with, before "_".
+        target_ms: from a request's arrival until it has to be done.
+
+    Raises:
+        NotMeasured: no request of such a trace was sent.
+    """
+    rates = {name: float(trace.params["rate_per_s"]) for name, trace in run.traces.items()
+             if name.startswith(f"{traces}_")}  # fmt: skip
+    rows = attempted(run.rows[run.rows["trace"].isin(list(rates))])
+    if rows.empty:
+        raise NotMeasured(f"no request of a trace named {traces}_* was sent in this run")
+    table = load_table(rows, rates, target_ms)
+    order = {name: place for place, name in enumerate(order_systems(table["system"]))}
+    table = table.assign(place=table["system"].map(order)).sort_values(["rate", "place"])
+    table["system"] = [system_look(name).label for name in table["system"]]
+    named = {
+        "rate": "arrivals (/s)", "system": "system", "n": "requests",
+        "ttft_p50": "first token, P50 (ms)", "total_p50": "P50 (ms)", "total_p90": "P90 (ms)",
+        "total_max": "slowest (ms)", "in_time": f"within {target_ms / 1e3:g} s (%)",
+    }  # fmt: skip
+    return table[list(named)].rename(columns=named).set_index("arrivals (/s)")
 
 
 def _exposed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -117,7 +117,7 @@ class Run:
     @cached_property
     def other_processes(self) -> frozenset[str]:
         """Labels of the systems that decode in processes of their own, not in the cell's."""
-        return self._labels(lambda m: m["system"] == "ray_actors" or m["system"][:4] == "vllm")
+        return self._labels(lambda m: m["system"] == "ray_actors" or _runs_vllm(m))
 
     def _labels(self, which: Callable[[Manifest], bool]) -> frozenset[str]:
         return frozenset(system for system, manifest in self._of_systems if which(manifest))
@@ -222,10 +222,16 @@ class Run:
 
 def _has_other_steps(manifest: Manifest) -> bool:
     """Whether a cell did not decode by transformers' own steps."""
+    if _runs_vllm(manifest):
+        return True
     if manifest["system"] != "djinn":
-        return manifest["system"].startswith("vllm")
+        return manifest["options"].get("decode", "eager") != "eager"  # a baseline with our decoder
     default = "compiled" if manifest["machine"]["device"] == "cuda" else "eager"
     return manifest["options"].get("decode", default) != "eager"
+
+
+def _runs_vllm(manifest: Manifest) -> bool:
+    return "vllm" in manifest["system"]
 
 
 def _identity(manifest: Manifest) -> str:

@@ -24,6 +24,7 @@ from djinn_lib.analysis.host_pace import decode_table, loop_table
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
+    rates_table,
     replicates_table,
     sweep_table,
     systems_table,
@@ -194,6 +195,8 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "decode": decode_table,
     "loop": loop_table,
     "waiting": waiting_table,
+    "load": partial(rates_table, traces="load", target_ms=2000.0),
+    "two models": partial(rates_table, traces="pair", target_ms=1000.0),
     "waiting, predicted": lambda run: validation.looking_ahead(run.folder),
     "large": lambda run: large_table(read_large(run.folder)),
     "engine targets": engine_targets,

@@ -66,7 +66,10 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
 
 
 def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
-    """Return a row a system and rate: `n`, P50 and P99 of both times, and `in_time` in percent."""
+    """Return a row a system and rate: `n`, statistics of both times, and `in_time` in percent.
+
+    The columns of a time are its name, "_", and the name of a statistic of `metrics.latency`.
+    """
     found = []
     for (system, trace), part in rows.groupby(["system", "trace"]):
         in_time = part["ok"] & (part["total_ms"] <= target_ms)
@@ -74,7 +77,7 @@ def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float)
                 "n": part["request"].nunique()}  # fmt: skip
         for column in ("ttft", "total"):
             times = latency(by_request(part, f"{column}_ms"))
-            line |= {f"{column}_{name}": times[name] for name in STATISTICS}
+            line |= {f"{column}_{name}": value for name, value in times.items()}
         found.append(line)
     return pd.DataFrame(found).sort_values("rate")
 
