@@ -21,6 +21,7 @@ from djinn_lib.analysis import validation
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
 from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
 from djinn_lib.analysis.host_pace import decode_table, loop_table
+from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
@@ -41,6 +42,7 @@ from djinn_lib.publishing.report import build_published
 from djinn_lib.simulator.cost_model import engine_rows
 
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
+_STEPS = ("djinn_compiled", "djinn_graph", "djinn_partial_no_overlap", "djinn_whole")
 _STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
 
@@ -86,21 +88,23 @@ def claims_summary(run: Run) -> pd.DataFrame:
         "95% interval": verdict.interval_text,
         "n": verdict.n or "",
         "verdict": f"**{verdict.verdict}**" if verdict.verdict in _STRESSED else verdict.verdict,
-        "without a GPU": _elsewhere(elsewhere[verdict.id]),
+        "without a GPU": _elsewhere(elsewhere.get(verdict.id)),
         "bound set in": verdict.set_in or "",
     } for verdict in verdicts)  # fmt: skip
 
 
-def _elsewhere(verdict: Verdict) -> str:
-    if verdict.verdict in OPEN:
+def _elsewhere(verdict: Verdict | None) -> str:
+    """What the run without a GPU says of a claim; it may be older than the claim."""
+    if verdict is None or verdict.verdict in OPEN:
         return ""
     return f"{verdict.measured_text}, {verdict.verdict}"
 
 
 def results(run: Run) -> pd.DataFrame:
-    """Return a short table of systems, for the README."""
+    """Return a short table of systems, for the README: without the steps of the ablation."""
     columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
-    return systems_table(run)[columns]
+    steps = [system_look(name).label for name in _STEPS]
+    return systems_table(run).drop(index=steps, errors="ignore")[columns]
 
 
 def engine_targets(run: Run) -> pd.DataFrame:
