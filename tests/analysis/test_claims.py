@@ -453,6 +453,22 @@ def test_the_highest_rate_is_the_last_before_requests_are_late():
     assert low == 1.0 and high == 2.0  # 90% of 30 requests: its interval crosses 90%
 
 
+def test_the_highest_rate_is_of_the_traces_that_are_named_and_the_rates_that_were_tried():
+    def at(kind: str, rate: int, ms: float) -> pd.DataFrame:
+        return served(
+            "a", [ms] * 30, trace=f"{kind}_{rate}", mode="concurrent", run_id=f"{kind}{rate}"
+        )
+
+    names = [f"{kind}_{rate}" for kind in ("load", "pair") for rate in (1, 2, 4)]
+    traces = {name: zipf_trace(30, 1.0, ["x", "y"], 1, int(name[-1])) for name in names}
+    rows = pd.concat([at("load", 1, 100.0), at("pair", 1, 100.0), at("pair", 2, 100.0)])
+    run = replace(run_of(rows), traces=traces)
+    assert METRICS["highest_rate"](run, system="a", target_ms=2000).value == 1.0
+    assert METRICS["highest_rate"](run, system="a", target_ms=2000, traces="pair").value == 2.0
+    with pytest.raises(NotMeasured, match="b got no requests at given rates"):
+        METRICS["highest_rate"](run, system="b", target_ms=2000)
+
+
 def test_rows_of_engines_that_were_fed_one_by_one_are_not_compared():
     rows = [served(name, [5.0] * 3, mode="concurrent") for name in ("vllm_sleep", "djinn")]
     with pytest.raises(NotMeasured, match="vllm_sleep could not batch"):

@@ -181,3 +181,28 @@ def test_notebooks_run_and_leave_their_files(notebook: str, cpu: Run, monkeypatc
         if "parameters" in cell["metadata"].get("tags", []):
             names["run_dir"] = str(cpu.folder)
     assert [name for name in TARGETS[notebook] if not (cpu.folder / name).stat().st_size] == []
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "other_steps", "other_processes"),
+    [
+        ("pytorch_pinned", {}, False, False),
+        ("pytorch_pinned", {"decode": "compiled"}, True, False),
+        ("djinn", {}, True, False),
+        ("djinn", {"decode": "eager"}, False, False),
+        ("djinn_vllm", {}, True, True),
+        ("vllm_sleep_readonly", {}, True, True),
+        ("ray_actors", {}, False, True),
+    ],
+)
+def test_who_decodes_by_other_steps_than_transformers(
+    gpu: Run, system, options, other_steps, other_processes
+):
+    manifests = {
+        name: {**manifest, "system": system, "options": options}
+        for name, manifest in gpu.manifests.items()
+    }
+    run = replace(gpu, manifests=manifests)
+    labels = set(run.rows["system"])
+    assert run.other_steps == (labels if other_steps else set())
+    assert run.other_processes == (labels if other_processes else set())

@@ -37,6 +37,7 @@ SERVING = [
     ["larger_than_the_ring"],
     ["blocks_that_layers_share"],
     ["masters_on_disk"],
+    ["whole_models_at_fixed_addresses"],
 ]
 LEASES = [["lent_weights"], ["written_weights"], ["lent_layers"], ["collected_objects"]]
 COMPRESSED = [

@@ -11,12 +11,16 @@ import random
 import sys
 import tempfile
 import threading
+from pathlib import Path
 
+import torch
 from gpu_scenarios import CONFIGS, PROMPT, held_bytes
 from transformers import ZambaConfig
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.eager import generate_eager
+from djinn_lib.experiment.weights import describe
+from djinn_lib.systems.pytorch import PyTorchLRU, PyTorchPinned, PyTorchPinnedReadonly
 
 N_NEW = 8
 SHARING = ZambaConfig(
@@ -157,6 +161,24 @@ def masters_on_disk(device: str = "cuda") -> None:
             assert future.result(120).token_ids == expected[name], name
         djinn.check()
         assert djinn.masters.n_bytes < sum(djinn.residency().bytes)
+
+
+def whole_models_at_fixed_addresses(device: str = "cuda") -> None:
+    """PyTorch's baselines with Djinn's decoder: each loads what it needs, and gives one answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for name, spec in specs_of(device, 3).items():
+            spec.build().save_pretrained(Path(folder) / name)
+            models[name] = describe(name, Path(folder) / name)
+        sizes = sorted(files.n_bytes for files in models.values())
+        said: dict[str, set[tuple[int, ...]]] = {name: set() for name in models}
+        for kind in (PyTorchPinned, PyTorchPinnedReadonly, PyTorchLRU):
+            system = kind(models, sum(sizes[-2:]), torch.device(device), decode="graph")
+            system.start()
+            for name in [*models, *reversed(models), *models]:
+                said[name].add(system.serve(name, PROMPT, N_NEW).token_ids)
+            system.close()
+        assert {name: len(tokens) for name, tokens in said.items()} == dict.fromkeys(models, 1)
 
 
 def main() -> None:

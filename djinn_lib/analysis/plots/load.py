@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
@@ -92,6 +92,8 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, systems: Sequence[str], column:
         for statistic, line in STATISTICS.items():
             axes.plot(part["rate"], part[f"{column}_{statistic}"], linestyle=line, **common)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a panel may span one decade
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
 
 
