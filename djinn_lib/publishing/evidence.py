@@ -13,7 +13,7 @@ from djinn_lib.experiment.profile import cell_id
 _SYSTEMS = ("system", "to", "baseline", "reference")  # arguments of metrics that name systems
 _OF_THE_MACHINE = {"total_gib", "model_gib", "capacity_share"}
 _OF_THE_TRACE = {"popularity_ratio", "computed_hit_share"}
-_OF_LOADS = {"highest_rate"}  # rows of the traces whose names begin with "load"
+_OF_LOADS = {"highest_rate"}  # rows of the traces whose names begin alike
 _OF_ALL_SYSTEMS = {"token_agreement", "token_agreement_of"}
 _OF_ALL_CELLS_OF_A_SYSTEM = {"token_agreement_when_concurrent"}
 _OF_ALL_CAPACITIES = {"speedup_over_capacities", "speedup_spread", "worst_bytes_to_optimum"}
@@ -80,8 +80,9 @@ def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
         yield Link(f"rows of {cell_id(*cell)}", f"requests/{cell_id(*cell)}.parquet")
         # A comparison rests on rows of one machine, which may be those of another run of the cell.
         for name in sorted(shown.replicates):
-            if name.startswith(f"{cell_id(*cell)}-2"):  # what follows is a date
-                yield Link(f"another run: {name}", f"replicates/{name}")
+            begin, _, rest = name.partition(f"{cell_id(*cell)}-2")
+            if not begin and rest:  # which is a date: 2 0261124T...
+                yield Link(f"again on 2{rest[:3]}-{rest[3:5]}-{rest[5:7]}", f"replicates/{name}")
 
 
 def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, start: str) -> bool:
@@ -93,13 +94,13 @@ def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, s
         return True
     if where.get("start", "cold") != start:
         return False
-    of_load = claim.metric in _OF_LOADS
+    of_load, load = claim.metric in _OF_LOADS, f"{where.get('traces', 'load')}_"
     all_capacities = claim.metric in _OF_ALL_CAPACITIES
     wanted_capacity = where.get("capacity_label", None if all_capacities else MAIN_CAPACITY)
     wanted_trace = where.get("trace", MAIN_TRACE)
     return (
         mode == ("concurrent" if of_load else where.get("mode", "sequential"))
-        and (trace.startswith("load") if of_load else wanted_trace in (trace, None))
+        and (trace.startswith(load) if of_load else wanted_trace in (trace, None))
         and wanted_capacity in (capacity, None)
     )
 

@@ -14,7 +14,7 @@ from pages import broken_links, links_of
 from row_factory import UNAVAILABLE, cell_rows
 from run_factory import write_run
 
-from djinn_lib.analysis.claims import judge, load_claims, write_claims
+from djinn_lib.analysis.claims import judge, load_claims, read_claims, write_claims
 from djinn_lib.analysis.run import load_run
 from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
@@ -297,3 +297,28 @@ def test_the_page_of_the_published_run_is_the_one_that_would_be_written(tmp_path
     (copy / "index.html").unlink()
     assert build_published(copy).read_text() == (REFERENCE / "index.html").read_text()
     assert not list(copy.rglob("notebooks/*.html"))
+
+
+def test_a_claim_on_load_links_the_traces_that_it_names_and_later_runs_of_their_cells():
+    cells = [(trace, "25", "djinn_vllm", "concurrent", "cold") for trace in ("load_1", "pair_2")]
+    again = ["pair_2-25-djinn_vllm-concurrent-20261127T022817000000.parquet"]
+    shown = Shown({}, (), cells, (), again)
+    claims = {claim.id: claim for claim in load_claims()}
+    verdict = read_claims(REFERENCE / "claims.json")[0]
+    found = {
+        name: [(link.text, link.href) for link in evidence(verdict, claims[name], shown)]
+        for name in ("ours-load-djinn-vllm", "ours-fleet-two-models")
+    }
+    assert found["ours-load-djinn-vllm"] == [
+        (
+            "rows of load_1-25-djinn_vllm-concurrent",
+            "requests/load_1-25-djinn_vllm-concurrent.parquet",
+        )
+    ]
+    assert found["ours-fleet-two-models"] == [
+        (
+            "rows of pair_2-25-djinn_vllm-concurrent",
+            "requests/pair_2-25-djinn_vllm-concurrent.parquet",
+        ),
+        ("again on 2026-11-27", f"replicates/{again[0]}"),
+    ]
