@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from djinn_lib.arguments import function
 
@@ -30,7 +30,8 @@ def progress_of(show: Show, name: str, n_bytes: int) -> Iterator[Progress]:
     """Show how far a model of `n_bytes` has come while the block runs.
 
     Args:
-        show: True for a bar (tqdm, on stderr), False for nothing; a function is told the steps.
+        show: True for a bar (tqdm, a widget in notebooks, else on stderr), False for nothing; a
+            function is told the steps.
         name: of the model.
         n_bytes: of weights to read.
     """
@@ -44,6 +45,7 @@ def progress_of(show: Show, name: str, n_bytes: int) -> Iterator[Progress]:
             unit_divisor=1024, delay=_SHOWN_AFTER_S, leave=False, dynamic_ncols=True,
         ) as bar:  # fmt: skip
             yield Progress(bar.update, lambda step: bar.set_description(f"{name}: {step}"))
+            bar.n = n_bytes  # gaps between tensors are not read; an incomplete widget turns red
 
 
 def check_show(value: object) -> Show:

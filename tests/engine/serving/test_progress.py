@@ -2,7 +2,7 @@
 
 import pytest
 from tiny import spec
-from tqdm import tqdm
+from tqdm import notebook, tqdm
 
 import djinn_lib as dj
 from djinn_lib.engine.serving import progress as module
@@ -25,9 +25,13 @@ def added(folder, source, **options):
 
 @pytest.mark.parametrize("kind", ["folder", "spec", "plain"])
 def test_the_bar_counts_every_byte_of_the_weights(folder, kind, monkeypatch, capfd):
-    bars = []
+    bars, read = [], []
 
     class Bar(tqdm):
+        def update(self, n=1):
+            read.append(n)
+            return super().update(n)
+
         def close(self):
             bars.append((self.desc, self.n, self.total))
             super().close()
@@ -36,9 +40,8 @@ def test_the_bar_counts_every_byte_of_the_weights(folder, kind, monkeypatch, cap
     monkeypatch.setattr(module, "_SHOWN_AFTER_S", 0)
     plain = dj.ModelSpec(spec("llama").config, init="plain")
     n_bytes = added(folder, {"folder": folder, "spec": spec("llama"), "plain": plain}[kind])
-    (first, *_) = bars
-    assert first[0] == "m: recording the decode step: "
-    assert 0.99 * n_bytes <= first[1] <= n_bytes == first[2]  # all but what aligns them
+    assert bars[0] == ("m: recording the decode step: ", n_bytes, n_bytes)
+    assert 0.99 * n_bytes <= sum(read) <= n_bytes  # all but what aligns them
     shown = capfd.readouterr()
     assert "m: reading weights" in shown.err and not shown.out
     assert "Loading weights" not in shown.err  # transformers' own
@@ -59,6 +62,25 @@ def test_a_failure_closes_the_bar(monkeypatch, capfd):
         progress.advance(5)
         raise OSError
     assert not tqdm._instances
+
+
+def test_in_a_notebook_the_bar_disappears_and_stays_red_only_after_a_failure(folder, monkeypatch):
+    bars = []
+
+    class Bar(notebook.tqdm):
+        def close(self):
+            super().close()
+            bars.append(self)
+
+    monkeypatch.setattr(module, "tqdm", Bar)
+    added(folder, folder)
+    (done,) = bars
+    assert done.container.children[1].bar_style != "danger"
+    assert done.container.layout.visibility == "hidden"
+    with pytest.raises(OSError), progress_of(True, "m", 10) as progress:
+        progress.advance(5)
+        raise OSError
+    assert bars[1].container.children[1].bar_style == "danger"
 
 
 def test_what_cannot_be_shown():
