@@ -60,8 +60,13 @@ class Scheduler:
     def generate(self, model: ServedModel, request: GenerationRequest) -> Generation:
         """Serve a request and wait for it: in the calling thread, if none asked before it did."""
         if self._turns.is_mine or self._may_compute():
-            with self._turns.turn(model.name):
-                return self._serve(model, request)
+            try:
+                with self._turns.turn(model.name):
+                    return self._serve(model, request)
+            except KeyboardInterrupt as interrupt:
+                # Frames of the computation hold its keys and values, and notebooks keep the last
+                # traceback; nor would anybody read where in transformers it was.
+                raise interrupt.with_traceback(None) from None
         self._turns.ensure_may_wait(model.name)
         return self.submit(model, request).result()
 

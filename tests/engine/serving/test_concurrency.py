@@ -120,6 +120,23 @@ def test_an_interrupted_caller_gives_its_request_up(opened, expected, monkeypatc
     assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
 
 
+def test_the_traceback_of_an_interrupt_keeps_nothing_of_the_computation(opened, expected):
+    djinn = opened()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EagerDecoder, "generate", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            djinn.generate("llama", PROMPT, 6)
+    assert [frame.name for frame in caught.traceback][-1] == "generate"
+    assert "interrupted" not in [frame.name for frame in caught.traceback]
+    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert not djinn.stats().leased
+    assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected["llama"]
+
+
 def _interrupt(pending, timeout=None):
     raise KeyboardInterrupt
 
