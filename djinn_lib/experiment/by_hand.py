@@ -1,4 +1,4 @@
-"""Tell users who run a cell by hand, in Jupyter or with papermill, what that updates."""
+"""What differs where users run a notebook by hand, in Jupyter or with papermill."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from IPython.display import Markdown
+from tqdm import auto, std
 
 from djinn_lib.experiment.profile import Cell
 from djinn_lib.experiment.run_folder import RunFolder
@@ -24,6 +26,16 @@ def executing(copies: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop(_COPIES, None)
+
+
+def progress_bar(*args: Any, **options: Any) -> std.tqdm[Any]:
+    """Return a bar of tqdm, which takes the arguments.
+
+    It is a widget where a user watches a notebook, and text everywhere else: a run's log keeps the
+    last text of a bar, but only the first state of a widget.
+    """
+    bar = std.tqdm if _COPIES in os.environ else auto.tqdm
+    return bar(*args, **options)
 
 
 def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:

@@ -20,11 +20,11 @@ from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from djinn_lib.errors import DjinnError, TraceError, in_words
 from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.bench import Bench
+from djinn_lib.experiment.by_hand import progress_bar
 from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, whole_frame
 from djinn_lib.experiment.profile import Cell
 from djinn_lib.experiment.record import CellRecord
@@ -142,7 +142,9 @@ def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
         n_requests = len(begun.trace.requests) * begun.cell.repeats
         with (
             journal.open("w") as lines,
-            tqdm(desc=begun.cell.id, unit="req", total=n_requests, mininterval=2) as progress,
+            progress_bar(
+                desc=begun.cell.id, unit="req", total=n_requests, mininterval=2
+            ) as progress,
         ):
             for row in serve(begun, running.system):
                 progress.update()

@@ -18,10 +18,10 @@ from itertools import product
 from typing import Any, Literal
 
 import pandas as pd
-from tqdm import tqdm
 
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.experiment.by_hand import progress_bar
 from djinn_lib.experiment.executors import Job, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
@@ -114,7 +114,7 @@ def run_study(
     """
     chosen = list(points)
     results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
-    bar = tqdm(results, total=len(chosen), desc="study", unit="point", mininterval=5)
+    bar = progress_bar(results, total=len(chosen), desc="study", unit="point", mininterval=5)
     return pd.DataFrame(bar)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from profile_factory import tiny_profile
+from tqdm import auto, notebook, std
 
-from djinn_lib.experiment.by_hand import executing, what_is_renewed
+from djinn_lib.experiment.by_hand import executing, progress_bar, what_is_renewed
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import REPO
 
@@ -29,3 +30,12 @@ def test_in_a_run_it_says_nothing(tmp_path):
     with executing(Path("somewhere")):
         assert what_is_renewed(run, CELL) is not None
     assert what_is_renewed(run, CELL) is not None  # the block is over
+
+
+def test_a_bar_is_a_widget_by_hand_and_text_in_a_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(auto, "tqdm", notebook.tqdm)  # as in a kernel
+    with progress_bar(total=1) as bar:
+        assert isinstance(bar, notebook.tqdm)
+    with executing(tmp_path), progress_bar(total=1, desc="cell") as bar:
+        assert type(bar) is std.tqdm
+    assert "cell:   0%" in capfd.readouterr().err
