@@ -313,6 +313,8 @@ def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     assert len(sliders) == 6
     assert drawn == [{"capacity_gib": 25, "n_models": 3, "alpha": 1.0, "link_gb_per_s": 54,
                       "policy": "lru", "traffic": explore.TRAFFIC[0]}]  # fmt: skip
+    rows = box.children[:-2]
+    assert {row.layout.flex_flow for row in rows} == {"row wrap"}  # narrow windows show them all
     first = bytes(canvas.value)
     assert first.startswith(b"\x89PNG")
     sliders["capacity (GiB)"].value = 30

@@ -188,7 +188,8 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
         control.observe(changed, names="value")
     keep.on_click(save)
     redraw()
-    rows = [widgets.HBox(row) for row in _pairs(controls.values())]
+    wrap = widgets.Layout(flex_flow="row wrap")  # in a narrow window one below the other
+    rows = [widgets.HBox(row, layout=wrap) for row in _pairs(controls.values())]
     return widgets.VBox([*rows, widgets.HBox([keep, kept]), canvas])
 
 
@@ -196,7 +197,7 @@ def _controls() -> dict[str, Any]:
     """The widgets by the parameter of `picture` that they set, in pairs that share a line."""
     wide = {
         "style": {"description_width": "11rem"},
-        "layout": widgets.Layout(width="25rem"),
+        "layout": widgets.Layout(width="25rem", flex="0 0 auto"),
         "continuous_update": False,
     }
     menu = {name: value for name, value in wide.items() if name != "continuous_update"}
