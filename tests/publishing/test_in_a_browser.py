@@ -6,8 +6,6 @@ Chromium (Debian, Ubuntu: apt install chromium).
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,6 @@ from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing.report import build_report
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
-            "--disable-component-update", "--no-first-run"]  # fmt: skip
 LONG = "expected 25.0 GiB of free device memory for the ring, got 3.1: /opt/" + "long-name/" * 40
 
 
@@ -82,18 +77,6 @@ def test_a_broken_link_is_found(tmp_path: Path):
 
 
 # -- in Chromium ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    with playwright.sync_playwright() as api:
-        chromium = api.chromium.launch(executable_path=found, args=SWITCHES)
-        yield chromium
-        chromium.close()
 
 
 def seen(browser: Any, page: Path, width: int, scheme: str) -> dict[str, Any]:
