@@ -5,6 +5,7 @@ import itertools
 import json
 import subprocess
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
@@ -343,6 +344,19 @@ def test_whatever_the_menus_offer_together_is_drawn(tmp_path, monkeypatch):
     assert models.disabled and drawn[-1]["n_models"] == 3
     assert drawn[-1]["capacity_gib"] == capacity.max == 32.0
     assert len(drawn) == 6  # once a change, with all that follows from it
+
+
+@pytest.mark.parametrize("n_models", [3, 10, 20])
+def test_every_model_has_a_colour_and_a_name(n_models):
+    figure = explore.picture(100.0, n_models, traffic=explore.TRAFFIC[n_models > 3])
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    colors = {patch.get_facecolor() for patch in legend.get_patches()}
+    assert len(names) == len(colors) == n_models
+    figure.canvas.draw()
+    assert figure.bbox.contains(*legend.get_window_extent().min)
+    assert figure.bbox.contains(*legend.get_window_extent().max)
+    plt.close(figure)
 
 
 def test_pictures_are_kept_outside_git():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from djinn_lib.analysis.plots.policies import POLICY_STYLE
-from djinn_lib.analysis.plots.style import DOUBLE_COLUMN_IN, model_colors, save_figure, styled
+from djinn_lib.analysis.plots.style import (
+    DOUBLE_COLUMN_IN,
+    MODEL_COLORS,
+    model_colors,
+    save_figure,
+    styled,
+)
 from djinn_lib.engine.memory.policies import POLICIES
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.parameters import one_of
@@ -130,15 +136,21 @@ def _axes() -> tuple[Figure, Any]:
 
 def _draw_residency(axes: Axes, rows: pd.DataFrame, sizes: dict[str, int], capacity: int) -> None:
     held = [json.loads(text) for text in rows["resident_bytes"]]
-    colors = model_colors(sizes)
+    colors = _colors(sizes)
     bands = np.array([[row.get(model, 0) for row in held] for model in sizes]) / GIB
     axes.stackplot(rows["request"], bands, colors=[colors[m] for m in sizes], step="post")
     axes.axhline(capacity / GIB, color="black", linewidth=0.8)
     axes.set(xlabel="request", ylabel="resident (GiB)", title="Which bytes are resident",
              xlim=(0, len(rows) - 1))  # fmt: skip
-    if len(sizes) <= 10:
-        handles = [Rectangle((0, 0), 1, 1, color=colors[m]) for m in sizes]
-        axes.legend(handles, list(sizes), loc="center left", bbox_to_anchor=(1.0, 0.5))
+    handles = [Rectangle((0, 0), 1, 1, color=colors[m]) for m in sizes]
+    axes.figure.legend(handles, list(sizes), loc="outside right upper")
+
+
+def _colors(models: Collection[str]) -> dict[str, Any]:
+    """A colour for each model: those of the other figures, if these have enough of them."""
+    if len(models) <= len(MODEL_COLORS):
+        return model_colors(models)
+    return dict(zip(models, sns.color_palette("tab20", len(models)), strict=True))
 
 
 def _costs_of_link(link_bytes_per_s: float) -> CostModel:
