@@ -33,11 +33,11 @@ class DjinnRing(SystemUnderTest):
     )  # fmt: skip
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
-        """Create the frames and read every model into the host swap pool."""
+        """Create the frames and read every model into its master copy in the host."""
         options: Any = {**self.options, "progress": progress}
         self.djinn = Djinn(self.capacity_bytes, self.device, **options)
         for name, files in self.models.items():
-            progress(f"reading {name} into the swap pool")
+            progress(f"reading {name} into host memory")
             self.djinn.add(name, files.folder, dtype=files.dtype)
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
