@@ -131,7 +131,9 @@ def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
 def test_modes_are_not_mixed():
     both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
     for draw in (*COMPARING, decode_pace):
-        with pytest.raises(RecordError, match=r"more than one mode .*\['concurrent', 'sequential'\]"):
+        with pytest.raises(
+            RecordError, match=r"more than one mode .*\['concurrent', 'sequential'\]"
+        ):
             draw(both)
     with pytest.raises(RecordError, match="rows of more than one mode"):
         sensitivity(both, "djinn")
