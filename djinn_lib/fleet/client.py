@@ -90,8 +90,8 @@ class RingModel:
         connection = self._connection
         if device.type != connection.device.type:
             raise ConfigError(
-                f"the ring is on {connection.device}, but the engine of {self.model!r} is on {device}: "
-                "start both on the same device"
+                f"the ring is on {connection.device}, but the engine of {self.model!r} is on "
+                f"{device}: start both on the same device"
             )
         masters = open_masters(None, self.page_bytes, pin=self._is_cuda, form=self._master_form)
         self._closing.callback(masters.close)
