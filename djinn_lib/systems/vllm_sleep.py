@@ -208,7 +208,7 @@ class VllmSleep(SystemUnderTest):
             if isinstance(decision, Sleep):
                 begin_s, n_bytes = self._room[wanted]
                 self._room[wanted] = begin_s, n_bytes + self.models[decision.model].n_bytes
-                with suppress(DjinnError, TimeoutError):  # a failed engine was ended: memory is free
+                with suppress(DjinnError, TimeoutError):  # a failed engine has been ended
                     self._call(decision.model, self._sleep)
             else:
                 self._start_asleep(wanted)
