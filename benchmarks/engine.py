@@ -188,7 +188,10 @@ def host_bytes_used() -> int:
 
 
 def bytes_per_token(djinn: Djinn, name: str) -> int:
-    """Return the bytes that a step of batch 1 reads: all weights, but one row of embeddings."""
+    """Return the bytes that a step of batch 1 reads.
+
+    It reads all weights, but only one row of an embedding table that is not also the head.
+    """
     with djinn.lease(name) as model:
         lent: Any = model
         embedding, head = lent.get_input_embeddings().weight, lent.get_output_embeddings().weight

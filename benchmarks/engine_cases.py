@@ -90,7 +90,7 @@ class Cases:
             yield summary(f"after {before}", after, decode[after], done)
 
     def load_ms(self, model: str) -> float:
-        """Return the milliseconds to load all weights of a model, with nothing resident before."""
+        """Return the milliseconds to load all weights, with nothing resident before."""
         self.empty()
         begin_s = time.perf_counter()
         with self.djinn.lease(model):
@@ -98,7 +98,7 @@ class Cases:
             return (time.perf_counter() - begin_s) * 1e3
 
     def copied_bytes(self) -> dict[str, int]:
-        """Count the bytes that the copy engines move while every model replaces every other one.
+        """Count the bytes that the copy engines move in switches between all models.
 
         The driver's profiler counts them. `requested` is the number that the page tables predict.
         """

@@ -1,4 +1,4 @@
-"""Test current model shapes on one ring under vLLM: `python benchmarks/fleet_switches.py`.
+"""Test large models on one ring under vLLM: `python benchmarks/fleet_switches.py`.
 
 The models are a dense model in bf16, the same with FP8 weights, and a mixture of experts. They have
 random weights, and the ring holds 60% of all weights. Requests are sent one at a time to each model

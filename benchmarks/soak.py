@@ -1,4 +1,4 @@
-"""Test the engine with many concurrent requests and switches: `python benchmarks/soak.py`.
+"""Test the engine with many concurrent requests: `python benchmarks/soak.py`.
 
 Twelve models together exceed the ring and the host memory that they may use. Threads and asyncio
 tasks send requests at the same time, and some requests are cancelled half-way. All tokens are
@@ -294,10 +294,11 @@ def sample(number: int, device: str) -> dict[str, float]:
 
 
 def judge(samples: list[dict[str, float]]) -> tuple[dict[str, float], bool]:
-    """Return the growth from the second to the last fifth of the run, and whether it is small.
+    """Return how much the process grew during the run, and whether that is small.
 
-    The first fifth is left out, because threads, caches and allocators still grow then. Medians are
-    used because the number of requests in flight varies.
+    The growth is that from the second to the last fifth of the run. The first fifth is left out,
+    because threads, caches and allocators still grow then. Medians are used because the number of
+    requests in flight varies.
     """
     fifth = max(1, len(samples) // 5)
     early, late = samples[fifth : 2 * fifth] or samples[:1], samples[-fifth:]

@@ -106,9 +106,10 @@ def _parts(rows: pd.DataFrame) -> pd.Series:
 
 @or_reason
 def token_table(run: Run) -> pd.DataFrame:
-    """Return the share of requests with other tokens than transformers', by trace and system.
+    """Return the share of requests whose tokens differ from those of transformers.
 
-    `in another repeat` counts requests whose tokens differ between repeats of the same system.
+    There is a row for each trace and system. `in another repeat` counts requests whose tokens
+    differ between repeats of the same system.
     """
     found = {}
     for trace in run.traces:
@@ -185,7 +186,7 @@ def _pageable(run: Run) -> dict[str, float]:
 def decomposition(
     run: Run, paper: Paper, trace: str = "paper", capacity_label: str = "25"
 ) -> pd.DataFrame:
-    """Return the parts of a request's time: one row for each system, means of served requests.
+    """Return the mean parts of a served request's time, one row for each system.
 
     A switch is split into the time to copy its bytes at the measured rates of the link, and a rest:
     allocating, starting an engine, reading files. The rest is negative if copying overlaps with

@@ -80,7 +80,7 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
 
 @or_reason
 def loop_table(run: Run) -> pd.DataFrame:
-    """Compare decoding times with a fixed Python loop, timed on the host before each request.
+    """Compare decoding times with a Python loop that was timed before each request.
 
     One row is for eager decodes, one for Djinn's. `correlation` is the rank correlation of loop and
     decode within each cell and model. Slow means more than 1.5 times the best.

@@ -110,7 +110,7 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return one row for each system: latencies, switches, bytes, and the share of the ceiling.
+    """Return one row for each system: latencies, switches, bytes, shares of limits.
 
     `link share` is the time that the moved bytes need at the link's rates, divided by the time of
     the switches. It exceeds 100% if copying overlaps with computing. `decomposition` explains
@@ -137,11 +137,12 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
 
 
 def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return the ratio of median total latencies, baseline over system, with its 95% interval.
+    """Return the ratio of median total latencies, baseline over system.
 
-    One row for each capacity label and system. Requests are paired, and `n` counts those that both
-    served. Column `up_to_decoding` is the ratio of the mean latencies without the decode. If the
-    rows have a column `machine`, systems on different machines are not compared.
+    `low` and `high` are the 95% interval. There is one row for each capacity label and system.
+    Requests are paired, and `n` counts those that both served. Column `up_to_decoding` is the ratio
+    of the mean latencies without the decode. If the rows have a column `machine`, systems on
+    different machines are not compared.
     """
     cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
     labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
@@ -218,7 +219,7 @@ def _in_gib(n_bytes: int) -> str:
 
 @or_reason
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return one row for each step from whole models to Djinn, and how much latency it saves.
+    """Return the latency that each step from whole models to Djinn saves.
 
     A step that was not measured is merged into the next measured one. Differences of the mean are
     paired by request. There is no difference if the previous step ran on another machine.
@@ -251,7 +252,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
 
 
 def replicates_table(run: Run) -> pd.DataFrame:
-    """Return one row for each measurement of the cells that were measured again, oldest first."""
+    """Return all measurements of the cells that were measured again, oldest first."""
     columns = ["machine", *_SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
                "mean decode (ms)", "slowest / fastest decode (x)", "loaded (GiB)"]  # fmt: skip
     again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
@@ -332,7 +333,7 @@ def _exposed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def large_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each model and system: time per token of models larger than the ring.
+    """Return the time per token of models larger than the ring, for each system.
 
     `these at the link's rate` is the time to copy the bytes of one token at the best measured rate.
     The ceiling is the longer of that time and of the computing time with everything resident.

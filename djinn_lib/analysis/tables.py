@@ -79,7 +79,7 @@ def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
 
 
 def large_rows_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """List every row of models larger than the ring, with a column of errors if any failed."""
+    """List all rows of models larger than the ring, with errors if any failed."""
     table = rows[["model", "system", "repeat"]].copy()
     table["first token (ms)"] = rows["ttft_ms"]
     table["per token (ms)"] = rows["ms_per_token"]

@@ -28,7 +28,7 @@ STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
 
 
 def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests of `benchmarks/engine.py`, one model after another.
+    """Return measured and simulated requests of `benchmarks/engine.py`.
 
     Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms.
     The times are those to the first token.
@@ -99,7 +99,7 @@ def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.D
 
 
 def compared(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests: of the cells, or of the engine if there are none."""
+    """Return measured and simulated requests: of cells, or else of the engine."""
     found = cells(reference)
     return pairs(reference) if found.empty else found
 
@@ -151,10 +151,11 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Predict the benefit of prefetching on the paper's trace, with all requests sent at once.
+    """Predict the benefit of prefetching on the paper's trace.
 
-    The rows are "one after the other", "waiting" and "waiting, loading ahead". The columns are
-    those of `djinn_lib.analysis.results.waiting_table`.
+    All requests are sent at once, except in the first row. The rows are "one after the other",
+    "waiting" and "waiting, loading ahead". The columns are those of
+    `djinn_lib.analysis.results.waiting_table`.
     """
     sizes, costs = engine_rows(reference)["sizes"], reference_costs(reference, n_tokens)
     models = [request.model for request in paper_trace(tuple(sizes)).requests]
@@ -177,10 +178,10 @@ def looking_ahead(
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return one row for each source: whether all bytes are equal, and errors of the times.
+    """Return the simulator's errors, one row for each source.
 
-    Columns: n, bytes_equal, and the relative errors of P50, mean and maximum (simulated divided by
-    measured, minus 1).
+    Columns: n, bytes_equal (whether all bytes are equal), and the relative errors of P50, mean and
+    maximum (simulated divided by measured, minus 1).
     """
     table = []
     for source, group in requests.groupby("source", sort=False):

@@ -121,9 +121,9 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def results_of(rows: pd.DataFrame, trace: str, capacity_label: str) -> dict[str, dict[str, Any]]:
-    """Return the results of every cell of a trace and capacity that starts cold, by their names.
+    """Return the results of the cells of a trace and capacity, by their names.
 
-    Systems that cannot run on this machine have no result.
+    Only cells that start cold are included. Systems that cannot run on this machine have no result.
     """
     chosen = (rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)
     cells = attempted(rows[chosen & (rows["start"] == "cold")])

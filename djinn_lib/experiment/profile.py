@@ -114,7 +114,7 @@ class CellsEntry(_Strict):
 
 
 class LargeEntry(_Strict):
-    """A model that is larger than its ring: one of the profile, or one with its own config."""
+    """A model larger than its ring: one of the profile, or one with its own config."""
 
     capacity: str
     model: str | None = None

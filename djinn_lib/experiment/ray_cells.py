@@ -88,7 +88,9 @@ def _inputs(run: RunFolder, cell: Cell) -> dict[str, bytes]:
 
 
 def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Driver) -> Outcome:
-    """Execute a cell in a scratch folder, for a run whose folder may be on another machine.
+    """Execute a cell in a scratch folder.
+
+    The folder of the run may be on another machine.
 
     Args:
         profile: profile of the run; its file and the models must have the same paths on this

@@ -169,9 +169,9 @@ def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
 
 
 def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterator[Status]:
-    """Execute notebooks that are not current: those that measure alone, the others in parallel.
+    """Execute the notebooks that are not current.
 
-    Yield the status of each when it ends.
+    Notebooks that measure run alone, the others in parallel. Yield the status of each when it ends.
     """
     stale = [step for step in steps if not step.is_current(run, profile)]
     for step in [step for step in stale if step.measures]:

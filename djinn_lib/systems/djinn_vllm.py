@@ -1,4 +1,4 @@
-"""Provide the system `djinn_vllm`: vLLM's engines on one ring, with a lease for each step."""
+"""Provide the system `djinn_vllm`: vLLM's engines on one ring."""
 
 from __future__ import annotations
 

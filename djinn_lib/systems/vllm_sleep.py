@@ -1,4 +1,4 @@
-"""Provide the system `vllm_sleep`: one vLLM engine for each model, which sleeps and wakes.
+"""Provide the system `vllm_sleep`: vLLM engines that sleep and wake.
 
 This is vLLM's own way to switch models. `sleep(level=1)` moves an engine's weights to host memory
 and drops its KV cache; `wake_up()` moves the weights back. CUDA graphs stay valid.

@@ -1,4 +1,4 @@
-"""Build widgets that redraw a simulated run when parameters change (`notebooks/explore.ipynb`)."""
+"""Build the widgets of `notebooks/explore.ipynb`, which redraw a simulated run."""
 
 from __future__ import annotations
 

@@ -66,10 +66,10 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
 
 
 def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
-    """Return one row for each system and rate: `n`, statistics of both times, and `in_time`.
+    """Return one row for each system and rate.
 
-    A column of statistics is named by the time, "_" and a statistic of `metrics.latency`, such as
-    "ttft_p50". `in_time` is in percent.
+    The columns are `n`, statistics of both times, and `in_time`. A column of statistics is named by
+    the time, "_" and a statistic of `metrics.latency`, such as "ttft_p50". `in_time` is in percent.
     """
     found = []
     for (system, trace), part in rows.groupby(["system", "trace"]):

@@ -30,7 +30,7 @@ _SLOWEST = 4.0  # end of the colour scale
 
 @styled
 def decode_pace(rows: pd.DataFrame) -> Figure:
-    """Draw each request's decoding time, as a multiple of the fastest of its model and system.
+    """Draw each decoding time as a multiple of the fastest of its model and system.
 
     A band is a system, and a line in it is a repeat. A dark column means that a request is slow in
     every repeat. Other dark patches come from outside, such as a slow host. Failed requests are
@@ -66,7 +66,7 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
 
 
 def _multiples(rows: pd.DataFrame) -> np.ndarray:
-    """Decoding times relative to the fastest of the model and token count; one line per repeat."""
+    """Return decoding times relative to the fastest; one line for each repeat."""
     table = rows.assign(multiple=decode_multiples(rows))
     return table.pivot(index="repeat", columns="request", values="multiple").to_numpy(dtype=float)
 

@@ -1,4 +1,4 @@
-"""Draw simulations: policies and the optimum, queueing, and the comparison with measured rows."""
+"""Draw the study of policies, and simulated next to measured requests."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ _BAND = 0.05
 
 @styled
 def distance_to_optimum(study: pd.DataFrame) -> Figure:
-    """Draw bytes loaded over the optimum against the skew, a panel for each fleet and traffic.
+    """Draw bytes loaded over the optimum against the skew of popularity.
 
-    Points are means over the capacities of the study.
+    Each number of models and kind of traffic has a panel. Points are means over the capacities of
+    the study.
 
     Raises:
         RecordError: the study has no points.

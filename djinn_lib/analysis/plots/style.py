@@ -160,7 +160,7 @@ def theme() -> Iterator[None]:
 
 
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Run a drawing function in the figures' style, without changing matplotlib's settings.
+    """Run a drawing function in the figures' style; matplotlib's settings stay.
 
     The figure is removed from pyplot's list, so a notebook shows it only once. It is laid out here
     because ticks take their style when they are first drawn.
@@ -215,7 +215,7 @@ def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]
 
 
 def nothing_to_draw(text: str) -> Figure:
-    """Return a figure with one sentence, for when there is nothing to draw; it is never saved."""
+    """Return a figure with a sentence instead of a drawing; it is never saved."""
     figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
     figure.set_gid(_NOTHING)
     axes.axis("off")

@@ -1,4 +1,4 @@
-"""Draw the cost of switches: the paper's modes, concurrent requests, and a longer trace."""
+"""Draw the cost of switches in sequential and concurrent mode."""
 
 from __future__ import annotations
 
