@@ -1,9 +1,9 @@
 """Fork Jupyter kernels from a process that has already imported large packages.
 
 So kernels start at once. Importing torch and transformers takes seconds, longer than a small cell
-on the CPU. Only other packages are imported in advance, because they do not change during a run.
-Every kernel imports djinn_lib itself, as it is on disk when its cell starts. A forked kernel ends
-with the run that started it, even if that is killed.
+on the CPU. Only packages other than djinn_lib are imported in advance, because they do not change
+during a run. Every kernel imports djinn_lib itself, as it is on disk when its cell starts. A forked
+kernel ends with the run that started it, even if that is killed.
 
 This does not work with GPUs: a process that has used CUDA cannot be forked, and imports may use it.
 """
