@@ -54,7 +54,7 @@ def load_trace(path: Path) -> Trace:
         ) from error
     if not asked or not all(math.isfinite(at_s) and at_s >= 0 and model for at_s, model in asked):
         raise TraceError(
-            f"{path} needs one or more agents, each with a finite arrival time and a model"
+            f"{path} needs one or more agents, each with a finite arrival time >= 0 and a model"
         )
     asked.sort(key=lambda pair: pair[0])
     requests = tuple(Request(i, at_s, model) for i, (at_s, model) in enumerate(asked))
