@@ -1,8 +1,8 @@
-"""How fast masters come from disk, beside the disk: `python benchmarks/disk_tier.py`.
+"""Measure how fast masters are read from disk: `python benchmarks/disk_tier.py`.
 
-The disk is measured with plain direct reads of the same file, as large and as many at a time as the
-tier's, without checksums and without page tables. Both in turns, so that neither has a quieter
-moment; medians of several repeats.
+The result is compared with plain direct reads of the same file. Their size and number at a time are
+those of the disk tier, but they have no checksums and no page tables. The two alternate, so
+disturbances affect both. Results are medians of several repeats.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from djinn_lib.units import parse_bytes
 
 
 def main() -> int:
-    """Measure, print and write; returns the exit status."""
+    """Measure, print and write the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="2GiB", help="of the master")
     parser.add_argument("--page", default="64MiB")
@@ -48,11 +48,11 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Return both rates, as plain data."""
+    """Measure both rates, and return them as plain data."""
     n_bytes, page_bytes = parse_bytes(options.size), parse_bytes(options.page)
     tier = DiskTier(n_bytes + page_bytes, page_bytes, options.folder)
     buffer = host.allocate(n_bytes)
-    buffer.fill_(1)  # touched, as the tier's frames are from the second time on
+    buffer.fill_(1)  # touch the memory: the tier's frames are touched after the first repeat
     layout = Layout.pack([("w", (n_bytes,), torch.uint8)])
     tier.add("m", layout, lambda views: views["w"].random_(0, 256))
     rates: dict[str, list[float]] = {"disk_bytes_per_s": [], "tier_bytes_per_s": []}
@@ -61,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         tier.ring.evict("m", tier.ring.n_resident("m"))
         tier_s = timed(lambda: tier.hold("m"))
         tier.let_go("m")
-        if repeat:  # the first touches memory
+        if repeat:  # the first repeat also touches the tier's memory
             rates["disk_bytes_per_s"].append(n_bytes / plain_s)
             rates["tier_bytes_per_s"].append(n_bytes / tier_s)
     tier.close()
@@ -87,7 +87,7 @@ def read_plainly(fd: int, buffer: torch.Tensor) -> None:
 
 
 def timed(function: Any) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     begin_s = time.perf_counter()
     function()
     return time.perf_counter() - begin_s

@@ -1,13 +1,14 @@
-"""What a switch costs, beside what physics allows: `python benchmarks/engine.py --profile gpu`.
+"""Measure the cost of switches against hardware limits: `python benchmarks/engine.py`.
 
-A model of b bytes cannot be loaded in less than b / link rate, and a token of batch 1 cannot be
-decoded in less than b / HBM rate, because every weight is read once for it. Both rates are measured
-in the same run, and every figure is printed with the share of them that it reaches.
+To load a model of b bytes takes at least b / link rate. To decode a token of batch 1 takes at least
+b / HBM rate, because every weight is read once. Both rates are measured in the same run, and every
+result is printed with the share of its limit that it reaches.
 
-For each model: a hit, in every way of decoding; a full miss with the prefill overlapping the copy
-and after it, and the bare load. For each ordered pair of models: the partial miss when the second
-is asked for after the first. Then the size of a page, and the bytes that the copy engines moved.
-Medians of several repeats; the least and the greatest are kept beside them.
+The cases for each model are a hit in every way of decoding, a full miss with and without overlap of
+prefill and copy, and the load alone. The case for each ordered pair of models is a partial miss: a
+request for the second model after one for the first. Then page sizes are compared, and the bytes
+that the copy engines moved are counted. Results are medians of several repeats, with minimum and
+maximum.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PAGE_FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)  # of the profile's page
 
 
 def main() -> int:
-    """Measure, print and write; returns the exit status."""
+    """Measure, print and write the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument("--capacity", default="25", help="a label of the profile's capacities")
@@ -73,7 +74,7 @@ def main() -> int:
     if profile.name == "gpu":
         result["targets"] = targets(result)
     write_json(options.out, result)
-    places = ("models_dir", "out")  # of this machine, and of no use to a reader
+    places = ("models_dir", "out")  # paths on this machine, of no use to a reader
     parameters = {key: str(value) for key, value in vars(options).items() if key not in places}
     ended = {"started_at_utc": begun_at.isoformat(timespec="seconds"), "parameters": parameters}
     write_json(options.out.with_suffix(".manifest.json"), manifest | ended)
@@ -82,7 +83,7 @@ def main() -> int:
 
 
 def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what was measured, and where it comes from, as plain data."""
+    """Measure, and return the results and their origin as plain data."""
     say("measuring this machine")
     facts = machine.describe_machine(profile.device)
     files = prepare_models(profile, options.models_dir)
@@ -167,12 +168,12 @@ def measure(profile: Profile, options: argparse.Namespace) -> tuple[dict[str, An
 
 
 def say(step: str) -> None:
-    """Tell what begins."""
+    """Print the step that begins."""
     print(f"[{datetime.now(UTC):%H:%M:%S}] {step}", flush=True)
 
 
 def device_bytes_used(device: str) -> int:
-    """Bytes of the GPU in use by anybody; 0 on the CPU."""
+    """Return the bytes of the GPU in use by all processes; 0 on the CPU."""
     if device != "cuda":
         return 0
     torch.cuda.synchronize()
@@ -182,12 +183,15 @@ def device_bytes_used(device: str) -> int:
 
 
 def host_bytes_used() -> int:
-    """Resident memory of this process in bytes."""
+    """Return the resident memory of this process in bytes."""
     return psutil.Process(os.getpid()).memory_info().rss
 
 
 def bytes_per_token(djinn: Djinn, name: str) -> int:
-    """Bytes that one step of batch 1 reads: all weights, but of the embeddings one row."""
+    """Return the bytes that a step of batch 1 reads.
+
+    It reads all weights, but only one row of an embedding table that is not also the head.
+    """
     with djinn.lease(name) as model:
         lent: Any = model
         embedding, head = lent.get_input_embeddings().weight, lent.get_output_embeddings().weight
@@ -198,12 +202,12 @@ def bytes_per_token(djinn: Djinn, name: str) -> int:
 
 
 def smallest_page(device: str) -> int:
-    """The least size of a page that the device's backend maps."""
+    """Return the smallest page that the device's backend can map, in bytes."""
     return 2 << 20 if device == "cuda" else 4096
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    """Print the ceilings, and every case with its share of them."""
+    """Print the hardware limits, and every case with its share of them."""
     facts = result["machine"]
     link, hbm = facts["link_rate_bytes_per_s"], facts["hbm_read_rate_bytes_per_s"]
     print(f"\n{facts['device_name']}: link {link / 1e9:.1f} GB/s", end="")

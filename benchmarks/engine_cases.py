@@ -1,4 +1,4 @@
-"""The cases of `engine.py`: what is done to the engine, and what is read off."""
+"""Define the cases of `engine.py`: the requests to the engine, and the measurements."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.serving.generation import Generation
 
-MISS_TOKENS = 4  # of a request whose first token is what counts
+MISS_TOKENS = 4  # of a request that measures the first token
 MEASURES = ("switch_ms", "stall_ms", "ttft_ms", "decode_ms", "total_ms")
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that `work` takes."""
+    """Return the seconds that `work` takes."""
     begin_s = time.perf_counter()
     work()
     return time.perf_counter() - begin_s
 
 
 class Cases:
-    """Requests to one engine.
+    """Send the requests of all cases to one engine.
 
     Args:
-        djinn: with all models added.
-        prompts: token ids of one prompt a model; the models are its keys.
-        new_tokens: how many tokens a hit continues with.
-        repeats: of everything.
+        djinn: engine with all models added.
+        prompts: token ids of one prompt for each model; the keys are the models.
+        new_tokens: number of new tokens of a hit.
+        repeats: number of repeats of each case.
     """
 
     def __init__(
@@ -45,28 +45,28 @@ class Cases:
     ) -> None:
         self.djinn, self.prompts = djinn, prompts
         self.new_tokens, self.repeats = new_tokens, repeats
-        self.tokens: dict[str, tuple[int, ...]] = {}  # of the way of decoding that came first
+        self.tokens: dict[str, tuple[int, ...]] = {}  # from the first way of decoding
 
     def request(self, model: str, new_tokens: int | None = None) -> Generation:
-        """One greedy request."""
+        """Send one greedy request."""
         n = new_tokens or self.new_tokens
         return self.djinn.generate(model, self.prompts[model], n, ignore_eos=True)
 
     def empty(self) -> None:
-        """Evict everything."""
+        """Evict all models."""
         for model in self.prompts:
             self.djinn.evict(model)
 
     def hit(self, model: str, decode: str) -> dict[str, Any]:
-        """Requests to a model that is resident."""
-        tokens = self.request(model).token_ids  # loads it, and warms up
+        """Measure requests to a resident model."""
+        tokens = self.request(model).token_ids  # loads the model and warms up
         row = summary("hit", model, decode, [self.request(model) for _ in range(self.repeats)])
         first = self.tokens.setdefault(model, tokens)
         alike = [a == b for a, b in zip(first, tokens, strict=True)]
         return row | {"tokens_like_first_way": [*alike, False].index(False)}
 
     def misses(self, model: str, decode: str) -> Iterator[dict[str, Any]]:
-        """Nothing resident: with the prefill behind the copy, after it, and without any prefill."""
+        """Measure full misses: with overlap of prefill and copy, without, and the load alone."""
         for overlap in (True, False):
             self.djinn.overlap = overlap
             done = [
@@ -81,7 +81,7 @@ class Cases:
         )
 
     def pairs(self, decode: dict[str, str]) -> Iterator[dict[str, Any]]:
-        """Each model after each other one: what is missing is what the other one displaced."""
+        """Measure partial misses: each model after each other one, which evicted part of it."""
         for before, after in permutations(self.prompts, 2):
             done = []
             for _ in range(self.repeats):
@@ -90,7 +90,7 @@ class Cases:
             yield summary(f"after {before}", after, decode[after], done)
 
     def load_ms(self, model: str) -> float:
-        """Milliseconds from nothing resident until all weights of a model are."""
+        """Return the milliseconds to load all weights, with nothing resident before."""
         self.empty()
         begin_s = time.perf_counter()
         with self.djinn.lease(model):
@@ -98,9 +98,9 @@ class Cases:
             return (time.perf_counter() - begin_s) * 1e3
 
     def copied_bytes(self) -> dict[str, int]:
-        """Bytes that the device's copy engines moved while every model replaced every other one.
+        """Count the bytes that the copy engines move in switches between all models.
 
-        Counted by the driver's profiler; `requested` is what was missing by our own account.
+        The driver's profiler counts them. `requested` is the number that the page tables predict.
         """
         self.empty()
         requested = 0
@@ -132,15 +132,15 @@ def page_curve(
     device: torch.device,
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """What the size of a page changes, for two models that take turns.
+    """Measure switches between two models with several page sizes.
 
     Args:
         masters: master copies of the models.
-        models: two of them.
-        capacity_bytes: of the ring, which must hold each of them.
-        pages_bytes: the sizes to try.
-        device: where the ring is.
-        repeats: of every switch.
+        models: names of the two models.
+        capacity_bytes: capacity of the ring, which must hold each of them.
+        pages_bytes: page sizes to measure.
+        device: device of the ring.
+        repeats: number of repeats of every switch.
     """
     return [
         _page_row(masters, models, capacity_bytes, page_bytes, device, repeats)
@@ -188,7 +188,7 @@ def _page_row(
 
 
 def summary(case: str, model: str, decode: str, done: list[Generation]) -> dict[str, Any]:
-    """Medians, least and greatest of what the requests of a case cost."""
+    """Return medians, minima and maxima of the measures of a case's requests."""
     n_steps = max(1, len(done[0].token_ids) - 1)
     result: dict[str, Any] = {
         "case": case,
@@ -205,5 +205,5 @@ def summary(case: str, model: str, decode: str, done: list[Generation]) -> dict[
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
-    """The median under `name`, with the least and the greatest beside it."""
+    """Return the median as `name`, with the minimum and the maximum."""
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}

@@ -1,4 +1,4 @@
-"""The targets of the engine on one H100, each with what a run measured."""
+"""Compare a run of `engine.py` with the targets of the engine on one H100."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HBM_SHARE = 0.9
 
 
 def targets(result: Result) -> list[dict[str, Any]]:
-    """Return name, target, measured, unit and met for every target, in the order of the table."""
+    """Return name, target, measured, unit and met for every target, in table order."""
     rows = list(_rows(result))
     return [
         {
@@ -64,13 +64,13 @@ def _rows(result: Result) -> Iterator[Row]:
 
 
 def read_floor_ms(result: Result, model: str) -> float:
-    """Milliseconds to read what a token of batch 1 needs: all weights but the unused embeddings."""
+    """Return the milliseconds to read the weights that a token of batch 1 needs."""
     return result["bytes_per_token"][model] / result["machine"]["hbm_read_rate_bytes_per_s"] * 1e3
 
 
 def _finder(result: Result) -> Callable[[str, str], dict[str, Any]]:
     def case(name: str, model: str) -> dict[str, Any]:
-        """The case of that name; of several ways of decoding the last, which is the fastest."""
+        """Return the case; if there are several ways of decoding, the last and fastest."""
         found = [c for c in result["cases"] if (c["case"], c["model"]) == (name, model)]
         if not found:
             raise ValueError(f"expected a case {name!r} of {model!r}, got none")

@@ -1,11 +1,12 @@
-"""Models of today's shapes on one ring under vLLM: `python benchmarks/fleet_switches.py`.
+"""Test large models on one ring under vLLM: `python benchmarks/fleet_switches.py`.
 
-A dense model in bf16, the same with FP8 weights and a mixture of experts, with random weights, on a
-ring that holds 60% of them. Requests go to each in turn, one by one, so that every one has to
-switch. Their tokens are compared with those of plain vLLM, which served them one by one before.
-`--shapes tiny` does the same in a minute on a CPU, where vLLM has no FP8.
+The models are a dense model in bf16, the same with FP8 weights, and a mixture of experts. They have
+random weights, and the ring holds 60% of all weights. Requests are sent one at a time to each model
+in turn, so every request needs a switch. Their tokens are compared with those of plain vLLM, which
+serves the same requests one at a time before. `--shapes tiny` does this in a minute on a CPU, where
+vLLM has no FP8.
 
-The exit status is 1 if a token differs, or if there were fewer switches than asked for.
+The exit status is 1 if a token differs, or if there were fewer switches than requested.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from djinn_lib.fleet.options import KV_CACHE_BYTES
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.units import format_bytes, parse_bytes
 
-SHARE = 0.6  # of all weights that fit into the ring
-N_PROMPTS = 4  # of each model
+SHARE = 0.6  # of all weights, which the ring holds
+N_PROMPTS = 4  # for each model
 Tokens = tuple[int, ...]
 
 _TODAY = {
@@ -48,13 +49,13 @@ _TINY = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model: its configuration, and options of vLLM beside those of every engine."""
+    """A model: its configuration, and vLLM options in addition to those of all engines."""
 
     name: str
     config: Mapping[str, Any]
     dtype: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    bytes_a_weight: float = 2.0  # on the ring, as against what the checkpoint has
+    bytes_a_weight: float = 2.0  # on the ring; the checkpoint may have more
 
 
 _DENSE = {
@@ -87,7 +88,7 @@ SHAPES = {
 
 
 def main() -> int:
-    """Measure, print and write; returns the exit status."""
+    """Measure, print and write the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--shapes", choices=sorted(SHAPES), default="today" if gpu else "tiny")
@@ -112,7 +113,7 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str, Any]:
-    """Serve everything with plain vLLM, then from a ring; returns plain data."""
+    """Serve all requests with plain vLLM, then from a ring; return plain data."""
     cases = SHAPES[options.shapes]
     folders = dict(_checkpoints(cases, folder, device))
     prompts = _prompts(cases, options.prompt_tokens)
@@ -129,7 +130,7 @@ def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str,
         for one in cases:
             fleet.add(one.name, folders[one.name], **engine_options, **_own(one))
             print(f"{one.name}: {format_bytes(fleet.engine(one.name).call('ring_bytes'))}")
-        for i in range(options.switches + len(cases)):  # the last model to start is there already
+        for i in range(options.switches + len(cases)):  # the last model started is resident
             name, prompt = cases[i % len(cases)].name, i // len(cases) % N_PROMPTS
             g = fleet.generate(name, prompts[name][prompt], options.tokens, ignore_eos=True)
             served[name].append(
@@ -203,7 +204,7 @@ def _own(case: Case) -> dict[str, Any]:
 
 
 def _ring_bytes(case: Case, folder: Path) -> int:
-    """About how much of the ring a model needs."""
+    """Estimate the bytes of the ring that a model needs."""
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return int(n_bytes * case.bytes_a_weight / 2)
 
@@ -211,7 +212,7 @@ def _ring_bytes(case: Case, folder: Path) -> int:
 def _plain(
     case: Case, folder: Path, prompts: list[list[int]], engine_options: dict[str, Any], n: int
 ) -> list[Tokens]:
-    """What vLLM says without a ring, one request at a time, as they are asked later."""
+    """Return the tokens of vLLM without a ring, one request at a time."""
     print(f"plain vLLM with {case.name}", flush=True)
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     wanted = {"model": str(folder), "disable_log_stats": True, **engine_options, **_own(case)}

@@ -1,10 +1,10 @@
-"""What compressed masters save, and what they cost: `python benchmarks/masters.py --profile gpu`.
+"""Measure savings and costs of compressed masters: `python benchmarks/masters.py`.
 
-A full miss cannot take less than its bytes take on the link. Compressed masters make the bytes
-fewer, and decode them on the device. For each dtype, each model and both forms of masters: the time
-to add it, its stored bytes, a full miss (from nothing resident until all weights are there), and a
-hit. Then the same hit while the next model is loaded ahead, which takes part of the device.
-Medians of several repeats; the least and the greatest are kept beside them.
+A full miss takes at least the time of its bytes on the link. Compressed masters have fewer bytes,
+and the device decompresses them. The benchmark measures each dtype, model and form of masters. The
+measures are the time to add the model, its stored bytes, a full miss (from nothing resident to all
+weights) and a hit. The same hit is also measured while the next model is prefetched, which uses
+part of the device. Results are medians of several repeats, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHOWN = ["dtype", "model", "form", "share", "add_s", "load_ms", "by_link", "ttft
 
 
 def main() -> int:
-    """Measure, print, write and draw; returns the exit status."""
+    """Measure, print, write and draw the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument("--models", nargs="*", help="of the profile; default all")
@@ -66,7 +66,11 @@ def main() -> int:
 
 
 def chosen(profile: Profile, models: list[str] | None) -> Profile:
-    """The profile with some of its models."""
+    """Return the profile with a subset of its models.
+
+    Raises:
+        DjinnError: a model is not in the profile.
+    """
     kept = {m: entry for m, entry in profile.models.items() if not models or m in models}
     if not kept:
         raise DjinnError(f"choose --models out of {list(profile.models)}, got {models}")
@@ -74,7 +78,7 @@ def chosen(profile: Profile, models: list[str] | None) -> Profile:
 
 
 def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what was measured, and where it comes from, as plain data."""
+    """Measure, and return the results and their origin as plain data."""
     facts = machine.describe_machine(profile.device)
     link, rows, hashes = facts["link_rate_bytes_per_s"], [], {}
     for dtype in options.dtypes:
@@ -105,7 +109,7 @@ def measured(
     options: argparse.Namespace,
     link: float,
 ) -> Iterator[dict[str, Any]]:
-    """A row a model, of one form of masters; all models fit into the ring together."""
+    """Yield one row for each model with one form of masters; all models fit into the ring."""
     page_bytes = parse_bytes(profile.page)
     capacity = sum(f.n_bytes + page_bytes for f in files.values())
     prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
@@ -137,7 +141,7 @@ def measured(
 
 
 def beside(cases: Cases, model: str) -> dict[str, float]:
-    """Milliseconds a token of a resident model, while the largest of the others is loaded."""
+    """Return milliseconds per token while the largest other model is loaded."""
     sizes = cases.djinn.residency().set_index("model").bytes.drop(model)
     if sizes.empty:
         return {}

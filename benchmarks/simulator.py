@@ -1,8 +1,8 @@
-"""How the simulator grows: `python benchmarks/simulator.py`.
+"""Measure how the simulator scales: `python benchmarks/simulator.py`.
 
-Requests over 1,000 models with pages of 64 MiB, each size in a process of its own so that its peak
-of memory is its own; and the offline optimum of 100,000 requests. The cost of a request must not
-depend on how many there are.
+The requests are for 1,000 models with pages of 64 MiB. Each number of requests runs in its own
+process, so its peak memory can be measured. The offline optimum is measured for 100,000 requests.
+The cost of one request must not depend on the number of requests.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIMUM_REQUESTS = 100_000
 
 
 def main() -> int:
-    """Measure every size, print a table and write it; returns the exit status."""
+    """Measure every size, print and write a table; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", type=int, help="measure one size in this process")
     parser.add_argument("--policy", default="lru")
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def one(n_requests: int, policy: str) -> dict[str, float | int | str]:
-    """Simulate so many requests; the peak of memory is that of the whole process."""
+    """Simulate `n_requests` requests; the peak memory is that of the whole process."""
     models = _models(n_requests)
     begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
     rows = simulate(models, fleet(N_MODELS), CAPACITY, policy)
@@ -68,7 +68,7 @@ def one(n_requests: int, policy: str) -> dict[str, float | int | str]:
         "n_requests": len(rows),
         "seconds": seconds,
         "us_per_request": seconds / n_requests * 1e6,
-        "cpu_us_per_request": cpu_s / n_requests * 1e6,  # also right beside other programs
+        "cpu_us_per_request": cpu_s / n_requests * 1e6,  # correct even if other programs run
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 

@@ -1,11 +1,11 @@
-"""Many requests at once for hours' worth of switches: `python benchmarks/soak.py`.
+"""Test the engine with many concurrent requests: `python benchmarks/soak.py`.
 
-Twelve models, together larger than the ring and than the host memory given to them, asked for by
-threads and by asyncio tasks at the same time; some requests are given up half-way. Every sequence
-of tokens is compared with that of transformers' own `generate` on the model by itself. Afterwards
-nothing may have failed, no token may differ, and memory, files and threads must have stayed flat.
+Twelve models together exceed the ring and the host memory that they may use. Threads and asyncio
+tasks send requests at the same time, and some requests are cancelled half-way. All tokens are
+compared with those of transformers' own `generate` on each model alone. The test passes if no
+request failed, no token differs, and memory, files and threads did not grow.
 
-10,000 requests on a CPU, 1,000 on a GPU. The exit status is 1 when something was wrong.
+There are 10,000 requests on a CPU and 1,000 on a GPU. The exit status is 1 if the test fails.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from djinn_lib.files import write_json
 from djinn_lib.paths import REPO, user_path
 
 N_REQUESTS = {"cpu": 10_000, "cuda": 1_000}
-N_PROMPTS = 4  # a model; few, so that each is asked for often
+N_PROMPTS = 4  # for each model; few, so each is used often
 PROMPT_TOKENS = (3, 40)
 NEW_TOKENS = (1, 12)
 SAMPLES = 50
@@ -61,7 +61,7 @@ PAGE = {"cpu": "16KiB", "cuda": "16MiB"}
 
 @dataclass
 class Tally:
-    """What has happened so far; filled by all clients."""
+    """Counts of all outcomes so far, shared by all clients."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -72,14 +72,14 @@ class Tally:
     samples: list[dict[str, float]] = field(default_factory=list)
 
     def count(self, outcome: str, error: str = "") -> None:
-        """Note how a request ended."""
+        """Count how a request ended."""
         with self.lock:
             self.outcomes[outcome] += 1
             if error:
                 self.errors.append(error)
 
     def served(self, g: Generation, as_expected: bool) -> None:
-        """Note a request that was served."""
+        """Count a served request."""
         self.count("ok" if as_expected else "mismatched")
         with self.lock:
             self.total_ms.append(g.total_ms)
@@ -89,7 +89,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Question:
-    """A request whose answer is known."""
+    """A request with a known answer."""
 
     model: str
     prompt: tuple[int, ...]
@@ -97,7 +97,7 @@ class Question:
 
 
 def main() -> int:
-    """Run, print and write; returns the exit status."""
+    """Run the test, print and write the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--requests", type=int, help="default 10,000 on a CPU, 1,000 on a GPU")
@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what happened, as plain data."""
+    """Run the test, and return the results as plain data."""
     n_requests = options.requests or N_REQUESTS[options.device]
     specs = make_specs(options.device, options.models)
     questions, sizes = ask_alone(specs, options.device)
@@ -138,7 +138,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     ):
         for name, spec in specs.items():
             djinn.add(name, spec)
-        for question in questions:  # allocators have seen every length then
+        for question in questions:  # let allocators see every length
             djinn.generate(question.model, question.prompt, len(question.tokens), ignore_eos=True)
         begin_s = time.perf_counter()
         serve(djinn, questions, tally, n_requests, options)
@@ -170,7 +170,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_specs(device: str, n_models: int) -> dict[str, ModelSpec]:
-    """Models of several families and depths, with weights large enough for varied tokens."""
+    """Return models of several families and depths, with weights that give varied tokens."""
     specs = {}
     for i in range(n_models):
         family = FAMILIES[i % len(FAMILIES)]
@@ -187,13 +187,13 @@ def make_specs(device: str, n_models: int) -> dict[str, ModelSpec]:
             "eos_token_id": 1,
             ("init_std" if family["model_type"] == "opt" else "initializer_range"): SPREAD[device],
         }
-        # In half precision two kernels may round a near tie to different tokens.
+        # In half precision, two kernels may round a near tie to different tokens.
         specs[f"{family['model_type']}-{i}"] = ModelSpec(config, "float32", seed=i)
     return specs
 
 
 def ask_alone(specs: dict[str, ModelSpec], device: str) -> tuple[list[Question], dict[str, int]]:
-    """Return questions with the answers of each model by itself, and the sizes of the models."""
+    """Return questions with the answers of each model alone, and the models' sizes."""
     rng, questions, sizes = random.Random(0), [], {}
     for name, spec in tqdm(specs.items(), desc="models by themselves", unit="model"):
         model = spec.build().to(device)
@@ -214,7 +214,7 @@ def serve(
     n_requests: int,
     options: argparse.Namespace,
 ) -> None:
-    """Ask from threads and from tasks until there have been `n_requests`."""
+    """Send requests from threads and tasks until there were `n_requests`."""
     numbers = iter(tqdm(range(n_requests), desc="soak", unit="req", mininterval=5))
     lock, every = threading.Lock(), max(1, n_requests // SAMPLES)
 
@@ -227,7 +227,7 @@ def serve(
 
     def ask(number: int) -> tuple[Question, bool, random.Random]:
         rng = random.Random(number)
-        # Skewed, so that some models stay and others come and go.
+        # Skewed, so some models stay resident and others are evicted.
         at = min(int(rng.expovariate(1.0) * len(questions) / 4), len(questions) - 1)
         return questions[at], rng.random() < options.cancelled, rng
 
@@ -279,7 +279,7 @@ def serve(
 
 
 def sample(number: int, device: str) -> dict[str, float]:
-    """What the process holds now."""
+    """Return the memory, files and threads that the process has now."""
     process = psutil.Process()
     held: dict[str, float] = {
         "request": number,
@@ -294,10 +294,11 @@ def sample(number: int, device: str) -> dict[str, float]:
 
 
 def judge(samples: list[dict[str, float]]) -> tuple[dict[str, float], bool]:
-    """Growth from the second fifth of the run to the last one, and whether it is nothing.
+    """Return how much the process grew during the run, and whether that is small.
 
-    The first fifth is left out: threads, caches and allocators are still settling then. Medians,
-    since requests in flight come and go.
+    The growth is that from the second to the last fifth of the run. The first fifth is left out,
+    because threads, caches and allocators still grow then. Medians are used because the number of
+    requests in flight varies.
     """
     fifth = max(1, len(samples) // 5)
     early, late = samples[fifth : 2 * fifth] or samples[:1], samples[-fifth:]

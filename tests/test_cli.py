@@ -82,12 +82,12 @@ def test_other_seeds_and_lengths_give_other_traces(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "no trace of the paper's form"),
-        ("[]", "no trace of the paper's form"),
+        ("{", "not a trace in the paper's form"),
+        ("[]", "not a trace in the paper's form"),
         ('{"agents": []}', "one or more agents"),
         ('{"agents": [{"model": "m"}]}', "'arrival_time'"),
-        ('{"agents": [{"model": "m", "arrival_time": "soon"}]}', "no trace of the paper's form"),
-        ('{"agents": [{"model": "m", "arrival_time": -1}]}', "finite arrival times"),
+        ('{"agents": [{"model": "m", "arrival_time": "soon"}]}', "not a trace in the paper's form"),
+        ('{"agents": [{"model": "m", "arrival_time": -1}]}', "a finite arrival time"),
     ],
 )
 def test_a_trace_that_is_none_is_refused_before_anything_runs(tmp_path, text, said):

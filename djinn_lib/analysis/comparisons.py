@@ -1,4 +1,4 @@
-"""Tables of the main comparisons: ratios, and the parts of latencies and of gains."""
+"""Make tables of the main comparisons: ratios, and parts of latencies and of gains."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from djinn_lib.metrics import prefill_ms
 from djinn_lib.metrics import served as done
 
 Paper = Mapping[str, Any]
-# Forms of sleep mode: the better one is compared with.
+# Variants of sleep mode; the best one is compared.
 SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_readonly"]
-# What is compared: the slower side, the faster one, statistics, and whom the paper compares.
+# Each comparison: the slower side, the faster one, statistics, and the pair in the paper.
 PAIRS: tuple[tuple[str | list[str], str, tuple[str, ...], tuple[str, str] | None], ...] = (
     ("pytorch_pinned", "djinn_eager", ("p50", "mean"), ("pytorch_pinned", "djinn")),
     ("pytorch_pinned", "djinn", ("p50", "mean"), ("pytorch_pinned", "djinn")),
@@ -36,17 +36,17 @@ PAIRS: tuple[tuple[str | list[str], str, tuple[str, ...], tuple[str, str] | None
     ("vllm_recreate", "vllm_sleep", ("p50",), None),
     (SLEEP, "djinn", ("p50", "mean", "p90", "max"), None),
 )
-_TRANSFORMERS = ("pytorch_pinned", "pytorch_lru")  # whose tokens are transformers' own
+_TRANSFORMERS = ("pytorch_pinned", "pytorch_lru")  # they emit transformers' own tokens
 _GIB = 2**30
 
 
 def ratio_table(run: Run, paper: Paper) -> pd.DataFrame:
     """Return how many times lower latencies of one system are than those of another.
 
-    The paper's Djinn decodes by transformers' own steps, as its PyTorch pinned does; here that is
-    `djinn_eager`. For vLLM's sleep mode, the best variant in each statistic is used. Below 1 the
-    latency is higher. `n` is the number of paired requests. Ratios that cannot be measured have the
-    reason.
+    The paper's Djinn decodes with transformers' own steps, as its PyTorch pinned does. The system
+    here that does the same is `djinn_eager`. For vLLM's sleep mode, the best variant in each
+    statistic is used. A ratio below 1 means that the latency is higher. `n` is the number of paired
+    requests. A ratio that cannot be measured has the reason instead.
     """
     rows = [_ratio(run, paper, slow, fast, statistic, theirs)
             for slow, fast, statistics, theirs in PAIRS for statistic in statistics]  # fmt: skip
@@ -83,7 +83,7 @@ def _ratio(
 
 @or_reason
 def gain_table(run: Run, slow: str = "pytorch_pinned", fast: str = "djinn") -> pd.DataFrame:
-    """Return how much time a mean request of one system saves over another, for each part.
+    """Return the mean time that one system saves over another, for each part of a request.
 
     Both are compared on the newest machine that ran both. Only the switch depends on how weights
     move. The other parts depend on how tokens are computed, which needs no ring.
@@ -99,16 +99,17 @@ def gain_table(run: Run, slow: str = "pytorch_pinned", fast: str = "djinn") -> p
 
 
 def _parts(rows: pd.DataFrame) -> pd.Series:
-    """Mean milliseconds of the parts of a request, and of all of it."""
+    """Mean milliseconds of the parts of a request, and of the whole request."""
     parts = {"switch": rows["switch_ms"], "prefill": prefill_ms(rows), "decode": rows["decode_ms"]}
     return pd.DataFrame({**parts, "total": sum(parts.values())}).mean()
 
 
 @or_reason
 def token_table(run: Run) -> pd.DataFrame:
-    """Return how many requests get other tokens than from transformers, by trace and system.
+    """Return the share of requests whose tokens differ from those of transformers.
 
-    `in another repeat` counts requests that a system gave different tokens in different repeats.
+    There is a row for each trace and system. `in another repeat` counts requests whose tokens
+    differ between repeats of the same system.
     """
     found = {}
     for trace in run.traces:
@@ -185,14 +186,15 @@ def _pageable(run: Run) -> dict[str, float]:
 def decomposition(
     run: Run, paper: Paper, trace: str = "paper", capacity_label: str = "25"
 ) -> pd.DataFrame:
-    """Return where a request's time goes: a row a system, means over its served requests.
+    """Return the mean parts of a served request's time, one row for each system.
 
     A switch is split into the time to copy its bytes at the measured rates of the link, and a rest:
     allocating, starting an engine, reading files. The rest is negative if copying overlaps with
-    computing. `total` is the sum of copy, write-back, rest, prefill and decode. The ceiling is an
-    ideal request: its bytes at the link's rate, then its tokens at the rate of device memory, since
-    each token of batch 1 reads all weights. Without a GPU it has no decoding, and the reached share
-    is NaN. Numbers that the paper does not give are NaN too.
+    computing. `total` is the sum of copy, write-back, rest, prefill and decode.
+
+    The ceiling is an ideal request: it moves its bytes at the link's rate, then decodes at the rate
+    of device memory, because each token of batch 1 reads all weights. Without a GPU the ceiling has
+    no decoding, and the reached share is NaN. Numbers that the paper does not give are NaN too.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
@@ -213,13 +215,13 @@ def decomposition(
 def parts_table(
     run: Run, paper: Paper, trace: str = "paper", capacity_label: str = "25"
 ) -> pd.DataFrame:
-    """Return the `decomposition` with the systems by their names."""
+    """Return the `decomposition` with the systems' labels instead of their ids."""
     parts = decomposition(run, paper, trace, capacity_label)
     return parts.rename(index=lambda name: system_look(name).label)
 
 
 def _means(run: Run, rows: pd.DataFrame, rates: Mapping[str, Any]) -> dict[str, float]:
-    """Means of one system, by the rates of the machine that ran it."""
+    """Means of one system, with the rates of the machine that ran it."""
     link = float(rates["link_rate_bytes_per_s"])
     back = float(rates.get("d2h_rate_bytes_per_s") or link)
     memory = rates.get("hbm_read_rate_bytes_per_s")

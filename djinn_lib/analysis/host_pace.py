@@ -1,7 +1,8 @@
-"""The host's pace and what depends on it: the host starts eager steps, operator by operator.
+"""Make tables of the host's pace and of its effect on decoding times.
 
-Decoding moves no weights, so the same tokens of the same model should always take as long. These
-tables show how far they do not, and whether a fixed loop of Python was slow just before.
+In an eager step the host launches every operator, so a slow host slows the decode. Decoding moves
+no weights, so the same tokens of the same model should always take the same time. These tables show
+how much the times vary, and whether a fixed Python loop was also slow just before.
 """
 
 from __future__ import annotations
@@ -13,19 +14,20 @@ from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import NotMeasured, need_clocks, or_reason, select, select_every
 from djinn_lib.metrics import decode_multiples, sequential, served
 
-FEW = 30  # requests, below which a correlation says nothing
-SLOW = 1.5  # times its best, from which on the loop, or a decode, is called slow
+FEW = 30  # requests; with fewer a correlation has no meaning
+SLOW = 1.5  # times the best; a loop or a decode above this is called slow
 
 
 @or_reason
 def decode_table(run: Run) -> pd.DataFrame:
-    """Return how long requests for one model take to decode, a row a system.
+    """Return the decoding times of requests for one model, one row for each system.
 
-    On the machine that ran `djinn` and most eager systems, or where that did not run a system, on
-    the one that did. The model is the one whose slowest eager decode on that machine is slowest.
-    `after a load` are requests that loaded something: the first ones of a new process, where a
-    system starts one. `P50 at best` is a system's median over all models, if every request decoded
-    in the fastest time of its model in any eager system of that machine.
+    The rows are from the machine that ran `djinn` and most eager systems. A system that did not run
+    there has the rows of the machine where it ran. The model is the one with the slowest eager
+    decode on the first machine. `after a load` are requests that loaded something. If a system
+    starts a process for a load, they are the first requests of a process. `P50 at best` is a
+    system's median over all models if every decode took the fastest time of its model in any eager
+    system of that machine.
     """
     need_clocks(run)
     rows = rows_of_one_machine(run)
@@ -60,8 +62,8 @@ def decode_table(run: Run) -> pd.DataFrame:
 def rows_of_one_machine(run: Run) -> pd.DataFrame:
     """Return the served rows of the machine that ran `djinn` and most eager systems.
 
-    Of the paper's trace at the main capacity, in sequence, replicates included. Column `eager` says
-    whether the system decodes by transformers' own steps.
+    The rows are those of the paper's trace at the main capacity, in sequential mode, with
+    replicates. Column `eager` says whether the system decodes with transformers' own steps.
 
     Raises:
         NotMeasured: no machine ran both `djinn` and a system that decodes eagerly.
@@ -78,10 +80,10 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
 
 @or_reason
 def loop_table(run: Run) -> pd.DataFrame:
-    """Return how decoding goes with a fixed loop of Python, timed on the host before each request.
+    """Compare decoding times with a Python loop that was timed before each request.
 
-    A row for eager decodes and one for Djinn's. `correlation` is that of the ranks of loop and
-    decode within each cell and model. Slow is more than 1.5 times the best.
+    One row is for eager decodes, one for Djinn's. `correlation` is the rank correlation of loop and
+    decode within each cell and model. Slow means more than 1.5 times the best.
     """
     need_clocks(run)
     rows = rows_with_pace(run)
@@ -109,10 +111,14 @@ def _with_the_loop(rows: pd.DataFrame) -> dict[str, float]:
 def rows_with_pace(run: Run) -> pd.DataFrame:
     """Return the served rows of every cell and replicate that noted the host's pace.
 
-    They are of requests one after the other, decoded in the process that timed the loop. More
-    columns are `eager`; `machine`; `host_loop_us`, the pace just before the request; `slower`, that
-    pace over the machine's best; `longer`, the decode over the fastest of that model, decoded in
-    that way on that machine.
+    The requests are sequential, and were decoded in the process that timed the loop. The added
+    columns are:
+
+    * `eager`: whether the system decodes with transformers' own steps.
+    * `machine`: number of the machine.
+    * `host_loop_us`: the pace just before the request.
+    * `slower`: that pace divided by the machine's best.
+    * `longer`: the decode divided by the fastest one of the same model, decoder and machine.
     """
     rows = served(sequential(run.every_row))
     rows = rows[~rows["system"].isin(run.other_processes)]
@@ -122,14 +128,14 @@ def rows_with_pace(run: Run) -> pd.DataFrame:
         host_loop_us=_noted(run, rows),
     ).dropna(subset="host_loop_us")
     best_us = rows.groupby("machine")["host_loop_us"].transform("min")
-    # Eager systems have the same steps; each of the others has its own.
+    # All eager systems decode with the same steps; every other system has its own.
     rows = rows.assign(way=rows["system"].where(~rows["eager"], "eager"))
     longer = decode_multiples(rows, "machine", "way")
     return rows.assign(slower=rows["host_loop_us"] / best_us, longer=longer)
 
 
 def _noted(run: Run, rows: pd.DataFrame) -> pd.Series:
-    """The host's pace before each row's request; NaN where it was not noted."""
+    """The host's pace before each row's request; NaN if it was not recorded."""
     noted = {
         (manifest["run_id"], repeat, request): us
         for manifest in run.all_manifests.values()
@@ -141,9 +147,9 @@ def _noted(run: Run, rows: pd.DataFrame) -> pd.Series:
 
 
 def _correlation(rows: pd.DataFrame) -> float:
-    """Of the host's pace and of the decode that followed, ranked within their cell and model.
+    """Correlate the host's pace and the decode after it, ranked within a cell and model.
 
-    Not over all cells: machines and systems differ in both.
+    Ranks over all cells would mix machines and systems, which differ in both.
     """
     groups = rows.groupby(["run_id", "model"])
     return float(groups["slower"].rank(pct=True).corr(groups["longer"].rank(pct=True)))

@@ -1,6 +1,7 @@
-"""Results of a run as tables: systems, capacities, steps of the ablation. Units are in the heads.
+"""Make tables of the results of a run: systems, capacities, steps of the ablation.
 
-A column "machine" says where rows come from, if the run has rows of several machines.
+Units are in the column names. If the run has rows of several machines, the column "machine" says
+where a row comes from.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from djinn_lib.metrics import (
 from djinn_lib.simulator.optimal import optimal_bytes
 
 _GIB = 2**30
-# From whole models to Djinn, one thing at a time: system, and what it adds to the one before.
+# From whole models to Djinn, one feature at a time: the system, and what it adds to the previous
+# one.
 STEPS = (
     ("djinn_whole", "whole models, nothing else"),
     ("djinn_partial_no_overlap", "partial residency"),
@@ -44,15 +46,15 @@ _SERVED = ["requests", "served (%)", "repeats"]
 
 
 def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a system, in the figures' order, with everything that is counted or timed.
+    """Return one row for each system, in the figures' order, with all counts and times.
 
     Args:
-        run: that the rows are of.
-        rows: of one trace, capacity and mode. Systems that cannot run here have no row.
+        run: the run that has the rows.
+        rows: rows of one trace, capacity and mode. Systems that cannot run here get no row.
     """
     by_system = dict(iter(attempted(rows).groupby("system")))
     names = pd.Index(order_systems(by_system), name="system")
-    columns = list(_measures(run, rows.iloc[:0]))  # also where nothing could run
+    columns = list(_measures(run, rows.iloc[:0]))  # the same columns even if nothing could run
     return pd.DataFrame([_measures(run, by_system[name]) for name in names], names, columns)
 
 
@@ -85,13 +87,13 @@ def _of_manifests(run: Run, rows: pd.DataFrame) -> list[Mapping[str, Any]]:
 
 
 def _peak_gib(run: Run, rows: pd.DataFrame) -> float:
-    """The most device memory that was in use; NaN where it was not noted."""
+    """Peak device memory in use; NaN if it was not recorded."""
     peaks = [m.get("peak_device_bytes") for m in _of_manifests(run, rows)]
     return max((peak / _GIB for peak in peaks if peak), default=float("nan"))
 
 
 def _vllm(run: Run, rows: pd.DataFrame) -> str:
-    """Versions of vLLM that served rows; "" for systems without it."""
+    """Versions of vLLM that served the rows; "" for systems without vLLM."""
     if not rows["system"].str.contains("vllm").any():
         return ""
     found = {m["versions"].get("vllm", "not noted") for m in _of_manifests(run, rows)}
@@ -99,7 +101,7 @@ def _vllm(run: Run, rows: pd.DataFrame) -> str:
 
 
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
-    """The systems by their names, and no column of machines if it says nothing."""
+    """Replace system ids by labels, and drop columns that say nothing."""
     table = table.rename(index=lambda name: system_look(name).label, level="system")
     empty = [name for name in ("peak memory (GiB)", "vLLM")
              if name in table and not table[name].replace("", None).notna().any()]  # fmt: skip
@@ -108,11 +110,11 @@ def _labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return a row a system: latencies, switches, bytes, and the share of what physics allows.
+    """Return one row for each system: latencies, switches, bytes, shares of limits.
 
-    `link share` is the time that the moved bytes need at the link's rates over that of the
-    switches; it exceeds 100% where copying hides behind computing. `ceiling reached` is explained
-    at `decomposition`. A system that cannot run on this machine has a row that says why.
+    `link share` is the time that the moved bytes need at the link's rates, divided by the time of
+    the switches. It exceeds 100% if copying overlaps with computing. `decomposition` explains
+    `ceiling reached`. A system that cannot run on this machine has a row with the reason.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
@@ -135,11 +137,12 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
 
 
 def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Return the ratio of median total latencies, baseline over system, with its 95% interval.
+    """Return the ratio of median total latencies, baseline over system.
 
-    One row for each capacity label and system, paired by the requests that both served; `n` is how
-    many. Column `up_to_decoding` is the ratio of the mean latencies without the decode. Systems of
-    different machines are not compared, where the rows of `selection.sweep` tell them apart.
+    `low` and `high` are the 95% interval. There is one row for each capacity label and system.
+    Requests are paired, and `n` counts those that both served. Column `up_to_decoding` is the ratio
+    of the mean latencies without the decode. If the rows have a column `machine`, systems on
+    different machines are not compared.
     """
     cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
     labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
@@ -160,9 +163,9 @@ def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, per capacity label and system, the percentage of all requests that hit.
+    """Return the percentage of all requests that hit, for each capacity label and system.
 
-    `hit` loaded no byte; `fast` is the paper's measure: a switch of less than 10 ms. A failed
+    A `hit` loads no byte. `fast` is the paper's measure: a switch of less than 10 ms. A failed
     request is neither.
     """
     marked = rows.assign(
@@ -174,10 +177,10 @@ def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 @or_reason
 def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper") -> pd.DataFrame:
-    """Return a row a capacity and system: speed-up, requests that loaded nothing, bytes.
+    """Return one row for each capacity and system: speed-up, hits and bytes.
 
-    `could load nothing` is the share of requests for a model that was asked for before: no system
-    that starts cold can do better.
+    `could load nothing` is the share of requests for a model that was requested before. No system
+    that starts cold can have more hits.
 
     Raises:
         RecordError: there are no rows of that trace.
@@ -216,10 +219,10 @@ def _in_gib(n_bytes: int) -> str:
 
 @or_reason
 def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return a row a step from whole models to Djinn, and what it takes off the mean latency.
+    """Return the latency that each step from whole models to Djinn saves.
 
-    Steps that were not measured are counted with the next one that was. A difference is paired by
-    request. There is none where the step before ran on another machine.
+    A step that was not measured is merged into the next measured one. Differences of the mean are
+    paired by request. There is no difference if the previous step ran on another machine.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
@@ -249,7 +252,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
 
 
 def replicates_table(run: Run) -> pd.DataFrame:
-    """Return a row a measurement of each cell that was measured more than once, oldest first."""
+    """Return all measurements of the cells that were measured again, oldest first."""
     columns = ["machine", *_SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
                "mean decode (ms)", "slowest / fastest decode (x)", "loaded (GiB)"]  # fmt: skip
     again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
@@ -267,10 +270,10 @@ def replicates_table(run: Run) -> pd.DataFrame:
 
 
 def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return a row a system whose requests were sent as they arrived: what switches still cost.
+    """Return one row for each system in concurrent mode: the remaining cost of switches.
 
-    Switches are counted after the first touch of each model. The first row, for comparison, has
-    Djinn's requests one after the other. Systems that were kept from batching are left out.
+    Switches are counted after the first touch of each model. For comparison, the first row has
+    Djinn in sequential mode. Systems that were prevented from batching are left out.
     """
     columns = [*_SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
                "all done (s)"]  # fmt: skip
@@ -289,21 +292,21 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
 
 
 def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
-    """Return a row a rate and system: times of requests that arrive, and how many are in time.
+    """Return one row for each arrival rate and system: latencies, and the share in time.
 
     Args:
-        run: with rows of such traces.
-        traces: what their names begin with, before "_".
-        target_ms: from a request's arrival until it has to be done.
+        run: a run with rows of such traces.
+        traces: prefix of the traces' names, before "_".
+        target_ms: deadline of a request, counted from its arrival.
 
     Raises:
-        NotMeasured: no request of such a trace was sent.
+        NotMeasured: the run has no rows of such a trace.
     """
     rates = {name: float(trace.params["rate_per_s"]) for name, trace in run.traces.items()
              if name.startswith(f"{traces}_")}  # fmt: skip
     rows = attempted(run.rows[run.rows["trace"].isin(list(rates))])
     if rows.empty:
-        raise NotMeasured(f"no request of a trace named {traces}_* was sent in this run")
+        raise NotMeasured(f"this run has no rows of a trace named {traces}_*")
     table = load_table(rows, rates, target_ms)
     order = {name: place for place, name in enumerate(order_systems(table["system"]))}
     table = table.assign(place=table["system"].map(order)).sort_values(["rate", "place"])
@@ -317,7 +320,7 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
 
 
 def _exposed(rows: pd.DataFrame) -> pd.DataFrame:
-    """What switches cost after the first touch of each model, and how long a repeat took."""
+    """Cost of switches after the first touch of each model, and duration of a repeat."""
     switches = served(later_touches(rows)).groupby("system")["switch_ms"]
     end_s = rows["start_s"] + (rows["total_ms"] - rows["queue_ms"]) / 1e3
     repeats = rows.assign(end_s=end_s).groupby(["system", "repeat"])
@@ -330,11 +333,11 @@ def _exposed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def large_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a model and system: what a token takes where the model exceeds the ring.
+    """Return the time per token of models larger than the ring, for each system.
 
-    `these at the link's rate` is what the bytes of a token take at the best rate that was measured.
-    The ceiling is the longer of that and of computing alone, where everything is resident. Failed
-    systems have their error and no numbers.
+    `these at the link's rate` is the time to copy the bytes of one token at the best measured rate.
+    The ceiling is the longer of that time and of the computing time with everything resident.
+    Failed systems have their error and no numbers.
     """
     groups = rows.groupby(["model", "system"], sort=False)
     n_bytes = groups["loaded_bytes_per_token"].median()

@@ -1,4 +1,4 @@
-"""Tables for notebooks, in readable units."""
+"""Make tables for notebooks, in readable units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from djinn_lib.units import format_bytes, three_digits
 
 
 def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
-    """One row a fact of `machine.json`: sizes and rates for people, then software versions."""
+    """List the facts of `machine.json`: readable sizes and rates, then software versions."""
     facts = []
     for name, value in machine.items():
         if name == "versions" or (name == "gpu_uuid" and value is None):
@@ -34,10 +34,10 @@ def facts_table(machine: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def machines_table(run: Run) -> pd.DataFrame:
-    """One row a machine that ran cells of a run, the oldest cell's first: what it measured.
+    """List the machines that ran cells of a run, in the order of their first cells.
 
-    `time of others (%)` is the greatest share of the processors' time that the hypervisor gave to
-    others while a cell ran; many hypervisors do not say, which reads as none.
+    `time of others (%)` is the largest share of processor time that the hypervisor gave to other
+    guests while a cell ran (steal time). Many hypervisors do not report it; then it is 0.
     """
     rates = ["link_rate", "d2h_rate", "hbm_read_rate"]
     found: dict[int, dict[str, Any]] = {}
@@ -61,7 +61,7 @@ def _scaled(value: float | None, factor: float = 1.0) -> float:
 
 
 def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
-    """One row a trace: requests, switches, how often each model is asked for, and the hash."""
+    """List the traces: requests, switches, requests for each model, and the hash."""
     rows = []
     for name, trace in traces.items():
         models = [request.model for request in trace.requests]
@@ -79,7 +79,7 @@ def trace_table(traces: Mapping[str, Trace]) -> pd.DataFrame:
 
 
 def large_rows_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line a row of models larger than the ring; failures have a column if there are any."""
+    """List all rows of models larger than the ring, with errors if any failed."""
     table = rows[["model", "system", "repeat"]].copy()
     table["first token (ms)"] = rows["ttft_ms"]
     table["per token (ms)"] = rows["ms_per_token"]
@@ -91,7 +91,7 @@ def large_rows_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown(table: pd.DataFrame) -> Styler:
-    """Return a table for a notebook: `as_text`, with no row and no text cut off."""
+    """Return a table for a notebook: as `as_text`, with all rows and full texts."""
     styler = as_text(table).style
     for axis in (0, 1):
         styler.format_index(lambda v: f"{v:g}" if isinstance(v, float) else str(v), axis=axis)
@@ -99,7 +99,7 @@ def shown(table: pd.DataFrame) -> Styler:
 
 
 def as_text(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table with every value as a text: numbers with three digits, "-" for nothing."""
+    """Return a table with all values as text: numbers with three digits, "-" for empty."""
     return table.map(_text).astype(object)
 
 

@@ -1,8 +1,8 @@
 """Validate the simulator: compare simulated rows with measured ones.
 
-Measured rows are those of `SYSTEMS` in a reference run if there are any, else the cases of the
-engine's benchmark in which one model follows another. The cost model is fitted to hits, loads and
-full misses of single models, so the fit uses neither.
+Measured rows are those of `SYSTEMS` in a reference run. If there are none, they are the cases of
+the engine's benchmark in which one model follows another. The fit of the cost model uses neither:
+it uses hits, loads and full misses of single models.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from djinn_lib.simulator.cost_model import engine_rows, fit, reference_costs
 from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import paper_trace
 
-SYSTEMS = ("djinn", "djinn_adaptive")  # those that differ in nothing but their policy
+SYSTEMS = ("djinn", "djinn_adaptive")  # they differ only in their policy
 STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
 
 
 def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests of `benchmarks/engine.py`, one model after another.
+    """Return measured and simulated requests of `benchmarks/engine.py`.
 
-    Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms;
-    the times are those to the first token.
+    Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms.
+    The times are those to the first token.
     """
     result = engine_rows(reference)
     sizes, repeats = result["sizes"], result["repeats"]
     cases = {(c["case"], c["model"]): c for c in result["cases"]}
     order = [f"after {before}" for before, _ in permutations(sizes, 2)]
-    requests = [list(sizes)[-1]]  # what the benchmark left resident before its first pair
+    requests = [list(sizes)[-1]]  # the benchmark leaves it resident before its first pair
     last = []
     for before, after in permutations(sizes, 2):
         requests += [after, before, after] * repeats
@@ -69,8 +69,8 @@ def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
 def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.DataFrame:
     """Return measured and simulated requests of every cell of `systems`, as `pairs` does.
 
-    A cell that was measured again is there again, by the name of its replicate. The times are those
-    of whole requests, medians over the repeats; empty without such cells.
+    Replicates of a cell are included under their own names. The times are those of whole requests,
+    as medians over the repeats. The table is empty if there are no such cells.
     """
     found = []
     patterns = [f"{folder}/*-{system}{again}.parquet"
@@ -99,7 +99,7 @@ def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.D
 
 
 def compared(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests: of cells if there are any, else of the engine."""
+    """Return measured and simulated requests: of cells, or else of the engine."""
     found = cells(reference)
     return pairs(reference) if found.empty else found
 
@@ -151,10 +151,11 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Predict the benefit of prefetching on the paper's trace, with all requests sent at once.
+    """Predict the benefit of prefetching on the paper's trace.
 
-    A row for each of "one after the other", "waiting", "waiting, loading ahead", with the columns
-    of `djinn_lib.analysis.results.waiting_table`.
+    All requests are sent at once, except in the first row. The rows are "one after the other",
+    "waiting" and "waiting, loading ahead". The columns are those of
+    `djinn_lib.analysis.results.waiting_table`.
     """
     sizes, costs = engine_rows(reference)["sizes"], reference_costs(reference, n_tokens)
     models = [request.model for request in paper_trace(tuple(sizes)).requests]
@@ -177,9 +178,10 @@ def looking_ahead(
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:
-    """Return a row a source: whether all bytes are equal, and relative errors of the times.
+    """Return the simulator's errors, one row for each source.
 
-    Columns: n, bytes_equal, and for P50, mean and maximum the simulated over the measured, less 1.
+    Columns: n, bytes_equal (whether all bytes are equal), and the relative errors of P50, mean and
+    maximum (simulated divided by measured, minus 1).
     """
     table = []
     for source, group in requests.groupby("source", sort=False):

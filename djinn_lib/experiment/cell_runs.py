@@ -123,10 +123,10 @@ def execute_cell(
     keep_running: bool = False,
 ) -> Status:
     """Execute a cell's notebook, in a new or a given kernel; return its status."""
-    from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
+    from djinn_lib.experiment.notebooks import execute  # imports papermill, which takes seconds
 
     files = run.cell(cell.id)
-    with suppress(OSError):  # an interrupted execution's, whose rows are not those of this one
+    with suppress(OSError):  # rows of an interrupted execution do not belong to this one
         set_aside(files)
     return execute(
         CELL_NOTEBOOK,
@@ -168,14 +168,14 @@ def settle(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Stat
             status = judge_rows(status, read_rows(files.rows))
         note_execution(files.manifest, asdict(status))
         return status
-    except Exception as error:  # of any kind: other cells go on
+    except Exception as error:  # of any kind; other cells continue
         kind = status.error_kind or classify_error(error)
         said = f"{status.error} (its rows cannot be kept: {in_words(error)})".strip()
         return replace(status, state="failed", error_kind=kind, error=said)
 
 
 def _close(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Status:
-    # They import torch, which a run without failures needs only in its cells' processes.
+    # These import torch, which this process needs only after a failure.
     from djinn_lib.experiment.bench import Bench
     from djinn_lib.experiment.cell import close_dead_cell
 

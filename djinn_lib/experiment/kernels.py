@@ -1,9 +1,9 @@
-"""Fork Jupyter kernels from a process that has imported large packages, so they start at once.
+"""Fork Jupyter kernels from a process that has already imported large packages.
 
-Importing torch and transformers takes seconds, longer than a small cell on the CPU. Only other
-packages are imported in advance, because they do not change during a run. Every kernel imports
-djinn_lib itself, as it is on disk when its cell starts. A forked kernel ends with the run that
-started it, even if that is killed.
+So kernels start at once. Importing torch and transformers takes seconds, longer than a small cell
+on the CPU. Only packages other than djinn_lib are imported in advance, because they do not change
+during a run. Every kernel imports djinn_lib itself, as it is on disk when its cell starts. A forked
+kernel ends with the run that started it, even if that is killed.
 
 This does not work with GPUs: a process that has used CUDA cannot be forked, and imports may use it.
 """
@@ -22,8 +22,8 @@ from typing import Any
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-# What cells and the notebooks that read import, by what takes longest. One that is missing here, or
-# in another version of its package, costs time and nothing else.
+# Imports of cells and of notebooks that read rows, the slowest first. If one is missing here or in
+# the installed version of its package, kernels only start more slowly.
 _IMPORTED = [
     "torch._dynamo", "transformers.modeling_utils", "transformers.generation",
     "transformers.loss.loss_utils", "transformers.conversion_mapping",
@@ -60,7 +60,7 @@ class ForkingKernelManager(AsyncKernelManager):
 
 class _ForkProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
-        arguments = cmd[cmd.index("-f") :]  # before them stands how to start Python
+        arguments = cmd[cmd.index("-f") :]  # the arguments before start Python
         cwd = Path(options.get("cwd") or Path.cwd())
         self.process = _Forked(arguments, options["env"], cwd)
         self.pid = self.pgid = self.process.pid
@@ -100,7 +100,7 @@ class _Forked:
 
 def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     """Run a kernel in a forked process."""
-    os.setsid()  # Ctrl-C is for the run, which ends its kernels itself
+    os.setsid()  # the run handles Ctrl-C and ends its kernels
     threading.Thread(target=_end_with_the_run, name="djinn-run-watch", daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
@@ -108,13 +108,13 @@ def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     from ipykernel.kernelapp import IPKernelApp
     from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # its own is for processes, and would outlive a killed kernel
-    # 1 stands for a parent that is watched by others.
+    tqdm.set_lock(threading.RLock())  # the default lock outlives a killed kernel
+    # 1 means that the kernel need not watch its parent.
     IPKernelApp.launch_instance([*arguments, "--IPKernelApp.parent_handle=1"])
 
 
 def _end_with_the_run() -> None:
-    """Wait for the end of the process that requested this one, then end."""
+    """Wait until the process that requested this one ends, then end."""
     run = multiprocessing.parent_process()
     if run is not None:
         run.join()

@@ -38,16 +38,16 @@ _NAMED_KINDS = {
     **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
     "TimeoutError": "timeout",
 }
-_START_S = 180  # for a kernel to answer; on a machine that is busy a minute may not do
-_SOCKET = "/djinn-kernel-12345678/socket-5"  # how a kernel's sockets are called in their folder
+_START_S = 180  # until a kernel answers; on a busy machine a minute may be too short
+_SOCKET = "/djinn-kernel-12345678/socket-5"  # pattern of the names of a kernel's sockets
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Make sure that a notebook has all given parameters, with the types of the values.
+    """Check that a notebook has all given parameters, with the types of the values.
 
     Raises:
-        ConfigError: there is no such notebook, or it lacks a parameter or has another type for it.
+        ConfigError: there is no such notebook, or a parameter is missing or has another type.
     """
     if not notebook.exists():
         known = sorted(path.stem for path in notebook.parent.glob("*.ipynb"))
@@ -110,19 +110,19 @@ def execute(
         kind, error = _kind(failure), f"{failure.ename}: {failure.evalue}"
     except DeadKernelError:
         kind, error = "kernel_died", "the kernel's process ended (killed, out of memory or crashed)"
-    except RuntimeError as failure:  # all that Jupyter says of a kernel that does not get ready
+    except RuntimeError as failure:  # Jupyter raises nothing more specific for this
         kind, error = "kernel_died", f"the kernel did not start: {failure}"
     except OSError as failure:
         kind, error = classify_error(failure), f"the executed notebook cannot be kept: {failure}"
     except Exception as failure:  # errors of libraries: other notebooks continue
         kind, error = classify_error(failure), in_words(failure)
     except BaseException:
-        # What still listened to the kernel will find it dead; nobody is left who wants to know.
+        # Pending listeners will report that the kernel is dead, which is already known.
         ensure_event_loop().set_exception_handler(lambda *_: None)
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with suppress(OSError, ValueError):  # of a kernel that died there may be half a copy
+    with suppress(OSError, ValueError):  # a kernel that died may leave an incomplete copy
         move_messages(partial, log_of(output))
     with suppress(OSError):
         if not partial.exists():  # a kernel that never started leaves no copy
@@ -149,12 +149,12 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
         fork: whether the kernel of this environment may be a fork; see `kernels`.
     """
     kind = ForkingKernelManager if fork and name is None else AsyncKernelManager
-    # Kernels find djinn_lib in this checkout, also those of another environment.
+    # Kernels of other environments must also find djinn_lib in this checkout.
     os.environ["PYTHONPATH"] = python_path()
     if fork:  # without a GPU, or without a measurement
-        # OpenMP's threads spin while they wait for each other, which keeps the thread that they
-        # wait for from its core where another process wants one too: a cell then takes five times
-        # as long. Here they sleep. It is read when torch is imported, before the first fork.
+        # By default OpenMP's threads spin while they wait for each other. If another process needs
+        # the cores too, they keep the awaited thread from running, and a cell takes five times as
+        # long. With "passive" they sleep. Torch reads it on import, before the first fork.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with _sockets() as config:
         manager = kind(kernel_name=name or NATIVE_KERNEL_NAME, config=config)
@@ -162,7 +162,7 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
             yield manager
         finally:
             if manager.has_kernel:
-                with suppress(RuntimeError):  # of a kernel that has ended by itself
+                with suppress(RuntimeError):  # the kernel may have ended by itself
                     run_sync(manager.shutdown_kernel)(now=True)
 
 
@@ -177,7 +177,7 @@ def _papermill(
         cwd=str(NOTEBOOKS),
         progress_bar=False,
         start_timeout=_START_S,
-        extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings say nothing here
+        extra_arguments=["--log-level=40"],  # errors only: a kernel's warnings are not useful here
         km=manager,
     )
 

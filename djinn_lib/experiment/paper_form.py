@@ -1,8 +1,8 @@
-"""Traces and results in the form of the paper's scripts, beside our own.
+"""Read and write traces and results in the form of the paper's scripts.
 
-A trace of theirs is a JSON object whose ``agents`` have an ``agent_id``, a ``model`` and an
-``arrival_time`` in seconds. A result is an object of ``stats`` and of ``results``, one an agent.
-Their agents also have prompts and think times, which our requests do not have.
+Their trace is a JSON object whose ``agents`` have an ``agent_id``, a ``model`` and an
+``arrival_time`` in seconds. Their result is an object with ``stats`` and ``results``, one for each
+agent. Their agents also have prompts and think times, which our requests do not have.
 
 Source: https://github.com/jaewan/Djinn, OSDI_Evaluation/exp1_semantic_scheduler.
 """
@@ -22,7 +22,7 @@ from djinn_lib.files import write_json
 from djinn_lib.metrics import attempted, by_request, latency, served
 from djinn_lib.trace import Request, Trace, read_trace, write_trace
 
-# Names of their baselines, and of our systems that do the same.
+# Our systems, and the names of their baselines that do the same.
 BASELINES = {
     "djinn": "djinn",
     "pytorch_pinned": "pytorch_pinned",
@@ -38,7 +38,7 @@ def load_trace(path: Path) -> Trace:
     """Read a trace in our form (``.jsonl``) or in theirs (``.json``).
 
     Raises:
-        TraceError: it is missing, or is not such a trace; the message says where.
+        TraceError: the file is missing or is not a trace; the message says where.
     """
     if path.suffix != ".json":
         return read_trace(path)
@@ -49,18 +49,20 @@ def load_trace(path: Path) -> Trace:
         raise TraceError(f"{path} cannot be read ({error.strerror}): check the path") from error
     except (ValueError, KeyError, TypeError) as error:
         raise TraceError(
-            f"{path} is no trace of the paper's form ({type(error).__name__}: {error}): it needs "
-            "'agents' with an 'arrival_time' and a 'model' each"
+            f"{path} is not a trace in the paper's form ({type(error).__name__}: {error}): give it "
+            "'agents', each with an 'arrival_time' and a 'model'"
         ) from error
     if not asked or not all(math.isfinite(at_s) and at_s >= 0 and model for at_s, model in asked):
-        raise TraceError(f"{path} needs one or more agents with finite arrival times and a model")
+        raise TraceError(
+            f"{path} needs one or more agents, each with a finite arrival time >= 0 and a model"
+        )
     asked.sort(key=lambda pair: pair[0])
     requests = tuple(Request(i, at_s, model) for i, (at_s, model) in enumerate(asked))
     return Trace("file", {"file": path.name, "n": len(requests)}, requests)
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace, in their form where `path` ends in ``.json``, else in ours."""
+    """Write a trace: in their form if `path` ends in ``.json``, else in ours."""
     if path.suffix != ".json":
         write_trace(trace, path)
         return
@@ -73,15 +75,15 @@ def save_trace(trace: Trace, path: Path) -> None:
 
 
 def baseline_name(label: str) -> str:
-    """Return what their scripts call a system of ours."""
+    """Return the name of one of our systems in their scripts."""
     return _THEIRS.get(label, label)
 
 
 def result(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the rows of one cell in the form of ``<system>_<mode>_results.json``.
 
-    Of repeated requests the first repeat is told one by one; the statistics are of requests, each
-    the mean of its repeats.
+    ``results`` has the requests of the first repeat. ``stats`` uses the mean over the repeats for
+    each request.
     """
     ok = served(rows)
     first, n_repeats = rows[rows["repeat"] == 0], rows["repeat"].nunique()
@@ -119,9 +121,9 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
 
 
 def results_of(rows: pd.DataFrame, trace: str, capacity_label: str) -> dict[str, dict[str, Any]]:
-    """Return the results of every cell of a trace and capacity that starts cold, by their names.
+    """Return the results of the cells of a trace and capacity, by their names.
 
-    Systems that cannot run on this machine have none.
+    Only cells that start cold are included. Systems that cannot run on this machine have no result.
     """
     chosen = (rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)
     cells = attempted(rows[chosen & (rows["start"] == "cold")])
@@ -135,13 +137,13 @@ def write_run(
     """Write a run's results on the paper's trace, and the trace, in the paper's form.
 
     Args:
-        rows: of the run.
-        traces: of the run by name; without the paper's there are no results.
+        rows: rows of the run.
+        traces: traces of the run by name; without the paper's trace there are no results.
         capacity_label: the capacity of the results.
-        folder: gets ``comparison_summary.json``; its folder ``paper_form`` gets the rest.
+        folder: folder for ``comparison_summary.json``; the rest goes to ``paper_form`` in it.
 
     Returns:
-        What ``comparison_summary.json`` holds: a row a system and mode.
+        The content of ``comparison_summary.json``: one row for each system and mode.
     """
     found = results_of(rows, _TRACE, capacity_label)
     write_results(found, folder / "paper_form")

@@ -1,4 +1,4 @@
-"""Checks of what a reader writes into the first cell of a notebook, before anything runs."""
+"""Check the parameters in the first cell of a notebook before anything runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Pa
     """Return a parameter that names a folder as a path.
 
     Args:
-        value: of the parameter.
-        name: of the parameter.
-        must_exist: whether the folder has to be there already.
+        value: value of the parameter.
+        name: name of the parameter.
+        must_exist: whether the folder must already exist.
 
     Raises:
-        ConfigError: it is no text or path, is empty, or names something else than a folder.
+        ConfigError: the value is not text or a path, is empty, or names something other than a
+            folder.
     """
     path = user_path(value, f"a folder as {name}")
     if path.exists() and not path.is_dir():
@@ -29,10 +30,10 @@ def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Pa
 
 
 def one_of(value: object, known: Iterable[str], name: str) -> str:
-    """Return a parameter that is one of the known names.
+    """Return a parameter that must be one of the known names.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not one of them.
     """
     names = list(known)
     if not isinstance(value, str) or value not in names:
@@ -41,7 +42,7 @@ def one_of(value: object, known: Iterable[str], name: str) -> str:
 
 
 def label(value: object) -> str:
-    """Return a label of a capacity as text, also where papermill's ``-p`` made it a number.
+    """Return a label of a capacity as text; papermill's ``-p`` may have made it a number.
 
     Raises:
         ConfigError: it is neither text nor a number.

@@ -1,4 +1,4 @@
-"""Profiles: what an experiment runs, read from ``params/<name>.yml`` and checked first."""
+"""Read and check profiles, which say what an experiment runs (``params/<name>.yml``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, check_models, paper_trace, renamed, zipf_trace
 from djinn_lib.units import parse_bytes
 
-# Parts of names of files, of which a file system takes 255 characters, and of folders.
+# Labels are parts of the names of folders and files, which may have at most 255 characters.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
@@ -61,8 +61,8 @@ class ModelEntry(_Strict):
 class TraceEntry(_Strict):
     """A trace of a profile: the paper's, drawn by Zipf's law, or read from a file.
 
-    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, and may ask for some `models` only;
-    the kind "file" has `path`.
+    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, and may have a subset of `models`.
+    The kind "file" has `path`.
     """
 
     kind: Literal["paper", "zipf", "file"]
@@ -88,7 +88,7 @@ class TraceEntry(_Strict):
 
 
 class SystemEntry(_Strict):
-    """A labelled system: which one, and its options."""
+    """A labelled system: its name and its options."""
 
     system: str
     options: dict[str, Any] = {}
@@ -97,10 +97,11 @@ class SystemEntry(_Strict):
 class CellsEntry(_Strict):
     """Every combination of the listed traces, capacities and systems.
 
-    In `mode` "sequential" a request is sent when the one before is done, in "concurrent" when it
-    arrives by its trace, `speed` times as fast; infinity sends all at once. Before each repeat
-    nothing is on the device; with `start` "warm" every model is then asked for once, in the order
-    of the profile and not counted, as the paper's code does.
+    In `mode` "sequential", a request is sent when the previous one is done. In "concurrent", it is
+    sent at its arrival time in the trace, divided by `speed`; infinity sends all at once.
+
+    Each repeat begins with an empty device. With `start` "warm", every model is then requested once
+    in the order of the profile, as in the paper's code; these requests are not counted.
     """
 
     traces: list[str]
@@ -113,7 +114,7 @@ class CellsEntry(_Strict):
 
 
 class LargeEntry(_Strict):
-    """A model that is run in a ring too small for it: one of the profile's, or one of its own."""
+    """A model larger than its ring: one of the profile, or one with its own config."""
 
     capacity: str
     model: str | None = None
@@ -189,7 +190,7 @@ class Profile(_Strict):
 
     @property
     def given(self) -> str:
-        """What `load_profile` finds it by: a name, or the path of a file."""
+        """The argument of `load_profile` for this profile: a name or the path of a file."""
         return self._given or self.name
 
     def all_cells(self) -> list[Cell]:
@@ -221,8 +222,8 @@ class Profile(_Strict):
     ) -> Cell:
         """Return a cell by its names, whether or not the profile lists it.
 
-        A label of digits may come as a number: papermill's ``-p`` makes one of it. A cell that is
-        not listed takes its speed from the first listed one of its mode.
+        A label of digits may be a number, because papermill's ``-p`` converts it. A cell that is
+        not listed has the speed of the first listed cell with its mode.
 
         Raises:
             ConfigError: one of the names is unknown.
@@ -247,7 +248,7 @@ class Profile(_Strict):
         """Generate a trace over the profile's models.
 
         Raises:
-            TraceError: the trace cannot be made from the models at hand, or read.
+            TraceError: the trace does not fit the profile's models, or cannot be read.
         """
         entry, models = self.traces[name], tuple(self.models)
         if entry.kind == "paper":
@@ -293,7 +294,7 @@ def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
         folder: of the named profiles.
 
     Raises:
-        ConfigError: no such profile, or one of its fields cannot be used; the message says which.
+        ConfigError: there is no such profile, or a field is invalid; the message names it.
     """
     if given.endswith(".yml"):
         path = user_path(given).resolve()

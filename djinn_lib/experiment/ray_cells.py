@@ -1,7 +1,7 @@
-"""Cells on a Ray cluster: each worker executes one in a scratch folder, and all it left comes back.
+"""Run cells on a Ray cluster: a worker executes a cell and returns all its files.
 
-What becomes of it is decided here alone, in the run's folder, as for a cell that ran here. So a
-cell that Ray ran is up to date for either executor, at once.
+A worker executes the cell in a scratch folder. The files are then put into the run's folder by this
+process only, as for a cell that ran here. So a cell that Ray ran is up to date for either executor.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from djinn_lib.rows import classify_error
 
 @dataclass(frozen=True)
 class Driver:
-    """What a worker has to know of the process that it works for."""
+    """What a worker must know about the process that sent the cell."""
 
     run_dir: Path
     threads: str | None  # its OMP_NUM_THREADS
@@ -48,7 +48,7 @@ class Driver:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a cell's notebook ended on a worker, on which host, and the files that it left."""
+    """Status of a cell's notebook on a worker, the worker's host, and the files written."""
 
     status: Status
     host: str
@@ -60,14 +60,14 @@ class Outcome:
 
 
 def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
-    """Run cells on Ray; each is in its place as soon as it is back, and its status is yielded.
+    """Run cells on Ray; save each one's files when they arrive, and yield its status.
 
     Raises:
-        ConfigError, PlatformError: no cluster can be had; nothing has run then.
+        ConfigError, PlatformError: no cluster is available; nothing has run.
     """
     begun = {cell.id: cell_inputs(run, profile, cell) for cell in cells}
     by_id, driver = {cell.id: cell for cell in cells}, Driver.this(run)
-    gpus = 1 if profile.device == "cuda" else 0  # without one it computes on all cores
+    gpus = 1 if profile.device == "cuda" else 0  # without a GPU it computes on all cores
     jobs = [
         Job(cell.id, run_apart, (profile, cell, _inputs(run, cell), driver),
             num_gpus=gpus, whole_node=not gpus)
@@ -82,22 +82,25 @@ def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) ->
 
 
 def _inputs(run: RunFolder, cell: Cell) -> dict[str, bytes]:
-    """The files of the run folder that a cell reads, by their path there."""
+    """Read the files of the run folder that a cell needs, by their path in the folder."""
     paths = (run.machine, run.trace(cell.trace))
     return {str(path.relative_to(run.path)): path.read_bytes() for path in paths}
 
 
 def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Driver) -> Outcome:
-    """Execute a cell in a scratch folder, for a run whose folder may be on another machine.
+    """Execute a cell in a scratch folder.
+
+    The folder of the run may be on another machine.
 
     Args:
-        profile: of the run; its file and the models must be at the same paths on this machine.
-        cell: to be run.
-        inputs: the files that it reads, by their path in the run's folder.
-        driver: the process that the outcome goes to.
+        profile: profile of the run; its file and the models must have the same paths on this
+            machine.
+        cell: the cell to run.
+        inputs: files that it reads, by their path in the run's folder.
+        driver: the process that receives the outcome.
 
     Raises:
-        ConfigError: another run uses the GPU of this machine that Ray has given to the cell.
+        ConfigError: another run uses the GPU that Ray assigned to the cell.
     """
     lock = gpu_lock(driver.run_dir) if profile.device == "cuda" else nullcontext()
     with lock, TemporaryDirectory(prefix="djinn-cell-") as name, _environment(driver):
@@ -111,7 +114,7 @@ def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Dr
         rows, manifest, journal, notebook, log = (
             path.read_bytes() if path.exists() else None for path in left
         )
-        if notebook:  # its reader is to find the run's folder in it, not one that is gone
+        if notebook:  # name the run's folder instead of the deleted scratch folder
             notebook = notebook.replace(_in_json(scratch.path), _in_json(driver.run_dir))
         return Outcome(status, socket.gethostname(), rows, manifest, journal, notebook, log)
 
@@ -119,10 +122,10 @@ def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Dr
 def take_back(
     run: RunFolder, profile: Profile, cell: Cell, result: Result, begun: dict[str, str]
 ) -> Status:
-    """Put what came back of a cell in its place, and return how that ended.
+    """Put the returned files of a cell into the run's folder, and return its status.
 
-    Of a cell of which nothing came back, and of one without rows, every request that its journal
-    lacks gets a failed row. What cannot be kept is a status too: other cells go on.
+    If nothing or no rows came back, every request that is missing in the journal gets a failed row.
+    If the files cannot be written, the status says so, and other cells continue.
     """
     files, outcome = run.cell(cell.id), result.value
     if outcome is None:
@@ -135,7 +138,7 @@ def take_back(
     try:
         set_aside(files)
         _put(outcome, files)
-    except Exception as error:  # of one cell, whose rows no disk has room for, say
+    except Exception as error:  # of one cell, for example a full disk; others continue
         said = f"its rows cannot be kept: {in_words(error)}"
         return replace(status, state="failed", error_kind=classify_error(error), error=said)
     return settle(run, profile, cell, status)
@@ -152,7 +155,7 @@ def _put(outcome: Outcome | None, files: CellFiles) -> None:
         files.log: outcome.log,
         files.journal: outcome.journal,
     }
-    files.log.unlink(missing_ok=True)  # an earlier execution's
+    files.log.unlink(missing_ok=True)  # of an earlier execution
     for path, content in left.items():
         if content is not None:
             write_atomically(path, lambda to, content=content: to.write_bytes(content))
@@ -165,16 +168,16 @@ def _put(outcome: Outcome | None, files: CellFiles) -> None:
 
 
 def _in_json(path: Path) -> bytes:
-    """A path as it stands within a text of a notebook."""
+    """Encode a path as in a string of a notebook's JSON."""
     return json.dumps(str(path), ensure_ascii=False)[1:-1].encode()
 
 
 @contextmanager
 def _environment(driver: Driver) -> Iterator[None]:
-    """Give kernels the environment that they have without Ray.
+    """Give kernels the same environment as without Ray.
 
-    A cell may start a Ray of its own, which must not find the one that runs the cell, and Ray sets
-    the number of threads, which the systems under test choose themselves.
+    A cell may start its own Ray, which must not find the cluster that runs the cell. Ray also sets
+    the number of threads, but the systems under test choose it themselves.
     """
     kept = dict(os.environ)
     for name in [name for name in kept if name.startswith("RAY_") or name == "OMP_NUM_THREADS"]:

@@ -1,4 +1,4 @@
-"""What is noted of a cell while it runs: the keys of its rows, and what its manifest says."""
+"""Record the facts of a running cell for its rows and its manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class CellRecord:
-    """A cell from its start on: everything that its rows and its manifest repeat."""
+    """Facts of a running cell, from its start on."""
 
     def __init__(self, bench: Bench, cell: Cell, trace: Trace) -> None:
         self.bench, self.cell, self.trace = bench, cell, trace
@@ -35,37 +35,37 @@ class CellRecord:
         self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
         self.begin_s = time.perf_counter()
         self.host = machine.HostClock()
-        self.host_loop_us: list[list[float]] = []  # before each request, a list a repeat
+        self.host_loop_us: list[list[float]] = []  # before each request, one list for each repeat
         self.setup_s = 0.0
         self.notes: list[str] = []
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
-        self.running_since = ""  # the cell that the system was started for, if an earlier one
-        self.watch: WeightsWatch  # from the start of the system on
+        self.running_since = ""  # the earlier cell that the system was started for
+        self.watch: WeightsWatch  # set when the system has started
         self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = provenance.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
         self.memory = nvml.MemoryWatch()
 
     def prompt(self, request: Request) -> list[int]:
-        """The prompt of a request, as token ids; read from the model's files."""
+        """Return the prompt of a request as token ids, from the model's files."""
         files = self.bench.models[request.model]
         return prompt_ids(files, self.bench.profile.prompt_tokens, request.request)
 
     def began_with(self, running: Running, setup_s: float) -> None:
-        """Note what a system that was started for this cell said of itself."""
+        """Record the facts of a system that was started for this cell."""
         self.watch, self.setup_s = running.watch, setup_s
         self.device_bytes = dict(running.device_bytes)
         self.notes.extend(running.notes)
 
     def go_on_with(self, running: Running) -> None:
-        """Note that the system had been running before this cell."""
+        """Record the facts of a system that was started for an earlier cell."""
         self.began_with(running, 0.0)
         self.running_since = running.first_cell
         self.memory.base_bytes = running.base_bytes
         self.other_gpu_processes = list(running.other_gpu_processes)
 
     def keys(self, repeat: int, request: Request) -> dict[str, Any]:
-        """The columns that say which request a row is about."""
+        """Return the columns that identify the request of a row."""
         return {
             "run_id": self.run_id,
             "system": self.cell.system,
@@ -83,15 +83,15 @@ class CellRecord:
         }
 
     def note_pace(self, repeat: int) -> None:
-        """Note the host's pace before a request of a repeat."""
+        """Record the host's pace before a request of a repeat."""
         while len(self.host_loop_us) <= repeat:
             self.host_loop_us.append([])
         self.host_loop_us[repeat].append(round(machine.host_loop_us(), 1))
 
     def take_over(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Go on with the record of a process that died, of which these rows are left.
+        """Continue the record of a process that died, from the rows that it left.
 
-        They are told apart from other measurements by its run id, and say when it was at work.
+        The run id and the times of the start are those of the dead process.
         """
         if not rows:
             return
@@ -103,7 +103,7 @@ class CellRecord:
         self.setup_s = min(row["start_s"] for row in rows)
 
     def manifest(self) -> dict[str, Any]:
-        """Where the rows come from."""
+        """Return the manifest: the origin of the rows."""
         profile = self.bench.profile
         if self.dirty:
             self.notes.append("the working tree differed from the commit")
@@ -156,7 +156,7 @@ class CellRecord:
         return parse_bytes(str(self.entry.options.get("page", self.bench.profile.page)))
 
     def make_system(self) -> SystemUnderTest:
-        """The system, not started yet."""
+        """Create the system under test; it is not started yet."""
         options = dict(self.entry.options)
         cls = system_class(self.entry.system)
         if "page" in cls.option_names:

@@ -1,16 +1,16 @@
-"""`make reproduce`: brings the notebooks of one profile up to date, and says how it went.
+"""Bring all notebooks of a profile up to date, and print a summary (`make reproduce`).
 
     python -m djinn_lib.experiment.reproduce --profile cpu
     python -m djinn_lib.experiment.reproduce --profile cpu cell:paper-25-djinn figures
 
-First the set-up and the traces, then each cell in a process of its own, then what reads rows, then
-the page. Named cells and notebooks are run alone, in the order of their names, after the set-up
-that they need. What has ended well, with what there is now, is not run again: a run that was
-stopped or killed goes on with the cell that it was in.
+The order is: the set-up and the traces, the cells, the notebooks that read rows, the page. If cells
+and notebooks are named, only these are run, after the set-up that they need. A task that succeeded
+with the present inputs is not run again. A run that was stopped or killed therefore continues with
+its current cell.
 
-The exit status is 0 when every request of every cell that can run here was served and every
-notebook went through; 1 when something failed, which the last lines then name; 2 for bad input and
-for a run folder or GPU that another run uses; 130 when it was interrupted or told to stop.
+The exit status is 0 if all notebooks succeeded and all requests of all cells that can run here were
+served. It is 1 if something failed; the last lines name it. It is 2 if the input is wrong, or if
+another run uses the run folder or the GPU. It is 130 if the run was interrupted or got SIGTERM.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PAGE = "page"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a profile; returns the exit status."""
+    """Run a profile; return the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.experiment.reproduce", description=__doc__)
     parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
     parser.add_argument(
@@ -73,19 +73,19 @@ def reproduce(
     executor: str = "local",
     names: Sequence[str] = (),
 ) -> int:
-    """Run what is missing or changed of a profile; returns 0, or 1 if something failed.
+    """Run the missing and outdated parts of a profile; return 0, or 1 if something failed.
 
     Args:
-        profile_name: a file of ``params/``, without its ending, or the path of a .yml file.
-        run_dir: where results go; default ``data/runs/<profile>``.
+        profile_name: a file of ``params/`` without ".yml", or the path of a .yml file.
+        run_dir: folder of the results; default ``data/runs/<profile>``.
         executor: where cells run: "local" or "ray".
-        names: of cells ("cell:paper-25-djinn") and notebooks ("figures"); default all.
+        names: cells ("cell:paper-25-djinn") and notebooks ("figures") to run; default all.
 
     Raises:
         ConfigError: there is no such profile or name, no device for it, the folder cannot be
             written to, or another run uses it or the GPU.
         PlatformError: Ray cannot be used.
-        KeyboardInterrupt: also where the process was told to stop.
+        KeyboardInterrupt: the process was interrupted or got SIGTERM.
     """
     begin_s, profile = time.perf_counter(), load_profile(profile_name)
     work = Work.named(profile, names)
@@ -93,7 +93,7 @@ def reproduce(
     run = RunFolder((run_dir or REPO / "data" / "runs" / profile.name).resolve())
     ensure_writable(run.path)
     if executor == "ray":
-        ensure_ray()  # before the set-up, which takes a while
+        ensure_ray()  # check it first, because the set-up takes long
     device = profile.device if executor == "local" else "cpu"
     with run_locks(run.path, device), _told_to_stop():
         ended = {status.task: status for status in _run(work, run, profile, executor)}
@@ -103,13 +103,13 @@ def reproduce(
 
 @dataclass(frozen=True)
 class Work:
-    """What a command is to bring up to date.
+    """The tasks that a command brings up to date.
 
     Args:
-        cells: in the order in which they are to run.
-        steps: notebooks that come after them.
-        set_up: whether set-up and traces are among it, which cells need.
-        page: whether the page is.
+        cells: cells, in the order of execution.
+        steps: notebooks that run after the cells.
+        set_up: whether the set-up and the traces are included; cells need them.
+        page: whether the page is included.
     """
 
     cells: Sequence[Cell]
@@ -119,7 +119,7 @@ class Work:
 
     @classmethod
     def named(cls, profile: Profile, names: Sequence[str]) -> Work:
-        """Return what these names stand for; no names stand for all.
+        """Return the tasks with these names; no names mean all tasks.
 
         Raises:
             ConfigError: the profile has no such cell, or there is no such notebook.
@@ -143,7 +143,7 @@ class Work:
 
 
 def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterator[Status]:
-    """Bring everything up to date in its order; yields how what was executed ended."""
+    """Bring all tasks up to date in order; yield the status of each execution."""
     if work.set_up:
         ended = set_up(run, profile)
         yield from ended
@@ -172,13 +172,13 @@ def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) 
 
 
 def _make_page(run: RunFolder) -> None:
-    """Write the page, unless nothing that it shows is newer than it."""
+    """Write the page if something that it shows is newer than the page."""
     code = LIBRARY / "publishing"
     shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
              *run.notebooks.glob("*.ipynb"), *code.glob("*.py"), *code.rglob("*.j2")]  # fmt: skip
     newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
     if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
-        # Of a wing above this one, and seconds to import.
+        # From a higher layer, and the import takes seconds.
         from djinn_lib.publishing.report import build_report
 
         print("index.html ...", flush=True)
@@ -187,7 +187,7 @@ def _make_page(run: RunFolder) -> None:
 
 @contextmanager
 def _told_to_stop() -> Iterator[None]:
-    """Take SIGTERM, which `timeout` and batch systems send, for an interrupt: kernels end too."""
+    """Treat SIGTERM (from `timeout`, batch systems) as an interrupt, so kernels end too."""
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -205,14 +205,14 @@ def _ensure_device(profile: Profile) -> None:
 
         if not torch.cuda.is_available():
             raise ConfigError(
-                f"expected a usable CUDA device for profile {profile.name!r}, got none: "
+                f"profile {profile.name!r} needs a CUDA device, and none is usable here: "
                 "install a driver, or choose the profile cpu (make: PROFILE=cpu; djinn run and "
                 "sweep: --config-file cpu; djinn reproduce: --profile cpu)"
             )
 
 
 def _statuses(work: Work, run: RunFolder, ended: dict[str, Status]) -> list[Status]:
-    """How all that was asked for ended, now or before."""
+    """Return the statuses of all tasks, from this run or an earlier one."""
     steps = [*(STEPS[:2] if work.set_up else ()), *work.steps]
     kept = [
         *(read_status(run.notebook(step.notebook)) for step in steps),

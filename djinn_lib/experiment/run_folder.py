@@ -1,4 +1,4 @@
-"""A run's folder: the one place that knows where everything of a run lies.
+"""Define the paths of all files in a run's folder.
 
 run = RunFolder(Path("data/runs/cpu"))
 run.machine, run.trace("paper"), run.cell("paper-25-djinn").rows, run.page
@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-CELL_NOTEBOOK = "02_run_system"  # executed once a cell, as `02_run_system.<cell>.ipynb`
+CELL_NOTEBOOK = "02_run_system"  # executed once for each cell, as `02_run_system.<cell>.ipynb`
 _ROWS, _MANIFEST = ".parquet", ".manifest.json"
 
 
 @dataclass(frozen=True)
 class CellFiles:
-    """The files of one cell, whether or not they are there.
+    """Paths of the files of one cell, whether or not they exist.
 
     Args:
         run: the run's folder.
-        id: of the cell, which is the stem of its files.
+        id: id of the cell, which is the stem of its files.
     """
 
     run: Path
@@ -27,22 +27,22 @@ class CellFiles:
 
     @property
     def task(self) -> str:
-        """Name of the cell's executed notebook, by which its executions are called."""
+        """Name of the cell's executed notebook, which is also the name of its status."""
         return f"{CELL_NOTEBOOK}.{self.id}"
 
     @property
     def rows(self) -> Path:
-        """A row a request."""
+        """The rows, one for each request."""
         return self.run / "requests" / f"{self.id}{_ROWS}"
 
     @property
     def manifest(self) -> Path:
-        """Where the rows come from, and how the latest execution of the cell ended."""
+        """Origin of the rows, and status of the cell's latest execution."""
         return self.run / "requests" / f"{self.id}{_MANIFEST}"
 
     @property
     def journal(self) -> Path:
-        """Rows, a line each, while the cell runs."""
+        """Rows while the cell runs, one on each line."""
         return self.run / "requests" / f"{self.id}.journal.jsonl"
 
     @property
@@ -52,21 +52,21 @@ class CellFiles:
 
     @property
     def log(self) -> Path:
-        """What the executed notebook printed; see `djinn_lib.experiment.notebook_logs`."""
+        """Output of the executed notebook; see `djinn_lib.experiment.notebook_logs`."""
         return self.notebook.with_suffix(".log")
 
     @property
     def earlier(self) -> Path:
-        """A folder of rows and journals that others took the place of; only people read them."""
+        """Folder of replaced rows and journals, which no program reads."""
         return self.run / "requests" / "earlier"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, whether or not it is there.
+    """Paths of a run's files, whether or not they exist.
 
     Args:
-        path: of the folder.
+        path: path of the folder.
     """
 
     path: Path
@@ -89,11 +89,11 @@ class RunFolder:
         return self.traces / f"{name}.jsonl"
 
     def notebook(self, name: str) -> Path:
-        """Return the executed copy of a notebook that is not a cell's."""
+        """Return the executed copy of a notebook other than a cell's."""
         return self.notebooks / f"{name}.ipynb"
 
     def executed(self) -> list[Path]:
-        """Return the executed notebooks that are not cells', by name."""
+        """Return the executed notebooks other than the cells', by name."""
         paths = sorted(self.notebooks.glob("*.ipynb"))
         return [p for p in paths if not p.name.startswith(f"{CELL_NOTEBOOK}.")]
 
@@ -109,7 +109,7 @@ class RunFolder:
 
     @property
     def notebooks(self) -> Path:
-        """Folder of the executed notebooks, and of the same as HTML."""
+        """Folder of the executed notebooks, also as HTML."""
         return self.path / "notebooks"
 
     @property
@@ -124,7 +124,7 @@ class RunFolder:
 
     @property
     def machine(self) -> Path:
-        """What the set-up noted of the machine and of the models' files."""
+        """Facts of the machine and of the models' files, from the set-up."""
         return self.path / "machine.json"
 
     @property
@@ -134,17 +134,17 @@ class RunFolder:
 
     @property
     def large_manifest(self) -> Path:
-        """Where the rows of models larger than the ring come from."""
+        """Origin of the rows of models larger than the ring."""
         return self.path / "large_models.manifest.json"
 
     @property
     def claims(self) -> Path:
-        """A verdict on every claim."""
+        """Verdicts on all claims."""
         return self.path / "claims.json"
 
     @property
     def comparison(self) -> Path:
-        """The systems side by side, as the paper's own summary has them."""
+        """Comparison of the systems, in the form of the paper's summary."""
         return self.path / "comparison_summary.json"
 
     @property
@@ -154,5 +154,5 @@ class RunFolder:
 
     @property
     def lock(self) -> Path:
-        """Held by the one run that may write here."""
+        """Lock file of the one run that may write here."""
         return self.path / ".lock"

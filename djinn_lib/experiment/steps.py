@@ -1,7 +1,7 @@
-"""The notebooks of a run that are no cells: what each is given, and what it is made from.
+"""Execute the notebooks of a run that are not cells, when their inputs change.
 
-Each is executed again when something changed that it is made from, or when something is gone that
-it left. That is read off the executed copy, which keeps what it was begun with.
+A notebook is executed again if one of its inputs has changed, or if one of its output files is
+missing. The executed copy keeps the digests of the inputs and the list of outputs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
 _DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
 _PAPER = REPO / "data" / "paper"
-_AT_ONCE = 4  # each takes up to a gigabyte of memory
+_AT_ONCE = 4  # each uses up to a gigabyte of memory
 _MEASURED = ("requests", "replicates", "traces", "machine.json")
 
 
@@ -44,13 +44,14 @@ class Step:
     """A notebook that a run executes once.
 
     Args:
-        notebook: its name.
+        notebook: name of the notebook.
         code: files and folders of djinn_lib that it runs.
         data: files and folders of the repository that it reads.
         reads: files and folders of the run that it reads.
-        gives: which of its parameters it is given, out of `parameters`.
+        gives: names of the parameters that it gets; see `parameters`.
         profile: fields of the profile that it depends on.
-        measures: whether it runs models, on their weights; else it may run beside others.
+        measures: whether it runs models on their weights. If not, it may run at the same time as
+            others.
     """
 
     notebook: str
@@ -63,11 +64,11 @@ class Step:
 
     @property
     def name(self) -> str:
-        """How it is called on the command line: "figures" for 04_figures."""
+        """Name of the step on the command line: "figures" for 04_figures."""
         return self.notebook.lstrip("0123456789_")
 
     def parameters(self, run: RunFolder, profile: Profile) -> dict[str, Any]:
-        """What the notebook is given."""
+        """Return the values of the notebook's parameters."""
         known = {
             "profile": profile.given,
             "run_dir": str(run.path),
@@ -76,7 +77,7 @@ class Step:
         return {name: known[name] for name in self.gives}
 
     def inputs(self, run: RunFolder, profile: Profile) -> dict[str, str]:
-        """Return digests of all that the notebook is made from."""
+        """Return digests of all inputs of the notebook."""
         return {
             "notebook": digest_files([NOTEBOOKS / f"{self.notebook}.ipynb"]),
             "code": digest_files(LIBRARY / part for part in self.code),
@@ -86,7 +87,7 @@ class Step:
         }
 
     def is_current(self, run: RunFolder, profile: Profile) -> bool:
-        """Whether it need not be executed."""
+        """Whether the executed copy is up to date."""
         status = read_status(run.notebook(self.notebook))
         return (
             status is not None
@@ -115,7 +116,7 @@ START = Step(
           "experiment/small_shapes.py"),
     gives=(),
 )  # fmt: skip
-READING = (  # those that take longest come first
+READING = (  # the longest first
     Step("08_fleet", ("engine", "fleet", "analysis/plots", "experiment/fleet_demo.py"),
          gives=("profile", "run_dir"), measures=True,
          profile=("device", "dtype", "page", "prompt_tokens", "models")),
@@ -136,10 +137,10 @@ STEPS = (SETUP, TRACE, *READING)
 
 
 def set_up(run: RunFolder, profile: Profile) -> list[Status]:
-    """Execute the set-up and the traces, as far as they are not current; returns how they ended.
+    """Execute the set-up and the traces unless they are current; return their statuses.
 
-    The set-up is executed again, too, when a model's file is not as it left it. Without a set-up
-    there are no traces.
+    The set-up is also executed again if a model's file has changed since. If the set-up fails, the
+    traces are not executed.
     """
     ended = []
     if not (SETUP.is_current(run, profile) and files_are_as_set_up(run.machine)):
@@ -150,8 +151,8 @@ def set_up(run: RunFolder, profile: Profile) -> list[Status]:
 
 
 def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
-    """Execute a notebook into the run folder, and keep in its copy how it ended."""
-    from djinn_lib.experiment.notebooks import execute  # papermill: seconds, where nothing is run
+    """Execute a notebook into the run folder, and keep the status in the executed copy."""
+    from djinn_lib.experiment.notebooks import execute  # imports papermill, which takes seconds
 
     before = read_status(run.notebook(step.notebook))
     took_s = before.seconds if before and before.settled else None
@@ -161,16 +162,16 @@ def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
     fork = profile.device == "cpu" or not step.measures
     status = execute(step.notebook, output, parameters, fork=fork)
     status = replace(status, begun_with=begun, left=_written_since(begin_s, run))
-    with suppress(OSError, ValueError):  # a full disk: without its status it runs again
+    with suppress(OSError, ValueError):  # on a full disk; without a status it runs again
         keep_status(status, output)
     report(status, changed(begun, step.inputs(run, profile)))
     return status
 
 
 def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterator[Status]:
-    """Execute notebooks that are not current: what measures alone, the others side by side.
+    """Execute the notebooks that are not current.
 
-    Yields how each ended, as it does.
+    Notebooks that measure run alone, the others in parallel. Yield the status of each when it ends.
     """
     stale = [step for step in steps if not step.is_current(run, profile)]
     for step in [step for step in stale if step.measures]:
@@ -184,16 +185,16 @@ def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterat
                 yield _status(ended, running[ended])
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # their kernels end with them
+            for process in multiprocessing.active_children():  # this also ends their kernels
                 process.kill()
             raise
 
 
 def _pool(n: int) -> Executor:
-    """Processes, because papermill changes the working directory of its own."""
-    from djinn_lib.experiment.kernels import fork_context  # Jupyter: only where it is needed
+    """Create a pool of processes: papermill changes the working directory of its process."""
+    from djinn_lib.experiment.kernels import fork_context  # imports Jupyter: only if needed
 
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends them itself
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
     return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
 
 
@@ -206,9 +207,10 @@ def _status(ended: Future[Status], step: Step) -> Status:
 
 
 def _written_since(begin_s: float, run: RunFolder) -> list[str]:
-    """Files of the run, but executed notebooks, that were written since a moment.
+    """List files of the run, except executed notebooks, written since `begin_s`.
 
-    Where notebooks run side by side, some may be another's: if they go, both run again.
+    If notebooks run in parallel, the list may have files of another one. If such a file is deleted,
+    both run again.
     """
     places = [*run.path.glob("*.*"), *run.figures.glob("*"), *run.traces.glob("*")]
     written = [p for p in places if p.is_file() and p.stat().st_mtime >= begin_s]

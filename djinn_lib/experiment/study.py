@@ -1,7 +1,8 @@
-"""The study of policies: capacity, skew, number of models and policy, all against the optimum.
+"""Study policies by simulation: bytes and latencies compared with the offline optimum.
 
-A point is one simulation. `Grid.points` lists them, `run_point` computes one, and `run_study` all
-of them, in order or by any executor that is given. The whole of it, as `make study` runs it::
+The parameters are capacity, skew, number of models and policy. A point is one simulation.
+`Grid.points` lists the points, `run_point` computes one, and `run_study` computes all, in order or
+with a given executor. `make study` runs the whole study::
 
     python -m djinn_lib.experiment.study --grid full --out data/reference/study
 """
@@ -34,9 +35,9 @@ from djinn_lib.simulator.simulate import PAGE_BYTES, Mode, simulate
 from djinn_lib.trace import Trace, session_trace, zipf_trace
 
 Traffic = Literal["independent", "sessions"]
-CHUNK = 20  # points of a job on Ray: enough to be worth handing out
-WHOLE_LRU = "whole-model lru"  # what a cache of whole models does, for contrast
-KNOWN = "known popularity"  # told how often each model is asked for, though not when
+CHUNK = 20  # points of a job on Ray: enough to be worth its overhead
+WHOLE_LRU = "whole-model lru"  # a cache of whole models, for comparison
+KNOWN = "known popularity"  # knows how often each model is requested, but not when
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class Point:
     """One simulation of the study.
 
     Attributes:
-        n_models: size of the fleet.
+        n_models: number of models.
         traffic: "independent" requests, or "sessions" of users who stay with a model.
         alpha: skew of the models' popularity.
-        share: capacity as a share of all weights, but never below the largest model.
+        share: capacity as a share of all weights; the capacity is never below the largest model.
         policy: a name of `POLICIES`, "oracle", `WHOLE_LRU` or `KNOWN`.
         n_requests: length of the trace.
-        seed: of fleet and trace.
+        seed: seed of the models' sizes and the trace.
         mode: as in `simulate`.
-        load: for "concurrent", the share of time that the GPU would be busy if nothing had to be
-            loaded.
+        load: for "concurrent", the share of time that the GPU would be busy if all models were
+            resident.
     """
 
     n_models: int
@@ -69,7 +70,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Grid:
-    """Values whose every combination is a point."""
+    """Values of the parameters; every combination is a point."""
 
     n_models: Sequence[int] = (3, 10, 100, 1000)
     traffic: Sequence[Traffic] = ("independent", "sessions")
@@ -79,7 +80,7 @@ class Grid:
     n_requests: int = 5000
 
     def points(self) -> list[Point]:
-        """All points; capacities that come out the same for a small fleet are left out."""
+        """Return all points, without duplicates of equal capacities for few models."""
         found = []
         for n, traffic, alpha, share, policy in product(
             self.n_models, self.traffic, self.alpha, self.share, self.policy
@@ -106,11 +107,11 @@ def run_study(
     run_all: Callable[[Callable[[Point], dict[str, Any]], list[Point]], Iterable[dict[str, Any]]]
     | None = None,
 ) -> pd.DataFrame:
-    """Return a row a point; see `run_point`.
+    """Return one row for each point; see `run_point`.
 
     Args:
-        points: of the study.
-        run_all: maps a function over the points, in any order; default is one after the other.
+        points: points of the study.
+        run_all: maps a function over the points, in any order; default is sequential.
     """
     chosen = list(points)
     results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
@@ -124,7 +125,7 @@ def on_ray(
     """Map a function over the points on a Ray cluster, one core each; see `fan_out`.
 
     Raises:
-        ConfigError, PlatformError: no cluster can be had.
+        ConfigError, PlatformError: no cluster is available.
         DjinnError: a point failed; the message has its cause.
     """
     chunks = [points[i : i + CHUNK] for i in range(0, len(points), CHUNK)]
@@ -145,14 +146,14 @@ def _map_chunk(
 
 
 def run_point(point: Point) -> dict[str, Any]:
-    """Return the point's parameters and what came out.
+    """Return the parameters and results of a point.
 
-    Besides: capacity_bytes, loaded_bytes, optimal_bytes (over the same pages), ratio of the two,
-    p50_ms, p99_ms and mean_ms of whole requests, mean_switch_ms, free_share (of requests whose
-    switch takes less than `HIT_MS`).
+    The results are capacity_bytes, loaded_bytes, optimal_bytes (with the same pages), their ratio,
+    p50_ms, p99_ms and mean_ms of whole requests, mean_switch_ms, and free_share (the share of
+    requests whose switch takes less than `HIT_MS`).
 
     Raises:
-        ConfigError: no such policy.
+        ConfigError: there is no such policy.
     """
     sizes, trace, capacity_bytes = _setting(point)
     rows = simulate(
@@ -181,10 +182,10 @@ def run_point(point: Point) -> dict[str, Any]:
 
 
 def free_capacity(study: pd.DataFrame) -> pd.DataFrame:
-    """Return the least share of all weights at which switching is free.
+    """Return the least capacity, as a share of all weights, at which switching is free.
 
-    That is where a switch costs less than `HIT_MS` on average. A row for each fleet, traffic, skew
-    and policy; the share is NaN where no capacity of the study was enough.
+    Free means that a switch costs less than `HIT_MS` on average. There is a row for each number of
+    models, traffic, skew and policy. The share is NaN if no capacity of the study was enough.
     """
     keys = ["n_models", "traffic", "alpha", "policy"]
     enough = study[study["mean_switch_ms"] < HIT_MS].groupby(keys)["share"].min()
@@ -214,24 +215,24 @@ def _policy(point: Point, models: Sequence[str]) -> str | Policy:
 
 
 class Popularity(Policy):
-    """Least popular first, the true shares being known.
+    """Evict the least popular model first, with known popularity.
 
-    Under independent requests no policy that cannot see the future loads less in the long run: the
-    next request is as likely to be for any given model as it ever was, so the bytes to keep are
-    those of the models asked for most often.
+    For independent requests, no policy without knowledge of the future loads less in the long run.
+    The probability of each model does not depend on earlier requests, so the best bytes to keep are
+    those of the most popular models.
 
     Args:
-        shares: of the requests, by model; only their order counts.
+        shares: each model's share of the requests; only their order matters.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         self._shares = shares
 
     def touch(self, model: str, now_s: float) -> None:
-        """A request tells nothing new."""
+        """Ignore requests: the popularity is known."""
 
     def forget(self, model: str) -> None:
-        """Nor does a model that leaves."""
+        """Ignore removed models."""
 
     def victims(self, candidates: frozenset[str]) -> Iterable[str]:
         """Return `candidates`, the least popular first."""
@@ -254,7 +255,7 @@ def _mean_service_s(point: Point, sizes: dict[str, int]) -> float:
 
 
 def _capacity(n_models: int, share: float, seed: int = 0) -> int:
-    """Bytes of the ring: whole pages, and room for every model."""
+    """Return the bytes of the ring: whole pages, enough for the largest model."""
     sizes = fleet(n_models, seed).values()
     pages = max(round(sum(sizes) * share) // PAGE_BYTES, -(-max(sizes) // PAGE_BYTES))
     return pages * PAGE_BYTES
@@ -269,7 +270,7 @@ _known_least: dict[tuple[str, int], int] = {}
 
 
 def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
-    """The optimum over the same pages; policies of one setting share it."""
+    """Return the bytes of the optimum with the same pages, cached for all policies."""
     key = trace.sha256, capacity_bytes
     if key not in _known_least:
         sizes = fleet(n_models, seed)
@@ -278,7 +279,7 @@ def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compute a grid and keep its points; returns the exit status."""
+    """Compute a grid and save its points; return the exit status."""
     parser = argparse.ArgumentParser(prog="djinn_lib.experiment.study", description=__doc__)
     parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
     parser.add_argument("--executor", choices=("local", "ray"), default="local")

@@ -1,10 +1,12 @@
-"""A model on pages of a broker's ring, and the lease to compute with them.
+"""Hold a model on pages of a broker's ring, and the lease to compute with it.
 
-It does not depend on vLLM: any engine with packed weights and steps can be a client. The broker
-decides which pages are where; masters, mapping and copying are the engine's own (`engine.memory`).
+This module does not depend on vLLM: any engine with packed weights and steps can be a client. The
+broker decides which page is in which frame. The engine's process has its own masters, mappings and
+copies (`engine.memory`).
 
-Two threads: the caller's, which computes, and one that listens to the broker. The listener maps and
-copies while the caller waits for its lease, and gives the lease back between two steps.
+There are two threads. The caller's thread computes. The listener's thread receives the broker's
+messages. It maps and copies while the caller waits for its lease, and gives the lease back between
+two steps.
 """
 
 from __future__ import annotations
@@ -34,20 +36,21 @@ from djinn_lib.fleet.protocol import BrokerGone, Message, ProtocolError
 class RingModel:
     """The weights of one model behind a broker.
 
-    Use `view` for the weights, compute between `begin_step` and `end_step`, and call `rest` when
-    there is nothing to compute.
+    `view` has the weights. Compute between `begin_step` and `end_step`, and call `rest` when there
+    is nothing to compute.
 
     Args:
-        connection: to a broker; closed with this object.
-        model: its name on the ring.
-        layout: how its weights are packed.
-        fill: writes them into the master copy.
-        device: where to compute; it has to be that of the ring.
-        on_loss: called by the listener when the broker is gone, after every step has failed.
+        connection: connection to a broker; it is closed with this object.
+        model: name of the model on the ring.
+        layout: layout of the packed weights.
+        fill: writes the weights into the master copy.
+        device: device that computes; it must be that of the ring.
+        on_loss: called in the listener's thread when the broker is gone. All steps fail from then
+            on.
         masters: "plain", "compressed" or "auto", as for a `Djinn`.
 
     Raises:
-        ConfigError: the ring is on another device, or has an engine for that model.
+        ConfigError: the ring is on another device, or already has an engine for that model.
         CapacityError: the model is larger than the ring, or the host is full.
     """
 
@@ -65,7 +68,7 @@ class RingModel:
         self.model, self.n_bytes, self._connection = model, layout.n_bytes, connection
         self.page_bytes, self._on_loss = connection.page_bytes, on_loss
         self._is_cuda = device.type == "cuda"
-        self._closing = ExitStack()  # what was made, in case the next step fails, and for close
+        self._closing = ExitStack()  # for close, or if a step fails
         try:
             self._closing.callback(connection.close)
             self._paged = self._open(layout, fill, device)
@@ -74,10 +77,10 @@ class RingModel:
             raise
         self.view: torch.Tensor = self._paged.view
         self._costs = Costs()
-        self._changed = threading.Condition()  # of everything below, and for sending
+        self._changed = threading.Condition()  # guards everything below, and sending
         self._n_mapped = 0
         self._in_step = self._is_asking = self._is_leased = self._is_revoked = False
-        self._is_switching = False  # pages were assigned since the engine asked
+        self._is_switching = False  # pages were assigned after the engine asked
         self._failure: DjinnError | None = None
         self._is_closed = False
         self._listener = threading.Thread(target=self._listen, name="djinn-ring", daemon=True)
@@ -87,8 +90,8 @@ class RingModel:
         connection = self._connection
         if device.type != connection.device.type:
             raise ConfigError(
-                f"the ring is on {connection.device} and the engine of {self.model!r} on {device}: "
-                "start both on the same device"
+                f"the ring is on {connection.device}, but the engine of {self.model!r} is on "
+                f"{device}: start both on the same device"
             )
         masters = open_masters(None, self.page_bytes, pin=self._is_cuda, form=self._master_form)
         self._closing.callback(masters.close)
@@ -107,13 +110,13 @@ class RingModel:
         self._closing.callback(copier.close)
         return PagedModel(self.model, layout.n_bytes, None, space, copier, masters)
 
-    # -- what the computation calls -------------------------------------------------------------
+    # -- called by the computation --------------------------------------------------------------
 
     def begin_step(self) -> None:
-        """Hold the lease until `end_step`; waits for it where the engine does not have it.
+        """Hold the lease until `end_step`; wait for it if the engine does not have it.
 
-        Within a step this does nothing: vLLM may begin the next one before it ends the first.
-        Pages may still be on their way: see `wait`.
+        Within a step this does nothing, because vLLM may begin the next step before it ends the
+        first. Pages may still be in copy: see `wait`.
 
         Raises:
             DjinnError: the broker is gone, or pages could not be mapped.
@@ -122,7 +125,7 @@ class RingModel:
             if self._in_step:
                 return
             self._changed.wait_for(lambda: not self._is_revoked or self._failure)
-            self._in_step = True  # before the lease comes: it must not be given back unused
+            self._in_step = True  # before the lease arrives, so it is not given back unused
             try:
                 self._lease()
             except BaseException:
@@ -133,7 +136,7 @@ class RingModel:
     def _lease(self) -> None:
         if self._failure is None and not self._is_leased:
             begin_s = time.perf_counter()
-            if not self._is_asking:  # an interrupt may have ended the wait for an earlier ask
+            if not self._is_asking:  # an interrupted wait may have asked already
                 self._is_asking, self._is_switching = True, False
                 self._send("ask")
             self._changed.wait_for(lambda: self._is_leased or self._failure)
@@ -143,19 +146,19 @@ class RingModel:
             raise self._failure
 
     def end_step(self) -> None:
-        """Let the broker have the lease back, if it has asked for it."""
+        """End a step; if the broker has revoked the lease, the listener gives it back."""
         with self._changed:
             self._in_step = False
             self._changed.notify_all()
 
     def note_request(self) -> None:
-        """Tell the broker's policy of a request that needs no new lease."""
+        """Report a request that needs no new lease to the broker's policy."""
         with self._changed:
             if self._is_leased and not self._failure:
                 self._send("use")
 
     def rest(self) -> None:
-        """Give the lease back: there is nothing to compute. Pages stay until others need frames."""
+        """Give the lease back while there is nothing to compute; pages stay until evicted."""
         with self._changed:
             if self._is_leased and not self._in_step:
                 self._give_back()
@@ -171,14 +174,14 @@ class RingModel:
 
     @property
     def costs(self) -> Costs:
-        """What leases cost so far; waits for the device to get past the last wait for a copy."""
+        """Costs of leases so far; waits until the device has passed the last wait for a copy."""
         with self._changed:
             loads = tuple(self._paged.loads)
             stalled_s = sum(load.stalls.total_s for load in loads)
             return replace(self._costs, stalled_s=self._costs.stalled_s + stalled_s)
 
     def wait(self, end_byte: int | None = None) -> None:
-        """Hold the caller's computation until the first `end_byte` bytes are there; default all.
+        """Delay the computation until the first `end_byte` bytes are loaded; default is all.
 
         Raises:
             DjinnError: the copy failed.
@@ -186,16 +189,16 @@ class RingModel:
         self._paged.wait(self.n_bytes if end_byte is None else end_byte)
 
     def check(self) -> None:
-        """Compare all mapped bytes with their master; for tests, inside a step.
+        """Compare all mapped bytes with the master; for tests, within a step.
 
         Raises:
-            AssertionError: naming the first byte that differs.
+            AssertionError: a byte differs; the message has the first one.
         """
         self._paged.block_until_copied()
         self._paged.check_bytes(self._paged.bytes_of(0, self._n_mapped))
 
     def close(self) -> None:
-        """Leave the ring and free everything; the view must not be used any more."""
+        """Leave the ring and free everything; do not use the view afterwards."""
         with self._changed:
             if self._is_closed:
                 return
@@ -230,10 +233,13 @@ class RingModel:
             case "revoke":
                 self._revoke()
             case kind:
-                raise ProtocolError(f"the ring cannot say {kind!r} to an engine")
+                raise ProtocolError(
+                    f"the ring sent a message of unknown kind {kind!r}: restart the ring and the "
+                    "engine with the same version of djinn"
+                )
 
     def _take(self, message: Message) -> None:
-        """Map assigned frames and start their copies; the lease may come with them."""
+        """Map assigned frames and start their copies; the message may also grant the lease."""
         n_kept, frames = message["n_kept"], tuple(message["frames"])
         self._unmap(n_kept)
         stalled_s = self._costs.stalled_s + self._forget_arrived()
@@ -260,13 +266,13 @@ class RingModel:
             self._report_arrival()
 
     def _forget_arrived(self) -> float:
-        """Forget copies that went well; returns for how long (s) computations waited for them."""
+        """Forget finished copies; return how long (s) computations waited for them."""
         loads = self._paged.loads
         self._paged.forget_arrived()
         return sum(load.stalls.total_s for load in loads if load not in self._paged.loads)
 
     def _report_arrival(self) -> None:
-        """Tell the broker how long the lease had to wait for copies."""
+        """Report to the broker how long the copies took after the grant."""
         begin_s = time.perf_counter()
         self._paged.block_until_copied()
         with self._changed:
@@ -274,7 +280,7 @@ class RingModel:
                 self._send("loaded", seconds=time.perf_counter() - begin_s)
 
     def _revoke(self) -> None:
-        """Give the lease back between two steps; ignored where `rest` has done so meanwhile."""
+        """Give the lease back between two steps, unless `rest` has already done so."""
         with self._changed:
             self._is_revoked = self._is_leased
             self._changed.wait_for(lambda: not self._in_step or not self._is_leased)
@@ -284,7 +290,7 @@ class RingModel:
             self._changed.notify_all()
 
     def _give_back(self, drop: bool = False) -> None:
-        """End the lease once nothing on the device reads the pages; called with the lock."""
+        """End the lease once nothing on the device reads the pages; the caller holds the lock."""
         self._fence()
         self._is_leased = False
         self._send("give_back", drop=drop)
@@ -295,7 +301,7 @@ class RingModel:
             torch.cuda.synchronize(self.view.device)
 
     def _unmap(self, n_kept: int) -> None:
-        """Unmap the pages that others got; nothing of this process reads them any more."""
+        """Unmap the pages after the first `n_kept`, which nothing reads any more."""
         self._paged.unmap(n_kept, self._n_mapped - n_kept)
         self._n_mapped = n_kept
 
@@ -304,14 +310,15 @@ class RingModel:
             protocol.send(self._connection.socket, kind, **fields)
         except OSError as error:
             raise BrokerGone(
-                "the broker of the ring ended, or hung up: start it again, and then the engines"
+                "the broker of the ring ended or closed the connection: start it again, and then "
+                "the engines"
             ) from error
 
 
 def _broken(model: str, error: Exception) -> DjinnError:
     failure = DjinnError(
-        f"pages of {model!r} could not be loaded ({type(error).__name__}: {error}): start its "
-        "engine again"
+        f"pages of {model!r} could not be loaded ({type(error).__name__}: {error}): restart its "
+        "engine"
     )
     failure.__cause__ = error
     return failure

@@ -31,7 +31,7 @@ class _Bound:
     offset: int
 
     def view(self, packed: torch.Tensor) -> torch.Tensor:
-        """Return the same tensor over other memory."""
+        """Return the same tensor in other memory."""
         shape, strides, size = self.tensor.shape, self.tensor.stride(), self.tensor.element_size()
         n_elements = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         held = packed[self.offset : self.offset + n_elements * size]
@@ -43,11 +43,12 @@ class PackedParameters:
 
     Attributes:
         layout: a slot for each storage, as bytes.
-        layer_ends: for each layer, the end (exclusive) of the bytes that it and all before need.
+        layer_ends: for each layer, the end (exclusive) of the bytes that it and all layers before
+            it need.
         outside_end: the end (exclusive) of the bytes outside the layers.
 
     Raises:
-        ConfigError: it has no parameters.
+        ConfigError: the module has no parameters.
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[nn.Module] = ()) -> None:

@@ -1,8 +1,8 @@
-"""Which engines may start side by side: as many as the device has memory for.
+"""Limit how many engines start at the same time, by the device memory that they need.
 
-While vLLM loads a model, its weights are on the device a second time, beside the ring. An engine
-that starts waits until the free memory, without what other starting engines may still take, is
-enough for it. On the CPU engines start as they are added.
+While vLLM loads a model, its weights are on the device a second time, outside the ring. A starting
+engine therefore waits until there is enough free memory for it and for the other starting engines.
+On the CPU, engines start as they are added.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_BESIDE_BYTES = 4 << 30  # an engine's context, activations and graphs, with a reserve
+_BESIDE_BYTES = 4 << 30  # context, activations and graphs of an engine, with a reserve
 
 
 class StartingRoom:
-    """Admits engines that start, by the device memory that they need meanwhile.
+    """Admit starting engines, by the device memory that they need while they start.
 
     Args:
-        free_bytes: how much device memory is free now; None where nobody knows.
+        free_bytes: returns how much device memory is free now; None if unknown.
     """
 
     def __init__(self, free_bytes: Callable[[], int | None]) -> None:
@@ -31,9 +31,9 @@ class StartingRoom:
 
     @contextmanager
     def held(self, need_bytes: float) -> Iterator[None]:
-        """Wait for the memory that an engine needs to start, and hold it while the block runs.
+        """Wait for the memory that an engine needs to start, and reserve it during the block.
 
-        An engine that starts alone always may: if it does not fit, vLLM says so.
+        If no other engine is starting, there is no wait: vLLM itself reports if it does not fit.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._fits(need_bytes))
@@ -49,7 +49,8 @@ class StartingRoom:
         if not self._needs:
             return True
         free_bytes = self._free_bytes()
-        # Part of the other needs is taken already, and counts twice: rather wait than run out.
+        # The other engines may already use a part of their needs. That part counts twice, which may
+        # make an engine wait too long, but never runs out of memory.
         return free_bytes is not None and sum(self._needs) + need_bytes <= free_bytes
 
 
@@ -57,8 +58,9 @@ def need_bytes(source: str | Path, options: Mapping[str, Any]) -> float:
     """Return the device memory (bytes) that an engine takes while it starts.
 
     Args:
-        source: of the model. Infinite for anything but a folder: its size is not known yet.
-        options: of the engine.
+        source: source of the model. If it is not a folder of safetensors, its size is unknown and
+            the result is infinite.
+        options: options of the engine.
     """
     weights = [file.stat().st_size for file in Path(source).glob("*.safetensors")]
     if not weights:

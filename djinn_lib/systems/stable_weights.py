@@ -1,9 +1,9 @@
-"""Whole models at addresses that never change, so that Djinn's own decoders can run on them.
+"""Keep whole models at fixed addresses, so Djinn's decoders can run on them.
 
-A recorded decode step reads its weights where they were when it was recorded. Plain tensors are
-somewhere else after every load, so device memory is mapped and unmapped here, as the ring does it.
-All else is what the PyTorch baselines do: a model is copied as a whole, from one pinned buffer, and
-nothing is computed before all of it is there.
+A recorded decode step reads its weights at the addresses of the recording. Plain tensors have other
+addresses after every load. So this module maps and unmaps device memory, as the ring does.
+Everything else is as in the PyTorch baselines: a model is copied as a whole from one pinned buffer,
+and computing starts only when the whole model is loaded.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MAX_MODEL_LEN = 512
 
 
 class StableWeights:
-    """Models that are on the device as a whole or not at all.
+    """Hold models that are on the device as a whole or not at all.
 
-    Frames are allocated once, so that neither a load nor a drop waits for the driver's allocator.
+    Frames are allocated once, so neither a load nor a drop waits for the driver's allocator.
 
     Args:
         device: the CPU or a GPU.
         decode: how to decode.
-        capacity_bytes: for all models that are on the device together. Each of them may end within
-            a page, for which there is room besides.
-        n_models: how many there will be.
-        progress: told what begins.
+        capacity_bytes: capacity for all resident models together. There is one extra page for each
+            model, because a model may end within a page.
+        n_models: number of models.
+        progress: called with a description of each step when it begins.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class StableWeights:
         self._decoders: dict[str, Decoder] = {}
 
     def add(self, files: ModelFiles) -> None:
-        """Read a model into its master and make its decoder; it is not on the device afterwards."""
+        """Read a model into its master and create its decoder; it is not resident afterwards."""
         name, opened = files.name, open_source(files.folder, files.dtype)
         layout, units = pack(opened.module, "ring")
         self._masters.add(name, layout, opened.fill)
@@ -78,7 +78,7 @@ class StableWeights:
             self.drop(name)
 
     def load(self, name: str) -> None:
-        """Map a model's pages and start to copy all of it, on the current stream."""
+        """Map a model's pages and start to copy the whole model, on the current stream."""
         area = self._areas[name]
         frames = [self._free.pop() for _ in range(area.n_pages)]
         self._mapped[name] = frames
@@ -86,11 +86,11 @@ class StableWeights:
         self._on_device(name).copy_(self._masters.master(name), non_blocking=True)
 
     def write_back(self, name: str) -> None:
-        """Start to copy all of a model to its master, which has the same bytes."""
+        """Start to copy the whole model to its master, which already has the same bytes."""
         self._masters.master(name).copy_(self._on_device(name), non_blocking=True)
 
     def drop(self, name: str) -> None:
-        """Take a model off the device, if it is there, once nothing reads it any more."""
+        """Unmap a resident model once nothing on the device reads it any more."""
         if frames := self._mapped.pop(name, None):
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)

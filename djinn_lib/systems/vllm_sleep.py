@@ -1,10 +1,10 @@
-"""`vllm_sleep`: one vLLM engine a model, put to sleep and woken as requests demand.
+"""Provide the system `vllm_sleep`: vLLM engines that sleep and wake.
 
-What vLLM itself offers for switching models: `sleep(level=1)` moves an engine's weights to host
-memory and drops its KV cache, `wake_up()` brings the weights back. CUDA graphs stay valid.
+This is vLLM's own way to switch models. `sleep(level=1)` moves an engine's weights to host memory
+and drops its KV cache; `wake_up()` moves the weights back. CUDA graphs stay valid.
 
-Requests that arrive while others are served go to their engine at once, if it is awake, and vLLM
-batches them; for the others engines finish, sleep and wake in the order of `SleepOrder`.
+If a request's engine is awake, the request is sent to it immediately, and vLLM batches it. For
+other requests, engines finish, sleep and wake in the order of `SleepOrder`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 from djinn_lib.systems.sleep_order import Run, Sleep, SleepOrder, Wake
 from djinn_lib.systems.vllm_recreate import check_request, engine_options
 
-# For 4,000 tokens of a model without grouped heads. vLLM would take all that it may, and spend time
-# on giving it back and taking it again at every switch.
+# Room for 4,000 tokens of a model without grouped heads. By default vLLM allocates all memory that
+# it may, and would spend time on freeing and allocating it at every switch.
 KV_CACHE_BYTES = 2 << 30
 
 
 @dataclass(slots=True)
 class _Request:
-    """A request on its way; times are seconds, `begin_s` when it was taken up."""
+    """A pending request; times are in seconds, and `begin_s` is the start of its service."""
 
     prompt_ids: list[int]
     n_new: int
@@ -46,16 +46,16 @@ class _Request:
 
 
 class VllmSleep(SystemUnderTest):
-    """Engines stay awake while their weights fit the capacity together; LRU sleeps first.
+    """Keep engines awake while their weights fit the capacity; the LRU one sleeps first.
 
     Options:
-        naive: let every other engine sleep at each change of the model (default False).
-        max_wait_s: how long busy engines take new requests while an older one waits for their room
-            (default 1).
-        enforce_eager: no CUDA graphs (default False: vLLM at its best).
-        max_model_len, gpu_memory_utilization: of each engine (defaults 512 and 0.3). As many
-            engines are started at once as their shares of the GPU allow.
-        kv_cache_memory_bytes: of each engine (default 2 GiB).
+        naive: put all other engines to sleep whenever the model changes (default False).
+        max_wait_s: how long busy engines accept new requests while an older request waits for
+            their memory (default 1).
+        enforce_eager: use no CUDA graphs (default False, which is faster).
+        max_model_len, gpu_memory_utilization: options of each engine (defaults 512 and 0.3). As
+            many engines start at the same time as their shares of the GPU allow.
+        kv_cache_memory_bytes: size of each engine's KV cache (default 2 GiB).
     """
 
     batches = True
@@ -63,24 +63,24 @@ class VllmSleep(SystemUnderTest):
         {"naive", "max_wait_s", "enforce_eager", "max_model_len", "gpu_memory_utilization",
          "kv_cache_memory_bytes"}
     )  # fmt: skip
-    reads_files_while_serving = True  # an engine that died is started anew
+    reads_files_while_serving = True  # an engine that died is started again
     writes_back = True  # level 1 copies the weights to the host
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """Sleep mode needs CUDA's virtual memory."""
+        """Return the reason if there is no vLLM, or no CUDA device, which sleep mode needs."""
         if device != "cuda":
             return "vLLM's sleep mode needs a CUDA device; vLLM for the CPU has none"
         return environment.unavailable()
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
-        """Start the engines, and let each sleep as soon as it runs."""
+        """Start the engines, and put each to sleep as soon as it runs."""
         self.engines: dict[str, EngineClient] = {}
-        self._lock = threading.RLock()  # of the engines, which several threads may start and end
-        self._changed = threading.Condition()  # of the order and what it has
-        # Room that is being made for a model: since when, and the bytes that went to sleep for it.
+        self._lock = threading.RLock()  # guards the engines; several threads start and end them
+        self._changed = threading.Condition()  # guards the order and the requests in it
+        # For a model whose memory is being freed: the start, and the bytes put to sleep so far.
         self._room: dict[str, tuple[float, int]] = {}
-        self._woken_bytes: dict[str, int] = {}  # by a wake that no request has paid for yet
+        self._woken_bytes: dict[str, int] = {}  # loaded by a wake, not yet counted for a request
         self._is_closed = False
         self.engine_options = {
             "enforce_eager": False,
@@ -111,10 +111,10 @@ class VllmSleep(SystemUnderTest):
         self._dispatcher = threading.Thread(target=self._dispatch, name="djinn-sleep", daemon=True)
         self._dispatcher.start()
 
-    # -- what an engine is, and how it sleeps ----------------------------------------------------
+    # -- engines: start, sleep, wake, end --------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Make what all engines share; nothing here."""
+        """Create what all engines share; here nothing."""
 
     def _start_engine(self, files: ModelFiles) -> EngineClient:
         return EngineClient(
@@ -135,7 +135,7 @@ class VllmSleep(SystemUnderTest):
         engine.close()
 
     def _start_asleep(self, name: str) -> None:
-        """Start the engine of a model, unless it runs, and let it sleep."""
+        """Start the engine of a model, unless it runs, and put it to sleep."""
         with self._lock:
             running = name in self.engines
         if not running:
@@ -145,10 +145,10 @@ class VllmSleep(SystemUnderTest):
             self._call(name, self._sleep)
 
     def _call(self, name: str, method: Callable[[EngineClient], None]) -> None:
-        """Call an engine; one that fails is ended, and starts anew when it is asked for again."""
+        """Call an engine; if it fails, end it. The next request for its model starts it again."""
         try:
             method(self.engines[name])
-        except (DjinnError, TimeoutError):  # whether it still holds memory is unknown
+        except (DjinnError, TimeoutError):  # it is unknown whether it still holds memory
             self._lose(name)
             raise
 
@@ -161,13 +161,13 @@ class VllmSleep(SystemUnderTest):
     # -- requests ---------------------------------------------------------------------------------
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
-        """Wake the model's engine, letting others sleep where the capacity demands it."""
+        """Serve one request; wake its engine, and put others to sleep if there is no room."""
         return self._queue(model, prompt_ids, max_new_tokens).result()
 
     def submit(
         self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
     ) -> Future[Served]:
-        """Queue a request; engines that are awake get theirs at once."""
+        """Queue a request; an engine that is awake gets it immediately."""
         return self._queue(model, prompt_ids, max_new_tokens)
 
     def _queue(self, model: str, prompt_ids: Sequence[int], n_new: int) -> Future[Served]:
@@ -176,13 +176,13 @@ class VllmSleep(SystemUnderTest):
         request = _Request(ids, n_new)
         with self._changed:
             if self._is_closed:
-                raise DjinnError("this system was closed: make a new one")
+                raise DjinnError("this system was closed: create a new one")
             self.order.arrive(request, model, time.perf_counter())
             self._changed.notify_all()
         return request.result
 
     def _dispatch(self) -> None:
-        """Carry out what the order decides, until closed."""
+        """Carry out the decisions of the order, until closed."""
         while True:
             with self._changed:
                 while not self._is_closed:
@@ -208,7 +208,7 @@ class VllmSleep(SystemUnderTest):
             if isinstance(decision, Sleep):
                 begin_s, n_bytes = self._room[wanted]
                 self._room[wanted] = begin_s, n_bytes + self.models[decision.model].n_bytes
-                with suppress(DjinnError, TimeoutError):  # it has ended then, and made room too
+                with suppress(DjinnError, TimeoutError):  # a failed engine has been ended
                     self._call(decision.model, self._sleep)
             else:
                 self._start_asleep(wanted)
@@ -218,7 +218,7 @@ class VllmSleep(SystemUnderTest):
             self._fail(wanted, error)
 
     def _hand_over(self, model: str, request: _Request, is_first: bool) -> None:
-        """Give a request to its engine; the first one after a wake pays for it."""
+        """Send a request to its engine; the first one after a wake has the bytes of the wake."""
         request.ready_s = time.perf_counter()
         request.begin_s, evicted_bytes = self._room.get(model, (request.ready_s, 0))
         if is_first:
@@ -248,12 +248,12 @@ class VllmSleep(SystemUnderTest):
             self._changed.notify_all()
 
     def _ended(self, model: str, request: _Request, error: BaseException) -> None:
-        """Fail a request whose engine failed; it is started anew when it is asked for again."""
+        """Fail a request whose engine failed. The next request for the model starts it again."""
         self._note_done(model)
         threading.Thread(target=self._fail, args=(model, error, request), daemon=True).start()
 
     def _fail(self, model: str, error: BaseException, request: _Request | None = None) -> None:
-        """End an engine, and fail those that wait for it."""
+        """End an engine, and fail the requests that wait for it."""
         with self._changed:
             left = [waiting.key for waiting in self.order.forget(model)]
             self._room.pop(model, None)
@@ -283,14 +283,14 @@ class VllmSleep(SystemUnderTest):
         )
 
     def reset(self) -> None:
-        """Let every engine sleep; one that cannot is ended, which takes its weights off as well."""
+        """Put every engine to sleep; end one that fails to, which frees its memory as well."""
         for name in list(self.order.awake):
             with suppress(DjinnError, TimeoutError, KeyError):
                 self._call(name, self._sleep)
             self.order.awake.pop(name, None)
 
     def close(self) -> None:
-        """End all engines; requests that wait fail."""
+        """End all engines; waiting requests fail."""
         if not hasattr(self, "_changed"):
             return
         with self._changed:
@@ -298,7 +298,9 @@ class VllmSleep(SystemUnderTest):
             left = self.order.forget_all() if hasattr(self, "order") else []
             self._changed.notify_all()
         for waiting in left:
-            waiting.key.result.set_exception(DjinnError("the system was closed"))
+            waiting.key.result.set_exception(
+                DjinnError("the system was closed before the request was served")
+            )
         if hasattr(self, "_dispatcher"):
             self._dispatcher.join()
         engines, self.engines = self.engines, {}

@@ -1,9 +1,9 @@
-"""`vllm_sleep_readonly`: sleep mode without copying anything back.
+"""Provide the system `vllm_sleep_readonly`: sleep mode without writing weights back.
 
-The engines of `vllm_sleep` with our worker: masters stay pinned in the host, sleeping unmaps all
-pages of a model, waking copies the whole model from its master. What remains of sleep mode is that
-engines finish first, and that models are on the device as a whole or not at all. The KV cache stays
-where it is, which is in favour of this system.
+It runs the engines of `vllm_sleep` with our worker. Masters stay pinned in host memory. Sleeping
+unmaps all pages of a model, and waking copies the whole model from its master. As in sleep mode, an
+engine must finish before it sleeps, and a model is resident as a whole or not at all. The KV cache
+stays on the device, which favours this system.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from djinn_lib.systems.base import ModelFiles
 from djinn_lib.systems.vllm_recreate import engine_options
 from djinn_lib.systems.vllm_sleep import VllmSleep
 
-_FOR_EVER_S = 1e6  # no lease is revoked: engines sleep when they are told to
+_FOR_EVER_S = 1e6  # no lease is revoked: engines sleep only on command
 
 
 class VllmSleepReadonly(VllmSleep):
-    """Engines sleep and wake as those of `VllmSleep` do; see there.
+    """Put engines to sleep and wake them as `VllmSleep` does.
 
     Options:
         page: size of a page, e.g. "1MiB". All others: see `VllmSleep`.
@@ -32,13 +32,13 @@ class VllmSleepReadonly(VllmSleep):
 
     @classmethod
     def unavailable(cls, device: str) -> str | None:
-        """vLLM has to be somewhere."""
+        """Return the reason if vLLM is not installed here."""
         return environment.unavailable()
 
     def _prepare(self) -> None:
         page: Any = self.options.get("page")
         self._fleet = Fleet(
-            # Every model may end within a page; sleeping and waking counts bytes.
+            # Each model may end within a page, while `SleepOrder` counts bytes: add room for that.
             self.capacity_bytes + len(self.models) * 2 * _page_bytes(page, self.device.type),
             self.device,
             page,

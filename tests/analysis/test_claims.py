@@ -138,13 +138,6 @@ def test_claims_on_partial_residency_compare_like_with_like(claims):
     assert {claim.arguments["system"] for claim in ratios} == {"djinn_partial_no_overlap"}
 
 
-def test_no_claim_stands_on_a_baseline_that_could_not_batch(claims):
-    for claim in claims:
-        systems = str([claim.arguments.get(key) for key in ("system", "to", "reference")])
-        if claim.arguments.get("mode") == "concurrent" and "vllm" in systems:
-            assert claim.withdrawn and "could not batch" in claim.withdrawn
-
-
 @pytest.mark.parametrize("content", ["", "[", "claims: 5", "- 5", "- id: a"])
 def test_a_file_that_holds_no_claims_is_refused(tmp_path, content):
     (tmp_path / "claims.yml").write_text(content)

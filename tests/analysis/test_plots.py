@@ -131,9 +131,11 @@ def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
 def test_modes_are_not_mixed():
     both = pd.concat([cell_rows("djinn"), cell_rows("djinn").assign(mode="concurrent")])
     for draw in (*COMPARING, decode_pace):
-        with pytest.raises(RecordError, match=r"rows of one mode .*\['concurrent', 'sequential'\]"):
+        with pytest.raises(
+            RecordError, match=r"more than one mode .*\['concurrent', 'sequential'\]"
+        ):
             draw(both)
-    with pytest.raises(RecordError, match="rows of one mode"):
+    with pytest.raises(RecordError, match="rows of more than one mode"):
         sensitivity(both, "djinn")
 
 
@@ -198,7 +200,7 @@ def test_nothing_reaches_beyond_the_figure(figures: dict[str, Figure]):
 
 @pytest.mark.parametrize("draw", COMPARING)
 def test_empty_rows_are_refused(draw, rows: pd.DataFrame):
-    with pytest.raises(RecordError, match="got none: run the cells first"):
+    with pytest.raises(RecordError, match=r"there are no rows for .*: run the cells first"):
         draw(rows.iloc[:0])
 
 
@@ -319,7 +321,7 @@ def test_sensitivity_needs_its_baseline():
 
 
 def test_sensitivity_needs_rows(rows: pd.DataFrame):
-    with pytest.raises(RecordError, match="got none"):
+    with pytest.raises(RecordError, match="there are no rows for"):
         sensitivity(rows.iloc[:0])
 
 
@@ -367,7 +369,7 @@ def test_residency_of_a_system_that_was_not_run_says_what_was():
 
 
 def test_residency_needs_rows(rows: pd.DataFrame):
-    with pytest.raises(RecordError, match="got none"):
+    with pytest.raises(RecordError, match="there are no rows for"):
         residency_over_time(rows.iloc[:0])
 
 

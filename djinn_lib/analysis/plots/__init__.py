@@ -1,1 +1,1 @@
-"""Every figure, drawn from rows alone."""
+"""Draw every figure, from rows alone."""

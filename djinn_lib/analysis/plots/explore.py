@@ -1,4 +1,4 @@
-"""Widgets that redraw a simulated run as its parameters change, for `notebooks/explore.ipynb`."""
+"""Build the widgets of `notebooks/explore.ipynb`, which redraw a simulated run."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ N_REQUESTS = 300
 SCREEN_DPI = 110
 TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
 CHOICES = [*POLICIES, "oracle"]
-KEPT = REPO / "data" / "runs" / "explore"  # of the reader: not in git
+KEPT = REPO / "data" / "runs" / "explore"  # files of the reader, not in git
 
 
 def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:
-    """Return the trace that a choice of traffic stands for.
+    """Return the trace of a kind of traffic.
 
     Raises:
-        ConfigError: there is no such traffic, or the paper's requests are to go to other than its
-            three models.
+        ConfigError: there is no such traffic, or the paper's requests were chosen with a number of
+            models other than three.
     """
     one_of(traffic, TRAFFIC, "traffic")
     if traffic == TRAFFIC[0]:
         if len(sizes) != len(PAPER):
             raise ConfigError(
                 f"{traffic} are for {len(PAPER)} models, and {len(sizes)} were chosen: choose "
-                f"{len(PAPER)} models, or other traffic"
+                f"{len(PAPER)} models or other traffic"
             )
         return paper_trace(models=list(sizes))
     make = session_trace if traffic == TRAFFIC[2] else zipf_trace
@@ -65,9 +65,9 @@ def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:
 
 
 def capacities(n_models: int) -> tuple[float, float]:
-    """Return the smallest and the largest capacity (GiB) to choose from, in steps of a half.
+    """Return the smallest and the largest capacity to offer (GiB), multiples of 0.5.
 
-    The smallest holds the largest model; the largest holds all of them.
+    The smallest holds the largest model. The largest holds all models.
     """
     sizes = fleet(n_models)
     least, most = max(sizes.values()), sum(sizes.values())
@@ -86,16 +86,16 @@ def picture(
     """Draw what is resident over time, the switches' distribution, and the bytes loaded.
 
     Args:
-        capacity_gib: of the ring.
-        n_models: of the fleet, see `djinn_lib.simulator.checkpoint_sizes`.
-        alpha: skew of the models' popularity, where the traffic is drawn.
+        capacity_gib: capacity of the ring.
+        n_models: number of models; see `djinn_lib.simulator.checkpoint_sizes`.
+        alpha: skew of the models' popularity; the paper's requests ignore it.
         link_gb_per_s: rate of the link in 10^9 bytes per second.
         policy: a name of `POLICIES`, or "oracle".
         traffic: one of `TRAFFIC`.
 
     Raises:
-        ConfigError: the ring is smaller than the largest model, or the traffic is not for so many
-            models.
+        ConfigError: the ring is smaller than the largest model, or the traffic is not for this
+            number of models.
     """
     sizes = fleet(n_models)
     trace = requests(traffic, sizes, alpha)
@@ -158,16 +158,16 @@ def _costs_of_link(link_bytes_per_s: float) -> CostModel:
 
 
 def explorer(folder: Path = KEPT) -> widgets.VBox:
-    """Return the widgets; every change redraws `picture`, and a button keeps it as a file.
+    """Return the widgets; every change redraws `picture`, and a button saves it.
 
-    What the menus offer together can always be drawn: the capacities follow the models, and the
-    paper's requests fix the number of models.
+    Every combination that the menus offer can be drawn. The range of capacities follows from the
+    models, and the paper's requests fix the number of models.
 
     Args:
         folder: where "keep this picture" writes ``explore.png`` and ``explore.pdf``.
     """
     controls = _controls()
-    # No Output widget: executing a notebook that has one may never end
+    # Do not use an Output widget: the execution of a notebook that has one may never end
     # (jupyter/nbclient#312).
     canvas = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
     keep = widgets.Button(description="keep this picture", icon="save")
@@ -179,11 +179,11 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
     def redraw(_change: Any = None) -> None:
         png, figure = BytesIO(), shown()
         figure.savefig(png, format="png", dpi=SCREEN_DPI)
-        plt.close(figure)  # or the notebook shows it once more below the cell
+        plt.close(figure)  # else the notebook shows it again below the cell
         canvas.value, kept.value = png.getvalue(), ""
 
     def changed(change: Any) -> None:
-        for control in controls.values():  # what follows from a choice is drawn with it, once
+        for control in controls.values():  # changes that follow from a choice must not redraw again
             control.unobserve(changed, names="value")
         _follow(controls)
         for control in controls.values():
@@ -206,7 +206,7 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
 
 
 def _controls() -> dict[str, Any]:
-    """The widgets by the parameter of `picture` that they set, in pairs that share a line."""
+    """The widgets by their parameter of `picture`; each pair in this order shares a line."""
     wide = {
         "style": {"description_width": "11rem"},
         "layout": widgets.Layout(width="25rem", flex="0 0 auto"),
@@ -235,7 +235,7 @@ def _controls() -> dict[str, Any]:
 
 
 def _follow(controls: Mapping[str, Any]) -> None:
-    """Let the menus offer what goes with the choices that were made."""
+    """Restrict the widgets to values that can be combined with the current choices."""
     is_paper = controls["traffic"].value == TRAFFIC[0]
     if is_paper:
         controls["n_models"].value = len(PAPER)
@@ -247,6 +247,6 @@ def _follow(controls: Mapping[str, Any]) -> None:
 
 
 def _pairs(controls: Iterable[Any]) -> list[list[Any]]:
-    """The controls two by two."""
+    """Group the controls in pairs."""
     items = list(controls)
     return [items[i : i + 2] for i in range(0, len(items), 2)]

@@ -1,4 +1,4 @@
-"""Pictures of a fleet: the requests of several models, and the ring below them."""
+"""Draw a fleet: the requests of several models, and the contents of the ring."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from djinn_lib.analysis.plots.style import (
 def requests_and_ring(
     requests: pd.DataFrame, residency: pd.DataFrame, capacity_bytes: int, reason: str | None = None
 ) -> Figure:
-    """Draw every request as a line, and the bytes of each model on the ring over the same time.
+    """Draw every request as a line, and below it the bytes of each model on the ring.
 
     Args:
-        requests: model, request, begin_s, first_s, end_s.
-        residency: at_s, model, resident_bytes.
-        capacity_bytes: of the ring.
+        requests: columns model, request, begin_s, first_s, end_s.
+        residency: columns at_s, model, resident_bytes.
+        capacity_bytes: capacity of the ring.
         reason: why there is nothing to draw on this machine.
     """
     if reason:

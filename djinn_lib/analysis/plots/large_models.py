@@ -1,4 +1,4 @@
-"""Pictures of models that are larger than the ring."""
+"""Draw results of models that are larger than the ring."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _COLORS = {"resident": "#7F7F7F", "djinn": "#0072B2", "accelerate": "#E69F00"}
 
 @styled
 def time_per_token(rows: pd.DataFrame) -> Figure:
-    """Draw what a token takes in each system, a panel a model, with what the link alone takes.
+    """Draw the time per token in each system, with the time that the link alone needs.
 
-    Bars are medians, dots are repeats.
+    Each model has a panel. Bars are medians, dots are repeats.
 
     Raises:
         RecordError: there are no rows.

@@ -1,7 +1,7 @@
-"""Figures of one trace at one capacity: latencies, where the time goes, which bytes move.
+"""Draw one trace at one capacity: latencies, their parts, and the bytes moved.
 
-A system that failed requests, or that cannot run on this machine, is drawn or named as such; no
-figure drops one silently.
+No figure drops a system silently: failed requests are marked, and a system that cannot run on this
+machine is named in a note.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from djinn_lib.analysis.plots.style import (
 from djinn_lib.metrics import bootstrap_interval, by_request, prefill_ms, served
 from djinn_lib.units import three_digits
 
-# What the paper compares, and the form of vLLM that it does not.
+# The systems that the paper compares, and variants of vLLM that it does not.
 COMPARED = ("djinn", "djinn_vllm", "pytorch_pinned", "pytorch_pageable", "serverless_warm",
             "serverless_cold", "vllm_recreate", "vllm_sleep", "vllm_sleep_readonly")  # fmt: skip
 
@@ -49,15 +49,15 @@ _HOLLOW: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 4.5,
 
 @styled
 def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
-    """Draw the share of requests that were served within a time, per system.
+    """Draw the share of requests that were served within a given time, for each system.
 
-    Failed requests count in the denominator, so the curve of a system that failed some ends below
-    100%, at a cross.
+    Failed requests count in the denominator. The curve of a system with failed requests therefore
+    ends below 100%, at a cross.
 
     Args:
-        rows: of one trace and one capacity.
-        paper: published numbers; hollow diamonds then mark the paper's P50 and P99, and a line the
-            share of requests at which the paper's vLLM ends.
+        rows: rows of one trace and one capacity.
+        paper: published numbers. If given, hollow diamonds mark the paper's P50 and P99, and a line
+            marks the share of requests at which the paper's vLLM ends.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -91,7 +91,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
 
 
 def _draw_ceiling(axes: Axes, paper: Mapping[str, Any]) -> list[Line2D]:
-    """Where the curve of the paper's vLLM ends, for a part of its requests failed."""
+    """Draw where the curve of the paper's vLLM ends; some of its requests failed."""
     completed = paper.get("systems", {}).get("vllm_recreate", {}).get("completed")
     if completed is None:
         return []
@@ -112,7 +112,7 @@ def _draw_system(axes: Axes, rows: pd.DataFrame, system: str) -> None:
 
 
 def _front(system: str) -> float:
-    """Draw the systems that come first in the legend over the others."""
+    """Return the z-order of a system: those first in the legend are drawn on top."""
     known = list(SYSTEM_STYLE)
     return 3.0 - (known.index(system) if system in known else len(known)) / 100
 
@@ -127,11 +127,11 @@ def _draw_published(axes: Axes, paper: Mapping[str, Any], system: str) -> None:
 
 @styled
 def latency_breakdown(rows: pd.DataFrame) -> Figure:
-    """Draw the mean latency of each system with its interval, and where it goes.
+    """Draw the mean latency of each system with its interval, and the shares of its parts.
 
-    Left: milliseconds on a logarithmic scale, because systems differ by orders of magnitude, with
-    95% intervals over requests. Right: queue, switch, prefill and decode as shares of each system's
-    own total. Failed requests have no times and are left out; the label says how many.
+    Left: milliseconds with 95% intervals over requests. The scale is logarithmic because systems
+    differ by orders of magnitude. Right: queue, switch, prefill and decode as shares of each
+    system's own total. Failed requests have no times and are left out; the label counts them.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -174,7 +174,7 @@ def _draw_mean(axes: Axes, rows: pd.DataFrame, place: int, color: str) -> None:
 
 
 def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean milliseconds of each phase (columns); NaN if none was served."""
+    """Return the mean milliseconds of each phase (columns); NaN if no request was served."""
     done = served(rows)
     phases = pd.DataFrame(
         {
@@ -190,7 +190,7 @@ def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _stack(axes: Axes, table: pd.DataFrame) -> None:
-    """Draw a bar a row, made of the columns, the first one at the axis."""
+    """Draw one stacked bar for each row; the first column is next to the axis."""
     axes.grid(axis="x")
     if table.empty:
         return
@@ -207,12 +207,12 @@ def _stack(axes: Axes, table: pd.DataFrame) -> None:
 def bytes_loaded(
     rows: pd.DataFrame, optimal_bytes: float | None = None, compulsory_bytes: float | None = None
 ) -> Figure:
-    """Draw the bytes of weights each system loaded for the trace, and wrote back on top of it.
+    """Draw the bytes of weights that each system loaded and wrote back for the trace.
 
     Args:
-        rows: of one trace and one capacity; of several repeats the mean is drawn.
-        optimal_bytes: the least that any system could load within the capacity, knowing the future.
-        compulsory_bytes: every model once, the least at any capacity.
+        rows: rows of one trace and one capacity; the mean of the repeats is drawn.
+        optimal_bytes: bytes that the offline optimum loads within the capacity.
+        compulsory_bytes: bytes of every model once, the minimum at any capacity.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.

@@ -1,4 +1,4 @@
-"""Figures of load: what requests take, and how many are done in time, against their rate."""
+"""Draw latencies, and the share of requests done in time, against the arrival rate."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ STATISTICS: dict[str, Any] = {"p50": "-", "p99": ":"}
 
 @styled
 def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000.0) -> Figure:
-    """Draw first tokens, whole requests and the share done in time against the rate of arrivals.
+    """Draw time to first token, total time and share in time against the arrival rate.
 
     Args:
-        rows: of traces whose requests were sent when they arrived; may be empty.
-        rates: of these traces, in requests a second.
-        target_ms: from a request's arrival until it has to be done.
+        rows: rows of traces whose requests were sent when they arrived; may be empty.
+        rates: the rate of each of these traces, in requests per second.
+        target_ms: deadline of a request, counted from its arrival.
     """
     rows, unavailable = split_unavailable(rows)
     systems, absent = order_systems(rows["system"]), unavailable_notes(unavailable)
@@ -66,9 +66,10 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
 
 
 def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
-    """Return a row a system and rate: `n`, statistics of both times, and `in_time` in percent.
+    """Return one row for each system and rate.
 
-    The columns of a time are its name, "_", and the name of a statistic of `metrics.latency`.
+    The columns are `n`, statistics of both times, and `in_time`. A column of statistics is named by
+    the time, "_" and a statistic of `metrics.latency`, such as "ttft_p50". `in_time` is in percent.
     """
     found = []
     for (system, trace), part in rows.groupby(["system", "trace"]):

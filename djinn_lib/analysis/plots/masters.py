@@ -1,4 +1,4 @@
-"""The picture of compressed masters: what a full miss takes, next to the link."""
+"""Draw how long a full miss takes with compressed masters, compared with the link."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COLORS = {"plain": "#7F7F7F", "compressed": "#0072B2"}
 
 @styled
 def full_misses(rows: pd.DataFrame) -> Figure:
-    """Draw how long it takes until all weights are on the device, a panel a dtype.
+    """Draw the time until all weights are on the device, one panel for each dtype.
 
     Args:
-        rows: a row for each dtype, model and form ("plain", "compressed"): load_ms, the median;
-            link_ms, what the model's plain bytes take at the link's rate; share, its stored bytes
-            by its plain ones.
+        rows: one row for each dtype, model and form ("plain", "compressed"). Columns: `load_ms` is
+            the median; `link_ms` is the time of the model's plain bytes at the link's rate; `share`
+            is its stored bytes divided by its plain bytes.
 
     Raises:
         RecordError: there are no rows.
@@ -57,7 +57,7 @@ def full_misses(rows: pd.DataFrame) -> Figure:
     if legend := grid[0, 0].get_legend():
         sns.move_legend(legend.axes, "lower right", bbox_to_anchor=(1, 1), ncols=2, title=None)
     longest_ms = rows[["load_ms", "link_ms"]].max(axis=None)
-    grid[-1, 0].set_xlim(0, 1.9 * longest_ms)  # the rest is for what stands beside the bars
+    grid[-1, 0].set_xlim(0, 1.9 * longest_ms)  # leaves room for the text next to the bars
     grid[-1, 0].set_xlabel("ms from nothing resident to all weights")
     footnote(figure, ["dashed: plain bytes at the rate of the link"])
     return figure

@@ -1,4 +1,4 @@
-"""A figure of how steady decoding is: every decode over the fastest of its kind."""
+"""Draw how much decoding times vary: every decode relative to the fastest of its kind."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from djinn_lib.metrics import decode_multiples
 
 _ROW_IN = 0.09
 _GAP = 1  # rows between systems
-_SLOWEST = 4.0  # where the scale of colours ends
+_SLOWEST = 4.0  # end of the colour scale
 
 
 @styled
 def decode_pace(rows: pd.DataFrame) -> Figure:
-    """Draw each request's time to decode, as a multiple of the fastest of its model and system.
+    """Draw each decoding time as a multiple of the fastest of its model and system.
 
-    A band is a system, and a line in it is a repeat. Patches are disturbances from outside;
-    columns would come from the requests themselves. A request that failed is left white.
+    A band is a system, and a line in it is a repeat. A dark column means that a request is slow in
+    every repeat. Other dark patches come from outside, such as a slow host. Failed requests are
+    white.
 
     Args:
-        rows: of one trace and capacity, served in sequence.
+        rows: rows of one trace and capacity, in sequential mode.
 
     Raises:
         RecordError: there are no rows, or they mix traces, capacities or modes.
@@ -65,13 +66,13 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
 
 
 def _multiples(rows: pd.DataFrame) -> np.ndarray:
-    """Decode over the fastest of its model and count of tokens: a line a repeat; NaN if failed."""
+    """Return decoding times relative to the fastest; one line for each repeat."""
     table = rows.assign(multiple=decode_multiples(rows))
     return table.pivot(index="repeat", columns="request", values="multiple").to_numpy(dtype=float)
 
 
 def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
-    """Bands below each other with gaps between them, and the middle of each."""
+    """Stack the bands with gaps between them; return the grid and the middle of each band."""
     gap = np.full((_GAP, max(band.shape[1] for band in bands)), np.nan)
     parts, middles, top = [], [], 0
     for band in bands:

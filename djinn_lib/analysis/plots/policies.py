@@ -1,4 +1,4 @@
-"""Pictures of simulations: policies against the optimum, queues, and the check against rows."""
+"""Draw the study of policies, and simulated next to measured requests."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ _BAND = 0.05
 
 @styled
 def distance_to_optimum(study: pd.DataFrame) -> Figure:
-    """Draw bytes loaded over the optimum against the skew, a panel for each fleet and traffic.
+    """Draw bytes loaded over the optimum against the skew of popularity.
 
-    Points are means over the capacities of the study.
+    Each number of models and kind of traffic has a panel. Points are means over the capacities of
+    the study.
 
     Raises:
-        RecordError: there are no points.
+        RecordError: the study has no points.
     """
     study = study[study["mode"] == "sequential"]
     require_rows(study, "the distance to the optimum")
@@ -72,7 +73,7 @@ def latencies_under_load(study: pd.DataFrame) -> Figure:
     """Draw mean latency and bytes over the optimum against the load of the GPU.
 
     Raises:
-        RecordError: there are no points with a queue.
+        RecordError: the study has no points with a queue.
     """
     queued = study[study["mode"] == "concurrent"]
     require_rows(queued, "latencies under load")
@@ -96,7 +97,7 @@ def capacity_that_suffices(study: pd.DataFrame, policy: str = "adaptive") -> Fig
     """Draw the least capacity at which switching is free on average, against the skew.
 
     Raises:
-        RecordError: there are no points of that policy.
+        RecordError: the study has no points of that policy.
     """
     part = study[(study["mode"] == "sequential") & (study["policy"] == policy)]
     require_rows(part, f"the capacity that suffices with {policy}")
@@ -127,10 +128,10 @@ def capacity_that_suffices(study: pd.DataFrame, policy: str = "adaptive") -> Fig
 
 @styled
 def measured_and_simulated(requests: pd.DataFrame) -> Figure:
-    """Draw each request's simulated time over its measured one, and both distributions.
+    """Draw each request's simulated time against its measured one, and both distributions.
 
     Args:
-        requests: from `djinn_lib.analysis.validation.compared`.
+        requests: table from `djinn_lib.analysis.validation.compared`.
 
     Raises:
         RecordError: there are no requests.
@@ -179,7 +180,7 @@ def growth(scale: Mapping[str, Any]) -> Figure:
         scale: content of ``scale.json``, from `benchmarks/simulator.py`.
 
     Raises:
-        RecordError: it holds no sizes.
+        RecordError: it has no sizes.
     """
     table = pd.DataFrame(scale["growth"])
     require_rows(table, "the simulator's growth")
@@ -203,7 +204,7 @@ def growth(scale: Mapping[str, Any]) -> Figure:
 
 
 def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
-    """Draw a line a policy through the means of its points."""
+    """Draw a line for each policy through the means of its points."""
     looks = {
         policy: look for policy, look in POLICY_STYLE.items() if policy in set(points["policy"])
     }
@@ -216,7 +217,7 @@ def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
 
 
 def _ratio_scale(axes: Axes) -> None:
-    """A logarithmic axis from 1 on: a policy twice as far off is as far from one half as far."""
+    """Set a logarithmic axis that begins at 1, so equal ratios are equal distances."""
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.97)
     axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 3, 5]))

@@ -1,4 +1,4 @@
-"""Pictures of the ring: which page of which model lies in which frame, moment by moment."""
+"""Draw the ring at several moments: which page of which model is in which frame."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from djinn_lib.analysis.plots.style import (
 )
 from djinn_lib.errors import RecordError
 
-PageTables = Mapping[str, Sequence[int]]  # of each model: the frame of each resident page
+PageTables = Mapping[str, Sequence[int]]  # for each model: the frame of each resident page
 
 _FRAMES_A_ROW = 12
 _EMPTY = "#EFEFEF"
@@ -33,11 +33,11 @@ def ring_moments(moments: Mapping[str, PageTables], n_frames: int) -> Figure:
     differs from the moment before has a black edge.
 
     Args:
-        moments: page tables (`Djinn.stats().frames`) by title, in the order of time.
-        n_frames: of the ring.
+        moments: page tables (`Djinn.stats().frames`) by title, in order of time.
+        n_frames: number of frames of the ring.
 
     Raises:
-        RecordError: there is no moment, or a page table names a frame that the ring lacks.
+        RecordError: there is no moment, or a page table names a frame that the ring does not have.
     """
     if not moments:
         raise RecordError("there is no moment to draw: pass at least one page table")
@@ -65,7 +65,7 @@ def contents_of(tables: PageTables, n_frames: int) -> list[tuple[str, int] | Non
     """Return the model and page number that each frame holds; None for a free frame.
 
     Raises:
-        RecordError: a page table names a frame that the ring lacks.
+        RecordError: a page table names a frame that the ring does not have.
     """
     content: list[tuple[str, int] | None] = [None] * n_frames
     for model, frames in tables.items():

@@ -1,4 +1,4 @@
-"""The sensitivity of speed-up and hits to the capacity, one quantity a panel."""
+"""Draw how speed-up and hits depend on the capacity."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _PAPER: dict[str, Any] = {"color": "0.3", "linestyle": "", "marker": "D", "marke
 def sensitivity(
     rows: pd.DataFrame, baseline: str = "pytorch_pinned", paper: Mapping[str, Any] | None = None
 ) -> Figure:
-    """Draw speed-up over a baseline and both kinds of hits against the capacity, one a panel.
+    """Draw speed-up over a baseline and both kinds of hits against the capacity.
 
     Args:
-        rows: of one trace at several capacities.
-        baseline: label of the system that the others are compared with, capacity by capacity.
-        paper: published numbers; the paper's range of speed-ups is then a band, and its hits are
-            points at their capacities.
+        rows: rows of one trace at several capacities.
+        baseline: system that the others are compared with at each capacity.
+        paper: published numbers. If given, the paper's range of speed-ups is drawn as a band, and
+            its hits as points at their capacities.
 
     Raises:
         RecordError: there are no rows, they mix traces, or the baseline is not among them.
@@ -85,13 +85,13 @@ def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:
     for column in ("trace", "mode"):
         if len(values := sorted(rows[column].unique())) > 1:
             raise RecordError(
-                f"expected rows of one {column} to draw the sensitivity from, got {values}: "
+                f"rows of more than one {column} cannot be drawn as a sensitivity, got {values}: "
                 "filter them"
             )
     if baseline not in set(rows["system"]):
         raise RecordError(
-            f"expected rows of the baseline {baseline!r}, got systems "
-            f"{order_systems(rows['system'])}: run its cells, or name another baseline"
+            f"there are no rows of the baseline {baseline!r}, only of "
+            f"{order_systems(rows['system'])}: run its cells, or choose another baseline"
         )
 
 
@@ -102,7 +102,7 @@ def _draw(
     labels: Sequence[str],
     interval: tuple[pd.Series, pd.Series] | None = None,
 ) -> None:
-    """A line a system through column `value`, with intervals if they are given."""
+    """Draw a line for each system through column `value`, with intervals if given."""
     if interval:
         table = table.assign(below=table["value"] - interval[0], above=interval[1] - table["value"])
     for system, part in table.groupby("system"):
@@ -117,7 +117,7 @@ def _draw(
 
 
 def _shift(number: int, n_systems: int) -> float:
-    """Set systems a little apart, so that equal values do not hide each other."""
+    """Return a small offset for a system, so that equal values do not hide each other."""
     return 0.09 * (number - (n_systems - 1) / 2)
 
 
@@ -126,7 +126,7 @@ def _label_capacities(axes: Axes, capacities: pd.Series) -> None:
     digits = 0 if scale < 1024**3 else 1
     here = [f"{size / scale:.{digits}f} {unit}" for size in capacities]
     in_gib = {str(label): size / 2**30 for label, size in capacities.items()}
-    if all(label == f"{gib:g}" for label, gib in in_gib.items()):  # the paper's own: said once
+    if all(label == f"{gib:g}" for label, gib in in_gib.items()):  # the same as the paper's
         axes.set_xticks(range(len(here)), [str(label) for label in capacities.index])
         axes.set_xlabel("capacity (GiB)")
     else:
@@ -152,13 +152,13 @@ def _mark_published(
 ) -> None:
     low, high = paper["sensitivity"]["speedup"]
     left.axhspan(low, high, color="0.55", alpha=0.6, linewidth=1.0)  # visible at any scale
-    left.set_ylim(0, max(left.get_ylim()[1], high * 1.15))  # room for the words above
+    left.set_ylim(0, max(left.get_ylim()[1], high * 1.15))  # room for the text above
     left.annotate(
         f"paper {low:g} to {high:g}x", (1, high), (-3, 2), xycoords=("axes fraction", "data"),
         textcoords="offset points", ha="right", fontsize=SMALL_PT, color="0.3",
     )  # fmt: skip
     constrained, abundant = (100 * share for share in paper["sensitivity"]["hit_share"])
-    # It prints the hits at its main capacity, and those at both ends of its sweep.
+    # The paper gives the hits at its main capacity and at both ends of its sweep.
     points = {"20": constrained, "25": constrained, "40": abundant}
     known = {label: share for label, share in points.items() if label in labels}
     middle.plot([labels.index(label) for label in known], [*known.values()], **_PAPER, zorder=5)

@@ -1,8 +1,9 @@
-"""How figures look: one colour, label and line style a system, one colour a model, and saving.
+"""Define the style of all figures, and save them.
 
-Colours are distinct with the common kinds of colour blindness: Okabe and Ito's set for systems
-(https://jfly.uni-koeln.de/color/), Paul Tol's "muted" set for models
-(https://sronpersonalpages.nl/~pault/), so that a model is never taken for a system.
+Each system has one colour, label and line style, and each model has one colour. The colours can be
+told apart with the common kinds of colour blindness. Systems use the set of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), models use Paul Tol's "muted" set
+(https://sronpersonalpages.nl/~pault/). With two sets, a model is never confused with a system.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.transparent": False,
-    "pdf.fonttype": 42,  # text stays text: TrueType, not outlines
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "pdf.fonttype": 42,  # TrueType: text stays text, not outlines
+    "font.family": "DejaVu Sans",  # part of matplotlib, so the same on every machine
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titleweight": "bold",
@@ -68,7 +69,7 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one system is drawn; no two systems share both colour and line style."""
+    """Style of one system; no two systems share both colour and line style."""
 
     label: str
     color: str
@@ -122,7 +123,7 @@ _P = ParamSpec("_P")
 
 
 def system_look(label: str) -> Look:
-    """Return how a system is drawn; an unknown label always gets the same look as well."""
+    """Return the style of a system; an unknown label always gets the same style."""
     if label in SYSTEM_STYLE:
         return SYSTEM_STYLE[label]
     number = zlib.crc32(label.encode())  # unlike hash(), the same in every process
@@ -132,36 +133,36 @@ def system_look(label: str) -> Look:
 
 
 def order_systems(labels: Iterable[str]) -> list[str]:
-    """Return labels in the one order of all figures: known ones first, then by name."""
+    """Return labels in the order of all figures: known systems first, the others by name."""
     known = list(SYSTEM_STYLE)
     return sorted(set(labels), key=lambda s: (known.index(s) if s in known else len(known), s))
 
 
 def model_colors(models: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each model, by name, so that it does not depend on the rows' order."""
+    """Return a colour for each model; it depends on the names, not on the rows' order."""
     names = sorted(set(models))
     return {name: MODEL_COLORS[i % len(MODEL_COLORS)] for i, name in enumerate(names)}
 
 
 def is_light(color: str) -> bool:
-    """Whether dark text reads better than white on a colour such as "#DDCC77"."""
+    """Whether dark text is easier to read than white on a colour such as "#DDCC77"."""
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue > 140
 
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """Set seaborn's theme, in the figures' sizes, for as long as the block runs."""
+    """Set seaborn's theme with the figures' sizes while the block runs."""
     with mpl.rc_context():
-        # Colour codes would be changed for good, also outside of the block.
+        # Changes of the colour codes would remain after the block.
         sns.set_theme(context="paper", style="ticks", color_codes=False, rc=STYLE)
         yield
 
 
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Run a drawing function in the figures' style, leaving matplotlib's own settings alone.
+    """Run a drawing function in the figures' style; matplotlib's settings stay.
 
-    The figure is taken from pyplot's list, so that a notebook shows it once, and is laid out here,
+    The figure is removed from pyplot's list, so a notebook shows it only once. It is laid out here
     because ticks take their style when they are first drawn.
     """
 
@@ -177,20 +178,20 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def require_rows(rows: pd.DataFrame, what: str) -> None:
-    """Make sure that there is something to draw.
+    """Check that there are rows to draw.
 
     Raises:
         RecordError: there are no rows.
     """
     if rows.empty:
         raise RecordError(
-            f"expected rows to draw {what} from, got none: run the cells first, and check the "
-            "trace and capacity label that the rows are filtered by"
+            f"there are no rows for {what}: run the cells first, and check the trace and the "
+            "capacity label that the rows are filtered by"
         )
 
 
 def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
-    """Make sure that systems are compared on one trace at one capacity in one mode.
+    """Check that all rows have the same trace, capacity and mode.
 
     Raises:
         RecordError: there are no rows, or they mix traces, capacities or modes.
@@ -200,13 +201,13 @@ def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
         values = sorted(rows[column].unique())
         if len(values) > 1:
             raise RecordError(
-                f"expected rows of one {column} to draw {what} from, got {values}: filter them, "
-                f"e.g. rows[rows[{column!r}] == {values[0]!r}]"
+                f"rows of more than one {column} cannot be drawn as {what}, got {values}: filter "
+                f"them, e.g. rows[rows[{column!r}] == {values[0]!r}]"
             )
 
 
 def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Return the rows of systems that could run here, and for each of the others the reason."""
+    """Return the rows of systems that could run here, and the reasons of the others."""
     missing = rows[rows["error_kind"] == "unavailable"]
     reasons = {str(row.system): str(row.error) for row in missing.itertuples()}
     rest = rows[rows["error_kind"] != "unavailable"]
@@ -214,7 +215,7 @@ def split_unavailable(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]
 
 
 def nothing_to_draw(text: str) -> Figure:
-    """Return a picture of one sentence, where there is nothing to draw; it is never saved."""
+    """Return a figure with a sentence instead of a drawing; it is never saved."""
     figure, axes = plt.subplots(figsize=(DOUBLE_COLUMN_IN, 0.6), layout="constrained")
     figure.set_gid(_NOTHING)
     axes.axis("off")
@@ -223,7 +224,7 @@ def nothing_to_draw(text: str) -> Figure:
 
 
 def footnote(figure: Figure, notes: Iterable[str]) -> None:
-    """Write notes below a figure of constrained layout, wrapped to its width."""
+    """Write notes below a figure with constrained layout, wrapped to its width."""
     characters = int(figure.get_figwidth() * 72 / (SMALL_PT * 0.56))
     lines = [line for note in notes for line in textwrap.wrap(note, characters)]
     if lines:
@@ -231,9 +232,9 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
 
 
 def sample_note(rows: pd.DataFrame) -> str:
-    """Return how many requests a figure rests on, and how often each was repeated.
+    """Return a note with the number of requests in a figure and of their repeats.
 
-    Of rows at several capacities, or of several traces, it is the number of each.
+    With several capacities or traces, the number is that of each of them.
     """
     if rows.empty:
         return ""
@@ -252,7 +253,7 @@ def _range(values: pd.Series) -> str:
 
 
 def unavailable_notes(reasons: dict[str, str]) -> list[str]:
-    """Return one note for each system that cannot run here."""
+    """Return a note for each system that cannot run here."""
     return [
         f"Not on this machine: {system_look(system).label} ({reason})"
         for system, reason in reasons.items()
@@ -260,10 +261,10 @@ def unavailable_notes(reasons: dict[str, str]) -> list[str]:
 
 
 def draw_cdf(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
-    """Draw the percentage of all requests that took no more than a time.
+    """Draw the cumulative distribution of a time, in percent of all requests.
 
-    Failed requests count in the denominator, so the curve of a system that failed some ends below
-    100%. A system that served none has an entry in the legend, and no curve.
+    Failed requests count in the denominator, so the curve of a system with failed requests ends
+    below 100%. A system that served no request has an entry in the legend but no curve.
     """
     times = rows.loc[rows["ok"], column].to_numpy(dtype=float)
     if rows.empty:
@@ -281,7 +282,7 @@ def draw_cdf(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
 def byte_scale(n_bytes: float) -> tuple[float, str]:
     """Return the unit for an axis that ends at `n_bytes`: bytes per unit, and its name."""
     for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if n_bytes >= 4 * 1024**power:  # 1026 MiB says more than 1.0 GiB
+        if n_bytes >= 4 * 1024**power:  # 1026 MiB is more precise than 1.0 GiB
             return 1024.0**power, unit
     return 1.0, "B"
 
@@ -289,15 +290,14 @@ def byte_scale(n_bytes: float) -> tuple[float, str]:
 def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, ...]:
     """Write ``<name>.pdf`` and ``<name>.png`` (200 dpi, opaque) and return their paths.
 
-    A picture that says that there is nothing to draw is not written, and one that an earlier run
-    drew goes.
+    A figure from `nothing_to_draw` is not written, and files of an earlier run are deleted.
 
-    The same rows give the same bytes, so that a figure changes in version control only when its
-    data does. A file appears complete or not at all.
+    The same rows give the same bytes, so a figure changes in version control only if its data does.
+    A file is either complete or missing.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # A picture of the same data is the same file: without dates, and without the library's version.
+    # Omit dates and the library's version, so the same data gives the same file.
     options = {
         "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
         "png": {"metadata": {"Software": None}, "dpi": 200},

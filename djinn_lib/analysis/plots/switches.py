@@ -1,4 +1,4 @@
-"""Figures of what switches cost: of the paper's modes, where requests wait, on a longer trace."""
+"""Draw the cost of switches in sequential and concurrent mode."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from djinn_lib.analysis.plots.style import (
 )
 from djinn_lib.metrics import attempted, later_touches, served
 
-_LEAST_MS = 0.01  # where a logarithmic axis begins; what is less is drawn there
+_LEAST_MS = 0.01  # start of a logarithmic axis; smaller values are drawn there
 
 
-FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # what a request finds of its model
+FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # part resident before a request
 
 
 @styled
 def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
-    """Draw the share of requests whose switch cost no more than a time, per system.
+    """Draw the distribution of the cost of switches, for each system.
 
-    Each request is at the mean of its repeats. Marks on Djinn's curve say what it found of its
-    model (in the first repeat). Grey are the paper's three modes of Djinn's switches.
+    Each request is drawn at the mean of its repeats. Marks on Djinn's curve show how much of the
+    model was resident in the first repeat. The paper's three modes of Djinn's switches are grey.
 
     Args:
-        rows: of one trace and capacity, served in sequence.
+        rows: rows of one trace and capacity, in sequential mode.
         paper: published numbers.
     """
     require_one_cell_each(rows, "a CDF of switches")
@@ -97,7 +97,7 @@ def _shade_modes(axes: Axes, paper: Mapping[str, Any]) -> None:
 
 
 def _least_note(rows: pd.DataFrame) -> list[str]:
-    """Say so where switches are drawn at the left end that cost less."""
+    """Return a note if switches are drawn at the left end that cost less."""
     n = int((served(rows)["switch_ms"] < _LEAST_MS).sum())
     return [f"{n} switches below {_LEAST_MS} ms are drawn at it."] if n else []
 
@@ -106,16 +106,16 @@ def _least_note(rows: pd.DataFrame) -> list[str]:
 def switches_beside_waiting(
     concurrent: pd.DataFrame, sequential: pd.DataFrame, left_out: Sequence[str] = ()
 ) -> Figure:
-    """Draw what switches still cost when requests wait, and how long requests take altogether.
+    """Draw the remaining cost of switches in concurrent mode, and the total latencies.
 
-    Left: the share of requests whose switch cost no more than a time, the first for each model left
-    out. Right: the share that was done within a time of its arrival. Grey: one after the other.
-    Systems that were kept from batching are named in a note instead.
+    Left: the distribution of the cost of switches, without the first request for each model. Right:
+    the distribution of the time from arrival to the last token. Grey: Djinn in sequential mode.
+    Systems that were prevented from batching are named in a note instead.
 
     Args:
         concurrent: rows of one trace and capacity in mode "concurrent"; may be empty.
-        sequential: the rows of `djinn` on the same trace at the same capacity, for comparison.
-        left_out: labels of systems whose rows are not fair to them (`selection.could_not_batch`).
+        sequential: rows of `djinn` on the same trace at the same capacity, for comparison.
+        left_out: systems whose rows would be unfair to them (`selection.could_not_batch`).
     """
     notes = _left_out(left_out)
     if attempted(concurrent).empty:
@@ -130,13 +130,13 @@ def switches_beside_waiting(
 
 @styled
 def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
-    """Draw what switches cost, and how long requests take, on a trace that not every run has.
+    """Draw the cost of switches and the total latencies on a trace that not every run has.
 
-    Left: the share of requests whose switch cost no more than a time, the first for each model left
-    out. Right: the share that was served within a time.
+    Left: the distribution of the cost of switches, without the first request for each model. Right:
+    the distribution of total latencies.
 
     Args:
-        rows: of one trace and capacity, served in sequence; may be empty.
+        rows: rows of one trace and capacity, in sequential mode; may be empty.
     """
     if attempted(rows).empty:
         return nothing_to_draw("This run has no rows of this trace.")
@@ -168,7 +168,7 @@ def _draw_systems(
     rows: pd.DataFrame,
     left_out: Sequence[str] = (),
 ) -> None:
-    """Both panels of every system, and below them on how many rows they rest."""
+    """Draw both panels of every system, and a note with the number of rows."""
     rows, unavailable = split_unavailable(rows)
     for system in order_systems(rows["system"]):
         part, look = rows[rows["system"] == system], system_look(system)
@@ -188,7 +188,7 @@ def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
 
 
 def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
-    """Scales, labels and the legend."""
+    """Set scales and labels, and add the legend."""
     left.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests")
     right.set_xlabel(right_label)
     left.yaxis.set_major_formatter(PercentFormatter())
@@ -200,7 +200,7 @@ def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
 
 
 def _label_times(axes: Axes) -> None:
-    """Label powers of ten, and 2 and 5 between them where there are few."""
+    """Label powers of ten, and also 2 and 5 between them if there are few."""
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))

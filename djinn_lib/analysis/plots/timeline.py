@@ -1,4 +1,4 @@
-"""Figures over the course of a trace: who is asked for, and whose bytes fill the ring."""
+"""Draw the course of a trace: the model of each request, and the contents of the ring."""
 
 from __future__ import annotations
 
@@ -35,22 +35,27 @@ if TYPE_CHECKING:
     from djinn_lib.trace import Trace
 
 _HIT, _PARTIAL, _MISS = "●", "◐", "○"
-_MAX_GLYPHS = 60  # more requests than this leave no room for one each
+_MAX_GLYPHS = 60  # with more requests there is no room for a glyph each
 
 
 @styled
 def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
-    """Draw whose bytes are resident after each request of a system's first repeat.
+    """Draw the bytes of each model that are resident after each request.
+
+    The requests are those of the system's first repeat.
 
     Args:
-        rows: of one trace and capacity; other systems' rows are ignored.
+        rows: rows of one trace and capacity; other systems' rows are ignored.
         system: label of the system.
 
     Returns:
-        Three strips on one axis of requests: the bytes of each model resident after the request
-        (hatched where only a part of the model is), the model asked for and whether it was found
-        whole, in part or not at all, and the bytes that had to be loaded. For a system that does
-        not report residency, or that was not run, a picture that says so.
+        A figure with three strips that share the axis of requests:
+
+        * the resident bytes of each model after the request, hatched if the model is incomplete;
+        * the requested model, and whether all, a part or nothing of it was resident;
+        * the bytes that were loaded.
+
+        If the system does not report residency or was not run, the figure says so.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -86,9 +91,9 @@ def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
 
 
 def resident_bytes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the bytes resident after each request: a column a model, NaN where not reported.
+    """Return the bytes resident after each request, one column for each model.
 
-    Empty for a system that never reports.
+    Values that were not reported are NaN. The table is empty if the system never reports.
     """
     reports = [json.loads(text or "{}") for text in rows["resident_bytes"]]
     table = pd.DataFrame(reports, index=rows["request"].to_numpy())
@@ -100,7 +105,7 @@ def resident_bytes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _model_bytes(rows: pd.DataFrame, resident: pd.DataFrame) -> dict[str, float]:
-    """Size of each model: all of it is resident after a request for it."""
+    """Size of each model: after a request for it, all of it is resident."""
     needed = (rows["loaded_bytes"] + rows["resident_before_bytes"]).groupby(rows["model"]).max()
     sizes = resident.max().combine_first(needed)
     return {str(model): float(size) for model, size in sizes.items()}
@@ -178,16 +183,16 @@ def _residency_legend(
 
 @styled
 def trace_timeline(trace: Trace) -> Figure:
-    """Draw one mark a request, in order, on the line of its model.
+    """Draw one mark for each request, in order, on the line of its model.
 
-    A filled mark is a switch: the model differs from that of the request before.
+    A filled mark is a switch: the model differs from that of the previous request.
 
     Raises:
         RecordError: the trace has no requests.
     """
     models = [request.model for request in trace.requests]
     if not models:
-        raise RecordError("expected a trace with requests to draw, got none")
+        raise RecordError("the trace has no requests to draw: choose another trace")
     colors = model_colors(trace.params.get("models", trace.models))
     lines = {model: i for i, model in enumerate(sorted(colors, reverse=True))}
     height = [lines[model] for model in models]
