@@ -314,7 +314,7 @@ def test_options_that_a_system_does_not_have(bench):
 def test_a_trace_without_requests(bench):
     write_trace(Trace("none", {}, ()), bench.run.trace("zipf"))
     cell = cell_of(bench, "djinn")
-    with pytest.raises(TraceError, match=r"at least 1 request, .*make the trace anew"):
+    with pytest.raises(TraceError, match=r"at least 1 request, .*generate the trace again"):
         run_cell(bench, cell)
     assert not bench.run.cell(cell.id).rows.exists()
 
