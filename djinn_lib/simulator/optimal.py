@@ -15,7 +15,7 @@ sooner next use. Swap the two until the sooner use. Both take the same room unti
 saved at the sooner use, and at most one is added at the later use. So the rule loads no more.
 
 This holds if a byte of every model costs the same. If not, for example with links of different
-rates, `least_cost` solves the linear program itself.
+rates, the linear program itself has to be solved.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-from scipy import sparse
-from scipy.optimize import linprog
 
 from djinn_lib.engine.memory.policies import next_uses
 from djinn_lib.errors import CapacityError, TraceError
@@ -64,7 +60,7 @@ def optimal_loads(
     loads = []
     for i, model in enumerate(models):
         missing = n_pages[model] - resident[model]
-        loads.append(_load_bytes(sizes[model], resident[model], page_bytes))
+        loads.append(max(0, sizes[model] - resident[model] * page_bytes))
         free -= missing
         while free < 0:
             at, victim = furthest[0]
@@ -79,10 +75,6 @@ def optimal_loads(
     return loads
 
 
-def _load_bytes(n_bytes: int, resident_pages: int, page_bytes: int) -> int:
-    return max(0, n_bytes - resident_pages * page_bytes)
-
-
 def _models(trace: Trace | Sequence[str]) -> list[str]:
     models = [r.model for r in trace.requests] if isinstance(trace, Trace) else list(trace)
     if not models:
@@ -93,6 +85,7 @@ def _models(trace: Trace | Sequence[str]) -> list[str]:
 def _checked_pages(
     models: Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int
 ) -> dict[str, int]:
+    """Return the pages of each model of a trace."""
     if page_bytes < 1:
         raise CapacityError(f"expected pages of at least 1 byte, got {page_bytes}")
     pages = {}
@@ -110,51 +103,3 @@ def _checked_pages(
                 "raise the capacity"
             )
     return pages
-
-
-def least_cost(
-    trace: Trace | Sequence[str],
-    sizes: Mapping[str, int],
-    capacity: int,
-    cost_per_byte: Mapping[str, float],
-) -> float:
-    """Return the least cost of loading for any schedule, if bytes differ in cost.
-
-    It solves the linear program of this module's docstring by HiGHS, with each interval weighted by
-    its model's cost. The matrix has an entry for each request between two uses of a model. So
-    thousands of requests over a few models are feasible, but not a million; use `optimal_bytes`.
-
-    Args:
-        trace: the requests, or only their models, in order.
-        sizes: bytes of each model.
-        capacity: bytes of the ring.
-        cost_per_byte: of loading, by model; any unit.
-
-    Raises:
-        TraceError, CapacityError: as `optimal_bytes`; also for a cost that is missing or negative.
-    """
-    models = _models(trace)
-    _checked_pages(models, sizes, capacity, 1)
-    for model in dict.fromkeys(models):
-        if not (math.isfinite(cost := cost_per_byte.get(model, math.nan)) and cost >= 0):
-            raise TraceError(f"expected a cost of 0 or more a byte for {model!r}, got {cost}")
-    whole = {model: sizes[model] * cost_per_byte[model] for model in dict.fromkeys(models)}
-    intervals = [(i, int(j)) for i, j in enumerate(next_uses(models)) if j < math.inf]
-    first_touches = sum(whole.values())
-    if not intervals:
-        return first_touches
-    loaded_again = np.array([whole[models[i]] for i, _ in intervals])
-    lengths = [j - i - 1 for i, j in intervals]
-    matrix = sparse.csr_array(
-        (
-            np.repeat([float(sizes[models[i]]) for i, _ in intervals], lengths),
-            (
-                np.concatenate([np.arange(i + 1, j) for i, j in intervals]),
-                np.repeat(np.arange(len(intervals)), lengths),
-            ),
-        ),
-        shape=(len(models), len(intervals)),
-    )
-    room = np.array([float(capacity - sizes[model]) for model in models])
-    solved = linprog(-loaded_again, A_ub=matrix, b_ub=room, bounds=(0, 1), method="highs")
-    return first_touches + float(loaded_again.sum()) + float(solved.fun)

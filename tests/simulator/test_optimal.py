@@ -15,7 +15,7 @@ from scipy.optimize import linprog
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.errors import CapacityError, TraceError
-from djinn_lib.simulator.optimal import least_cost, optimal_bytes, optimal_loads
+from djinn_lib.simulator.optimal import optimal_bytes, optimal_loads
 from djinn_lib.trace import paper_trace, zipf_trace
 
 GIB = 1 << 30
@@ -174,29 +174,6 @@ def test_a_long_trace_over_many_models_is_quick():
 def test_errors(models, sizes, capacity, page_bytes, error, message):
     with pytest.raises(error, match=message):
         optimal_bytes(models, sizes, capacity, page_bytes)
-
-
-def test_least_cost_is_the_optimum_where_every_byte_costs_the_same(rng):
-    for _ in range(60):
-        sizes = {str(i): int(rng.integers(1, 50)) for i in range(rng.integers(2, 8))}
-        models = [str(i) for i in rng.integers(0, len(sizes), rng.integers(2, 40))]
-        capacity = int(rng.integers(max(sizes.values()), sum(sizes.values()) + 1))
-        least = least_cost(models, sizes, capacity, dict.fromkeys(sizes, 2.0))
-        assert least == pytest.approx(2 * optimal_bytes(models, sizes, capacity))
-
-
-def test_least_cost_keeps_what_is_dear():
-    sizes, models = {"a": 4, "b": 4, "c": 4}, list("abcabc")
-    # Room for two of three: each gap could keep a or b; a byte of b costs ten times as much.
-    cost = {"a": 1.0, "b": 10.0, "c": 1.0}
-    assert least_cost(models, sizes, 8, cost) == pytest.approx(4 + 40 + 4 + 4 + 4)
-    assert least_cost(["a", "b"], sizes, 8, cost) == 44
-
-
-@pytest.mark.parametrize("cost", [{}, {"a": -1.0}, {"a": float("nan")}])
-def test_least_cost_refuses_costs_that_mean_nothing(cost):
-    with pytest.raises(TraceError, match="a cost of 0 or more a byte for 'a'"):
-        least_cost(["a"], {"a": 1}, 1, cost)
 
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), -1, 0])
