@@ -15,13 +15,7 @@ from djinn_lib.errors import ConfigError, shown
 
 
 def whole_number(value: object, what: str, least: int, most: int) -> int:
-    """Return a whole number from `least` to `most`, as Python's own.
-
-    Args:
-        value: what came.
-        what: its name, for the message.
-        least: the smallest number allowed.
-        most: the largest number allowed.
+    """Return a whole number from `least` to `most`, as Python's own; `what` names it in messages.
 
     Raises:
         ConfigError: it is something else, or out of range.
@@ -33,13 +27,7 @@ def whole_number(value: object, what: str, least: int, most: int) -> int:
 
 
 def real_number(value: object, what: str, least: float, most: float) -> float:
-    """Return a number from `least` to `most`, as Python's own.
-
-    Args:
-        value: what came.
-        what: its name, for the message.
-        least: the smallest number allowed.
-        most: the largest number allowed.
+    """Return a number from `least` to `most`, as Python's own; `what` names it in messages.
 
     Raises:
         ConfigError: it is something else, or out of range.

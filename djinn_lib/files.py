@@ -1,10 +1,12 @@
-"""Write files atomically: under a temporary name first, then renamed."""
+"""Write files and replace folders as a whole: under a temporary name first, then renamed."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +46,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def path_below(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder or below it.
-
-    Raises:
-        ConfigError: the name is invalid or leads out of the folder.
-    """
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise ConfigError(f"expected the name of a file below {folder}, got {name!r}")
-    return folder / name
-
-
 def ensure_writable(folder: Path) -> None:
     """Create a folder if necessary, and check that files can be written there.
 
@@ -72,3 +62,29 @@ def ensure_writable(folder: Path) -> None:
             f"expected a folder that can be written to, got {folder} ({error.strerror}): "
             "choose another run_dir or correct its permissions"
         ) from error
+
+
+def replace_folders(made: Mapping[Path, Path]) -> None:
+    """Move new folders to their targets, all or none; what they replace is deleted.
+
+    After a kill, an old folder may remain as ``.<name>.before`` next to its target.
+
+    Args:
+        made: the new folder for each target, on the same file system. A target need not exist.
+
+    Raises:
+        OSError: a folder cannot be moved; all targets are as before.
+    """
+    with ExitStack() as undo:
+        for target, new in made.items():
+            before = target.with_name(f".{target.name}.before")
+            if target.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                os.rename(target, before)
+                undo.callback(os.rename, before, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(new, target)
+            undo.callback(os.rename, target, new)
+        undo.pop_all()
+    for target in made:
+        shutil.rmtree(target.with_name(f".{target.name}.before"), ignore_errors=True)

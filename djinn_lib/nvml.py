@@ -69,20 +69,12 @@ def _first_handle(nvml: Any) -> Any:
 
 def used_bytes() -> int | None:
     """Return the memory in use on the first GPU, in bytes; None without a driver."""
-
-    def read(nvml: Any) -> int:
-        return int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).used)
-
-    return ask(read)
+    return ask(lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).used))
 
 
 def free_bytes() -> int | None:
     """Return the free memory of the first GPU, in bytes; None without a driver."""
-
-    def read(nvml: Any) -> int:
-        return int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).free)
-
-    return ask(read)
+    return ask(lambda nvml: int(nvml.nvmlDeviceGetMemoryInfo(_first_handle(nvml)).free))
 
 
 class MemoryWatch:

@@ -90,7 +90,6 @@ SCHEMA = pa.DataFrameSchema(
     unique=["run_id", "repeat", "request"],
 )  # fmt: skip
 COLUMNS = tuple(SCHEMA.columns)
-_SINCE = {"start": "cold"}  # columns that older rows lack, and their value there
 
 
 def token_sha(token_ids: Sequence[int]) -> str:
@@ -161,14 +160,6 @@ def rows_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return check_rows(frame[[*known, *unknown]], "new rows")
 
 
-def _completed(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns that older rows lack."""
-    for column, value in _SINCE.items():
-        if column not in frame and len(frame):
-            frame.insert(min(COLUMNS.index(column), frame.shape[1]), column, value)
-    return frame
-
-
 def check_rows(frame: pd.DataFrame, where: str) -> pd.DataFrame:
     """Return the frame if it fits the schema.
 
@@ -223,7 +214,7 @@ def read_rows(path: Path) -> pd.DataFrame:
         RecordError: the file is missing, truncated or breaks the schema.
     """
     try:
-        frame = _completed(pd.read_parquet(path))
+        frame = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise RecordError(
             f"expected rows in {path}, got {error}: delete the file and run its cell again"

@@ -326,10 +326,3 @@ def test_token_sha_tells_sequences_apart(one, other):
     assert (token_sha(one) == token_sha(other)) == (one == other)
     if one != one[::-1]:
         assert token_sha(one) != token_sha(one[::-1])
-
-
-def test_rows_older_than_warm_starts_are_cold(rows, tmp_path):
-    path = tmp_path / "old.parquet"
-    rows_frame(rows).drop(columns="start").to_parquet(path)
-    found = read_rows(path)
-    assert list(found.columns) == list(COLUMNS) and set(found["start"]) == {"cold"}

@@ -29,10 +29,9 @@ from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import Profile, load_profile
-from djinn_lib.files import write_json
+from djinn_lib.files import replace_folders, write_json
 from djinn_lib.paths import user_path
 from djinn_lib.publishing.parts import PartCell, differences, read_part
-from djinn_lib.replacing import recover, replace_folders
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
 
@@ -86,7 +85,6 @@ def merge(
             f"expected the folder to make and parts that all differ, got {run_dir} and "
             f"{', '.join(map(str, parts))}: name each part once, and another folder for the result"
         )
-    recover(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()) and not replace:
         raise ConfigError(
             f"expected {run_dir} to be absent or empty, got a folder with files: name another, or "

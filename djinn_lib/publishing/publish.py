@@ -30,11 +30,10 @@ from djinn_lib.experiment import large_results
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import load_profile
-from djinn_lib.files import write_json
+from djinn_lib.files import replace_folders, write_json
 from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
 from djinn_lib.publishing.merge import missing_cells
 from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
-from djinn_lib.replacing import recover, replace_folders
 from djinn_lib.rows import read_rows, write_rows
 
 PUBLISHED = ("requests", REPLICATES, "traces", "notebooks", "figures", "machine.json",
@@ -82,7 +81,6 @@ def publish(
         RecordError: the run does not qualify, or cannot be read.
         OSError: writing failed, for example on a full disk.
     """
-    recover(reference, figures)
     taken = [name for name in PUBLISHED if (reference / name).exists()]
     if taken and not replace:
         raise ConfigError(

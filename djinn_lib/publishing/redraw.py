@@ -27,9 +27,9 @@ from djinn_lib.errors import ConfigError, DjinnError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import execute
 from djinn_lib.experiment.status import Status, keep_status
+from djinn_lib.files import replace_folders
 from djinn_lib.paths import FIGURES, REFERENCE, user_path
 from djinn_lib.publishing.report import build_report
-from djinn_lib.replacing import recover, replace_folders
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
 _processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
@@ -162,7 +162,6 @@ def redraw_published(reference: Path = REFERENCE, figures: Path = FIGURES) -> li
     Raises:
         ConfigError: there are no reference rows.
     """
-    recover(reference, figures)  # repair after a killed publication
     if not any((reference / "requests").glob("*.parquet")):
         raise ConfigError(
             f"expected rows of the reference run in {reference / 'requests'}, got none: to draw "

@@ -13,7 +13,7 @@ import pytest
 from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
-from djinn_lib import replacing
+from djinn_lib import files
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
@@ -318,24 +318,10 @@ def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch,
             raise OSError(errno.EACCES, "Permission denied")
         real(source, target)
 
-    monkeypatch.setattr(replacing.os, "rename", rename)
+    monkeypatch.setattr(files.os, "rename", rename)
     assert main([str(tmp_path / "run"), *map(str, parts), "--replace"]) == 2
     assert "error: " in (said := capsys.readouterr().err) and "Permission denied" in said
     assert contents(tmp_path / "run") == before
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
-
-
-def test_a_run_whose_replacement_was_killed_is_there_again(parts, tmp_path):
-    """Killed between putting the old one aside and the new one in place."""
-    merge(tmp_path / "run", parts[:1])
-    before = contents(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / ".run.before")
-    with pytest.raises(ConfigError, match="replace it with --replace"):  # so it is seen again
-        merge(tmp_path / "run", parts)
-    assert contents(tmp_path / "run") == before
-    (tmp_path / "run").rename(tmp_path / ".run.before")
-    merge(tmp_path / "run", parts, replace=True)
-    assert len(load_run(tmp_path / "run").manifests) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
 
 

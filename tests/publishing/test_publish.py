@@ -14,7 +14,7 @@ from profile_factory import tiny_profile
 from row_factory import CAPACITIES, cell_rows
 from run_factory import FEW, GPU_MACHINE, SWEPT, write_large_rows, write_run
 
-from djinn_lib import replacing
+from djinn_lib import files
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
@@ -248,7 +248,7 @@ def test_what_is_published_is_the_old_or_the_new_wherever_it_ends(
             raise OSError(errno.EACCES, "Permission denied")
         real(source, target)
 
-    monkeypatch.setattr(replacing.os, "rename", rename)
+    monkeypatch.setattr(files.os, "rename", rename)
     with pytest.raises(OSError, match="Permission denied"):
         publish(tmp_path, replace=True, reference=reference, figures=figures)
     assert (contents(reference), contents(figures)) == before
@@ -258,21 +258,6 @@ def test_what_is_published_is_the_old_or_the_new_wherever_it_ends(
     assert (figures / "a.png").read_text() == '"newer"'
     assert (figures / "drawn_by_hand.svg").exists() and (reference / "engine.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"figures", "reference"}
-
-
-def test_a_publication_that_was_killed_is_undone_by_the_next_run(reference, tmp_path, texts):
-    """Killed when the reference was the new one already, and the figures were not yet there."""
-    figures = tmp_path / "figures"
-    publish(tmp_path, reference=reference, figures=figures)
-    before = contents(reference), contents(figures)
-    reference.rename(reference.with_name(".h100.before"))
-    figures.rename(figures.with_name(".figures.before"))
-    shutil.copytree(reference.with_name(".h100.before"), reference)
-    (reference / "claims.json").write_text("of the new run")
-    with pytest.raises(ConfigError, match="--replace"):
-        publish(tmp_path, reference=reference, figures=figures)
-    assert (contents(reference), contents(figures)) == before
-    assert [path.name for path in reference.parent.iterdir()] == ["h100"]
 
 
 def test_the_command_says_why_it_refuses(tmp_path, capsys):
