@@ -18,8 +18,8 @@ from typing import Any
 
 import pandas as pd
 from engine_cases import Cases, spread, timed
+from masters_plot import full_misses
 
-from djinn_lib.analysis.plots.masters import full_misses
 from djinn_lib.analysis.plots.style import save_figure
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.errors import DjinnError

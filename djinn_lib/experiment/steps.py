@@ -112,8 +112,7 @@ TRACE = Step(
 )
 START = Step(
     "00_start_here",
-    code=("engine", "analysis/page_tables.py", "analysis/plots/ring.py", "analysis/plots/style.py",
-          "experiment/small_shapes.py"),
+    code=("engine", "analysis/ring_view.py", "analysis/plots/style.py"),
     gives=(),
 )  # fmt: skip
 READING = (  # the longest first

@@ -7,11 +7,15 @@ import pytest
 from matplotlib.patches import FancyBboxPatch
 
 import djinn_lib as dj
-from djinn_lib.analysis.page_tables import costs_table, moves_table
-from djinn_lib.analysis.plots.ring import contents_of, ring_moments
 from djinn_lib.analysis.plots.style import model_colors
+from djinn_lib.analysis.ring_view import (
+    contents_of,
+    costs_table,
+    moves_table,
+    ring_moments,
+    small_llama,
+)
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment.small_shapes import llama
 
 BEFORE = {"chat": (0, 1, 2), "code": ()}
 AFTER = {"chat": (0,), "code": (3, 1, 2)}
@@ -49,8 +53,8 @@ def test_pages_that_moved_are_counted():
 
 def test_a_running_ring_can_be_drawn_and_its_costs_add_up():
     with dj.Djinn("12MiB", device="cpu", page="1MiB") as djinn:
-        djinn.add("a", dj.ModelSpec(llama(n_layers=3), seed=1))
-        djinn.add("b", dj.ModelSpec(llama(n_layers=2), seed=2))
+        djinn.add("a", dj.ModelSpec(small_llama(n_layers=3), seed=1))
+        djinn.add("b", dj.ModelSpec(small_llama(n_layers=2), seed=2))
         empty = djinn.stats().frames
         served = [(name, djinn.generate(name, [1, 2], max_new_tokens=1)) for name in "aab"]
         after = djinn.stats().frames

@@ -1,11 +1,13 @@
 """The picture of compressed masters."""
 
+import importlib
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from djinn_lib.analysis.plots.masters import full_misses
 from djinn_lib.errors import RecordError
+from djinn_lib.paths import REPO
 
 ROWS = pd.DataFrame(
     [
@@ -18,7 +20,13 @@ ROWS = pd.DataFrame(
 )
 
 
-def test_bars_and_the_line_of_the_link_are_those_of_the_rows():
+@pytest.fixture
+def full_misses(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+    return importlib.import_module("masters_plot").full_misses
+
+
+def test_bars_and_the_line_of_the_link_are_those_of_the_rows(full_misses):
     figure = full_misses(ROWS)
     try:
         figure.draw_without_rendering()
@@ -36,6 +44,6 @@ def test_bars_and_the_line_of_the_link_are_those_of_the_rows():
         plt.close(figure)
 
 
-def test_without_rows_there_is_nothing_to_draw():
+def test_without_rows_there_is_nothing_to_draw(full_misses):
     with pytest.raises(RecordError, match="compressed masters"):
         full_misses(ROWS[:0])

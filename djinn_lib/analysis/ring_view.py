@@ -1,11 +1,13 @@
-"""Draw the ring at several moments: which page of which model is in which frame."""
+"""Show a running ring in notebook 00_start_here: pages in frames, moves, costs of requests."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
@@ -19,7 +21,11 @@ from djinn_lib.analysis.plots.style import (
 )
 from djinn_lib.errors import RecordError
 
-PageTables = Mapping[str, Sequence[int]]  # for each model: the frame of each resident page
+if TYPE_CHECKING:
+    from djinn_lib.engine.serving.generation import Generation
+
+# `Djinn.stats().frames`: for each model, the frame of each resident page.
+PageTables = Mapping[str, Sequence[int]]
 
 _FRAMES_A_ROW = 12
 _EMPTY = "#EFEFEF"
@@ -33,7 +39,7 @@ def ring_moments(moments: Mapping[str, PageTables], n_frames: int) -> Figure:
     differs from the moment before has a black edge.
 
     Args:
-        moments: page tables (`Djinn.stats().frames`) by title, in order of time.
+        moments: page tables by title, in order of time.
         n_frames: number of frames of the ring.
 
     Raises:
@@ -102,3 +108,36 @@ def _draw_frames(
     n_rows = math.ceil(len(content) / _FRAMES_A_ROW)
     axes.set(xlim=(0, _FRAMES_A_ROW), ylim=(n_rows, 0), aspect="equal")
     axes.axis("off")
+
+
+def moves_table(before: PageTables, after: PageTables) -> pd.DataFrame:
+    """Return a row a model: how many of its pages stayed, came and went between two moments."""
+    pages = {model: (set(enumerate(before.get(model, ()))), set(enumerate(frames)))
+             for model, frames in after.items()}  # fmt: skip
+    return pd.DataFrame.from_dict({
+        model: {"stayed": len(old & new), "loaded": len(new - old), "evicted": len(old - new)}
+        for model, (old, new) in pages.items()
+    }, orient="index").rename_axis("pages of")  # fmt: skip
+
+
+def costs_table(served: Iterable[tuple[str, Generation]]) -> pd.DataFrame:
+    """Return a row a request, each given with its model: what it found, loaded and evicted."""
+    rows = [(model, g.resident_before_bytes, g.loaded_bytes, g.evicted_bytes)
+            for model, g in served]  # fmt: skip
+    names = ["model", "found (MiB)", "loaded (MiB)", "evicted from others (MiB)"]
+    table = pd.DataFrame(rows, pd.RangeIndex(1, len(rows) + 1, name="request"), names)
+    return table.assign(**{name: (table[name] / 2**20).round(1) for name in names[1:]})
+
+
+def small_llama(n_layers: int) -> dict[str, Any]:
+    """Return the configuration of a small Llama: about 2.5 MiB of float32 weights a layer."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 8,
+        "vocab_size": 2048,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,  # random weights as small as usual give one token again and again
+    }
