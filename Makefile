@@ -66,11 +66,11 @@ reproduce: check-profile check-executor $(READY) ## run the whole experiment, or
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu
-	$(RUN) -m djinn_lib.publishing.redraw $(if $(FROM),$(call quoted,$(value FROM)))
+	$(RUN) -m djinn_lib.cli figures $(if $(FROM),$(call quoted,$(value FROM)))
 
 .PHONY: study
 study: check-executor $(READY) ## compute the study of policies again, into data/runs/study
-	$(RUN) -m djinn_lib.experiment.study --executor $(EXECUTOR)
+	$(RUN) -m djinn_lib.cli study --executor $(EXECUTOR)
 
 .PHONY: test
 test: style ## check the style and the types, and run the tests that take minutes

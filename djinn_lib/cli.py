@@ -10,7 +10,6 @@ import enum
 import sys
 from collections.abc import Callable
 from functools import wraps
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ import typer
 
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import commands
+from djinn_lib.paths import REPO
 
 app = typer.Typer(
     name="djinn",
@@ -77,6 +77,13 @@ class Kind(enum.StrEnum):
     zipf = "zipf"
 
 
+class Grid(enum.StrEnum):
+    """How much is simulated."""
+
+    small = "small"
+    full = "full"
+
+
 class Figure(enum.StrEnum):
     """What can be drawn."""
 
@@ -107,13 +114,13 @@ _BASELINES = (
 
 
 def _in_words(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Turn an error of ours into one line, and a returned status into the exit status."""
+    """Turn an error of ours or of a disk into one line, and what is returned into the status."""
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             code = command(*args, **kwargs)
-        except DjinnError as error:
+        except (DjinnError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
@@ -246,29 +253,78 @@ def reproduce(
     return run_all(profile or default_config(), run_dir, executor.value, names or [])
 
 
-def _hand_on(name: str, module: str, panel: str, said: str) -> None:
-    """Add a command whose options are those of a module's `main`."""
+@app.command(rich_help_panel=_EXPERIMENT)
+@_in_words
+def study(
+    grid: Annotated[Grid, typer.Option(help="the size of the study")] = Grid.full,
+    out: Annotated[Path, typer.Option(help="the study's folder")] = REPO
+    / "data"
+    / "runs"
+    / "study",
+    executor: _ExecutorOption = Executor.local,
+) -> None:
+    """Simulate policies, capacities and fleets of models."""
+    from djinn_lib.experiment.study import save_study
 
-    @app.command(
-        name,
-        help=said,
-        rich_help_panel=panel,
-        add_help_option=False,
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    @_in_words
-    def command(context: typer.Context) -> int:
-        return import_module(module).main(context.args)
+    save_study(grid.value, out.expanduser(), executor.value)
 
 
-_hand_on("study", "djinn_lib.experiment.study", _EXPERIMENT,
-         "Simulate policies, capacities and fleets of models.")  # fmt: skip
-_hand_on("figures", "djinn_lib.publishing.redraw", _PUBLISHING,
-         "Draw the published figures, or those of a run, from rows.")  # fmt: skip
-_hand_on("merge", "djinn_lib.publishing.merge", _PUBLISHING,
-         "Put the cells of several run folders into one.")  # fmt: skip
-_hand_on("publish", "djinn_lib.publishing.publish", _PUBLISHING,
-         "Make a finished run the reference.")  # fmt: skip
+@app.command(rich_help_panel=_PUBLISHING)
+@_in_words
+def figures(
+    run_dir: Annotated[
+        Path | None, typer.Argument(help="a run's folder [default: the published run]")
+    ] = None,
+) -> int:
+    """Draw the figures of a run, or the published ones, again from rows.
+
+    The exit status is 1 if a notebook failed.
+    """
+    from djinn_lib.publishing import redraw
+
+    return redraw.redraw(run_dir.expanduser() if run_dir else None)
+
+
+@app.command(rich_help_panel=_PUBLISHING)
+@_in_words
+def merge(
+    run_dir: Annotated[Path, typer.Argument(help="the folder to make")],
+    parts: Annotated[list[Path], typer.Argument(help="run folders, in any order")],
+    allow_commits: Annotated[
+        bool, typer.Option("--allow-commits", help="parts may come from different commits")
+    ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="replace the folder, if it exists")
+    ] = False,
+) -> int:
+    """Put the cells of several run folders into one; see docs/maintaining.md.
+
+    The exit status is 1 if cells are missing, which are listed.
+    """
+    from djinn_lib.publishing.merge import merge_parts
+
+    return merge_parts(run_dir, parts, allow_commits, replace)
+
+
+@app.command(rich_help_panel=_PUBLISHING)
+@_in_words
+def publish(
+    run_dir: Annotated[Path, typer.Argument(help="a finished run")],
+    replace: Annotated[bool, typer.Option("--replace", help="replace what is published")] = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="take a changed working tree")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="take a run that misses cells")
+    ] = False,
+) -> None:
+    """Make a finished run the reference; see docs/maintaining.md."""
+    from djinn_lib.publishing.publish import publish as publish_run
+
+    publish_run(run_dir.expanduser().resolve(), replace, allow_dirty, unfinished)
+    print("published; next: python -m djinn_lib.publishing.pages, then the tests")
+
+
 for _served in (commands.serve, commands.ring):
     app.command(rich_help_panel=_SERVING)(_served)
 

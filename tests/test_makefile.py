@@ -179,9 +179,9 @@ def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None
 
 
 def test_figures_are_the_published_ones_or_those_of_a_run(tree: Tree) -> None:
-    assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.publishing.redraw")
+    assert tree.make("-n", "figures").stdout.rstrip().endswith("-m djinn_lib.cli figures")
     own = tree.make("-n", "figures", "FROM=data/runs/cpu").stdout
-    assert '-m djinn_lib.publishing.redraw "data/runs/cpu"' in own
+    assert '-m djinn_lib.cli figures "data/runs/cpu"' in own
 
 
 def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_paths_of_any_characters_reach_the_command_as_they_are(tmp_path: Path) -
     tree = Tree(named)
     python = tree.bin / "p $y"
     tree.command(python.name, '#!/bin/sh\nprintf "%s\\n" "$@" >> "$LOG"\n')
-    wanted = ["-m", "djinn_lib.publishing.redraw", f"{named}/run"]
+    wanted = ["-m", "djinn_lib.cli", "figures", f"{named}/run"]
     done = tree.make("figures", f"FROM={wanted[-1]}", f"PY={python}")
     assert done.returncode == 0, done.stderr
     assert tree.log.read_text().splitlines() == wanted

@@ -2,20 +2,17 @@
 
 The parameters are capacity, skew, number of models and policy. A point is one simulation.
 `Grid.points` lists the points, `run_point` computes one, and `run_study` computes all, in order or
-with a given executor. `make study` runs the whole study::
-
-    python -m djinn_lib.experiment.study --grid full --out data/reference/study
+with a given executor. `make study` runs the whole study: `djinn study --out data/reference/study`.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -26,7 +23,7 @@ from djinn_lib.experiment.by_hand import progress_bar
 from djinn_lib.experiment.executors import Job, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency
-from djinn_lib.paths import REPO, user_path
+from djinn_lib.paths import REPO
 from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
 from djinn_lib.simulator.cost_model import CostModel, reference_costs
@@ -278,34 +275,24 @@ def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
     return _known_least[key]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Compute a grid and save its points; return the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.experiment.study", description=__doc__)
-    parser.add_argument("--grid", choices=sorted(GRIDS), default="full")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local")
-    parser.add_argument("--out", type=user_path, default=REPO / "data" / "runs" / "study")
-    options = parser.parse_args(arguments)
+def save_study(grid: str, folder: Path, executor: str = "local") -> None:
+    """Compute a grid and save its points, and where they come from, in a folder.
+
+    Raises:
+        ConfigError: the folder cannot be written to, or Ray cannot be used.
+        DjinnError: a point failed on Ray.
+    """
     begin_s, (commit, dirty) = time.perf_counter(), git_state(REPO)
-    try:
-        ensure_writable(options.out)
-        points = [*GRIDS[options.grid].points(), *QUEUED]
-        study = run_study(points, on_ray if options.executor == "ray" else None)
-    except DjinnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_atomically(options.out / "points.parquet", lambda to: study.to_parquet(to, index=False))
+    ensure_writable(folder)
+    study = run_study([*GRIDS[grid].points(), *QUEUED], on_ray if executor == "ray" else None)
+    write_atomically(folder / "points.parquet", lambda to: study.to_parquet(to, index=False))
     manifest = {
-        "grid": asdict(GRIDS[options.grid]),
+        "grid": asdict(GRIDS[grid]),
         "costs": asdict(_costs()),
         "git_commit": commit,
         "git_dirty": dirty,
         "versions": package_versions(),
         "wall_s": time.perf_counter() - begin_s,
     }
-    write_json(options.out / "manifest.json", manifest)
-    print(f"{len(study)} points in {manifest['wall_s']:.0f} s: {options.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    write_json(folder / "manifest.json", manifest)
+    print(f"{len(study)} points in {manifest['wall_s']:.0f} s: {folder}")

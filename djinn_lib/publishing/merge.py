@@ -1,6 +1,4 @@
-"""Merge the cells of several run folders into one.
-
-    python -m djinn_lib.publishing.merge RUN_DIR PART...
+"""Merge the cells of several run folders into one: `djinn merge RUN_DIR PART...`.
 
 A run may be done in parts, on several machines of one kind. Parts must have the same profile and
 parameters, traces, weights, packages, driver, kind of GPU and commit; otherwise the differences are
@@ -11,11 +9,9 @@ parts have the same cell, one measurement is taken and the others are kept as re
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,36 +19,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, read_machine
-from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import replace_folders, write_json
-from djinn_lib.paths import user_path
 from djinn_lib.publishing.parts import PartCell, differences, read_part
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Merge; return the exit status: 0 complete, 1 cells are missing, 2 refused."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.merge", description=__doc__)
-    parser.add_argument("run_dir", type=user_path, help="the folder to make")
-    parser.add_argument("parts", type=user_path, nargs="+", help="run folders, in any order")
-    parser.add_argument(
-        "--allow-commits", action="store_true", help="parts may come from different commits"
-    )
-    parser.add_argument("--replace", action="store_true", help="replace RUN_DIR, if it exists")
-    options = parser.parse_args(arguments)
-    try:
-        cells = merge(options.run_dir, options.parts, options.allow_commits, options.replace)
-        missing = missing_cells(load_profile(cells[0].manifest["profile"]), options.run_dir)
-    except (DjinnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(cells)} cells of {len(options.parts)} parts in {options.run_dir}", flush=True)
+def merge_parts(
+    run_dir: Path, parts: Sequence[Path], allow_commits: bool = False, replace: bool = False
+) -> int:
+    """Do as `merge`, and print the cells that are missing; return 1 if there are any, else 0."""
+    cells = merge(run_dir.expanduser(), [p.expanduser() for p in parts], allow_commits, replace)
+    missing = missing_cells(load_profile(cells[0].manifest["profile"]), run_dir.expanduser())
+    print(f"{len(cells)} cells of {len(parts)} parts in {run_dir}", flush=True)
     if missing:
         print("still to be run: " + " ".join(f"cell:{name}" for name in missing))
     return 1 if missing else 0
@@ -225,7 +210,3 @@ def _copy_notebook(part: Path, made: Path, name: str, new: str) -> None:
     """Copy an executed notebook, if a part has it."""
     if (notebook := part / "notebooks" / f"{name}.ipynb").exists():
         copy_with_log(notebook, made / "notebooks" / f"{new}.ipynb")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

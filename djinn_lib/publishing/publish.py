@@ -1,6 +1,4 @@
-"""Publish a finished GPU run as the reference run.
-
-    python -m djinn_lib.publishing.publish data/runs/gpu
+"""Publish a finished GPU run as the reference run: `djinn publish data/runs/gpu`.
 
 Rows, manifests, traces and executed notebooks of the run are copied to `data/reference/h100`.
 Everything that is derived from rows is generated again from the copies: notebooks, figures (also in
@@ -14,24 +12,22 @@ existing reference run is kept, unless `--replace` is given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, Run, load_run
-from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import replace_folders, write_json
-from djinn_lib.paths import FIGURES, REFERENCE, REPO, user_path
+from djinn_lib.paths import FIGURES, REFERENCE
 from djinn_lib.publishing.merge import missing_cells
 from djinn_lib.publishing.redraw import copy_figures, new_figures, read_again
 from djinn_lib.rows import read_rows, write_rows
@@ -43,24 +39,6 @@ _READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `noteboo
 # An absolute path of two parts or more. What comes before keeps URLs, rates (GB/s), HTML tags and
 # paths relative to something, `{folder}/a/b` among them, out of it.
 _ABSOLUTE = re.compile(r"(?<![\w./:<}\]-])/(?:[\w.+@{}\[\]-]+/)+([\w.+@{}\[\]-]+)/?")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Publish; return the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.publish", description=__doc__)
-    parser.add_argument("run_dir", type=user_path)
-    parser.add_argument("--replace", action="store_true", help="replace what is published")
-    parser.add_argument("--allow-dirty", action="store_true", help="take a changed working tree")
-    parser.add_argument("--unfinished", action="store_true", help="take a run that misses cells")
-    options = parser.parse_args(arguments)
-    try:
-        publish(options.run_dir.resolve(), options.replace, options.allow_dirty, options.unfinished)
-    except (DjinnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"published in {REFERENCE.relative_to(REPO)} and {FIGURES.name}/; next: "
-          "python -m djinn_lib.publishing.pages, then the tests")  # fmt: skip
-    return 0
 
 
 def publish(
@@ -230,7 +208,3 @@ def scrub_text(text: str, known: Mapping[str, str] | None = None) -> str:
     for folder, instead in sorted((known or {}).items(), key=lambda item: -len(item[0])):
         text = re.sub(rf"{re.escape(folder)}(?=/|\b)", lambda _, new=instead: new, text)
     return _ABSOLUTE.sub(lambda found: found[1], text)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Draw figures again from rows: `make figures`, `python -m djinn_lib.publishing.redraw`.
+"""Draw figures again from rows: `make figures`, `djinn figures`.
 
 Every figure is defined by a notebook that only reads rows, so these notebooks are executed. Without
 a folder they read the reference run and draw the published figures in `figures/`. With the folder
@@ -8,10 +8,8 @@ core. This takes about a minute and needs no GPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -23,12 +21,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, load_run
-from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
 from djinn_lib.experiment.notebooks import execute
 from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.files import replace_folders
-from djinn_lib.paths import FIGURES, REFERENCE, user_path
+from djinn_lib.paths import FIGURES, REFERENCE
 from djinn_lib.publishing.report import build_report
 
 MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
@@ -41,20 +39,12 @@ FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and th
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Draw; return the exit status: 1 if a notebook failed, 2 if there is nothing to draw."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.redraw", description=__doc__)
-    parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the reference run")
-    options = parser.parse_args(arguments)
-    try:
-        if options.run_dir:
-            failed = [s for s in read_again(options.run_dir.resolve()) if s.state != "ok"]
-            print(f"results: {build_report(options.run_dir)}", flush=True)
-        else:
-            failed = redraw_published()
-    except (DjinnError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def redraw(run_dir: Path | None = None) -> int:
+    """Draw the figures of a run, or the published ones; return 1 if a notebook failed, else 0."""
+    if run_dir is None:
+        return 1 if redraw_published() else 0
+    failed = [status for status in read_again(run_dir.resolve()) if status.state != "ok"]
+    print(f"results: {build_report(run_dir)}", flush=True)
     return 1 if failed else 0
 
 
@@ -203,7 +193,3 @@ def copy_figures(source: Path, target: Path) -> list[Path]:
         raise RecordError(f"expected figures in {source}, got none: draw them first")
     target.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copyfile(path, target / path.name)) for path in found]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,10 +7,8 @@ follow the reader's choice of a light or a dark screen.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -52,16 +50,6 @@ class Page:
     notebook: Path
     html: Path
     error: str = ""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page of a run, or of the published run; return the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.publishing.report", description=__doc__)
-    parser.add_argument("run_dir", type=user_path, nargs="?", help="default: the published run")
-    options = parser.parse_args(arguments)
-    page = build_report(options.run_dir) if options.run_dir else build_published()
-    print(f"results: {page}")
-    return 0
 
 
 def build_published(reference: Path = REFERENCE) -> Path:
@@ -291,7 +279,3 @@ def _run_by_hand(manifest: Path) -> bool:
         return json.loads(manifest.read_text()).get("execution", "") is None
     except (OSError, ValueError, AttributeError):
         return False
-
-
-if __name__ == "__main__":
-    sys.exit(main())

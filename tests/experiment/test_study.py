@@ -8,6 +8,7 @@ import subprocess
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from command import djinn
 
 from djinn_lib.analysis import validation
 from djinn_lib.analysis.plots import explore
@@ -22,7 +23,6 @@ from djinn_lib.experiment.study import (
     Grid,
     Point,
     free_capacity,
-    main,
     run_point,
     run_study,
 )
@@ -267,12 +267,12 @@ def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
     tiny = Grid((3,), alpha=(1.0,), share=(0.5,), policy=("lru",), n_requests=50)
     monkeypatch.setattr(study, "GRIDS", {"small": tiny, "full": tiny})
     monkeypatch.setattr(study, "QUEUED", ())
-    assert main(["--grid", "small", "--out", str(tmp_path / "out")]) == 0
+    assert djinn("study", "--grid", "small", "--out", tmp_path / "out") == 0
     assert len(pd.read_parquet(tmp_path / "out" / "points.parquet")) == 2
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["grid"]["n_requests"] == 50 and manifest["versions"]["python"]
     (tmp_path / "file").write_text("")
-    assert main(["--grid", "small", "--out", str(tmp_path / "file")]) == 2
+    assert djinn("study", "--grid", "small", "--out", tmp_path / "file") == 2
     assert "error: expected a folder" in capsys.readouterr().err
 
 

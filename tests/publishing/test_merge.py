@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from command import djinn
 from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
@@ -23,7 +24,7 @@ from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_json
 from djinn_lib.publishing import merge as merge_module
-from djinn_lib.publishing.merge import main, merge
+from djinn_lib.publishing.merge import merge
 from djinn_lib.rows import read_rows
 from djinn_lib.trace import paper_trace, write_trace
 
@@ -319,7 +320,7 @@ def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch,
         real(source, target)
 
     monkeypatch.setattr(files.os, "rename", rename)
-    assert main([str(tmp_path / "run"), *map(str, parts), "--replace"]) == 2
+    assert djinn("merge", tmp_path / "run", *parts, "--replace") == 2
     assert "error: " in (said := capsys.readouterr().err) and "Permission denied" in said
     assert contents(tmp_path / "run") == before
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
@@ -351,14 +352,14 @@ def test_a_folder_without_cells_is_no_part(parts, tmp_path):
 
 
 def test_the_command_says_what_is_still_to_be_run(parts, tmp_path, capsys):
-    assert main([str(tmp_path / "run"), *map(str, parts)]) == 1
+    assert djinn("merge", tmp_path / "run", *parts) == 1
     said = capsys.readouterr().out
     assert "3 cells of 2 parts" in said
     assert "cell:paper-25-djinn_graph" in said and "cell:paper-25-djinn " not in said
-    assert main([str(tmp_path / "run"), str(parts[0])]) == 2
+    assert djinn("merge", tmp_path / "run", parts[0]) == 2
     assert "--replace" in capsys.readouterr().err
 
 
 def test_a_complete_run_ends_with_status_0(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(merge_module, "missing_cells", lambda profile, folder: [])
-    assert main([str(tmp_path / "run"), *map(str, parts)]) == 0
+    assert djinn("merge", tmp_path / "run", *parts) == 0

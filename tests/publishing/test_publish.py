@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import djinn
 from profile_factory import tiny_profile
 from row_factory import CAPACITIES, cell_rows
 from run_factory import FEW, GPU_MACHINE, SWEPT, write_large_rows, write_run
@@ -261,7 +262,7 @@ def test_what_is_published_is_the_old_or_the_new_wherever_it_ends(
 
 
 def test_the_command_says_why_it_refuses(tmp_path, capsys):
-    assert publish_module.main([str(tmp_path / "none"), "--replace"]) == 2
+    assert djinn("publish", tmp_path / "none", "--replace") == 2
     assert "error: expected rows in" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import djinn
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
@@ -139,13 +140,13 @@ def test_without_reference_rows_it_is_said_what_to_do(tmp_path, monkeypatch, cap
     monkeypatch.setattr(
         redraw, "redraw_published", lambda: redraw_published(tmp_path, tmp_path / "figures")
     )
-    assert redraw.main([]) == 2
+    assert djinn("figures") == 2
     said = capsys.readouterr().err
     assert "expected rows of the reference run" in said and "FROM=data/runs/cpu" in said
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert redraw.main([str(tmp_path)]) == 2
+    assert djinn("figures", tmp_path) == 2
     assert "run notebook 02_run_system first" in capsys.readouterr().err
 
 
