@@ -25,11 +25,7 @@ def checkpoint_bytes(path: Path = CHECKPOINTS) -> dict[str, int]:
 def fleet(n_models: int, seed: int = 0) -> dict[str, int]:
     """Return the bytes of `n_models` models by name.
 
-    A fleet of three is the paper's; any other number is drawn from `checkpoint_bytes`.
-
-    Args:
-        n_models: at least 1.
-        seed: of the draw, with replacement.
+    A fleet of three is the paper's; any other is drawn from `checkpoint_bytes`, with replacement.
 
     Raises:
         ConfigError: fewer than one model.

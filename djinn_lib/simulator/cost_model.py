@@ -92,15 +92,11 @@ class CostModel:
 
 
 def fit(engine: Mapping[str, Any], n_tokens: int = 50) -> CostModel:
-    """Fit the cost model of the machine that `benchmarks/engine.py` measured.
+    """Fit the cost model of a machine from the ``engine.json`` of `benchmarks/engine.py`.
 
     The fit uses hits, full misses with overlap and bare loads. The loads are of whole models, and
     of the parts that the curve of page sizes loads. Requests that switch between models are left
     out, so that they can test the model's predictions.
-
-    Args:
-        engine: content of ``engine.json``.
-        n_tokens: new tokens of the requests to simulate.
 
     Raises:
         ConfigError: the necessary cases are missing.

@@ -25,8 +25,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from djinn_lib.engine.memory.policies import next_uses
-from djinn_lib.errors import CapacityError, TraceError
+from djinn_lib.errors import CapacityError, ConfigError, TraceError
 from djinn_lib.trace import Trace
+from djinn_lib.units import format_bytes
+
+MAX_SIZE_BYTES = 1 << 60
 
 
 def optimal_bytes(
@@ -42,8 +45,7 @@ def optimal_bytes(
             page counts only the bytes that the model fills when it is loaded.
 
     Raises:
-        TraceError: the trace is empty or requests a model without a size.
-        CapacityError: a size is not positive, or a model alone is larger than the capacity.
+        TraceError, ConfigError, CapacityError: see `models_of` and `pages_of`.
     """
     return sum(optimal_loads(trace, sizes, capacity, page_bytes))
 
@@ -52,8 +54,8 @@ def optimal_loads(
     trace: Trace | Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int = 1
 ) -> list[int]:
     """Return what each request of an optimal schedule loads, in bytes."""
-    models = _models(trace)
-    n_pages = _checked_pages(models, sizes, capacity, page_bytes)
+    models = models_of(trace)
+    n_pages = pages_of(models, sizes, capacity, page_bytes)
     free, resident = capacity // page_bytes, dict.fromkeys(n_pages, 0)
     next_use, next_of = next_uses(models), dict.fromkeys(n_pages, math.inf)
     furthest: list[tuple[float, str]] = []  # (-next use, model); stale entries are skipped
@@ -75,31 +77,47 @@ def optimal_loads(
     return loads
 
 
-def _models(trace: Trace | Sequence[str]) -> list[str]:
+def models_of(trace: Trace | Sequence[str]) -> list[str]:
+    """Return the model of each request of a trace.
+
+    Raises:
+        TraceError: there is no request, or a text in place of a sequence of models.
+    """
+    if isinstance(trace, str):
+        raise TraceError(f"expected a trace or a sequence of model names, got the text {trace!r}")
     models = [r.model for r in trace.requests] if isinstance(trace, Trace) else list(trace)
     if not models:
         raise TraceError("expected a trace of at least 1 request, got none")
     return models
 
 
-def _checked_pages(
+def pages_of(
     models: Sequence[str], sizes: Mapping[str, int], capacity: int, page_bytes: int
 ) -> dict[str, int]:
-    """Return the pages of each model of a trace."""
+    """Return the number of pages of each requested model.
+
+    Raises:
+        TraceError: a model has no size.
+        ConfigError: a size or the page is no positive, whole number of bytes.
+        CapacityError: a model alone is larger than the ring.
+    """
     if page_bytes < 1:
-        raise CapacityError(f"expected pages of at least 1 byte, got {page_bytes}")
+        raise ConfigError(f"expected pages of at least 1 byte, got {page_bytes}")
     pages = {}
     for model in dict.fromkeys(models):
         if model not in sizes:
             raise TraceError(
                 f"expected a size for every model of the trace, got none for {model!r}"
             )
-        if not 1 <= sizes[model] < math.inf:  # also refuses NaN
-            raise CapacityError(f"expected a positive size, got {sizes[model]} for {model!r}")
-        pages[model] = -(-sizes[model] // page_bytes)
+        if not 1 <= sizes[model] <= MAX_SIZE_BYTES or sizes[model] != int(sizes[model]):
+            raise ConfigError(
+                f"expected a size from 1 to {MAX_SIZE_BYTES} bytes for {model!r}, got "
+                f"{sizes[model]}"
+            )
+        pages[model] = -(-int(sizes[model]) // page_bytes)
         if pages[model] > capacity // page_bytes:
             raise CapacityError(
-                f"expected models of at most {capacity} bytes, got {model!r} with {sizes[model]}: "
-                "raise the capacity"
+                f"expected models of at most {format_bytes(capacity)} (the ring), got {model!r} "
+                f"with {format_bytes(int(sizes[model]))}: raise the capacity"
             )
     return pages

@@ -7,7 +7,6 @@ Rows have the schema of measured rows, so every figure and metric works on them.
 from __future__ import annotations
 
 import json
-import math
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +18,16 @@ import pandas as pd
 
 from djinn_lib.engine.memory.policies import Oracle, Policy, make_policy
 from djinn_lib.engine.memory.ring import Eviction, Ring
-from djinn_lib.errors import CapacityError, ConfigError, TraceError
+from djinn_lib.errors import ConfigError
 from djinn_lib.rows import COLUMNS, check_rows, token_sha
 from djinn_lib.simulator.cost_model import CostModel
+from djinn_lib.simulator.optimal import models_of, pages_of
 from djinn_lib.trace import Trace
-from djinn_lib.units import format_bytes, parse_bytes
+from djinn_lib.units import parse_bytes
 
 Mode = Literal["sequential", "concurrent"]
 PAGE_BYTES = 64 << 20
 MAX_FRAMES = 10_000_000
-MAX_SIZE_BYTES = 1 << 60
 DEPTH = 4  # requests to prefetch for, as `lookahead.DEPTH`
 RESIDENCY_UP_TO = 200_000  # requests times models; larger traces omit each model's residency
 
@@ -79,8 +78,8 @@ def simulate(
         CapacityError: a model alone is larger than the ring.
         ConfigError: a size, rate or option is invalid.
     """
-    models, arrivals_s = _requests(trace)
-    capacity_bytes = parse_bytes(capacity)
+    models, capacity_bytes = models_of(trace), parse_bytes(capacity)
+    arrivals_s = [r.arrival_s for r in trace.requests] if isinstance(trace, Trace) else None
     if mode not in ("sequential", "concurrent"):
         raise ConfigError(f"expected mode 'sequential' or 'concurrent', got {mode!r}")
     if costs is None:
@@ -91,23 +90,9 @@ def simulate(
         raise ConfigError(
             "lookahead needs mode 'concurrent', got 'sequential', in which no request waits"
         )
-    served = _serve(memory, models, arrivals_s, costs, mode, lookahead)
+    served = _serve(memory, models, arrivals_s or [0.0] * len(models), costs, mode, lookahead)
     label = capacity_label or f"{capacity_bytes / 2**30:g}"
     return _frame(served, models, trace, costs, mode, system, capacity_bytes, label)
-
-
-def _requests(trace: Trace | Sequence[str]) -> tuple[list[str], Sequence[float]]:
-    if isinstance(trace, Trace):
-        models = [request.model for request in trace.requests]
-        arrivals_s: Sequence[float] = [request.arrival_s for request in trace.requests]
-    elif isinstance(trace, str):
-        raise TraceError(f"expected a trace or a sequence of model names, got the text {trace!r}")
-    else:
-        models = list(trace)
-        arrivals_s = [0.0] * len(models)
-    if not models:
-        raise TraceError("expected a trace of at least 1 request, got none")
-    return models, arrivals_s
 
 
 @dataclass(slots=True)
@@ -132,27 +117,19 @@ class _Memory:
         eviction: Eviction,
         policy: Policy,
     ) -> None:
-        if not 1 <= page_bytes <= MAX_SIZE_BYTES:
-            raise ConfigError(f"expected pages of at least 1 byte, got {page_bytes}")
+        n_pages = pages_of(models, sizes, capacity_bytes, page_bytes)
         n_frames = capacity_bytes // page_bytes
         if n_frames > MAX_FRAMES:
             raise ConfigError(
                 f"expected at most {MAX_FRAMES} frames, got {n_frames}: choose larger pages"
             )
-        self.sizes = {model: _checked(sizes, model) for model in dict.fromkeys(models)}
+        self.sizes = {model: int(sizes[model]) for model in n_pages}
         self.page_bytes, self.policy = page_bytes, policy
-        for model, n_bytes in self.sizes.items():
-            if -(-n_bytes // page_bytes) > n_frames:
-                raise CapacityError(
-                    f"expected models of at most {format_bytes(n_frames * page_bytes)} (the ring), "
-                    f"got {model!r} with {format_bytes(n_bytes)}: raise the capacity"
-                )
         self.ring = Ring(n_frames, eviction)
         self._ahead: dict[str, tuple[int, int]] = {}  # per model: bytes prefetched, and evicted for
-        for model, n_bytes in self.sizes.items():
-            n_pages = -(-n_bytes // page_bytes)
-            self.ring.add(model, n_pages)
-            policy.admit(model, n_pages, n_frames)
+        for model, n in n_pages.items():
+            self.ring.add(model, n)
+            policy.admit(model, n, n_frames)
 
     def request(self, model: str, now_s: float) -> _Step:
         """Make a model resident, as the pager does."""
@@ -194,18 +171,6 @@ class _Memory:
     def residency(self) -> dict[str, int]:
         """Return the resident bytes of each model."""
         return {model: self._resident_bytes(model) for model in self.sizes}
-
-
-def _checked(sizes: Mapping[str, int], model: str) -> int:
-    if model not in sizes:
-        raise TraceError(f"expected a size for every model of the trace, got none for {model!r}")
-    n_bytes = sizes[model]
-    whole = not isinstance(n_bytes, float) or (math.isfinite(n_bytes) and n_bytes.is_integer())
-    if not whole or not 1 <= n_bytes <= MAX_SIZE_BYTES:
-        raise ConfigError(
-            f"expected a size from 1 to {MAX_SIZE_BYTES} bytes for {model!r}, got {n_bytes}"
-        )
-    return int(n_bytes)
 
 
 class _Served:

@@ -14,7 +14,7 @@ from scipy.optimize import linprog
 
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Eviction, Ring
-from djinn_lib.errors import CapacityError, TraceError
+from djinn_lib.errors import CapacityError, ConfigError, TraceError
 from djinn_lib.simulator.optimal import optimal_bytes, optimal_loads
 from djinn_lib.trace import paper_trace, zipf_trace
 
@@ -126,20 +126,20 @@ def test_more_room_or_smaller_pages_never_load_more(instance, page_bytes):
 
 def test_by_hand():
     # b fits beside a's first 3 bytes; the furthest next use loses its bytes first.
-    assert optimal_loads("aba", {"a": 6, "b": 7}, 10) == [6, 7, 3]
-    assert optimal_loads("abcab", {"a": 4, "b": 4, "c": 4}, 8) == [4, 4, 4, 0, 4]
-    assert optimal_loads("abcb", {"a": 4, "b": 4, "c": 4}, 8) == [4, 4, 4, 0]
-    assert optimal_bytes("aaaa", {"a": 5, "unused": 9}, 5) == 5
+    assert optimal_loads(list("aba"), {"a": 6, "b": 7}, 10) == [6, 7, 3]
+    assert optimal_loads(list("abcab"), {"a": 4, "b": 4, "c": 4}, 8) == [4, 4, 4, 0, 4]
+    assert optimal_loads(list("abcb"), {"a": 4, "b": 4, "c": 4}, 8) == [4, 4, 4, 0]
+    assert optimal_bytes(list("aaaa"), {"a": 5, "unused": 9}, 5) == 5
 
 
 def test_pages():
     # Two frames of 4 bytes: a model of 5 fills one page and a quarter of the next.
-    assert optimal_loads("aba", {"a": 5, "b": 4}, 9, page_bytes=4) == [5, 4, 1]
-    assert optimal_loads("aba", {"a": 5, "b": 4}, 9, page_bytes=1) == [5, 4, 0]
-    assert optimal_loads("aba", {"a": 5, "b": 4}, 12, page_bytes=4) == [5, 4, 0]
+    assert optimal_loads(list("aba"), {"a": 5, "b": 4}, 9, page_bytes=4) == [5, 4, 1]
+    assert optimal_loads(list("aba"), {"a": 5, "b": 4}, 9, page_bytes=1) == [5, 4, 0]
+    assert optimal_loads(list("aba"), {"a": 5, "b": 4}, 12, page_bytes=4) == [5, 4, 0]
     sizes = {model: 4 * n_pages for model, n_pages in zip("abc", (3, 5, 2), strict=True)}
     in_pages = {model: n_bytes // 4 for model, n_bytes in sizes.items()}
-    assert optimal_bytes("abcacb", sizes, 27, 4) == 4 * optimal_bytes("abcacb", in_pages, 6)
+    assert optimal_bytes(list("abcacb"), sizes, 27, 4) == 4 * optimal_bytes(list("abcacb"), in_pages, 6)
 
 
 def test_a_trace_is_as_good_as_its_models():
@@ -164,11 +164,11 @@ def test_a_long_trace_over_many_models_is_quick():
     [
         ([], {"a": 1}, 1, 1, TraceError, "at least 1 request, got none"),
         (["a", "b"], {"a": 1}, 1, 1, TraceError, "got none for 'b'"),
-        (["a"], {"a": 0}, 1, 1, CapacityError, "positive size, got 0 for 'a'"),
-        (["a"], {"a": 5}, 4, 1, CapacityError, "at most 4 bytes, got 'a' with 5: raise"),
-        (["a"], {"a": 5}, 7, 4, CapacityError, "at most 7 bytes, got 'a' with 5: raise"),
+        (["a"], {"a": 0}, 1, 1, ConfigError, "for 'a', got 0"),
+        (["a"], {"a": 5}, 4, 1, CapacityError, "at most 4 B .*'a' with 5 B: raise"),
+        (["a"], {"a": 5}, 7, 4, CapacityError, "at most 7 B .*'a' with 5 B: raise"),
         (["a"], {"a": 5}, 0, 1, CapacityError, "raise the capacity"),
-        (["a"], {"a": 5}, 9, 0, CapacityError, "pages of at least 1 byte, got 0"),
+        (["a"], {"a": 5}, 9, 0, ConfigError, "pages of at least 1 byte, got 0"),
     ],
 )
 def test_errors(models, sizes, capacity, page_bytes, error, message):
@@ -178,5 +178,5 @@ def test_errors(models, sizes, capacity, page_bytes, error, message):
 
 @pytest.mark.parametrize("size", [float("nan"), float("inf"), -1, 0])
 def test_sizes_that_cannot_be_are_refused(size):
-    with pytest.raises(CapacityError, match=f"expected a positive size, got {size} for 'a'"):
+    with pytest.raises(ConfigError, match=f"for 'a', got {size}"):
         optimal_bytes(["a"], {"a": size}, 10)

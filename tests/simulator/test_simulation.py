@@ -21,7 +21,7 @@ from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, POLICIES
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
 from djinn_lib.experiment.paper_form import results_of, summary
-from djinn_lib.metrics import summarise
+from djinn_lib.metrics import measures
 from djinn_lib.paths import REPO
 from djinn_lib.simulator.checkpoint_sizes import checkpoint_bytes, fleet
 from djinn_lib.simulator.cost_model import CostModel
@@ -148,7 +148,7 @@ def test_a_plain_sequence_and_a_policy_of_ones_own():
 
 def test_every_metric_and_figure_takes_simulated_rows():
     rows = simulate(paper_trace(), SIZES, "25GiB", capacity_label="25")
-    assert summarise(rows).loc[("djinn", "paper", "25", "sequential"), "completed"] == 30
+    assert measures(rows)["served (%)"] == 100
     assert summary(results_of(rows, "paper", "25"))["djinn_sequential"]["completed"] == 30
     assert residency_over_time(rows).axes
 
