@@ -30,10 +30,8 @@ def send(
 ) -> Iterator[Arrived]:
     """Submit each request at its arrival time, and yield each as soon as it is done.
 
-    Args:
-        requests: requests in the order of their arrivals.
-        speed: factor by which arrivals are faster; infinity sends all requests at once.
-        submit: queues a request; if it raises, only that request fails.
+    Arrivals are faster by the factor `speed`; infinity sends all requests at once. If `submit`
+    raises, only that request fails.
     """
     done: queue.SimpleQueue[Arrived] = queue.SimpleQueue()
     stopped = threading.Event()

@@ -25,13 +25,8 @@ MODELS_DIR = REPO / "data" / "models"
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells of a run share.
-
-    Args:
-        profile: the profile of the run.
-        run: its folder.
-        models: the models' files, by name.
-        machine: facts of the machine that the set-up ran on.
+    """What all cells of a run share: its profile and folder, the models' files by name, and the
+    facts of the machine that the set-up ran on.
     """
 
     profile: Profile
@@ -49,12 +44,8 @@ class Bench:
         path = RunFolder(run_dir).machine
         try:
             state = json.loads(path.read_text())
-            models = {
-                name: ModelFiles(
-                    **{**files, "folder": Path(files["folder"]), "digests": files["digests"]}
-                )
-                for name, files in state["models"].items()
-            }
+            models = {name: ModelFiles(**{**files, "folder": Path(files["folder"])})
+                      for name, files in state["models"].items()}  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"expected {path} from the set-up, got {error!r}: run notebook 00_setup first"

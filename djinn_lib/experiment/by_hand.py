@@ -41,26 +41,16 @@ def progress_bar(*args: Any, **options: Any) -> std.tqdm[Any]:
 def what_is_renewed(run: RunFolder, cell: Cell) -> Markdown | None:
     """Return what a cell that was run by hand has updated, and how to update the rest.
 
-    Args:
-        run: the run's folder.
-        cell: the cell.
-
-    Returns:
-        None if a run executes the notebook, because the run updates everything.
+    None if a run executes the notebook, because the run updates everything.
     """
     files = run.cell(cell.id)
     if os.environ.get(_COPIES) == str(files.notebook.resolve().parent):
         return None
-    folder = _from_here(run.path)
+    path = run.path.resolve()
+    folder = path.relative_to(REPO) if path.is_relative_to(REPO) else path
     return Markdown(
         f"**Run by hand.** The rows are new: `{folder}/requests/{files.rows.name}`. The figures, "
         f"the verdicts and `{folder}/index.html` are not: `make figures FROM={folder}` makes them "
         "again from the rows. The executed copy of this notebook is that of the run: the next "
         "`make reproduce` runs this cell again, and renews everything."
     )
-
-
-def _from_here(folder: Path) -> str:
-    """Return a folder relative to the repository, if it is inside, for use in a command."""
-    path = folder.resolve()
-    return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)

@@ -39,11 +39,8 @@ from djinn_lib.trace import Request, Trace, check_models, read_trace
 def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFrame:
     """Run a cell, write its rows and manifest, and return the rows.
 
-    Args:
-        bench: the bench of the run.
-        cell: the cell to run.
-        keep_running: whether the next cell of this process uses the same system, which then keeps
-            running; see `djinn_lib.experiment.running`.
+    With `keep_running`, the next cell of this process uses the same system, which then keeps
+    running; see `djinn_lib.experiment.running`.
 
     Raises:
         TraceError: the trace is broken, empty, or names a model that the profile lacks.
@@ -65,19 +62,11 @@ def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFra
 
 
 def close_dead_cell(bench: Bench, cell: Cell, kind: str, error: str) -> pd.DataFrame:
-    """Write rows for a cell whose process died, or whose notebook failed.
+    """Write rows for a cell whose process died or whose notebook failed; return those on disk then.
 
-    Finished requests are taken from its journal, and all others get failed rows. The rows on disk
-    stay if they are complete, or if an earlier execution served more requests.
-
-    Args:
-        bench: the bench of the run.
-        cell: the cell that died.
-        kind: an error kind, such as "kernel_died".
-        error: the known cause.
-
-    Returns:
-        The rows that are now on disk.
+    Finished requests are taken from its journal, and all others get failed rows, of the kind and
+    the cause that are given. The rows on disk stay if they are complete, or if an earlier execution
+    served more requests.
 
     Raises:
         TraceError: the trace is broken or empty, so the requests are unknown.

@@ -22,10 +22,9 @@ from djinn_lib.experiment.inputs import (
     kernel_name,
 )
 from djinn_lib.experiment.kept_rows import set_aside
-from djinn_lib.experiment.manifest import note_execution
+from djinn_lib.experiment.manifest import Status, note_execution, read_execution
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
-from djinn_lib.experiment.status import Status, read_execution
 from djinn_lib.rows import classify_error, read_rows
 
 if TYPE_CHECKING:
@@ -148,13 +147,7 @@ def execute_cell(
 
 
 def settle(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Status:
-    """Make sure that a cell has rows, and that its manifest has the status of its execution.
-
-    Args:
-        run: the folder, after the execution.
-        profile: the profile of the run.
-        cell: the cell that was executed.
-        status: the status of its notebook.
+    """Make sure that an executed cell has rows, and its manifest the status of the execution.
 
     Returns:
         The status of the cell, with the failures in its rows. If nothing can be written, for

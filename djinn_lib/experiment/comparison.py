@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 import yaml
@@ -28,42 +28,27 @@ PAPER_GIB = 31.3  # of the paper's three models, of which a capacity without a G
 TRACE = "paper"  # label of the trace in the profile, by which notebooks find it
 
 
-def compare(
-    config: str,
-    output_dir: Path,
-    buffers_gb: Sequence[float],
-    baselines: Sequence[str],
-    mode: Modes = "sequential",
-    trace_file: Path | None = None,
-    repeats: int = 1,
-    speed: float = 1.0,
-    executor: str = "local",
-) -> int:
-    """Run some systems on one trace at one or more capacities; return `reproduce`'s exit status.
+def compare(profile: Profile, output_dir: Path, executor: str = "local") -> int:
+    """Run a profile from `describe`; return `reproduce`'s exit status.
 
     Args:
-        config: a profile's name or file, or a configuration of the paper's scripts.
+        profile: the systems, capacities and trace.
         output_dir: folder of the results; a second call continues there.
-        buffers_gb: capacities in GiB; without a GPU, shares of `PAPER_GIB`.
-        baselines: labels of the profile's systems, or the paper's names; "all" for its five.
-        mode: requests one after another, at their arrival, or both in turn.
-        trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
-        repeats: how often each system serves the trace.
-        speed: factor by which arrivals are faster in mode "concurrent".
         executor: where cells run, "local" or "ray".
 
     Raises:
-        ConfigError: an option is invalid; the message says which.
+        ConfigError: the folder cannot be written to, or see `reproduce`.
         TraceError: the trace cannot be used.
     """
-    profile = describe(config, buffers_gb, baselines, mode, trace_file, repeats, speed)
     ensure_writable(output_dir)
     path = (output_dir / f"{profile.name}.yml").resolve()
-    write_text(path, yaml.safe_dump(_plain(profile), sort_keys=False))
+    fields = profile.model_dump(exclude={"name"}, exclude_none=True)
+    plain = {key: value for key, value in fields.items() if value != {}}
+    write_text(path, yaml.safe_dump(plain, sort_keys=False))
     profile = load_profile(str(path))
     profile.make_trace(TRACE)  # refused before anything runs
     cells = [f"cell:{cell.id}" for cell in profile.all_cells()]
-    drawn = ["sensitivity"] if len(buffers_gb) > 1 else []
+    drawn = ["sensitivity"] if len(profile.capacities) > 1 else []
     code = reproduce(str(path), output_dir, executor, [*cells, "figures", *drawn, "page"])
     write_paper_form(RunFolder(output_dir.resolve()), profile)
     return code
@@ -78,14 +63,27 @@ def describe(
     repeats: int = 1,
     speed: float = 1.0,
 ) -> Profile:
-    """Return the profile for the options of `compare`.
+    """Return the profile of a comparison of some systems on one trace.
+
+    Args:
+        config: a profile's name or file, or a configuration of the paper's scripts.
+        buffers_gb: capacities in GiB; without a GPU, shares of `PAPER_GIB`.
+        baselines: labels of the profile's systems, or the paper's names; "all" for its five.
+        mode: requests one after another, at their arrival, or both in turn.
+        trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
+        repeats: how often each system serves the trace.
+        speed: factor by which arrivals are faster in mode "concurrent".
 
     Raises:
-        ConfigError: an option is invalid.
+        ConfigError: an option is invalid; the message says which.
     """
     base = _base(config)
     capacities = dict(_capacity(base, gb) for gb in buffers_gb)
-    labels = [_label(base, name) for name in _paper_names(baselines)]
+    names = [name.strip() for name in baselines if name.strip()]
+    if not names:
+        raise ConfigError("no baseline is named; name one or more, or 'all'")
+    names = list(paper_form.BASELINES) if names == ["all"] else names
+    labels = [_label(base, name) for name in names]
     trace = {"kind": "file", "path": str(trace_file.resolve())} if trace_file else {"kind": "paper"}
     modes = ("sequential", "concurrent") if mode == "both" else (mode,)
     fields = {
@@ -162,13 +160,6 @@ def _capacity(base: Profile, gb: float) -> tuple[str, str]:
     return label, f"{label}GiB" if base.device == "cuda" else f"{label}/{PAPER_GIB}"
 
 
-def _paper_names(baselines: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in baselines if name.strip()]
-    if not names:
-        raise ConfigError("no baseline is named; name one or more, or 'all'")
-    return list(paper_form.BASELINES) if names == ["all"] else names
-
-
 def _label(base: Profile, name: str) -> str:
     """Return the label of the profile's system for a name."""
     for label in (paper_form.BASELINES.get(name, name), name):
@@ -178,12 +169,6 @@ def _label(base: Profile, name: str) -> str:
         f"there is no baseline {name!r}; choose from {list(paper_form.BASELINES)} or the systems "
         f"of profile {base.name!r}: {list(base.systems)}"
     )
-
-
-def _plain(profile: Profile) -> dict[str, Any]:
-    """Return a profile's fields for YAML, without unset ones."""
-    fields = profile.model_dump(exclude={"name"}, exclude_none=True)
-    return {key: value for key, value in fields.items() if value != {}}
 
 
 def parse_sizes(text: str) -> list[float]:

@@ -83,13 +83,8 @@ def measure(
 ) -> FleetRun:
     """Send requests to all models of a bench at once, on a ring of a share of their weights.
 
-    Args:
-        bench: the bench whose models are served.
-        share: capacity of the ring, as a share of all weights.
-        n_requests: number of requests for each model.
-        n_tokens: number of new tokens of each request.
-        live: draw the ring in the notebook while requests are served.
-        progress: called with messages during longer steps.
+    `n_requests` and `n_tokens` are for each model and each request. With `live`, the ring is drawn
+    in the notebook meanwhile.
 
     Raises:
         ConfigError: the largest model does not fit into the ring, or there are no requests.
@@ -97,7 +92,9 @@ def measure(
     if n_requests < 1 or n_tokens < 1:
         raise ConfigError(f"{n_requests} requests of {n_tokens} tokens: ask for one at least")
     largest = max(files.n_bytes for files in bench.models.values())
-    capacity_bytes = max(int(share * bench.total_bytes), largest + 2 * _page_bytes(bench))
+    capacity_bytes = max(
+        int(share * bench.total_bytes), largest + 2 * parse_bytes(bench.profile.page)
+    )
     if (reason := environment.unavailable()) is not None:
         run = FleetRun(reason)
     else:
@@ -250,7 +247,3 @@ def _prompts(bench: Bench, n_requests: int) -> dict[tuple[str, int], list[int]]:
         for request in range(n_requests)
         for name, size in sizes.items()
     }
-
-
-def _page_bytes(bench: Bench) -> int:
-    return parse_bytes(bench.profile.page)

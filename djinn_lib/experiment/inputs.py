@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.manifest import Status, read_execution, read_manifest
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.status import Status, read_execution
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.systems import KERNELS, SYSTEMS
 

@@ -65,18 +65,14 @@ def weights_digest(digests: Mapping[str, str]) -> str:
 
 
 def ensure_same_files(folder: Path, expected: Mapping[str, str], remedy: str) -> None:
-    """Make sure that the files of a folder have the expected digests.
-
-    Args:
-        folder: folder of a model.
-        expected: digests from `file_digests`.
-        remedy: for the error: what the user should do.
+    """Make sure that the files of a model's folder have the digests of `file_digests`.
 
     Raises:
-        CheckpointError: a file differs, is missing or is new; the message names it.
+        CheckpointError: a file differs, is missing or is new; the message names it, and the
+            `remedy`.
     """
     missing = dict(expected)
-    for name, digest in _digests(folder):
+    for name, digest in _digests(folder):  # config.json first, which names the others
         if digest != missing.pop(name, None):
             raise _changed(folder / name, expected.get(name), digest, remedy)
     for name, digest in missing.items():
@@ -103,11 +99,8 @@ def files_are_as_set_up(machine_json: Path) -> bool:
 class WeightsWatch:
     """Notices files that change after they were checked, by size, time and inode.
 
-    Args:
-        models: models with the digests of the set-up.
-
     Raises:
-        CheckpointError: a file differs from the one of the set-up.
+        CheckpointError: a file differs from the digests of the set-up, or there are none.
     """
 
     def __init__(self, models: Mapping[str, ModelFiles]) -> None:
@@ -165,18 +158,15 @@ def _stamps(folder: Path) -> Stamps:
     return stamps
 
 
-def _changed(path: Path, expected: str | None, got: str | None, remedy: str) -> CheckpointError:
-    return CheckpointError(
-        f"expected {path} with digest {_short(expected)}, got {_short(got)}: the file was changed "
-        f"or damaged; {remedy}"
-    )
-
-
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
         f"expected {path}, got {error.strerror}: restore the file, or run notebook 00_setup again"
     )
 
 
-def _short(digest: str | None) -> str:
-    return f"{digest[:12]}..." if digest else "no file"
+def _changed(path: Path, expected: str | None, got: str | None, remedy: str) -> CheckpointError:
+    wanted, found = (f"{digest[:12]}..." if digest else "no file" for digest in (expected, got))
+    return CheckpointError(
+        f"expected {path} with digest {wanted}, got {found}: the file was changed or damaged; "
+        f"{remedy}"
+    )

@@ -30,10 +30,8 @@ _SAME_REQUESTS = ["mode", "capacity_bytes", "trace", "repeat", "request", "model
 def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
     """Store the rows and the manifest of an execution, unless the existing ones are kept.
 
-    Args:
-        files: files of the cell.
-        rows: rows of the execution, one for every request of the cell.
-        manifest: manifest of the execution; a note that begins with `DIED` says that it died.
+    There is a row for every request of the cell. A note that begins with `DIED` says that the
+    execution died.
 
     Returns:
         The rows that are now on disk.
@@ -47,7 +45,7 @@ def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> p
         of_earlier, its_manifest = earlier
         if _died(manifest) and _outweighs(of_earlier, its_manifest, rows, manifest):
             return of_earlier
-        if _n_served(of_earlier) > _n_served(rows):
+        if int(of_earlier["ok"].sum()) > int(rows["ok"].sum()):
             _keep_beside(files, str(of_earlier["run_id"].iloc[0]))
     write_rows(rows, files.rows)
     write_manifest(manifest, files.manifest)
@@ -68,11 +66,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
     Incomplete lines, and lines without the keys of a request, are left out.
     """
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    return _mended([row for line in lines if (row := _parsed(line))])
+    rows: list[Mapping[str, Any]] = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError, TypeError):
+            rows.append({**json.loads(line)})
+    return _mended(rows)
 
 
 def set_aside(files: CellFiles) -> None:
@@ -113,16 +111,12 @@ def _outweighs(
         return False
     if _requests(earlier) != _requests(rows):
         return False
-    more = _n_served(earlier) - _n_served(rows)
+    more = int(earlier["ok"].sum()) - int(rows["ok"].sum())
     return more > 0 or (more == 0 and not _died(its_manifest))
 
 
 def _died(manifest: Mapping[str, Any]) -> bool:
     return any(note.startswith(DIED) for note in manifest["notes"])
-
-
-def _n_served(rows: pd.DataFrame) -> int:
-    return int(rows["ok"].sum())
 
 
 def _requests(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
@@ -143,27 +137,21 @@ def _keep_beside(files: CellFiles, run_id: str) -> None:
     """Copy rows and manifest to another name, before others replace them."""
     files.earlier.mkdir(exist_ok=True)
     for source in (files.rows, files.manifest):
-        target = files.earlier / source.name.replace(files.id, run_id, 1)
-        target.unlink(missing_ok=True)
-        with suppress(FileNotFoundError):
-            try:
-                os.link(source, target)
-            except OSError:  # a file system without links
-                shutil.copy(source, target)
+        if source.exists():
+            shutil.copy(source, files.earlier / source.name.replace(files.id, run_id, 1))
 
 
 def _mended(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Replace rows that break the schema by failed rows.
+    """Return rows with a failed one for each that breaks the schema.
 
     A row without the keys of a request is left out.
     """
     try:
         return rows_frame(rows).to_dict("records") if rows else []
     except (RecordError, TypeError) as error:
-        if len(rows) == 1:
-            return _failed_instead(rows[0], error)
-        half = len(rows) // 2  # few rows are wrong, and looking at each by itself takes long
-        return [*_mended(rows[:half]), *_mended(rows[half:])]
+        if len(rows) > 1:
+            return [mended for row in rows for mended in _mended([row])]
+        return _failed_instead(rows[0], error)
 
 
 def _failed_instead(row: Mapping[str, Any], error: Exception) -> list[dict[str, Any]]:
@@ -173,12 +161,3 @@ def _failed_instead(row: Mapping[str, Any], error: Exception) -> list[dict[str, 
         failed = failed_row(**{key: row[key] for key in _KEYS}, error_kind="other", error=why)
         return rows_frame([failed]).to_dict("records")
     return []
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Parse a line of a journal; None if it is incomplete."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None

@@ -42,14 +42,10 @@ Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]
 
 @dataclass(frozen=True)
 class LargeCase:
-    """A model and a smaller ring.
+    """A model and a ring of `capacity_bytes` that is smaller.
 
-    Args:
-        name: name of the model.
-        source: a checkpoint's folder, or a `ModelSpec`.
-        dtype: dtype of the weights.
-        capacity_bytes: device memory for weights.
-        resident: also measure it in a ring that holds it, to get the time of computing alone.
+    The source is a checkpoint's folder or a `ModelSpec`. With `resident`, the model is also
+    measured in a ring that holds it, to get the time of computing alone.
     """
 
     name: str
@@ -80,28 +76,17 @@ def rows_of(
     bench: Bench,
     n_tokens: int,
     repeats: int,
-    measure: bool,
+    measure_again: bool = True,
     progress: Callable[[str], None] = print,
 ) -> pd.DataFrame:
-    """Return the rows of a run: the existing ones, or new measurements.
-
-    Raises:
-        ConfigError: nothing can be measured; see `measure_all`.
-        RecordError: the run has no rows.
-    """
-    if measure:
-        return measure_all(bench, n_tokens, repeats, progress)
-    return read_large(bench.run_dir)
-
-
-def measure_all(
-    bench: Bench, n_tokens: int, repeats: int, progress: Callable[[str], None] = print
-) -> pd.DataFrame:
-    """Measure every case of a profile, write the rows to the run's folder and return them.
+    """Measure every case of a profile and write the rows, or read the existing ones; return them.
 
     Raises:
         ConfigError: the profile has no such case, or the number of tokens is too small.
+        RecordError: the run has no rows to read.
     """
+    if not measure_again:
+        return read_large(bench.run_dir)
     if n_tokens < 2:
         raise ConfigError(f"expected at least 2 tokens, to time one, got {n_tokens}")
     if not (cases := cases_of(bench)):
@@ -112,13 +97,11 @@ def measure_all(
         bytes_of(case)
     n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
     manifest = _manifest(bench, n_tokens, repeats)
-    rows = pd.concat(
-        [
-            measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
-            for case in cases
-        ],
-        ignore_index=True,
-    )
+    measured = [
+        measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
+        for case in cases
+    ]
+    rows = pd.concat(measured, ignore_index=True)
     write_large(rows, manifest, bench.run_dir)
     return rows
 

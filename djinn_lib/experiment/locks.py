@@ -24,11 +24,7 @@ from djinn_lib.experiment.run_folder import RunFolder
 
 @contextmanager
 def run_locks(run_dir: Path, device: str) -> Iterator[None]:
-    """Hold the lock of a run's folder and, for "cuda", that of the GPU.
-
-    Args:
-        run_dir: an existing, writable folder.
-        device: "cpu" or "cuda"; "cpu" also if the cells run on other machines.
+    """Hold the lock of a run's folder, which exists, and for the device "cuda" that of the GPU.
 
     Raises:
         ConfigError: another run holds one of them; the message names it.
@@ -48,13 +44,10 @@ def gpu_lock(run_dir: Path) -> Iterator[None]:
         ConfigError: another run holds it.
     """
     gpu = nvml.first_gpu()
-    with _held(_shared_folder() / f"djinn-{gpu}.lock", run_dir, f"the GPU {gpu}"):
+    # In the folder that all users of this machine share.
+    path = Path(tempfile.gettempdir()) / f"djinn-{gpu}.lock"
+    with _held(path, run_dir, f"the GPU {gpu}"):
         yield
-
-
-def _shared_folder() -> Path:
-    """Return the folder of the locks of GPUs, which all users of this machine share."""
-    return Path(tempfile.gettempdir())
 
 
 @contextmanager

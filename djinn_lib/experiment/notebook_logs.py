@@ -24,14 +24,10 @@ def log_of(notebook: Path) -> Path:
 
 
 def move_messages(notebook: Path, log: Path) -> None:
-    """Move the printed output of a notebook into a log, and link it in each cell that printed.
+    """Move the printed output of an executed notebook into a log next to it, and link it.
 
-    A progress bar becomes one line of the log. Without messages there is no log, and the log of an
-    earlier execution is deleted.
-
-    Args:
-        notebook: an executed copy, which is changed.
-        log: the log; it will be in the same folder as the copy.
+    Each cell that printed gets a link. A progress bar becomes one line of the log. Without messages
+    there is no log, and the log of an earlier execution is deleted.
 
     Raises:
         OSError: a file cannot be read or written.

@@ -74,11 +74,6 @@ def save_trace(trace: Trace, path: Path) -> None:
     write_json(path, {"n_agents": len(agents), **known, "agents": agents})
 
 
-def baseline_name(label: str) -> str:
-    """Return the name of one of our systems in their scripts."""
-    return _THEIRS.get(label, label)
-
-
 def result(rows: pd.DataFrame) -> dict[str, Any]:
     """Return the rows of one cell in the form of ``<system>_<mode>_results.json``.
 
@@ -87,7 +82,8 @@ def result(rows: pd.DataFrame) -> dict[str, Any]:
     """
     ok = served(rows)
     first, n_repeats = rows[rows["repeat"] == 0], rows["repeat"].nunique()
-    name = f"{baseline_name(str(rows['system'].iloc[0]))}_{rows['mode'].iloc[0]}"
+    system = str(rows["system"].iloc[0])
+    name = f"{_THEIRS.get(system, system)}_{rows['mode'].iloc[0]}"
     stats: dict[str, Any] = {
         "baseline": name,
         "completed": round(len(ok) / n_repeats),
@@ -128,19 +124,17 @@ def results_of(rows: pd.DataFrame, trace: str, capacity_label: str) -> dict[str,
     chosen = (rows["trace"] == trace) & (rows["capacity_label"] == capacity_label)
     cells = attempted(rows[chosen & (rows["start"] == "cold")])
     cells = cells.groupby(["system", "mode"], sort=False)
-    return {f"{baseline_name(str(s))}_{mode}": result(group) for (s, mode), group in cells}
+    results = [result(group) for _, group in cells]
+    return {found["stats"]["baseline"]: found for found in results}
 
 
 def write_run(
     rows: pd.DataFrame, traces: Mapping[str, Trace], capacity_label: str, folder: Path
 ) -> pd.DataFrame:
-    """Write a run's results on the paper's trace, and the trace, in the paper's form.
+    """Write a run's results on the paper's trace at a capacity, and the trace, in the paper's form.
 
-    Args:
-        rows: rows of the run.
-        traces: traces of the run by name; without the paper's trace there are no results.
-        capacity_label: the capacity of the results.
-        folder: folder for ``comparison_summary.json``; the rest goes to ``paper_form`` in it.
+    ``comparison_summary.json`` goes to the folder, the rest to ``paper_form`` in it. Without the
+    paper's trace there are no results.
 
     Returns:
         The content of ``comparison_summary.json``: one row for each system and mode.

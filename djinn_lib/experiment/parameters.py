@@ -12,14 +12,9 @@ from djinn_lib.paths import user_path
 def folder(value: object, name: str = "run_dir", must_exist: bool = False) -> Path:
     """Return a parameter that names a folder as a path.
 
-    Args:
-        value: value of the parameter.
-        name: name of the parameter.
-        must_exist: whether the folder must already exist.
-
     Raises:
-        ConfigError: the value is not text or a path, is empty, or names something other than a
-            folder.
+        ConfigError: the value is not text or a path, is empty, names something other than a folder,
+            or a folder that `must_exist` and does not.
     """
     path = user_path(value, f"a folder as {name}")
     if path.exists() and not path.is_dir():

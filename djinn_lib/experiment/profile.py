@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -195,21 +196,13 @@ class Profile(_Strict):
 
     def all_cells(self) -> list[Cell]:
         """Every cell once, in the order of the profile."""
-        cells = {}
+        cells: dict[str, Cell] = {}
         for entry in self.cells:
-            for trace in entry.traces:
-                for capacity_label in entry.capacities:
-                    for system in entry.systems:
-                        cell = Cell(
-                            trace=trace,
-                            capacity_label=capacity_label,
-                            system=system,
-                            repeats=entry.repeats or self.repeats,
-                            mode=entry.mode,
-                            speed=entry.speed,
-                            start=entry.start,
-                        )
-                        cells.setdefault(cell.id, cell)
+            alike = {"repeats": entry.repeats or self.repeats, "mode": entry.mode,
+                     "speed": entry.speed, "start": entry.start}  # fmt: skip
+            for trace, size, system in product(entry.traces, entry.capacities, entry.systems):
+                cell = Cell(trace=trace, capacity_label=size, system=system, **alike)
+                cells.setdefault(cell.id, cell)
         return list(cells.values())
 
     def cell(
@@ -287,11 +280,8 @@ def parse_capacity(text: str, total_bytes: int) -> int:
 
 
 def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
-    """Read and check a profile.
-
-    Args:
-        given: a name, for ``<folder>/<name>.yml``, or the path of a file that ends in ``.yml``.
-        folder: of the named profiles.
+    """Read and check a profile: a name, for ``<folder>/<name>.yml``, or the path of a ``.yml``
+    file.
 
     Raises:
         ConfigError: there is no such profile, or a field is invalid; the message names it.

@@ -25,12 +25,14 @@ from djinn_lib.experiment.executors import Job, Result, fan_out
 from djinn_lib.experiment.inputs import cell_inputs, changed
 from djinn_lib.experiment.kept_rows import keep, set_aside
 from djinn_lib.experiment.locks import gpu_lock
+from djinn_lib.experiment.manifest import Status
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, CellFiles, RunFolder
-from djinn_lib.experiment.status import Status
 from djinn_lib.files import write_atomically
 from djinn_lib.paths import NOTEBOOKS
 from djinn_lib.rows import classify_error
+
+_KINDS = ("rows", "manifest", "journal", "notebook", "log")  # files of a cell, as in `CellFiles`
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,14 @@ class Driver:
     run_dir: Path
     threads: str | None  # its OMP_NUM_THREADS
 
-    @classmethod
-    def this(cls, run: RunFolder) -> Driver:
-        """Describe this process."""
-        return cls(run.path, os.environ.get("OMP_NUM_THREADS"))
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """Status of a cell's notebook on a worker, the worker's host, and the files written."""
+    """Status of a cell's notebook on a worker, the worker's host, and the files by their kind."""
 
     status: Status
     host: str
-    rows: bytes | None
-    manifest: bytes | None
-    journal: bytes | None
-    notebook: bytes | None
-    log: bytes | None
+    files: dict[str, bytes]
 
 
 def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
@@ -66,7 +59,10 @@ def run_cells_on_ray(run: RunFolder, profile: Profile, cells: Sequence[Cell]) ->
         ConfigError, PlatformError: no cluster is available; nothing has run.
     """
     begun = {cell.id: cell_inputs(run, profile, cell) for cell in cells}
-    by_id, driver = {cell.id: cell for cell in cells}, Driver.this(run)
+    by_id, driver = (
+        {cell.id: cell for cell in cells},
+        Driver(run.path, os.environ.get("OMP_NUM_THREADS")),
+    )
     gpus = 1 if profile.device == "cuda" else 0  # without a GPU it computes on all cores
     jobs = [
         Job(cell.id, run_apart, (profile, cell, _inputs(run, cell), driver),
@@ -88,13 +84,10 @@ def _inputs(run: RunFolder, cell: Cell) -> dict[str, bytes]:
 
 
 def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Driver) -> Outcome:
-    """Execute a cell in a scratch folder.
-
-    The folder of the run may be on another machine.
+    """Execute a cell in a scratch folder, because the folder of the run may be on another machine.
 
     Args:
-        profile: profile of the run; its file and the models must have the same paths on this
-            machine.
+        profile: profile of the run; its file and the models must have the same paths here.
         cell: the cell to run.
         inputs: files that it reads, by their path in the run's folder.
         driver: the process that receives the outcome.
@@ -110,13 +103,12 @@ def run_apart(profile: Profile, cell: Cell, inputs: dict[str, bytes], driver: Dr
             (scratch.path / path).write_bytes(content)
         status = execute_cell(scratch, profile, cell)
         files = scratch.cell(cell.id)
-        left = (files.rows, files.manifest, files.journal, files.notebook, files.log)
-        rows, manifest, journal, notebook, log = (
-            path.read_bytes() if path.exists() else None for path in left
-        )
-        if notebook:  # name the run's folder instead of the deleted scratch folder
-            notebook = notebook.replace(_in_json(scratch.path), _in_json(driver.run_dir))
-        return Outcome(status, socket.gethostname(), rows, manifest, journal, notebook, log)
+        left = {
+            kind: path.read_bytes() for kind in _KINDS if (path := getattr(files, kind)).exists()
+        }
+        if notebook := left.get("notebook"):  # names the run's folder, not the scratch folder
+            left["notebook"] = notebook.replace(_in_json(scratch.path), _in_json(driver.run_dir))
+        return Outcome(status, socket.gethostname(), left)
 
 
 def take_back(
@@ -133,7 +125,7 @@ def take_back(
         status = Status(files.task, "failed", 0.0, kind, result.error, begun)
     else:
         status = replace(outcome.status, begun_with=begun)
-        if status.settled and not (outcome.rows and outcome.manifest):
+        if status.settled and not {"rows", "manifest"} <= outcome.files.keys():
             status = replace(status, state="failed", error_kind="other", error="no rows came back")
     try:
         set_aside(files)
@@ -145,26 +137,21 @@ def take_back(
 
 
 def _put(outcome: Outcome | None, files: CellFiles) -> None:
-    if outcome is None or outcome.notebook is None:
+    left = outcome.files if outcome else {}
+    files.log.unlink(missing_ok=True)  # of an earlier execution
+    for kind in ("notebook", "log", "journal"):
+        if kind in left:
+            content = left[kind]
+            write_atomically(getattr(files, kind), lambda to, of=content: to.write_bytes(of))
+    if "notebook" not in left:
         files.notebook.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(NOTEBOOKS / f"{CELL_NOTEBOOK}.ipynb", files.notebook)
-    if outcome is None:
-        return
-    left = {
-        files.notebook: outcome.notebook,
-        files.log: outcome.log,
-        files.journal: outcome.journal,
-    }
-    files.log.unlink(missing_ok=True)  # of an earlier execution
-    for path, content in left.items():
-        if content is not None:
-            write_atomically(path, lambda to, content=content: to.write_bytes(content))
-    if outcome.rows and outcome.manifest:
-        manifest = json.loads(outcome.manifest)
+    if outcome and {"rows", "manifest"} <= left.keys():
+        manifest = json.loads(left["manifest"])
         if outcome.host != (here := socket.gethostname()):
             note = f"run on {outcome.host}; the machine described here is {here}"
             manifest["notes"].append(note)
-        keep(files, pd.read_parquet(BytesIO(outcome.rows)), manifest)
+        keep(files, pd.read_parquet(BytesIO(left["rows"])), manifest)
 
 
 def _in_json(path: Path) -> bytes:

@@ -30,9 +30,9 @@ from djinn_lib.experiment.cell_runs import run_cells, stale_cells
 from djinn_lib.experiment.executors import ensure_ray
 from djinn_lib.experiment.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.locks import run_locks
+from djinn_lib.experiment.manifest import Status, read_execution, read_status
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.status import Status, read_execution, read_status
 from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
 from djinn_lib.paths import REPO, user_path

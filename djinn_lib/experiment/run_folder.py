@@ -15,12 +15,7 @@ _ROWS, _MANIFEST = ".parquet", ".manifest.json"
 
 @dataclass(frozen=True)
 class CellFiles:
-    """Paths of the files of one cell, whether or not they exist.
-
-    Args:
-        run: the run's folder.
-        id: id of the cell, which is the stem of its files.
-    """
+    """Paths of the files of one cell, whether or not they exist."""
 
     run: Path
     id: str
@@ -63,11 +58,7 @@ class CellFiles:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files, whether or not they exist.
-
-    Args:
-        path: path of the folder.
-    """
+    """Paths of a run's files, whether or not they exist."""
 
     path: Path
 
@@ -126,16 +117,6 @@ class RunFolder:
     def machine(self) -> Path:
         """Facts of the machine and of the models' files, from the set-up."""
         return self.path / "machine.json"
-
-    @property
-    def large_rows(self) -> Path:
-        """Rows of models larger than the ring."""
-        return self.path / "large_models.parquet"
-
-    @property
-    def large_manifest(self) -> Path:
-        """Origin of the rows of models larger than the ring."""
-        return self.path / "large_models.manifest.json"
 
     @property
     def claims(self) -> Path:

@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from djinn_lib.experiment.inputs import (
     recorded_digests,
 )
 from djinn_lib.experiment.integrity import files_are_as_set_up
+from djinn_lib.experiment.manifest import Status, keep_status, read_status
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.status import Status, keep_status, read_status
 from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
 _DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
@@ -177,11 +178,23 @@ def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterat
         yield run_step(step, run, profile)
     if not (reading := [step for step in stale if not step.measures]):
         return
-    with _pool(min(len(reading), len(os.sched_getaffinity(0)), _AT_ONCE)) as pool:
-        running = {pool.submit(run_step, step, run, profile): step for step in reading}
+    yield from side_by_side({s.notebook: partial(run_step, s, run, profile) for s in reading})
+
+
+def side_by_side(jobs: Mapping[str, Callable[[], Status]]) -> Iterator[Status]:
+    """Execute notebooks in parallel, each by a job; yield the status of each when it ends.
+
+    They run in processes of their own, because papermill changes the working directory.
+    """
+    with _pool(min(len(jobs), len(os.sched_getaffinity(0)), _AT_ONCE)) as pool:
+        running = {pool.submit(job): name for name, job in jobs.items()}
         try:
             for ended in as_completed(running):
-                yield _status(ended, running[ended])
+                try:
+                    yield ended.result()
+                except BrokenProcessPool as error:
+                    said = f"its process ended: {error}"
+                    yield Status(running[ended], "failed", 0.0, "kernel_died", said)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():  # this also ends their kernels
@@ -190,19 +203,10 @@ def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterat
 
 
 def _pool(n: int) -> Executor:
-    """Create a pool of processes: papermill changes the working directory of its process."""
     from djinn_lib.experiment.kernels import fork_context  # imports Jupyter: only if needed
 
     ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
     return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
-
-
-def _status(ended: Future[Status], step: Step) -> Status:
-    try:
-        return ended.result()
-    except BrokenProcessPool as error:
-        said = f"its process ended: {error}"
-        return Status(step.notebook, "failed", 0.0, "kernel_died", said)
 
 
 def _written_since(begin_s: float, run: RunFolder) -> list[str]:

@@ -106,9 +106,7 @@ def run_study(
 ) -> pd.DataFrame:
     """Return one row for each point; see `run_point`.
 
-    Args:
-        points: points of the study.
-        run_all: maps a function over the points, in any order; default is sequential.
+    `run_all` maps a function over the points, in any order; default is one after the other.
     """
     chosen = list(points)
     results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
@@ -216,10 +214,7 @@ class Popularity(Policy):
 
     For independent requests, no policy without knowledge of the future loads less in the long run.
     The probability of each model does not depend on earlier requests, so the best bytes to keep are
-    those of the most popular models.
-
-    Args:
-        shares: each model's share of the requests; only their order matters.
+    those of the most popular models. Only the order of the shares matters.
     """
 
     def __init__(self, shares: Mapping[str, float]) -> None:

@@ -32,12 +32,8 @@ class Link:
 class Shown:
     """The link targets on the page of a run.
 
-    Args:
-        notebooks: path of each executed notebook, by name.
-        figures: names of the figures on the page.
-        cells: trace, capacity, system, mode and start of each cell that has rows.
-        traces: files of traces.
-        replicates: files of rows of repeated runs of the cells.
+    `notebooks` has the path of each executed notebook by name, `figures` their names, `cells` the
+    parts of the id of each cell that has rows; `traces` and `replicates` are names of files.
     """
 
     notebooks: Mapping[str, str]
@@ -48,12 +44,9 @@ class Shown:
 
 
 def evidence(verdict: Verdict, claim: Claim | None, shown: Shown) -> list[Link]:
-    """Return the links of one claim to its existing evidence.
+    """Return the links of a verdict to its existing evidence.
 
-    Args:
-        verdict: the verdict of a run.
-        claim: the claim of the same id, which names its rows; None if it no longer exists.
-        shown: the link targets of the page.
+    The claim of the same id names its rows; it is None if it no longer exists.
     """
     links = []
     if href := shown.notebooks.get(verdict.notebook):

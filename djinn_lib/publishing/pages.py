@@ -38,7 +38,7 @@ from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.files import write_text
 from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
-from djinn_lib.publishing.report import build_published
+from djinn_lib.publishing.report import build_report
 from djinn_lib.simulator.cost_model import engine_rows
 
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
@@ -50,7 +50,7 @@ def main() -> None:
     """Update the pages, and the page of the published run."""
     for path in PAGES:
         write_text(path, render(path.read_text(), load_run(REFERENCE)))
-    build_published()
+    build_report(REFERENCE, as_html=False)
 
 
 def render(text: str, run: Run) -> str:

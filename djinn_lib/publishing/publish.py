@@ -200,9 +200,7 @@ def scrub(value: Any, known: Mapping[str, str] | None = None) -> Any:
 def scrub_text(text: str, known: Mapping[str, str] | None = None) -> str:
     """Rename known folders in a text, and cut every other absolute path to its last part.
 
-    Args:
-        text: any text.
-        known: folders with their replacements; longer ones are replaced first.
+    Of known folders, with their replacements, longer ones are replaced first.
     """
     text = text.replace("file:///", "/")
     for folder, instead in sorted((known or {}).items(), key=lambda item: -len(item[0])):

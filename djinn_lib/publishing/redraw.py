@@ -8,29 +8,23 @@ core. This takes about a minute and needs no GPU.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.manifest import Status, keep_status
 from djinn_lib.experiment.notebooks import execute
-from djinn_lib.experiment.status import Status, keep_status
+from djinn_lib.experiment.steps import side_by_side
 from djinn_lib.files import replace_folders
 from djinn_lib.paths import FIGURES, REFERENCE
 from djinn_lib.publishing.report import build_report
 
-MOST_AT_ONCE = 4  # each takes up to a gigabyte of memory
-_processes = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
 # Those that take longest come first.
 READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
 FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and the file it writes
@@ -51,9 +45,8 @@ def redraw(run_dir: Path | None = None) -> int:
 def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
     """Execute every notebook that only reads rows, into a run's folder; return their statuses.
 
-    Args:
-        run_dir: a folder with rows, traces and machine.json; the results are written there.
-        reference_dir: folder of the rows to which the simulator's costs are fitted.
+    The folder has rows, traces and machine.json. The simulator's costs are fitted to the rows of
+    `reference_dir`.
 
     Raises:
         RecordError: the folder has no readable run.
@@ -67,40 +60,18 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
         profile = large_results.profile_of(run_dir)
         more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
         parameters[large_results.NOTEBOOK] = more
+    print(f"{', '.join(parameters)} ...", flush=True)
+    jobs = {
+        name: partial(execute, name, run_dir / "notebooks" / f"{name}.ipynb", values)
+        for name, values in parameters.items()
+    }
     ended = []
-    for status in _side_by_side(run_dir / "notebooks", parameters):
+    for status in side_by_side(jobs):
         with suppress(OSError):  # a killed process has left no copy
             keep_status(status, run_dir / "notebooks" / f"{status.task}.ipynb")
         print(status, flush=True)
         ended.append(status)
     return ended
-
-
-def _side_by_side(folder: Path, parameters: Mapping[str, dict[str, Any]]) -> Iterator[Status]:
-    """Execute notebooks into a folder; yield their statuses as they end.
-
-    They run in processes, because papermill changes the working directory. They only read rows, so
-    their order does not matter.
-    """
-    with _processes(min(len(parameters), len(os.sched_getaffinity(0)), MOST_AT_ONCE)) as pool:
-        running = {
-            pool.submit(execute, name, folder / f"{name}.ipynb", values): name
-            for name, values in parameters.items()
-        }
-        print(f"{', '.join(running.values())} ...", flush=True)
-        try:
-            for ended in as_completed(running):
-                yield _status(ended, running[ended])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _status(ended: Future[Status], name: str) -> Status:
-    try:
-        return ended.result()
-    except BrokenProcessPool as error:
-        return Status(name, "failed", 0.0, "kernel_died", f"its process ended: {error}")
 
 
 def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = None) -> Path:
@@ -109,8 +80,8 @@ def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = Non
     Args:
         figure: a key of `FIGURE_NOTEBOOKS`.
         run_dir: the run's folder; default is the published run, which is not changed.
-        output: PDF or PNG file to write; default is the run's ``figures/``, or the
-            working directory for the published run.
+        output: file to write; default is a PDF in the run's ``figures/``, or in the working
+            directory for the published run.
 
     Raises:
         ConfigError: the figure or the ending is unknown, or it could not be drawn.

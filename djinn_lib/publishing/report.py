@@ -28,19 +28,20 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
 from djinn_lib.analysis.tables import as_text, facts_table
 from djinn_lib.errors import DjinnError, RecordError
+from djinn_lib.experiment.manifest import read_statuses
 from djinn_lib.experiment.notebook_logs import log_of
 from djinn_lib.experiment.profile import cell_id
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
-from djinn_lib.experiment.status import read_statuses
 from djinn_lib.files import write_text
 from djinn_lib.metrics import attempted
-from djinn_lib.paths import REFERENCE, user_path
+from djinn_lib.paths import user_path
 from djinn_lib.publishing.captions import COMPUTED, MEASURED
-from djinn_lib.publishing.evidence import Link, Shown, evidence
+from djinn_lib.publishing.evidence import Shown, evidence
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _NO_ALT = "No description has been provided for this image"
 _FIRST = "00_start_here"
+_CELL = ["trace", "capacity_label", "system", "mode", "start"]  # the parts of a cell's id
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +53,15 @@ class Page:
     error: str = ""
 
 
-def build_published(reference: Path = REFERENCE) -> Path:
-    """Write the page of the published run, which links notebooks without converting them.
-
-    As HTML they would double the size of the folder.
-    """
-    return build_report(reference, as_html=False)
-
-
 def build_report(run_dir: Path | str, as_html: bool = True) -> Path:
-    """Write ``index.html`` into a run's folder.
+    """Write ``index.html`` into a run's folder, and return its path.
 
-    The page lists what is missing or broken, such as a notebook, the claims or the rows.
-
-    Args:
-        run_dir: the run's folder.
-        as_html: whether to convert every executed notebook to HTML, and link that.
-
-    Returns:
-        The page's path.
+    The page lists what is missing or broken, such as a notebook, the claims or the rows. It links
+    every executed notebook, `as_html` or as it is: in HTML they double the size of a folder.
     """
     folder = user_path(run_dir).resolve()
-    pages = convert_notebooks(folder / "notebooks") if as_html else _as_they_are(folder)
+    notebooks = folder / "notebooks"
+    pages = convert_notebooks(notebooks) if as_html else [Page(p, p) for p in _whole(notebooks)]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -111,10 +99,6 @@ def _convert(exporter: HTMLExporter, notebook: Path) -> Page:
     return Page(notebook, html)
 
 
-def _as_they_are(folder: Path) -> list[Page]:
-    return [Page(path, path) for path in _whole(folder / "notebooks")]
-
-
 def _whole(folder: Path) -> list[Path]:
     """Return the executed notebooks of a folder: the first one to read, others, then cells."""
     found = [p for p in folder.glob("*.ipynb") if not p.name.endswith(".partial.ipynb")]
@@ -135,6 +119,14 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     listing = [_notebook(page, statuses, folder) for page in pages]
     measured = list(_figures(folder, MEASURED))
     traces = [path.name for path in sorted((folder / "traces").glob("*.jsonl"))]
+    shown = Shown(
+        {entry["name"]: entry["html"] for entry in listing if entry["html"]},
+        {figure["name"] for figure in measured},
+        of_run.pop("cells"),
+        traces,
+        [path.name for path in (folder / "replicates").glob("*.parquet")],
+    )
+    claims = {claim.id: claim for claim in load_claims()}
     listed = {(f"02_run_system.{f['cell']}", f["kind"]) for f in of_run["failures"]}
     problems += [
         f"{name}: {status['error_kind']}: {status['error']}"
@@ -145,14 +137,7 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "name": folder.name,
         "main_trace": MAIN_TRACE,
         "main_capacity": MAIN_CAPACITY,
-        "claims": _with_evidence(
-            verdicts,
-            listing,
-            measured,
-            traces,
-            of_run.pop("cells"),
-            [path.name for path in (folder / "replicates").glob("*.parquet")],
-        ),
+        "claims": [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts],
         "verdict_counts": Counter(verdict.verdict for verdict in verdicts),
         "figures": measured,
         "computed": list(_figures(folder, COMPUTED)),
@@ -198,15 +183,9 @@ def _summary(run: Run) -> Markup | None:
 
 def _failures(failed: pd.DataFrame) -> list[dict[str, Any]]:
     """Return one entry for each cell and kind of failure."""
-    cell = ["trace", "capacity_label", "system", "mode", "start"]
     return [
-        {
-            "cell": cell_id(*names),
-            "kind": kind,
-            "count": len(part),
-            "error": part["error"].iloc[0],
-        }
-        for (*names, kind), part in failed.groupby([*cell, "error_kind"], sort=False)
+        {"cell": cell_id(*names), "kind": kind, "count": len(part), "error": part["error"].iloc[0]}
+        for (*names, kind), part in failed.groupby([*_CELL, "error_kind"], sort=False)
     ]
 
 
@@ -220,23 +199,7 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
 
 
 def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:
-    keys = ["trace", "capacity_label", "system", "mode", "start"]
-    return list(attempted(run.rows)[keys].drop_duplicates().itertuples(index=False, name=None))
-
-
-def _with_evidence(
-    verdicts: Sequence[Verdict],
-    listing: Sequence[Mapping[str, Any]],
-    figures: Sequence[Mapping[str, str]],
-    traces: Sequence[str],
-    cells: Sequence[tuple[str, str, str, str, str]],
-    replicates: Sequence[str],
-) -> list[tuple[Verdict, list[Link]]]:
-    """Return each verdict with links to its evidence."""
-    claims = {claim.id: claim for claim in load_claims()}
-    notebooks = {entry["name"]: entry["html"] for entry in listing if entry["html"]}
-    shown = Shown(notebooks, {figure["name"] for figure in figures}, cells, traces, replicates)
-    return [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts]
+    return list(attempted(run.rows)[_CELL].drop_duplicates().itertuples(index=False, name=None))
 
 
 def _figures(folder: Path, captions: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, str]]:
@@ -247,13 +210,8 @@ def _figures(folder: Path, captions: Mapping[str, tuple[str, str]]) -> Iterator[
     for name in known + (others if captions is MEASURED else []):
         pdf = folder / "figures" / f"{name}.pdf"
         title, caption = captions.get(name, (name.replace("_", " "), ""))
-        yield {
-            "name": name,
-            "title": title,
-            "png": f"figures/{name}.png",
-            "pdf": f"figures/{name}.pdf" if pdf.exists() else "",
-            "caption": caption,
-        }
+        yield {"name": name, "title": title, "caption": caption, "png": f"figures/{name}.png",
+               "pdf": f"figures/{name}.pdf" if pdf.exists() else ""}  # fmt: skip
 
 
 def _notebook(

@@ -23,9 +23,8 @@ from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import close_dead_cell, run_cell
 from djinn_lib.experiment.cell_runs import run_cell_notebook, run_cells, stale_cells
 from djinn_lib.experiment.inputs import is_current
-from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.manifest import Status, read_execution, read_manifest
 from djinn_lib.experiment.run_folder import CellFiles
-from djinn_lib.experiment.status import Status, read_execution
 from djinn_lib.rows import read_rows
 from djinn_lib.systems.pytorch import PyTorchPinned
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from fake_engine import weights_of
 
-from djinn_lib.analysis.plots.fleet import requests_and_ring
 from djinn_lib.analysis.plots.style import save_figure
+from djinn_lib.analysis.plots.timeline import requests_and_ring
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import fleet_demo
 from djinn_lib.fleet import fleet as fleet_module

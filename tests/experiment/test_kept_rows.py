@@ -157,16 +157,6 @@ def test_a_full_disk_takes_no_rows(cell, monkeypatch):
     assert cell.rows.read_bytes() == before
 
 
-def test_without_links_rows_are_copied_aside(cell, monkeypatch):
-    def none(*_: Any) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    keep(cell, *execution("earlier", 30))
-    monkeypatch.setattr(kept_rows.os, "link", none)
-    keep(cell, *execution("later", 0))
-    assert aside(cell) == ["earlier.manifest.json", "earlier.parquet"]
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut"])
 def test_what_cannot_be_read_does_not_stay(cell, content):
     cell.rows.parent.mkdir()

@@ -96,11 +96,11 @@ def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
     }
     profile = tiny_profile(large=large)
     bench = set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    rows = large_models.measure_all(bench, 3, 1, lambda step: None)
+    rows = large_models.rows_of(bench, 3, 1, progress=lambda step: None)
     assert rows.ok.all(), rows.error.tolist()
     assert set(rows.model) == {"shared", "own"}
     pd.testing.assert_frame_equal(read_large(tmp_path / "run"), rows)
-    again = large_models.rows_of(bench, 3, 1, measure=False)
+    again = large_models.rows_of(bench, 3, 1, False)
     pd.testing.assert_frame_equal(again, rows)
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
     assert profile_of(tmp_path / "run") == bench.profile.name
@@ -108,7 +108,7 @@ def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
         manifest["parameters"]["n_tokens"] == 3 and len(manifest["weights_sha256"]["llama"]) == 64
     )
     with pytest.raises(ConfigError, match="at least 2 tokens"):
-        large_models.measure_all(bench, 1, 1)
+        large_models.rows_of(bench, 1, 1)
 
 
 def test_rows_that_are_not_there_or_of_another_form_are_refused(rows, tmp_path):

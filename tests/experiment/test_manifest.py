@@ -12,8 +12,13 @@ import pytest
 
 from djinn_lib import files
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
-from djinn_lib.experiment.status import Status, read_execution
+from djinn_lib.experiment.manifest import (
+    Status,
+    note_execution,
+    read_execution,
+    read_manifest,
+    write_manifest,
+)
 from djinn_lib.paths import REFERENCE
 
 MANIFEST = {

@@ -19,10 +19,10 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import notebooks
 from djinn_lib.experiment.cell_runs import execute_cell
 from djinn_lib.experiment.inputs import LIBRARY
+from djinn_lib.experiment.manifest import Status, keep_status, read_status, read_statuses
 from djinn_lib.experiment.notebooks import check_parameters, execute
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
-from djinn_lib.experiment.status import Status, keep_status, read_status, read_statuses
 from djinn_lib.experiment.steps import STEPS
 from djinn_lib.paths import NOTEBOOKS, REPO
 

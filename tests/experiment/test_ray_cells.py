@@ -21,10 +21,9 @@ from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.executors import Result
 from djinn_lib.experiment.inputs import cell_inputs, is_current
-from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.experiment.ray_cells import Driver, Outcome, run_apart, run_cells_on_ray, take_back
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.status import Status
 from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows
 
@@ -76,7 +75,7 @@ def apart(bench: Bench, cell: Any, execute: Execute, monkeypatch: Any, **driver:
     """The outcome of a cell that a worker runs, whose notebook does what `execute` does."""
     monkeypatch.setattr(ray_cells, "execute_cell", execute)
     inputs = ray_cells._inputs(bench.run, cell)
-    here = replace(Driver.this(bench.run), **driver)
+    here = replace(Driver(bench.run.path, os.environ.get("OMP_NUM_THREADS")), **driver)
     return run_apart(bench.profile, cell, inputs, here)
 
 
@@ -140,7 +139,7 @@ def test_a_worker_without_room_for_rows_says_so_and_what_it_measured_is_kept(
 def test_a_notebook_that_went_well_without_rows_is_a_failure(bench, cell, monkeypatch):
     outcome = apart(bench, cell, measures, monkeypatch)
     assert back(bench, cell, Result(outcome)).state == "ok"
-    status = back(bench, cell, Result(replace(outcome, rows=None)))
+    status = back(bench, cell, Result(replace(outcome, files={})))
     assert status.state == "failed" and "no rows came back" in status.error
 
 
@@ -162,7 +161,7 @@ def test_a_cell_whose_outcome_cannot_be_kept_stops_no_other(bench, cell, monkeyp
 def test_a_run_folder_of_any_name_stands_in_the_notebook(bench, cell, monkeypatch, tmp_path):
     named = bench.run_dir.rename(tmp_path / 'a "{run}" of ü \\ [x]')
     outcome = apart(Bench.open(bench.profile, named), cell, measures, monkeypatch)
-    assert json.loads(outcome.notebook or "")["run_dir"] == str(named)
+    assert json.loads(outcome.files["notebook"])["run_dir"] == str(named)
 
 
 def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path, monkeypatch):

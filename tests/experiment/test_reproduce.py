@@ -18,10 +18,10 @@ from run_factory import MACHINE, manifest_of
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import inputs, notebooks, reproduce, steps
 from djinn_lib.experiment.kept_rows import keep
+from djinn_lib.experiment.manifest import Status, read_statuses
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.experiment.reproduce import Work, main
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.status import Status, read_statuses
 from djinn_lib.publishing import report
 
 LABELS = ("djinn", "pytorch_lru", "pytorch_pinned")

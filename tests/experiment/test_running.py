@@ -10,8 +10,7 @@ from tiny_run import cell_of, copied, prepare
 from djinn_lib.experiment import cell_runs, notebooks
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.cell_runs import run_cells
-from djinn_lib.experiment.manifest import read_manifest
-from djinn_lib.experiment.status import Status
+from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned
 

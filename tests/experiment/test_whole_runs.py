@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from djinn_lib.experiment.locks import run_locks
+from djinn_lib.experiment.manifest import read_execution, read_statuses
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.experiment.run_folder import CellFiles, RunFolder
-from djinn_lib.experiment.status import read_execution, read_statuses
 from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows
 

@@ -20,8 +20,7 @@ from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.locks import run_locks
-from djinn_lib.experiment.manifest import read_manifest
-from djinn_lib.experiment.status import read_statuses
+from djinn_lib.experiment.manifest import read_manifest, read_statuses
 from djinn_lib.files import write_json
 from djinn_lib.publishing import merge as merge_module
 from djinn_lib.publishing.merge import merge

@@ -19,8 +19,7 @@ from djinn_lib import files
 from djinn_lib.analysis.run import load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment.large_results import read_large
-from djinn_lib.experiment.manifest import read_manifest
-from djinn_lib.experiment.status import Status
+from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module

@@ -16,14 +16,18 @@ from run_factory import write_run
 
 from djinn_lib.analysis.claims import judge, load_claims, read_claims, write_claims
 from djinn_lib.analysis.run import load_run
-from djinn_lib.experiment.manifest import note_execution, read_manifest, write_manifest
+from djinn_lib.experiment.manifest import (
+    Status,
+    keep_status,
+    note_execution,
+    read_manifest,
+    write_manifest,
+)
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
-from djinn_lib.experiment.status import Status, keep_status
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing.evidence import Shown, evidence
 from djinn_lib.publishing.report import (
     _cells,
-    build_published,
     build_report,
     convert_notebooks,
 )
@@ -295,7 +299,7 @@ def test_the_page_of_the_published_run_is_the_one_that_would_be_written(tmp_path
     copy = tmp_path / REFERENCE.name
     shutil.copytree(REFERENCE, copy)
     (copy / "index.html").unlink()
-    assert build_published(copy).read_text() == (REFERENCE / "index.html").read_text()
+    assert build_report(copy, as_html=False).read_text() == (REFERENCE / "index.html").read_text()
     assert not list(copy.rglob("notebooks/*.html"))
 
 
