@@ -40,14 +40,9 @@ def served(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_request(rows: pd.DataFrame, column: str = "total_ms") -> pd.Series:
-    """Return a column's mean over the repeats of each request that was served.
+    """Return a column's mean over the repeats of each request that one system served in one mode.
 
-    Args:
-        rows: of one system in one mode.
-        column: of the rows.
-
-    Returns:
-        By trace, capacity label and request: two systems of one cell have the same index.
+    It is indexed by trace, capacity label and request: two systems of one cell have the same index.
     """
     return served(rows).groupby(REQUEST)[column].mean()
 
@@ -82,6 +77,12 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     return (rows["total_ms"] - parts).clip(lower=0).rename("prefill_ms")
 
 
+def phases_ms(rows: pd.DataFrame) -> pd.DataFrame:
+    """Time of the parts of each request: columns queue, switch, prefill and decode."""
+    known = rows[["queue_ms", "switch_ms", "decode_ms"]].rename(columns=lambda n: n[: -len("_ms")])
+    return known.assign(prefill=prefill_ms(rows))[["queue", "switch", "prefill", "decode"]]
+
+
 def mean_before_decode_ms(rows: pd.DataFrame) -> float:
     """Mean latency without the decode, which eager systems do at the pace of the host."""
     return float((rows["total_ms"] - rows["decode_ms"]).mean())
@@ -106,52 +107,36 @@ def decode_spread(rows: pd.DataFrame) -> float:
     return float(decode_multiples(rows).max())
 
 
-def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per cell (system, trace, capacity_label, mode).
+def measures(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the measures of the attempted rows of one cell, by their name and unit.
 
-    Columns: n (requests of the trace), repeats, completed and failed (rows of all repeats),
-    p50/p90/p99/mean/max of total_ms and ttft_ms over requests, mean_switch_ms, hit_share (switch
-    below `HIT_MS`), zero_load_share (nothing loaded), and loaded/evicted/writeback bytes of one
-    repeat. `p99_is_max` says that n is too small for a 99th percentile, and the maximum stands in
-    its place.
+    Percentiles, "max" and "mean" are those of the whole request. Bytes are those of one repeat.
     """
-    groups = dict(list(attempted(rows).groupby(CELL, sort=False)))
-    index = pd.MultiIndex.from_tuples(groups, names=CELL)
-    return pd.DataFrame([_summary(group) for group in groups.values()], index=index)
-
-
-def _summary(rows: pd.DataFrame) -> dict[str, Any]:
-    ok, repeats = served(rows), rows["repeat"].nunique()
-    summary: dict[str, Any] = {
-        "n": rows["request"].nunique(),
-        "completed": len(ok),
-        "failed": len(rows) - len(ok),
+    done, repeats = served(rows), rows["repeat"].nunique()
+    times = latency(by_request(done))
+    moved_gib = done[["loaded_bytes", "writeback_bytes"]].sum() / repeats / 2**30
+    return {
+        "requests": rows["request"].nunique(),
+        "served (%)": 100 * rows["ok"].mean(),
         "repeats": repeats,
+        **{f"{name} (ms)": times[name.lower()] for name in ("P50", "P90", "P99", "max", "mean")},
+        "up to decoding (ms)": mean_before_decode_ms(done),
+        "mean TTFT (ms)": done["ttft_ms"].mean(),
+        "mean switch (ms)": done["switch_ms"].mean(),
+        "mean decode (ms)": done["decode_ms"].mean(),
+        "slowest / fastest decode (x)": decode_spread(rows),
+        "loaded (GiB)": moved_gib["loaded_bytes"],
+        "written back (GiB)": moved_gib["writeback_bytes"],
+        "loaded nothing (%)": 100 * (done["loaded_bytes"] == 0).mean(),
     }
-    for column in ("total_ms", "ttft_ms"):
-        for name, value in latency(by_request(ok, column)).items():
-            summary[f"{name}_{column}"] = value
-    summary["p99_is_max"] = p99_is_max(ok["request"].nunique())
-    summary["mean_switch_ms"] = ok["switch_ms"].mean()
-    summary["hit_share"] = (ok["switch_ms"] < HIT_MS).mean()
-    summary["zero_load_share"] = (ok["loaded_bytes"] == 0).mean()
-    for column in ("loaded_bytes", "evicted_bytes", "writeback_bytes"):
-        summary[column] = ok[column].sum() / repeats
-    return summary
 
 
 def latency(values: pd.Series) -> dict[str, float]:
     """Return p50, p90, p99, mean and max of `by_request`; NaN where there are no values."""
     if values.empty:
-        return dict.fromkeys(("p50", "p90", "p99", "mean", "max"), float("nan"))
-    p99 = values.max() if p99_is_max(len(values)) else values.quantile(0.99)
-    return {
-        "p50": float(values.median()),
-        "p90": float(values.quantile(0.9)),
-        "p99": float(p99),
-        "mean": float(values.mean()),
-        "max": float(values.max()),
-    }
+        return dict.fromkeys(STATISTICS, float("nan"))
+    found = {name: float(statistic(values)) for name, statistic in STATISTICS.items()}
+    return found | {"p99": found["max"]} if p99_is_max(len(values)) else found
 
 
 def p99_is_max(n: int) -> bool:
@@ -225,10 +210,8 @@ def ratio_interval(
 ) -> Interval:
     """Return the ratio of a statistic of two systems and its interval, paired by request.
 
-    Args:
-        top, bottom: of `by_request`; requests that only one of them has are left out.
-        statistic: a key of `STATISTICS`.
-        block, n_resamples: see `bootstrap_interval`.
+    Both are results of `by_request`; requests that only one of them has are left out. The statistic
+    is a key of `STATISTICS`; for the rest see `bootstrap_interval`.
     """
     both, reduce = paired(top, bottom), STATISTICS[statistic]
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from row_factory import UNAVAILABLE, cell_rows, run_rows
+from row_factory import cell_rows
 
 from djinn_lib.metrics import (
     attempted,
@@ -22,11 +22,11 @@ from djinn_lib.metrics import (
     decode_spread,
     difference_of_means,
     latency,
+    measures,
     p99_is_max,
     prefill_ms,
     ratio_interval,
     served,
-    summarise,
 )
 
 TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
@@ -57,71 +57,54 @@ def rows_of(
 # -- summaries -------------------------------------------------------------------------------
 
 
-def test_a_summary_worked_out_by_hand():
+def test_measures_worked_out_by_hand():
     rows = rows_of([10, 40, 20, 30], [0, 12, 9.99, 10], [0, 7, 0, 5], n_failed=1)
-    summary = summarise(rows).loc[("a", "paper", "25", "sequential")]
     expected = {
-        "n": 5,
-        "completed": 4,
-        "failed": 1,
+        "requests": 5,
+        "served (%)": 80,
         "repeats": 1,
-        "p50_total_ms": 25,
-        "p90_total_ms": 37,  # three tenths of the way from 40 back to 30
-        "p99_total_ms": 40,
-        "mean_total_ms": 25,
-        "max_total_ms": 40,
-        "p50_ttft_ms": 11.995,  # between 9.99 + 2 and 10 + 2
-        "max_ttft_ms": 14,
-        "p99_is_max": True,
-        "mean_switch_ms": (12 + 9.99 + 10) / 4,
-        "hit_share": 0.5,  # 10 ms is no hit
-        "zero_load_share": 0.5,
-        "loaded_bytes": 12,
-        "writeback_bytes": 0,
+        "P50 (ms)": 25,
+        "P90 (ms)": 37,  # three tenths of the way from 40 back to 30
+        "P99 (ms)": 40,
+        "mean (ms)": 25,
+        "max (ms)": 40,
+        "mean TTFT (ms)": (2 + 14 + 11.99 + 12) / 4,
+        "mean switch (ms)": (12 + 9.99 + 10) / 4,
+        "loaded nothing (%)": 50,
+        "loaded (GiB)": 12 / 2**30,
+        "written back (GiB)": 0,
     }
-    assert {name: summary[name] for name in expected} == pytest.approx(expected)
+    found = measures(rows)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 def test_bytes_are_those_of_one_repeat():
     rows = pd.concat([rows_of([1, 1], [0, 0], [3, 4], repeat=r) for r in range(3)])
-    summary = summarise(rows).iloc[0]
-    assert summary["loaded_bytes"] == 7 and summary["repeats"] == 3 and summary["n"] == 2
+    found = measures(rows)
+    assert found["loaded (GiB)"] * 2**30 == pytest.approx(7)
+    assert found["repeats"] == 3 and found["requests"] == 2
 
 
 def test_unavailable_systems_are_counted_nowhere():
-    rows, unavailable = cell_rows("djinn"), cell_rows("vllm_sleep")
-    both = pd.concat([unavailable, rows], ignore_index=True)
-    pd.testing.assert_frame_equal(summarise(both), summarise(rows))
+    both = pd.concat([cell_rows("vllm_sleep"), cell_rows("djinn")], ignore_index=True)
     assert set(attempted(both)["system"]) == {"djinn"}
-    assert summarise(unavailable).empty
 
 
 def test_failed_requests_are_counted():
     rows = cell_rows("vllm_recreate")
-    summary = summarise(rows).iloc[0]
-    assert (summary["n"], summary["completed"], summary["failed"]) == (30, 22, 8)
+    found = measures(rows)
+    assert found["requests"] == 30 and found["served (%)"] == pytest.approx(100 * 22 / 30)
     assert len(attempted(rows)) == 30 and len(served(rows)) == 22
-    assert summary["p50_total_ms"] == rows["total_ms"].dropna().median()
+    assert found["P50 (ms)"] == rows["total_ms"].dropna().median()
 
 
 def test_a_cell_that_served_nothing_has_counts_and_no_times():
     rows = rows_of([], [], [], n_failed=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        summary = summarise(rows).iloc[0]
-    assert (summary["n"], summary["completed"], summary["failed"]) == (3, 0, 3)
-    assert summary[["p50_total_ms", "p99_ttft_ms", "hit_share"]].isna().all()
-
-
-def test_cells_keep_their_order_and_types():
-    rows = run_rows()
-    table = summarise(rows)
-    cells = rows[~rows["system"].isin(UNAVAILABLE)]
-    keys = ["system", "trace", "capacity_label", "mode"]
-    expected = list(cells[keys].drop_duplicates().itertuples(index=False, name=None))
-    assert list(table.index) == expected and list(table.index.names) == keys
-    assert table["n"].dtype == table["completed"].dtype == int
-    assert table["p99_is_max"].dtype == bool and table["p50_total_ms"].dtype == float
+        found = measures(rows)
+    assert (found["requests"], found["served (%)"]) == (3, 0)
+    assert math.isnan(found["P50 (ms)"]) and math.isnan(found["loaded nothing (%)"])
 
 
 def test_prefill_is_what_is_left():

@@ -5,8 +5,6 @@ For a system that cannot run on this machine, it shows only one sentence.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from IPython.display import Markdown
 from matplotlib.figure import Figure
@@ -15,22 +13,20 @@ from pandas.io.formats.style import Styler
 from djinn_lib.analysis.plots.style import split_unavailable, system_look
 from djinn_lib.analysis.plots.timeline import residency_over_time
 from djinn_lib.analysis.tables import shown
-from djinn_lib.metrics import summarise
+from djinn_lib.metrics import measures
 
 _MIB = 1 << 20
 _MOVED = {"loaded": "loaded", "evicted": "evicted", "writeback": "written back"}
 
 
 def summary(rows: pd.DataFrame) -> Styler | Markdown:
-    """Return the measures of one cell, one on each line; or why it could not run.
-
-    Args:
-        rows: rows of one cell.
-    """
+    """Return the measures of one cell, one on each line; or why it could not run."""
     if why := _unavailable(rows):
         return Markdown(why)
-    table = pd.DataFrame({"value": pd.Series(cell_measures(rows), dtype=object)})
-    return shown(table)
+    found = measures(rows)
+    if errors := rows.loc[~rows["ok"], "error"].tolist():
+        found["first error"] = errors[0]
+    return shown(pd.DataFrame({"value": pd.Series(found, dtype=object)}))
 
 
 def requests(rows: pd.DataFrame) -> Styler | None:
@@ -43,38 +39,13 @@ def held(rows: pd.DataFrame, system: str) -> Figure | None:
     return None if _unavailable(rows) else residency_over_time(rows, system)
 
 
-def cell_measures(rows: pd.DataFrame) -> dict[str, Any]:
-    """Return the measures of one cell by their name and unit; counts are whole numbers."""
-    (found,) = summarise(rows).to_dict("records")
-    slowest = "slowest request" if found["p99_is_max"] else "P99"
-    measures = {
-        "requests": found["n"],
-        "served": found["completed"],
-        "failed": found["failed"],
-        "repeats": found["repeats"],
-        "P50 (ms)": found["p50_total_ms"],
-        "P90 (ms)": found["p90_total_ms"],
-        f"{slowest} (ms)": found["p99_total_ms"],
-        "mean (ms)": found["mean_total_ms"],
-        "P50 up to the first token (ms)": found["p50_ttft_ms"],
-        "mean switch (ms)": found["mean_switch_ms"],
-        "loaded nothing (%)": 100 * found["zero_load_share"],
-        "switched in less than 10 ms (%)": 100 * found["hit_share"],
-        **{f"{name} in a repeat (MiB)": found[f"{column}_bytes"] / _MIB
-           for column, name in _MOVED.items()},
-    }  # fmt: skip
-    if errors := rows.loc[~rows["ok"], "error"].tolist():
-        measures["first error"] = errors[0]
-    return measures
-
-
 def request_table(rows: pd.DataFrame) -> pd.DataFrame:
     """Return a line for each request of the first repeat: weights in MiB, times in ms, failures.
 
     The column of failures exists only if a request failed.
     """
     first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
-    table = first[["request", "model"]].rename(columns={"model": "model"})
+    table = first[["request", "model"]].copy()
     table["found (MiB)"] = first["resident_before_bytes"] / _MIB
     for column, name in _MOVED.items():
         table[f"{name} (MiB)"] = first[f"{column}_bytes"] / _MIB

@@ -88,14 +88,9 @@ def estimate(found: Interval, n: int, remark: str = "") -> Measurement:
 
 
 def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
-    """Return a share of the requests of a trace.
+    """Return a share of the requests of a trace, from a mark for each row that counts.
 
     All requests were sent, so it is a count without an interval. If repeats differ, it has a span.
-
-    Args:
-        hits: True for each row that counts.
-        rows: the rows.
-        remark: more numbers, as text.
     """
     each = hits.groupby(rows["repeat"]).mean()
     spread = (float(each.min()), float(each.max()))
@@ -117,8 +112,8 @@ def _bytes_per_repeat(rows: pd.DataFrame) -> float:
 def zero_load_share(run: Run, system: str, **where: Any) -> Measurement:
     """Share of the served requests for which no byte was loaded."""
     rows = served(run, system, **where)
-    hits = rows["loaded_bytes"] == 0
-    return count(hits, rows, _so_many(hits, rows))
+    hits, repeats = rows["loaded_bytes"] == 0, rows["repeat"].nunique()
+    return count(hits, rows, f"{hits.sum() / repeats:.3g} of {len(rows) / repeats:.3g} requests")
 
 
 @metric()
@@ -133,11 +128,6 @@ def completion_share(run: Run, system: str | None, **where: Any) -> Measurement:
     """Share of the attempted requests that were served."""
     rows = select(run, system, **where)
     return count(rows["ok"], rows, f"{rows['ok'].sum()} of {len(rows)} attempts")
-
-
-def _so_many(hits: pd.Series, rows: pd.DataFrame) -> str:
-    repeats = rows["repeat"].nunique()
-    return f"{hits.sum() / repeats:.3g} of {len(rows) / repeats:.3g} requests"
 
 
 @metric()
@@ -207,11 +197,8 @@ def computed_hit_share(
 ) -> Measurement:
     """Share of the main trace's requests that load nothing: simulated, not measured.
 
-    Args:
-        run: run with the sizes and the capacity.
-        capacity_label: label of the ring's capacity.
-        eviction: "models" for a cache of whole models, "pages" for parts of them.
-        start: "warm" if each model was requested once before, in their order.
+    With `start` "warm", each model was requested once before, in their order. The eviction "models"
+    is that of a cache of whole models.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
     before = list(run.sizes) if start == WARM else []

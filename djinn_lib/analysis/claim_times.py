@@ -7,6 +7,7 @@ machine, request by request; maxima are compared with maxima.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ def statistic_ratio(
     found = [_ratio(run, name, both, to, statistic)
              for name, both in _comparable(run, system, to, **where).items()]  # fmt: skip
     best = min(found, key=lambda ratio: ratio.value)
-    return best if not isinstance(system, str) else _without_name(best)
+    if isinstance(system, str):  # there is no choice to tell of
+        return replace(best, remark=best.remark.partition(", ")[2])
+    return best
 
 
 def _ratio(
@@ -96,12 +99,6 @@ def _ratio(
         return Measurement(value, len(pairs), remark, span=span)
     ratio = ratio_interval(top, bottom, statistic, _block(both[name], len(pairs)))
     return estimate(ratio, len(pairs), remark)
-
-
-def _without_name(ratio: Measurement) -> Measurement:
-    """Remove the system's name from the remark."""
-    _, _, place = ratio.remark.partition(", ")
-    return Measurement(ratio.value, ratio.n, place, ratio.interval, ratio.span)
 
 
 def _comparable(
@@ -203,14 +200,8 @@ def switch_distance(
 ) -> Measurement:
     """How far the distribution of switch times is from a given one: 0 if alike, 1 if disjoint.
 
-    It is the total variation distance over classes of a switch's cost: the share of requests that
-    would have to be in another class.
-
-    Args:
-        run: the run.
-        system: the system.
-        classes: low (ms), high (ms) and share of each class. All other costs are one more class.
-        where: see `select`.
+    It is the total variation distance over `classes` of a switch's cost. Each has a low and a high
+    bound (ms) and a share; all other costs are one more class.
     """
     rows = served(run, system, **where)
     found = [rows["switch_ms"].between(low, high, inclusive="left").mean()

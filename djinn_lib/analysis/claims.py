@@ -211,31 +211,19 @@ def compare(
     return "unresolved", "the interval crosses the bound"
 
 
-def _verdict(
-    claim: Claim, measurement: Measurement | None, judgement: Judgement, why: str
-) -> Verdict:
-    low, high = (measurement and measurement.interval) or (None, None)
+def _verdict(claim: Claim, found: Measurement | None, judgement: Judgement, why: str) -> Verdict:
+    low, high = (found and found.interval) or (None, None)
     return Verdict(
-        claim.id,
-        claim.source,
-        claim.quote,
-        str(claim.expected),
-        measured=_plain(measurement.value) if measurement else None,
+        **claim.model_dump(include={"id", "source", "quote", "notebook", "figure", "set_in"}),
+        expected=str(claim.expected),
+        measured=float(found.value) if found and math.isfinite(found.value) else None,  # for JSON
         low=low,
         high=high,
-        n=measurement.n if measurement else 0,
+        n=found.n if found else 0,
         verdict=judgement,
         why=why,
         unit=claim.expected.unit,
-        notebook=claim.notebook,
-        figure=claim.figure,
-        set_in=claim.set_in,
     )
-
-
-def _plain(value: float) -> float | None:
-    """A number that JSON can hold."""
-    return float(value) if math.isfinite(value) else None
 
 
 def write_claims(verdicts: Sequence[Verdict], path: Path) -> None:
@@ -260,16 +248,8 @@ def read_claims(path: Path) -> list[Verdict]:
 def claims_table(verdicts: Sequence[Verdict], *judgements: Judgement) -> pd.DataFrame:
     """Return one row a claim, as texts; of those with one of the judgements, if any are given."""
     chosen = [v for v in verdicts if not judgements or v.verdict in judgements]
-    columns = [
-        "claim",
-        "expected",
-        "measured",
-        "95% interval",
-        "n",
-        "verdict",
-        "why",
-        "bound set in",
-    ]
+    columns = ["claim", "expected", "measured", "95% interval", "n", "verdict", "why",
+               "bound set in"]  # fmt: skip
     rows = [[v.quote, v.expected, v.measured_text, v.interval_text, v.n, v.verdict, v.why,
              v.set_in or ""] for v in chosen]  # fmt: skip
     return pd.DataFrame(rows, pd.Index([v.id for v in chosen], name="id"), columns)

@@ -19,7 +19,7 @@ from djinn_lib.analysis.selection import (
     served,
     side_by_side,
 )
-from djinn_lib.metrics import prefill_ms
+from djinn_lib.metrics import phases_ms, prefill_ms
 from djinn_lib.metrics import served as done
 
 Paper = Mapping[str, Any]
@@ -100,8 +100,8 @@ def gain_table(run: Run, slow: str = "pytorch_pinned", fast: str = "djinn") -> p
 
 def _parts(rows: pd.DataFrame) -> pd.Series:
     """Mean milliseconds of the parts of a request, and of the whole request."""
-    parts = {"switch": rows["switch_ms"], "prefill": prefill_ms(rows), "decode": rows["decode_ms"]}
-    return pd.DataFrame({**parts, "total": sum(parts.values())}).mean()
+    parts = phases_ms(rows).drop(columns="queue")
+    return parts.assign(total=parts.sum(axis=1)).mean()
 
 
 @or_reason

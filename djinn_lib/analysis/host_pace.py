@@ -11,7 +11,7 @@ import pandas as pd
 
 from djinn_lib.analysis.plots.style import order_systems, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, need_clocks, or_reason, select, select_every
+from djinn_lib.analysis.selection import NotMeasured, need_clocks, or_reason, select
 from djinn_lib.metrics import decode_multiples, sequential, served
 
 FEW = 30  # requests; with fewer a correlation has no meaning
@@ -68,7 +68,7 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
     Raises:
         NotMeasured: no machine ran both `djinn` and a system that decodes eagerly.
     """
-    rows = served(select_every(run, None))
+    rows = served(select(run, None, replicates=True))
     machines = rows["run_id"].map(run.machine_numbers)
     rows = rows.assign(eager=~rows["system"].isin(run.other_steps))
     n_eager = rows[rows["eager"]].groupby(machines[rows["eager"]])["system"].nunique()

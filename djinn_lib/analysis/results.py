@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from djinn_lib import metrics
 from djinn_lib.analysis.comparisons import decomposition
 from djinn_lib.analysis.plots.load import load_table
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
@@ -20,9 +21,7 @@ from djinn_lib.metrics import (
     HIT_MS,
     attempted,
     by_request,
-    decode_spread,
     difference_of_means,
-    latency,
     later_touches,
     mean_before_decode_ms,
     paired,
@@ -48,9 +47,7 @@ _SERVED = ["requests", "served (%)", "repeats"]
 def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each system, in the figures' order, with all counts and times.
 
-    Args:
-        run: the run that has the rows.
-        rows: rows of one trace, capacity and mode. Systems that cannot run here get no row.
+    The rows are of one trace, capacity and mode. Systems that cannot run here get no row.
     """
     by_system = dict(iter(attempted(rows).groupby("system")))
     names = pd.Index(order_systems(by_system), name="system")
@@ -59,22 +56,8 @@ def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
-    done, repeats = served(rows), rows["repeat"].nunique()
-    times = latency(by_request(done))
-    moved = done[["loaded_bytes", "writeback_bytes"]].sum() / repeats / _GIB
     return {
-        "requests": rows["request"].nunique(),
-        "served (%)": 100 * rows["ok"].mean(),
-        "repeats": repeats,
-        **{f"{name} (ms)": times[name.lower()] for name in ("P50", "P90", "P99", "max", "mean")},
-        "up to decoding (ms)": mean_before_decode_ms(done),
-        "mean TTFT (ms)": done["ttft_ms"].mean(),
-        "mean switch (ms)": done["switch_ms"].mean(),
-        "mean decode (ms)": done["decode_ms"].mean(),
-        "slowest / fastest decode (x)": decode_spread(rows),
-        "loaded (GiB)": moved["loaded_bytes"],
-        "written back (GiB)": moved["writeback_bytes"],
-        "loaded nothing (%)": 100 * (done["loaded_bytes"] == 0).mean(),
+        **metrics.measures(rows),
         "peak memory (GiB)": _peak_gib(run, rows),
         "vLLM": _vllm(run, rows),
         "machine": run.machines_of(rows),
@@ -294,10 +277,8 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
 def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
     """Return one row for each arrival rate and system: latencies, and the share in time.
 
-    Args:
-        run: a run with rows of such traces.
-        traces: prefix of the traces' names, before "_".
-        target_ms: deadline of a request, counted from its arrival.
+    The traces are those whose names begin with `traces` and "_". A request is in time if it is done
+    `target_ms` after its arrival.
 
     Raises:
         NotMeasured: the run has no rows of such a trace.

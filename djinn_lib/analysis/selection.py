@@ -56,29 +56,14 @@ def select(
     capacity_label: str | None = MAIN_CAPACITY,
     mode: str = "sequential",
     start: str = COLD,
+    replicates: bool = False,
 ) -> pd.DataFrame:
-    """Return the attempted rows of a system; None stands for all.
+    """Return the attempted rows of a system, with replicates if asked for; None stands for all.
 
     Raises:
         NotMeasured: there are none, or the system cannot run on this machine.
     """
-    return _matching(run, run.rows, system, trace, capacity_label, mode, start)
-
-
-def select_every(run: Run, system: str | None, **where: Any) -> pd.DataFrame:
-    """Like `select`, with replicates among the rows."""
-    return _matching(run, run.every_row, system, **where)
-
-
-def _matching(
-    run: Run,
-    rows: pd.DataFrame,
-    system: str | None,
-    trace: str | None = MAIN_TRACE,
-    capacity_label: str | None = MAIN_CAPACITY,
-    mode: str = "sequential",
-    start: str = COLD,
-) -> pd.DataFrame:
+    rows = run.every_row if replicates else run.rows
     wanted = {"system": system, "trace": trace, "capacity_label": capacity_label, "mode": mode,
               "start": start}  # fmt: skip
     for column, value in wanted.items():
@@ -136,7 +121,9 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     by_machine = {
         system: {
             run.machine_numbers.get(str(run_id), 0): rows
-            for run_id, rows in select_every(run, system, **where).groupby("run_id", sort=True)
+            for run_id, rows in select(run, system, replicates=True, **where).groupby(
+                "run_id", sort=True
+            )
         }
         for system in systems
     }

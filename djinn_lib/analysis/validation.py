@@ -1,14 +1,12 @@
 """Validate the simulator: compare simulated rows with measured ones.
 
-Measured rows are those of `SYSTEMS` in a reference run. If there are none, they are the cases of
-the engine's benchmark in which one model follows another. The fit of the cost model uses neither:
-it uses hits, loads and full misses of single models.
+Measured rows are those of `SYSTEMS` in a reference run. The fit of the cost model does not use
+them: it uses hits, loads and full misses of single models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import permutations
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.metrics import later_touches
 from djinn_lib.paths import REFERENCE
 from djinn_lib.rows import read_rows
-from djinn_lib.simulator.cost_model import engine_rows, fit, reference_costs
+from djinn_lib.simulator.cost_model import engine_rows, reference_costs
 from djinn_lib.simulator.simulate import simulate
 from djinn_lib.trace import paper_trace
 
@@ -27,81 +25,33 @@ SYSTEMS = ("djinn", "djinn_adaptive")  # they differ only in their policy
 STATISTICS = {"p50": "median", "mean": "mean", "max": "max"}
 
 
-def pairs(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests of `benchmarks/engine.py`.
+def compared(reference: Path = REFERENCE) -> pd.DataFrame:
+    """Return measured and simulated requests of every cell of `SYSTEMS`, replicates included.
 
-    Columns: source, request, model, measured_bytes, simulated_bytes, measured_ms, simulated_ms.
-    The times are those to the first token.
-    """
-    result = engine_rows(reference)
-    sizes, repeats = result["sizes"], result["repeats"]
-    cases = {(c["case"], c["model"]): c for c in result["cases"]}
-    order = [f"after {before}" for before, _ in permutations(sizes, 2)]
-    requests = [list(sizes)[-1]]  # the benchmark leaves it resident before its first pair
-    last = []
-    for before, after in permutations(sizes, 2):
-        requests += [after, before, after] * repeats
-        last.append(len(requests) - 1)
-    rows = simulate(
-        requests,
-        sizes,
-        result["capacity_bytes"],
-        costs=fit(result, n_tokens=1),
-        page_bytes=result["page_bytes"],
-    ).iloc[last]
-    named = list(zip(rows["model"], order, strict=True))
-    measured = [cases[case, model] for model, case in named]
-    return pd.DataFrame(
-        {
-            "source": "engine",
-            "request": [
-                f"{model} {c['case']}" for model, c in zip(rows["model"], measured, strict=True)
-            ],
-            "model": rows["model"].tolist(),
-            "measured_bytes": [c["loaded_bytes"] for c in measured],
-            "simulated_bytes": rows["loaded_bytes"].tolist(),
-            "measured_ms": [c["ttft_ms"] for c in measured],
-            "simulated_ms": rows["ttft_ms"].tolist(),
-        }
-    )
-
-
-def cells(reference: Path = REFERENCE, systems: Sequence[str] = SYSTEMS) -> pd.DataFrame:
-    """Return measured and simulated requests of every cell of `systems`, as `pairs` does.
-
-    Replicates of a cell are included under their own names. The times are those of whole requests,
-    as medians over the repeats. The table is empty if there are no such cells.
+    Columns: source (the name of the rows' file), request, model, measured_bytes, simulated_bytes,
+    measured_ms, simulated_ms. The times are those of whole requests, as medians over the repeats.
+    The table is empty if there are no such cells.
     """
     found = []
     patterns = [f"{folder}/*-{system}{again}.parquet"
                 for folder, again in (("requests", ""), (REPLICATES, "-[0-9]*"))
-                for system in systems]  # fmt: skip
+                for system in SYSTEMS]  # fmt: skip
     for path in (path for pattern in patterns for path in sorted(reference.glob(pattern))):
         rows, manifest = read_rows(path), read_manifest(path.with_suffix(".manifest.json"))
         rows = rows[rows["ok"]]
         first = rows[rows["repeat"] == rows["repeat"].min()].sort_values("request")
-        policy = manifest["options"].get("policy", "lru")
-        simulated = _again(first, manifest, reference, policy)
-        found.append(
-            pd.DataFrame(
-                {
-                    "source": path.stem,
-                    "request": first["request"].astype(str).tolist(),
-                    "model": first["model"].tolist(),
-                    "measured_bytes": first["loaded_bytes"].tolist(),
-                    "simulated_bytes": simulated["loaded_bytes"].tolist(),
-                    "measured_ms": rows.groupby("request")["total_ms"].median().tolist(),
-                    "simulated_ms": simulated["total_ms"].tolist(),
-                }
-            )
-        )
+        simulated = _again(first, manifest, reference, manifest["options"].get("policy", "lru"))
+        part = pd.DataFrame({
+            "source": path.stem,
+            "request": first["request"].astype(str).tolist(),
+            "model": first["model"].tolist(),
+            "measured_bytes": first["loaded_bytes"].tolist(),
+            "simulated_bytes": simulated["loaded_bytes"].tolist(),
+            "measured_ms": rows.groupby("request")["total_ms"].median().tolist(),
+            "simulated_ms": simulated["total_ms"].tolist(),
+        })  # fmt: skip
+        found.append(part)
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-
-
-def compared(reference: Path = REFERENCE) -> pd.DataFrame:
-    """Return measured and simulated requests: of cells, or else of the engine."""
-    found = cells(reference)
-    return pairs(reference) if found.empty else found
 
 
 def predicted_policies(reference: Path = REFERENCE, cell: str = "zipf-25-djinn") -> pd.DataFrame:
@@ -134,10 +84,7 @@ def _again(
     rows: pd.DataFrame, manifest: Mapping[str, Any], reference: Path, policy: str = "lru"
 ) -> pd.DataFrame:
     """Simulate the requests of one repeat of a cell."""
-    sizes = {
-        name: model.get("device_bytes", model["bytes"])
-        for name, model in manifest["models"].items()
-    }
+    sizes = {name: model["device_bytes"] for name, model in manifest["models"].items()}
     return simulate(
         rows["model"].tolist(),
         sizes,
@@ -151,11 +98,10 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Predict the benefit of prefetching on the paper's trace.
+    """Predict the benefit of prefetching on the paper's trace, as `results.waiting_table` has it.
 
     All requests are sent at once, except in the first row. The rows are "one after the other",
-    "waiting" and "waiting, loading ahead". The columns are those of
-    `djinn_lib.analysis.results.waiting_table`.
+    "waiting" and "waiting, loading ahead".
     """
     sizes, costs = engine_rows(reference)["sizes"], reference_costs(reference, n_tokens)
     models = [request.model for request in paper_trace(tuple(sizes)).requests]
@@ -181,7 +127,7 @@ def errors(requests: pd.DataFrame) -> pd.DataFrame:
     """Return the simulator's errors, one row for each source.
 
     Columns: n, bytes_equal (whether all bytes are equal), and the relative errors of P50, mean and
-    maximum (simulated divided by measured, minus 1).
+    maximum.
     """
     table = []
     for source, group in requests.groupby("source", sort=False):

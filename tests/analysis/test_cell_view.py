@@ -9,10 +9,6 @@ from djinn_lib.analysis import cell_view
 
 
 def test_counts_are_whole_numbers_and_nothing_is_missing():
-    values = cell_view.cell_measures(cell_rows("djinn"))
-    assert (values["requests"], values["served"], values["failed"]) == (30, 30, 0)
-    assert values["loaded nothing (%)"] == 100 * (cell_rows("djinn")["loaded_bytes"] == 0).mean()
-    assert "slowest request (ms)" in values and "P99 (ms)" not in values
     html = cell_view.summary(cell_rows("djinn")).to_html()
     assert ">30<" in html and "30.0" not in html and "nan" not in html.lower()
 
@@ -21,7 +17,6 @@ def test_a_cell_with_failures_shows_the_first_reason_whole():
     rows = cell_rows("vllm_recreate")
     why = "out of memory: " + "other processes hold the device; " * 8
     rows.loc[~rows["ok"], "error"] = why
-    assert cell_view.cell_measures(rows)["first error"] == why
     assert why in cell_view.summary(rows).to_html()
     table = cell_view.request_table(rows)
     failed = table[table["failed because"] != ""]

@@ -12,7 +12,7 @@ from run_factory import GPU_MACHINE, MACHINE, on_another_machine, write_cell
 from djinn_lib.analysis.claim_metrics import METRICS
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.results import speedup_table
-from djinn_lib.analysis.run import Run, load_run, published
+from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import sweep
 from djinn_lib.errors import RecordError
 from djinn_lib.paths import REPO
@@ -152,11 +152,6 @@ def test_a_run_without_set_up_says_what_to_do(tmp_path: Path):
     write_cell(tmp_path, cell_rows("djinn"))
     with pytest.raises(RecordError, match="run notebook 00_setup first"):
         load_run(tmp_path)
-
-
-def test_published_numbers_that_are_missing_say_so(tmp_path: Path):
-    with pytest.raises(RecordError, match="restore the file"):
-        published(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("notebook", TARGETS)

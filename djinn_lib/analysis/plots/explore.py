@@ -158,13 +158,10 @@ def _costs_of_link(link_bytes_per_s: float) -> CostModel:
 
 
 def explorer(folder: Path = KEPT) -> widgets.VBox:
-    """Return the widgets; every change redraws `picture`, and a button saves it.
+    """Return the widgets; every change redraws `picture`, and a button saves it in `folder`.
 
     Every combination that the menus offer can be drawn. The range of capacities follows from the
     models, and the paper's requests fix the number of models.
-
-    Args:
-        folder: where "keep this picture" writes ``explore.png`` and ``explore.pdf``.
     """
     controls = _controls()
     # Do not use an Output widget: the execution of a notebook that has one may never end

@@ -36,7 +36,7 @@ from djinn_lib.analysis.plots.style import (
     system_look,
     unavailable_notes,
 )
-from djinn_lib.metrics import bootstrap_interval, by_request, prefill_ms, served
+from djinn_lib.metrics import bootstrap_interval, by_request, phases_ms, served
 from djinn_lib.units import three_digits
 
 # The systems that the paper compares, and variants of vLLM that it does not.
@@ -138,7 +138,8 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
     """
     require_one_cell_each(rows, "a latency breakdown")
     rows, unavailable = split_unavailable(rows)
-    phases = phase_means_ms(rows)
+    done = served(rows)
+    phases = phases_ms(done).groupby(done["system"]).mean().reindex(order_systems(rows["system"]))
     figure, (left, right) = plt.subplots(
         1, 2, sharey=True, figsize=(DOUBLE_COLUMN_IN, _bars_height(len(phases))),
         layout="constrained", width_ratios=[1.15, 1],
@@ -173,22 +174,6 @@ def _draw_mean(axes: Axes, rows: pd.DataFrame, place: int, color: str) -> None:
     _write_after(axes, mean if np.isnan(high) else high, place, three_digits(mean))
 
 
-def phase_means_ms(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean milliseconds of each phase (columns); NaN if no request was served."""
-    done = served(rows)
-    phases = pd.DataFrame(
-        {
-            "system": done["system"],
-            "queue": done["queue_ms"],
-            "switch": done["switch_ms"],
-            "prefill": prefill_ms(done),
-            "decode": done["decode_ms"],
-        }
-    )
-    means = phases.groupby("system").mean()
-    return means.reindex(order_systems(rows["system"]))
-
-
 def _stack(axes: Axes, table: pd.DataFrame) -> None:
     """Draw one stacked bar for each row; the first column is next to the axis."""
     axes.grid(axis="x")
@@ -209,10 +194,8 @@ def bytes_loaded(
 ) -> Figure:
     """Draw the bytes of weights that each system loaded and wrote back for the trace.
 
-    Args:
-        rows: rows of one trace and one capacity; the mean of the repeats is drawn.
-        optimal_bytes: bytes that the offline optimum loads within the capacity.
-        compulsory_bytes: bytes of every model once, the minimum at any capacity.
+    The mean of the repeats is drawn, next to the bytes that the offline optimum loads within the
+    capacity, and those of every model once, the minimum at any capacity.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.

@@ -130,11 +130,8 @@ def capacity_that_suffices(study: pd.DataFrame, policy: str = "adaptive") -> Fig
 def measured_and_simulated(requests: pd.DataFrame) -> Figure:
     """Draw each request's simulated time against its measured one, and both distributions.
 
-    Args:
-        requests: table from `djinn_lib.analysis.validation.compared`.
-
     Raises:
-        RecordError: there are no requests.
+        RecordError: there are no requests from `djinn_lib.analysis.validation.compared`.
     """
     require_rows(requests, "measured and simulated times")
     figure, (left, right) = plt.subplots(
@@ -176,11 +173,7 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
 def growth(scale: Mapping[str, Any]) -> Figure:
     """Draw time and memory of a simulation against its number of requests.
 
-    Args:
-        scale: content of ``scale.json``, from `benchmarks/simulator.py`.
-
-    Raises:
-        RecordError: it has no sizes.
+    `scale` is the content of ``scale.json``, from `benchmarks/simulator.py`.
     """
     table = pd.DataFrame(scale["growth"])
     require_rows(table, "the simulator's growth")

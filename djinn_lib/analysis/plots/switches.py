@@ -133,10 +133,7 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     """Draw the cost of switches and the total latencies on a trace that not every run has.
 
     Left: the distribution of the cost of switches, without the first request for each model. Right:
-    the distribution of total latencies.
-
-    Args:
-        rows: rows of one trace and capacity, in sequential mode; may be empty.
+    the distribution of total latencies. The rows, of one cell in sequential mode, may be none.
     """
     if attempted(rows).empty:
         return nothing_to_draw("This run has no rows of this trace.")
