@@ -6,12 +6,11 @@ answers at once. An error of ours is one line, and exit status 2.
 
 from __future__ import annotations
 
-import enum
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -55,41 +54,8 @@ def _main(
 _EXPERIMENT, _PUBLISHING, _SERVING = "The experiment", "Publishing", "Serving"
 
 
-class Mode(enum.StrEnum):
-    """How requests are sent."""
-
-    sequential = "sequential"
-    concurrent = "concurrent"
-    both = "both"
-
-
-class Executor(enum.StrEnum):
-    """Where cells run."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Kind(enum.StrEnum):
-    """How a trace is drawn."""
-
-    paper = "paper"
-    zipf = "zipf"
-
-
-class Grid(enum.StrEnum):
-    """How much is simulated."""
-
-    small = "small"
-    full = "full"
-
-
-class Figure(enum.StrEnum):
-    """What can be drawn."""
-
-    cdf = "cdf"
-    sensitivity = "sensitivity"
-
+_Mode = Literal["sequential", "concurrent", "both"]
+_Executor = Literal["local", "ray"]
 
 _Config = Annotated[
     str | None,
@@ -103,10 +69,10 @@ _TraceFile = Annotated[
     typer.Option(help="requests: .jsonl of `djinn trace`, or .json of the paper's form "
                       "[default: the paper's 30]"),
 ]  # fmt: skip
-_ModeOption = Annotated[Mode, typer.Option(help="one request after another, or at their arrival")]
+_ModeOption = Annotated[_Mode, typer.Option(help="one request after another, or at their arrival")]
 _Repeats = Annotated[int, typer.Option(min=1, help="how often each system serves the trace")]
 _Speed = Annotated[float, typer.Option(help="with `concurrent`: arrive so many times as fast")]
-_ExecutorOption = Annotated[Executor, typer.Option(help="where cells run")]
+_ExecutorOption = Annotated[_Executor, typer.Option(help="where cells run")]
 _BASELINES = (
     "comma-separated: djinn, pytorch_pinned, pytorch_pageable, serverless, vllm, or a label of the "
     "profile's systems; `all` for these five"
@@ -144,12 +110,12 @@ def run(
     output_dir: Annotated[Path, typer.Option(help="results go here; a second call continues")],
     buffer_gb: Annotated[float, typer.Option(help="device memory for weights, in GiB")] = 25.0,
     baselines: Annotated[str, typer.Option(help=_BASELINES)] = "all",
-    mode: _ModeOption = Mode.sequential,
+    mode: _ModeOption = "sequential",
     trace_file: _TraceFile = None,
     config_file: _Config = None,
     repeats: _Repeats = 1,
     speed: _Speed = 1.0,
-    executor: _ExecutorOption = Executor.local,
+    executor: _ExecutorOption = "local",
 ) -> int:
     """Compare systems on one trace at one capacity.
 
@@ -157,12 +123,11 @@ def run(
     `comparison_summary.json`, `<system>_<mode>_results.json` and the trace. Without a GPU the
     capacity is a share of the models: 25 stands for 25/31.3 of their bytes.
     """
-    from djinn_lib.experiment.comparison import compare
+    from djinn_lib.experiment.comparison import compare, describe
 
-    return compare(
-        config_file or default_config(), output_dir, [buffer_gb], baselines.split(","),
-        mode.value, trace_file, repeats, speed, executor.value,
-    )  # fmt: skip
+    config, names = config_file or default_config(), baselines.split(",")
+    profile = describe(config, [buffer_gb], names, mode, trace_file, repeats, speed)
+    return compare(profile, output_dir, executor)
 
 
 @app.command(rich_help_panel=_EXPERIMENT)
@@ -174,16 +139,14 @@ def sweep(
     trace_file: _TraceFile = None,
     config_file: _Config = None,
     repeats: _Repeats = 1,
-    executor: _ExecutorOption = Executor.local,
+    executor: _ExecutorOption = "local",
 ) -> int:
     """Compare systems at several capacities, each in a process of its own."""
-    from djinn_lib.experiment.comparison import compare, parse_sizes
+    from djinn_lib.experiment.comparison import compare, describe, parse_sizes
 
-    sizes, names = parse_sizes(buffer_sizes), baselines.split(",")
-    return compare(
-        config_file or default_config(), output_dir, sizes, names, "sequential", trace_file,
-        repeats, executor=executor.value,
-    )  # fmt: skip
+    config, names = config_file or default_config(), baselines.split(",")
+    profile = describe(config, parse_sizes(buffer_sizes), names, "sequential", trace_file, repeats)
+    return compare(profile, output_dir, executor)
 
 
 @app.command(rich_help_panel=_EXPERIMENT)
@@ -192,7 +155,9 @@ def trace(
     output: Annotated[Path, typer.Option(help=".jsonl, or .json for the paper's form")],
     n_agents: Annotated[int, typer.Option(help="number of requests")] = 30,
     seed: Annotated[int, typer.Option(help="the same seed gives the same trace")] = 42,
-    kind: Annotated[Kind, typer.Option(help="40/40/20 percent, or Zipf's law")] = Kind.paper,
+    kind: Annotated[
+        Literal["paper", "zipf"], typer.Option(help="40/40/20 percent, or Zipf's law")
+    ] = "paper",
     alpha: Annotated[float, typer.Option(help="with `zipf`: the skew")] = 1.0,
     rate: Annotated[float, typer.Option(help="with `zipf`: requests a second")] = 0.5,
     replace: Annotated[bool, typer.Option("--replace", help="replace the output file")] = False,
@@ -207,7 +172,7 @@ def trace(
     if output.exists() and not replace:
         raise ConfigError(f"{output} already exists: choose another --output, or add --replace")
     is_new_folder = not output.parent.exists()
-    if kind is Kind.paper:
+    if kind == "paper":
         made = paper_trace(n=n_agents, seed=seed)
     else:
         made = zipf_trace(n_agents, alpha, PAPER_MODELS, seed, rate)
@@ -220,7 +185,10 @@ def trace(
 @app.command(rich_help_panel=_EXPERIMENT)
 @_in_words
 def plot(
-    figure: Annotated[Figure, typer.Argument(help="the latency CDF, or the capacity's influence")],
+    figure: Annotated[
+        Literal["cdf", "sensitivity"],
+        typer.Argument(help="the latency CDF, or the capacity's influence"),
+    ],
     run_dir: Annotated[
         Path | None, typer.Option(help="a run's folder [default: the published run]")
     ] = None,
@@ -231,7 +199,7 @@ def plot(
     """Draw a figure from the rows of a run."""
     from djinn_lib.publishing.redraw import draw_one
 
-    print(draw_one(figure.value, run_dir, output))
+    print(draw_one(figure, run_dir, output))
 
 
 @app.command(rich_help_panel=_EXPERIMENT)
@@ -245,28 +213,28 @@ def reproduce(
     ] = None,
     profile: _Config = None,
     run_dir: Annotated[Path | None, typer.Option(help="[default: data/runs/PROFILE]")] = None,
-    executor: _ExecutorOption = Executor.local,
+    executor: _ExecutorOption = "local",
 ) -> int:
     """Run the whole experiment, or what is missing or changed of it; see also `make reproduce`."""
     from djinn_lib.experiment.reproduce import reproduce as run_all
 
-    return run_all(profile or default_config(), run_dir, executor.value, names or [])
+    return run_all(profile or default_config(), run_dir, executor, names or [])
 
 
 @app.command(rich_help_panel=_EXPERIMENT)
 @_in_words
 def study(
-    grid: Annotated[Grid, typer.Option(help="the size of the study")] = Grid.full,
+    grid: Annotated[Literal["small", "full"], typer.Option(help="the size of the study")] = "full",
     out: Annotated[Path, typer.Option(help="the study's folder")] = REPO
     / "data"
     / "runs"
     / "study",
-    executor: _ExecutorOption = Executor.local,
+    executor: _ExecutorOption = "local",
 ) -> None:
     """Simulate policies, capacities and fleets of models."""
     from djinn_lib.experiment.study import save_study
 
-    save_study(grid.value, out.expanduser(), executor.value)
+    save_study(grid, out.expanduser(), executor)
 
 
 @app.command(rich_help_panel=_PUBLISHING)

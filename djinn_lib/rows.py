@@ -99,15 +99,10 @@ def token_sha(token_ids: Sequence[int]) -> str:
 
 
 def failed_row(*, error_kind: str, error: str, **keys: Any) -> dict[str, Any]:
-    """Return the row of a request that failed.
+    """Return the row of a request that failed, which `keys` identify.
 
-    Such a row can always be written: an unknown kind becomes "other", and characters of the message
-    that no file can hold (half a character of a broken path) become "?".
-
-    Args:
-        error_kind: one of `ERROR_KINDS`.
-        error: description of what happened.
-        keys: the columns that identify the request.
+    Such a row can always be written: a kind that is not of `ERROR_KINDS` becomes "other", and
+    characters of the message that no file can hold (half a character of a broken path) become "?".
     """
     kind = error_kind if error_kind in ERROR_KINDS else "other"
     return {

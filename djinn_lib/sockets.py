@@ -19,9 +19,8 @@ _RAYS = "/ray/session_2026-11-23_06-00-00_123456_1234567/sockets/plasma_store.1"
 def socket_folder(n_below: int, wanted: str | None = None) -> str:
     """Return a folder for sockets: the wanted one, or /tmp if that is too long.
 
-    Args:
-        n_below: maximum bytes that a socket's path adds to the folder's.
-        wanted: default is the folder for temporary files (TMPDIR).
+    Default is the folder for temporary files (TMPDIR). A socket's path adds at most `n_below`
+    bytes.
 
     Raises:
         ConfigError: the wanted folder is too long, and /tmp is not writable.

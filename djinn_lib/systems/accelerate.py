@@ -26,11 +26,12 @@ def offload(
 ) -> tuple[PreTrainedModel, int]:
     """Add accelerate's hooks; return the model and the bytes copied per pass.
 
-    The first units stay on the device, as many as leave room for the largest of the others.
+    The first units, in the order of execution, stay on the device, as many as leave room for the
+    largest of the others.
 
     Args:
         model: from `open_source`, before or after `fill`.
-        units: of the model, in the order of execution.
+        units: of the model.
         weights: its master copies on the host, by name.
         capacity_bytes: device memory for weights.
         device: where it runs.

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import CheckpointError, ConfigError
 
 
@@ -56,6 +58,34 @@ class Served:
     writeback_bytes: int = 0
     resident_before_bytes: int = 0
     resident_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def served_later(
+    pending: Future[Generation], served: Callable[[Generation, float, float], Served]
+) -> Future[Served]:
+    """Return the result of a queued request, from its generation when that is done.
+
+    Args:
+        pending: the generation.
+        served: makes the result from it, its total and its time to the first token, both in
+            milliseconds and without the time in the queue.
+    """
+    result: Future[Served] = Future()
+
+    def finish(done: Future[Generation]) -> None:
+        try:
+            g = done.result()
+            result.set_result(served(g, g.total_ms - g.queue_ms, g.ttft_ms - g.queue_ms))
+        except BaseException as error:  # a request that was given up too: somebody waits for it
+            result.set_exception(error)
+
+    pending.add_done_callback(finish)
+    return result
+
+
+def columns_as_dict(table: pd.DataFrame, column: str) -> dict[str, int]:
+    """Return a column of bytes of a table with a row for each model, by model."""
+    return dict(zip(table["model"], table[column].tolist(), strict=True))
 
 
 class SystemUnderTest(ABC):

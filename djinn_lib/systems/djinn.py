@@ -8,7 +8,7 @@ from typing import Any
 
 from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.serving.generation import Generation
-from djinn_lib.systems.base import Served, SystemUnderTest
+from djinn_lib.systems.base import Served, SystemUnderTest, columns_as_dict, served_later
 
 
 class DjinnRing(SystemUnderTest):
@@ -44,45 +44,31 @@ class DjinnRing(SystemUnderTest):
         """Serve one request through a lease."""
         begin_s = self.clock_s()
         g = self.djinn.generate(model, prompt_ids, max_new_tokens, ignore_eos=True)
-        return self._served(g, (self.clock_s() - begin_s) * 1e3)
+        return self._served(g, (self.clock_s() - begin_s) * 1e3, g.ttft_ms - g.queue_ms)
 
     def submit(
         self, worker: Executor, model: str, prompt_ids: Sequence[int], max_new_tokens: int
     ) -> Future[Served]:
         """Queue a request in `Djinn`, which chooses the order and loads ahead."""
-        result: Future[Served] = Future()
-
-        def finish(pending: Future[Generation]) -> None:
-            try:
-                g = pending.result()
-                result.set_result(self._served(g, g.total_ms - g.queue_ms))
-            except BaseException as error:  # a request that was given up too: somebody waits for it
-                result.set_exception(error)
-
         pending = self.djinn.submit(model, prompt_ids, max_new_tokens, ignore_eos=True)
-        pending.add_done_callback(finish)
-        return result
+        return served_later(pending, self._served)
 
-    def _served(self, g: Generation, total_ms: float) -> Served:
-        residency = self.djinn.residency()
+    def _served(self, g: Generation, total_ms: float, ttft_ms: float) -> Served:
         return Served(
             g.token_ids,
             switch_ms=g.switch_ms,
-            ttft_ms=g.ttft_ms - g.queue_ms,
+            ttft_ms=ttft_ms,
             decode_ms=g.decode_ms,
             total_ms=total_ms,
             loaded_bytes=g.loaded_bytes,
             evicted_bytes=g.evicted_bytes,
             resident_before_bytes=g.resident_before_bytes,
-            resident_bytes=dict(
-                zip(residency.model, residency.resident_bytes.tolist(), strict=True)
-            ),
+            resident_bytes=columns_as_dict(self.djinn.residency(), "resident_bytes"),
         )
 
     def device_bytes(self) -> dict[str, int]:
         """All weights, but for lookup tables that stay in the host."""
-        residency = self.djinn.residency()
-        return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
+        return columns_as_dict(self.djinn.residency(), "bytes")
 
     def reset(self) -> None:
         """Evict everything, and forget what the policy learnt."""

@@ -10,7 +10,7 @@ from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import DjinnError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.fleet import Fleet
-from djinn_lib.systems.base import Served, SystemUnderTest
+from djinn_lib.systems.base import Served, SystemUnderTest, columns_as_dict, served_later
 from djinn_lib.systems.vllm_recreate import MAX_MODEL_LEN
 
 _OF_RING = ("page", "policy", "eviction", "quantum_s", "max_wait_s")
@@ -69,19 +69,8 @@ class DjinnVllm(SystemUnderTest):
     ) -> Future[Served]:
         """Send a request to its engine immediately; vLLM batches it."""
         self.known(model)
-        result: Future[Served] = Future()
-
-        def finish(pending: Future[Generation]) -> None:
-            try:
-                g = pending.result()
-                served = self._served(g, g.total_ms - g.queue_ms, g.ttft_ms - g.queue_ms)
-                result.set_result(served)
-            except BaseException as error:  # the caller waits for it
-                result.set_exception(error)
-
         asked = self.fleet.submit(model, list(prompt_ids), max_new_tokens, ignore_eos=True)
-        asked.add_done_callback(finish)
-        return result
+        return served_later(asked, self._served)
 
     def _served(self, g: Generation, total_ms: float, ttft_ms: float) -> Served:
         return Served(
@@ -98,8 +87,7 @@ class DjinnVllm(SystemUnderTest):
 
     def device_bytes(self) -> dict[str, int]:
         """Return the bytes of each model's weights, in whole pages."""
-        residency = self.fleet.residency()
-        return dict(zip(residency.model, residency.bytes.tolist(), strict=True))
+        return columns_as_dict(self.fleet.residency(), "bytes")
 
     def reset(self) -> None:
         """Evict all pages."""

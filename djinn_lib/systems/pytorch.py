@@ -23,8 +23,6 @@ from djinn_lib.errors import CapacityError
 from djinn_lib.systems.base import Served, SystemUnderTest, load_ordinarily
 from djinn_lib.systems.stable_weights import StableWeights
 
-PIN_NOTE = "no CUDA: pinning is a no-op, host and device memory are the same"
-
 
 class _PyTorchSystem(SystemUnderTest):
     """Loads the requested model, generates, then does with it what the subclass says.
@@ -39,7 +37,8 @@ class _PyTorchSystem(SystemUnderTest):
 
     def notes(self) -> list[str]:
         """Say what the CPU cannot show."""
-        return [PIN_NOTE] if self.device.type == "cpu" else []
+        note = "no CUDA: pinning is a no-op, host and device memory are the same"
+        return [note] if self.device.type == "cpu" else []
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Read every model into host memory, pinned where that means something."""

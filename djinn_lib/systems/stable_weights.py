@@ -30,15 +30,9 @@ MAX_MODEL_LEN = 512
 class StableWeights:
     """Hold models that are on the device as a whole or not at all.
 
-    Frames are allocated once, so neither a load nor a drop waits for the driver's allocator.
-
-    Args:
-        device: the CPU or a GPU.
-        decode: how to decode.
-        capacity_bytes: capacity for all resident models together. There is one extra page for each
-            model, because a model may end within a page.
-        n_models: number of models.
-        progress: called with a description of each step when it begins.
+    Frames are allocated once, so neither a load nor a drop waits for the driver's allocator. The
+    capacity is for all resident models together. There is one extra page for each of `n_models`,
+    because a model may end within a page.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ class VllmRecreate(SystemUnderTest):
         resident_before, victim = self.resident == model, self.resident
         if not resident_before:
             self.reset()
-            self.engine = build_engine(self.vllm, files, self.options)
+            self.engine = self.vllm.LLM(**engine_options(files, self.options))
             self.resident = model
         loaded_s = time.perf_counter()
         try:
@@ -133,11 +133,6 @@ def check_request(
             f"{max_new_tokens}: raise the option max_model_len"
         )
     return ids
-
-
-def build_engine(vllm: Any, files: ModelFiles, options: dict[str, Any], **more: Any) -> Any:
-    """Return a new `vllm.LLM` with the weights of a folder."""
-    return vllm.LLM(**engine_options(files, options), **more)
 
 
 def engine_options(files: ModelFiles, options: dict[str, Any]) -> dict[str, Any]:
