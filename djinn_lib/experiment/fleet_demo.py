@@ -10,9 +10,9 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,13 +78,11 @@ def measure(
     share: float,
     n_requests: int,
     n_tokens: int,
-    live: bool = True,
-    progress: Callable[[str], None] = print,
 ) -> FleetRun:
     """Send requests to all models of a bench at once, on a ring of a share of their weights.
 
-    `n_requests` and `n_tokens` are for each model and each request. With `live`, the ring is drawn
-    in the notebook meanwhile.
+    `n_requests` and `n_tokens` are for each model and each request. The ring is drawn in the
+    notebook meanwhile.
 
     Raises:
         ConfigError: the largest model does not fit into the ring, or there are no requests.
@@ -98,7 +96,7 @@ def measure(
     if (reason := environment.unavailable()) is not None:
         run = FleetRun(reason)
     else:
-        run = _measured(bench, capacity_bytes, n_requests, n_tokens, live, progress)
+        run = _measured(bench, capacity_bytes, n_requests, n_tokens)
     tokens = run.tokens().to_dict("records")
     write_json(
         bench.run_dir / FILE,
@@ -118,15 +116,11 @@ def _measured(
     capacity_bytes: int,
     n_requests: int,
     n_tokens: int,
-    live: bool,
-    progress: Callable[[str], None],
 ) -> FleetRun:
     prompts = _prompts(bench, n_requests)
-    plain = _plain(bench, prompts, n_tokens, progress)
+    plain = _plain(bench, prompts, n_tokens)
     device, page = bench.profile.device, bench.profile.page
-    with Fleet(
-        capacity_bytes, device, page, quantum_s=0.05, max_wait_s=0.5, progress=progress
-    ) as fleet:
+    with Fleet(capacity_bytes, device, page, quantum_s=0.05, max_wait_s=0.5) as fleet:
         with ThreadPoolExecutor(_n_starts(bench)) as threads:
             list(threads.map(
                 lambda name: fleet.add(
@@ -134,7 +128,7 @@ def _measured(
                 ),
                 bench.models,
             ))  # fmt: skip
-        with fleet.live() if live else nullcontext(), _sampled(fleet) as samples:
+        with fleet.live(), _sampled(fleet) as samples:
             rows, begin_s = _ask_all(fleet, prompts, n_tokens)
         residency = pd.DataFrame(samples, columns=["at_s", "model", "resident_bytes"])
         residency["at_s"] -= begin_s
@@ -184,14 +178,13 @@ def _plain(
     bench: Bench,
     prompts: dict[tuple[str, int], list[int]],
     n_tokens: int,
-    progress: Callable[[str], None],
 ) -> dict[tuple[str, int], tuple[int, ...]]:
     """Return the tokens of vLLM without a ring."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
     parameters = {"max_tokens": n_tokens, "temperature": 0.0, "ignore_eos": True}
 
     def said_by(name: str) -> dict[tuple[str, int], tuple[int, ...]]:
-        progress(f"starting plain vLLM with {name}")
+        print(f"starting plain vLLM with {name}", flush=True)
         options = {
             "model": str(bench.models[name].folder),
             "kv_cache_memory_bytes": KV_CACHE_BYTES[bench.profile.device],

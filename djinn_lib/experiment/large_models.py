@@ -77,7 +77,6 @@ def rows_of(
     n_tokens: int,
     repeats: int,
     measure_again: bool = True,
-    progress: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """Measure every case of a profile and write the rows, or read the existing ones; return them.
 
@@ -98,8 +97,7 @@ def rows_of(
     n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
     manifest = _manifest(bench, n_tokens, repeats)
     measured = [
-        measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats, progress)
-        for case in cases
+        measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats) for case in cases
     ]
     rows = pd.concat(measured, ignore_index=True)
     write_large(rows, manifest, bench.run_dir)
@@ -143,7 +141,6 @@ def measure(
     prompt_ids: Sequence[int],
     n_tokens: int,
     repeats: int,
-    progress: Callable[[str], None] = print,
 ) -> pd.DataFrame:
     """Generate with each system in turn and return a row for each repeat; see `COLUMNS`.
 
@@ -159,7 +156,7 @@ def measure(
         "link_bytes_per_s": machine.measure_rates(device)["link_rate_bytes_per_s"],
     }
     for system, run in _systems(case, device, page):
-        progress(f"{case.name}: {system}")
+        print(f"{case.name}: {system}", flush=True)
         try:
             outcomes = list(run(prompt_ids, n_tokens, repeats))
             rows += [

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.run_folder import RunFolder
@@ -68,11 +68,11 @@ def write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
         RecordError: a field is missing, unknown, of the wrong type, or not valid in JSON.
         OSError: the disk is full or the folder cannot be written to.
     """
-    checked = _manifest(manifest, str(path)).model_dump()
     try:
+        checked = Manifest.model_validate(manifest).model_dump()
         text = json.dumps(checked, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path}: expected plain data in the manifest, got: {error}") from error
+    except (TypeError, ValueError) as error:  # a ValidationError is a ValueError
+        raise RecordError(f"{path}: expected a manifest of plain data, got: {error}") from error
     write_text(path, text)
 
 
@@ -83,10 +83,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         RecordError: it is missing, not JSON, or breaks the schema.
     """
     try:
-        content = json.loads(path.read_text())
+        return Manifest.model_validate_json(path.read_bytes()).model_dump()
     except (OSError, ValueError) as error:
         raise RecordError(f"expected a manifest in {path}, got {error}") from error
-    return _manifest(content, str(path)).model_dump()
 
 
 def note_execution(path: Path, execution: Mapping[str, Any]) -> None:
@@ -97,13 +96,6 @@ def note_execution(path: Path, execution: Mapping[str, Any]) -> None:
         OSError: the disk is full.
     """
     write_manifest({**read_manifest(path), "execution": dict(execution)}, path)
-
-
-def _manifest(content: Mapping[str, Any], where: str) -> Manifest:
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        raise RecordError(f"{where}: expected a manifest of the schema, got:\n{error}") from error
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_all_models_are_asked_at_once_and_compared_with_plain_vllm(bench, monkey
         return {"max_model_len": 64, "served_model_name": [name]}
 
     monkeypatch.setattr(fleet_demo, "_options", options)
-    run = fleet_demo.measure(bench, 0.7, 3, 4, live=False, progress=lambda step: None)
+    run = fleet_demo.measure(bench, 0.7, 3, 4)
     assert run.reason is None and len(run.requests) == 6
     tokens = run.tokens()
     assert list(tokens.equal_to_plain_vllm) == [3, 3]

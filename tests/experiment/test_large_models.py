@@ -36,7 +36,7 @@ def rows():
         LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=True),
         LargeCase("phi", spec("phi"), "float32", 250 << 10, resident=False),  # nothing stays
     ]
-    measured = [measure(case, "cpu", "4KiB", PROMPT, 5, 2, lambda step: None) for case in cases]
+    measured = [measure(case, "cpu", "4KiB", PROMPT, 5, 2) for case in cases]
     return pd.concat(measured, ignore_index=True)
 
 
@@ -73,7 +73,7 @@ def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):
 
     monkeypatch.setattr(large_models, "offload", run_out)
     case = LargeCase("llama", spec("llama"), "float32", int(N_BYTES * 0.7), resident=False)
-    rows = measure(case, "cpu", "4KiB", PROMPT, 3, 1, lambda step: None)
+    rows = measure(case, "cpu", "4KiB", PROMPT, 3, 1)
     failed = rows[rows.system == "accelerate"].iloc[0]
     assert (failed.ok, failed.error) == (False, "MemoryError: no room")
     assert rows[rows.system == "djinn"].ok.all()
@@ -96,7 +96,7 @@ def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
     }
     profile = tiny_profile(large=large)
     bench = set_up(profile, tmp_path / "run", tmp_path / "models", progress=lambda step: None)
-    rows = large_models.rows_of(bench, 3, 1, progress=lambda step: None)
+    rows = large_models.rows_of(bench, 3, 1)
     assert rows.ok.all(), rows.error.tolist()
     assert set(rows.model) == {"shared", "own"}
     pd.testing.assert_frame_equal(read_large(tmp_path / "run"), rows)

@@ -139,7 +139,9 @@ def test_pages():
     assert optimal_loads(list("aba"), {"a": 5, "b": 4}, 12, page_bytes=4) == [5, 4, 0]
     sizes = {model: 4 * n_pages for model, n_pages in zip("abc", (3, 5, 2), strict=True)}
     in_pages = {model: n_bytes // 4 for model, n_bytes in sizes.items()}
-    assert optimal_bytes(list("abcacb"), sizes, 27, 4) == 4 * optimal_bytes(list("abcacb"), in_pages, 6)
+    assert optimal_bytes(list("abcacb"), sizes, 27, 4) == 4 * optimal_bytes(
+        list("abcacb"), in_pages, 6
+    )
 
 
 def test_a_trace_is_as_good_as_its_models():
