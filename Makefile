@@ -62,7 +62,7 @@ help: ## show this list
 
 .PHONY: reproduce
 reproduce: check-profile check-executor $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
-	$(RUN) -m djinn_lib.experiment.reproduce --profile $(PROFILE) --executor $(EXECUTOR)
+	$(RUN) -m djinn_lib.cli reproduce --profile $(PROFILE) --executor $(EXECUTOR)
 
 .PHONY: figures
 figures: $(READY) ## draw the published figures again from the reference rows, or those of a run: FROM=data/runs/cpu

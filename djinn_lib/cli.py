@@ -171,14 +171,11 @@ def trace(
 
     if output.exists() and not replace:
         raise ConfigError(f"{output} already exists: choose another --output, or add --replace")
-    is_new_folder = not output.parent.exists()
     if kind == "paper":
         made = paper_trace(n=n_agents, seed=seed)
     else:
         made = zipf_trace(n_agents, alpha, PAPER_MODELS, seed, rate)
     save_trace(made, output)
-    if is_new_folder:
-        print(f"created the folder {output.parent}")
     print(f"{len(made)} requests for {len(made.models)} models: {output}")
 
 

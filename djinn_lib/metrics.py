@@ -79,8 +79,8 @@ def prefill_ms(rows: pd.DataFrame) -> pd.Series:
 
 def phases_ms(rows: pd.DataFrame) -> pd.DataFrame:
     """Time of the parts of each request: columns queue, switch, prefill and decode."""
-    known = rows[["queue_ms", "switch_ms", "decode_ms"]].rename(columns=lambda n: n[: -len("_ms")])
-    return known.assign(prefill=prefill_ms(rows))[["queue", "switch", "prefill", "decode"]]
+    parts = {name: rows[f"{name}_ms"] for name in ("queue", "switch")}
+    return pd.DataFrame({**parts, "prefill": prefill_ms(rows), "decode": rows["decode_ms"]})
 
 
 def mean_before_decode_ms(rows: pd.DataFrame) -> float:

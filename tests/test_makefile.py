@@ -172,7 +172,7 @@ def test_unknown_executor_is_refused_before_anything_is_built(tree: Tree, execut
 
 
 def test_executor_is_local_unless_given_and_part_of_the_help(tree: Tree) -> None:
-    command = "djinn_lib.experiment.reproduce --profile cpu --executor"
+    command = "djinn_lib.cli reproduce --profile cpu --executor"
     assert f"{command} local" in tree.make("-n", "reproduce", "PROFILE=cpu").stdout
     assert f"{command} ray" in tree.make("-n", "reproduce", "PROFILE=cpu", "EXECUTOR=ray").stdout
     assert "EXECUTOR=local   one of: local ray" in tree.make("help").stdout
@@ -225,7 +225,7 @@ def test_driver_without_a_gpu_counts_as_none(tree: Tree) -> None:
 
 def test_given_python_is_used_and_nothing_is_built(tree: Tree) -> None:
     said = tree.make("-n", "reproduce", "PY=/opt/py", "PROFILE=cpu").stdout
-    assert '"/opt/py" -m djinn_lib.experiment.reproduce --profile cpu' in said
+    assert '"/opt/py" -m djinn_lib.cli reproduce --profile cpu' in said
     assert "venv" not in said and "pip" not in said
 
 

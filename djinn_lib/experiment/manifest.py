@@ -155,8 +155,8 @@ def read_statuses(run_dir: Path) -> list[Status]:
     """Return the known statuses of a run, by name."""
     run = RunFolder(run_dir)
     found: Iterable[Status | None] = [
-        *(read_status(path) for path in run.executed()),
-        *(read_execution(cell.manifest) for cell in run.manifests()),
+        *(read_status(path) for path in run.notebooks.glob("*.ipynb")),
+        *(read_execution(path) for path in run.requests.glob("*.manifest.json")),
     ]
     return sorted((status for status in found if status), key=lambda status: status.task)
 

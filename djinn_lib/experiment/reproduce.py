@@ -1,7 +1,7 @@
 """Bring all notebooks of a profile up to date, and print a summary (`make reproduce`).
 
-    python -m djinn_lib.experiment.reproduce --profile cpu
-    python -m djinn_lib.experiment.reproduce --profile cpu cell:paper-25-djinn figures
+    djinn reproduce --profile cpu
+    djinn reproduce --profile cpu cell:paper-25-djinn figures
 
 The order is: the set-up and the traces, the cells, the notebooks that read rows, the page. If cells
 and notebooks are named, only these are run, after the set-up that they need. A task that succeeded
@@ -15,9 +15,7 @@ another run uses the run folder or the GPU. It is 130 if the run was interrupted
 
 from __future__ import annotations
 
-import argparse
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.cell_runs import run_cells, stale_cells
 from djinn_lib.experiment.executors import ensure_ray
 from djinn_lib.experiment.inputs import LIBRARY, expected_s
@@ -35,36 +33,10 @@ from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
-from djinn_lib.paths import REPO, user_path
+from djinn_lib.paths import REPO
 
-EXECUTORS = ("local", "ray")
 _CELL = "cell:"
 _PAGE = "page"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a profile; return the exit status."""
-    parser = argparse.ArgumentParser(prog="djinn_lib.experiment.reproduce", description=__doc__)
-    parser.add_argument("--profile", default="cpu", help="a file of params/, without .yml")
-    parser.add_argument(
-        "--run-dir", type=user_path, help="where results go; default data/runs/PROFILE"
-    )
-    parser.add_argument(
-        "--executor",
-        choices=EXECUTORS,
-        default="local",
-        help="where cells run: here, one after the other, or on a Ray cluster (RAY_ADDRESS)",
-    )
-    parser.add_argument("tasks", nargs="*", help="cell:NAME, or a notebook; default all")
-    options = parser.parse_args(arguments)
-    try:
-        return reproduce(options.profile, options.run_dir, options.executor, options.tasks)
-    except DjinnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it was", file=sys.stderr)
-        return 130
 
 
 def reproduce(
@@ -228,7 +200,3 @@ def _summary(statuses: Sequence[Status], run: RunFolder) -> int:
             print(status)
     print(f"{len(statuses)} notebooks, {len(failed)} failed; results: {run.page}", flush=True)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -54,7 +54,7 @@ class PartCell:
         """Copy rows, manifest and notebook to another run."""
         shutil.copy(self.rows_path, rows_path)
         manifest = {**self.manifest, "notes": [*notes]}
-        write_manifest(manifest, rows_path.with_suffix(".manifest.json"))
+        write_manifest(manifest, _manifest_of(rows_path))
         if self.notebook_path.exists():
             copy_with_log(self.notebook_path, notebook_path)
 
@@ -72,24 +72,25 @@ def read_part(folder: Path, label: str) -> list[PartCell]:
         RecordError: it has no rows, or rows, a manifest or machine.json are missing or broken.
     """
     read_machine(folder)
-    paths = sorted((folder / "requests").glob("*.parquet"))
-    notebooks = [folder / "notebooks" / f"02_run_system.{path.stem}.ipynb" for path in paths]
-    again = sorted((folder / REPLICATES).glob("*.parquet"))
-    notebooks += [path.with_suffix(".ipynb") for path in again]
-    if not [*paths, *again] and not (folder / large_results.ROWS).exists():
+    notebooks = folder / "notebooks"
+    found = {path: notebooks / f"02_run_system.{path.stem}.ipynb"
+             for path in sorted((folder / "requests").glob("*.parquet"))}  # fmt: skip
+    found |= {p: p.with_suffix(".ipynb") for p in sorted((folder / REPLICATES).glob("*.parquet"))}
+    if not found and not (folder / large_results.ROWS).exists():
         raise RecordError(
             f"expected rows in {folder / 'requests'}, got none: a part is a run folder with at "
             f"least one cell, or with {large_results.ROWS}"
         )
     cells = []
-    for path, notebook in zip([*paths, *again], notebooks, strict=True):
-        rows, manifest = (
-            attempted(read_rows(path)),
-            read_manifest(path.with_suffix(".manifest.json")),
-        )
-        n_failed = int((~rows["ok"]).sum())
+    for path, notebook in found.items():
+        rows = attempted(read_rows(path))
+        manifest, n_failed = read_manifest(_manifest_of(path)), int((~rows["ok"]).sum())
         cells.append(PartCell(label, path, notebook, manifest, len(rows), n_failed))
     return cells
+
+
+def _manifest_of(rows_path: Path) -> Path:
+    return rows_path.with_suffix(".manifest.json")
 
 
 def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[str]:

@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from command import djinn
 
 from djinn_lib import nvml
 from djinn_lib.errors import ConfigError
@@ -20,15 +21,15 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "_run", lambda *_: [])
     arguments = ["--profile", "smoke", "--run-dir", str(tmp_path)]
     with locks.run_locks(tmp_path, "cpu"):
-        assert reproduce.main(arguments) == 2
+        assert djinn("reproduce", *arguments) == 2
         said = capsys.readouterr().err
         assert f"process {os.getpid()}" in said and f"run folder {tmp_path}" in said
         assert "--run-dir" in said
-    assert reproduce.main(arguments) == 0
+    assert djinn("reproduce", *arguments) == 0
 
 
 def test_one_run_a_gpu_whatever_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_shared_folder", lambda: tmp_path)
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(nvml, "first_gpu", lambda: os.environ["CUDA_VISIBLE_DEVICES"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
     one, other = tmp_path / "one", tmp_path / "other"

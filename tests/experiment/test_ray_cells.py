@@ -165,7 +165,7 @@ def test_a_run_folder_of_any_name_stands_in_the_notebook(bench, cell, monkeypatc
 
 
 def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_shared_folder", lambda: tmp_path)
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     profile = bench.profile.model_copy(update={"device": "cuda"})
     driver = Driver(bench.run_dir, None)
     with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match=r"the GPU .* is in use"):
@@ -177,7 +177,7 @@ def test_a_cell_that_ray_ran_is_complete_and_up_to_date_for_the_local_executor(t
     pytest.importorskip("ray")
 
     def reproduce_with(executor: str) -> str:
-        command = [sys.executable, "-m", "djinn_lib.experiment.reproduce", "--profile", "smoke"]
+        command = [sys.executable, "-m", "djinn_lib.cli", "reproduce", "--profile", "smoke"]
         command += ["--run-dir", str(tmp_path), "--executor", executor]
         done = subprocess.run(
             [*command, "cell:paper-25-djinn"], cwd=REPO, capture_output=True, text=True

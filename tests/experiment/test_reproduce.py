@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import djinn
 from profile_factory import tiny_profile
 from row_factory import cell_rows
 from run_factory import MACHINE, manifest_of
@@ -20,7 +21,7 @@ from djinn_lib.experiment import inputs, notebooks, reproduce, steps
 from djinn_lib.experiment.kept_rows import keep
 from djinn_lib.experiment.manifest import Status, read_statuses
 from djinn_lib.experiment.profile import load_profile
-from djinn_lib.experiment.reproduce import Work, main
+from djinn_lib.experiment.reproduce import Work
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.publishing import report
 
@@ -108,7 +109,7 @@ def run(kernels) -> Callable[..., tuple[int, list[str]]]:
     """Runs the command; returns its exit status and what was executed."""
 
     def command(*names: str) -> tuple[int, list[str]]:
-        code = main(["--profile", "tiny", "--run-dir", str(kernels.run.path), *names])
+        code = djinn("reproduce", "--profile", "tiny", "--run-dir", kernels.run.path, *names)
         return code, kernels.since()
 
     return command
@@ -200,7 +201,7 @@ def test_what_is_interrupted_goes_on_where_it_was(run, kernels, number, capsys, 
     kernels.during[CELLS[1]] = lambda: os.kill(os.getpid(), number)
     before = signal.getsignal(signal.SIGTERM)
     assert run() == (130, ["00_setup", "01_trace", *CELLS[:2]])
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     del kernels.during[CELLS[1]]
     assert run() == (0, [*CELLS[1:], *READING])
@@ -253,13 +254,13 @@ def test_how_long_is_expected_is_said_of_what_ran_before(run, library, capsys):
     ],
 )
 def test_bad_arguments_end_with_a_message_and_status_2(arguments, message, capsys):
-    assert main(arguments) == 2
+    assert djinn("reproduce", *arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_run_folder_below_a_file(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert main(["--profile", "smoke", "--run-dir", str(tmp_path / "file" / "run")]) == 2
+    assert djinn("reproduce", "--profile", "smoke", "--run-dir", tmp_path / "file" / "run") == 2
     assert "choose another run_dir" in capsys.readouterr().err
 
 
@@ -267,7 +268,7 @@ def test_the_gpu_profile_needs_a_gpu(capsys, monkeypatch):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--profile", "gpu"]) == 2
+    assert djinn("reproduce", "--profile", "gpu") == 2
     assert "PROFILE=cpu" in capsys.readouterr().err
 
 
@@ -275,6 +276,6 @@ def test_a_cluster_that_does_not_answer_ends_a_run_before_the_set_up(tmp_path, c
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     smoke = ["--profile", "smoke", "--run-dir", str(tmp_path), "--executor", "ray"]
-    assert main(smoke) == 2
+    assert djinn("reproduce", *smoke) == 2
     said = capsys.readouterr()
     assert "unset RAY_ADDRESS" in said.err and "00_setup" not in said.out

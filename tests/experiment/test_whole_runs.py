@@ -28,7 +28,7 @@ NAMES = [f"cell:{FIRST}", f"cell:{SECOND}"]
 
 
 def command(run: RunFolder, *names: str) -> list[str]:
-    python = [sys.executable, "-m", "djinn_lib.experiment.reproduce"]
+    python = [sys.executable, "-m", "djinn_lib.cli", "reproduce"]
     return [*python, "--profile", "smoke", "--run-dir", str(run.path), *names]
 
 
@@ -118,7 +118,7 @@ def test_who_stops_a_run_ends_all_its_processes_and_keeps_the_journal(run, numbe
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "the same command goes on" in said and "Traceback" not in said
+    assert "the same command continues" in said and "Traceback" not in said
     assert psutil.wait_procs(left, timeout=20)[1] == []
     assert n_rows(first) >= 3 and not first.rows.exists()  # half a cell is not a whole one
     with run_locks(run.path, "cpu"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -32,7 +32,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.parameters import one_of
 from djinn_lib.paths import REPO
 from djinn_lib.simulator.checkpoint_sizes import PAPER, fleet
-from djinn_lib.simulator.cost_model import CostModel, reference_costs
+from djinn_lib.simulator.cost_model import reference_costs
 from djinn_lib.simulator.optimal import optimal_loads
 from djinn_lib.simulator.simulate import PAGE_BYTES, simulate
 from djinn_lib.trace import Trace, paper_trace, session_trace, zipf_trace
@@ -99,7 +99,7 @@ def picture(
     """
     sizes = fleet(n_models)
     trace = requests(traffic, sizes, alpha)
-    costs = _costs_of_link(link_gb_per_s * 1e9)
+    costs = replace(reference_costs(), link_bytes_per_s=link_gb_per_s * 1e9)
     capacity = int(capacity_gib * GIB) // PAGE_BYTES * PAGE_BYTES
     name, largest = max(sizes.items(), key=lambda item: item[1])
     if capacity < largest:
@@ -109,8 +109,11 @@ def picture(
         )
     rows = simulate(trace, sizes, capacity, policy, costs=costs)
     least = np.cumsum(optimal_loads(trace, sizes, capacity, PAGE_BYTES)) / GIB
-    figure, (top, left, right) = _axes()
-    _draw_residency(top, rows, sizes, capacity)
+    figure, panels = plt.subplot_mosaic(
+        [["top", "top"], ["left", "right"]], figsize=(DOUBLE_COLUMN_IN, 4.4), layout="constrained"
+    )
+    left, right = panels["left"], panels["right"]
+    _draw_residency(panels["top"], rows, sizes, capacity)
     sns.ecdfplot(rows, x="switch_ms", color=POLICY_STYLE[policy].color, ax=left)
     left.set(xlabel="switch (ms)", ylabel="share of requests", title="What switches cost")
     left.axvline(10, color="0.6", linestyle=":")
@@ -121,17 +124,6 @@ def picture(
     right.set(xlabel="request", ylabel="loaded (GiB)", title=f"{ratio:.2f}x of the optimum")
     right.legend()
     return figure
-
-
-def _axes() -> tuple[Figure, Any]:
-    figure = plt.figure(figsize=(DOUBLE_COLUMN_IN, 4.4), layout="constrained")
-    grid = figure.add_gridspec(2, 2)
-    axes = (
-        figure.add_subplot(grid[0, :]),
-        figure.add_subplot(grid[1, 0]),
-        figure.add_subplot(grid[1, 1]),
-    )
-    return figure, axes
 
 
 def _draw_residency(axes: Axes, rows: pd.DataFrame, sizes: dict[str, int], capacity: int) -> None:
@@ -151,10 +143,6 @@ def _colors(models: Collection[str]) -> dict[str, Any]:
     if len(models) <= len(MODEL_COLORS):
         return model_colors(models)
     return dict(zip(models, sns.color_palette("tab20", len(models)), strict=True))
-
-
-def _costs_of_link(link_bytes_per_s: float) -> CostModel:
-    return replace(reference_costs(), link_bytes_per_s=link_bytes_per_s)
 
 
 def explorer(folder: Path = KEPT) -> widgets.VBox:
@@ -198,7 +186,8 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
     keep.on_click(save)
     redraw()
     wrap = widgets.Layout(flex_flow="row wrap")  # in a narrow window one below the other
-    rows = [widgets.HBox(row, layout=wrap) for row in _pairs(controls.values())]
+    every = list(controls.values())
+    rows = [widgets.HBox(every[i : i + 2], layout=wrap) for i in range(0, len(every), 2)]
     return widgets.VBox([*rows, widgets.HBox([keep, kept]), canvas])
 
 
@@ -241,9 +230,3 @@ def _follow(controls: Mapping[str, Any]) -> None:
     slider.min, slider.max = min(least, slider.min), max(most, slider.max)
     slider.value = min(max(slider.value, least), most)
     slider.min, slider.max = least, most
-
-
-def _pairs(controls: Iterable[Any]) -> list[list[Any]]:
-    """Group the controls in pairs."""
-    items = list(controls)
-    return [items[i : i + 2] for i in range(0, len(items), 2)]
