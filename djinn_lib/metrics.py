@@ -71,6 +71,19 @@ def later_touches(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.groupby([*CELL, "repeat", "model"], sort=False).cumcount() > 0]
 
 
+def exposed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a system: switches after the first touch of each model, duration of a repeat."""
+    switches = served(later_touches(rows)).groupby("system")["switch_ms"]
+    end_s = rows["start_s"] + (rows["total_ms"] - rows["queue_ms"]) / 1e3
+    repeats = rows.assign(end_s=end_s).groupby(["system", "repeat"])
+    took_s = repeats["end_s"].max() - repeats["start_s"].min()
+    return pd.DataFrame({
+        "mean later switch (ms)": switches.mean(),
+        "longest later switch (ms)": switches.max(),
+        "all done (s)": took_s.groupby("system").mean(),
+    })  # fmt: skip
+
+
 def prefill_ms(rows: pd.DataFrame) -> pd.Series:
     """Time of the prompt's forward pass: the total without its other parts."""
     parts = rows["queue_ms"] + rows["switch_ms"] + rows["decode_ms"]

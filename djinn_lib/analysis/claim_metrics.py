@@ -29,11 +29,9 @@ KEYS = ["trace", "request"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A measured value, its number of requests, and its uncertainty.
+    """A measured value, its number of requests without repeats, and its uncertainty.
 
     Attributes:
-        value: the measured value.
-        n: number of requests, without repeats.
         remark: more numbers, as text.
         interval: 95% interval, if the value is a statistic of a sample of requests.
         span: without an interval, the least and the greatest value, over the repeats of a count or

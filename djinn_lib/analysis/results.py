@@ -22,6 +22,7 @@ from djinn_lib.metrics import (
     attempted,
     by_request,
     difference_of_means,
+    exposed,
     later_touches,
     mean_before_decode_ms,
     paired,
@@ -266,7 +267,7 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
         "sequential": alone[alone["system"] == "djinn"],
         "concurrent": waiting[~could_not_batch(run, waiting)],
     }
-    found = {mode: measures(run, rows).join(_exposed(rows))
+    found = {mode: measures(run, rows).join(exposed(rows))
              for mode, rows in modes.items() if len(rows)}  # fmt: skip
     if not found:
         return pd.DataFrame(columns=columns)
@@ -298,19 +299,6 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
         "total_max": "slowest (ms)", "in_time": f"within {target_ms / 1e3:g} s (%)",
     }  # fmt: skip
     return table[list(named)].rename(columns=named).set_index("arrivals (/s)")
-
-
-def _exposed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cost of switches after the first touch of each model, and duration of a repeat."""
-    switches = served(later_touches(rows)).groupby("system")["switch_ms"]
-    end_s = rows["start_s"] + (rows["total_ms"] - rows["queue_ms"]) / 1e3
-    repeats = rows.assign(end_s=end_s).groupby(["system", "repeat"])
-    took_s = repeats["end_s"].max() - repeats["start_s"].min()
-    return pd.DataFrame({
-        "mean later switch (ms)": switches.mean(),
-        "longest later switch (ms)": switches.max(),
-        "all done (s)": took_s.groupby("system").mean(),
-    })  # fmt: skip
 
 
 def large_table(rows: pd.DataFrame) -> pd.DataFrame:

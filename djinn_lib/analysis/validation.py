@@ -14,7 +14,7 @@ import pandas as pd
 
 from djinn_lib.analysis.run import REPLICATES
 from djinn_lib.experiment.manifest import read_manifest
-from djinn_lib.metrics import later_touches
+from djinn_lib.metrics import exposed
 from djinn_lib.paths import REFERENCE
 from djinn_lib.rows import read_rows
 from djinn_lib.simulator.cost_model import engine_rows, reference_costs
@@ -110,17 +110,12 @@ def looking_ahead(
         "waiting": {"mode": "concurrent"},
         "waiting, loading ahead": {"mode": "concurrent", "lookahead": True},
     }
-    table = {}
+    found = {}
     for name, options in ways.items():
         rows = simulate(models, sizes, capacity, costs=costs, **options)
-        exposed_ms = later_touches(rows).switch_ms
-        table[name] = {
-            "mean later switch (ms)": exposed_ms.mean(),
-            "longest later switch (ms)": exposed_ms.max(),
-            "loaded (GiB)": rows.loaded_bytes.sum() / 2**30,
-            "all done (s)": (rows.start_s + (rows.total_ms - rows.queue_ms) / 1e3).max(),
-        }
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis("requests")
+        found[name] = exposed(rows)
+        found[name].insert(2, "loaded (GiB)", rows["loaded_bytes"].sum() / 2**30)
+    return pd.concat(found).droplevel("system").rename_axis("requests")
 
 
 def errors(requests: pd.DataFrame) -> pd.DataFrame:

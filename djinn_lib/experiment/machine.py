@@ -136,26 +136,20 @@ def host_loop_us(repeats: int = 5) -> float:
     return statistics.median(took_s) * 1e6
 
 
-class HostClock:
-    """Measures how much processor time a hypervisor takes from this machine."""
+def stolen_share(since: Any) -> float | None:
+    """Return the share of processor time that a hypervisor gave to others.
 
-    def __init__(self) -> None:
-        self._begin = psutil.cpu_times()
-
-    def stolen_share(self) -> float | None:
-        """Return the share of processor time that a hypervisor gave to others since creation.
-
-        It is 0 without a hypervisor, or with one that does not report it; None if the system has no
-        such counter.
-        """
-        now = psutil.cpu_times()
-        if not hasattr(now, "steal"):
-            return None
-        # Time of guests is part of the user's time already.
-        names = [name for name in now._fields if not name.startswith("guest")]
-        passed = {name: getattr(now, name) - getattr(self._begin, name) for name in names}
-        total_s = sum(passed.values())
-        return passed["steal"] / total_s if total_s > 0 else 0.0
+    It is 0 without a hypervisor, or with one that does not report it; None if the system has no
+    such counter. `since` is an earlier result of `psutil.cpu_times`.
+    """
+    now = psutil.cpu_times()
+    if not hasattr(now, "steal"):
+        return None
+    # Time of guests is part of the user's time already.
+    names = [name for name in now._fields if not name.startswith("guest")]
+    passed = {name: getattr(now, name) - getattr(since, name) for name in names}
+    total_s = sum(passed.values())
+    return passed["steal"] / total_s if total_s > 0 else 0.0
 
 
 def _copy_rate(target: torch.Tensor, source: torch.Tensor, repeats: int) -> float:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from djinn_lib import nvml, provenance
 from djinn_lib.experiment import machine
@@ -34,7 +35,7 @@ class CellRecord:
         self.started = datetime.now(UTC)
         self.run_id = f"{cell.id}-{self.started:%Y%m%dT%H%M%S%f}"
         self.begin_s = time.perf_counter()
-        self.host = machine.HostClock()
+        self.cpu_times = psutil.cpu_times()
         self.host_loop_us: list[list[float]] = []  # before each request, one list for each repeat
         self.setup_s = 0.0
         self.notes: list[str] = []
@@ -142,7 +143,7 @@ class CellRecord:
             "wall_s": time.perf_counter() - self.begin_s,
             "setup_s": self.setup_s,
             "running_since": self.running_since or None,
-            "stolen_share": self.host.stolen_share(),
+            "stolen_share": machine.stolen_share(self.cpu_times),
             "host_loop_us": self.host_loop_us,
             "gpu_uuid": nvml.first_gpu() if profile.device == "cuda" else None,
             "batches": system_class(self.entry.system).batches,

@@ -19,12 +19,12 @@ import torch
 from djinn_lib import provenance
 from djinn_lib.experiment import machine
 from djinn_lib.experiment.machine import (
-    HostClock,
     describe_machine,
     eager_operator_us,
     host_loop_us,
     measure_rates,
     other_gpu_processes,
+    stolen_share,
     versions,
 )
 from djinn_lib.provenance import git_state
@@ -73,14 +73,14 @@ def test_the_share_that_others_took_is_that_of_the_time_since(monkeypatch):
     times = namedtuple("times", "user system idle steal guest")
     counts = iter([times(10, 5, 100, 1, 4), times(40, 15, 140, 21, 30)])
     monkeypatch.setattr(machine.psutil, "cpu_times", lambda: next(counts))
-    host = HostClock()
-    assert host.stolen_share() == 20 / (30 + 10 + 40 + 20)  # a guest's time is the user's already
+    before = psutil.cpu_times()
+    assert stolen_share(before) == 20 / (30 + 10 + 40 + 20)  # a guest's time is the user's already
 
 
 def test_a_system_that_keeps_no_such_count_says_nothing(monkeypatch):
     times = namedtuple("times", "user system idle")
     monkeypatch.setattr(machine.psutil, "cpu_times", lambda: times(1, 1, 1))
-    assert HostClock().stolen_share() is None
+    assert stolen_share(psutil.cpu_times()) is None
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):

@@ -52,12 +52,8 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     """Draw the share of requests that were served within a given time, for each system.
 
     Failed requests count in the denominator. The curve of a system with failed requests therefore
-    ends below 100%, at a cross.
-
-    Args:
-        rows: rows of one trace and one capacity.
-        paper: published numbers. If given, hollow diamonds mark the paper's P50 and P99, and a line
-            marks the share of requests at which the paper's vLLM ends.
+    ends below 100%, at a cross. Of the paper's numbers, if given, hollow diamonds mark P50 and P99,
+    and a line the share of requests at which its vLLM ends.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.

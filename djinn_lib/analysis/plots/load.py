@@ -32,10 +32,9 @@ STATISTICS: dict[str, Any] = {"p50": "-", "p99": ":"}
 def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000.0) -> Figure:
     """Draw time to first token, total time and share in time against the arrival rate.
 
-    Args:
-        rows: rows of traces whose requests were sent when they arrived; may be empty.
-        rates: the rate of each of these traces, in requests per second.
-        target_ms: deadline of a request, counted from its arrival.
+    The rows, which may be none, are of traces whose requests were sent when they arrived; `rates`
+    has the rate of each of these traces per second. A request is in time `target_ms` after its
+    arrival.
     """
     rows, unavailable = split_unavailable(rows)
     systems, absent = order_systems(rows["system"]), unavailable_notes(unavailable)

@@ -36,11 +36,8 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     every repeat. Other dark patches come from outside, such as a slow host. Failed requests are
     white.
 
-    Args:
-        rows: rows of one trace and capacity, in sequential mode.
-
     Raises:
-        RecordError: there are no rows, or they mix traces, capacities or modes.
+        RecordError: there are no rows, or they are not of one trace, capacity and mode.
     """
     require_one_cell_each(rows, "the pace of decoding")
     rows, unavailable = split_unavailable(rows)

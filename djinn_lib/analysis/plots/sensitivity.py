@@ -40,11 +40,7 @@ def sensitivity(
 ) -> Figure:
     """Draw speed-up over a baseline and both kinds of hits against the capacity.
 
-    Args:
-        rows: rows of one trace at several capacities.
-        baseline: system that the others are compared with at each capacity.
-        paper: published numbers. If given, the paper's range of speed-ups is drawn as a band, and
-            its hits as points at their capacities.
+    Of the paper's numbers, if given, a band shows the range of speed-ups, and points the hits.
 
     Raises:
         RecordError: there are no rows, they mix traces, or the baseline is not among them.

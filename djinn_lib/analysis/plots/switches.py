@@ -37,14 +37,10 @@ FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # part resident befor
 
 @styled
 def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
-    """Draw the distribution of the cost of switches, for each system.
+    """Draw the distribution of the cost of switches, for each system, of rows in sequential mode.
 
     Each request is drawn at the mean of its repeats. Marks on Djinn's curve show how much of the
     model was resident in the first repeat. The paper's three modes of Djinn's switches are grey.
-
-    Args:
-        rows: rows of one trace and capacity, in sequential mode.
-        paper: published numbers.
     """
     require_one_cell_each(rows, "a CDF of switches")
     rows, unavailable = split_unavailable(rows)

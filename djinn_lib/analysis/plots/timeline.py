@@ -41,22 +41,12 @@ _MAX_GLYPHS = 60  # with more requests there is no room for a glyph each
 
 @styled
 def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
-    """Draw the bytes of each model that are resident after each request.
+    """Draw the bytes of each model that are resident after each request of a system's first repeat.
 
-    The requests are those of the system's first repeat.
-
-    Args:
-        rows: rows of one trace and capacity; other systems' rows are ignored.
-        system: label of the system.
-
-    Returns:
-        A figure with three strips that share the axis of requests:
-
-        * the resident bytes of each model after the request, hatched if the model is incomplete;
-        * the requested model, and whether all, a part or nothing of it was resident;
-        * the bytes that were loaded.
-
-        If the system does not report residency or was not run, the figure says so.
+    Three strips share the axis of requests: the resident bytes of each model after the request,
+    hatched if the model is incomplete; the requested model, and whether all, a part or nothing of
+    it was resident; and the bytes that were loaded. Rows of other systems are ignored. If the
+    system does not report residency or was not run, the figure says so.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -220,7 +210,7 @@ def requests_and_ring(
     Args:
         requests: columns model, request, begin_s, first_s, end_s.
         residency: columns at_s, model, resident_bytes.
-        capacity_bytes: capacity of the ring.
+        capacity_bytes: of the ring.
         reason: why there is nothing to draw on this machine.
     """
     if reason:
