@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from djinn_lib import nvml
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import commands
 from djinn_lib.paths import REPO
@@ -99,8 +100,6 @@ def _in_words(command: Callable[..., int | None]) -> Callable[..., None]:
 
 def default_config() -> str:
     """Return the profile of this machine: "gpu" where the driver lists a GPU, else "cpu"."""
-    from djinn_lib import nvml
-
     return "gpu" if nvml.n_gpus() else "cpu"
 
 

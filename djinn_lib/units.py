@@ -53,6 +53,25 @@ def _read_size(text: str) -> int | None:
     return None if exponent is None else round(Decimal(number) * 1024**exponent)
 
 
+def parse_capacity(text: str, total_bytes: int) -> int:
+    """Return a capacity in bytes, given as a size or as a share ("25/31.3") of `total_bytes`.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text):
+        part, whole = map(float, match.groups())
+        if part > 0 and whole > 0:
+            return round(total_bytes * part / whole)
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"expected a capacity such as '25GiB', or a share of all weights such as '25/31.3', "
+            f"got {text!r}"
+        ) from error
+
+
 def format_bytes(n_bytes: int) -> str:
     """Format a size in binary units: ``26843545600`` gives ``"25.0 GiB"``."""
     value, unit = float(n_bytes), "B"

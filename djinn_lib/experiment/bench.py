@@ -12,13 +12,13 @@ import pandas as pd
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.machine import describe_machine
-from djinn_lib.experiment.profile import REPO, Profile, parse_capacity
+from djinn_lib.experiment.profile import REPO, Profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.weights import prepare_models
 from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import Trace, check_models, write_trace
-from djinn_lib.units import format_bytes, parse_bytes
+from djinn_lib.units import format_bytes, parse_bytes, parse_capacity
 
 MODELS_DIR = REPO / "data" / "models"
 

@@ -30,11 +30,11 @@ from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.integrity import weights_digest
 from djinn_lib.experiment.large_results import COLUMNS, read_large, write_large
-from djinn_lib.experiment.profile import REPO, parse_capacity
+from djinn_lib.experiment.profile import REPO
 from djinn_lib.provenance import git_state
 from djinn_lib.rows import token_sha
 from djinn_lib.systems.accelerate import offload
-from djinn_lib.units import format_bytes, parse_bytes
+from djinn_lib.units import format_bytes, parse_bytes, parse_capacity
 
 Outcome = tuple[Tokens, int, float]  # tokens, bytes loaded, seconds of stalls
 Run = Callable[[Sequence[int], int, int], Iterator[Outcome]]

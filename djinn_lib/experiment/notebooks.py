@@ -7,11 +7,15 @@ complete or has finally failed.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
 from djinn_lib.experiment.by_hand import executing
-from djinn_lib.experiment.kernels import ForkingKernelManager
+from djinn_lib.experiment.kernels import ForkingKernelManager, fork_context
 from djinn_lib.experiment.manifest import Status
 from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.paths import NOTEBOOKS, python_path
@@ -38,6 +42,7 @@ _NAMED_KINDS = {
     **dict.fromkeys(("ConfigError", "TraceError", "RecordError", "CheckpointError"), "bad_input"),
     "TimeoutError": "timeout",
 }
+_AT_ONCE = 4  # each uses up to a gigabyte of memory
 _START_S = 180  # until a kernel answers; on a busy machine a minute may be too short
 _SOCKET = "/djinn-kernel-12345678/socket-5"  # pattern of the names of a kernel's sockets
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
@@ -130,6 +135,32 @@ def execute(
         os.replace(partial, output)
     seconds = time.perf_counter() - begin_s
     return Status(output.stem, "failed" if kind else "ok", seconds, kind, error)
+
+
+def side_by_side(jobs: Mapping[str, Callable[[], Status]]) -> Iterator[Status]:
+    """Execute notebooks in parallel, each by a job; yield the status of each when it ends.
+
+    They run in processes of their own, because papermill changes the working directory.
+    """
+    with _pool(min(len(jobs), len(os.sched_getaffinity(0)), _AT_ONCE)) as pool:
+        running = {pool.submit(job): name for name, job in jobs.items()}
+        try:
+            for ended in as_completed(running):
+                try:
+                    yield ended.result()
+                except BrokenProcessPool as error:
+                    said = f"its process ended: {error}"
+                    yield Status(running[ended], "failed", 0.0, "kernel_died", said)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # this also ends their kernels
+                process.kill()
+            raise
+
+
+def _pool(n: int) -> Executor:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
+    return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
 
 
 def _kind(failure: PapermillExecutionError) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -23,7 +22,7 @@ from djinn_lib.experiment.parameters import label
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, check_models, paper_trace, renamed, zipf_trace
-from djinn_lib.units import parse_bytes
+from djinn_lib.units import parse_bytes, parse_capacity
 
 # Labels are parts of the names of folders and files, which may have at most 255 characters.
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
@@ -258,25 +257,6 @@ class Profile(_Strict):
 def _ensure_known(what: str, names: list[str], known: Any) -> None:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"expected a {what} out of {list(known)}, got {unknown[0]!r}")
-
-
-def parse_capacity(text: str, total_bytes: int) -> int:
-    """Return a capacity in bytes, given as a size or as a share ("25/31.3") of `total_bytes`.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)/(\d+(?:\.\d+)?)", text):
-        part, whole = map(float, match.groups())
-        if part > 0 and whole > 0:
-            return round(total_bytes * part / whole)
-    try:
-        return parse_bytes(text)
-    except ConfigError as error:
-        raise ConfigError(
-            f"expected a capacity such as '25GiB', or a share of all weights such as '25/31.3', "
-            f"got {text!r}"
-        ) from error
 
 
 def load_profile(given: str, folder: Path = REPO / "params") -> Profile:

@@ -6,13 +6,8 @@ missing. The executed copy keeps the digests of the inputs and the list of outpu
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +31,6 @@ from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
 _DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
 _PAPER = REPO / "data" / "paper"
-_AT_ONCE = 4  # each uses up to a gigabyte of memory
 _MEASURED = ("requests", "replicates", "traces", "machine.json")
 
 
@@ -178,35 +172,9 @@ def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterat
         yield run_step(step, run, profile)
     if not (reading := [step for step in stale if not step.measures]):
         return
+    from djinn_lib.experiment.notebooks import side_by_side  # see `run_step`
+
     yield from side_by_side({s.notebook: partial(run_step, s, run, profile) for s in reading})
-
-
-def side_by_side(jobs: Mapping[str, Callable[[], Status]]) -> Iterator[Status]:
-    """Execute notebooks in parallel, each by a job; yield the status of each when it ends.
-
-    They run in processes of their own, because papermill changes the working directory.
-    """
-    with _pool(min(len(jobs), len(os.sched_getaffinity(0)), _AT_ONCE)) as pool:
-        running = {pool.submit(job): name for name, job in jobs.items()}
-        try:
-            for ended in as_completed(running):
-                try:
-                    yield ended.result()
-                except BrokenProcessPool as error:
-                    said = f"its process ended: {error}"
-                    yield Status(running[ended], "failed", 0.0, "kernel_died", said)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # this also ends their kernels
-                process.kill()
-            raise
-
-
-def _pool(n: int) -> Executor:
-    from djinn_lib.experiment.kernels import fork_context  # imports Jupyter: only if needed
-
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
-    return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
 
 
 def _written_since(begin_s: float, run: RunFolder) -> list[str]:

@@ -15,8 +15,9 @@ import yaml
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, skeleton
 from djinn_lib.errors import ConfigError, TraceError
-from djinn_lib.experiment.profile import REPO, Profile, load_profile, parse_capacity
+from djinn_lib.experiment.profile import REPO, Profile, load_profile
 from djinn_lib.trace import paper_trace
+from djinn_lib.units import parse_capacity
 
 SMOLLM2_PARAMETERS = 134_515_008  # test_weights checks it against the real weights
 PAPER_BYTES = {

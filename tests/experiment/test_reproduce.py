@@ -99,7 +99,7 @@ def kernels(tmp_path, monkeypatch, library) -> Kernels:
     made = Kernels(RunFolder(tmp_path / "run"))
     monkeypatch.setattr(notebooks, "execute", made)
     monkeypatch.setattr(reproduce, "load_profile", lambda _: PROFILE)
-    monkeypatch.setattr(steps, "_pool", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(notebooks, "_pool", lambda n: ThreadPoolExecutor(1))
     monkeypatch.setattr(report, "build_report", lambda path: (path / "index.html").write_text("x"))
     return made
 

@@ -17,7 +17,7 @@ from command import djinn
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment import steps
+from djinn_lib.experiment import notebooks
 from djinn_lib.experiment.manifest import Status, read_statuses
 from djinn_lib.experiment.notebooks import check_parameters
 from djinn_lib.paths import REFERENCE, REPO
@@ -48,7 +48,7 @@ class Papermill:
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what stands for papermill be called here, where it can be looked at."""
     if "slow" not in request.keywords:
-        monkeypatch.setattr(steps, "_pool", ThreadPoolExecutor)
+        monkeypatch.setattr(notebooks, "_pool", ThreadPoolExecutor)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeyp
             time.sleep(2)  # one may have begun before the interrupt is noticed
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steps, "_pool", lambda n: ThreadPoolExecutor(1))
+    monkeypatch.setattr(notebooks, "_pool", lambda n: ThreadPoolExecutor(1))
     monkeypatch.setattr(redraw, "execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
         redraw_published(reference, tmp_path / "figures")
