@@ -169,7 +169,7 @@ def maximum_to_least(
     Below 1 it is faster than that of every baseline. Baselines are all systems except Djinn and its
     ablations that ran on one machine with `system`.
     """
-    where = {"trace": trace, "capacity_label": capacity_label}
+    where: dict[str, Any] = {"trace": trace, "capacity_label": capacity_label}
     names = sorted({name for name in metrics.served(select(run, None, **where))["system"]
                     if not name.startswith("djinn")})  # fmt: skip
     if not names:
