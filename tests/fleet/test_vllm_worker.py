@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_broker import Ring, until
+from ended_processes import until
+from rings import Ring, forked
 
 from djinn_lib.errors import ConfigError, PlatformError
 from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_sleep_mode, vllm_worker
@@ -86,9 +87,8 @@ def tokens(n, **more):
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory):
-    ring = Ring(tmp_path_factory.mktemp("ring")).ready()
-    yield ring
-    ring.end()
+    with Ring(tmp_path_factory.mktemp("ring"), forked) as ring:
+        yield ring
 
 
 @pytest.fixture
