@@ -263,6 +263,20 @@ def test_a_run_is_the_rows_of_all_its_cells(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("model", None), ("mode", "parallel"), ("repeat", 0.0), (None, None)]
+)
+def test_of_a_run_with_a_wrong_file_the_file_is_named(tmp_path, column, value):
+    for name in ("a", "b", "c"):
+        frame = cell_rows("djinn").assign(run_id=name)[list(COLUMNS)]
+        if name == "b":
+            frame = frame.assign(**{column: value}) if column else frame[list(COLUMNS[::-1])]
+        (tmp_path / "requests").mkdir(exist_ok=True)
+        frame.to_parquet(tmp_path / "requests" / f"{name}.parquet")
+    with pytest.raises(RecordError, match=r"b\.parquet: expected rows of the schema"):
+        read_run(tmp_path)
+
+
 def test_a_run_without_rows_says_what_to_do(tmp_path):
     with pytest.raises(RecordError, match="got none: run notebook 02_run_system first"):
         read_run(tmp_path)
