@@ -132,25 +132,6 @@ def test_a_bad_claim_is_refused_with_its_reason(tmp_path, change, message):
         load_claims(path)
 
 
-def test_claims_on_partial_residency_compare_like_with_like(claims):
-    """Lookup tables in the host, which `djinn` has on a GPU, save bytes too."""
-    ratios = [claim for claim in claims if claim.metric == "bytes_ratio"]
-    assert {claim.arguments["system"] for claim in ratios} == {"djinn_partial_no_overlap"}
-
-
-@pytest.mark.parametrize("content", ["", "[", "claims: 5", "- 5", "- id: a"])
-def test_a_file_that_holds_no_claims_is_refused(tmp_path, content):
-    (tmp_path / "claims.yml").write_text(content)
-    with pytest.raises(ConfigError, match=r"claims\.yml cannot be used"):
-        load_claims(tmp_path / "claims.yml")
-    with pytest.raises(ConfigError, match=r"none\.yml cannot be used: .*No such file"):
-        load_claims(tmp_path / "none.yml")
-
-
-def test_every_claim_names_the_commit_that_set_its_bound(claims):
-    assert not [claim.id for claim in claims if claim.set_in is None]
-
-
 def test_an_id_stands_once(tmp_path):
     (tmp_path / "claims.yml").write_text(yaml.safe_dump([GOOD, GOOD]))
     with pytest.raises(ConfigError, match=r"every id once, got \['a-claim'\]"):
@@ -189,15 +170,6 @@ def test_the_p99_of_many_requests_is_one():
     measured = measure("latency", rows, system="a", statistic="p99")
     assert measured.value == rows["total_ms"].quantile(0.99) and not measured.remark
     assert measured.interval and measured.n == 120
-
-
-def test_repeats_are_no_requests():
-    rows = pd.concat([served("a", [float(i) for i in range(30)], repeat=k) for k in range(4)])
-    measured = measure("latency", rows, system="a", statistic="p99")
-    assert measured.n == 30 and "the maximum" in measured.remark
-    once, again = (measure("latency", part, system="a", statistic="mean")
-                   for part in (rows[rows["repeat"] == 0], rows))  # fmt: skip
-    assert once == again  # the same requests once more make nobody surer
 
 
 def test_maxima_are_judged_by_every_repeat():
@@ -291,23 +263,6 @@ def test_bytes_at_the_worst_capacity():
         measure("worst_bytes_to_optimum", cell_rows("djinn"), system="djinn")
 
 
-def test_concurrent_rows_never_mix_into_sequential_ones():
-    systems = ("djinn", "pytorch_lru", "pytorch_pinned")
-    rows = pd.concat([*map(cell_rows, systems), cell_rows("djinn", "20")])
-    late = cell_rows("djinn").assign(mode="concurrent", total_ms=1e6, loaded_bytes=7, token_sha="?")
-    for name, arguments in {
-        "latency": {"system": "djinn", "statistic": "max"},
-        "switch_cost_ratio": {"system": "pytorch_lru", "to": "djinn"},
-        "maximum_to_least": {"system": "djinn"},
-        "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
-        "worst_bytes_to_optimum": {"system": "djinn"},
-        "token_agreement": {},
-        "token_agreement_of": {"system": "djinn"},
-    }.items():
-        alone = measure(name, rows, **arguments)
-        assert measure(name, pd.concat([rows, late]), **arguments) == alone, name
-
-
 def test_zero_load_share_counts_served_requests():
     rows = served("a", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
     rows = pd.concat([rows, failed(rows.iloc[:2].assign(repeat=1), "oom", "out of memory")])
@@ -372,20 +327,6 @@ def test_bytes_against_the_optimum_and_against_another():
         METRICS["bytes_to_optimum"](no_traces, system="djinn", capacity_label="25")
 
 
-def test_nothing_can_be_compared_with_no_bytes():
-    rows = pd.concat([served("a", [5.0], loaded_bytes=7), served("b", [5.0], loaded_bytes=0)])
-    assert measure("bytes_ratio", rows, system="b", to="a").value == 0.0
-    with pytest.raises(NotMeasured, match="b loaded no bytes"):
-        measure("bytes_ratio", rows, system="a", to="b")
-
-
-def test_bytes_to_the_optimum_by_hand():
-    one = served("a", [5.0], capacity_bytes=TOTAL_BYTES)
-    everything = one.assign(loaded_bytes=3 * TOTAL_BYTES)
-    measured = measure("bytes_to_optimum", everything, system="a", capacity_label="25")
-    assert measured.value == 3.0  # with room for all, the least is each model once
-
-
 def test_bytes_written_back():
     rows = pd.concat([cell_rows("djinn"), cell_rows("djinn", "20"), cell_rows("pytorch_pinned")])
     nothing = measure("writeback_bytes", rows, system="djinn")
@@ -402,13 +343,6 @@ def test_hits_from_the_papers_start_are_the_papers():
             found = measure("computed_hit_share", rows, capacity_label=label, eviction="models",
                             start=start)  # fmt: skip
             assert found.value == pytest.approx(hits / 30) and "not measured" in found.remark
-
-
-def test_a_warm_start_is_a_cell_of_its_own():
-    rows = pd.concat([served("a", [5.0, 5.0], loaded_bytes=[7, 0]),
-                      served("a", [5.0, 5.0], loaded_bytes=0, start="warm")])  # fmt: skip
-    assert measure("zero_load_share", rows, system="a").value == 0.5
-    assert measure("zero_load_share", rows, system="a", start="warm").value == 1.0
 
 
 def test_the_distance_of_distributions():
@@ -639,22 +573,6 @@ def test_the_whole_interval_is_compared(expected, tolerance, measured, judgement
     assert compare(measured, expected, tolerance)[0] == judgement
 
 
-@pytest.mark.parametrize(
-    ("expected", "text"),
-    [
-        (expect(value=3.1), "3.1 x"),
-        (expect(low=3.07, high=3.13), "3.07 x to 3.13 x"),
-        (expect(low=1.2), "at least 1.2 x"),
-        (expect(high=1.1), "at most 1.1 x"),
-        (expect(value=14905, unit="ms"), "14,905 ms"),
-        (expect(value=0.53, unit="share"), "53%"),
-    ],
-    ids=str,
-)
-def test_expectations_in_words(expected, text):
-    assert str(expected) == text
-
-
 def test_a_verdict_on_counts_is_given_on_any_machine():
     rows = served("djinn", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
     for machine in (MACHINE, GPU_MACHINE):
@@ -791,10 +709,6 @@ def test_the_table_for_people():
     assert ids[0] and not ids[0] & ids[1]  # two tables on a page do not colour each other
 
 
-def test_a_table_without_claims_is_shown():
-    assert "verdict" in colored(claims_table([VERDICT], "withdrawn")).to_html()
-
-
 def beside(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:
     """The same rows as if their requests had been sent as they arrived."""
     return rows.assign(mode="concurrent", **columns)
@@ -850,3 +764,20 @@ def test_a_ratio_is_that_of_the_newest_machine_that_ran_both():
         METRICS["median_ratio"](run(newest, []), system="b", to="a")
     switches = METRICS["switch_cost_ratio"](run(newest, again), system="b", to="a")
     assert switches.remark.endswith("on machine 2") and switches.value == 1.0
+
+
+def test_concurrent_rows_never_mix_into_sequential_ones():
+    systems = ("djinn", "pytorch_lru", "pytorch_pinned")
+    rows = pd.concat([*map(cell_rows, systems), cell_rows("djinn", "20")])
+    late = cell_rows("djinn").assign(mode="concurrent", total_ms=1e6, loaded_bytes=7, token_sha="?")
+    for name, arguments in {
+        "latency": {"system": "djinn", "statistic": "max"},
+        "switch_cost_ratio": {"system": "pytorch_lru", "to": "djinn"},
+        "maximum_to_least": {"system": "djinn"},
+        "bytes_to_optimum": {"system": "djinn", "capacity_label": "25"},
+        "worst_bytes_to_optimum": {"system": "djinn"},
+        "token_agreement": {},
+        "token_agreement_of": {"system": "djinn"},
+    }.items():
+        alone = measure(name, rows, **arguments)
+        assert measure(name, pd.concat([rows, late]), **arguments) == alone, name

@@ -139,44 +139,6 @@ def test_modes_are_not_mixed():
         sensitivity(both, "djinn")
 
 
-def test_no_two_systems_look_alike():
-    looks = [(look.color, look.linestyle) for look in SYSTEM_STYLE.values()]
-    assert len(set(looks)) == len(looks)
-    assert len({look.label for look in SYSTEM_STYLE.values()}) == len(looks)
-
-
-def test_models_and_systems_share_no_colour():
-    assert not set(MODEL_COLORS) & {look.color for look in SYSTEM_STYLE.values()}
-
-
-def test_an_unknown_system_looks_the_same_in_every_process():
-    assert system_look("my_system") == system_look("my_system")
-    # A literal, because Python's own hash() changes from process to process.
-    assert (system_look("my_system").color, system_look("my_system").label) == (
-        "#4B0092",
-        "my system",
-    )
-
-
-def test_systems_come_in_one_order_whatever_the_rows_order():
-    labels = ["zz", "pytorch_pinned", "aa", "djinn"]
-    for shuffled in itertools.permutations(labels):
-        assert order_systems(shuffled) == ["djinn", "pytorch_pinned", "aa", "zz"]
-
-
-def test_a_model_keeps_its_colour_whatever_the_rows_order():
-    assert model_colors(["b", "a"]) == model_colors(["a", "b", "a"])
-
-
-@pytest.mark.parametrize(
-    ("n_bytes", "unit"), [(100, "B"), (5 << 10, "KiB"), (1 << 30, "MiB"), (5 << 30, "GiB")]
-)
-def test_byte_scale(n_bytes: int, unit: str):
-    scale, name = byte_scale(n_bytes)
-    assert name == unit
-    assert 1 <= n_bytes / scale < 5000
-
-
 def test_figures_leave_matplotlib_as_it_was(at_25: pd.DataFrame):
     before, open_before = dict(mpl.rcParams), plt.get_fignums()
     latency_cdf(at_25)
@@ -211,13 +173,6 @@ def test_mixed_capacities_are_refused(draw, rows: pd.DataFrame):
 
 
 @pytest.mark.parametrize("draw", COMPARING)
-def test_mixed_traces_are_refused(draw):
-    mixed = pd.concat([cell_rows("djinn"), cell_rows("djinn", trace="zipf")])
-    with pytest.raises(RecordError, match="one trace"):
-        draw(mixed)
-
-
-@pytest.mark.parametrize("draw", COMPARING)
 def test_systems_that_cannot_run_are_named_with_the_reason(draw, at_25: pd.DataFrame):
     assert f"vLLM sleep ({UNAVAILABLE['vllm_sleep']})" in texts(draw(at_25))
 
@@ -233,11 +188,6 @@ def test_a_system_that_failed_every_request_is_named(draw):
     assert "(30 of 30 failed)" in texts(draw(pd.concat([cell_rows("djinn"), broken])))
 
 
-@pytest.mark.parametrize("draw", COMPARING)
-def test_a_system_that_no_table_knows_is_drawn(draw):
-    assert "my system" in texts(draw(cell_rows("djinn").assign(system="my_system")))
-
-
 def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
     lines = {line.get_label(): line for line in latency_cdf(at_25).axes[0].lines}
     heights = lines["vLLM re-created\n(8 of 30 failed)"].get_ydata()
@@ -250,12 +200,6 @@ def test_cdf_passes_through_the_median():
     line = latency_cdf(rows).axes[0].lines[0]
     x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
     assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
-
-
-def test_the_ceiling_of_the_papers_vllm_is_a_line(figures: dict[str, Figure]):
-    lines = {line.get_label(): line for line in figures["latency_cdf"].axes[0].lines}
-    assert any(np.allclose(line.get_ydata(), 100 * 22 / 30) for line in lines.values())
-    assert "paper: vLLM ends at 73%" in texts(figures["latency_cdf"])
 
 
 def test_no_published_point_is_cut_off(figures: dict[str, Figure]):
@@ -291,11 +235,6 @@ def test_load_is_counted_against_a_target():
     assert (table["n"] == 30).all()
 
 
-def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
-    assert "paper: P50, P99" in texts(latency_cdf(at_25, PAPER))
-    assert "paper" not in texts(latency_cdf(at_25))
-
-
 def test_phases_add_up_to_the_mean_total(at_25: pd.DataFrame):
     means = phase_means_ms(at_25)
     total = at_25[at_25["ok"]].groupby("system")["total_ms"].mean()
@@ -309,24 +248,9 @@ def test_bytes_are_the_mean_over_repeats():
     assert widths[0] == pytest.approx(widths[1])
 
 
-def test_bytes_lines_say_their_value(figures: dict[str, Figure]):
-    shown = texts(figures["bytes_loaded"])
-    assert "offline optimum: 2.79 GiB" in shown
-    assert "every model once: 1.25 GiB" in shown
-
-
 def test_sensitivity_needs_its_baseline():
     with pytest.raises(RecordError, match="rows of the baseline 'pytorch_pinned'"):
         sensitivity(cell_rows("djinn"))
-
-
-def test_sensitivity_needs_rows(rows: pd.DataFrame):
-    with pytest.raises(RecordError, match="there are no rows for"):
-        sensitivity(rows.iloc[:0])
-
-
-def test_sensitivity_marks_what_was_published(figures: dict[str, Figure]):
-    assert "paper 3.07 to 3.13x" in texts(figures["sensitivity"])
 
 
 def test_residency_bars_add_up_to_the_reported_bytes():
@@ -363,16 +287,6 @@ def test_residency_leaves_failed_requests_blank():
     assert "1 of 30 requests failed" in texts(residency_over_time(rows))
 
 
-def test_residency_of_a_system_that_was_not_run_says_what_was():
-    figure = residency_over_time(cell_rows("djinn"), "nobody")
-    assert "No rows of 'nobody' here, only of: djinn." in texts(figure)
-
-
-def test_residency_needs_rows(rows: pd.DataFrame):
-    with pytest.raises(RecordError, match="there are no rows for"):
-        residency_over_time(rows.iloc[:0])
-
-
 def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
     faces = figures["trace_timeline"].axes[0].collections[0].get_facecolors()
     models = [request.model for request in paper_trace().requests]
@@ -392,19 +306,6 @@ def test_saved_files_are_the_same_bytes_every_time(saved):
         assert one.read_bytes() == other.read_bytes()
     assert [p.name for p in saved[0]] == ["x.pdf", "x.png"]
     assert not list(saved[0][0].parent.glob("*.partial.*"))
-
-
-def test_saved_pdf_has_truetype_text_and_no_date(saved):
-    pdf = saved[0][0].read_bytes()
-    assert b"/CreationDate" not in pdf
-    assert b"/FontFile2" in pdf and b"/Type3" not in pdf
-
-
-def test_saved_png_is_opaque_at_200_dpi(saved):
-    image = plt.imread(saved[0][1])
-    assert image.shape[1] == 200 * DOUBLE_COLUMN_IN
-    assert image.shape[2] == 3 or (image[..., 3] == 1).all()
-    assert (image[0, 0, :3] == 1).all()
 
 
 def test_a_picture_without_a_chart_is_not_kept(tmp_path):

@@ -102,11 +102,6 @@ def test_speedup_is_a_ratio_of_medians_inside_its_interval():
     assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
 
 
-def test_a_failed_request_is_not_a_hit():
-    rows = cell_rows("vllm_recreate")  # all its failed rows have loaded_bytes == 0
-    assert hit_table(rows)["hit"].tolist() == [0.0]
-
-
 def test_the_sweep_has_every_capacity_of_the_systems_swept(gpu: Run):
     table = sweep_table(gpu)
     assert len(table) == 3 * len(CAPACITIES) and "machine" not in table
@@ -229,9 +224,3 @@ def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
     table = large_table(failed).xs("llama", level="model")
     assert table.loc["accelerate", "failed because"] == "no room"
     assert math.isnan(table.loc["accelerate", "per token (ms)"])
-
-
-def test_every_model_once_is_all_that_must_be_loaded(gpu: Run):
-    lru = sweep_table(gpu).xs("PyTorch LRU", level="system").iloc[-1]
-    loaded = cell_rows("pytorch_lru", "40")["loaded_bytes"].sum()
-    assert lru["bytes / optimum (x)"] == pytest.approx(loaded / TOTAL_BYTES)

@@ -135,20 +135,6 @@ def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeyp
     assert len(begun) < len(READING)
 
 
-def test_without_reference_rows_it_is_said_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        redraw, "redraw_published", lambda: redraw_published(tmp_path, tmp_path / "figures")
-    )
-    assert redraw.main([]) == 2
-    said = capsys.readouterr().err
-    assert "expected rows of the reference run" in said and "FROM=data/runs/cpu" in said
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert redraw.main([str(tmp_path)]) == 2
-    assert "run notebook 02_run_system first" in capsys.readouterr().err
-
-
 def test_a_folder_without_figures_is_refused(tmp_path):
     with pytest.raises(RecordError, match="got none: draw them first"):
         copy_figures(tmp_path, tmp_path / "to")
