@@ -5,9 +5,8 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from tiny import CONFIGS, PROMPT
+from tiny import PROMPT, saved
 
-from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.weights import describe
 from djinn_lib.fleet import environment
@@ -68,12 +67,8 @@ class NotedEngine:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder, files = tmp_path_factory.mktemp("sleep"), {}
-    for name in MODELS:
-        ModelSpec(CONFIGS[name], "float32", seed=5).build().save_pretrained(folder / name)
-        files[name] = describe(name, folder / name)
-    return files
+def models():
+    return {name: describe(name, saved(name)) for name in MODELS}
 
 
 @pytest.fixture(autouse=True)
