@@ -21,6 +21,7 @@ import triton.language as tl
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
 PROGRAMS_PER_PROCESSOR = 2  # of the device; see `_n_programs`
+N_REGISTERS = 128  # of a thread; more would keep computations off the processor
 N_WARPS = 4  # a row a thread; with fewer warps registers are what limits how many run at once
 
 
@@ -161,5 +162,6 @@ def decode(compressed: torch.Tensor, form: Form, target: torch.Tensor) -> None:
     kernel[(n_programs,)](
         compressed[at.starts].view(torch.int32), *sections, target.view(torch.int16),
         form.n_words, form.n_second, form.n_third, form.n_last,
-        EXPONENT_BITS=form.exponent_bits, BLOCK=BLOCK_WORDS, TILE=TILE_BLOCKS, num_warps=N_WARPS,
+        EXPONENT_BITS=form.exponent_bits, BLOCK=BLOCK_WORDS, TILE=TILE_BLOCKS,
+        num_warps=N_WARPS, maxnreg=N_REGISTERS,
     )  # fmt: skip
