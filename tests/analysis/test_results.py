@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from row_factory import CAPACITIES, TOTAL_BYTES, cell_rows, run_rows
+from row_factory import CAPACITIES, cell_rows, run_rows
 from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
 
 from djinn_lib.analysis.results import (
     ablation_table,
-    hit_table,
     large_table,
     measures,
     replicates_table,

@@ -12,7 +12,7 @@ from run_factory import GPU_MACHINE, MACHINE, on_another_machine, write_cell
 from djinn_lib.analysis.claim_metrics import METRICS
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.results import speedup_table
-from djinn_lib.analysis.run import Run, load_run, published
+from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import sweep
 from djinn_lib.errors import RecordError
 from djinn_lib.paths import REPO

@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from djinn_lib.analysis.claims import judge, load_claims, read_claims
@@ -15,7 +14,7 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.experiment import large_results
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import pages
-from djinn_lib.publishing.pages import PAGES, TABLES, claims_summary, markdown, render, soaks
+from djinn_lib.publishing.pages import PAGES, TABLES, markdown, render, soaks
 from djinn_lib.publishing.redraw import READING
 
 

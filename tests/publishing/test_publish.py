@@ -23,7 +23,7 @@ from djinn_lib.experiment.status import Status
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
-from djinn_lib.publishing.publish import publish, scrub, scrub_text
+from djinn_lib.publishing.publish import publish, scrub_text
 from djinn_lib.rows import read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"

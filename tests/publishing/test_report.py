@@ -8,7 +8,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from markupsafe import escape
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages import broken_links, links_of
 from row_factory import UNAVAILABLE, cell_rows
