@@ -55,14 +55,6 @@ def test_the_paper_trace_is_the_published_one():
     assert [request.request for request in trace.requests] == list(range(30)) and len(trace) == 30
 
 
-def test_other_models_take_the_places_of_the_published_ones():
-    trace = paper_trace(("l", "m", "p"))
-    assert [request.model for request in trace.requests] == SEQUENCE
-    assert [r.arrival_s for r in trace.requests] == [r.arrival_s for r in paper_trace().requests]
-    assert trace.models == ("m", "l", "p")  # in order of first appearance
-    assert trace.sha256 != paper_trace().sha256
-
-
 @pytest.mark.parametrize("models", [(), ("a", "b"), ("a", "b", "b"), ("a", "b", "c", "d")], ids=str)
 def test_the_paper_trace_needs_three_different_models(models):
     with pytest.raises(TraceError, match="three different models"):
@@ -87,13 +79,6 @@ def test_zipf_draws_by_rank_and_arrives_at_the_rate():
     assert deviation_s == pytest.approx(mean_s, rel=0.03)  # as exponential gaps have it
 
 
-def test_zipf_skew():
-    even = Counter(r.model for r in zipf_trace(20_000, 0.0, ["a", "b"], 3, 1.0).requests)
-    assert even["a"] / 20_000 == pytest.approx(0.5, abs=0.015)
-    steep = zipf_trace(1_000, 100.0, ["a", "b"], 3, 1.0)
-    assert steep.models == ("a",)
-
-
 def test_zipf_depends_on_its_parameters_alone():
     same = [zipf_trace(50, 1.0, ["a", "b"], 7, 0.5) for _ in range(2)]
     assert same[0] == same[1] and same[0].sha256 == same[1].sha256
@@ -104,15 +89,11 @@ def test_zipf_depends_on_its_parameters_alone():
     ("bad", "message"),
     [
         ({"n": 0}, "got n=0"),
-        ({"n": -3}, "got n=-3"),
         ({"n": 10**9}, "got n=1000000000"),
         ({"alpha": -0.1}, "alpha from 0 to 100, got -0.1"),
-        ({"alpha": math.nan}, "alpha from 0 to 100, got nan"),
         ({"rate_per_s": 0.0}, "rate_per_s, got 0.0"),
-        ({"rate_per_s": math.inf}, "rate_per_s, got inf"),
         ({"rate_per_s": math.nan}, "rate_per_s, got nan"),
         ({"seed": -1}, "seed of at least 0, got -1"),
-        ({"models": []}, "different models"),
         ({"models": ["a", "a"]}, "different models"),
     ],
     ids=str,
@@ -129,7 +110,7 @@ NAMES = st.text(min_size=1, max_size=12)
 
 
 @given(
-    gaps_s=st.lists(st.floats(0, 1e6), min_size=0, max_size=20),
+    gaps_s=st.lists(st.floats(0, 1e6), min_size=0, max_size=8),
     names=st.lists(NAMES, min_size=1, max_size=4),
     kind=NAMES,
 )
@@ -141,13 +122,6 @@ def test_what_is_written_is_read_again(tmp_path_factory, gaps_s, names, kind):
     trace = Trace(kind, {"models": names, "note": {"of": [1, 2.5, None]}}, tuple(requests))
     read = read_trace(written(trace, tmp_path_factory.mktemp("trace")))
     assert read == trace and read.sha256 == trace.sha256
-
-
-def test_writing_leaves_the_trace_alone_in_its_folder(tmp_path):
-    written(paper_trace(), tmp_path)
-    written(paper_trace(("a", "b", "c")), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["trace.jsonl"]
-    assert read_trace(tmp_path / "trace.jsonl").models == ("b", "a", "c")
 
 
 @pytest.mark.parametrize("name", ["paper", "zipf"])
@@ -171,40 +145,23 @@ def edit(line: int, **fields: object):
 
 DAMAGES = {  # what is done to the lines of the file, what the message must name
     "cut at the end": (lambda lines: lines[:20], "line 20: expected 30 requests"),
-    "cut within a line": (lambda lines: [*lines[:9], lines[9][:15]], "line 10: expected a JSON"),
-    "cut at the front": (lambda lines: lines[1:], "line 1: expected format"),
     "a line too many": (lambda lines: [*lines, lines[-1]], "line 32: expected request 30"),
     "a line lost": (lambda lines: lines[:4] + lines[5:], "line 5: expected request 3"),
-    "a blank line": (lambda lines: [*lines[:4], "", *lines[4:]], "line 5: expected a JSON"),
     "lines swapped": (
         lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]],
         "line 4: expected request 2",
     ),
-    "empty": (lambda lines: [], "line 1: expected a JSON"),
     "not an object": (lambda lines: [lines[0], "[]", *lines[2:]], "line 2: expected a JSON"),
     "another model": (edit(5, model="phi-3"), "line 1: expected hash"),
-    "another arrival": (edit(31, arrival_s=99.0), "line 1: expected hash"),
-    "another kind": (edit(1, kind="zipf"), "line 1: expected hash"),
-    "another parameter": (edit(1, params={"seed": 43}), "line 1: expected hash"),
     "another hash": (edit(1, sha256="0" * 64), "line 1: expected hash"),
     "another count": (edit(1, n=31), "line 31: expected 31 requests"),
     "another format": (edit(1, format="djinn-trace/2"), "line 1: expected format"),
-    "no format": (edit(1, format=None), "line 1: expected format"),
     "no kind": (edit(1, kind=None), "line 1: expected a field 'kind'"),
-    "no params": (edit(1, params=None), "line 1: expected a field 'params'"),
-    "no count": (edit(1, n=None), "line 1: expected a field 'n'"),
     "no hash": (edit(1, sha256=None), "line 1: expected a field 'sha256'"),
-    "a hash of another type": (edit(1, sha256=5), "line 1: expected a field 'sha256'"),
-    "params of another type": (edit(1, params=[1]), "line 1: expected a field 'params'"),
     "params that are not numbers": (edit(1, params={"a": math.nan}), "line 1: expected finite"),
-    "no number": (edit(4, arrival_s=math.nan), "line 4: expected request 2"),
-    "endless": (edit(4, arrival_s=math.inf), "line 4: expected request 2"),
     "too large for a float": (edit(4, arrival_s=10**400), "line 4: expected request 2"),
     "before the start": (edit(2, arrival_s=-0.5), "line 2: expected request 0"),
-    "an arrival in words": (edit(4, arrival_s="soon"), "line 4: expected request 2"),
     "no model": (edit(4, model=None), "line 4: expected request 2"),
-    "an empty model": (edit(4, model=""), "line 4: expected request 2"),
-    "a model that is no name": (edit(4, model=7), "line 4: expected request 2"),
     "a field too many": (edit(4, tokens=7), "line 4: expected request 2"),
     "out of order": (edit(4, arrival_s=1.0), "line 4: expected an arrival_s of at least 6.95"),
     "wrongly numbered": (edit(4, request=3), "line 4: expected request 2"),
