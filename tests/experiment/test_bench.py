@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def test_without_set_up_nothing_opens(tmp_path):
         Bench.open(tiny_profile(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"models": {"llama": 5}}', '{"models": {"llama": {}}}']
-)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"llama": {}}}'])
 def test_a_broken_set_up_is_refused(tmp_path, content):
     (tmp_path / "machine.json").write_text(content)
     with pytest.raises(ConfigError, match="run notebook 00_setup first"):
@@ -89,18 +86,11 @@ def test_a_failed_set_up_leaves_no_facts(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("below", ["run", "a/b/run"])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"can be written to, got .*file.*choose another run_dir"):
-        set_up(tiny_profile(), tmp_path / "file" / below, tmp_path / "models", silent)
+        set_up(tiny_profile(), tmp_path / "file" / "a" / "run", tmp_path / "models", silent)
     assert not (tmp_path / "models").exists()
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="choose another run_dir"):
-        ensure_writable(tmp_path / "file")
 
 
 def test_a_full_disk_is_seen_at_once(tmp_path, monkeypatch):
@@ -110,11 +100,6 @@ def test_a_full_disk_is_seen_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(ConfigError, match=r"\(No space left on device\)"):
         ensure_writable(tmp_path)
-
-
-def test_trying_a_folder_leaves_nothing_in_it(tmp_path):
-    ensure_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_capacities_are_shares_of_all_weights_or_sizes():
@@ -150,10 +135,3 @@ def test_a_trace_that_cannot_be_made_writes_nothing(tmp_path):
     with pytest.raises(TraceError, match="three different models"):
         bench.write_traces()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_facts_on_disk_are_plain_json(tmp_path):
-    set_up_in(tmp_path)
-    state = json.loads((tmp_path / "run" / "machine.json").read_text())
-    assert state["machine"] == FACTS and list(state["models"]) == ["llama", "gpt2"]
-    assert state["models"]["llama"]["n_bytes"] > 0

@@ -81,12 +81,6 @@ def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):
     assert "no room" in figure.get_supxlabel()
 
 
-def test_a_ring_that_holds_the_model_is_refused():
-    case = LargeCase("llama", spec("llama"), "float32", N_BYTES, resident=False)
-    with pytest.raises(ConfigError, match="a ring smaller than 'llama'"):
-        measure(case, "cpu", "4KiB", PROMPT, 3, 1)
-
-
 @pytest.mark.slow
 def test_the_cases_of_a_profile_are_run_and_kept(tmp_path):
     own = {**CONFIGS["phi"].to_dict(), "model_type": "phi"}

@@ -103,8 +103,13 @@ def test_a_clock_that_cannot_be(wrong):
 # -- the check against measured rows -------------------------------------------------------
 
 
-def test_simulated_and_measured_agree():
-    table = validation.errors(validation.compared())
+@pytest.fixture(scope="module")
+def compared():
+    return validation.compared()
+
+
+def test_simulated_and_measured_agree(compared):
+    table = validation.errors(compared)
     assert table["bytes_equal"].all()
     for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
         missed = table.index[table[f"{statistic}_error"].abs() > most]
@@ -174,9 +179,10 @@ def sequential(rows: pd.DataFrame) -> pd.DataFrame:
     return own.sort_values(["traffic", "share", "policy"], ignore_index=True)
 
 
-def test_order_does_not_matter(small):
-    backwards = run_study(POINTS, lambda run, chosen: [run(p) for p in reversed(chosen)])
-    pd.testing.assert_frame_equal(sequential(backwards), sequential(small))
+def test_order_does_not_matter():
+    few = POINTS[::6]
+    backwards = run_study(few, lambda run, chosen: [run(p) for p in reversed(chosen)])
+    pd.testing.assert_frame_equal(sequential(backwards), sequential(run_study(few)))
 
 
 @pytest.mark.slow
@@ -221,13 +227,13 @@ def test_the_kept_study_says_what_the_notebook_says(reference):
     assert by_policy["oracle"] <= by_policy["lookahead"] < by_policy["lru"]
 
 
-def test_figures(small, reference):
+def test_figures(small, reference, compared):
     scale = json.loads((STUDY / "scale.json").read_text())
     for figure in (
         plot_study.distance_to_optimum(small),
         plot_study.latencies_under_load(small),
         plot_study.capacity_that_suffices(reference),
-        plot_study.measured_and_simulated(validation.compared()),
+        plot_study.measured_and_simulated(compared),
         plot_study.growth(scale),
     ):
         assert all(axes.has_data() for axes in figure.axes)
