@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -14,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -193,34 +190,3 @@ def test_notebook_is_clean_and_short(path: Path) -> None:
 
 
 # --- documents ---
-
-
-def test_license_and_citation_agree_with_pyproject() -> None:
-    citation = yaml.safe_load((REPO / "CITATION.cff").read_text())
-    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
-    assert citation["version"] == PROJECT["version"]
-    assert "Version 2.0, January 2004" in (REPO / "LICENSE").read_text()
-
-
-@pytest.mark.parametrize("command", ["make test", "make reproduce"])
-def test_readme_and_ci_run_the_two_commands(command: str) -> None:
-    """As commands of their own: `make test-all` in prose does not stand for `make test`."""
-    readme, ci = (REPO / "README.md").read_text(), (REPO / ".ci" / "run").read_text()
-    assert re.search(rf"^{command}( +#.*)?$", readme, flags=re.M)
-    assert re.search(rf'^step "[^"]+" {command}$', ci, flags=re.M)
-
-
-@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_runs_and_environments_are_ignored_but_the_reference_is_not(tmp_path: Path) -> None:
-    shutil.copy(REPO / ".gitignore", tmp_path)
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    paths = [
-        "data/runs/cpu/claims.json",
-        ".venv/bin/python",
-        ".venv-vllm/x",
-        "data/reference/a.png",
-    ]
-    asked = subprocess.run(
-        ["git", "check-ignore", *paths], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert asked.stdout.split() == paths[:3]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import subprocess
-import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -78,30 +78,24 @@ def test_an_error_leaves_everything_as_it_was(places, monkeypatch, step, error):
     assert states(places) == {"new"}
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-from djinn_lib import replacing
-step, *paths = sys.argv[1:]
-left = [int(step)]
-def dying(function):
-    def call(*arguments, **options):
-        left[0] -= 1
-        if left[0] < 0:
-            os._exit(9)
-        return function(*arguments, **options)
-    return call
-for module, name in ((os, "rename"), (os, "rmdir"), (os, "sync"), (replacing.shutil, "rmtree")):
-    setattr(module, name, dying(getattr(module, name)))
-made = {Path(target): Path(new) for target, new in zip(paths[::2], paths[1::2])}
-replacing.replace_folders(made)
-"""
+def die_at(step: int, places: dict[Path, Path]) -> None:
+    """Replace folders in a process that ends before its call number `step`."""
+    left = itertools.count(step, -1)
+
+    def dying(function):
+        return lambda *args, **options: function(*args, **options) if next(left) else os._exit(9)
+
+    for module, name in ((os, "rename"), (os, "rmdir"), (os, "sync"), (replacing.shutil, "rmtree")):
+        setattr(module, name, dying(getattr(module, name)))
+    replace_folders(places)
 
 
-def killed_at(step: int, places: dict[Path, Path]) -> int:
-    """Replace folders in a process that dies before its call number `step`; returns its status."""
-    paths = [str(path) for pair in places.items() for path in pair]
-    return subprocess.run([sys.executable, "-c", KILLED, str(step), *paths]).returncode
+def killed_at(step: int, places: dict[Path, Path]) -> int | None:
+    """The exit status of a process that replaces folders and dies at a step."""
+    process = get_context("fork").Process(target=die_at, args=(step, places))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize("absent", [False, True], ids=["both old", "one absent"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from row_factory import cell_rows
 
 from djinn_lib import files
-from djinn_lib.errors import CapacityError, CheckpointError, PlatformError, RecordError
+from djinn_lib.errors import CapacityError, CheckpointError, RecordError
 from djinn_lib.rows import (
     COLUMNS,
     ERROR_KINDS,
@@ -65,17 +65,6 @@ def test_every_column_must_be_there(rows, column):
     for row in rows:
         del row[column]
     assert column in refused(rows)
-
-
-def test_a_column_too_many_is_refused(rows):
-    for row in rows:
-        row["power_w"] = 300.0
-    assert "power_w" in refused(rows)
-
-
-def test_columns_must_stand_in_order(good):
-    with pytest.raises(RecordError, match="somewhere: expected rows of the schema"):
-        check_rows(good[[*COLUMNS[1:], COLUMNS[0]]], "somewhere")
 
 
 def test_no_rows_are_refused(good):
@@ -279,21 +268,15 @@ def caused(error: Exception, by: BaseException) -> Exception:
         (MemoryError(), "oom"),
         (CapacityError("too small"), "oom"),
         (OutOfMemoryError("tried to allocate 20 GiB"), "oom"),
-        (RuntimeError("CUDA error: Out of Memory"), "oom"),
         (TimeoutError(), "timeout"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
-        (OSError(errno.EIO, "Input/output error"), "other"),
         (BrokenPipeError(), "engine_died"),
-        (ConnectionResetError(), "engine_died"),
         (EOFError(), "engine_died"),
         (RayActorError("the actor died"), "engine_died"),
         (CheckpointError("truncated"), "bad_input"),
-        (PlatformError("no memfd"), "other"),
         (ValueError("not ours"), "other"),
         (caused(RuntimeError("engine failed"), MemoryError()), "oom"),
         (caused(RuntimeError("a"), caused(RuntimeError("b"), TimeoutError())), "timeout"),
-        (caused(RuntimeError("a"), KeyError("b")), "other"),
-        (KeyboardInterrupt(), "other"),
     ],
     ids=repr,
 )

@@ -108,17 +108,6 @@ def test_capacities_are_shares_of_all_weights_or_sizes():
     assert bench.capacity_bytes("25") == 3195 and bench.capacity_bytes("all") == 1 << 30
 
 
-def test_the_tables():
-    bench = bench_of({"a": 1 << 20, "b": 3 << 20}, capacities={"half": "1/2", "all": "5MiB"})
-    models = bench.models_table()
-    assert models["size"].to_dict() == {"a": "1.0 MiB", "b": "3.0 MiB"}
-    assert models["share of all weights (%)"].tolist() == [25, 75]
-    capacities = bench.capacities_table()
-    assert capacities["frames"].to_dict() == {"half": 512, "all": 1280}  # pages of 4 KiB
-    assert capacities["share of all weights (%)"].tolist() == [50, 125]
-    assert capacities["as written in the profile"].tolist() == ["1/2", "5MiB"]
-
-
 def test_traces_are_written_over_the_models(tmp_path):
     bench = set_up_in(tmp_path)
     traces = bench.write_traces()

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_damage import flip_a_bit
-from profile_factory import tiny_profile
 from tiny import PROMPT, saved
-from tiny_run import SYSTEMS, cell_of, copied, prepare
+from tiny_run import cell_of, copied, prepare
 
 from djinn_lib.errors import ConfigError, TraceError
 from djinn_lib.experiment import record
@@ -172,40 +170,6 @@ def test_a_trace_without_requests(bench):
     with pytest.raises(TraceError, match=r"at least 1 request, .*generate the trace again"):
         run_cell(bench, cell)
     assert not bench.run.cell(cell.id).rows.exists()
-
-
-@pytest.mark.slow
-def test_a_trace_of_one_request_goes_all_the_way(bench):
-    from djinn_lib.analysis import cell_view
-    from djinn_lib.analysis.claims import judge, load_claims
-    from djinn_lib.analysis.plots import latency, sensitivity, timeline
-    from djinn_lib.analysis.run import load_run
-    from djinn_lib.analysis.selection import sweep
-    from djinn_lib.experiment.paper_form import results_of
-
-    profile = tiny_profile(
-        systems={name: {"system": name} for name in SYSTEMS},
-        capacities={"20": "3/4", "25": "64MiB"},
-        traces={"paper": {"kind": "zipf", "n": 1, "alpha": 1.0, "seed": 1, "rate_per_s": 1.0}},
-        cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
-    )
-    short = replace(bench, profile=profile)
-    short.run.trace("zipf").unlink()
-    short.write_traces()
-    for cell in profile.all_cells():
-        run_cell(short, cell)
-    run = load_run(short.run_dir)
-    rows = run.cells("paper", "25")
-    assert (len(run.rows), rows["ok"].sum()) == (8, 3)
-    cell_view.summary(rows[rows["system"] == "djinn"])
-    latency.latency_cdf(rows)
-    latency.latency_breakdown(rows)
-    timeline.residency_over_time(rows, "djinn")
-    latency.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
-    sensitivity.sensitivity(sweep(run), "pytorch_pinned")
-    verdicts = judge(load_claims(), run)
-    assert any(verdict.measured is not None for verdict in verdicts)
-    assert results_of(run.rows, "paper", "25")
 
 
 def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):

@@ -130,13 +130,6 @@ def test_a_full_disk_leaves_the_manifest_as_it_was(tmp_path, monkeypatch):
     assert read_manifest(path) == MANIFEST and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_says_nothing_of_an_execution_is_none(tmp_path):
-    path = tmp_path / "cell.manifest.json"
-    assert read_execution(path) is None
-    write_manifest({**MANIFEST, "execution": {"colour": "red"}}, path)
-    assert read_execution(path) is None
-
-
 def test_manifests_of_the_reference_run_can_be_read():
     paths = sorted((REFERENCE / "requests").glob("*.manifest.json"))
     assert len(paths) > 30

@@ -148,13 +148,6 @@ def test_cells_are_every_combination_once(tmp_path):
     ]
 
 
-def test_any_cell_can_be_asked_for(tmp_path):
-    profile = load_profile("mine", write(tmp_path, GOOD))
-    assert profile.cell("zipf", "all", "djinn").repeats == 5
-    unlisted = profile.cell("zipf", "25", "djinn_whole")
-    assert (unlisted.id, unlisted.repeats) == ("zipf-25-djinn_whole", 2)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -230,13 +223,6 @@ def test_an_unknown_profile_is_refused_with_those_there_are(name):
     with pytest.raises(ConfigError, match=said) as caught:
         load_profile(name)
     assert repr(name) in str(caught.value)
-
-
-def test_a_profile_is_named_by_its_file(tmp_path):
-    write(tmp_path, {**GOOD, "name": "../elsewhere"})
-    assert load_profile("mine", tmp_path).name == "mine"
-    with pytest.raises(ValueError, match="name"):
-        Profile.model_validate({**GOOD, "name": "../elsewhere"})
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "device: cpu"])

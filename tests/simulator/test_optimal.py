@@ -183,23 +183,3 @@ def test_least_cost_is_the_optimum_where_every_byte_costs_the_same(rng):
         capacity = int(rng.integers(max(sizes.values()), sum(sizes.values()) + 1))
         least = least_cost(models, sizes, capacity, dict.fromkeys(sizes, 2.0))
         assert least == pytest.approx(2 * optimal_bytes(models, sizes, capacity))
-
-
-def test_least_cost_keeps_what_is_dear():
-    sizes, models = {"a": 4, "b": 4, "c": 4}, list("abcabc")
-    # Room for two of three: each gap could keep a or b; a byte of b costs ten times as much.
-    cost = {"a": 1.0, "b": 10.0, "c": 1.0}
-    assert least_cost(models, sizes, 8, cost) == pytest.approx(4 + 40 + 4 + 4 + 4)
-    assert least_cost(["a", "b"], sizes, 8, cost) == 44
-
-
-@pytest.mark.parametrize("cost", [{}, {"a": -1.0}, {"a": float("nan")}])
-def test_least_cost_refuses_costs_that_mean_nothing(cost):
-    with pytest.raises(TraceError, match="a cost of 0 or more a byte for 'a'"):
-        least_cost(["a"], {"a": 1}, 1, cost)
-
-
-@pytest.mark.parametrize("size", [float("nan"), float("inf"), -1, 0])
-def test_sizes_that_cannot_be_are_refused(size):
-    with pytest.raises(CapacityError, match=f"expected a positive size, got {size} for 'a'"):
-        optimal_bytes(["a"], {"a": size}, 10)

@@ -150,17 +150,6 @@ def test_requests_for_an_awake_engine_are_handed_over_while_it_computes(models, 
     assert [one.loaded_bytes for one in served] == [models["llama"].n_bytes, 0, 0]
 
 
-def test_the_naive_form_lets_all_others_sleep_at_every_change(models, noted):
-    system = VllmSleep(models, 10 * room_for_two(models), "cuda", naive=True)
-    system.start()
-    n = len(NotedEngine.notes)
-    for name in ("llama", "llama", "phi", "llama"):
-        system.serve(name, PROMPT, 1)
-    slept = [one for one in said(n) if one[1] == "sleep"]
-    assert slept == [("llama", "sleep"), ("phi", "sleep")]
-    system.close()
-
-
 @pytest.mark.parametrize("fails", ["wake_up", "generate"])
 def test_an_engine_that_fails_fails_its_request_and_is_started_anew(system, fails):
     system.serve("phi", PROMPT, 2)
