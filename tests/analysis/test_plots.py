@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,13 +129,6 @@ def test_modes_are_not_mixed():
         sensitivity(both, "djinn")
 
 
-def test_figures_leave_matplotlib_as_it_was(at_25: pd.DataFrame):
-    before, open_before = dict(mpl.rcParams), plt.get_fignums()
-    latency_cdf(at_25)
-    assert dict(mpl.rcParams) == before
-    assert plt.get_fignums() == open_before
-
-
 def test_text_is_never_smaller_than_7_points(figures: dict[str, Figure]):
     for name, figure in figures.items():
         sizes = {t.get_fontsize() for t in figure.findobj(mpl.text.Text) if t.get_text()}
@@ -166,12 +158,6 @@ def test_mixed_capacities_are_refused(draw, rows: pd.DataFrame):
 @pytest.mark.parametrize("draw", COMPARING)
 def test_systems_that_cannot_run_are_named_with_the_reason(draw, at_25: pd.DataFrame):
     assert f"vLLM sleep ({UNAVAILABLE['vllm_sleep']})" in texts(draw(at_25))
-
-
-@pytest.mark.parametrize("draw", COMPARING)
-def test_a_system_that_failed_every_request_is_named(draw):
-    broken = cell_rows("vllm_sleep").assign(system="vllm_recreate", error_kind="oom")
-    assert "(30 of 30 failed)" in texts(draw(pd.concat([cell_rows("djinn"), broken])))
 
 
 def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):

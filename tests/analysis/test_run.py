@@ -124,11 +124,6 @@ def test_cells_of_different_weights_are_refused(cpu: Run):
         _ = replace(cpu, manifests={**cpu.manifests, cell: other}).sizes
 
 
-def test_a_run_without_rows_says_what_to_do(tmp_path: Path):
-    with pytest.raises(RecordError, match="run notebook 02_run_system first"):
-        load_run(tmp_path)
-
-
 def test_a_run_without_set_up_says_what_to_do(tmp_path: Path):
     (tmp_path / "status").mkdir()
     write_cell(tmp_path, cell_rows("djinn"))

@@ -122,12 +122,6 @@ def test_rows_of_other_code_or_of_another_day_answer_the_same_question(cell):
     assert (manifest["git_commit"], manifest["run_id"]) == ("0123456789abcdef", "earlier")
 
 
-def test_rows_of_other_requests_go(cell):
-    rows, manifest = execution("earlier", 30)
-    keep(cell, rows.iloc[:20], manifest)
-    assert len(keep(cell, *execution("later", 0, True))) == 30
-
-
 @pytest.mark.parametrize("manifest", [None, "of another run", "broken"])
 def test_rows_without_a_manifest_of_their_own_go_but_not_for_ever(cell, manifest):
     """The process died after it had written the rows; what died later tells nothing of them."""
@@ -151,16 +145,6 @@ def test_a_full_disk_takes_no_rows(cell, monkeypatch):
     with pytest.raises(OSError, match="No space"):  # before anything is replaced
         keep(cell, *execution("later", 0, False))
     assert cell.rows.read_bytes() == before
-
-
-def test_without_links_rows_are_copied_aside(cell, monkeypatch):
-    def none(*_: Any) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    keep(cell, *execution("earlier", 30))
-    monkeypatch.setattr(kept_rows.os, "link", none)
-    keep(cell, *execution("later", 0))
-    assert aside(cell) == ["earlier.manifest.json", "earlier.parquet"]
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 cut"])

@@ -112,19 +112,6 @@ def test_a_kernel_that_does_not_start_is_a_status(folder, monkeypatch):
     assert (folder / "out" / "good.ipynb").exists()  # for the page
 
 
-def test_a_copy_that_a_killed_process_left_is_not_that_of_the_next(folder, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("Kernel didn't respond in 180 seconds")
-
-    monkeypatch.setattr(notebooks, "_papermill", refuse)
-    output = folder / "out" / "good.ipynb"
-    output.parent.mkdir()
-    output.with_suffix(".partial.ipynb").write_text("cut")
-    assert execute("good", output, {}).error_kind == "kernel_died"
-    assert output.read_bytes() == (folder / "good.ipynb").read_bytes()
-    assert [path.name for path in output.parent.iterdir()] == [output.name]
-
-
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

@@ -235,21 +235,6 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
 # -- capacities ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [
-        ("25GiB", 25 * 2**30),
-        ("1.5 MiB", 3 * 2**19),
-        ("512B", 512),
-        ("25/31.3", 798_722),  # of a million
-        ("40/31.3", 1_277_955),
-        ("1/1", 1_000_000),
-    ],
-)
-def test_capacities(text, n_bytes):
-    assert parse_capacity(text, 1_000_000) == n_bytes
-
-
 @pytest.mark.parametrize("text", ["", "25", "25 GB", "0GiB", "25/0", "-1/2", "1/2/3", "half"])
 def test_what_is_no_capacity_is_refused(text):
     with pytest.raises(ConfigError, match=r"as '25GiB', or a share .* as '25/31\.3'"):

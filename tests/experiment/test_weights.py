@@ -229,19 +229,6 @@ def test_a_prepared_folder_that_was_damaged_is_refused(tmp_path, files, name):
     assert prepare_models(tiny_profile(), tmp_path / "models", silent) == files
 
 
-def test_a_revision_of_the_hub_is_asked_for(tmp_path, files, monkeypatch):
-    asked = []
-
-    def resolve(source: object, revision: str | None = None) -> Path:
-        asked.append((str(source), revision))
-        return files["llama"].folder
-
-    monkeypatch.setattr(weights, "resolve_folder", resolve)
-    entry = {"stands_for": "phi-2", "hub_id": "someone/model", "revision": "abc123"}
-    prepare_models(tiny_profile({"m": entry}), tmp_path / "other", silent)
-    assert asked[0] == ("someone/model", "abc123")
-
-
 def test_weights_that_are_not_there_have_no_hash(files):
     (files["gpt2"].folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has neither .*: check the folder"):
