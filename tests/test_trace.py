@@ -22,6 +22,7 @@ from djinn_lib.trace import (
     check_models,
     paper_trace,
     read_trace,
+    renamed,
     write_trace,
     zipf_trace,
 )
@@ -59,6 +60,12 @@ def test_the_paper_trace_is_the_published_one():
 def test_the_paper_trace_needs_three_different_models(models):
     with pytest.raises(TraceError, match="three different models"):
         paper_trace(models)
+
+
+def test_a_renamed_trace_names_its_new_models_everywhere():
+    trace = renamed(paper_trace(("l", "m", "p")), {"l": "llama", "m": "mistral"}, keep=("m",))
+    assert set(trace.models) == {"llama", "m", "p"} == set(trace.params["models"])
+    assert [len(request.model) for request in trace.requests[:3]] == [1, 5, 5]
 
 
 # -- zipf ------------------------------------------------------------------------------------
