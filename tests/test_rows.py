@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from row_factory import cell_rows
 
 from djinn_lib import files
-from djinn_lib.errors import CapacityError, CheckpointError, PlatformError, RecordError
+from djinn_lib.errors import CapacityError, CheckpointError, RecordError
 from djinn_lib.rows import (
     COLUMNS,
     ERROR_KINDS,
@@ -28,8 +28,6 @@ from djinn_lib.rows import (
     token_sha,
     write_rows,
 )
-
-TIMES = ("queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms")
 
 
 @pytest.fixture
@@ -62,22 +60,11 @@ def refused(rows: list[dict[str, Any]]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", ["run_id", "loaded_bytes", "resident_bytes"])
 def test_every_column_must_be_there(rows, column):
     for row in rows:
         del row[column]
     assert column in refused(rows)
-
-
-def test_a_column_too_many_is_refused(rows):
-    for row in rows:
-        row["power_w"] = 300.0
-    assert "power_w" in refused(rows)
-
-
-def test_columns_must_stand_in_order(good):
-    with pytest.raises(RecordError, match="somewhere: expected rows of the schema"):
-        check_rows(good[[*COLUMNS[1:], COLUMNS[0]]], "somewhere")
 
 
 def test_no_rows_are_refused(good):
@@ -89,26 +76,20 @@ def test_no_rows_are_refused(good):
 @pytest.mark.parametrize(
     ("column", "value", "named"),
     [
-        *[(c, -1, c) for c in ("loaded_bytes", "evicted_bytes", "writeback_bytes")],
-        ("resident_before_bytes", -1, "resident_before_bytes"),
+        ("loaded_bytes", -1, "loaded_bytes"),
         ("capacity_bytes", 0, "capacity_bytes"),
         ("loaded_bytes", 1.5, "loaded_bytes"),
-        ("loaded_bytes", "many", "loaded_bytes"),
         ("repeat", -1, "repeat"),
         ("request", 2.5, "request"),
-        ("n_tokens", -1, "n_tokens"),
         ("system", 5, "system"),
         ("model", None, "model"),
         ("mode", "parallel", "mode"),
         ("arrival_s", -0.1, "arrival_s"),
-        ("start_s", math.nan, "start_s"),
         ("queue_ms", -1.0, "queue_ms"),
         ("switch_ms", math.inf, "switch_ms"),
-        ("total_ms", "slow", "total_ms"),
         ("error_kind", "bad_luck", "error_kind"),
         ("ok", "yes", "ok"),
-        ("ok", None, "ok"),
-        *[(c, math.nan, "ok rows have all times") for c in TIMES],
+        ("ttft_ms", math.nan, "ok rows have all times"),
         ("n_tokens", 0, "ok rows have tokens"),
         ("token_sha", "", "ok rows have tokens"),
         ("error_kind", "oom", "ok exactly when its error_kind is empty"),
@@ -122,7 +103,7 @@ def test_bad_values_are_refused_by_name(rows, column, value, named):
     assert named in refused(rows)
 
 
-@pytest.mark.parametrize("column", TIMES)
+@pytest.mark.parametrize("column", ["queue_ms", "ttft_ms"])
 def test_failed_rows_have_no_times(rows, column):
     keys = {name: rows[4][name] for name in COLUMNS[:12]}
     rows[4] = failed_row(**keys, error_kind="oom", error="out of memory")
@@ -131,7 +112,7 @@ def test_failed_rows_have_no_times(rows, column):
     assert "failed rows have none" in refused(rows)
 
 
-@pytest.mark.parametrize("part", ["switch_ms", "decode_ms", "queue_ms", "ttft_ms"])
+@pytest.mark.parametrize("part", ["switch_ms", "ttft_ms"])
 def test_rows_whose_clocks_contradict_each_other_are_kept_and_named(rows, part):
     """A finished cell of a model larger than the ring once lost all of its rows to such a rule."""
     assert clock_warning(rows_frame(rows)) == ""
@@ -151,26 +132,11 @@ def test_clocks_that_are_read_one_after_the_other_differ_a_little(rows):
     assert "request 4" in clock_warning(rows_frame(rows))
 
 
-def test_requests_that_failed_have_no_clocks_to_doubt(rows):
-    keys = {name: rows[4][name] for name in COLUMNS[:12]}
-    failed = [failed_row(**keys, error_kind="oom", error="")]
-    assert clock_warning(rows_frame(failed)) == ""
-
-
 def test_the_same_request_may_stand_in_two_runs_or_repeats(good):
     other = good.assign(run_id="another")
     assert len(check_rows(pd.concat([good, other, good.assign(repeat=1)]), "all")) == 90
     with pytest.raises(RecordError, match="all: expected"):
         check_rows(pd.concat([good, good]), "all")
-
-
-@pytest.mark.parametrize("kind", ERROR_KINDS)
-def test_a_failed_row_fits_the_schema(rows, kind):
-    keys = {name: rows[0][name] for name in COLUMNS[:12]}
-    (row,) = rows_frame([failed_row(**keys, error_kind=kind, error="")]).to_dict("records")
-    assert (row["ok"], row["error_kind"], row["error"]) == (False, kind, kind)
-    assert math.isnan(row["total_ms"]) and row["n_tokens"] == 0 and row["loaded_bytes"] == 0
-    assert row["model"] == rows[0]["model"] and row["resident_bytes"] == "{}"
 
 
 def test_a_failed_row_can_always_be_written(rows, tmp_path):
@@ -221,13 +187,7 @@ def test_a_full_disk_leaves_nothing_new(tmp_path, good, monkeypatch, owner, func
         pd.testing.assert_frame_equal(read_rows(path), good)
 
 
-def test_bad_rows_write_nothing(tmp_path, good):
-    with pytest.raises(RecordError, match="expected rows of the schema"):
-        write_rows(good.drop(columns="model"), tmp_path / "cell.parquet")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("keep", [0.0, 0.99])
 def test_truncated_rows_are_refused(tmp_path, good, keep):
     path = tmp_path / "cell.parquet"
     write_rows(good, path)
@@ -263,6 +223,20 @@ def test_a_run_is_the_rows_of_all_its_cells(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("column", "value"), [("model", None), ("mode", "parallel"), ("repeat", 0.0), (None, None)]
+)
+def test_of_a_run_with_a_wrong_file_the_file_is_named(tmp_path, column, value):
+    for name in ("a", "b", "c"):
+        frame = cell_rows("djinn").assign(run_id=name)[list(COLUMNS)]
+        if name == "b":
+            frame = frame.assign(**{column: value}) if column else frame[list(COLUMNS[::-1])]
+        (tmp_path / "requests").mkdir(exist_ok=True)
+        frame.to_parquet(tmp_path / "requests" / f"{name}.parquet")
+    with pytest.raises(RecordError, match=r"b\.parquet: expected rows of the schema"):
+        read_run(tmp_path)
+
+
 def test_a_run_without_rows_says_what_to_do(tmp_path):
     with pytest.raises(RecordError, match="got none: run notebook 02_run_system first"):
         read_run(tmp_path)
@@ -294,21 +268,15 @@ def caused(error: Exception, by: BaseException) -> Exception:
         (MemoryError(), "oom"),
         (CapacityError("too small"), "oom"),
         (OutOfMemoryError("tried to allocate 20 GiB"), "oom"),
-        (RuntimeError("CUDA error: Out of Memory"), "oom"),
         (TimeoutError(), "timeout"),
         (OSError(errno.ENOSPC, "No space left on device"), "disk_full"),
-        (OSError(errno.EIO, "Input/output error"), "other"),
         (BrokenPipeError(), "engine_died"),
-        (ConnectionResetError(), "engine_died"),
         (EOFError(), "engine_died"),
         (RayActorError("the actor died"), "engine_died"),
         (CheckpointError("truncated"), "bad_input"),
-        (PlatformError("no memfd"), "other"),
         (ValueError("not ours"), "other"),
         (caused(RuntimeError("engine failed"), MemoryError()), "oom"),
         (caused(RuntimeError("a"), caused(RuntimeError("b"), TimeoutError())), "timeout"),
-        (caused(RuntimeError("a"), KeyError("b")), "other"),
-        (KeyboardInterrupt(), "other"),
     ],
     ids=repr,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,19 +33,6 @@ def long_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_linux_takes_what_is_called_the_longest(tmp_path):
-    folder = tmp_path / "x"
-    folder.mkdir()
-    for n_bytes, fits in ((LONGEST_BYTES, True), (LONGEST_BYTES + 1, False)):
-        path = f"{folder}/{'s' * n_bytes}"[:n_bytes]
-        with socket.socket(socket.AF_UNIX) as made:
-            if fits:
-                made.bind(path)
-            else:
-                with pytest.raises(OSError, match="too long"):
-                    made.bind(path)
-
-
 @pytest.mark.parametrize(
     ("folder", "n_below", "expected"),
     [("/a" * 20, 67, "/a" * 20), ("/a" * 20, 68, "/tmp"), ("/" + "ü" * 10, 86, "/" + "ü" * 10),
@@ -54,13 +40,6 @@ def test_linux_takes_what_is_called_the_longest(tmp_path):
 )  # fmt: skip
 def test_a_folder_counts_in_bytes_with_what_comes_below_it(folder, n_below, expected):
     assert socket_folder(n_below, folder) == expected
-
-
-def test_the_folder_for_temporary_files_is_asked_first(monkeypatch):
-    monkeypatch.delenv("RAY_TMPDIR", raising=False)
-    monkeypatch.setattr(tempfile, "tempdir", "/var/tmp")
-    assert socket_folder(60) == "/var/tmp" and ray_folder() == "/var/tmp/ray"
-    assert socket_folder(100) == "/tmp"
 
 
 def test_no_folder_that_is_short_enough_is_said(monkeypatch):
@@ -79,13 +58,6 @@ def test_kernels_ray_and_vllm_all_fit(long_tmpdir, monkeypatch):
         os.environ["VLLM_RPC_BASE_PATH"] + vllm_recreate._SOCKET,
     )
     assert all(len(path) <= LONGEST_BYTES and path.startswith("/tmp/") for path in longest)
-
-
-def test_a_folder_that_ray_is_told_of_comes_first(monkeypatch, long_tmpdir):
-    monkeypatch.setenv("RAY_TMPDIR", "/var/tmp")
-    assert ray_folder() == "/var/tmp/ray"
-    monkeypatch.setenv("RAY_TMPDIR", f"/var/tmp/{LONG}")
-    assert ray_folder() == "/tmp/ray"
 
 
 def test_ray_without_room_for_sockets_is_refused_before_the_set_up(monkeypatch, long_tmpdir):

@@ -15,7 +15,7 @@ from djinn_lib.errors import RecordError
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.metrics import sequential
 from djinn_lib.paths import REPO, user_path
-from djinn_lib.rows import no_rows, read_rows, read_run
+from djinn_lib.rows import no_rows, read_cells, read_run
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.trace import Trace, read_trace
 
@@ -260,11 +260,10 @@ def load_run(run_dir: Path | str) -> Run:
     traces = {path.stem: read_trace(path) for path in sorted((folder / "traces").glob("*.jsonl"))}
     again = {path: read_manifest(path.with_suffix(".manifest.json"))
              for path in sorted((folder / REPLICATES).glob("*.parquet"))}  # fmt: skip
-    replicates = [read_rows(path) for path in again]
     machine = read_machine(folder)
     return Run(
         folder, rows, machine["machine"], traces, manifests,
-        pd.concat(replicates, ignore_index=True) if replicates else no_rows(),
+        read_cells(list(again)) if again else no_rows(),
         {manifest["run_id"]: manifest for manifest in again.values()},
         machine.get("machines", []),
     )  # fmt: skip

@@ -41,7 +41,3 @@ def test_of_a_system_that_cannot_run_here_there_is_one_sentence():
     assert said == f"**vLLM sleep** cannot run on this machine: {reason}."
     assert cell_view.requests(rows) is None
     assert cell_view.held(rows, "vllm_sleep") is None
-
-
-def test_of_one_that_can_run_the_ring_is_drawn():
-    assert cell_view.held(cell_rows("djinn"), "djinn").axes

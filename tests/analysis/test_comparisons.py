@@ -107,13 +107,6 @@ def test_the_gain_is_taken_apart(gpu: Run):
     assert gain_table(moved).index.name == "part, on machine 1"
 
 
-def test_a_gain_that_cannot_be_measured_has_the_reason(gpu: Run, cpu: Run):
-    assert gain_table(cpu)["not measured because"].tolist() == [CPU_CLOCKS]
-    lru = replace(gpu, rows=gpu.rows[gpu.rows["system"] == "pytorch_lru"])
-    for table in (gain_table(lru), pinned_table(lru, PAPER)):
-        assert "no rows of system 'pytorch_pinned'" in table["not measured because"].iloc[0]
-
-
 # -- tokens ----------------------------------------------------------------------------------
 
 
@@ -129,11 +122,6 @@ def test_requests_with_other_tokens_are_counted(gpu: Run):
     assert djinn["with other tokens (%)"] == pytest.approx(100 * 13 / 30)
     assert (djinn["in another repeat"], graph["in another repeat"]) == (0, 4)
     assert "PyTorch pinned" not in table.index.get_level_values("system")  # the reference
-
-
-def test_tokens_without_a_reference_are_not_compared(gpu: Run):
-    run = replace(gpu, rows=gpu.rows[gpu.rows["system"].str.startswith("djinn")])
-    assert "not measured because" in token_table(run)
 
 
 # -- rates -----------------------------------------------------------------------------------

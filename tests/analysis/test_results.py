@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
-from row_factory import CAPACITIES, TOTAL_BYTES, cell_rows, run_rows
+from row_factory import CAPACITIES, cell_rows, run_rows
 from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
 
 from djinn_lib.analysis.results import (
     ablation_table,
-    hit_table,
     large_table,
     measures,
     replicates_table,
@@ -24,8 +23,6 @@ from djinn_lib.analysis.results import (
 from djinn_lib.analysis.run import Run
 from djinn_lib.metrics import later_touches
 from djinn_lib.rows import no_rows
-
-TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
 
 
 def with_machine(run: Run, system: str, **facts: float) -> Run:
@@ -102,11 +99,6 @@ def test_speedup_is_a_ratio_of_medians_inside_its_interval():
     assert set(table[table["system"] == "djinn"]["capacity_label"]) == set(CAPACITIES)
 
 
-def test_a_failed_request_is_not_a_hit():
-    rows = cell_rows("vllm_recreate")  # all its failed rows have loaded_bytes == 0
-    assert hit_table(rows)["hit"].tolist() == [0.0]
-
-
 def test_the_sweep_has_every_capacity_of_the_systems_swept(gpu: Run):
     table = sweep_table(gpu)
     assert len(table) == 3 * len(CAPACITIES) and "machine" not in table
@@ -132,17 +124,6 @@ def test_the_sweep_tells_machines_apart(gpu: Run):
     assert list(speedups[speedups.isna()].index) == list(differs[differs].index)
 
 
-def test_vllm_stands_beside_its_version_and_memory_beside_its_system(gpu: Run):
-    table = systems_table(gpu)
-    assert table.loc["vLLM sleep", "vLLM"] == "0.24.0" and table.loc["Djinn", "vLLM"] == ""
-    assert "peak memory (GiB)" not in table  # older rows have none
-    cell = "paper-25-djinn"
-    noted = {**gpu.manifests[cell], "peak_device_bytes": 27 << 30}
-    table = systems_table(replace(gpu, manifests={**gpu.manifests, cell: noted}))
-    assert table.loc["Djinn", "peak memory (GiB)"] == 27
-    assert math.isnan(table.loc["PyTorch LRU", "peak memory (GiB)"])
-
-
 def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
     table = ablation_table(gpu)
     steps = ["djinn_whole", "djinn_partial_no_overlap", "djinn_eager", "djinn_graph",
@@ -160,25 +141,6 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
         "djinn_eager",
         "djinn_graph",
     ]  # no ratio across machines
-
-
-def test_a_step_counts_the_requests_that_it_served(gpu: Run):
-    rows = gpu.rows.copy()
-    first = rows.index[(rows["system"] == "djinn_eager")][0]
-    rows.loc[first, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
-    rows.loc[first, TIMES] = math.nan
-    line = ablation_table(replace(gpu, rows=rows)).xs("djinn_eager", level="system").iloc[0]
-    mean_ms = cell_rows("djinn_eager", gpu=True)["total_ms"][1:].mean()
-    assert line["served (%)"] == pytest.approx(100 * 29 / 30) and line[
-        "mean (ms)"
-    ] == pytest.approx(mean_ms)
-
-
-def test_steps_that_were_not_measured_count_with_the_next(gpu: Run):
-    rows = gpu.rows[~gpu.rows["system"].isin(["djinn_graph", "djinn_compiled"])]
-    table = ablation_table(replace(gpu, rows=rows))
-    steps = table.index.get_level_values("step")
-    assert len(table) == 4 and steps[-1].count("+") == 3 and steps[-2].count("+") == 1
 
 
 def test_cells_that_were_measured_again_stand_next_to_each_other(gpu: Run):
@@ -229,9 +191,3 @@ def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):
     table = large_table(failed).xs("llama", level="model")
     assert table.loc["accelerate", "failed because"] == "no room"
     assert math.isnan(table.loc["accelerate", "per token (ms)"])
-
-
-def test_every_model_once_is_all_that_must_be_loaded(gpu: Run):
-    lru = sweep_table(gpu).xs("PyTorch LRU", level="system").iloc[-1]
-    loaded = cell_rows("pytorch_lru", "40")["loaded_bytes"].sum()
-    assert lru["bytes / optimum (x)"] == pytest.approx(loaded / TOTAL_BYTES)

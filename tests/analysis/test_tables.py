@@ -7,27 +7,15 @@ from dataclasses import replace
 
 import pandas as pd
 from row_factory import cell_rows
-from run_factory import GPU_MACHINE, MACHINE, run_of, write_large_rows
+from run_factory import GPU_MACHINE, run_of, write_large_rows
 
 from djinn_lib.analysis.tables import (
-    as_text,
-    facts_table,
     large_rows_table,
     machines_table,
     shown,
     trace_table,
 )
 from djinn_lib.trace import paper_trace, zipf_trace
-
-
-def test_facts_are_in_units_for_people():
-    facts = facts_table({**MACHINE, "hbm_rate_bytes_per_s": 2.88e12})["value"].to_dict()
-    assert facts["link rate"] == "8.0 GB/s" and facts["hbm rate"] == "2880.0 GB/s"
-    assert facts["d2h rate"] == "not measured: no GPU"
-    assert facts["host memory"] == facts["device memory"] == "8.0 GiB"
-    assert facts["eager operator"] == "3.5 µs"
-    assert facts["cores"] == "2" and facts["version of torch"] == "2.13.0"
-    assert "versions" not in facts
 
 
 def test_machines_have_their_measures_and_their_cells():
@@ -43,15 +31,6 @@ def test_machines_have_their_measures_and_their_cells():
     older = {name: value for name, value in GPU_MACHINE.items() if name != "eager_operator_us"}
     table = machines_table(replace(run, manifests={"b": {**one, "machine": older}}))
     assert table["eager operator (µs)"].isna().all() and list(table["cells"]) == [1]
-
-
-def test_texts_have_three_digits_and_say_where_nothing_is():
-    table = pd.DataFrame({"ms": [1234.5, 0.123456, math.nan], "n": [9000, 1, 2],
-                          "ok": [True, False, True], "why": ["", "late", ""]})  # fmt: skip
-    assert as_text(table).to_dict("list") == {
-        "ms": ["1,234", "0.123", "-"], "n": ["9,000", "1", "2"],
-        "ok": ["yes", "no", "yes"], "why": ["-", "late", "-"],
-    }  # fmt: skip
 
 
 def test_a_trace_is_counted():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,7 @@ def test_without_set_up_nothing_opens(tmp_path):
         Bench.open(tiny_profile(), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"models": {"llama": 5}}', '{"models": {"llama": {}}}']
-)
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"llama": {}}}'])
 def test_a_broken_set_up_is_refused(tmp_path, content):
     (tmp_path / "machine.json").write_text(content)
     with pytest.raises(ConfigError, match="run notebook 00_setup first"):
@@ -90,18 +87,11 @@ def test_a_failed_set_up_leaves_no_facts(tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-@pytest.mark.parametrize("below", ["run", "a/b/run"])
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"can be written to, got .*file.*choose another run_dir"):
-        set_up(tiny_profile(), tmp_path / "file" / below, tmp_path / "models", silent)
+        set_up(tiny_profile(), tmp_path / "file" / "a" / "run", tmp_path / "models", silent)
     assert not (tmp_path / "models").exists()
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="choose another run_dir"):
-        ensure_writable(tmp_path / "file")
 
 
 def test_a_full_disk_is_seen_at_once(tmp_path, monkeypatch):
@@ -113,26 +103,10 @@ def test_a_full_disk_is_seen_at_once(tmp_path, monkeypatch):
         ensure_writable(tmp_path)
 
 
-def test_trying_a_folder_leaves_nothing_in_it(tmp_path):
-    ensure_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
 def test_capacities_are_shares_of_all_weights_or_sizes():
     bench = bench_of({"a": 1000, "b": 3000}, capacities={"25": "25/31.3", "all": "1GiB"})
     assert bench.total_bytes == 4000
     assert bench.capacity_bytes("25") == 3195 and bench.capacity_bytes("all") == 1 << 30
-
-
-def test_the_tables():
-    bench = bench_of({"a": 1 << 20, "b": 3 << 20}, capacities={"half": "1/2", "all": "5MiB"})
-    models = bench.models_table()
-    assert models["size"].to_dict() == {"a": "1.0 MiB", "b": "3.0 MiB"}
-    assert models["share of all weights (%)"].tolist() == [25, 75]
-    capacities = bench.capacities_table()
-    assert capacities["frames"].to_dict() == {"half": 512, "all": 1280}  # pages of 4 KiB
-    assert capacities["share of all weights (%)"].tolist() == [50, 125]
-    assert capacities["as written in the profile"].tolist() == ["1/2", "5MiB"]
 
 
 def test_traces_are_written_over_the_models(tmp_path):
@@ -151,10 +125,3 @@ def test_a_trace_that_cannot_be_made_writes_nothing(tmp_path):
     with pytest.raises(TraceError, match="three different models"):
         bench.write_traces()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_facts_on_disk_are_plain_json(tmp_path):
-    set_up_in(tmp_path)
-    state = json.loads((tmp_path / "run" / "machine.json").read_text())
-    assert state["machine"] == FACTS and list(state["models"]) == ["llama", "gpt2"]
-    assert state["models"]["llama"]["n_bytes"] > 0

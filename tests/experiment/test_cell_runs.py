@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,6 @@ from papermill.exceptions import PapermillExecutionError
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib import files, nvml
-from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import cell as cell_module
 from djinn_lib.experiment import cell_runs, kept_rows, notebooks
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import close_dead_cell, run_cell
@@ -183,26 +180,10 @@ def test_rows_that_find_no_room_are_kept_once_there_is_some(bench, run, monkeypa
         return full() if len(calls) == 1 else real(*arguments)
 
     monkeypatch.setattr(kept_rows, "write_rows", full_once)
-    status = run("djinn")
-    assert rows_of(bench, "djinn")["ok"].all()
-    assert (status.state, status.error_kind) == ("failed", "disk_full")  # so that it runs again
-    assert noted(bench, "djinn") == status
-
-
-def test_rows_whose_manifest_finds_no_room_are_kept_with_one_once_there_is_some(
-    bench, run, monkeypatch
-):
-    real, calls = kept_rows.write_manifest, []
-
-    def full_once(*arguments):
-        calls.append(arguments)
-        return full() if len(calls) == 1 else real(*arguments)
-
-    monkeypatch.setattr(kept_rows, "write_manifest", full_once)
     status = run("pytorch_pinned")
-    rows, manifest = rows_of(bench, "pytorch_pinned"), files_of(bench, "pytorch_pinned").manifest
-    assert rows["ok"].all() and set(rows["run_id"]) == {read_manifest(manifest)["run_id"]}
-    assert status.error_kind == "disk_full"
+    assert rows_of(bench, "pytorch_pinned")["ok"].all()
+    assert (status.state, status.error_kind) == ("failed", "disk_full")  # so that it runs again
+    assert noted(bench, "pytorch_pinned") == status
 
 
 def test_a_journal_that_finds_no_room(bench, run, monkeypatch):
@@ -234,42 +215,22 @@ def test_a_disk_that_stays_full_loses_no_other_result(bench, run, monkeypatch, c
     assert rows_of(bench, "pytorch_pinned")["ok"].all()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
-def test_an_executed_notebook_that_cannot_be_kept(bench, run, number):
-    status = run("djinn", instead=OSError(number, os.strerror(number)))
-    kind = {errno.ENOSPC: "disk_full", errno.EROFS: "other"}[number]
-    assert set(rows_of(bench, "djinn")["error_kind"]) == {kind} == {status.error_kind}
-    assert os.strerror(number) in noted(bench, "djinn").error
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC], ids=os.strerror)
-def test_a_folder_that_refuses_is_found_before_a_cell_runs(bench, monkeypatch, number):
-    def refuse(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(Path, "write_text", refuse)
-    monkeypatch.setattr(cell_module, "_rows", None)
-    with pytest.raises(ConfigError, match="choose another run_dir or correct"):
-        run_cell(bench, cell_of(bench, "djinn"))
+def test_an_executed_notebook_that_cannot_be_kept(bench, run):
+    status = run("djinn", instead=OSError(errno.EROFS, "Read-only file system"))
+    assert set(rows_of(bench, "djinn")["error_kind"]) == {"other"} == {status.error_kind}
+    assert "Read-only file system" in noted(bench, "djinn").error
 
 
 # -- rows that were measured before something failed -------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("failure", "kind"),
-    [
-        (PapermillExecutionError(9, 9, "", "OutOfMemoryError", "no room", []), "oom"),
-        (DIED, "kernel_died"),
-    ],
-    ids=["raises", "dies"],
-)
-def test_a_notebook_that_fails_after_its_cell_was_measured_loses_no_row(bench, run, failure, kind):
+def test_a_notebook_that_fails_after_its_cell_was_measured_loses_no_row(bench, run):
     """6 of 6 served once became 0 of 6."""
+    failure = PapermillExecutionError(9, 9, "", "OutOfMemoryError", "no room", [])
     status = run("pytorch_pinned", then=failure)
     rows, cell = rows_of(bench, "pytorch_pinned"), files_of(bench, "pytorch_pinned")
     assert rows["ok"].all() and set(rows["run_id"]) == {read_manifest(cell.manifest)["run_id"]}
-    assert (status.state, status.error_kind) == ("failed", kind)
+    assert (status.state, status.error_kind) == ("failed", "oom")
     assert "6 of 6 requests had been served, and their rows are kept" in status.error
     assert noted(bench, "pytorch_pinned") == status
     assert cell.notebook.exists() and not cell.journal.exists()

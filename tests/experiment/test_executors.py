@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -139,15 +138,6 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1, got no answer"):
         run([Job("one", double, (1,))])
     assert time.perf_counter() - begin_s < 10
-
-
-@pytest.mark.slow
-def test_an_address_where_something_else_listens_is_refused_soon(monkeypatch):
-    monkeypatch.setattr(executors, "_HEALTH_S", 4.0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(ConfigError, match="TimeoutExpired"):
-            ensure_ray()
 
 
 def test_no_ray_is_one_clear_error(monkeypatch):

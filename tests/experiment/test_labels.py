@@ -22,9 +22,3 @@ def test_a_cell_is_found_by_a_number():
 def test_what_is_no_label_is_refused(value):
     with pytest.raises(ConfigError, match="expected a label"):
         label(value)
-
-
-def test_a_concurrent_cell_that_is_not_listed_takes_the_speed_of_those_that_are():
-    cpu = load_profile("cpu")
-    listed = next(cell for cell in cpu.all_cells() if cell.mode == "concurrent")
-    assert cpu.cell("paper", "40", "pytorch_lru", "concurrent").speed == listed.speed

@@ -63,13 +63,6 @@ def test_a_bar_that_is_a_widget_is_printed_too_but_a_result_that_is_one_is_not(t
     assert left(copy)[1:] == [result]
 
 
-def test_errors_stay_where_they_are(tmp_path):
-    error = new_output("error", ename="E", evalue="why", traceback=["why"])
-    copy = executed(tmp_path / "a.ipynb", printed("said\n"), error)
-    move_messages(copy, log_of(copy))
-    assert left(copy)[1:] == [error]
-
-
 def test_a_copy_without_messages_has_no_log(tmp_path):
     copy = executed(tmp_path / "a.ipynb", printed("\n"))
     log_of(copy).write_text("of an earlier execution")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from functools import cache
 from pathlib import Path
@@ -150,18 +149,10 @@ def test_cells_are_every_combination_once(tmp_path):
     ]
 
 
-def test_any_cell_can_be_asked_for(tmp_path):
-    profile = load_profile("mine", write(tmp_path, GOOD))
-    assert profile.cell("zipf", "all", "djinn").repeats == 5
-    unlisted = profile.cell("zipf", "25", "djinn_whole")
-    assert (unlisted.id, unlisted.repeats) == ("zipf-25-djinn_whole", 2)
-
-
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (("papr", "25", "djinn"), r"a trace out of \['paper', 'zipf'\], got 'papr'"),
-        (("paper", "26", "djinn"), r"a capacity out of \['25', 'all'\], got '26'"),
         (("paper", "25", "jinn"), r"a system out of \['djinn', 'djinn_whole'\], got 'jinn'"),
     ],
 )
@@ -191,33 +182,20 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
     ("path", "value", "message"),
     [
         ("colour", "red", "colour"),
-        ("models/a/colour", "red", "colour"),
         ("device", "tpu", "device"),
         ("dtype", "int8", "dtype"),
-        ("dtype", None, "dtype"),
         ("repeats", 0, "repeats"),
-        ("new_tokens", 0, "new_tokens"),
-        ("prompt_tokens", "few", "prompt_tokens"),
         ("page", "64KB", "got '64KB'"),
-        ("models", {}, "models"),
         ("traces/zipf/models", ["x"], "model of a trace"),
         ("traces/zipf/models", [], "one at least"),
         ("traces/paper/models", ["a"], "kind 'zipf' only"),
-        ("cells", [], "cells"),
         ("models/a/config", None, "exactly one of folder, hub_id, gguf_package, config, got 0"),
         ("models/a/hub_id", "a/b", "exactly one of folder, hub_id, gguf_package, config, got 2"),
-        ("models/a/seed", "lucky", "seed"),
         ("capacities/25", "25/0", "got '25/0'"),
-        ("capacities/25", "a lot", "got 'a lot'"),
-        ("capacities/25", "25GB", "got '25GB'"),
         ("traces/zipf/n", None, "expected n, alpha, seed and rate_per_s"),
         ("traces/paper/n", 60, "expected n, alpha, seed and rate_per_s"),
-        ("traces/paper/kind", "poisson", "kind"),
         ("systems/djinn/system", "jinn", "a system of 'djinn' out of .*got 'jinn'"),
         ("cells/0/systems", ["jinn"], "a system out of .*got 'jinn'"),
-        ("cells/0/traces", ["papr"], "a trace out of .*got 'papr'"),
-        ("cells/0/capacities", ["26"], "a capacity out of .*got '26'"),
-        ("cells/0/repeats", 0, "repeats"),
     ],
     ids=str,
 )
@@ -227,22 +205,17 @@ def test_a_bad_field_is_refused_by_name(tmp_path, path, value, message):
         load_profile("mine", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "", "a b", "a\nb", "x\x00"])
-@pytest.mark.parametrize("field", ["models", "capacities", "traces", "systems"])
-def test_names_that_are_no_file_names_are_refused(tmp_path, field, name):
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("models", "../x"), ("capacities", ".."), ("traces", "a\nb"), ("systems", "x\x00"),
+     ("models", ""), ("capacities", "a-b"), ("systems", "a-b")],
+)  # fmt: skip
+def test_names_that_are_no_file_names_or_not_to_be_taken_apart_are_refused(tmp_path, field, name):
     some_entry = next(iter(GOOD[field].values()))
     write(tmp_path, changed(field, {**GOOD[field], name: some_entry}))
     with pytest.raises(ConfigError, match=rf"mine\.yml cannot be used:(?s:.*){field}") as caught:
         load_profile("mine", tmp_path)
     assert name in str(caught.value) or repr(name) in str(caught.value)
-
-
-@pytest.mark.parametrize("field", ["capacities", "traces", "systems"])
-def test_labels_hold_no_hyphen_because_cells_are_joined_by_it(tmp_path, field):
-    some_entry = next(iter(GOOD[field].values()))
-    write(tmp_path, changed(field, {**GOOD[field], "a-b": some_entry}))
-    with pytest.raises(ConfigError, match="a-b"):
-        load_profile("mine", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "../params/cpu", "cpu.yml", "CPU"])
@@ -253,14 +226,7 @@ def test_an_unknown_profile_is_refused_with_those_there_are(name):
     assert repr(name) in str(caught.value)
 
 
-def test_a_profile_is_named_by_its_file(tmp_path):
-    write(tmp_path, {**GOOD, "name": "../elsewhere"})
-    assert load_profile("mine", tmp_path).name == "mine"
-    with pytest.raises(ValueError, match="name"):
-        Profile.model_validate({**GOOD, "name": "../elsewhere"})
-
-
-@pytest.mark.parametrize("content", ["", "[1, 2]", "5", "a: [", "device: cpu"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "device: cpu"])
 def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
     (tmp_path / "mine.yml").write_text(content)
     with pytest.raises(ConfigError, match=r"mine\.yml cannot be used"):
@@ -270,30 +236,7 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
 # -- capacities ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "n_bytes"),
-    [
-        ("25GiB", 25 * 2**30),
-        ("1.5 MiB", 3 * 2**19),
-        ("512B", 512),
-        ("25/31.3", 798_722),  # of a million
-        ("40/31.3", 1_277_955),
-        ("1/1", 1_000_000),
-    ],
-)
-def test_capacities(text, n_bytes):
-    assert parse_capacity(text, 1_000_000) == n_bytes
-
-
-@pytest.mark.parametrize(
-    "text", ["", "25", "25 GB", "0GiB", "0/31.3", "25/0", "-1/2", "1/2/3", "25/", "half", "1e3/2"]
-)
+@pytest.mark.parametrize("text", ["", "25", "25 GB", "0GiB", "25/0", "-1/2", "1/2/3", "half"])
 def test_what_is_no_capacity_is_refused(text):
     with pytest.raises(ConfigError, match=r"as '25GiB', or a share .* as '25/31\.3'"):
         parse_capacity(text, 1_000_000)
-
-
-def test_shares_are_of_all_weights():
-    for label in (20, 25, 32, 40):
-        share = parse_capacity(f"{label}/31.3", 10**12) / 10**12
-        assert math.isclose(share, label / 31.3, rel_tol=1e-9)

@@ -236,15 +236,6 @@ def test_every_name_stands_for_something():
         Work.named(profile, ["dodo"])
 
 
-def test_how_long_is_expected_is_said_of_what_ran_before(run, library, capsys):
-    run()
-    (library / "engine" / "ring.py").write_text("another ring")
-    capsys.readouterr()
-    run()
-    said = capsys.readouterr().out
-    assert "(cell 2 of 3, about 1 s)" in said and "07_large_models (about 1 s)" in said
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -256,12 +247,6 @@ def test_how_long_is_expected_is_said_of_what_ran_before(run, library, capsys):
 def test_bad_arguments_end_with_a_message_and_status_2(arguments, message, capsys):
     assert djinn("reproduce", *arguments) == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_run_folder_below_a_file(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    assert djinn("reproduce", "--profile", "smoke", "--run-dir", tmp_path / "file" / "run") == 2
-    assert "choose another run_dir" in capsys.readouterr().err
 
 
 def test_the_gpu_profile_needs_a_gpu(capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import subprocess
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -13,6 +13,7 @@ from djinn_lib.analysis import validation
 from djinn_lib.analysis.plots import explore
 from djinn_lib.analysis.plots import policies as plot_study
 from djinn_lib.errors import ConfigError, DjinnError, RecordError
+from djinn_lib.experiment import study
 from djinn_lib.experiment.executors import Result
 from djinn_lib.experiment.study import (
     KNOWN,
@@ -21,11 +22,10 @@ from djinn_lib.experiment.study import (
     WHOLE_LRU,
     Grid,
     Point,
-    free_capacity,
     run_point,
     run_study,
 )
-from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
+from djinn_lib.paths import REFERENCE, STUDY
 from djinn_lib.rows import read_rows
 from djinn_lib.simulator.cost_model import CostModel, fit
 
@@ -35,10 +35,13 @@ def reference() -> pd.DataFrame:
     return pd.read_parquet(STUDY / "points.parquet")
 
 
+POINTS = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
+
+
 @pytest.fixture(scope="module")
 def small() -> pd.DataFrame:
-    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
-    return run_study([*points, *[p for p in QUEUED if p.load == 0.8]])
+    queued = [replace(p, n_requests=300) for p in QUEUED if p.load == 0.8]
+    return run_study([*POINTS, *queued])
 
 
 # -- the clock -----------------------------------------------------------------------------
@@ -98,8 +101,13 @@ def test_a_clock_that_cannot_be(wrong):
 # -- the check against measured rows -------------------------------------------------------
 
 
-def test_simulated_and_measured_agree():
-    table = validation.errors(validation.compared())
+@pytest.fixture(scope="module")
+def compared():
+    return validation.compared()
+
+
+def test_simulated_and_measured_agree(compared):
+    table = validation.errors(compared)
     assert table["bytes_equal"].all()
     for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
         missed = table.index[table[f"{statistic}_error"].abs() > most]
@@ -167,31 +175,25 @@ def test_grids_leave_out_capacities_that_come_out_the_same():
     assert len(SMALL.points()) == len(set(SMALL.points()))
 
 
-@pytest.mark.slow
-def test_order_and_executor_do_not_matter(small):
-    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
-    backwards = run_study(points, lambda run, chosen: [run(p) for p in reversed(chosen)])
-    keys = ["traffic", "share", "policy"]
-    expected = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
-    pd.testing.assert_frame_equal(backwards.sort_values(keys, ignore_index=True), expected)
+def sequential(rows: pd.DataFrame) -> pd.DataFrame:
+    own = rows[rows["mode"] == "sequential"]
+    return own.sort_values(["traffic", "share", "policy"], ignore_index=True)
+
+
+def test_order_does_not_matter():
+    few = POINTS[::6]
+    backwards = run_study(few, lambda run, chosen: [run(p) for p in reversed(chosen)])
+    pd.testing.assert_frame_equal(sequential(backwards), sequential(run_study(few)))
 
 
 @pytest.mark.slow
 def test_the_study_runs_on_ray(small, monkeypatch):
-    from djinn_lib.experiment import study
-
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(study, "CHUNK", 8)
-    points = Grid((3,), alpha=(1.0,), share=(0.5, 0.97), n_requests=300).points()
-    keys = ["traffic", "share", "policy"]
-    there = run_study(points, study.on_ray).sort_values(keys, ignore_index=True)
-    here = small[small["mode"] == "sequential"].sort_values(keys, ignore_index=True)
-    pd.testing.assert_frame_equal(there, here)
+    pd.testing.assert_frame_equal(sequential(run_study(POINTS, study.on_ray)), sequential(small))
 
 
 def test_a_point_that_fails_on_ray_is_named(monkeypatch):
-    from djinn_lib.experiment import study
-
     def one_fails(jobs):
         for i, job in enumerate(jobs):
             yield job, Result(error="ConfigError: no such policy") if i else Result([{}])
@@ -203,7 +205,7 @@ def test_a_point_that_fails_on_ray_is_named(monkeypatch):
 
 
 def test_the_kept_study_can_be_computed_again(reference):
-    chosen = reference.iloc[:: len(reference) // 12]
+    chosen = reference.iloc[:: len(reference) // 8]
     for row in chosen.to_dict("records"):
         if row["n_models"] == 1000:
             continue
@@ -226,19 +228,13 @@ def test_the_kept_study_says_what_the_notebook_says(reference):
     assert by_policy["oracle"] <= by_policy["lookahead"] < by_policy["lru"]
 
 
-def test_capacity_that_suffices(reference):
-    free = free_capacity(reference[reference["mode"] == "sequential"])
-    ours = free[free["policy"] == "adaptive"].set_index(["traffic", "n_models", "alpha"])["share"]
-    assert ours["sessions", 100, 1.9] < ours["sessions", 100, 0.0]
-
-
-def test_figures(small, reference):
+def test_figures(small, reference, compared):
     scale = json.loads((STUDY / "scale.json").read_text())
     for figure in (
         plot_study.distance_to_optimum(small),
         plot_study.latencies_under_load(small),
         plot_study.capacity_that_suffices(reference),
-        plot_study.measured_and_simulated(validation.compared()),
+        plot_study.measured_and_simulated(compared),
         plot_study.growth(scale),
     ):
         assert all(axes.has_data() for axes in figure.axes)
@@ -247,17 +243,7 @@ def test_figures(small, reference):
         plot_study.latencies_under_load(sequential)
 
 
-def test_scale_as_measured():
-    scale = json.loads((STUDY / "scale.json").read_text())
-    largest = {r["policy"]: r for r in scale["growth"] if r["n_requests"] == 1_000_000}
-    assert largest["lru"]["seconds"] <= 60 and largest["lru"]["peak_mib"] <= 1024
-    assert scale["n_models"] == 1000
-    assert scale["optimum"]["n_requests"] == 100_000 and scale["optimum"]["seconds"] <= 30
-
-
 def test_the_command_keeps_points_and_manifest(tmp_path, monkeypatch, capsys):
-    from djinn_lib.experiment import study
-
     tiny = Grid((3,), alpha=(1.0,), share=(0.5,), policy=("lru",), n_requests=50)
     monkeypatch.setattr(study, "GRIDS", {"small": tiny, "full": tiny})
     monkeypatch.setattr(study, "QUEUED", ())
@@ -340,7 +326,7 @@ def test_whatever_the_menus_offer_together_is_drawn(tmp_path, monkeypatch):
     assert len(drawn) == 6  # once a change, with all that follows from it
 
 
-@pytest.mark.parametrize("n_models", [3, 10, 20])
+@pytest.mark.parametrize("n_models", [3, 20])
 def test_every_model_has_a_colour_and_a_name(n_models):
     figure = explore.picture(100.0, n_models, traffic=explore.TRAFFIC[n_models > 3])
     (legend,) = figure.legends
@@ -351,13 +337,6 @@ def test_every_model_has_a_colour_and_a_name(n_models):
     assert figure.bbox.contains(*legend.get_window_extent().min)
     assert figure.bbox.contains(*legend.get_window_extent().max)
     plt.close(figure)
-
-
-def test_pictures_are_kept_outside_git():
-    asked = ["git", "check-ignore", "-q", str(explore.KEPT / "explore.png")]
-    assert subprocess.run(asked, cwd=REPO).returncode == 0
-    notebook = (NOTEBOOKS / "explore.ipynb").read_text()
-    assert f'"../{explore.KEPT.relative_to(REPO)}' in notebook.replace('\\"', '"')
 
 
 def test_the_explorer_can_be_executed_without_a_screen(tmp_path):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +32,20 @@ def silent(_: str) -> None:
     """Tell nobody."""
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> dict[str, ModelFiles]:
+    """Only to be read."""
+    return prepare_models(tiny_profile(), tmp_path_factory.mktemp("tiny") / "models", silent)
+
+
 @pytest.fixture
-def files(tmp_path) -> dict[str, ModelFiles]:
-    return prepare_models(tiny_profile(), tmp_path / "models", silent)
+def files(prepared, tmp_path) -> dict[str, ModelFiles]:
+    """Copies of one's own, to be damaged."""
+    shutil.copytree(prepared["llama"].folder.parent, tmp_path / "models")
+    return {
+        name: replace(one, folder=tmp_path / "models" / one.folder.name)
+        for name, one in prepared.items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -90,11 +101,10 @@ def test_a_crash_midway_leaves_no_folder_to_be_taken_for_whole(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "change",
     [
-        {"models": {"m": entry(LLAMA, 1, hidden_size=128)}},
         {"models": {"m": entry(LLAMA, 2)}},
         {"models": {"m": entry(LLAMA, 1)}, "dtype": "bfloat16"},
     ],
-    ids=["config", "seed", "dtype"],
+    ids=["seed", "dtype"],
 )
 def test_other_weights_get_another_folder(tmp_path, change):
     first = prepare_models(tiny_profile({"m": entry(LLAMA, 1)}), tmp_path, silent)["m"]
@@ -103,17 +113,7 @@ def test_other_weights_get_another_folder(tmp_path, change):
     assert names(tmp_path) == sorted([first.folder.name, other.folder.name])
 
 
-def test_what_a_model_stands_for_is_not_in_its_weights(tmp_path):
-    one = {"m": entry(LLAMA, 1)}
-    renamed = {"m": {**one["m"], "stands_for": "phi-2"}}
-    folders = {
-        prepare_models(tiny_profile(models), tmp_path, silent)["m"].folder
-        for models in (one, renamed)
-    }
-    assert len(folders) == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_bytes_are_those_of_the_tensors(tmp_path, dtype):
     models = {"untied": entry(LLAMA), "tied": entry(LLAMA, tie_word_embeddings=True)}
     files = prepare_models(tiny_profile(models, dtype=dtype), tmp_path, silent)
@@ -176,9 +176,8 @@ def test_the_real_model_answers(smollm2):
 # -- prompts ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
-def test_prompts_without_a_tokenizer(files, model):
-    vocab_size = {"llama": 300, "gpt2": 200}[model]
+def test_prompts_without_a_tokenizer(prepared):
+    files, model, vocab_size = prepared, "gpt2", 200
     prompts = [prompt_ids(files[model], 64, request) for request in range(30)]
     assert {len(prompt) for prompt in prompts} == {64}
     assert len(set(map(tuple, prompts))) == 30
@@ -202,12 +201,6 @@ def test_prompts_with_a_tokenizer(smollm2, n_tokens):
 
 
 @pytest.mark.slow
-def test_a_prompt_is_english(smollm2):
-    text = weights._tokenizer(smollm2.folder).decode(prompt_ids(smollm2, 24, 7))
-    assert text.startswith("7. Why is the sky blue? Sunlight reaches the air")
-
-
-@pytest.mark.slow
 def test_a_tokenizer_that_makes_too_few_tokens_is_refused(smollm2, monkeypatch):
     monkeypatch.setattr(weights, "_tokenizer", lambda _: lambda _: SimpleNamespace(input_ids=[1]))
     with pytest.raises(CheckpointError, match="at least 24 tokens of the passage, got 1: lower"):
@@ -215,13 +208,6 @@ def test_a_tokenizer_that_makes_too_few_tokens_is_refused(smollm2, monkeypatch):
 
 
 # -- hashes ----------------------------------------------------------------------------------
-
-
-def test_the_hash_is_of_the_weights(tmp_path, files):
-    other = prepare_models(tiny_profile({"m": entry(LLAMA, 9)}), tmp_path / "other", silent)["m"]
-    same = prepare_models(tiny_profile({"m": entry(LLAMA, 1)}), tmp_path / "same", silent)["m"]
-    assert len(files_sha256(files["llama"])) == 64
-    assert files_sha256(files["llama"]) == files_sha256(same) != files_sha256(other)
 
 
 def test_the_hash_follows_the_content_alone(files):
@@ -234,19 +220,6 @@ def test_the_hash_follows_the_content_alone(files):
     assert files_sha256(files["llama"]) != before
 
 
-def test_a_file_is_hashed_by_blocks(files, monkeypatch):
-    folder = files["llama"].folder
-    content = (folder / "model.safetensors").read_bytes()
-    monkeypatch.setattr(integrity, "_BLOCK_BYTES", 10_000)
-    monkeypatch.setattr(integrity, "_READ_BYTES", 3_000)
-    blocks = [content[i : i + 10_000] for i in range(0, len(content), 10_000)]
-    joined = b"".join(hashlib.sha256(block).digest() for block in blocks)
-    assert len(blocks) > 3
-    digests = integrity.file_digests(folder)
-    assert digests["model.safetensors"] == hashlib.sha256(joined).hexdigest()
-    assert list(digests) == ["config.json", "model.safetensors"]
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_prepared_folder_that_was_damaged_is_refused(tmp_path, files, name):
     flip_a_bit(files["llama"].folder / name)
@@ -254,28 +227,6 @@ def test_a_prepared_folder_that_was_damaged_is_refused(tmp_path, files, name):
         prepare_models(tiny_profile(), tmp_path / "models", silent)
     shutil.rmtree(files["llama"].folder)
     assert prepare_models(tiny_profile(), tmp_path / "models", silent) == files
-
-
-def test_a_folder_of_one_s_own_may_change_between_set_ups(tmp_path, files):
-    own = files["llama"].folder.rename(tmp_path / "own")
-    profile = tiny_profile({"mine": {"stands_for": "phi-2", "folder": str(own)}})
-    first = prepare_models(profile, tmp_path / "models", silent)["mine"]
-    flip_a_bit(own / "model.safetensors")
-    second = prepare_models(profile, tmp_path / "models", silent)["mine"]
-    assert first.digests != second.digests and first.digests.keys() == second.digests.keys()
-
-
-def test_a_revision_of_the_hub_is_asked_for(tmp_path, files, monkeypatch):
-    asked = []
-
-    def resolve(source: object, revision: str | None = None) -> Path:
-        asked.append((str(source), revision))
-        return files["llama"].folder
-
-    monkeypatch.setattr(weights, "resolve_folder", resolve)
-    entry = {"stands_for": "phi-2", "hub_id": "someone/model", "revision": "abc123"}
-    prepare_models(tiny_profile({"m": entry}), tmp_path / "other", silent)
-    assert asked[0] == ("someone/model", "abc123")
 
 
 def test_weights_that_are_not_there_have_no_hash(files):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import psutil
 import pytest
@@ -148,18 +147,3 @@ def test_a_kernel_that_is_killed_costs_the_requests_that_were_left(run):
     assert read_rows(second.rows)["ok"].all()  # the other cell went on
     done = reproduce(run, *NAMES)
     assert done.returncode == 0 and read_rows(first.rows)["ok"].all()
-
-
-def test_two_runs_never_share_a_folder(run):
-    process = started(run)
-    wait_for(lambda: n_rows(run.cell(FIRST)), process)
-    second = reproduce(run, NAMES[0])
-    assert second.returncode == 2 and f"process {process.pid}" in second.stderr
-    assert process.communicate(timeout=200) and process.returncode == 0
-
-
-def test_a_limit_of_time_is_any_command_s(run, tmp_path: Path):
-    """`timeout 540 make reproduce` again and again is a run in parts."""
-    done = subprocess.run(["timeout", "3", *command(run, *NAMES)], cwd=REPO, capture_output=True)
-    assert done.returncode == 124
-    assert reproduce(run, *NAMES).returncode == 0

@@ -1,81 +1,36 @@
 """The broker over a real socket and a real memfd, with engines that compute nothing."""
 
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from ended_processes import until
 from fake_engine import FakeEngine
+from rings import FORK, MIB, SOON_S, Ring
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.fleet import commands, protocol
 from djinn_lib.fleet.connection import Connection
+from djinn_lib.fleet.listening import only_one_on
 from djinn_lib.fleet.protocol import BrokerGone
 
-MIB = 1 << 20
-FAKE_ENGINE = Path(__file__).parents[1] / "support" / "fake_engine.py"
-SOON_S = 20.0
-LIAR = """
-import sys
-from djinn_lib.fleet import protocol
-from djinn_lib.fleet.connection import Connection
-connection = Connection(sys.argv[1])
-connection.join("liar", 2)
-protocol.send(connection.socket, "give_back", drop=False)
-protocol.receive(connection.socket)
-"""
-
-
-def until(condition, what):
-    end_s = time.monotonic() + SOON_S
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.01)
-
-
-class Ring:
-    """A broker in a process of its own."""
-
-    def __init__(self, folder, *options):
-        self.socket = folder / "ring"
-        command = [sys.executable, "-m", "djinn_lib.fleet.commands", "ring"]
-        options = options or ("--capacity", "10MiB", "--quantum", "0.01", "--max-wait", "0.05")
-        self.process = subprocess.Popen(
-            [*command, "--socket", str(self.socket), "--device", "cpu", *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def ready(self):
-        assert "ring of" in self.process.stdout.readline(), self.process.stderr.read()
-        return self
-
-    def status(self):
-        connection = Connection(self.socket)
-        try:
-            return connection.status()
-        finally:
-            connection.close()
-
-    def end(self):
-        self.process.terminate()
-        _, said = self.process.communicate(timeout=SOON_S)
-        return said
+SOMEBODY = 65534
 
 
 @pytest.fixture(scope="module")
-def shared_ring(tmp_path_factory):
-    ring = Ring(tmp_path_factory.mktemp("ring")).ready()
-    yield ring
-    said = ring.end()
-    assert ring.process.returncode == 0 and not said, said
-    assert not list(ring.socket.parent.iterdir()), "the socket and its lock are gone"
+def shared_ring():
+    with TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)  # other users get as far as the socket
+        with Ring(Path(folder)) as ring:
+            yield ring
+        assert not os.listdir(folder), "the socket and its lock are gone"
 
 
 @pytest.fixture
@@ -102,7 +57,7 @@ def test_bytes_are_right_however_engines_take_turns(ring, engines):
 
     def work(engine, rests):
         try:
-            for i in range(60):
+            for i in range(30):
                 engine.step(0.001)
                 if rests and i % 7 == 0:
                     engine.ring.rest()
@@ -172,11 +127,18 @@ def test_a_sleeper_frees_its_frames(ring, engines):
     assert engine.ring.costs.loaded_bytes == 2 * (6 * MIB - 100)
 
 
+def step_for_ever(socket, stepped):
+    torch.set_num_threads(1)
+    engine = FakeEngine(socket, "killed", 8 * MIB)
+    while True:
+        engine.step(0.002)
+        stepped.send(None)
+
+
 def test_an_engine_killed_in_the_middle_frees_its_frames_and_the_others_go_on(ring, engines):
-    killed = subprocess.Popen(
-        [sys.executable, FAKE_ENGINE, ring.socket, "killed", str(8 * MIB)],
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    stepped, theirs = FORK.Pipe()
+    killed = FORK.Process(target=step_for_ever, args=(ring.socket, theirs), daemon=True)
+    killed.start()
     stop, failed = threading.Event(), []
 
     def go_on():
@@ -190,9 +152,10 @@ def test_an_engine_killed_in_the_middle_frees_its_frames_and_the_others_go_on(ri
     other.start()
     try:
         for _ in range(5):
-            assert killed.stdout.readline() == "stepped\n"
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+            assert stepped.poll(SOON_S)
+            stepped.recv()
+        killed.kill()
+        killed.join()
         until(lambda: len(ring.status().models) == 3, "the killed engine is gone from the ring")
         before = engines["a"].ring.costs.leases
         engines["b"].step()
@@ -200,16 +163,31 @@ def test_an_engine_killed_in_the_middle_frees_its_frames_and_the_others_go_on(ri
     finally:
         stop.set()
         other.join(SOON_S)
-        killed.stdout.close()
+        stepped.close(), theirs.close()
     assert not failed
     engines["a"].ring.rest()
 
 
+def lie(socket):
+    """Give back what was never lent; returns what the broker says to that."""
+    connection = Connection(socket)
+    connection.join("liar", 2)
+    protocol.send(connection.socket, "give_back", drop=False)
+    try:
+        return protocol.receive(connection.socket)
+    except DjinnError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def in_a_process(function, *arguments):
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, FORK) as processes:
+        return processes.submit(function, *arguments).result(SOON_S)
+
+
 def test_an_engine_that_says_nonsense_is_refused_and_the_others_go_on(ring, engines):
-    said = subprocess.run(
-        [sys.executable, "-c", LIAR, str(ring.socket)], capture_output=True, text=True
-    )
-    assert "LeaseError" in said.stderr and "broke the ring's protocol" in said.stderr
+    said = in_a_process(lie, ring.socket)
+    assert said.startswith("LeaseError: ") and "broke the ring's protocol" in said
     engines["a"].step()
 
 
@@ -241,24 +219,37 @@ def test_another_version_is_refused(ring):
             protocol.receive(connection)
 
 
-def test_another_user_is_refused(ring, monkeypatch):
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(ConfigError, match="and you are user 12345"):
+def test_a_ring_of_another_user_is_not_used(ring, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: SOMEBODY)
+    with pytest.raises(ConfigError, match=rf"belongs to user \d+ and you are user {SOMEBODY}"):
         Connection(ring.socket)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
-def test_the_broker_refuses_a_user_who_gets_past_the_mode_of_the_socket(ring):
-    script = (
-        "import os, socket, sys; os.setuid(12345); c = socket.socket(socket.AF_UNIX);\n"
-        "try: c.connect(sys.argv[1])\n"
-        "except PermissionError: print('no way in')"
-    )
-    asked = subprocess.run(
-        [sys.executable, "-c", script, str(ring.socket)], capture_output=True, text=True
-    )
-    assert asked.stdout == "no way in\n", asked.stderr
+def connect_as(user, path, connect):
+    os.setuid(user)
+    try:
+        connect(path)
+    except ConfigError as error:
+        return str(error)
+
+
+def greet(path):
+    """What a `Connection` does, without its own look at who owns the ring."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        protocol.send(connection, "hello", version=protocol.VERSION)
+        protocol.receive(connection)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_the_mode_of_the_socket_and_the_broker_itself_keep_other_users_out(ring):
     assert ring.socket.stat().st_mode & 0o777 == 0o600
+    said = in_a_process(connect_as, SOMEBODY, ring.socket, Connection)
+    assert "belongs to another user: start a ring of your own" in said
+    ring.socket.chmod(0o666)
+    said = in_a_process(connect_as, SOMEBODY, ring.socket, greet)
+    ring.socket.chmod(0o600)
+    assert f"you are user {SOMEBODY}: start a ring of your own" in said
 
 
 def test_a_model_larger_than_the_ring_and_a_name_that_is_taken(ring, engines):
@@ -273,10 +264,18 @@ def test_no_ring_listens(tmp_path):
         Connection(tmp_path / "ring")
 
 
-def test_a_second_broker_on_the_same_socket_is_refused(ring):
-    second = Ring(ring.socket.parent)
-    _, said = second.process.communicate(timeout=60)
-    assert second.process.returncode == protocol.EXIT_STATUS[ConfigError]
+def refused(capsys, socket, *options):
+    """The exit status and the one line of a broker that does not start."""
+    with pytest.raises(SystemExit) as end:
+        commands.app(["ring", "--socket", str(socket), "--device", "cpu", *options])
+    said = capsys.readouterr().err
+    assert said.startswith("djinn: ") and said.count("\n") == 1
+    return end.value.code, said
+
+
+def test_a_second_broker_on_the_same_socket_is_refused(ring, capsys):
+    status, said = refused(capsys, ring.socket, "--capacity", "2MiB")
+    assert status == protocol.EXIT_STATUS[ConfigError]
     assert said.startswith("djinn: the socket") and "choose another one" in said
     assert ring.status().n_frames == 10, "the first one goes on"
 
@@ -293,17 +292,32 @@ def test_a_second_broker_on_the_same_socket_is_refused(ring):
     ],
 )
 def test_what_cannot_be_a_ring_is_one_message(tmp_path, capsys, options, status, says):
-    with pytest.raises(SystemExit) as end:
-        commands.app(["ring", "--socket", str(tmp_path / "r"), "--device", "cpu", *options])
-    assert end.value.code == protocol.EXIT_STATUS[status]
-    said = capsys.readouterr().err
-    assert said.startswith("djinn: ") and says in said and said.count("\n") == 1
+    exit_status, said = refused(capsys, tmp_path / "r", *options)
+    assert exit_status == protocol.EXIT_STATUS[status] and says in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_has_one_ring(monkeypatch):
+    gpus = {0: f"test-{os.getpid()}-0", 1: f"test-{os.getpid()}-1"}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda one: SimpleNamespace(uuid=gpus[one.index])
+    )
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    try:
+        with only_one_on(first), only_one_on(second):
+            says = r"cuda:0 already has a ring \(another broker holds its lock\): connect"
+            with pytest.raises(ConfigError, match=says), only_one_on(first):
+                pass
+        with only_one_on(first):
+            pass
+    finally:
+        for uuid in gpus.values():
+            Path(f"/tmp/djinn-ring-{uuid}.lock").unlink(missing_ok=True)
 
 
 @pytest.mark.slow
 def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
-    ring, lost = Ring(tmp_path).ready(), []
+    ring, lost = Ring(tmp_path), []
     engine = FakeEngine(ring.socket, "a", 4 * MIB, lost.append)
     other = FakeEngine(ring.socket, "b", 8 * MIB, lost.append)
     engine.step()
@@ -329,8 +343,8 @@ def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
     other.close()
     mapped = Path("/proc/self/maps").read_text()
     assert "djinn-frames" not in mapped
-    ring = Ring(tmp_path).ready()  # the socket of the dead one is no obstacle
-    assert not ring.end()
+    with Ring(tmp_path):  # the socket of the dead one is no obstacle
+        pass
 
 
 def test_closing_is_complete(ring, nothing_leaks):

@@ -1,16 +1,17 @@
 """The fleet around a stand-in for vLLM, which starts faster: processes, requests, faults."""
 
+import gc
 import os
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ended_processes import until
 from fake_engine import weights_of
-from test_broker import MIB, until
+from rings import MIB, fork_children
 from tokenizer_factory import START_ID, save_tokenizer
 
 import djinn_lib as dj
@@ -44,15 +45,22 @@ def patched(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fleet(patched):
-    with dj.Fleet(
-        "10MiB", "cpu", quantum_s=0.01, max_wait_s=0.1, progress=lambda step: None
-    ) as fleet:
-        with ThreadPoolExecutor(3) as threads:
-            adding = [
-                threads.submit(fleet.add, name, patched, n_bytes=n_bytes)
-                for name, n_bytes in SIZES.items()
-            ]
+def forks(patched):
+    """Children are forked from here on."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_children(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fleet(patched, request):
+    """The broker and one engine run as they do for users; others are forked."""
+    options = {"quantum_s": 0.01, "max_wait_s": 0.1, "progress": lambda step: None}
+    with dj.Fleet("10MiB", "cpu", **options) as fleet:
+        fleet.add("a", patched, n_bytes=SIZES["a"])
+        request.getfixturevalue("forks")
+        with ThreadPoolExecutor(2) as threads:
+            adding = [threads.submit(fleet.add, n, patched, n_bytes=SIZES[n]) for n in "bc"]
         for one in adding:
             one.result()
         yield fleet
@@ -136,7 +144,6 @@ def test_a_request_that_cannot_be_served(fleet, name, prompt, options, says):
     assert fleet.generate("a", [2], 2).token_ids == tokens("a", [2], 2)
 
 
-@pytest.mark.slow
 def test_a_model_that_cannot_be_added(fleet, patched, tmp_path):
     for options, kind, says in [
         ({"fails": "start"}, EngineDied, "RuntimeError: no kernel for this device.*its log"),
@@ -226,8 +233,7 @@ def test_a_fleet_holds_models_by_name(fleet):
     assert fleet["a"] == fleet["a"] != fleet["b"] and len({fleet["a"], fleet["a"]}) == 1
 
 
-@pytest.mark.slow
-def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
+def test_closing_fails_what_waits_and_ends_everything(patched, forks, nothing_leaks):
     with nothing_leaks():
         fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
         handle = fleet.add("c", patched, n_bytes=SIZES["c"], step_s=0.5)
@@ -247,12 +253,12 @@ def test_closing_fails_what_waits_and_ends_everything(patched, nothing_leaks):
         assert fleet._repr_html_() == "<i>closed</i>"
 
 
-@pytest.mark.slow
-def test_a_fleet_that_is_forgotten_is_closed(patched):
-    fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
-    process, folder = fleet._ring.process, fleet.socket.parent
-    del fleet
-    until(lambda: process.poll() is not None and not folder.exists(), "it was collected")
+def test_a_fleet_that_is_forgotten_is_closed(patched, forks, nothing_leaks):
+    with nothing_leaks():
+        fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
+        folder = fleet.socket.parent
+        del fleet
+        until(lambda: gc.collect() is not None and not folder.exists(), "it was collected")
 
 
 @pytest.mark.parametrize(
@@ -264,13 +270,12 @@ def test_a_fleet_that_is_forgotten_is_closed(patched):
         ({"capacity": "4MiB", "device": "tpu"}, ConfigError, "device"),
     ],
 )
-def test_what_cannot_be_a_fleet(patched, nothing_leaks, options, kind, says):
+def test_what_cannot_be_a_fleet(patched, forks, nothing_leaks, options, kind, says):
     with pytest.raises(kind, match=says):
         Fleet(**{"device": "cpu", **options})
 
 
-@pytest.mark.slow
-def test_adding_while_it_is_closed(patched):
+def test_adding_while_it_is_closed(patched, forks):
     fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
     failed = []
 
@@ -282,7 +287,6 @@ def test_adding_while_it_is_closed(patched):
 
     adding = threading.Thread(target=add)
     adding.start()
-    time.sleep(0.1)
     fleet.close()
     adding.join(60)
     assert len(failed) == 1

@@ -14,7 +14,6 @@ import pytest
 from ended_processes import assert_nothing_is_left, descendants, until
 from fleet_models import (
     CONFIGS,
-    MAX_MODEL_LEN,
     OPTIONS,
     VOCAB,
     WITH_TOKENIZER,
@@ -136,28 +135,6 @@ def test_a_request_that_is_given_up_frees_its_place(fleet, expected):
     for _ in fleet.stream("qwen3", PROMPTS[1], 40, ignore_eos=True):
         break
     assert ask(fleet, "qwen3", 1) == expected["qwen3"][1]
-
-
-@pytest.mark.parametrize(
-    "name, prompt, n, says",
-    [
-        ("none", [1, 2], 5, "got 'none'"),
-        ("gpt2", "text", 5, "has no tokenizer: pass token ids"),
-        ("gpt2", [], 5, "at least one"),
-        ("gpt2", [VOCAB], 5, f"from 0 to {VOCAB - 1}"),
-        ("gpt2", [-1], 5, "token id -1"),
-        ("gpt2", [1] * 60, 5, f"more than the {MAX_MODEL_LEN}"),
-        ("gpt2", [1], 0, "max_new_tokens"),
-        ("gpt2", 3.5, 5, "prompt"),
-        (WITH_TOKENIZER, "x" * 500, 5, "refused the request"),
-    ],
-)
-def test_a_request_that_cannot_be_served_is_one_message_and_hurts_nobody(
-    fleet, expected, name, prompt, n, says
-):
-    with pytest.raises(ConfigError, match=says):
-        fleet.generate(name, prompt, n)
-    assert ask(fleet, "gpt2", 0) == expected["gpt2"][0]
 
 
 def test_a_model_that_cannot_be_added_is_one_message_and_leaves_nothing(fleet, folders, tmp_path):

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_broker import Ring, until
+from ended_processes import until
+from rings import Ring, forked
 
 from djinn_lib.errors import ConfigError, PlatformError
-from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_sleep_mode, vllm_worker
+from djinn_lib.fleet import vllm_hooks, vllm_processes, vllm_sleep_mode
 from djinn_lib.fleet.vllm_worker import LeasedSteps
 
 
@@ -86,9 +87,8 @@ def tokens(n, **more):
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory):
-    ring = Ring(tmp_path_factory.mktemp("ring")).ready()
-    yield ring
-    ring.end()
+    with Ring(tmp_path_factory.mktemp("ring"), forked) as ring:
+        yield ring
 
 
 @pytest.fixture
@@ -233,8 +233,3 @@ def test_a_vllm_that_is_broken_is_not_taken_for_an_old_one(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PlatformError, match=r"cannot be imported \(No module named 'no_such_lib"):
         vllm_hooks.require(("of_vllm:x",))
-
-
-def test_a_worker_that_is_none_of_the_rings():
-    with pytest.raises(AttributeError, match="no_such_worker"):
-        vllm_worker.no_such_worker  # noqa: B018

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -22,11 +25,11 @@ from djinn_lib.experiment.large_results import read_large
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest, read_statuses
 from djinn_lib.files import write_json
-from djinn_lib.publishing import merge as merge_module
 from djinn_lib.publishing.merge import merge
 from djinn_lib.rows import read_rows
 from djinn_lib.trace import paper_trace, write_trace
 
+FOLDERS = TemporaryDirectory(prefix="djinn-parts-")  # removed at the end of the process
 FASTER = {**GPU_MACHINE, "link_rate_bytes_per_s": 10e9, "eager_operator_us": 2.5}
 
 
@@ -37,15 +40,24 @@ def part_of(folder: Path, systems: dict[str, int], machine: dict[str, Any] = GPU
     models = {name: {"folder": f"/home/me/models/{name}"} for name in SIZES}
     write_json(folder / "machine.json", {"machine": machine, "models": models})
     write_trace(paper_trace(tuple(SIZES)), folder / "traces" / "paper.jsonl")
-    (folder / "notebooks" / "00_setup.ipynb").write_text(json.dumps({"of": folder.name}))
+    notebooks = ["00_setup", *(f"02_run_system.paper-25-{system}" for system in systems)]
+    for name in notebooks:
+        (folder / "notebooks" / f"{name}.ipynb").write_text(json.dumps({"of": folder.name}))
     for system, n_failed in systems.items():
-        rows = cell_rows(system, gpu=True)
-        rows.loc[: n_failed - 1, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
-        times = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
-        rows.loc[: n_failed - 1, times] = float("nan")
-        write_cell(folder, rows, machine)
-        task = f"02_run_system.paper-25-{system}"
-        (folder / "notebooks" / f"{task}.ipynb").write_text(json.dumps({"of": folder.name}))
+        shutil.copytree(measured(system, n_failed, machine is FASTER), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def measured(system: str, n_failed: int, faster: bool) -> Path:
+    """A folder with the rows and the manifest of a cell; made once, as checking takes a while."""
+    folder = Path(FOLDERS.name) / f"{system}-{n_failed}-{faster}"
+    (folder / "requests").mkdir(parents=True)
+    rows = cell_rows(system, gpu=True)
+    rows.loc[: n_failed - 1, ["ok", "error_kind", "error"]] = [False, "oom", "no memory"]
+    times = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
+    rows.loc[: n_failed - 1, times] = float("nan")
+    write_cell(folder, rows, FASTER if faster else GPU_MACHINE)
     return folder
 
 
@@ -79,18 +91,6 @@ def test_cells_of_two_machines_are_one_run(parts, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "notebooks" / "00_setup.ipynb").read_text()) == {
         "of": "two"  # the newest
     }
-
-
-def test_the_newest_rows_of_models_larger_than_the_ring_are_taken(parts, tmp_path):
-    for part, day in zip(parts, ("25", "24"), strict=True):
-        write_large_rows(part, f"2026-11-{day}T06:00:00+00:00")
-        (part / "notebooks" / "07_large_models.ipynb").write_text(json.dumps({"of": part.name}))
-    merge(tmp_path / "run", parts)
-    assert len(read_large(tmp_path / "run")) == 3
-    manifest = json.loads((tmp_path / "run" / "large_models.manifest.json").read_text())
-    assert manifest["started_at_utc"].startswith("2026-11-25")
-    notebook = tmp_path / "run" / "notebooks" / "07_large_models.ipynb"
-    assert json.loads(notebook.read_text()) == {"of": "one"}
 
 
 def test_a_part_may_have_nothing_but_models_larger_than_the_ring(parts, tmp_path):
@@ -178,20 +178,12 @@ def test_replicates_go_on_into_the_next_merge_once(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"profile": "smoke"}, "profile: gpu in one .*smoke in two"),
         ({"parameters": {"page_bytes": 1 << 20, "new_tokens": 7}}, "parameter new_tokens"),
         ({"trace_sha256": "f" * 64}, "sha256 of the trace paper"),
         ({"git_commit": "fedcba98"}, "commit: 0123456789abcdef in one .*fedcba98 in two"),
-        ({"git_dirty": True}, "uncommitted changes"),
-        ({"machine": {**GPU_MACHINE, "device_name": "Other GPU"}}, "device_name: Test GPU"),
         (
             {"machine": {**GPU_MACHINE, "versions": {**GPU_MACHINE["versions"], "driver": "590"}}},
             "version of driver, set-up: 580.159.04 in one .*590 in two",
-        ),
-        (
-            {"models": {name: {"bytes": size, "dtype": "float16", "sha256": "0" * 64}
-                        for name, size in SIZES.items()}},
-            "dtype of the weights of phi-mini: float32",
         ),
         (
             {"models": {name: {"bytes": size, "dtype": "float32", "sha256": "1" * 64}
@@ -210,26 +202,6 @@ def test_what_does_not_belong_together_is_refused(parts, tmp_path, fields, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_systems_may_differ_in_what_they_keep_on_the_device(parts, tmp_path):
-    kept = {name: {"device_bytes": size // 2} for name, size in SIZES.items()}
-    for part, system, factor in ((0, "djinn", 1), (1, "vllm_sleep", 2)):
-        models = read_manifest(parts[part] / "requests" / f"paper-25-{system}.manifest.json")[
-            "models"
-        ]
-        new = {
-            n: {**m, "device_bytes": kept[n]["device_bytes"] * factor} for n, m in models.items()
-        }
-        change_manifest(parts[part], system, models=new)
-    merge(tmp_path / "run", parts)
-    other = {n: {**m, "device_bytes": 1} for n, m in models.items()}
-    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
-    change_manifest(again, "djinn", models=other)
-    with pytest.raises(
-        RecordError, match=r"device_bytes of the weights of .*, djinn: .* 1 in three"
-    ):
-        merge(tmp_path / "run2", [*parts, again])
-
-
 def test_a_profile_may_get_more_traces_and_capacities_between_parts(parts, tmp_path):
     profile = {"page_bytes": 1 << 20, "capacities": {"25": "3/4"}, "traces": {"paper": {}}}
     more = {
@@ -242,30 +214,6 @@ def test_a_profile_may_get_more_traces_and_capacities_between_parts(parts, tmp_p
     change_manifest(parts[1], "vllm_sleep", parameters={**more, "capacities": {"25": "1/2"}})
     with pytest.raises(RecordError, match=r"capacity 25: 3/4 in one .*, 1/2 in two"):
         merge(tmp_path / "run2", parts)
-
-
-def test_a_difference_of_many_cells_is_told_once(parts, tmp_path):
-    for system in ("djinn", "pytorch_lru"):
-        change_manifest(parts[0], system, git_commit="0" * 40)
-    with pytest.raises(RecordError) as refused:
-        merge(tmp_path / "run", parts)
-    assert str(refused.value).count("commit: ") == 1
-
-
-def test_cells_of_other_modes_and_options_belong_to_the_same_run(parts, tmp_path):
-    read = {"page_bytes": 1 << 20, "mode": "sequential", "speed": "1.0"}
-    change_manifest(parts[0], "djinn", parameters=read, options={"decode": "compiled"})
-    change_manifest(
-        parts[1], "vllm_sleep", parameters={**read, "mode": "concurrent", "speed": "inf"},
-        options={"naive": True},
-    )  # fmt: skip
-    merge(tmp_path / "run", parts)
-    again = part_of(tmp_path / "three", {"djinn": 0}, FASTER)
-    change_manifest(again, "djinn", parameters=read, options={"decode": "eager"})
-    with pytest.raises(
-        RecordError, match=r"options of djinn: .*compiled.* in one .*eager.* in three"
-    ):
-        merge(tmp_path / "run2", [*parts, again])
 
 
 def test_a_package_that_only_one_machine_has_is_no_difference(parts, tmp_path):
@@ -357,8 +305,3 @@ def test_the_command_says_what_is_still_to_be_run(parts, tmp_path, capsys):
     assert "cell:paper-25-djinn_graph" in said and "cell:paper-25-djinn " not in said
     assert djinn("merge", tmp_path / "run", parts[0]) == 2
     assert "--replace" in capsys.readouterr().err
-
-
-def test_a_complete_run_ends_with_status_0(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_module, "missing_cells", lambda profile, folder: [])
-    assert djinn("merge", tmp_path / "run", *parts) == 0

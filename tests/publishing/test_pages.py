@@ -7,7 +7,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from djinn_lib.analysis.claims import judge, load_claims, read_claims
@@ -15,7 +14,7 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.experiment import large_results
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import pages
-from djinn_lib.publishing.pages import PAGES, TABLES, claims_summary, markdown, render, soaks
+from djinn_lib.publishing.pages import PAGES, TABLES, markdown, render, soaks
 from djinn_lib.publishing.redraw import READING
 
 
@@ -40,14 +39,6 @@ def test_every_block_of_a_page_is_a_table_that_is_made():
     assert all(any(f"<!-- begin {name} -->" in text for text in texts) for name in TABLES)
 
 
-def test_every_link_between_pages_leads_somewhere():
-    readme, results = (path.read_text() for path in PAGES)
-    heads = re.findall("^#+ (.*)$", results, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-    linked = set(re.findall(r"\(docs/results\.md#([^)]*)\)", readme))
-    assert linked and linked <= anchors
-
-
 @pytest.mark.slow
 def test_the_published_verdicts_are_those_of_the_published_rows(reference: Run):
     kept = {v.id: v.verdict for v in read_claims(REFERENCE / "claims.json")}
@@ -58,19 +49,6 @@ def test_the_verdicts_without_a_gpu_are_on_the_claims_of_the_file():
     kept = {v.id: (v.quote, v.expected) for v in read_claims(REFERENCE.parent / "cpu/claims.json")}
     listed = {claim.id: (claim.quote, str(claim.expected)) for claim in load_claims()}
     assert kept == listed, "judge a run of the profile cpu again"
-
-
-def test_missed_and_withdrawn_claims_are_stressed(reference: Run):
-    table = claims_summary(reference).set_index("claim")
-    verdicts = {v.quote: v for v in read_claims(REFERENCE / "claims.json")}
-    assert len(table) == len(load_claims())
-    for quote, row in table.iterrows():
-        plain = row["verdict"].strip("*")
-        assert plain == verdicts[str(quote)].verdict
-        stressed = row["verdict"].startswith("**")
-        assert stressed == (plain in ("not reproduced", "unresolved", "withdrawn"))
-    withdrawn = table[table["verdict"] == "**withdrawn**"]
-    assert (withdrawn[["measured", "95% interval", "n"]] == "").all().all() and len(withdrawn) == 1
 
 
 def test_a_stale_table_is_made_again_and_prose_stays(reference: Run):
@@ -85,13 +63,6 @@ def test_what_an_unfinished_run_lacks_is_said_to_be_not_measured(reference: Run)
     run = replace(reference, rows=reference.rows[reference.rows["trace"] == "paper"])
     made = render("<!-- begin zipf -->\n<!-- end zipf -->\n", run)
     assert made.splitlines()[1].startswith("Not measured: expected rows of trace 'zipf'")
-
-
-def test_tables_are_markdown():
-    index = pd.MultiIndex.from_tuples([("p", 1), ("q", 2)], names=["k", "n"])
-    table = pd.DataFrame({"ms": [1234.5, float("nan")], "why": ["x|y", ""]}, index)
-    lines = [re.sub(" +", " ", line) for line in markdown(table).splitlines()]
-    assert lines[2:] == [r"| p | 1 | 1,234 | x\|y |", "| q | 2 | - | - |"]
 
 
 def test_a_soak_that_grew_is_said_to(reference: Run, tmp_path):

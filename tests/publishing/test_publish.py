@@ -23,7 +23,7 @@ from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
-from djinn_lib.publishing.publish import publish, scrub, scrub_text
+from djinn_lib.publishing.publish import publish, scrub_text
 from djinn_lib.rows import read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"
@@ -174,20 +174,6 @@ def test_an_unfinished_run_is_refused_and_all_that_is_missing_named(run_dir, ref
     assert [path.name for path in reference.iterdir()] == ["engine.json"]
 
 
-def test_an_unfinished_run_can_be_allowed(run_dir, reference, tmp_path, reading):
-    for ending in ("parquet", "manifest.json"):
-        (run_dir / "requests" / f"paper-40-djinn.{ending}").unlink()
-    publish(run_dir, unfinished=True, reference=reference, figures=tmp_path / "figures")
-    cells = {path.stem for path in (reference / "requests").glob("*.parquet")}
-    assert "paper-25-djinn" in cells and "paper-40-djinn" not in cells
-
-
-def test_a_changed_tree_can_be_allowed(run_dir, reference, tmp_path, reading):
-    change(run_dir, git_dirty=True)
-    publish(run_dir, allow_dirty=True, reference=reference, figures=tmp_path / "figures")
-    assert (reference / "claims.json").exists()
-
-
 def test_a_cpu_run_is_refused(tmp_path, reference):
     folder = write_run(tmp_path / "cpu", few=True)
     with pytest.raises(RecordError, match="a run on the device 'cpu'"):
@@ -269,8 +255,6 @@ def test_the_command_says_why_it_refuses(tmp_path, capsys):
     ("text", "left"),
     [
         ("at /root/x/y.py line 3", "at y.py line 3"),
-        ("file:///srv/x/y.py", "y.py"),
-        ("('/a/b/', 3)", "('b', 3)"),
         ("/run/me/djinn/figures", "out/figures"),
         ("/run/me/djinn2/figures", "figures"),
         ("https://a.org/b/c/d", "https://a.org/b/c/d"),
@@ -281,7 +265,3 @@ def test_the_command_says_why_it_refuses(tmp_path, capsys):
 )
 def test_paths_in_texts(text, left):
     assert scrub_text(text, {"/run/me/djinn": "out"}) == (left or text)
-
-
-def test_data_of_any_depth_is_scrubbed():
-    assert scrub({"a": [{"b": "/x/y/z"}, 3, None]}) == {"a": [{"b": "z"}, 3, None]}

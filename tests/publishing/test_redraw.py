@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import djinn
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
@@ -135,20 +134,6 @@ def test_who_interrupts_waits_for_no_other_notebook(reference, tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         redraw_published(reference, tmp_path / "figures")
     assert len(begun) < len(READING)
-
-
-def test_without_reference_rows_it_is_said_what_to_do(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        redraw, "redraw_published", lambda: redraw_published(tmp_path, tmp_path / "figures")
-    )
-    assert djinn("figures") == 2
-    said = capsys.readouterr().err
-    assert "expected rows of the reference run" in said and "FROM=data/runs/cpu" in said
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
-    assert djinn("figures", tmp_path) == 2
-    assert "run notebook 02_run_system first" in capsys.readouterr().err
 
 
 def test_a_folder_without_figures_is_refused(tmp_path):

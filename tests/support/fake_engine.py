@@ -1,10 +1,5 @@
-"""An engine without vLLM: random weights on a ring, whose steps compare them with their source.
+"""An engine without vLLM: random weights on a ring, whose steps compare them with their source."""
 
-Run as a process: ``fake_engine.py SOCKET MODEL N_BYTES``; it steps until it is killed, and prints a
-line after each step.
-"""
-
-import sys
 import time
 
 import torch
@@ -46,10 +41,3 @@ class FakeEngine:
 
     def close(self):
         self.ring.close()
-
-
-if __name__ == "__main__":
-    engine = FakeEngine(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    while True:
-        engine.step(0.002)
-        print("stepped", flush=True)

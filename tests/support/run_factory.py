@@ -17,7 +17,7 @@ from row_factory import CAPACITIES, GPU_SYSTEMS, MIB, SIZES, SYSTEMS, UNAVAILABL
 from djinn_lib.analysis.run import Run
 from djinn_lib.experiment.large_results import write_large
 from djinn_lib.experiment.manifest import write_manifest
-from djinn_lib.rows import rows_frame, write_rows
+from djinn_lib.rows import COLUMNS, write_rows
 from djinn_lib.trace import paper_trace, write_trace
 
 MACHINE = {
@@ -101,7 +101,7 @@ def write_cell(folder: Path, rows: pd.DataFrame, machine: dict = MACHINE) -> Non
     """Write the rows of one cell, and its manifest with how its execution ended."""
     first = rows.iloc[0]
     cell = f"{first['trace']}-{first['capacity_label']}-{first['system']}"
-    write_rows(rows_frame(rows.to_dict("records")), folder / "requests" / f"{cell}.parquet")
+    write_rows(rows[list(COLUMNS)], folder / "requests" / f"{cell}.parquet")
     n_failed = int((~rows["ok"]).sum())
     kind = rows["error_kind"].max()
     state = "ok" if not n_failed else "unavailable" if kind == "unavailable" else "failed"

@@ -1,10 +1,8 @@
 """Which engines sleep and which run: by example, and for any requests."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from djinn_lib.errors import CapacityError
 from djinn_lib.systems.sleep_order import Run, Sleep, SleepOrder, Wake
 
 SIZES = {"a": 5, "b": 6, "c": 3}
@@ -83,11 +81,6 @@ def test_an_engine_that_ended_is_woken_anew():
     order.done("a")
     order.arrive(2, "a", 0.0)
     assert decisions(order, 0.0) == ["a wakes", ("a", (2,))]
-
-
-def test_a_model_larger_than_the_capacity():
-    with pytest.raises(CapacityError, match="raise the capacity"):
-        SleepOrder(SIZES, 5)
 
 
 @given(

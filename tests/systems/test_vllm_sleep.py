@@ -5,9 +5,8 @@ import time
 from concurrent.futures import Future
 
 import pytest
-from tiny import CONFIGS, PROMPT
+from tiny import PROMPT, saved
 
-from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.experiment.weights import describe
 from djinn_lib.fleet import environment
@@ -68,12 +67,8 @@ class NotedEngine:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder, files = tmp_path_factory.mktemp("sleep"), {}
-    for name in MODELS:
-        ModelSpec(CONFIGS[name], "float32", seed=5).build().save_pretrained(folder / name)
-        files[name] = describe(name, folder / name)
-    return files
+def models():
+    return {name: describe(name, saved(name)) for name in MODELS}
 
 
 @pytest.fixture(autouse=True)
@@ -153,17 +148,6 @@ def test_requests_for_an_awake_engine_are_handed_over_while_it_computes(models, 
         pending.set_result(result)
     served = [one.result(SOON_S) for one in asked[:3]]
     assert [one.loaded_bytes for one in served] == [models["llama"].n_bytes, 0, 0]
-
-
-def test_the_naive_form_lets_all_others_sleep_at_every_change(models, noted):
-    system = VllmSleep(models, 10 * room_for_two(models), "cuda", naive=True)
-    system.start()
-    n = len(NotedEngine.notes)
-    for name in ("llama", "llama", "phi", "llama"):
-        system.serve(name, PROMPT, 1)
-    slept = [one for one in said(n) if one[1] == "sleep"]
-    assert slept == [("llama", "sleep"), ("phi", "sleep")]
-    system.close()
 
 
 @pytest.mark.parametrize("fails", ["wake_up", "generate"])
