@@ -194,13 +194,15 @@ def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per
 
 def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) -> Trace:
     """Rename the models of a trace by `names`, except those in `keep`."""
-    requests = tuple(
-        request
-        if request.model in keep
-        else replace(request, model=names.get(request.model, request.model))
-        for request in trace.requests
-    )
-    return replace(trace, requests=requests)
+
+    def new(model: str) -> str:
+        return model if model in keep else names.get(model, model)
+
+    params = dict(trace.params)
+    if "models" in params:  # the figure of a trace has a line for each
+        params["models"] = [new(model) for model in params["models"]]
+    requests = tuple(replace(request, model=new(request.model)) for request in trace.requests)
+    return replace(trace, params=params, requests=requests)
 
 
 def check_models(trace: Trace, known: Collection[str]) -> None:
