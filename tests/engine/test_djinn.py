@@ -180,7 +180,7 @@ def test_evict_remove_and_residency():
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_decides_as_the_simulator_foretells(policy):
     rng = random.Random(2)
-    requests = rng.choices(FEW, [1 / (i + 1) for i in range(len(FEW))], k=20)
+    requests = rng.choices(FEW, [1 / (i + 1) for i in range(len(FEW))], k=30)
     with dj.Djinn("1MiB", page=PAGE, policy=policy) as djinn:
         for name in FEW:
             djinn.add(name, saved(name))
