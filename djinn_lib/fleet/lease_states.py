@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+
+ARRIVING_S = math.inf  # quantum of a holder until its pages have arrived
 
 
 class State(Enum):
@@ -60,3 +63,8 @@ class Engine:
     place: int = 0  # number of earlier requests for a lease, by any engine
     quantum_s: float = 0.0
     counts: Counts = field(default_factory=Counts)
+
+    @property
+    def is_arriving(self) -> bool:
+        """Whether it holds a lease while pages of it are still copied."""
+        return self.state is State.HOLDING and self.quantum_s == ARRIVING_S

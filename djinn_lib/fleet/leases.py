@@ -6,8 +6,9 @@ carries its time, and the result is a list of messages for engines. The broker d
 An engine asks for a lease when it has work, and gives it back when it has none left. In between it
 runs any number of steps. Three rules decide:
 
-* **The oldest waiter comes first.** It gets free frames and the frames of models without a lease at
-  once. It loads into them while others still compute, and holds the lease when nothing is missing.
+* **The oldest waiter comes first.** It gets free frames and the frames of models without a lease,
+  loads into them while others still compute, and holds the lease when nothing is missing. It begins
+  when the holders' own pages have arrived, because all copies share one link.
 * **A lease lasts for at least a quantum**, and for at least five times its own load time. So
   loading takes at most a fifth of the time. If the oldest waiter needs the frames of holders whose
   quantum is over, these are revoked, the longest holder first.
@@ -24,7 +25,7 @@ import math
 from djinn_lib.engine.memory.policies import Policy
 from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import ConfigError, LeaseError
-from djinn_lib.fleet.lease_states import Engine, Frames, Revoke, State
+from djinn_lib.fleet.lease_states import ARRIVING_S, Engine, Frames, Revoke, State
 
 LOAD_SHARE = 5  # a lease lasts at least this many times as long as its load took
 
@@ -134,9 +135,14 @@ class Leases:
     def deadline_s(self) -> float | None:
         """Return when `tick` will change something, if no other event comes first."""
         waiting = self._waiting()
-        if not waiting or self._shortfall(waiting[0]) <= 0:
+        if not waiting:
             return None
-        return min(self._revocable_s(holder, waiting[0]) for holder in self._holders())
+        oldest, times_s = waiting[0], []
+        if self._shortfall(oldest) > 0:
+            times_s = [self._revocable_s(holder, oldest) for holder in self._holders()]
+        if self.ring.n_loadable(oldest.model):  # held back, see `_must_keep_off_link`
+            times_s.append(oldest.since_s + self._max_wait_s)
+        return min(times_s, default=None)
 
     # -- decisions -----------------------------------------------------------------------------
 
@@ -147,7 +153,8 @@ class Leases:
         self._policy.expect([engine.model for engine in waiting])
         while waiting:
             oldest = waiting.pop(0)
-            out += self._assign(oldest, now_s)
+            if not self._must_keep_off_link(oldest, now_s):
+                out += self._assign(oldest, now_s)
             if oldest.state is State.WAITING:
                 out += self._revoke_for(oldest, now_s)
                 break
@@ -156,6 +163,15 @@ class Leases:
             if self.ring.is_whole(engine.model):
                 out += self._assign(engine, now_s)
         return out
+
+    def _must_keep_off_link(self, waiter: Engine, now_s: float) -> bool:
+        """Whether a waiter's copies would slow down those of a holder.
+
+        Two loads at once each take twice as long, so neither is earlier and the first is later.
+        """
+        if self.ring.is_whole(waiter.model) or now_s >= waiter.since_s + self._max_wait_s:
+            return False
+        return any(holder.is_arriving for holder in self._holders())
 
     def _assign(self, engine: Engine, now_s: float) -> list[Frames | Revoke]:
         """Assign available frames to a waiter, and the lease if nothing is missing."""
@@ -186,7 +202,7 @@ class Leases:
         counts.waited_s += waited_s
         counts.longest_wait_s = max(counts.longest_wait_s, waited_s)
         engine.state, engine.since_s = State.HOLDING, now_s
-        engine.quantum_s = math.inf if switched else self._quantum_s  # `loaded` replaces infinity
+        engine.quantum_s = ARRIVING_S if switched else self._quantum_s
 
     def _revoke_for(self, waiter: Engine, now_s: float) -> list[Frames | Revoke]:
         """Revoke leases whose quantum is over, no more of them than necessary."""
@@ -203,9 +219,10 @@ class Leases:
         return out
 
     def _shortfall(self, waiter: Engine) -> int:
-        """Return the pages that a waiter misses beyond those being given back."""
+        """Return the pages that a waiter misses beyond those that it can get or that come back."""
         coming = [e.model for e in self._engines.values() if e.state is State.REVOKED]
-        return self.ring.n_missing(waiter.model) - sum(map(self.ring.n_resident, coming))
+        short = self.ring.n_missing(waiter.model) - self.ring.n_loadable(waiter.model)
+        return short - sum(map(self.ring.n_resident, coming))
 
     def _revocable_s(self, holder: Engine, waiter: Engine) -> float:
         return min(holder.since_s + holder.quantum_s, waiter.since_s + self._max_wait_s)
@@ -258,4 +275,6 @@ class Leases:
         for engine in waiting:
             ensure(not self.ring.is_whole(engine.model), f"{engine.model!r} waits for something")
         if waiting:
-            ensure(not self.ring.n_loadable(waiting[0].model), "the oldest waiter has what is free")
+            held_back = any(holder.is_arriving for holder in self._holders())
+            loads = held_back or not self.ring.n_loadable(waiting[0].model)
+            ensure(loads, "the oldest waiter has what is free")

@@ -21,7 +21,9 @@ HOOKS = (
     "vllm.model_executor.offloader.base:set_offloader",
     "vllm.model_executor.offloader.base:BaseOffloader.wrap_modules",
     "vllm.model_executor.offloader.base:BaseOffloader.sync_prev_onload",
+    "vllm.model_executor.offloader.base:BaseOffloader.join_after_forward",
     "vllm.model_executor.offloader.base:BaseOffloader._wait_for_layer",
+    "vllm.forward_context:get_forward_context",
     "vllm.model_executor.offloader.prefetch_ops:register_prefetch_offloader_ops",
 )
 CPU_HOOKS = (

@@ -1,9 +1,9 @@
 """Decoding a page on a GPU, in Triton; see `form` for what the compressed bytes are.
 
-One program a block of words, as rows of eight words. A thread reads the low bytes of a row at
-once, and writes its words at once. The codes of a row lie back to back in every level, at most 16
-bits of them, so each level is read a row at a time too; the codes of a word are found in these bits
-by shifts. What is left to wait for are three sums over the rows of the block.
+A program decodes a block of words at a time, as rows of eight words. A thread reads the low bytes
+of a row at once, and writes its words at once. The codes of a row lie back to back in every level,
+at most 16 bits of them, so each level is read a row at a time too; the codes of a word are found in
+these bits by shifts. What is left to wait for are three sums over the rows of the block.
 
 Later levels are read at places that depend on what was read before. Those places are checked:
 damaged bytes give wrong words, and never a fault of the device. Rows may reach over the end of a
@@ -20,6 +20,8 @@ import triton.language as tl
 
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
+PROGRAMS_PER_PROCESSOR = 2  # of the device; see `_n_programs`
+N_REGISTERS = 128  # of a thread; more would keep computations off the processor
 N_WARPS = 4  # a row a thread; with fewer warps registers are what limits how many run at once
 
 
@@ -67,8 +69,21 @@ def decode_kernel(
     n_words, n_second, n_third, n_last,
     EXPONENT_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """Write the words of every n-th block, for n programs."""
+    for block in range(tl.program_id(0), tl.cdiv(n_words, BLOCK), tl.num_programs(0)):
+        _decode_block(
+            block, starts, ranks, low, pairs, singles, first, second, third, last, words,
+            n_words, n_second, n_third, n_last, EXPONENT_BITS, BLOCK, TILE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode_block(
+    block, starts, ranks, low, pairs, singles, first, second, third, last, words,
+    n_words, n_second, n_third, n_last,
+    EXPONENT_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Write the words of one block."""
-    block = tl.program_id(0)
     # Said to be apart, rows stay one a thread in all that follows: loads of several neighbours by a
     # thread would have them exchanged through shared memory time and again.
     row = tl.max_contiguous(block * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[:, None], [1, 1])
@@ -121,6 +136,17 @@ def decode_kernel(
         tl.store(words + i, word, mask=i < n_words)
 
 
+def _n_programs(device: torch.device) -> int:
+    """Programs for a page: as few as decode faster than the link brings pages.
+
+    A program for each block would fill the device for some time with every page, and computations
+    would wait for their turn. A few programs run beside them, where bandwidth is what they lack.
+    """
+    if device.type != "cuda":  # the interpreter
+        return 4
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def decode(compressed: torch.Tensor, form: Form, target: torch.Tensor) -> None:
     """Write the words of a page, on the current stream.
 
@@ -132,8 +158,10 @@ def decode(compressed: torch.Tensor, form: Form, target: torch.Tensor) -> None:
     at = form.sections
     sections = [compressed[section] for section in at[1:]]
     kernel: Any = decode_kernel
-    kernel[(form.n_blocks,)](
+    n_programs = min(form.n_blocks, _n_programs(target.device))
+    kernel[(n_programs,)](
         compressed[at.starts].view(torch.int32), *sections, target.view(torch.int16),
         form.n_words, form.n_second, form.n_third, form.n_last,
-        EXPONENT_BITS=form.exponent_bits, BLOCK=BLOCK_WORDS, TILE=TILE_BLOCKS, num_warps=N_WARPS,
+        EXPONENT_BITS=form.exponent_bits, BLOCK=BLOCK_WORDS, TILE=TILE_BLOCKS,
+        num_warps=N_WARPS, maxnreg=N_REGISTERS,
     )  # fmt: skip
