@@ -132,6 +132,27 @@ def test_the_model_of_a_name_that_is_gone(end, words):
             kept.sum()
 
 
+def test_what_is_no_weight_can_be_looked_at(djinn, plain):
+    with djinn.lease("m") as model:
+        inside = head(model)
+    djinn.evict("m")
+    assert model.num_parameters() == plain.num_parameters()
+    assert model.get_memory_footprint() >= plain.num_parameters() * 4
+    assert (model.device, model.dtype) == (plain.device, plain.dtype)
+    assert repr(model) == repr(plain)
+    assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
+    for weight, ordinary in zip(model.parameters(), plain.parameters(), strict=True):
+        assert isinstance(weight, nn.Parameter)
+        assert (weight.shape, weight.dtype, weight.device) == (
+            ordinary.shape, ordinary.dtype, ordinary.device,
+        )  # fmt: skip
+        assert (weight.numel(), weight.stride(), weight.nbytes) == (
+            ordinary.numel(), ordinary.stride(), ordinary.nbytes,
+        )  # fmt: skip
+        assert not weight.requires_grad and weight.is_contiguous() and len(weight) == len(ordinary)
+    assert inside in {inside} and head(model) is inside
+
+
 def test_the_same_model_works_in_the_next_lease(djinn, plain):
     with djinn.lease("m") as model:
         weight = head(model)
@@ -248,6 +269,13 @@ def test_a_lent_model_is_whole(djinn, plain, tmp_path, monkeypatch):
     for read in (load_file(tmp_path / "model.safetensors"), torch.load(saved)):
         assert read.keys() == expected.keys()
         assert all(torch.equal(read[name], expected[name]) for name in expected)
+
+
+def test_tied_weights_are_saved_once(shared, tmp_path):
+    with shared.lease("tied") as model:
+        model.save_pretrained(tmp_path)
+        assert head(model) is table(model)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

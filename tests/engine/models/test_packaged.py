@@ -35,6 +35,17 @@ def test_it_is_converted_once_and_appears_whole(cache, monkeypatch):
     assert dj.small_model() != folder and converted == [(".gguf", "bfloat16")]
 
 
+def test_a_failure_leaves_nothing(cache, monkeypatch):
+    def convert(gguf, dtype, target):
+        (target / "config.json").write_text("{")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(packaged, "convert_gguf", convert)
+    with pytest.raises(OSError, match="no space"):
+        dj.small_model()
+    assert list(cache.iterdir()) == []
+
+
 def test_what_is_missing_is_named_with_how_to_get_it(cache, monkeypatch):
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"'gguf' is not installed.*pip install"):
