@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, saved, spec
 
 import djinn_lib as dj
@@ -13,12 +14,7 @@ from djinn_lib import ModelSpec
 from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.memory.policies import POLICIES
-from djinn_lib.errors import (
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    LeaseError,
-)
+from djinn_lib.errors import CapacityError, CheckpointError, ConfigError, DjinnError, LeaseError
 from djinn_lib.simulator.simulate import simulate
 
 PAGE = "16KiB"
@@ -53,7 +49,7 @@ def test_tokens_and_bytes_after_any_evictions(names, options):
                 pointers[name] = addresses(model)
         hashes = {name: djinn.sha256(name) for name in names}
         partial_hits = 0
-        for _ in range(24):
+        for _ in range(4 * len(names)):
             name = rng.choice(names)
             g = djinn.generate(name, PROMPT, 8, ignore_eos=True)
             assert g.token_ids == expected[name]
@@ -66,7 +62,7 @@ def test_tokens_and_bytes_after_any_evictions(names, options):
                 assert addresses(model) == pointers[name]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtypes(dtype):
     with dj.Djinn("2MiB", page=PAGE) as djinn:
         djinn.add("m", saved("mistral"), dtype=dtype)
@@ -74,24 +70,6 @@ def test_dtypes(dtype):
         with djinn.lease("m") as model:
             assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     assert g.token_ids == ordinary_tokens(saved("mistral"), 8, dtype)
-
-
-def test_sharded_checkpoints(tmp_path):
-    spec("qwen2-tied").build().save_pretrained(tmp_path, max_shard_size="100KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    with dj.Djinn("2MiB", page=PAGE) as djinn:
-        djinn.add("m", tmp_path)
-        g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-    assert g.token_ids == ordinary_tokens(saved("qwen2-tied"), 8)
-
-
-def test_tied_weights_are_stored_once():
-    with dj.Djinn("2MiB", page=PAGE) as djinn:
-        djinn.add("m", saved("qwen2-tied"))
-        with djinn.lease("m") as model:
-            assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-            n_bytes = sum(p.numel() * 4 for p in model.parameters())
-        assert abs(int(djinn.residency().bytes[0]) - n_bytes) < 256 * 50
 
 
 def test_lookup_tables_stay_in_the_host():
@@ -119,8 +97,6 @@ def test_lookup_tables_stay_in_the_host():
 
 
 def test_places_of_lookup_tables(tmp_path):
-    with pytest.raises(ConfigError, match=r"one of \('host', 'ring'\), got 'disk'"):
-        dj.Djinn("2MiB", page=PAGE, embeddings="disk")
     with pytest.raises(ConfigError, match="cannot be combined with host_capacity"):
         dj.Djinn("2MiB", page=PAGE, embeddings="host", host_capacity="2MiB", swap_dir=tmp_path)
     with dj.Djinn("2MiB", page=PAGE, host_capacity="2MiB", swap_dir=tmp_path) as djinn:
@@ -140,11 +116,13 @@ def test_plain_weights_do_not_depend_on_where_tables_are():
     assert torch.equal(*logits)
 
 
-def test_a_spec_gives_the_same_model_as_its_saved_folder():
+def test_a_spec_gives_the_same_model_as_its_folder_in_one_file_or_several(tmp_path):
+    spec("phi").build().save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
     with dj.Djinn("2MiB", page=PAGE) as djinn:
-        djinn.add("spec", spec("phi"))
-        djinn.add("folder", saved("phi"))
-        assert djinn.sha256("spec") == djinn.sha256("folder")
+        sources = {"spec": spec("phi"), "folder": saved("phi"), "shards": tmp_path}
+        assert len({djinn.add(name, source) and djinn.sha256(name)
+                    for name, source in sources.items()}) == 1  # fmt: skip
         djinn.add("other seed", spec("phi", seed=6))
         assert djinn.sha256("spec") != djinn.sha256("other seed")
 
@@ -180,17 +158,6 @@ def test_what_a_prefill_waits_for_is_part_of_the_switch(monkeypatch, decode):
     assert g.switch_ms > 20  # of 34 pages; how much of it is stall hangs on who else computes
 
 
-def test_generation_stops_at_eos_unless_told_not_to():
-    with dj.Djinn("1MiB", page=PAGE) as djinn:
-        djinn.add("m", saved("llama"))
-        tokens = djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids
-        third = tokens[2]
-        with djinn.lease("m") as model:
-            model.generation_config.eos_token_id = third
-        assert djinn.generate("m", PROMPT, 8).token_ids == tokens[: tokens.index(third) + 1]
-        assert djinn.generate("m", PROMPT, 8, ignore_eos=True).token_ids == tokens
-
-
 def test_evict_remove_and_residency():
     with dj.Djinn("2MiB", page=PAGE) as djinn:
         for name in ("llama", "phi"):
@@ -222,141 +189,83 @@ def test_every_policy_decides_as_the_simulator_foretells(policy):
             p: simulate(requests, table.to_dict(), "1MiB", p, page_bytes=djinn.page_bytes)
             for p in {policy, "lru"}
         }
-        for model in rng.choices(FEW, k=10):  # that a repeat which starts cold knows nothing of
-            djinn.generate(model, PROMPT, 1)
-        for _ in range(2):
-            djinn.reset()
-            loaded = [djinn.generate(model, PROMPT, 1).loaded_bytes for model in requests]
-            assert loaded == foretold[policy]["loaded_bytes"].tolist()
+        for model in rng.choices(FEW, k=5):  # that what starts cold knows nothing of
+            djinn.generate(model, PROMPT[:1], 1)
+        djinn.reset()
+        loaded = [djinn.generate(model, PROMPT[:1], 1).loaded_bytes for model in requests]
+        assert loaded == foretold[policy]["loaded_bytes"].tolist()
         as_lru = loaded == foretold["lru"]["loaded_bytes"].tolist()
         assert as_lru == (policy in ("lru", "lookahead"))  # nothing waits
         djinn.check()
 
 
-def test_reset_does_nothing_while_a_model_is_leased():
-    with dj.Djinn("2MiB", page=PAGE) as djinn:
-        for name in ("llama", "phi"):
-            djinn.add(name, saved(name))
-            djinn.generate(name, PROMPT, 1)
-        before = djinn.residency()
-        with djinn.lease("phi"), pytest.raises(LeaseError, match="'phi'"):
-            djinn.reset()
-        assert djinn.residency().equals(before)
-        djinn.reset()
-        assert djinn.residency()["resident_bytes"].sum() == 0
-        assert djinn.generate("phi", PROMPT, 1).loaded_bytes == before["bytes"][1]
+@pytest.fixture(scope="module")
+def djinn():
+    with dj.Djinn("1MiB", page=PAGE) as djinn:
+        djinn.add("m", saved("llama"))
+        yield djinn
 
 
-class TestBadInput:
-    @pytest.fixture(scope="class")
-    def djinn(self):
-        with dj.Djinn("1MiB", page=PAGE) as djinn:
-            djinn.add("m", saved("llama"))
-            yield djinn
+@pytest.mark.parametrize(
+    ("prompt", "n", "message"),
+    [
+        ([], 4, "at least 1 token"),
+        ([VOCAB], 4, "tokenised for another model"),
+        ([-1], 4, "token ids from 0"),
+        ([1], 0, "max_new_tokens"),
+        ("text", 4, "no tokenizer"),
+    ],
+)
+def test_prompts_that_are_refused(djinn, prompt, n, message):
+    with pytest.raises(ConfigError, match=message):
+        djinn.generate("m", prompt, n)
+    assert len(djinn.generate("m", PROMPT, 2, ignore_eos=True).token_ids) == 2
 
-    @pytest.mark.parametrize(
-        ("prompt", "n", "message"),
-        [
-            ([], 4, "at least 1 token"),
-            ([VOCAB], 4, "tokenised for another model"),
-            ([-1], 4, "token ids from 0"),
-            ([1], 0, "max_new_tokens"),
-            ("text", 4, "no tokenizer"),
-        ],
-    )
-    def test_prompts(self, djinn, prompt, n, message):
-        with pytest.raises(ConfigError, match=message):
-            djinn.generate("m", prompt, n)
-        assert len(djinn.generate("m", PROMPT, 2, ignore_eos=True).token_ids) == 2
 
-    def test_names(self, djinn):
-        with pytest.raises(ConfigError, match=r"expected one of the models \['m'\]"):
-            djinn.generate("nobody", PROMPT)
-        with pytest.raises(ConfigError, match="already exists"):
-            djinn.add("m", saved("phi"))
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/at/all", "does not exist"),
+        (".", "got an empty folder"),
+        (dj.ModelSpec({"model_type": "no-such-model"}), "model_type"),
+        (dj.ModelSpec({"model_type": "vit"}), "decoder-only"),
+    ],
+    ids=["no folder", "an empty folder", "no architecture", "an encoder"],
+)
+def test_sources_that_are_no_model(djinn, tmp_path, source, message):
+    with pytest.raises(DjinnError, match=message):
+        djinn.add("x", tmp_path / source if isinstance(source, str) else source)
 
-    def test_a_model_larger_than_the_ring(self, djinn):
-        with dj.Djinn("128KiB", page=PAGE) as small:
-            with pytest.raises(CapacityError, match="raise the capacity"):
-                small.add("m", saved("llama"))
-            assert small.residency().empty
-        with pytest.raises(CapacityError, match="at least one page"):
-            dj.Djinn("8KiB", page=PAGE)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"capacity": "25GB"},
-            {"capacity": -1},
-            {"capacity": "1MiB", "page": "100B"},
-            {"capacity": "1MiB", "page": PAGE, "policy": "best"},
-            {"capacity": "1MiB", "page": PAGE, "eviction": "none"},
-            {"capacity": "1MiB", "page": PAGE, "decode": "fast"},
-        ],
-        ids=str,
-    )
-    def test_parameters(self, options):
-        with pytest.raises(ConfigError, match="expected"):
-            dj.Djinn(**options)
+def test_names_and_sizes_that_are_refused(djinn):
+    with pytest.raises(ConfigError, match=r"expected one of the models \['m'\]"):
+        djinn.generate("nobody", PROMPT)
+    with pytest.raises(ConfigError, match="already exists"):
+        djinn.add("m", saved("phi"))
+    with dj.Djinn("128KiB", page=PAGE) as small:
+        with pytest.raises(CapacityError, match="raise the capacity"):
+            small.add("m", saved("llama"))
+        assert small.residency().empty
 
-    def test_folders(self, djinn, tmp_path):
-        with pytest.raises(CheckpointError, match="does not exist"):
-            djinn.add("x", tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match="got an empty folder: check the path"):
-            djinn.add("x", tmp_path)
-        (tmp_path / "readme.md").touch()
-        with pytest.raises(CheckpointError, match=r"has no config\.json: check the folder"):
-            djinn.add("x", tmp_path)
-        with pytest.raises(ConfigError, match="dtype"):
-            djinn.add("x", spec("llama"), dtype="int8")
-        with pytest.raises(ConfigError, match="model_type"):
-            djinn.add("x", dj.ModelSpec({"model_type": "no-such-model"}))
 
-    def test_an_encoder(self, djinn):
-        with pytest.raises(ConfigError, match="decoder-only"):
-            djinn.add("x", dj.ModelSpec({"model_type": "vit"}))
-
-    @pytest.mark.parametrize(
-        ("damage", "message"),
-        [
-            ("truncated", r"model-00002.*is truncated or corrupt.*download it again"),
-            ("corrupt", r"model-00002.*is truncated or corrupt.*download it again"),
-            (
-                "missing tensor",
-                r"no tensors for 1 weights of a llama, such as \['model.norm.weight'",
-            ),
-            ("misshapen", "config and weights do not belong together"),
-            ("missing shard", r"lists shards that do not exist: \['model-00001"),
-            ("pickle", r"pickled weights \(pytorch_model.bin\)"),
-            ("quantised", r"a quantised checkpoint \(gptq, config.json\): serve it with vLLM"),
-        ],
-    )
-    def test_weights(self, djinn, tmp_path, damage, message):
-        spec("llama").build().save_pretrained(tmp_path, max_shard_size="100KB")
-        shards = sorted(tmp_path.glob("*.safetensors"))
-        match damage:
-            case "truncated":
-                shards[1].write_bytes(shards[1].read_bytes()[:-100])
-            case "corrupt":
-                shards[1].write_bytes(b"\xff" * 200)
-            case "missing tensor":
-                drop_tensor(tmp_path, "model.norm.weight")
-            case "misshapen":
-                change_config(tmp_path, intermediate_size=100)
-            case "missing shard":
-                shards[0].unlink()
-            case "pickle":
-                for path in [*shards, *tmp_path.glob("*.index.json")]:
-                    path.unlink()
-                torch.save({}, tmp_path / "pytorch_model.bin")
-            case "quantised":
-                change_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-        with pytest.raises(CheckpointError, match=message):
-            djinn.add("x", tmp_path)
-        assert djinn.residency().model.tolist() == ["m"]  # nothing half added
-        assert djinn.generate("m", PROMPT, 2).token_ids
-        djinn.add("x", saved("phi"))  # the name is free
-        djinn.remove("x")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shards: shards[1].write_bytes(shards[1].read_bytes()[:-100]), "is truncated or"),
+        (lambda shards: drop_tensor(shards[0].parent, "model.norm.weight"), "no tensors for 1 w"),
+        (lambda shards: change_config(shards[0].parent, intermediate_size=100), "do not belong"),
+    ],
+    ids=["truncated", "missing tensor", "misshapen"],
+)
+def test_damaged_weights_leave_nothing(djinn, tmp_path, damage, message):
+    spec("llama").build().save_pretrained(tmp_path, max_shard_size="100KB")
+    damage(sorted(tmp_path.glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=message):
+        djinn.add("x", tmp_path)
+    assert djinn.residency().model.tolist() == ["m"]  # nothing half added
+    assert djinn.generate("m", PROMPT, 2).token_ids
+    djinn.add("x", saved("phi"))  # the name is free
+    djinn.remove("x")
 
 
 def change_config(folder, **fields):
@@ -365,8 +274,6 @@ def change_config(folder, **fields):
 
 
 def drop_tensor(folder, name):
-    from safetensors.torch import load_file, save_file
-
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     shard = folder / content["weight_map"].pop(name)

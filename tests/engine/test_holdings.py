@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 import torch
+from forked import in_a_child
 from tiny import PROMPT, spec
 
 import djinn_lib as dj
@@ -33,16 +34,11 @@ def opened(**options):
 # -- collected -------------------------------------------------------------------------------
 
 
-def nothing(djinn):
-    pass
-
-
-def generate(djinn):
+def ask(djinn):
     djinn.generate("m", PROMPT, 2)
-
-
-def submit(djinn):
     djinn.submit("m", PROMPT, 2).result(60)
+    with pytest.raises(DjinnError):
+        djinn.generate("m", [10**9])
 
 
 def keep_the_model(djinn):
@@ -58,11 +54,6 @@ def look_ahead(djinn):
     wait(pending, 60)
 
 
-def fail(djinn):
-    with pytest.raises(DjinnError):
-        djinn.generate("m", [10**9])
-
-
 def refer_to_itself(djinn):
     djinn.friend = [djinn]
 
@@ -72,30 +63,13 @@ def leave_a_lease_open(djinn):
     lease.__enter__()
 
 
-def leave_it_to_a_callback(djinn):
-    """The last reference goes in a thread of the object's own."""
-    asked = threading.Event()
-    pending = djinn.submit("m", PROMPT, 2)
-    pending.add_done_callback(lambda _, djinn=djinn: asked.wait(10))
-    return pending, asked
+USES = [ask, keep_the_model, look_ahead, refer_to_itself, leave_a_lease_open]
 
 
-USES = [nothing, generate, submit, keep_the_model, look_ahead, fail, refer_to_itself,
-        leave_a_lease_open]  # fmt: skip
-OPTIONS: list[dict[str, str]] = [{}, {"decode": "graph", "host_capacity": "2MiB"}]
-
-
-@pytest.mark.parametrize(
-    ("use", "options"),
-    [  # each use once in either way by turns; the other half is slow
-        pytest.param(use, OPTIONS[way], marks=[] if i % 2 == way else [pytest.mark.slow])
-        for i, use in enumerate(USES)
-        for way in (0, 1)
-    ],
-)
-def test_a_collected_object_gives_everything_back(use, options, tmp_path, nothing_leaks):
-    if "host_capacity" in options:
-        options = {**options, "swap_dir": tmp_path}
+@pytest.mark.parametrize("use", USES)
+def test_a_collected_object_gives_everything_back(use, tmp_path, nothing_leaks):
+    all_there_is = {"decode": "graph", "host_capacity": "2MiB", "swap_dir": tmp_path}
+    options = {} if use in (keep_the_model, refer_to_itself) else all_there_is
     with nothing_leaks():
         djinn = opened(**options)
         kept, alive = use(djinn), weakref.ref(djinn)
@@ -111,7 +85,7 @@ def test_nobody_but_the_user_refers_to_the_object():
     """So it needs no garbage collector to go."""
     djinn = opened()
     keep_the_model(djinn)
-    submit(djinn)
+    djinn.submit("m", PROMPT, 2).result(60)
     alive = weakref.ref(djinn)
     gc.disable()
     try:
@@ -125,7 +99,8 @@ def test_the_last_reference_may_go_in_a_thread_of_the_objects_own(nothing_leaks)
     with nothing_leaks():
         djinn = opened()
         alive = weakref.ref(djinn)
-        pending, asked = leave_it_to_a_callback(djinn)
+        asked, pending = threading.Event(), djinn.submit("m", PROMPT, 2)
+        pending.add_done_callback(lambda _, djinn=djinn: asked.wait(10))
         del djinn
         pending.result(60)
         assert alive() is not None
@@ -161,7 +136,8 @@ def test_the_end_of_the_process():
     code = """
         import threading, time
         import djinn_lib as dj
-        from tiny import PROMPT, spec
+        from forked import in_a_child
+from tiny import PROMPT, spec
         djinn = dj.Djinn("2MiB", "cpu", "16KiB")
         djinn.add("m", spec("phi"))
         threading.Thread(target=lambda: djinn.lease("m").__enter__() and time.sleep(99),
@@ -307,38 +283,24 @@ def test_an_object_cannot_be_given_to_a_spawned_process(closed):
         process.start()
 
 
-def in_a_child(function):
-    """Return what a function says in a forked child, which then ends without any farewell."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            said = function()
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writer, str(said).encode())
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(child, 0)
-    return said
-
-
 @pytest.fixture(scope="module")
 def parents():
     with opened() as djinn:
         yield djinn
 
 
-@pytest.mark.parametrize(
-    "method", [*METHODS.values(), dj.Djinn.close], ids=[*METHODS, "close"]
-)  # fmt: skip
-def test_a_forked_child_is_told_so(parents, method):
+def test_a_forked_child_is_told_so(parents):
     parents.submit("m", PROMPT, 2).result(60)  # there are threads, which a child does not have
-    said = in_a_child(lambda: method(parents))
-    assert said.startswith(f"DjinnError: this Djinn belongs to process {os.getpid()}")
+
+    def try_all():
+        for name, method in {**METHODS, "close": dj.Djinn.close}.items():
+            with pytest.raises(DjinnError, match=f"belongs to process {os.getppid()}"):
+                method(parents)
+            tried.append(name)
+        return len(tried)
+
+    tried = []
+    assert in_a_child(try_all) == (str(len(METHODS) + 1), 0)
 
 
 def test_a_child_forked_inside_a_lease(parents):
@@ -361,8 +323,8 @@ def test_a_child_forked_inside_a_lease(parents):
         lambda: waiting.result(),
         lambda: waiting.exception(),
     ):
-        assert "this is a forked child" in in_a_child(use)
-    assert in_a_child(waiting.cancel) == "False"
+        assert "this is a forked child" in in_a_child(use)[0]
+    assert in_a_child(waiting.cancel)[0] == "False"
     assert alias.isfinite().all() and model(torch.tensor([PROMPT])).logits.isfinite().all()
     leases.pop().__exit__(None, None, None)
     assert len(waiting.result(60).token_ids) == 2
@@ -381,7 +343,7 @@ def test_what_a_child_does_not_need_stays_its_parents(parents):
         return tokens
 
     expected = parents.generate("m", PROMPT, 6, ignore_eos=True).token_ids
-    assert in_a_child(end) == str(expected)
+    assert in_a_child(end) == (str(expected), 0)
     assert parents.generate("m", PROMPT, 6, ignore_eos=True).token_ids == expected
     parents.check()
 

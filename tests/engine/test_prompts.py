@@ -163,7 +163,7 @@ OBJECTS = st.recursive(
         st.lists(st.integers(0, 9), max_size=4).map(np.array),
         st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), max_size=3).map(torch.tensor),
     ),
-    max_leaves=8,
+    max_leaves=5,
 )
 
 

@@ -1,16 +1,14 @@
-"""Adds the folders that come in on standard input, one a line, and says what came of each.
+"""Adds folders and says what came of each, in a forked child: a damaged folder may end it.
 
-It runs in a process of its own, since a damaged folder may end it: that is what is looked for.
 Memory is limited, so that a number too large ends in an error, not in the machine's OOM killer.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
-import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -47,21 +45,20 @@ def outcome(folder: Path) -> dict[str, str]:
     return said
 
 
-def main() -> None:
-    """Answer each line with a line."""
+def serve_folders(connection: Connection) -> None:
+    """Answer each folder with what came of it, in a forked child."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # libraries print as they like
+        os.dup2(silence, descriptor)
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print as they like
-    for line in sys.stdin:
+    while True:
         try:
-            said = outcome(Path(line.rstrip("\n")))
+            said = outcome(connection.recv())
+        except EOFError:
+            return
         except BaseException:
             said = {"add": f"bare {traceback.format_exc()}"}
-        print(json.dumps(said), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        connection.send(said)

@@ -116,16 +116,6 @@ def damage_is_named():
     torch.cuda.synchronize()
 
 
-SCENARIOS = {
-    f.__name__: f
-    for f in (
-        decoded_pages,
-        decoding_keeps_up_with_the_link,
-        loads_are_faster_than_the_link,
-        damage_is_named,
-    )
-}
-
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]]()
+    globals()[sys.argv[1]](*sys.argv[2:])
     print(f"{sys.argv[1]}: ok")

@@ -34,6 +34,8 @@ WRONG = [
     *(("top_p", p) for p in (0, -0.1, 1.1, True, "1", None, np.nan, np.inf)),
     *(("seed", s) for s in (-1, 2**64, 2**70, 1.0, True, "0", [0])),
     *(("stop", s) for s in ("", [""], ["a", ""], 5, [5], {"a"}, b"a", iter("a"))),
+    *(("max_new_tokens", n) for n in (0, -1, 2.0, "5", True, 2**31, 2**70)),
+    *(("ignore_eos", e) for e in ("no", 1)),
     ("top_q", 1),
     ("max_tokens", 5),
 ]
@@ -43,6 +45,21 @@ WRONG = [
 def test_what_means_nothing(name, value):
     with pytest.raises(ConfigError, match=name):
         Sampling.of(None, None, None, {"temperature": 1.0, name: value})
+
+
+def test_draws_follow_the_probabilities():
+    logits, n = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])), 4000
+
+    def close(expected, **how):
+        drawn = Sampler(Sampling(**how), CPU).draw(logits.expand(n, -1)).flatten()
+        shares, expected = torch.bincount(drawn, minlength=4) / n, torch.tensor(expected)
+        # Within five standard deviations of a share.
+        return torch.allclose(shares, expected / expected.sum(), atol=5 * (0.25 / n) ** 0.5)
+
+    assert close([0.5, 0.3, 0.15, 0.05], temperature=1.0)
+    assert close([0.5, 0.3, 0, 0], temperature=1.0, top_k=2)
+    assert close([0.5, 0.3, 0.15, 0], temperature=1.0, top_p=0.9)
+    assert close([0.25, 0.09, 0.0225, 0.0025], temperature=0.5)
 
 
 def test_hardly_any_temperature_is_none():
@@ -78,20 +95,12 @@ def djinn(request):
         yield it
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *WRONG,
-        *(("max_new_tokens", n) for n in (0, -1, 2.0, "5", True, 2**31, 2**70)),
-        *(("ignore_eos", e) for e in ("no", 1)),
-    ],
-    ids=shown,
-)
-def test_refusals_come_before_anything_is_loaded(djinn, name, value):
+def test_refusals_come_before_anything_is_loaded(djinn):
     djinn.reset()
-    for ask in (djinn.generate, djinn.submit):
-        with pytest.raises(ConfigError, match=name):
-            ask("m", [5, 6], **{name: value})
+    for name, value in dict(WRONG).items():
+        for ask in (djinn.generate, djinn.submit):
+            with pytest.raises(ConfigError, match=name):
+                ask("m", [5, 6], **{name: value})
     assert djinn.residency()["resident_bytes"].sum() == 0
 
 
@@ -114,10 +123,30 @@ def test_without_a_seed_every_prompt_of_a_list_is_drawn_by_itself(djinn):
     assert len({g.token_ids for g in said}) == 1
 
 
-def test_hardly_any_temperature_gives_the_most_likely_tokens(djinn):
+NO_CHOICE = [
+    {"temperature": 1e-40}, {"temperature": 2, "top_k": 1}, {"temperature": 2, "top_p": 1e-6}
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", NO_CHOICE, ids=str)
+def test_what_leaves_no_choice_gives_the_most_likely_tokens(djinn, how):
     greedy = djinn.generate("m", [5, 6], 8, ignore_eos=True)
-    nearly = djinn.generate("m", [5, 6], 8, ignore_eos=True, temperature=1e-40)
-    assert nearly.token_ids == greedy.token_ids
+    assert djinn.generate("m", [5, 6], 8, ignore_eos=True, **how).token_ids == greedy.token_ids
+
+
+def test_every_way_of_decoding_draws_the_same_and_leaves_torchs_generator_alone(djinn):
+    def sample(**more):
+        asked = {"temperature": 1.5, "top_k": 50, "top_p": 0.9, **more}
+        return djinn.generate("m", [5, 6], 12, ignore_eos=True, **asked).token_ids
+
+    before, own = torch.random.get_rng_state(), djinn.decode_modes["m"]
+    drawn = sample(seed=9)
+    sample()
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert len({sample(seed=seed) for seed in range(6)}) == 6
+    djinn.set_decode("m", "graph" if own == "eager" else "eager")
+    assert sample(seed=9) == drawn
+    djinn.set_decode("m", own)
 
 
 def test_a_sampling_and_keywords_beside_it(djinn):

@@ -17,7 +17,6 @@ from weights import fill_with, layout_of, weights_of
 import djinn_lib as dj
 from djinn_lib.engine.memory import opening
 from djinn_lib.engine.memory.compressed import compress
-from djinn_lib.engine.memory.compressed.compress import compress_model, compress_page
 from djinn_lib.engine.memory.compressed.decode import decode
 from djinn_lib.engine.memory.compressed.encode import encode
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, EXPONENT_BITS, TILE_WORDS
@@ -32,7 +31,6 @@ from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformErr
 PAGE = 16 << 10
 CPU = torch.device("cpu")
 BITS = st.sampled_from(sorted(EXPONENT_BITS.values()))
-DTYPES = sorted(EXPONENT_BITS, key=str)
 
 
 def words_of(weights):
@@ -102,16 +100,6 @@ def test_all_patterns_come_back_in_any_order(bits, rng):
     every = np.arange(1 << 16, dtype=np.uint16)
     round_trip(every, bits)
     round_trip(rng.permutation(np.repeat(every, 2)), bits)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_that_are_no_numbers_come_back(dtype):
-    weights = normal(5 * BLOCK_WORDS, dtype)
-    weights[::97], weights[1::97] = float("inf"), float("-inf")
-    weights[2::97], weights[3::97] = torch.finfo(dtype).smallest_normal / 4, -0.0
-    words = words_of(weights)
-    words[4::97] = {torch.bfloat16: 0x7FA5, torch.float16: 0xFE5A}[dtype]  # a NaN that says more
-    round_trip(words, EXPONENT_BITS[dtype])
 
 
 @pytest.mark.parametrize(
@@ -197,14 +185,6 @@ def plain_page(masters, model, begin, end):
     return page
 
 
-def test_a_page_that_does_not_shrink_stays_plain(rng):
-    random = rng.integers(0, 256, PAGE, dtype=np.uint8)
-    assert compress_page(random, 8) is None
-    assert compress_page(weights_of(PAGE).numpy(), None) is None
-    compressed, _ = compress_page(weights_of(PAGE).numpy(), 8)
-    assert len(compressed) < 0.7 * PAGE
-
-
 def test_what_does_not_decode_to_the_same_is_never_kept(monkeypatch):
     monkeypatch.setattr(compress, "decode", lambda compressed, form, words: words.fill(0))
     pool = CompressedMasters(HostMasters(), PAGE)
@@ -216,18 +196,9 @@ def test_what_does_not_decode_to_the_same_is_never_kept(monkeypatch):
     assert torch.equal(plain_page(pool, "m", 0, PAGE), weights_of(2 * PAGE)[:PAGE])
 
 
-def test_progress_is_told(monkeypatch):
-    monkeypatch.setattr(compress, "REPORT_S", 0.0)
-    told, n_bytes = [], 4 * PAGE
-    compress_model(weights_of(n_bytes), layout_of(n_bytes), PAGE, told.append)
-    assert len(told) == 5
-    assert told[1].startswith("compressing 32.0 KiB of 64.0 KiB into 2")
-    assert told[-1].startswith("compressed 64.0 KiB of 64.0 KiB into 4")
-
-
 def test_memory_is_given_back():
     # Large, since other threads of this process allocate some megabytes meanwhile.
-    process, pool, n_bytes = psutil.Process(), CompressedMasters(HostMasters(), 1 << 20), 128 << 20
+    process, pool, n_bytes = psutil.Process(), CompressedMasters(HostMasters(), 1 << 20), 64 << 20
     content = weights_of(n_bytes)
     pool.add("first", layout_of(1 << 20), fill_with(content[: 1 << 20]))  # starts what stays
     gc.collect()
@@ -345,8 +316,7 @@ def test_a_model_that_fits_host_memory_only_when_it_is_compressed(on_disk, tmp_p
 # -- the option ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2-tied"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "dtype"), [("qwen2-tied", "bfloat16"), ("gpt2", "float16")])
 def test_tokens_are_those_of_plain_masters(name, dtype):
     model = spec(name, dtype)
     tokens, hashes = [], []
@@ -360,7 +330,7 @@ def test_tokens_are_those_of_plain_masters(name, dtype):
 
 
 def test_options_that_cannot_be(monkeypatch):
-    with pytest.raises(ConfigError, match=r"masters to be one of \('plain', 'compressed', 'auto'"):
+    with pytest.raises(ConfigError, match="masters to be one of"):
         dj.Djinn("1MiB", "cpu", page=PAGE, masters="zip")
     with pytest.raises(ConfigError, match="multiple of 64 bytes for compressed masters"):
         open_masters(None, 1000, form="compressed")

@@ -12,7 +12,7 @@ from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, Lookahead
-from djinn_lib.errors import CapacityError, ConfigError, DjinnError, LeaseError
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 
 PAGE = 16 << 10
 COPY_PAGE = base.copy_page
@@ -54,15 +54,6 @@ class Flaky:
         COPY_PAGE(target, source)
 
 
-def test_a_lease_brings_the_bytes(three):
-    pager, masters, views = three
-    with pager.lease("a") as lease:
-        pager.wait("a", 10 * PAGE - 7)
-        assert torch.equal(views["a"][: 10 * PAGE - 7], masters["a"])
-    assert lease.stats.loaded_bytes == 10 * PAGE - 7
-    assert (lease.stats.resident_before_bytes, lease.stats.evicted_bytes) == (0, 0)
-
-
 def test_finish_blocks_until_everything_is_there(three, monkeypatch):
     pager, masters, views = three
     flaky = Flaky(monkeypatch)
@@ -76,14 +67,6 @@ def test_finish_blocks_until_everything_is_there(three, monkeypatch):
     flaky.n_copied, flaky.fail_at = 0, 4
     with pager.lease("b"), pytest.raises(DjinnError, match="try the request again"):
         pager.block_until_loaded("b")
-
-
-def test_a_hit_moves_nothing(three):
-    pager, _, _ = three
-    for _ in range(2):
-        with pager.lease("a") as lease:
-            pager.wait("a", 10 * PAGE - 7)
-    assert (lease.stats.loaded_bytes, lease.stats.stall_s) == (0, 0.0)
 
 
 def test_a_victim_keeps_its_prefix(three):
@@ -158,18 +141,6 @@ def test_an_abandoned_load_ends_before_its_frames_go_to_another(three, monkeypat
     pager.check()
 
 
-def test_a_reservation_that_fails_forgets_the_model(three, monkeypatch):
-    pager, _, _ = three
-
-    def refuse(*_):
-        raise MemoryError("no addresses")
-
-    monkeypatch.setattr(pager.space, "reserve", refuse)
-    with pytest.raises(MemoryError):
-        pager.add("d", PAGE)
-    assert "d" not in pager.ring.models
-
-
 class Watched(LRU):
     """Notes what it is told, and can refuse a model."""
 
@@ -191,35 +162,25 @@ class Watched(LRU):
         self.told.append(("forget", model))
 
 
-@pytest.mark.parametrize("step", ["bytes_view", "admit"])
+@pytest.mark.parametrize("step", ["reserve", "bytes_view", "admit"])
 def test_a_model_that_cannot_be_added_leaves_nothing(monkeypatch, step):
     policy = Watched()
     pager, _, _ = make_pager({"a": PAGE}, 2, policy=policy)
+    areas = []  # not all mappings: other threads of this process make some too
+    reserve, release = pager.space.reserve, pager.space.release
 
     def refuse(*_):
         raise MemoryError("no")
 
-    reserved, released = [], []  # not all mappings: other threads of this process make some too
-    reserve, release = pager.space.reserve, pager.space.release
-
-    def counted_reserve(n_pages):
-        reserved.append(reserve(n_pages))
-        return reserved[-1]
-
-    def counted_release(area):
-        release(area)
-        released.append(area)
-
     policy.refuses = step == "admit"
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(pager.space, "reserve", counted_reserve)
-        patch.setattr(pager.space, "release", counted_release)
-        if step == "bytes_view":
+        patch.setattr(pager.space, "reserve", lambda n: areas.append(area := reserve(n)) or area)
+        patch.setattr(pager.space, "release", lambda area: (release(area), areas.remove(area)))
+        if step != "admit":
             patch.setattr(pager.space, step, refuse)
         pager.add("d", 2 * PAGE)
     policy.refuses = False
-    assert "d" not in pager.ring and policy.told[-1] == ("forget", "d")
-    assert released == reserved and bool(reserved) == (step == "bytes_view")
+    assert "d" not in pager.ring and policy.told[-1] == ("forget", "d") and not areas
     pager.add("d", PAGE)
     pager.check()
     pager.close()
@@ -239,16 +200,9 @@ def test_nothing_changes_when_a_leased_model_is_to_go():
         assert torch.equal(views["a"][: 10 * PAGE - 7], masters["a"])
     assert lease.stats.loaded_bytes == 10 * PAGE - 7
     pager.remove("a")
-    for asked in (
-        pager.resident_bytes,
-        pager.wait,
-        pager.block_until_loaded,
-        pager.is_streamed,
-    ):
+    for asked in (pager.resident_bytes, pager.wait, pager.block_until_loaded, pager.is_streamed):
         with pytest.raises(ConfigError, match="'a': add it first"):
             asked("a")
-    with pytest.raises(ConfigError, match="'a': add it first"):
-        pager.wait_for("a", ((0, 1),))
     assert not pager.is_resident("a")
     pager.close()
 
@@ -321,38 +275,6 @@ def test_check_finds_a_changed_byte(three):
     views["c"][1234] ^= 1
     with pytest.raises(AssertionError, match="'c' differs from its master at byte 1234"):
         pager.check()
-
-
-def test_capacity_and_page_limits():
-    pool = HostMasters()
-    with pytest.raises(CapacityError, match="at least one page"):
-        Pager(pool, PAGE - 1, PAGE, CPU)
-    with pytest.raises(ConfigError, match="at least 1 byte"):
-        Pager(pool, PAGE, 0, CPU)
-    pager = Pager(pool, 2 * PAGE, PAGE, CPU)
-    with pytest.raises(CapacityError, match="two largest layers in a row"):
-        pager.add("large", 2 * PAGE + 1)
-    pager.close()
-
-
-def test_nothing_leaks():
-
-    def held():
-        copiers = [t for t in threading.enumerate() if t.name.startswith("djinn-copier")]
-        return n_open(), len(copiers)
-
-    def cycle():
-        pager, _, _ = make_pager({"a": 8 * PAGE, "b": 8 * PAGE}, 12)
-        for name in "abab":
-            with pager.lease(name):
-                pager.wait(name, 8 * PAGE)
-        pager.close()
-
-    cycle()
-    before = held()
-    for _ in range(10):
-        cycle()
-    assert held() == before
 
 
 def test_ahead_only_what_nobody_else_needs_and_only_beside_a_lease(three):

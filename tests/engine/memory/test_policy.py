@@ -15,7 +15,6 @@ from djinn_lib.engine.memory.policies import (
     Oracle,
     Policy,
     make_policy,
-    next_uses,
 )
 from djinn_lib.engine.memory.ring import Ring
 from djinn_lib.errors import ConfigError
@@ -118,11 +117,8 @@ def test_lfu_names_the_least_frequently_used_first_and_forgets_old_fame():
         policy.touch("c", 8.0 + now_s)
         policy.touch("b", 8.0 + now_s)
     assert next(iter(policy.victims(frozenset("abc")))) == "a"
-
-
-def test_lfu_counts_for_ever():
     policy = LFU(half_life=1)
-    for i in range(100_000):
+    for i in range(3000):  # counts of any length stay finite
         policy.touch("ab"[i % 2], float(i))
     assert list(policy.victims(frozenset("ab"))) == ["a", "b"]
 
@@ -152,15 +148,15 @@ def test_adaptive_is_near_the_better_of_recency_and_frequency():
     models = [chr(97 + i) for i in range(20)]
     sizes = {model: rng.randint(2, 6) for model in models}
     weights = [1 / (i + 1) for i in range(20)]
-    popular = rng.choices(models, weights, k=4000)
-    visits = [model for model in rng.choices(models, k=500) for _ in range(2)]
+    popular = rng.choices(models, weights, k=2000)
+    visits = [model for model in rng.choices(models, k=300) for _ in range(2)]
     visits = [
         m for pair in zip(visits[::2], visits[4::2], strict=False) for m in pair for _ in "ab"
     ]
     for requests in (popular, visits):
         loads = {
             name: sum(serve(policy, requests, sizes, 30))
-            for name, policy in (("lru", LRU()), ("lfu", LFU(2000)), ("both", Adaptive()))
+            for name, policy in (("lru", LRU()), ("lfu", LFU(1000)), ("both", Adaptive()))
         }
         assert loads["both"] <= 1.05 * min(loads["lru"], loads["lfu"])
     assert abs(loads["lru"] - loads["lfu"]) > 0.05 * loads["lru"]  # so that the choice matters
@@ -215,23 +211,12 @@ def test_adaptive_begins_anew_when_all_models_are_forgotten():
     assert serve(used, runs, few, 7) == serve(fresh, runs, few, 7)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: LFU(0), lambda: LFU(float("nan")), lambda: EWMA(0), lambda: EWMA(1.1)]
-)
-def test_parameters_that_mean_nothing_are_refused(make):
-    with pytest.raises(ConfigError, match="expected"):
-        make()
-
-
-def test_next_uses():
-    inf = float("inf")
-    assert next_uses("abac") == [2, inf, inf, inf]
-
-
-def test_make_policy_takes_names_and_objects_and_refuses_the_rest():
+def test_what_is_no_policy_is_refused():
     policy = LRU()
     assert make_policy(policy) is policy
-    with pytest.raises(ConfigError, match="expected a policy out of"):
-        make_policy("fifo")
-    with pytest.raises(ConfigError, match="needs no future"):
-        make_policy("oracle")
+    for name in ("fifo", "oracle"):
+        with pytest.raises(ConfigError, match="expected a policy"):
+            make_policy(name)
+    for make, wrong in ((LFU, 0), (LFU, float("nan")), (EWMA, 0), (EWMA, 1.1)):
+        with pytest.raises(ConfigError, match="expected"):
+            make(wrong)

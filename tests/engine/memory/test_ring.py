@@ -1,7 +1,7 @@
 """The ring against a naive model that moves single pages one at a time."""
 
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import strategies as st
@@ -124,11 +124,16 @@ class RingMachine(RuleBasedStateMachine):
             self.ring.evict(model, n)
             self.naive.pages -= {(model, page) for page in resident[len(resident) - n :]}
 
-    @precondition(lambda self: any(n == 0 for n in self.naive.leases.values()))
+    @precondition(lambda self: self.known)
     @rule(data=st.data())
     def remove_and_add_again(self, data):
-        model = data.draw(st.sampled_from([m for m, n in self.naive.leases.items() if n == 0]))
+        model = data.draw(st.sampled_from(self.known))
+        if self.naive.leases[model]:
+            with pytest.raises(LeaseError, match="release it first"):
+                self.ring.remove(model)
+            return
         self.ring.remove(model)
+        assert not self.ring.is_whole(model)  # nor is it an error to ask
         self.policy.forget(model)
         self.ring.add(model, self.naive.sizes[model])
         self.naive.pages = {(m, page) for m, page in self.naive.pages if m != model}
@@ -140,7 +145,9 @@ class RingMachine(RuleBasedStateMachine):
         if hasattr(self, "ring"):
             self.ring.check()
             for model in self.known:
-                assert list(range(self.ring.n_resident(model))) == self.naive.resident(model)
+                pages = self.naive.resident(model)
+                assert list(range(self.ring.n_resident(model))) == pages
+                assert self.ring.is_whole(model) == (len(pages) == self.naive.sizes[model])
             assert self.ring.n_free == self.ring.n_frames - len(self.naive.pages)
 
 
@@ -157,15 +164,16 @@ def test_frames_are_reused_in_the_order_they_were_freed():
     assert ring.frames("a") == (0,)
 
 
-@pytest.mark.parametrize("n_frames", [0, -1])
-def test_a_ring_needs_a_frame(n_frames):
-    with pytest.raises(CapacityError, match="at least 1 frame"):
-        Ring(n_frames)
-
-
 def test_bad_input_is_refused_with_what_to_do():
+    with pytest.raises(CapacityError, match="at least 1 frame"):
+        Ring(0)
     ring = Ring(2)
     ring.add("a", 1)
+    ring.add("c", 2)
+    ring.map_missing("a")
+    with pytest.raises(CapacityError, match="make room first"):
+        ring.map_missing("c")
+    ring.check()
     with pytest.raises(ConfigError, match="eviction"):
         Ring(2, "some")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="added before"):
@@ -176,29 +184,6 @@ def test_bad_input_is_refused_with_what_to_do():
         ring.n_resident("nobody")
     with pytest.raises(LeaseError, match="holds no lease"):
         ring.release("a")
-
-
-def test_map_missing_needs_room_first():
-    ring = Ring(2)
-    for model in "ab":
-        ring.add(model, 2)
-    ring.map_missing("a")
-    with pytest.raises(CapacityError, match="make room first"):
-        ring.map_missing("b")
-    ring.check()
-
-
-def test_a_policy_that_names_too_few_victims_is_reported():
-    class Lazy(LRU):
-        def victims(self, candidates):
-            return iter(())
-
-    ring = Ring(2)
-    for model in "ab":
-        ring.add(model, 2)
-    ring.map_missing("a")
-    with pytest.raises(ConfigError, match="orders all of"):
-        ring.make_room("b", Lazy())
 
 
 def test_roll_back_takes_leased_pages_too():
@@ -240,42 +225,21 @@ def test_frames_are_whole_pages():
         n_frames_in(3, 4, "host_capacity")
 
 
-def test_whole_is_what_has_all_its_pages():
-    ring = Ring(4)
-    assert not ring.is_whole("a")  # nor is it an error to ask
-    ring.add("a", 3)
-    ring.map_missing("a", 2)
-    assert not ring.is_whole("a")
-    ring.map_missing("a")
-    assert ring.is_whole("a")
-    ring.evict("a", 1)
-    assert not ring.is_whole("a")
-    ring.remove("a")
-    assert not ring.is_whole("a")
-
-
 def test_residency_can_be_asked_for_while_models_come_and_go():
-    ring, stop, raised = Ring(8), threading.Event(), []
+    ring, stop = Ring(8), threading.Event()
 
     def ask():
         while not stop.is_set():
-            try:
-                ring.is_whole("a")
-            except Exception as error:
-                raised.append(error)
+            ring.is_whole("a")
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    until_s = time.perf_counter() + 0.3
-    while time.perf_counter() < until_s:
-        ring.add("a", 3)
-        ring.map_missing("a")
-        ring.remove("a")
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert raised == []
+    with ThreadPoolExecutor(3) as threads:
+        asking = [threads.submit(ask) for _ in range(3)]
+        for _ in range(2000):
+            ring.add("a", 3)
+            ring.map_missing("a")
+            ring.remove("a")
+        stop.set()
+        assert [future.result() for future in asking] == [None] * 3
 
 
 @pytest.mark.parametrize("victims", [["b"], ["b", None]])
@@ -298,15 +262,3 @@ def test_a_policy_that_fails_changes_nothing(victims):
         ring.make_room("c", Failing())
     assert (ring.n_resident("a"), ring.n_resident("b"), ring.n_free) == (2, 2, 0)
     ring.check()
-
-
-def test_a_leased_model_is_removed_by_nobody():
-    ring = Ring(2)
-    ring.add("a", 2)
-    ring.map_missing("a")
-    ring.lease("a")
-    with pytest.raises(LeaseError, match="release it first"):
-        ring.remove("a")
-    assert ring.is_whole("a")
-    ring.release("a")
-    assert ring.remove("a").frames == (0, 1)

@@ -140,11 +140,8 @@ def hub(tmp_path, monkeypatch):
 
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
-SHARDS = {
-    "model.safetensors.index.json": INDEX,
-    "model-1.safetensors": "",
-    "model-2.safetensors": "",
-}
+SHARDS = {"model.safetensors.index.json": INDEX, "model-1.safetensors": "",
+          "model-2.safetensors": ""}  # fmt: skip
 COPIES = {
     "original/consolidated.safetensors": "", "model.fp16.safetensors": "", "onnx/config.json": "{}",
     "optimizer.safetensors": "", "pytorch_model.bin": "", "adapter.py": "",
@@ -205,25 +202,6 @@ def test_paths_are_not_taken_for_hub_ids(path):
         resolve_folder(path)
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "neither model.safetensors nor model.safetensors.index.json: check the folder"),
-        (["pytorch_model.bin"], r"pickled weights \(pytorch_model.bin\), which can run"),
-        (
-            ["adapter_model.safetensors", "optimizer.safetensors"],
-            "adapter_model.safetensors, optim",
-        ),
-    ],
-)
-def test_no_weights_that_count(tmp_path, names, message):
-    CONFIGS["llama"].save_pretrained(tmp_path)
-    for name in names:
-        (tmp_path / name).touch()
-    with pytest.raises(CheckpointError, match=message):
-        weight_files(tmp_path)
-
-
 def test_a_shard_that_is_not_there(tmp_path):
     CONFIGS["llama"].save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(INDEX)
@@ -235,21 +213,12 @@ def test_a_shard_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "as JSON"),
-        ("{}", "no 'weight_map'"),
-        ("[]", "object"),
-        (None, "not a file next to it"),
+        ({}, "no 'weight_map'"),
+        ({"weight_map": {"w": "../../etc/model.safetensors"}}, "not a file next to it"),
     ],
 )
 def test_a_broken_index(tmp_path, content, message):
     (tmp_path / "config.json").write_text("{}")
-    outside = json.dumps({"weight_map": {"w": "../../etc/model.safetensors"}})
-    (tmp_path / "model.safetensors.index.json").write_text(content or outside)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
         weight_files(tmp_path)
-
-
-def test_an_unreadable_config(tmp_path):
-    (tmp_path / "config.json").write_text("{not json")
-    with dj.Djinn("1MiB", page="16KiB") as djinn, pytest.raises(CheckpointError, match="config"):
-        djinn.add("m", tmp_path)

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import tiny
-from tiny import CONFIGS
 
 from djinn_lib.engine.models.folder_kinds import explain_folder
 
@@ -114,7 +113,7 @@ def test_what_transformers_may_serve_is_named_when_it_does_not(tmp_path, files, 
     assert said in explain_folder(tmp_path, refused=True)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_nothing_is_said_against_a_model(tmp_path, name):
     shutil.copytree(tiny.saved(name), tmp_path, dirs_exist_ok=True)
     fill(tmp_path, {"optimizer.bin": b"", "README.md": "", "onnx/model.onnx": b"",

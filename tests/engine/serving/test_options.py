@@ -17,7 +17,7 @@ def test_a_djinn_takes_every_option_and_no_other():
     assert parameters == [field.name for field in fields(EngineOptions) if field.init]
     with pytest.raises(TypeError, match="polcy"):
         dj.Djinn("1MiB", "cpu", polcy="lru")
-    with pytest.raises(TypeError, match=r"expected a capacity, such as dj.Djinn\('25GiB'\)"):
+    with pytest.raises(TypeError, match="expected a capacity"):
         dj.Djinn(device="cpu")  # type: ignore[call-arg]
 
 

@@ -6,8 +6,7 @@ from tqdm import notebook, tqdm
 
 import djinn_lib as dj
 from djinn_lib.engine.serving import progress as module
-from djinn_lib.engine.serving.progress import check_show, progress_of
-from djinn_lib.errors import ConfigError
+from djinn_lib.engine.serving.progress import progress_of
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def added(folder, source, **options):
         return djinn.masters.n_bytes
 
 
-@pytest.mark.parametrize("kind", ["folder", "spec", "plain"])
+@pytest.mark.parametrize("kind", ["folder", "plain"])
 def test_the_bar_counts_every_byte_of_the_weights(folder, kind, monkeypatch, capfd):
     bars, read = [], []
 
@@ -39,7 +38,7 @@ def test_the_bar_counts_every_byte_of_the_weights(folder, kind, monkeypatch, cap
     monkeypatch.setattr(module, "tqdm", Bar)
     monkeypatch.setattr(module, "_SHOWN_AFTER_S", 0)
     plain = dj.ModelSpec(spec("llama").config, init="plain")
-    n_bytes = added(folder, {"folder": folder, "spec": spec("llama"), "plain": plain}[kind])
+    n_bytes = added(folder, {"folder": folder, "plain": plain}[kind])
     assert bars[0] == ("m: recording the decode step: ", n_bytes, n_bytes)
     assert 0.99 * n_bytes <= sum(read) <= n_bytes  # all but what aligns them
     shown = capfd.readouterr()
@@ -81,8 +80,3 @@ def test_in_a_notebook_the_bar_disappears_and_stays_red_only_after_a_failure(fol
         progress.advance(5)
         raise OSError
     assert bars[1].container.children[1].bar_style == "danger"
-
-
-def test_what_cannot_be_shown():
-    with pytest.raises(ConfigError, match="progress, if not True or False, to be a function"):
-        check_show("yes")

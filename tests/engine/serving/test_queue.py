@@ -1,7 +1,6 @@
 """The order of waiting requests against a naive model, and its bound on overtaking."""
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -9,10 +8,6 @@ from djinn_lib.engine.serving.queue import RequestQueue
 from djinn_lib.errors import ConfigError
 
 MODELS = "abcd"
-
-
-def nobody(model):
-    return False
 
 
 def drain(queue, resident=""):
@@ -26,10 +21,6 @@ def filled(models, order="fifo", max_overtaken=8):
     return queue
 
 
-def test_fifo_serves_in_order_of_arrival():
-    assert drain(filled("abab"), resident="b") == [0, 1, 2, 3]
-
-
 def test_affinity_serves_resident_models_first():
     assert drain(filled("abab", "affinity"), resident="b") == [1, 3, 0, 2]
     assert drain(filled("abab", "affinity"), resident="") == [0, 1, 2, 3]
@@ -38,12 +29,6 @@ def test_affinity_serves_resident_models_first():
 def test_no_request_is_overtaken_more_often_than_allowed():
     assert drain(filled("abbbbb", "affinity", max_overtaken=2), resident="b") == [1, 2, 0, 3, 4, 5]
     assert drain(filled("abb", "affinity", max_overtaken=0), resident="b") == [0, 1, 2]
-
-
-def test_a_withdrawn_request_is_not_served():
-    queue = filled("abc")
-    assert queue.withdraw(1) and not queue.withdraw(1)
-    assert 1 not in queue and drain(queue) == [0, 2]
 
 
 def test_what_comes_next_is_what_pop_gives_then():
@@ -60,22 +45,10 @@ def test_bad_input():
     with pytest.raises(ConfigError, match="at least 0"):
         RequestQueue("affinity", -1)
     with pytest.raises(LookupError, match="empty queue"):
-        RequestQueue().pop(nobody)
+        RequestQueue().pop("".__contains__)
     queue = filled("a")
     with pytest.raises(ConfigError, match="already queued"):
         queue.push(0, "a")
-
-
-@given(st.text("ab", min_size=1, max_size=60), st.integers(0, 5))
-def test_a_steady_stream_of_hits_starves_nobody(arrivals, bound):
-    """One arrives for each that is served, always for the resident model: the worst case."""
-    queue, served = RequestQueue("affinity", bound), []
-    queue.push("old", "a")
-    for i, _ in enumerate(arrivals):
-        queue.push(i, "b")
-        served.append(queue.pop("b".__contains__))
-        queue.check()
-    assert "old" in served[: bound + 1] or len(served) <= bound
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -125,16 +98,13 @@ class QueueMachine(RuleBasedStateMachine):
 TestQueue = QueueMachine.TestCase
 
 
-@pytest.mark.parametrize("order", ["fifo", "affinity"])
-def test_a_look_at_residency_that_fails_changes_nothing(order):
+def test_a_look_at_residency_that_fails_changes_nothing():
     def fails(model):
         raise KeyError(model)
 
-    queue = filled("abc", order)
-    if order == "affinity":
+    queue = filled("abc", "affinity")
+    for look in (queue.pop, lambda is_resident: queue.upcoming(is_resident, 2)):
         with pytest.raises(KeyError):
-            queue.pop(fails)
-        with pytest.raises(KeyError):
-            queue.upcoming(fails, 2)
-        queue.check()
+            look(fails)
+    queue.check()
     assert drain(queue) == [0, 1, 2]

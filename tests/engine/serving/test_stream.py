@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import time
+from dataclasses import replace
 
 import pytest
 from byte_tokenizer import bytes_as_characters, save
@@ -104,17 +105,21 @@ def test_a_stream_that_waits_is_taken_out_of_the_queue(djinn):
     assert pending.result().n_new_tokens
 
 
-def test_what_cannot_be_streamed(djinn):
-    with pytest.raises(ConfigError, match="several prompts cannot be streamed"):
-        djinn.stream("m", ["a", "b"])
-    with pytest.raises(ConfigError, match="expected one of the models"):
-        djinn.stream("n", "a")
-    with pytest.raises(ConfigError, match="max_new_tokens"):
-        djinn.stream("m", "a", 0)
-    with pytest.raises(ConfigError, match="no tokenizer"):
-        djinn.stream("by ids", "a")
-    with pytest.raises(ConfigError, match="no tokenizer"):
-        djinn.stream("by ids", MESSAGES)
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("m", ["a", "b"]), "several prompts cannot be streamed"),
+        (("n", "a"), "expected one of the models"),
+        (("m", "a", 0), "max_new_tokens"),
+        (("by ids", "a"), "no tokenizer"),
+        (("by ids", MESSAGES), "no tokenizer"),
+    ],
+)
+def test_what_cannot_be_streamed(djinn, asked, said):
+    with pytest.raises(ConfigError, match=said):
+        djinn.stream(*asked)
+    with pytest.raises(ConfigError, match="stop needs a tokenizer"):
+        djinn.generate("by ids", [1], stop="a")
 
 
 def test_a_request_that_fails_fails_its_stream(djinn, monkeypatch):
@@ -192,11 +197,6 @@ def test_a_stop_text_ends_the_text_and_the_work(djinn):
     assert (last.text, last.finish_reason) == (g.text, "stop")  # not by its length
 
 
-def test_a_stop_text_needs_a_tokenizer(djinn):
-    with pytest.raises(ConfigError, match="stop needs a tokenizer, and 'by ids' has none"):
-        djinn.generate("by ids", [1], stop="a")
-
-
 def test_the_end_of_the_sequence_is_a_stop(djinn, monkeypatch):
     whole = djinn.generate("by ids", PROMPT, 10, True)
     assert whole.finish_reason == "length"
@@ -214,14 +214,7 @@ def test_counts_and_how_a_generation_shows(djinn):
     g = djinn.generate("by ids", PROMPT, 20, True)
     assert (g.n_prompt_tokens, g.n_new_tokens) == (len(PROMPT), 20)
     assert g.tokens_per_s == pytest.approx(20 / g.total_ms * 1e3)
-    assert repr(g).startswith(f"Generation(token ids [{g.token_ids[0]}, ") and ", ...]" in repr(g)
     assert "20 tokens in " in repr(g) and "finish_reason='length'" in repr(g)
-    g = djinn.generate("m", "hello", 5, True, sampling=dj.Sampling())
-    assert repr(g).startswith(f"Generation({g.text!r}, 5 tokens in ") and "loaded)" in repr(g)
-
-
-def test_a_generation_in_a_notebook_is_escaped(djinn):
-    from dataclasses import replace
-
-    g = replace(djinn.generate("m", "hello", 2), text="<b>&\n1 < 2")
+    g = replace(djinn.generate("m", "hello", 2, sampling=dj.Sampling()), text="<b>&\n1 < 2")
+    assert repr(g.text) in repr(g)
     assert "&lt;b&gt;&amp;\n1 &lt; 2</div>" in g._repr_html_() and "<b>" not in g._repr_html_()

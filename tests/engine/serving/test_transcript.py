@@ -100,11 +100,3 @@ def test_text_before_an_unfinished_character_is_searched_too():
     ids = BYTES.encode("xé")[:-1]
     assert read(BYTES, ids)[0] == ["x", "\ufffd"]
     assert read(BYTES, ids, ["x"])[2].text == ""
-
-
-def test_token_ids_are_pieces_without_a_tokenizer():
-    pieces = []
-    transcript = Transcript(None, (), pieces.append)
-    assert not transcript.add(7) and not transcript.add(8)
-    transcript.finish()
-    assert pieces == [7, 8]

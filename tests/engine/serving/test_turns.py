@@ -96,24 +96,6 @@ def test_an_interrupted_wait_leaves_the_queue(monkeypatch):
         pass
 
 
-def test_an_error_in_a_turn_ends_it():
-    turns = make()
-    with pytest.raises(ZeroDivisionError), turns.turn("a"):
-        _ = 1 / 0
-    with turns.turn("a"):
-        pass
-
-
-def test_affinity_serves_the_resident_model_first():
-    turns = make("affinity", resident="b")
-    with turns.turn("a"):
-        tickets = [turns.join(model) for model in "aab"]
-    assert [ticket.done() for ticket in tickets] == [False, False, True]
-    with turns.take(tickets[2]):
-        pass
-    assert tickets[0].done()
-
-
 def test_close_refuses_who_waits_and_waits_for_who_computes():
     turns, order = make(), []
     entered, leave = threading.Event(), threading.Event()
@@ -138,15 +120,10 @@ def test_close_refuses_who_waits_and_waits_for_who_computes():
         turns.join("c")
     turns.close()
     thread.join(10)
-
-
-def test_whoever_has_the_turn_may_close():
     turns = make()
-    with turns.turn("a"):
+    with turns.turn("a"):  # whoever has the turn may close, and keeps it
         turns.close()
         assert turns.is_mine
-    with pytest.raises(DjinnError, match="was closed"):
-        turns.join("a")
 
 
 def test_a_turn_ends_with_its_last_use():
@@ -189,16 +166,6 @@ def test_a_task_may_wait_for_another_of_its_thread():
             outside.run(turns.ensure_may_wait, "b")
 
 
-def test_changes_are_told():
-    changes = []
-    turns = Turns(RequestQueue(), lambda model: False, lambda: changes.append(1))
-    with turns.turn("a"):
-        n = len(changes)
-        ticket = turns.join("b")
-        turns.withdraw(ticket)
-        assert len(changes) == n + 2
-
-
 class Broken:
     """A callback that raises what it is told to, for as long as it is."""
 
@@ -212,10 +179,7 @@ class Broken:
         return False
 
 
-ERRORS = [KeyError("a"), DjinnError("gone"), MemoryError()]
-
-
-@pytest.mark.parametrize("error", ERRORS, ids=repr)
+@pytest.mark.parametrize("error", [KeyError("a"), MemoryError()], ids=repr)
 @pytest.mark.parametrize("broken", ["is_resident", "on_change"])
 def test_a_callback_that_fails_keeps_nobody_waiting(broken, error, caplog):
     callback = Broken()

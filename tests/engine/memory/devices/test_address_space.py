@@ -1,14 +1,15 @@
 """The CPU backend: real mappings, real faults."""
 
+import faulthandler
 import os
-import subprocess
-import sys
+import signal
 from enum import Enum
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from forked import in_a_child
 from open_files import n_open
 
 from djinn_lib.engine.memory.devices import cpu as module
@@ -50,47 +51,24 @@ def test_a_tensor_keeps_its_address_over_remapping(space):
     assert bool((tensor == 1.5).all())
 
 
-def test_the_same_frame_can_be_seen_at_two_addresses(space):
-    areas = [space.reserve(1), space.reserve(1)]
-    for area in areas:
-        space.map(area, 0, [4])
-    space.bytes_view(areas[0]).fill_(9)
-    assert read(space.bytes_view(areas[1]), 0) == 9
+@pytest.mark.parametrize("touched", [None, 0, 1], ids=["reserved", "first", "second"])
+def test_touching_an_unmapped_page_faults(touched):
+    """In a child of its own, which maps two pages, unmaps one of them and touches that."""
 
+    def touch():
+        faulthandler.disable()
+        space = CpuAddressSpace(4, PAGE)
+        area = space.reserve(2)
+        view = space.bytes_view(area)
+        if touched is not None:
+            space.map(area, 0, [0, 1])
+            view.fill_(3)
+            space.unmap(area, touched, 1)
+            assert int(view[(1 - touched) * PAGE]) == 3  # the other page is still there
+        return int(view[(touched or 0) * PAGE])
 
-TOUCH = """
-import os, sys
-from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace
-
-page_bytes = int(sys.argv[1])
-space = CpuAddressSpace(4, page_bytes)
-
-def touch(step):
-    area = space.reserve(2)
-    view, touched = space.bytes_view(area), 1 if step == "neighbour" else 0
-    if step != "reserved":
-        space.map(area, 0, [0, 1])
-        view.fill_(3)
-        space.unmap(area, touched, 1)
-        assert int(view[(1 - touched) * page_bytes]) == 3  # the other page is still there
-    print(step, flush=True)
-    print(int(view[touched * page_bytes]))
-
-for step in ("reserved", "first", "neighbour"):
-    if not (child := os.fork()):
-        touch(step)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-def test_touching_an_unmapped_page_faults():
-    command = [sys.executable, "-c", TOUCH, str(PAGE)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout.split()
-    assert said[::2] == ["reserved", "first", "neighbour"], done.stderr
-    assert {*said[1::2]} <= {"-11", "-7"}  # SIGSEGV or SIGBUS
+    said, status = in_a_child(touch)
+    assert not said and status in (-signal.SIGSEGV, -signal.SIGBUS)
 
 
 def test_a_failed_map_leaves_nothing_mapped(space, monkeypatch):
@@ -104,12 +82,8 @@ def test_a_failed_map_leaves_nothing_mapped(space, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(space, "_mmap", failing)
-    with pytest.raises(PlatformError) as caught:
+    with pytest.raises(PlatformError, match=r"got none \(Cannot allocate memory\)"):
         space.map(area, 0, [0, 2, 4, 6])
-    assert str(caught.value) == (
-        "expected 4 pages of 64.0 KiB to be mapped, got none (Cannot allocate memory): free "
-        "memory, or use fewer, larger pages"
-    )
     assert calls[-1][:3] == (area.address, PAGE, 0)  # what was mapped is inaccessible again
     assert not space.mapped_pages(area)
 
@@ -149,32 +123,25 @@ def test_a_gpu_that_refuses_says_so_in_the_same_words(monkeypatch):
     space = CudaAddressSpace.__new__(CudaAddressSpace)
     space.page_bytes, space._areas, space._mapped, space._frames = 2 << 20, {}, {}, [0] * 4
     area = space.reserve(4)
-    with pytest.raises(PlatformError) as caught:
+    with pytest.raises(PlatformError, match=r"got none \(cuMemMap failed with CUDA_ERROR_OUT_OF"):
         space.map(area, 0, [3, 1, 2, 0])
-    assert str(caught.value) == (
-        "expected 4 pages of 2.0 MiB to be mapped, got none (cuMemMap failed with "
-        "CUDA_ERROR_OUT_OF_MEMORY): free memory, or use fewer, larger pages"
-    )
     assert fake.mapped == set() == space.mapped_pages(area)
     fake.fail_at = 0
     with pytest.raises(PlatformError, match=r"8.0 MiB of virtual addresses, got none \(cuMemAddr"):
         space.reserve(4)
 
 
-def test_pages_that_cannot_be_unmapped_are_said(space, monkeypatch):
+def test_pages_that_cannot_be_had_or_unmapped_are_said(space, monkeypatch):
     def refuse(*_):
         raise Refused("Cannot allocate memory")
 
+    with pytest.raises(PlatformError, match=r"of virtual addresses, got none \(Cannot allocate"):
+        space.reserve(1 << 40)
     area = space.reserve(2)
     space.map(area, 0, [0, 1])
     monkeypatch.setattr(space, "_mmap", refuse)
     with pytest.raises(PlatformError, match=r"1 pages of 64.0 KiB to be unmapped.*max_map_count"):
         space.unmap(area, 0, 1)
-
-
-def test_addresses_that_cannot_be_had_are_said(space):
-    with pytest.raises(PlatformError, match=r"of virtual addresses, got none \(Cannot allocate"):
-        space.reserve(1 << 40)
 
 
 def test_neighbouring_frames_are_mapped_by_one_call(space, monkeypatch):
@@ -199,7 +166,7 @@ def test_close_gives_everything_back_and_can_be_repeated():
     assert len(process.memory_maps(grouped=False)) < before[1] + n_cycles
 
 
-@pytest.mark.parametrize("page_bytes", [0, 1, 1000, 4097, 6000])
+@pytest.mark.parametrize("page_bytes", [0, 1000, 4097])
 def test_pages_are_multiples_of_the_granularity(page_bytes):
     with pytest.raises(ConfigError, match="expected pages of a multiple"):
         CpuAddressSpace(4, page_bytes)
@@ -230,11 +197,6 @@ def test_too_many_mappings_are_refused():
         CpuAddressSpace(n_frames, 4096)
 
 
-def test_what_does_not_fit_is_not_told_to_take_larger_pages():
-    with pytest.raises(CapacityError, match="lower the capacity"):
-        CpuAddressSpace(10**9, 1 << 20)
-
-
 def test_a_platform_without_memfd_is_refused(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(PlatformError, match="memfd_create"):
@@ -243,11 +205,6 @@ def test_a_platform_without_memfd_is_refused(monkeypatch):
     monkeypatch.setattr(module.sys, "platform", "darwin")
     with pytest.raises(PlatformError, match="got darwin"):
         CpuAddressSpace(4, PAGE)
-
-
-def test_an_unknown_device_is_refused():
-    with pytest.raises(ConfigError, match="expected device"):
-        open_address_space(torch.device("meta"), 4, PAGE)
 
 
 def test_a_gpu_that_cannot_be_used_is_said(monkeypatch):

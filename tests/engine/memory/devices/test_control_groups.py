@@ -101,19 +101,17 @@ def test_limits_of_groups_above_count(machine, version):
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_container_that_sees_its_own_group_on_top(machine, version):
-    """Docker with version 2: the group is "/", and its files are at the top of the tree."""
-    tree = machine.mount(version, "sys")
-    machine.be_in({1: "9:memory:/", 2: "0::/"}[version])
-    limit(version, tree, 512, used_mib=12)
-    assert machine.left_mib == [500]
+@pytest.mark.parametrize(
+    ("top", "path"),
+    [("/docker/abc", path) for path in ("/docker/abc", "/docker/abc/worker", "/pods/1", "/../up")]
+    + [("/", "/")],
+)
+def test_a_container_whose_tree_begins_at_its_group(machine, version, top, path):
+    """Docker with version 1: the machine's path, and a tree of which that group is the top.
 
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("path", ["/docker/abc", "/docker/abc/worker", "/kubepods/pod1", "/../up"])
-def test_a_container_whose_tree_begins_at_its_group(machine, version, path):
-    """Docker with version 1: the machine's path, and a tree of which that group is the top."""
-    tree = machine.mount(version, "sys", top="/docker/abc")
+    With version 2 the group is "/", and its files are at the top of the tree.
+    """
+    tree = machine.mount(version, "sys", top=top)
     machine.be_in({1: f"9:memory:{path}", 2: f"0::{path}"}[version])
     limit(version, tree, 512, used_mib=12)
     limit(version, tree / "worker", 100)

@@ -1,12 +1,12 @@
 """Host memory for master copies, as the kernel sees it."""
 
-import subprocess
-import sys
+import resource
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from forked import in_a_child
 
 from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.devices.cpu import CpuAddressSpace
@@ -34,6 +34,9 @@ def test_memory_is_zeroed_exact_and_aligned():
     assert memory.dtype == torch.uint8 and memory.shape == (3 * _MIB + 5,)
     assert memory.data_ptr() % 4096 == 0
     assert not memory.any()
+    before = psutil.Process().memory_info().rss
+    memory = host.allocate(64 * _MIB, now=True)
+    assert psutil.Process().memory_info().rss - before >= 60 * _MIB
 
 
 def test_children_get_no_copy_and_huge_pages_are_asked_for():
@@ -41,14 +44,6 @@ def test_children_get_no_copy_and_huge_pages_are_asked_for():
     flags = kernel_flags(memory.data_ptr())
     assert "dc" in flags  # not copied by fork
     assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
-
-
-def test_memory_that_is_taken_now_is_there():
-    process = psutil.Process()
-    before = process.memory_info().rss
-    memory = host.allocate(64 * _MIB, now=True)
-    assert process.memory_info().rss - before >= 60 * _MIB
-    assert not memory.any()
 
 
 def test_more_than_there_is_is_refused_with_what_else_to_do(monkeypatch):
@@ -62,21 +57,12 @@ def test_more_than_there_is_is_refused_with_what_else_to_do(monkeypatch):
         DiskTier(6 * _MIB, _MIB, "nowhere")
 
 
-LIMITED = """
-import resource, sys
-import torch
-from djinn_lib.engine.memory.devices import host
-from djinn_lib.errors import CapacityError
-limit = host.psutil.Process().memory_info().vms + (100 << 20)
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-assert host.host_bytes_available() <= 100 << 20
-try:
-    host.allocate(200 << 20)
-except CapacityError as error:
-    print(error)
-"""
-
-
 def test_a_limit_of_addresses_is_a_limit():
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True)
-    assert "expected 200.0 MiB of host memory for a master copy, got " in done.stdout, done.stderr
+    def allocate():
+        limit = psutil.Process().memory_info().vms + 100 * _MIB
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        assert host.host_bytes_available() <= 100 * _MIB
+        host.allocate(200 * _MIB)
+
+    said, _ = in_a_child(allocate)
+    assert said.startswith("CapacityError: expected 200.0 MiB of host memory for a master copy, ")
