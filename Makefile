@@ -80,10 +80,11 @@ test: style ## check the style and the types, and run the tests that take minute
 test-all: style ## check the style and the types, and run all tests, on many more drawn examples
 	@$(call tests-and-types,--hypothesis-profile thorough)
 
-# Checking the types takes one core for a minute: tests run on the other ones meanwhile.
+# Checking the types takes one core for a minute: tests run on the other ones meanwhile. Models of
+# tests are tiny, and several threads for one only wait for each other.
 define tests-and-types
 echo "==> tests"; said=$$(mktemp); $(MAKE) types >"$$said" 2>&1 & types=$$!; \
-  $(RUN) -m pytest $(PYTEST_ARGS) $(1) && failed= || failed=tests; \
+  OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) $(1) && failed= || failed=tests; \
   wait $$types || failed="$${failed:+$$failed, }types"; cat "$$said"; rm -f "$$said"; \
   [ -z "$$failed" ] || { echo "make: failed: $$failed" >&2; exit 1; }
 endef

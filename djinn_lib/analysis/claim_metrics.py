@@ -202,7 +202,10 @@ def computed_hit_share(
     before = list(run.sizes) if start == WARM else []
     models = [*before, *(request.model for request in trace.requests)]
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
-    simulated = simulate(models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=1 << 20)
+    page_bytes = min(1 << 20, max(1, capacity_bytes // 256))  # tiny models have tiny rings
+    simulated = simulate(
+        models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=page_bytes
+    )
     hits = simulated["loaded_bytes"].iloc[len(before) :] == 0
     remark = f"{hits.sum()} of {len(hits)} requests, computed by the simulator, not measured"
     return Measurement(float(hits.mean()), len(hits), remark)

@@ -313,4 +313,4 @@ def test_which_python_runs_vllm(monkeypatch, tmp_path):
 
 def test_an_engine_that_says_nothing_is_given_up(patched, tmp_path):
     with pytest.raises(EngineDied, match="said nothing within 0 s"):
-        EngineClient("x", sys.executable, {}, tmp_path / "log", start_timeout_s=0.01)
+        EngineClient("x", sys.executable, {}, tmp_path / "log", start_timeout_s=0.0)

@@ -6,6 +6,8 @@ import os
 import resource
 from collections.abc import Callable
 
+import torch
+
 
 def in_a_child(function: Callable[[], object]) -> tuple[str, int]:
     """What a function returns in a forked child, as text, and how the child ended.
@@ -17,6 +19,7 @@ def in_a_child(function: Callable[[], object]) -> tuple[str, int]:
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
         said = b""
         try:
             said = str(function()).encode()
