@@ -57,7 +57,6 @@ def main() -> int:
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_json(options.out, result)
     rows = pd.DataFrame(result["rows"])
     print(rows[SHOWN].round(3).to_string(index=False, na_rep="-"))
     paths = save_figure(full_misses(rows), options.out.parent, options.out.stem)
@@ -78,18 +77,13 @@ def chosen(profile: Profile, models: list[str] | None) -> Profile:
 
 
 def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, and return the results and their origin as plain data."""
+    """Measure, write what is there after each model, and return it with its origin as plain data.
+
+    An interrupted run keeps its rows: to add a large model can take minutes.
+    """
     facts = machine.describe_machine(profile.device)
-    link, rows, hashes = facts["link_rate_bytes_per_s"], [], {}
-    for dtype in options.dtypes:
-        same = profile.model_copy(update={"dtype": dtype})
-        files = prepare_models(same, options.models_dir)
-        hashes |= {f"{name}, {dtype}": files_sha256(f) for name, f in files.items()}
-        for form in FORMS:
-            print(f"{dtype}, {form}", flush=True)
-            rows += [{"dtype": dtype, **row} for row in measured(same, files, form, options, link)]
     commit, dirty = git_state(REPO)
-    return {
+    result = {
         "command": "python benchmarks/masters.py",
         "git_commit": commit,
         "git_dirty": dirty,
@@ -97,9 +91,20 @@ def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
         "profile": profile.name,
         "page_bytes": parse_bytes(profile.page),
         "repeats": options.repeats,
-        "weights_sha256": hashes,
-        "rows": rows,
+        "weights_sha256": {},
+        "rows": [],
     }
+    for dtype in options.dtypes:
+        same = profile.model_copy(update={"dtype": dtype})
+        files = prepare_models(same, options.models_dir)
+        result["weights_sha256"] |= {f"{n}, {dtype}": files_sha256(f) for n, f in files.items()}
+        for form in FORMS:
+            link = facts["link_rate_bytes_per_s"]
+            for row in measured(same, files, form, options, link):
+                result["rows"].append({"dtype": dtype, **row})
+                write_json(options.out, result)
+                print(f"{dtype}, {form}, {row['model']}: measured", flush=True)
+    return result
 
 
 def measured(

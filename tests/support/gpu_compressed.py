@@ -46,15 +46,16 @@ def decoding_keeps_up_with_the_link():
         target = torch.empty(PAGE, dtype=torch.uint8, device=CUDA)
         print(f"{dtype}: {len(compressed) / PAGE:.4f} of the size")
         per_s = {}
-        for n_warps in (2, 4, 8, 16):
+        for n in (1, 2, 4, 1000):
             target.zero_()
-            with mock.patch.object(kernel, "N_WARPS", n_warps):
+            with mock.patch.object(kernel, "PROGRAMS_PER_PROCESSOR", n):
                 kernel.decode(source, form, target)  # compiles it
                 seconds = median_s(lambda: kernel.decode(source, form, target))  # noqa: B023
             assert np.array_equal(target.cpu().numpy().view(np.uint16), words)
-            per_s[n_warps] = PAGE / seconds
-            print(f"{dtype}: {n_warps} warps, {PAGE / seconds / 1e9:.0f} GB/s")
-        assert per_s[kernel.N_WARPS] > 300e9, per_s
+            per_s[n] = PAGE / seconds
+            print(f"{dtype}: {n} programs a processor, {PAGE / seconds / 1e9:.0f} GB/s")
+        # A link of 54 GB/s brings 81 GB/s of bfloat16.
+        assert per_s[kernel.PROGRAMS_PER_PROCESSOR] > 150e9, per_s
 
 
 def median_s(work, n=20):
