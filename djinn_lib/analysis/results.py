@@ -279,7 +279,7 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
     """Return one row for each arrival rate and system: latencies, and the share in time.
 
     The traces are those whose names begin with `traces` and "_". A request is in time if it is done
-    `target_ms` after its arrival.
+    `target_ms` after its arrival. Only rows of the same machine may be compared.
 
     Raises:
         NotMeasured: the run has no rows of such a trace.
@@ -292,9 +292,12 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
     table = load_table(rows, rates, target_ms)
     order = {name: place for place, name in enumerate(order_systems(table["system"]))}
     table = table.assign(place=table["system"].map(order)).sort_values(["rate", "place"])
+    ran = {pair: run.machines_of(part) for pair, part in rows.groupby(["system", "trace"])}
+    traces_at = {rate: name for name, rate in rates.items()}
+    table["machine"] = [ran[line.system, traces_at[line.rate]] for line in table.itertuples()]
     table["system"] = [system_look(name).label for name in table["system"]]
     named = {
-        "rate": "arrivals (/s)", "system": "system", "n": "requests",
+        "rate": "arrivals (/s)", "system": "system", "machine": "machine", "n": "requests",
         "ttft_p50": "first token, P50 (ms)", "total_p50": "P50 (ms)", "total_p90": "P90 (ms)",
         "total_max": "slowest (ms)", "in_time": f"within {target_ms / 1e3:g} s (%)",
     }  # fmt: skip

@@ -146,11 +146,13 @@ class Fleet(Requests, ByName):
                     self._folder / f"engine-{len(self._engines)}-{time.monotonic_ns()}.log",
                     engine_environment(self.socket, self._masters),
                 )
-        except BaseException:
+        except BaseException as error:
             with self._lock:
-                if self._engines.get(name) is starting:
+                if is_open := self._engines.get(name) is starting:
                     del self._engines[name]
-            raise
+            if is_open or not isinstance(error, Exception):
+                raise
+            raise _closed() from error  # its folder may be gone already
         with self._lock:
             if self._engines.get(name) is starting:
                 self._engines[name] = engine
