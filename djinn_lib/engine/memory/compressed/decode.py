@@ -60,7 +60,7 @@ def _symbols(first: Bytes, ranks: Bytes, later: tuple[Bytes, Bytes, Bytes]) -> B
     symbols = symbols.ravel()
     where = np.flatnonzero(first == 3)
     second = later[0][: len(where)]
-    table = tile_offsets(where, *first.shape, RANKED_BYTES)
+    table = tile_offsets(where, first.shape, RANKED_BYTES)
     escaped = ranks.ravel().take(table + 3 + second)
     deeper = np.flatnonzero(second == 3)
     third = later[1][: len(deeper)]

@@ -97,7 +97,7 @@ def _encode_tiles(symbols: Bytes) -> _Group:
     first = _first_codes(symbols, ranked).ravel()
     where = np.flatnonzero(first == 3)
     escaped = symbols.ravel().take(where)
-    ranks = _later_ranks(ranked).take(tile_offsets(where, *symbols.shape, 256) + escaped)
+    ranks = _later_ranks(ranked).take(tile_offsets(where, symbols.shape, 256) + escaped)
     deeper = np.flatnonzero(ranks >= 3)
     third = np.minimum(ranks.take(deeper) - 3, 3)
     deepest = deeper[third == 3]
@@ -116,17 +116,15 @@ def most_frequent(symbols: Bytes) -> Bytes:
     return np.argsort(-counts, axis=1, kind="stable")[:, :N_RANKED].astype(np.uint8)
 
 
-def tile_offsets(
-    where: NDArray[np.int64], n_tiles: int, n_words: int, size: int
-) -> NDArray[np.int64]:
+def tile_offsets(where: NDArray[np.int64], shape: tuple[int, ...], size: int) -> NDArray[np.int64]:
     """Return where the table of each word's tile begins, for tables of `size` behind each other.
 
     Args:
         where: places of words in a group of tiles, ascending.
-        n_tiles: of the group.
-        n_words: of a tile.
+        shape: number of tiles, and of words in each.
         size: of a table.
     """
+    n_tiles, n_words = shape
     ends = np.searchsorted(where, np.arange(1, n_tiles + 1) * n_words)
     return np.repeat(np.arange(n_tiles) * size, np.diff(ends, prepend=0))
 
