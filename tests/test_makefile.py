@@ -213,3 +213,20 @@ def test_clean_deletes_the_run_and_never_the_reference(tree: Tree) -> None:
     assert all(path.exists() for path in kept)
     assert tree.make("distclean", "PROFILE=cpu").returncode == 0
     assert all(path.exists() for path in kept)
+
+
+def test_modules_that_commands_run_do_something():
+    """Python runs a module without a main part too, says nothing, and succeeds."""
+    texts = [
+        REPO / "Makefile",
+        REPO / ".ci" / "run",
+        REPO / "README.md",
+        *(REPO / "docs").glob("*.md"),
+    ]
+    named = {
+        name for text in texts for name in re.findall(r"-m (djinn_lib[.\w]*\w)", text.read_text())
+    }
+    assert {"djinn_lib.cli", "djinn_lib.publishing.pages"} <= named
+    for name in named:
+        source = (REPO / name.replace(".", "/")).with_suffix(".py").read_text()
+        assert 'if __name__ == "__main__":' in source, f"{name} does nothing when it is run"
