@@ -27,6 +27,7 @@ from djinn_lib.experiment.integrity import files_are_as_set_up
 from djinn_lib.experiment.manifest import Status, keep_status, read_status
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.fleet import environment
 from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
 _DRAWING = ("analysis", "simulator", "metrics.py", "rows.py", "trace.py", "units.py")
@@ -47,6 +48,7 @@ class Step:
         profile: fields of the profile that it depends on.
         measures: whether it runs models on their weights. If not, it may run at the same time as
             others.
+        with_vllm: whether it does something else where vLLM is installed.
     """
 
     notebook: str
@@ -56,6 +58,7 @@ class Step:
     gives: tuple[str, ...] = ("run_dir",)
     profile: tuple[str, ...] = ()
     measures: bool = False
+    with_vllm: bool = False
 
     @property
     def name(self) -> str:
@@ -73,7 +76,9 @@ class Step:
 
     def inputs(self, run: RunFolder, profile: Profile) -> dict[str, str]:
         """Return digests of all inputs of the notebook."""
+        vllm = {"vLLM": digest(environment.unavailable())} if self.with_vllm else {}
         return {
+            **vllm,
             "notebook": digest_files([NOTEBOOKS / f"{self.notebook}.ipynb"]),
             "code": digest_files(LIBRARY / part for part in self.code),
             "data": digest_files([*self.data, *(run.path / part for part in self.reads)], run.path),
@@ -112,7 +117,7 @@ START = Step(
 )  # fmt: skip
 READING = (  # the longest first
     Step("08_fleet", ("engine", "fleet", "analysis/plots", "experiment/fleet_demo.py"),
-         gives=("profile", "run_dir"), measures=True,
+         gives=("profile", "run_dir"), measures=True, with_vllm=True,
          profile=("device", "dtype", "page", "prompt_tokens", "models")),
     Step("07_large_models", ("engine", "analysis/plots", "experiment/large_models.py",
                              "experiment/large_results.py", "systems/accelerate.py"),
