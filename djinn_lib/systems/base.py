@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from djinn_lib.engine.decode.eager import Tokens
 from djinn_lib.engine.serving.generation import Generation
-from djinn_lib.errors import CheckpointError, ConfigError
+from djinn_lib.errors import CapacityError, CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +60,31 @@ class Served:
     resident_before_bytes: int = 0
     resident_bytes: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def generated(
+        cls, g: Generation, total_ms: float, ttft_ms: float, resident_bytes: dict[str, int]
+    ) -> Served:
+        """Return the result of a request to a ring, from its generation."""
+        return cls(
+            g.token_ids,
+            switch_ms=g.switch_ms,
+            ttft_ms=ttft_ms,
+            decode_ms=g.decode_ms,
+            total_ms=total_ms,
+            loaded_bytes=g.loaded_bytes,
+            evicted_bytes=g.evicted_bytes,
+            resident_before_bytes=g.resident_before_bytes,
+            resident_bytes=resident_bytes,
+        )
+
 
 def served_later(
     pending: Future[Generation], served: Callable[[Generation, float, float], Served]
 ) -> Future[Served]:
-    """Return the result of a queued request, from its generation when that is done.
+    """Return the result of a queued request when its generation is done.
 
-    Args:
-        pending: the generation.
-        served: makes the result from it, its total and its time to the first token, both in
-            milliseconds and without the time in the queue.
+    `served` makes it from the generation, its total and its time to the first token, both in
+    milliseconds and without the time in the queue.
     """
     result: Future[Served] = Future()
 
@@ -141,8 +157,7 @@ class SystemUnderTest(ABC):
     ) -> Future[Served]:
         """Queue a request; by default, the one thread of `worker` serves them in turn.
 
-        A system with its own queue overrides this. `total_ms` and `ttft_ms` of the result count
-        from the moment the request is taken up, not from its arrival.
+        Times of the result count from the moment the request is taken up, not from its arrival.
         """
         return worker.submit(self.serve, model, prompt_ids, max_new_tokens)
 
@@ -156,10 +171,9 @@ class SystemUnderTest(ABC):
     def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Pay the one-time costs of a model: allocations, caches, compilation.
 
-        It serves a whole request of the cell's own size. After requests of two tokens, the first
-        full request of each model decoded at a third of the pace. This was on an H100, with
-        transformers' own steps. Systems that start cold for every request override this with
-        nothing.
+        It serves a request of the cell's own size: after requests of two tokens, the first full
+        request of each model decoded at a third of the pace (H100, transformers' own steps).
+        Systems that start cold for every request do nothing.
         """
         self.serve(model, prompt_ids, max_new_tokens)
 
@@ -181,6 +195,67 @@ class SystemUnderTest(ABC):
             raise ConfigError(f"expected one of the models {list(self.models)}, got {model!r}")
         return self.models[model]
 
+    def served(
+        self,
+        model: str,
+        tokens: Tokens,
+        load_s: float,
+        total_s: float,
+        unload_s: float = 0.0,
+        *,
+        found: bool = False,
+        evicted: Collection[str] = (),
+        written_back: Collection[str] = (),
+        resident: Collection[str] = (),
+    ) -> Served:
+        """Return the result and costs of a request, for systems that move whole models.
+
+        Args:
+            model: the requested model.
+            tokens: the new tokens; their times count from the end of the load.
+            load_s: from the start of the request to the end of the load.
+            total_s: from the start until the system is ready for the next request.
+            unload_s: part of `total_s` in which weights are taken away again.
+            found: whether the model was resident, and so nothing was loaded.
+            evicted, written_back: models that left the device, and those copied to the host.
+            resident: models on the device afterwards.
+        """
+        sizes = {name: files.n_bytes for name, files in self.models.items()}
+        return Served(
+            tokens.token_ids,
+            switch_ms=(load_s + unload_s) * 1e3,
+            ttft_ms=(load_s + tokens.first_s) * 1e3,
+            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
+            total_ms=total_s * 1e3,
+            loaded_bytes=0 if found else sizes[model],
+            evicted_bytes=sum(sizes[name] for name in evicted),
+            writeback_bytes=sum(sizes[name] for name in written_back),
+            resident_before_bytes=sizes[model] if found else 0,
+            resident_bytes={name: sizes[name] if name in resident else 0 for name in sizes},
+        )
+
+    def victims(self, model: str, resident: Collection[str]) -> list[str]:
+        """Return which of the resident models must go to make room for a whole one.
+
+        `resident` has the least recently used one first.
+
+        Raises:
+            CapacityError: the model is larger than the capacity.
+        """
+        n_bytes, room, victims = self.models[model].n_bytes, self.capacity_bytes, []
+        if n_bytes > room:
+            raise CapacityError(
+                f"expected a model of at most {room} bytes, got {model!r} with {n_bytes}: raise "
+                "the capacity"
+            )
+        room -= sum(self.models[name].n_bytes for name in resident)
+        for name in resident:
+            if n_bytes <= room:
+                break
+            victims.append(name)
+            room += self.models[name].n_bytes
+        return victims
+
     def synchronize(self) -> None:
         """Wait for the device, so that the clock includes all submitted work."""
         if self.device.type == "cuda":
@@ -197,11 +272,9 @@ def load_ordinarily(
 ) -> PreTrainedModel:
     """Load a model to the host and move it to a device, as transformers' users do.
 
-    With `device_map`, `from_pretrained` puts each weight on the device as it reads it.
-
-    On the CPU, the parameters are then copied to their own memory, as on a device. safetensors only
-    maps the file. Without the copy, loading would cost nothing, and the first forward pass would
-    read the weights.
+    With `device_map`, `from_pretrained` puts each weight on the device as it reads it. On the CPU
+    the parameters are then copied: safetensors only maps the file, so without the copy the first
+    forward pass would read the weights.
 
     Raises:
         CheckpointError: a file is missing, truncated or corrupt.

@@ -54,17 +54,8 @@ class DjinnRing(SystemUnderTest):
         return served_later(pending, self._served)
 
     def _served(self, g: Generation, total_ms: float, ttft_ms: float) -> Served:
-        return Served(
-            g.token_ids,
-            switch_ms=g.switch_ms,
-            ttft_ms=ttft_ms,
-            decode_ms=g.decode_ms,
-            total_ms=total_ms,
-            loaded_bytes=g.loaded_bytes,
-            evicted_bytes=g.evicted_bytes,
-            resident_before_bytes=g.resident_before_bytes,
-            resident_bytes=columns_as_dict(self.djinn.residency(), "resident_bytes"),
-        )
+        resident_bytes = columns_as_dict(self.djinn.residency(), "resident_bytes")
+        return Served.generated(g, total_ms, ttft_ms, resident_bytes)
 
     def device_bytes(self) -> dict[str, int]:
         """All weights, but for lookup tables that stay in the host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from djinn_lib.engine.serving.generation import Generation
@@ -73,17 +74,8 @@ class DjinnVllm(SystemUnderTest):
         return served_later(asked, self._served)
 
     def _served(self, g: Generation, total_ms: float, ttft_ms: float) -> Served:
-        return Served(
-            g.token_ids,
-            switch_ms=min(g.switch_ms, ttft_ms),
-            ttft_ms=ttft_ms,
-            decode_ms=g.decode_ms,
-            total_ms=total_ms,
-            loaded_bytes=g.loaded_bytes,
-            evicted_bytes=g.evicted_bytes,
-            resident_before_bytes=g.resident_before_bytes,
-            resident_bytes=self.fleet.status().resident_bytes(),
-        )
+        served = Served.generated(g, total_ms, ttft_ms, self.fleet.status().resident_bytes())
+        return replace(served, switch_ms=min(g.switch_ms, ttft_ms))
 
     def device_bytes(self) -> dict[str, int]:
         """Return the bytes of each model's weights, in whole pages."""

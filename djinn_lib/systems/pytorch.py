@@ -1,8 +1,8 @@
 """The PyTorch baselines: whole models moved with plain tensor copies.
 
 All keep a host copy of every model and give its parameters device storage for a request. They
-differ in the kind of host memory, in what happens to the device copy afterwards, and in whether
-some models may stay.
+differ in where weights are (`PlainWeights`, `PageableWeights`, `StableWeights`), in what happens to
+the device copy afterwards, and in whether some models may stay.
 
 On the CPU "device" storage is a second allocation in the same memory: the copies and their bytes
 are real, but pinning is not (there is nothing to pin for), so that rows carry a note.
@@ -10,18 +10,92 @@ are real, but pinning is not (there is nothing to pin for), so that rows carry a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
 from djinn_lib.engine.decode.modes import parse_decode
-from djinn_lib.errors import CapacityError
-from djinn_lib.systems.base import Served, SystemUnderTest, load_ordinarily
+from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 from djinn_lib.systems.stable_weights import StableWeights
+
+
+class PlainWeights:
+    """Masters in pinned host memory; a load allocates device storage, and a drop frees it."""
+
+    pins = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host: dict[str, PreTrainedModel] = {}
+        self.masters: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, files: ModelFiles) -> None:
+        """Read a model into its masters, pinned where that means something."""
+        model = self.host[files.name] = load_ordinarily(files)
+        pin = self.pins and self.device.type == "cuda"
+        self.masters[files.name] = [
+            p.data.pin_memory() if pin else p.data for p in model.parameters()
+        ]
+        self.drop(files.name)
+
+    def load(self, name: str) -> None:
+        """Give every parameter device storage, and start to fill it."""
+        for parameter, master in zip(self.host[name].parameters(), self.masters[name], strict=True):
+            device_copy = torch.empty_like(master, device=self.device)
+            parameter.data = device_copy.copy_(master, non_blocking=True)
+        self._move_buffers(name)
+
+    def write_back(self, name: str) -> None:
+        """Start to copy every parameter to its master."""
+        for parameter, master in zip(self.host[name].parameters(), self.masters[name], strict=True):
+            master.copy_(parameter.data, non_blocking=True)
+
+    def drop(self, name: str) -> None:
+        """Free the device storage of a model, if it has any."""
+        for parameter, master in zip(self.host[name].parameters(), self.masters[name], strict=True):
+            parameter.data = master
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _move_buffers(self, name: str) -> None:
+        for module in self.host[name].modules():
+            for buffer_name, buffer in module.named_buffers(recurse=False):
+                setattr(module, buffer_name, buffer.to(self.device))
+
+    def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
+        """Decode with transformers' own `generate`."""
+        return generate_eager(self.host[name], prompt_ids, max_new_tokens, ignore_eos=True)
+
+    def close(self) -> None:
+        """Drop all tensors."""
+        self.host, self.masters = {}, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class PageableWeights(PlainWeights):
+    """`model.to(device)` and `model.to("cpu")`: ordinary host memory, new every time."""
+
+    pins = False
+
+    def load(self, name: str) -> None:
+        """Move the module as `Module.to` does; on the CPU a copy stands for the transfer."""
+        self._move_parameters(name, self.device)
+        self._move_buffers(name)
+
+    def write_back(self, name: str) -> None:
+        """Move the module back into fresh host memory, which becomes the master."""
+        self._move_parameters(name, torch.device("cpu"))
+        self.masters[name] = [parameter.data for parameter in self.host[name].parameters()]
+
+    def _move_parameters(self, name: str, device: torch.device) -> None:
+        # Not with Module.to itself: it visits tied parameters twice, and would copy them twice.
+        for parameter in self.host[name].parameters():
+            parameter.data = parameter.data.to(device, copy=self.device.type == "cpu")
 
 
 class _PyTorchSystem(SystemUnderTest):
@@ -33,7 +107,7 @@ class _PyTorchSystem(SystemUnderTest):
     """
 
     option_names = frozenset({"decode"})
-    pins = True
+    plain: ClassVar[type[PlainWeights]] = PlainWeights
 
     def notes(self) -> list[str]:
         """Say what the CPU cannot show."""
@@ -41,67 +115,22 @@ class _PyTorchSystem(SystemUnderTest):
         return [note] if self.device.type == "cpu" else []
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
-        """Read every model into host memory, pinned where that means something."""
-        self.host: dict[str, PreTrainedModel] = {}
-        self.masters: dict[str, list[torch.Tensor]] = {}
-        self.stable: StableWeights | None = None
+        """Read every model into host memory."""
+        self.weights: PlainWeights | StableWeights
         if decode := self.options.get("decode"):
-            self.stable = StableWeights(
+            self.weights = StableWeights(
                 self.device, parse_decode(str(decode)), self.most_bytes, len(self.models), progress
             )
-            for name, files in self.models.items():
-                progress(f"reading {name} into host memory")
-                self.stable.add(files)
-            return
+        else:
+            self.weights = self.plain(self.device)
         for name, files in self.models.items():
             progress(f"reading {name} into host memory")
-            model = self.host[name] = load_ordinarily(files)
-            pin = self.pins and self.device.type == "cuda"
-            self.masters[name] = [
-                p.data.pin_memory() if pin else p.data for p in model.parameters()
-            ]
-            for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
-                parameter.data = master
+            self.weights.add(files)
 
     @property
     def most_bytes(self) -> int:
         """Device memory for weights that it needs at most: for one model."""
         return max(files.n_bytes for files in self.models.values())
-
-    def load(self, name: str) -> int:
-        """Give every parameter device storage and fill it; returns the bytes copied."""
-        if self.stable:
-            self.stable.load(name)
-            return self.models[name].n_bytes
-        model = self.host[name]
-        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
-            device_copy = torch.empty_like(master, device=self.device)
-            parameter.data = device_copy.copy_(master, non_blocking=self.pins)
-        self._move_buffers(model)
-        return self.models[name].n_bytes
-
-    def write_back(self, name: str) -> int:
-        """Copy every parameter to its master; returns the bytes copied."""
-        if self.stable:
-            self.stable.write_back(name)
-        else:
-            pairs = zip(self.host[name].parameters(), self.masters[name], strict=True)
-            for parameter, master in pairs:
-                master.copy_(parameter.data, non_blocking=self.pins)
-        self.synchronize()
-        return self.models[name].n_bytes
-
-    def drop(self, name: str) -> int:
-        """Free the device storage; returns its size in bytes."""
-        if self.stable:
-            self.stable.drop(name)
-            return self.models[name].n_bytes
-        model = self.host[name]
-        for parameter, master in zip(model.parameters(), self.masters[name], strict=True):
-            parameter.data = master
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return self.models[name].n_bytes
 
     @contextmanager
     def undone_if_it_fails(self, name: str) -> Iterator[None]:
@@ -109,28 +138,13 @@ class _PyTorchSystem(SystemUnderTest):
         try:
             yield
         except BaseException:
-            self.drop(name)
+            self.weights.drop(name)
             raise
-
-    def _move_buffers(self, model: PreTrainedModel) -> None:
-        for module in model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
-
-    def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
-        """Decode with transformers' own `generate`, or as `decode` says."""
-        if self.stable:
-            return self.stable.generate(name, prompt_ids, max_new_tokens)
-        return generate_eager(self.host[name], prompt_ids, max_new_tokens, ignore_eos=True)
 
     def close(self) -> None:
         """Drop all tensors."""
-        self.host, self.masters = {}, {}
-        if stable := getattr(self, "stable", None):
-            self.stable = None
-            stable.close()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if hasattr(self, "weights"):
+            self.weights.close()
 
 
 class PyTorchPinned(_PyTorchSystem):
@@ -143,24 +157,18 @@ class PyTorchPinned(_PyTorchSystem):
         self.known(model)
         begin_s = self.clock_s()
         with self.undone_if_it_fails(model):
-            loaded_bytes = self.load(model)
+            self.weights.load(model)
             loaded_s = self.clock_s()
-            tokens = self.generate(model, prompt_ids, max_new_tokens)
+            tokens = self.weights.generate(model, prompt_ids, max_new_tokens)
         done_s = self.clock_s()
-        writeback_bytes = self.write_back(model) if self.writes_back else 0
-        evicted_bytes = self.drop(model)
+        if self.writes_back:
+            self.weights.write_back(model)
+            self.synchronize()
+        self.weights.drop(model)
         end_s = self.clock_s()
-        return Served(
-            tokens.token_ids,
-            switch_ms=(loaded_s - begin_s + end_s - done_s) * 1e3,
-            ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(end_s - begin_s) * 1e3,
-            loaded_bytes=loaded_bytes,
-            evicted_bytes=evicted_bytes,
-            writeback_bytes=writeback_bytes,
-            resident_bytes=dict.fromkeys(self.models, 0),
-        )
+        times_s = loaded_s - begin_s, end_s - begin_s, end_s - done_s
+        written_back = [model] if self.writes_back else []
+        return self.served(model, tokens, *times_s, evicted=[model], written_back=written_back)
 
 
 class PyTorchPinnedReadonly(PyTorchPinned):
@@ -170,32 +178,13 @@ class PyTorchPinnedReadonly(PyTorchPinned):
 
 
 class PyTorchPageable(PyTorchPinned):
-    """`model.to(device)` and `model.to("cpu")`: ordinary host memory, new every time.
+    """The same with pageable host memory.
 
     Options: none, for its weights are new tensors after every request.
     """
 
     option_names = frozenset()
-    pins = False
-
-    def load(self, name: str) -> int:
-        """Move the module as `Module.to` does; on the CPU a copy stands for the transfer."""
-        model = self.host[name]
-        self._move_parameters(model, self.device)
-        self._move_buffers(model)
-        return self.models[name].n_bytes
-
-    def _move_parameters(self, model: PreTrainedModel, device: torch.device) -> None:
-        # Not with Module.to itself: it visits tied parameters twice, and would copy them twice.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(device, copy=self.device.type == "cpu")
-
-    def write_back(self, name: str) -> int:
-        """Move the module back into fresh host memory, which becomes the master."""
-        model = self.host[name]
-        self._move_parameters(model, torch.device("cpu"))
-        self.masters[name] = [parameter.data for parameter in model.parameters()]
-        return self.models[name].n_bytes
+    plain = PageableWeights
 
 
 class PyTorchLRU(_PyTorchSystem):
@@ -203,7 +192,7 @@ class PyTorchLRU(_PyTorchSystem):
 
     def start(self, progress: Callable[[str], None] = lambda step: None) -> None:
         """Read every model; none is on the device yet."""
-        self.resident: OrderedDict[str, int] = OrderedDict()
+        self.resident: list[str] = []  # least recently used first
         super().start(progress)
 
     @property
@@ -215,40 +204,25 @@ class PyTorchLRU(_PyTorchSystem):
         """Evict until the model fits, load it unless it is there, generate."""
         self.known(model)
         begin_s = self.clock_s()
-        resident_before_bytes = self.resident.get(model, 0)
-        evicted_bytes = 0 if resident_before_bytes else self._make_room(model)
-        with self.undone_if_it_fails(model):
-            loaded_bytes = 0 if resident_before_bytes else self.load(model)
-        self.resident[model] = self.models[model].n_bytes
-        self.resident.move_to_end(model)
+        found, victims = model in self.resident, []
+        if found:
+            self.resident.remove(model)
+        else:
+            victims = self.victims(model, self.resident)
+            for victim in victims:
+                self.resident.remove(victim)
+                self.weights.drop(victim)
+            with self.undone_if_it_fails(model):
+                self.weights.load(model)
+        self.resident.append(model)
         loaded_s = self.clock_s()
-        tokens = self.generate(model, prompt_ids, max_new_tokens)
-        return Served(
-            tokens.token_ids,
-            switch_ms=(loaded_s - begin_s) * 1e3,
-            ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(self.clock_s() - begin_s) * 1e3,
-            loaded_bytes=loaded_bytes,
-            evicted_bytes=evicted_bytes,
-            resident_before_bytes=resident_before_bytes,
-            resident_bytes={name: self.resident.get(name, 0) for name in self.models},
+        tokens = self.weights.generate(model, prompt_ids, max_new_tokens)
+        times_s = loaded_s - begin_s, self.clock_s() - begin_s
+        return self.served(
+            model, tokens, *times_s, found=found, evicted=victims, resident=self.resident
         )
 
     def reset(self) -> None:
         """Drop every model."""
-        for name in self.resident:
-            self.drop(name)
-        self.resident.clear()
-
-    def _make_room(self, model: str) -> int:
-        n_bytes, evicted_bytes = self.models[model].n_bytes, 0
-        if n_bytes > self.capacity_bytes:
-            raise CapacityError(
-                f"expected a model of at most {self.capacity_bytes} bytes, got {model!r} with "
-                f"{n_bytes}: raise the capacity"
-            )
-        while sum(self.resident.values()) + n_bytes > self.capacity_bytes:
-            victim, _ = self.resident.popitem(last=False)
-            evicted_bytes += self.drop(victim)
-        return evicted_bytes
+        while self.resident:
+            self.weights.drop(self.resident.pop())

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
-from djinn_lib.errors import CapacityError
 from djinn_lib.paths import python_path
 from djinn_lib.sockets import ray_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
@@ -93,7 +92,9 @@ class RayActors(SystemUnderTest):
         files = self.known(model)
         begin_s = time.perf_counter()
         was_resident = model in self.actors
-        evicted_bytes = 0 if was_resident else self._make_room(files)
+        victims = [] if was_resident else self.victims(model, self.actors)
+        for victim in victims:
+            self._kill(victim)
         try:
             if not was_resident:
                 self.actors[model] = self.actor_class.remote(files, str(self.device))
@@ -103,41 +104,17 @@ class RayActors(SystemUnderTest):
             loaded_s = time.perf_counter()
             call = self.actors[model].generate.remote(list(prompt_ids), max_new_tokens)
             generate_s, tokens = ray.get(call, timeout=_GENERATE_S)
+            wait_s = generate_s - loaded_s  # until the call reached the actor
+            tokens = Tokens(tokens.token_ids, wait_s + tokens.first_s, wait_s + tokens.last_s)
         except RayTaskError as error:  # the request failed, the actor lives on
             raise error.as_instanceof_cause() from error
         except (RayError, TimeoutError):  # the actor died, or its state is unknown
             self._kill(model)
             raise
-        return Served(
-            tokens.token_ids,
-            switch_ms=(loaded_s - begin_s) * 1e3,
-            ttft_ms=(generate_s + tokens.first_s - begin_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(time.perf_counter() - begin_s) * 1e3,
-            loaded_bytes=0 if was_resident else files.n_bytes,
-            evicted_bytes=evicted_bytes,
-            resident_before_bytes=files.n_bytes if was_resident else 0,
-            resident_bytes={
-                name: f.n_bytes if name in self.actors else 0 for name, f in self.models.items()
-            },
+        times_s = loaded_s - begin_s, time.perf_counter() - begin_s
+        return self.served(
+            model, tokens, *times_s, found=was_resident, evicted=victims, resident=self.actors
         )
-
-    def _make_room(self, files: ModelFiles) -> int:
-        """Kill least recently used actors until the model fits; return bytes freed."""
-        if files.n_bytes > self.capacity_bytes:
-            raise CapacityError(
-                f"expected a model of at most {self.capacity_bytes} bytes, got {files.name!r} "
-                f"with {files.n_bytes}: raise the capacity"
-            )
-        evicted_bytes = 0
-        while self._resident_bytes() + files.n_bytes > self.capacity_bytes:
-            victim = next(iter(self.actors))
-            evicted_bytes += self.models[victim].n_bytes
-            self._kill(victim)
-        return evicted_bytes
-
-    def _resident_bytes(self) -> int:
-        return sum(self.models[name].n_bytes for name in self.actors)
 
     def _kill(self, model: str) -> None:
         """Kill an actor and wait until its process has ended and its memory is free."""

@@ -50,16 +50,8 @@ class Serverless(SystemUnderTest):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         end_s = self.clock_s()
-        return Served(
-            tokens.token_ids,
-            switch_ms=(loaded_s - begin_s + end_s - done_s) * 1e3,
-            ttft_ms=(loaded_s - begin_s + tokens.first_s) * 1e3,
-            decode_ms=(tokens.last_s - tokens.first_s) * 1e3,
-            total_ms=(end_s - begin_s) * 1e3,
-            loaded_bytes=files.n_bytes,
-            evicted_bytes=files.n_bytes,
-            resident_bytes=dict.fromkeys(self.models, 0),
-        )
+        times_s = loaded_s - begin_s, end_s - begin_s, end_s - done_s
+        return self.served(model, tokens, *times_s, evicted=[model])
 
     def close(self) -> None:
         """There is nothing left to free."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from djinn_lib.engine.decode.eager import check_prompt
+from djinn_lib.engine.decode.eager import Tokens, check_prompt
 from djinn_lib.engine.models.checkpoint import folder_config
 from djinn_lib.errors import ConfigError
 from djinn_lib.sockets import socket_folder
@@ -54,39 +54,28 @@ class VllmRecreate(SystemUnderTest):
         self.vllm = vllm
         self.engine: Any = None
         self.resident: str | None = None
-        self.vocab_sizes = {
-            name: folder_config(files.folder).get_text_config().vocab_size
-            for name, files in self.models.items()
-        }
+        self.vocab_sizes = vocab_sizes(self.models)
 
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Generate with the model's engine, building it unless it is the current one."""
         files = self.known(model)
         ids = check_request(prompt_ids, self.vocab_sizes[model], max_new_tokens, self.options)
         begin_s = time.perf_counter()
-        resident_before, victim = self.resident == model, self.resident
-        if not resident_before:
+        victim = self.resident
+        if victim != model:
             self.reset()
             self.engine = self.vllm.LLM(**engine_options(files, self.options))
             self.resident = model
         loaded_s = time.perf_counter()
         try:
-            timed = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
+            tokens = generate_stepwise(self.vllm, self.engine, ids, max_new_tokens)
         except BaseException:
             self.reset()  # the next request needs a clean engine
             raise
-        token_ids, first_s, last_s = timed
-        switched_from = self.models[victim].n_bytes if victim and not resident_before else 0
-        return Served(
-            token_ids,
-            switch_ms=(loaded_s - begin_s) * 1e3,
-            ttft_ms=(first_s - begin_s) * 1e3,
-            decode_ms=(last_s - first_s) * 1e3,
-            total_ms=(time.perf_counter() - begin_s) * 1e3,
-            loaded_bytes=0 if resident_before else files.n_bytes,
-            evicted_bytes=switched_from,
-            resident_before_bytes=files.n_bytes if resident_before else 0,
-            resident_bytes={n: f.n_bytes if n == model else 0 for n, f in self.models.items()},
+        times_s = loaded_s - begin_s, time.perf_counter() - begin_s
+        evicted = [victim] if victim and victim != model else []
+        return self.served(
+            model, tokens, *times_s, found=victim == model, evicted=evicted, resident=[model]
         )
 
     def reset(self) -> None:
@@ -114,6 +103,14 @@ def set_environment() -> None:
     if not find_spec("flashinfer"):  # vLLM needs it even if no tokens are sampled
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+def vocab_sizes(models: Mapping[str, ModelFiles]) -> dict[str, int]:
+    """Return the size of each model's vocabulary, which limits the ids of prompts."""
+    return {
+        name: folder_config(files.folder).get_text_config().vocab_size
+        for name, files in models.items()
+    }
 
 
 def check_request(
@@ -153,11 +150,12 @@ def engine_options(files: ModelFiles, options: dict[str, Any]) -> dict[str, Any]
 
 def generate_stepwise(
     vllm: Any, llm: Any, prompt_ids: Sequence[int], max_new_tokens: int
-) -> tuple[tuple[int, ...], float, float]:
-    """Decode greedily; return the ids and the clock (s) at the first and the last id.
+) -> Tokens:
+    """Decode greedily.
 
     The engine is stepped by hand, because only this gives the exact time of the first token.
     """
+    begin_s = time.perf_counter()
     parameters = vllm.SamplingParams(
         max_tokens=max_new_tokens,
         temperature=0,
@@ -173,5 +171,5 @@ def generate_stepwise(
         for output in engine.step():
             ids = list(output.outputs[0].token_ids)
         if ids and not first_s:
-            first_s = time.perf_counter()
-    return tuple(ids), first_s, time.perf_counter()
+            first_s = time.perf_counter() - begin_s
+    return Tokens(tuple(ids), first_s, time.perf_counter() - begin_s)

@@ -3,8 +3,8 @@
 This is vLLM's own way to switch models. `sleep(level=1)` moves an engine's weights to host memory
 and drops its KV cache; `wake_up()` moves the weights back. CUDA graphs stay valid.
 
-If a request's engine is awake, the request is sent to it immediately, and vLLM batches it. For
-other requests, engines finish, sleep and wake in the order of `SleepOrder`.
+A request whose engine is awake is sent immediately, and vLLM batches it. For other requests,
+engines finish, sleep and wake in the order of `SleepOrder`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from djinn_lib.engine.models.checkpoint import folder_config
+from djinn_lib.engine.decode.eager import Tokens
 from djinn_lib.errors import DjinnError
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.engines import EngineClient, Result
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 from djinn_lib.systems.sleep_order import Run, Sleep, SleepOrder, Wake
-from djinn_lib.systems.vllm_recreate import check_request, engine_options
+from djinn_lib.systems.vllm_recreate import check_request, engine_options, vocab_sizes
 
 # Room for 4,000 tokens of a model without grouped heads. By default vLLM allocates all memory that
 # it may, and would spend time on freeing and allocating it at every switch.
@@ -39,10 +39,10 @@ class _Request:
     prompt_ids: list[int]
     n_new: int
     result: Future[Served] = field(default_factory=Future)
-    begin_s: float | None = None
+    begin_s: float = 0.0
     ready_s: float = 0.0
-    loaded_bytes: int = 0
-    evicted_bytes: int = 0
+    found: bool = True
+    evicted: list[str] = field(default_factory=list)
 
 
 class VllmSleep(SystemUnderTest):
@@ -78,9 +78,9 @@ class VllmSleep(SystemUnderTest):
         self.engines: dict[str, EngineClient] = {}
         self._lock = threading.RLock()  # guards the engines; several threads start and end them
         self._changed = threading.Condition()  # guards the order and the requests in it
-        # For a model whose memory is being freed: the start, and the bytes put to sleep so far.
-        self._room: dict[str, tuple[float, int]] = {}
-        self._woken_bytes: dict[str, int] = {}  # loaded by a wake, not yet counted for a request
+        # For a model whose memory is being freed: the start, and the models put to sleep so far.
+        self._room: dict[str, tuple[float, list[str]]] = {}
+        self._woken: set[str] = set()  # by a wake that is not yet counted for a request
         self._is_closed = False
         self.engine_options = {
             "enforce_eager": False,
@@ -94,10 +94,7 @@ class VllmSleep(SystemUnderTest):
             bool(self.options.get("naive")),
             float(str(self.options.get("max_wait_s", 1.0))),
         )
-        self.vocab_sizes = {
-            name: folder_config(files.folder).get_text_config().vocab_size
-            for name, files in self.models.items()
-        }
+        self.vocab_sizes = vocab_sizes(self.models)
         self._logs = Path(tempfile.mkdtemp(prefix="djinn-vllm-"))
         self._prepare()
 
@@ -189,10 +186,8 @@ class VllmSleep(SystemUnderTest):
                     now_s = time.perf_counter()
                     if decision := self.order.next(now_s):
                         break
-                    deadline_s = self.order.deadline_s()
-                    self._changed.wait(
-                        None if deadline_s is None or deadline_s <= now_s else deadline_s - now_s
-                    )
+                    left_s = (self.order.deadline_s() or 0.0) - now_s
+                    self._changed.wait(left_s if left_s > 0 else None)
                 else:
                     return
             self._carry_out(decision)
@@ -203,27 +198,26 @@ class VllmSleep(SystemUnderTest):
                 self._hand_over(decision.model, waiting.key, is_first=i == 0)
             return
         wanted = decision.room_for if isinstance(decision, Sleep) else decision.model
-        self._room.setdefault(wanted, (time.perf_counter(), 0))
+        _, asleep = self._room.setdefault(wanted, (time.perf_counter(), []))
         try:
             if isinstance(decision, Sleep):
-                begin_s, n_bytes = self._room[wanted]
-                self._room[wanted] = begin_s, n_bytes + self.models[decision.model].n_bytes
+                asleep.append(decision.model)
                 with suppress(DjinnError, TimeoutError):  # a failed engine has been ended
                     self._call(decision.model, self._sleep)
             else:
                 self._start_asleep(wanted)
                 self._call(wanted, self._wake)
-                self._woken_bytes[wanted] = self.models[wanted].n_bytes
+                self._woken.add(wanted)
         except Exception as error:
             self._fail(wanted, error)
 
     def _hand_over(self, model: str, request: _Request, is_first: bool) -> None:
         """Send a request to its engine; the first one after a wake has the bytes of the wake."""
         request.ready_s = time.perf_counter()
-        request.begin_s, evicted_bytes = self._room.get(model, (request.ready_s, 0))
+        request.begin_s, evicted = self._room.get(model, (request.ready_s, []))
         if is_first:
-            request.loaded_bytes = self._woken_bytes.pop(model, 0)
-            request.evicted_bytes = evicted_bytes
+            request.found, request.evicted = model not in self._woken, evicted
+            self._woken.discard(model)
         parameters = {"max_tokens": request.n_new, "temperature": 0.0, "ignore_eos": True}
         try:
             pending = self.engines[model].submit(request.prompt_ids, parameters)
@@ -257,7 +251,7 @@ class VllmSleep(SystemUnderTest):
         with self._changed:
             left = [waiting.key for waiting in self.order.forget(model)]
             self._room.pop(model, None)
-            self._woken_bytes.pop(model, None)
+            self._woken.discard(model)
         self._lose(model)
         for one in [*([request] if request else []), *left]:
             one.result.set_exception(error)
@@ -265,21 +259,16 @@ class VllmSleep(SystemUnderTest):
             self._changed.notify_all()
 
     def _served(self, model: str, request: _Request, result: Result) -> Served:
-        begin_s = request.begin_s or request.ready_s
-        return Served(
-            tuple(result["token_ids"]),
-            switch_ms=(request.ready_s - begin_s) * 1e3,
-            ttft_ms=(result["first_s"] - begin_s) * 1e3,
-            decode_ms=(result["last_s"] - result["first_s"]) * 1e3,
-            total_ms=(time.perf_counter() - begin_s) * 1e3,
-            loaded_bytes=request.loaded_bytes,
-            evicted_bytes=request.evicted_bytes,
-            writeback_bytes=request.evicted_bytes if self.writes_back else 0,
-            resident_before_bytes=0 if request.loaded_bytes else self.models[model].n_bytes,
-            resident_bytes={
-                name: files.n_bytes if name in self.order.awake else 0
-                for name, files in self.models.items()
-            },
+        first_s, last_s = (result[name] - request.ready_s for name in ("first_s", "last_s"))
+        return self.served(
+            model,
+            Tokens(tuple(result["token_ids"]), first_s, last_s),
+            request.ready_s - request.begin_s,
+            time.perf_counter() - request.begin_s,
+            found=request.found,
+            evicted=request.evicted,
+            written_back=request.evicted if self.writes_back else (),
+            resident=self.order.awake,
         )
 
     def reset(self) -> None:

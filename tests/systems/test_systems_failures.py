@@ -59,8 +59,8 @@ def test_tied_weights_are_moved_once(models, name, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "to", counted(to, lambda kwargs: kwargs.get("copy")))
     monkeypatch.setattr(torch.Tensor, "copy_", counted(copy_, lambda _: True))
-    system.load("qwen2-tied")
-    parameters = system.host["qwen2-tied"].parameters()
+    system.weights.load("qwen2-tied")
+    parameters = system.weights.host["qwen2-tied"].parameters()
     assert sum(copied) == sum(p.numel() * p.element_size() for p in parameters)
 
 
@@ -72,7 +72,7 @@ FAILING = [(name, fails) for name in ("pytorch_pinned", "pytorch_pageable")
 def test_a_failed_request_leaves_no_weights_on_the_device(models, name, fails, monkeypatch):
     system = system_class(name)(models, 1 << 30, "cpu")
     system.start()
-    fail_after(monkeypatch, system, fails)
+    fail_after(monkeypatch, system.weights, fails)
     with pytest.raises(MemoryError):
         system.serve("llama", PROMPT, 1)
     assert on_device(system, "llama") == []
@@ -80,21 +80,21 @@ def test_a_failed_request_leaves_no_weights_on_the_device(models, name, fails, m
         assert not system.resident
 
 
-def fail_after(monkeypatch, system, method):
+def fail_after(monkeypatch, weights, method):
     """Let a method do its work and then fail, as when the device is full near its end."""
-    work = getattr(system, method)
+    work = getattr(weights, method)
 
     def fail(*args):
         work(*args)
         raise MemoryError("expected free memory")
 
-    monkeypatch.setattr(system, method, fail)
+    monkeypatch.setattr(weights, method, fail)
 
 
 def on_device(system, name):
     """Parameters that are not in host memory any more."""
-    parameters = system.host[name].named_parameters()
-    pairs = zip(parameters, system.masters[name], strict=True)
+    parameters = system.weights.host[name].named_parameters()
+    pairs = zip(parameters, system.weights.masters[name], strict=True)
     return [key for (key, p), master in pairs if p.data_ptr() != master.data_ptr()]
 
 
