@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 import pandas as pd
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from nbconvert import HTMLExporter
@@ -35,10 +36,10 @@ from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
 from djinn_lib.files import write_text
 from djinn_lib.metrics import attempted
 from djinn_lib.paths import user_path
-from djinn_lib.publishing.captions import COMPUTED, MEASURED
 from djinn_lib.publishing.evidence import Shown, evidence
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
+_CAPTIONS = yaml.safe_load((_TEMPLATES / "captions.yml").read_text())
 _NO_ALT = "No description has been provided for this image"
 _FIRST = "00_start_here"
 _CELL = ["trace", "capacity_label", "system", "mode", "start"]  # the parts of a cell's id
@@ -117,11 +118,11 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     statuses = {status.task: asdict(status) for status in read_statuses(folder)}
     verdicts = _claims(folder / "claims.json", problems)
     listing = [_notebook(page, statuses, folder) for page in pages]
-    measured = list(_figures(folder, MEASURED))
+    figures = list(_figures(folder))
     traces = [path.name for path in sorted((folder / "traces").glob("*.jsonl"))]
     shown = Shown(
         {entry["name"]: entry["html"] for entry in listing if entry["html"]},
-        {figure["name"] for figure in measured},
+        {figure["name"] for figure in figures},
         of_run.pop("cells"),
         traces,
         [path.name for path in (folder / "replicates").glob("*.parquet")],
@@ -139,8 +140,8 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "main_capacity": MAIN_CAPACITY,
         "claims": [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts],
         "verdict_counts": Counter(verdict.verdict for verdict in verdicts),
-        "figures": measured,
-        "computed": list(_figures(folder, COMPUTED)),
+        "figures": [figure for figure in figures if figure["name"] not in _CAPTIONS["computed"]],
+        "computed": [figure for figure in figures if figure["name"] in _CAPTIONS["computed"]],
         "notebooks": listing,
         "first": next((n["html"] for n in listing if n["name"] == _FIRST), ""),
         "problems": problems,
@@ -202,15 +203,14 @@ def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:
     return list(attempted(run.rows)[_CELL].drop_duplicates().itertuples(index=False, name=None))
 
 
-def _figures(folder: Path, captions: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, str]]:
-    """Yield the existing figures that have captions; after the measured ones, all others."""
+def _figures(folder: Path) -> Iterator[dict[str, str]]:
+    """Yield the existing figures, in the order of their captions; those without come last."""
+    captions = _CAPTIONS["measured"] | _CAPTIONS["computed"]
     stems = sorted(path.stem for path in (folder / "figures").glob("*.png"))
-    known = [name for name in captions if name in stems]
-    others = [stem for stem in stems if stem not in MEASURED | COMPUTED]
-    for name in known + (others if captions is MEASURED else []):
+    for name in sorted(stems, key=lambda stem: [*captions, stem].index(stem)):
         pdf = folder / "figures" / f"{name}.pdf"
-        title, caption = captions.get(name, (name.replace("_", " "), ""))
-        yield {"name": name, "title": title, "caption": caption, "png": f"figures/{name}.png",
+        yield {"name": name, "title": name.replace("_", " "), "caption": "",
+               **captions.get(name, {}), "png": f"figures/{name}.png",
                "pdf": f"figures/{name}.pdf" if pdf.exists() else ""}  # fmt: skip
 
 

@@ -155,8 +155,6 @@ class VllmSleep(SystemUnderTest):
         if engine:
             self._end_engine(name, engine)
 
-    # -- requests ---------------------------------------------------------------------------------
-
     def serve(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Served:
         """Serve one request; wake its engine, and put others to sleep if there is no room."""
         return self._queue(model, prompt_ids, max_new_tokens).result()
