@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
     COLUMN_IN,
@@ -26,15 +26,14 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     SYSTEM_STYLE,
     byte_scale,
+    describe_rows,
     draw_cdf,
-    footnote,
+    label_ms,
     order_systems,
     require_one_cell_each,
-    sample_note,
     split_unavailable,
     styled,
     system_look,
-    unavailable_notes,
 )
 from djinn_lib.metrics import bootstrap_interval, by_request, phases_ms, served
 from djinn_lib.units import three_digits
@@ -70,7 +69,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
             _draw_published(axes, paper, system)
     axes.set(ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
     axes.set_ylabel("share of all requests served")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    label_ms(axes.xaxis)
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.grid(which="major")
     handles = axes.get_legend_handles_labels()[0]
@@ -82,7 +81,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
                       columnspacing=1.0)  # fmt: skip
     axes.margins(x=0.03)
     axes.autoscale(axis="x")
-    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    describe_rows(figure, rows, unavailable)
     return figure
 
 
@@ -100,8 +99,7 @@ def _draw_ceiling(axes: Axes, paper: Mapping[str, Any]) -> list[Line2D]:
 def _draw_system(axes: Axes, rows: pd.DataFrame, system: str) -> None:
     look, n_all, n_failed = system_look(system), len(rows), int((~rows["ok"]).sum())
     label = look.label + (f"\n({n_failed} of {n_all} failed)" if n_failed else "")
-    draw_cdf(axes, rows, "total_ms", color=look.color, linestyle=look.linestyle, label=label,
-             zorder=_front(system))  # fmt: skip
+    draw_cdf(axes, rows, "total_ms", **look.line | {"label": label}, zorder=_front(system))
     if 0 < n_failed < n_all:
         end = rows["total_ms"].max(), 100.0 * (n_all - n_failed) / n_all
         axes.plot(*end, "x", color=look.color, markersize=6, markeredgewidth=1.6)
@@ -146,7 +144,7 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
     for place, system in enumerate(phases.index):
         _draw_mean(left, rows[rows["system"] == system], place, system_look(system).color)
     left.margins(x=0.16)
-    left.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    label_ms(left.xaxis)
     left.set_yticks(range(len(phases)), _bar_labels(rows, phases.index))
     left.set(xlabel="mean latency of a served request (ms, log scale)")
     right.set(xlabel="share of it", xlim=(0, 100))
@@ -156,8 +154,8 @@ def latency_breakdown(rows: pd.DataFrame) -> Figure:
         for name, color in PHASE_COLORS.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, [sample_note(rows), "Bars: 95% intervals of the mean, over requests.",
-                      *unavailable_notes(unavailable)])  # fmt: skip
+    bars = "Bars: 95% intervals of the mean, over requests."
+    describe_rows(figure, rows, unavailable, bars)
     return figure
 
 
@@ -223,7 +221,7 @@ def bytes_loaded(
     axes.set_xlim(0, longest / scale * 1.16)
     axes.set_xlabel(f"weights moved for the whole trace ({unit})")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))
-    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    describe_rows(figure, rows, unavailable)
     return figure
 
 

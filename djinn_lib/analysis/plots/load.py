@@ -10,14 +10,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
-    footnote,
+    describe_rows,
+    label_ms,
     nothing_to_draw,
     order_systems,
-    sample_note,
     split_unavailable,
     styled,
     system_look,
@@ -37,10 +37,9 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
     arrival.
     """
     rows, unavailable = split_unavailable(rows)
-    systems, absent = order_systems(rows["system"]), unavailable_notes(unavailable)
-    if not systems:
+    if not (systems := order_systems(rows["system"])):
         sentence = "This run has no requests that arrive at given rates."
-        return nothing_to_draw(" ".join([sentence, *absent]))
+        return nothing_to_draw(" ".join([sentence, *unavailable_notes(unavailable)]))
     figure, panels = plt.subplots(1, 3, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained")
     table = load_table(rows, rates, target_ms)
     for axes, column, label in zip(
@@ -59,8 +58,10 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
     panels[2].set_ylim(-4, 104)
     panels[2].axhline(90, color="0.4", linestyle=(0, (1, 1.5)), linewidth=1.0)
     figure.legend(handles=_legend(systems), loc="outside upper center", ncols=4)
-    footnote(figure, [sample_note(rows), "Dotted at the right: 90%. Failed requests are late.",
-                      *_few(table), *absent])  # fmt: skip
+    notes = ["Dotted at the right: 90%. Failed requests are late."]
+    if (table["n"] < 100).any():
+        notes.append("P99: the slowest request, where there are fewer than 100.")
+    describe_rows(figure, rows, unavailable, *notes)
     return figure
 
 
@@ -94,7 +95,7 @@ def _draw_panel(axes: Axes, table: pd.DataFrame, systems: Sequence[str], column:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # a panel may span one decade
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+        label_ms(axes.yaxis)
 
 
 def _legend(systems: Sequence[str]) -> list[Line2D]:
@@ -103,8 +104,3 @@ def _legend(systems: Sequence[str]) -> list[Line2D]:
            for look in looks]  # fmt: skip
     return own + [Line2D([], [], color="0.3", linestyle=line, label=name.upper())
                   for name, line in STATISTICS.items()]  # fmt: skip
-
-
-def _few(table: pd.DataFrame) -> list[str]:
-    return ["P99: the slowest request, where there are fewer than 100."] if (
-        table["n"] < 100).any() else []  # fmt: skip

@@ -17,14 +17,12 @@ from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     SMALL_PT,
     byte_scale,
-    footnote,
+    describe_rows,
     order_systems,
-    require_rows,
-    sample_note,
+    require_one_cell_each,
     split_unavailable,
     styled,
     system_look,
-    unavailable_notes,
 )
 from djinn_lib.analysis.results import hit_table, speedup_table
 from djinn_lib.errors import RecordError
@@ -45,7 +43,12 @@ def sensitivity(
     Raises:
         RecordError: there are no rows, they mix traces, or the baseline is not among them.
     """
-    _require_sweep(rows, baseline)
+    require_one_cell_each(rows, "a sensitivity to the capacity", ("trace", "mode"))
+    if baseline not in set(rows["system"]):
+        raise RecordError(
+            f"there are no rows of the baseline {baseline!r}, only of "
+            f"{order_systems(rows['system'])}: run its cells, or choose another baseline"
+        )
     rows, unavailable = split_unavailable(rows)
     capacities = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values()
     figure, (left, middle, right) = plt.subplots(
@@ -72,23 +75,8 @@ def sensitivity(
         _label_capacities(axes, capacities)
     handles = _legend(systems, baseline, with_paper=bool(paper))
     figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
-    footnote(figure, [sample_note(rows), *unavailable_notes(unavailable)])
+    describe_rows(figure, rows, unavailable)
     return figure
-
-
-def _require_sweep(rows: pd.DataFrame, baseline: str) -> None:
-    require_rows(rows, "the sensitivity to the capacity")
-    for column in ("trace", "mode"):
-        if len(values := sorted(rows[column].unique())) > 1:
-            raise RecordError(
-                f"rows of more than one {column} cannot be drawn as a sensitivity, got {values}: "
-                "filter them"
-            )
-    if baseline not in set(rows["system"]):
-        raise RecordError(
-            f"there are no rows of the baseline {baseline!r}, only of "
-            f"{order_systems(rows['system'])}: run its cells, or choose another baseline"
-        )
 
 
 def _draw(
@@ -135,11 +123,10 @@ def _label_capacities(axes: Axes, capacities: pd.Series) -> None:
 
 def _legend(systems: Sequence[str], baseline: str, with_paper: bool) -> list[Line2D]:
     handles = []
-    for system in systems:
-        look = system_look(system)
+    for look, system in zip(map(system_look, systems), systems, strict=True):
         label = look.label + (" (baseline)" if system == baseline else "")
-        style: dict[str, Any] = {"linestyle": look.linestyle, "marker": look.marker}
-        handles.append(Line2D([], [], markersize=4.5, label=label, color=look.color, **style))
+        style = look.line | {"label": label, "marker": look.marker, "markersize": 4.5}
+        handles.append(Line2D([], [], **style))
     return [*handles, Line2D([], [], label="paper", **_PAPER)] if with_paper else handles
 
 

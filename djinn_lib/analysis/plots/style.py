@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import textwrap
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -24,47 +24,16 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from djinn_lib.errors import RecordError
 from djinn_lib.paths import user_path
 
 COLUMN_IN, DOUBLE_COLUMN_IN = 3.3, 7.0  # widths of a paper's single and double column
 SMALL_PT = 7
-STYLE: dict[Any, Any] = {
-    "figure.dpi": 130,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "savefig.transparent": False,
-    "pdf.fonttype": 42,  # TrueType: text stays text, not outlines
-    "font.family": "DejaVu Sans",  # part of matplotlib, so the same on every machine
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.labelsize": 8,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": False,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.6,
-    "legend.fontsize": SMALL_PT,
-    "legend.frameon": False,
-    "legend.title_fontsize": SMALL_PT,
-    "xtick.labelsize": SMALL_PT,
-    "ytick.labelsize": SMALL_PT,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "xtick.major.width": 0.8,
-    "ytick.major.width": 0.8,
-    "xtick.minor.size": 1.8,
-    "ytick.minor.size": 1.8,
-    "hatch.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "figure.constrained_layout.h_pad": 0.05,
-}
+_SHEET = Path(__file__).with_name("djinn.mplstyle")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +44,11 @@ class Look:
     color: str
     linestyle: str = "-"
     marker: str = "o"
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """The options of a line of the system, with its entry in the legend."""
+        return {"color": self.color, "linestyle": self.linestyle, "label": self.label}
 
 
 _BLUE, _SKY, _GREEN, _ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
@@ -155,7 +129,8 @@ def theme() -> Iterator[None]:
     """Set seaborn's theme with the figures' sizes while the block runs."""
     with mpl.rc_context():
         # Changes of the colour codes would remain after the block.
-        sns.set_theme(context="paper", style="ticks", color_codes=False, rc=STYLE)
+        sns.set_theme(context="paper", style="ticks", color_codes=False)
+        plt.style.use(_SHEET)
         yield
 
 
@@ -190,14 +165,16 @@ def require_rows(rows: pd.DataFrame, what: str) -> None:
         )
 
 
-def require_one_cell_each(rows: pd.DataFrame, what: str) -> None:
+def require_one_cell_each(
+    rows: pd.DataFrame, what: str, alike: Sequence[str] = ("trace", "capacity_label", "mode")
+) -> None:
     """Check that all rows have the same trace, capacity and mode.
 
     Raises:
-        RecordError: there are no rows, or they mix traces, capacities or modes.
+        RecordError: there are no rows, or they differ in one of the columns `alike`.
     """
     require_rows(rows, what)
-    for column in ("trace", "capacity_label", "mode"):
+    for column in alike:
         values = sorted(rows[column].unique())
         if len(values) > 1:
             raise RecordError(
@@ -238,11 +215,9 @@ def sample_note(rows: pd.DataFrame) -> str:
     """
     if rows.empty:
         return ""
-    cells = ["system", "capacity_label", "trace"]
-    repeats = rows.groupby(cells)["repeat"].nunique()
-    n = _range(rows.groupby(cells)["request"].nunique())
+    cells = rows.groupby(["system", "capacity_label", "trace"])
+    n, often = (_range(cells[column].nunique()) for column in ("request", "repeat"))
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
-    often = _range(repeats)
     said = f", {often} repeats" if often != "1" else ""
     return f"n = {n} requests of each system{where}{said}."
 
@@ -252,12 +227,24 @@ def _range(values: pd.Series) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def unavailable_notes(reasons: dict[str, str]) -> list[str]:
+def unavailable_notes(reasons: Mapping[str, str]) -> list[str]:
     """Return a note for each system that cannot run here."""
     return [
         f"Not on this machine: {system_look(system).label} ({reason})"
         for system, reason in reasons.items()
     ]
+
+
+def describe_rows(
+    figure: Figure, rows: pd.DataFrame, unavailable: Mapping[str, str], *notes: str
+) -> None:
+    """Write below a figure which rows it shows, other notes, and which systems are missing."""
+    footnote(figure, [sample_note(rows), *notes, *unavailable_notes(unavailable)])
+
+
+def label_ms(axis: Axis) -> None:
+    """Label an axis of milliseconds with plain numbers."""
+    axis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
 
 
 def draw_cdf(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:

@@ -10,22 +10,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
     COLUMN_IN,
     DOUBLE_COLUMN_IN,
     SMALL_PT,
+    describe_rows,
     draw_cdf,
-    footnote,
+    label_ms,
     nothing_to_draw,
     order_systems,
     require_one_cell_each,
-    sample_note,
     split_unavailable,
     styled,
     system_look,
-    unavailable_notes,
 )
 from djinn_lib.metrics import attempted, later_touches, served
 
@@ -50,7 +49,7 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
         part, look = rows[rows["system"] == system], system_look(system)
         shown = part.assign(ms=part["switch_ms"].clip(lower=_LEAST_MS))
         shown["ms"] = shown.groupby("request")["ms"].transform("mean")
-        draw_cdf(axes, shown, "ms", color=look.color, linestyle=look.linestyle, label=look.label)
+        draw_cdf(axes, shown, "ms", **look.line)
         if system == "djinn":
             _mark_found(axes, shown, look.color)
     _shade_modes(axes, paper)
@@ -62,7 +61,7 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
                       columnspacing=1.0, handletextpad=0.5)  # fmt: skip
-    footnote(figure, [sample_note(rows), *_least_note(rows), *unavailable_notes(unavailable)])
+    describe_rows(figure, rows, unavailable, *_least_note(rows))
     return figure
 
 
@@ -116,12 +115,8 @@ def switches_beside_waiting(
     notes = _left_out(left_out)
     if attempted(concurrent).empty:
         return nothing_to_draw(" ".join(["This run has no concurrent cells here.", *notes]))
-    figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, concurrent, notes)
-    before = {"color": "0.6", "linestyle": "-", "label": "Djinn, one after the other"}
-    _draw_switches(left, attempted(sequential), **before)
-    _finish(figure, left, right, "from arrival to the last token (ms, log scale)")
-    return figure
+    label = "from arrival to the last token (ms, log scale)"
+    return _switches_and_totals(concurrent, label, notes, attempted(sequential))
 
 
 @styled
@@ -133,10 +128,7 @@ def switches_on_a_longer_trace(rows: pd.DataFrame) -> Figure:
     """
     if attempted(rows).empty:
         return nothing_to_draw("This run has no rows of this trace.")
-    figure, (left, right) = _two_panels()
-    _draw_systems(figure, left, right, rows)
-    _finish(figure, left, right, "total latency of a request (ms, log scale)")
-    return figure
+    return _switches_and_totals(rows, "total latency of a request (ms, log scale)")
 
 
 def _left_out(systems: Sequence[str]) -> list[str]:
@@ -145,34 +137,41 @@ def _left_out(systems: Sequence[str]) -> list[str]:
     return [f"Left out: {', '.join(names)} ({why})."] if names else []
 
 
-def _two_panels() -> tuple[Figure, Sequence[Axes]]:
-    figure, panels = plt.subplots(
+def _switches_and_totals(
+    rows: pd.DataFrame,
+    label: str,
+    notes: Sequence[str] = (),
+    before: pd.DataFrame | None = None,
+) -> Figure:
+    """Draw later switches (left) and total latencies (right) of every system.
+
+    `label` is that of the right axis. `before` has rows of Djinn in sequential mode, drawn in grey.
+    """
+    rows, unavailable = split_unavailable(rows)
+    figure, (left, right) = plt.subplots(
         1, 2, figsize=(DOUBLE_COLUMN_IN, 2.6), sharey=True, layout="constrained"
     )
-    for axes in panels:
+    for axes in (left, right):
         axes.set_xscale("log")
-    return figure, panels
-
-
-def _draw_systems(
-    figure: Figure,
-    left: Axes,
-    right: Axes,
-    rows: pd.DataFrame,
-    left_out: Sequence[str] = (),
-) -> None:
-    """Draw both panels of every system, and a note with the number of rows."""
-    rows, unavailable = split_unavailable(rows)
     for system in order_systems(rows["system"]):
         part, look = rows[rows["system"] == system], system_look(system)
-        style = {"color": look.color, "linestyle": look.linestyle, "label": look.label}
-        _draw_switches(left, part, **style)
-        draw_cdf(right, part, "total_ms", **style)
+        _draw_switches(left, part, **look.line)
+        draw_cdf(right, part, "total_ms", **look.line)
     later = later_touches(rows)
     n_left = later.groupby("system")["request"].nunique().max() if len(later) else 0
     first = [f"Left: n = {n_left}, without the first request for each model."] if n_left else []
-    notes = [sample_note(rows), *first, *_least_note(later)]
-    footnote(figure, [*notes, *unavailable_notes(unavailable), *left_out])
+    describe_rows(figure, rows, unavailable, *first, *_least_note(later), *notes)
+    if before is not None:
+        _draw_switches(left, before, color="0.6", linestyle="-", label="Djinn, one after the other")
+    left.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests")
+    right.set_xlabel(label)
+    left.yaxis.set_major_formatter(PercentFormatter())
+    for axes in (left, right):
+        axes.set_ylim(0, 103)
+        _label_times(axes)
+        axes.grid(which="major")
+    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
+    return figure
 
 
 def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
@@ -180,21 +179,9 @@ def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
     draw_cdf(axes, later.assign(ms=later["switch_ms"].clip(lower=_LEAST_MS)), "ms", **style)
 
 
-def _finish(figure: Figure, left: Axes, right: Axes, right_label: str) -> None:
-    """Set scales and labels, and add the legend."""
-    left.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests")
-    right.set_xlabel(right_label)
-    left.yaxis.set_major_formatter(PercentFormatter())
-    for axes in (left, right):
-        axes.set_ylim(0, 103)
-        _label_times(axes)
-        axes.grid(which="major")
-    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
-
-
 def _label_times(axes: Axes) -> None:
     """Label powers of ten, and also 2 and 5 between them if there are few."""
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:,g}"))
+    label_ms(axes.xaxis)
     axes.xaxis.set_minor_formatter(NullFormatter())
