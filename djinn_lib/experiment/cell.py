@@ -27,8 +27,7 @@ from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.by_hand import progress_bar
 from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, whole_frame
 from djinn_lib.experiment.profile import Cell
-from djinn_lib.experiment.record import CellRecord
-from djinn_lib.experiment.running import running_system
+from djinn_lib.experiment.running import CellRecord, running_system
 from djinn_lib.files import ensure_writable
 from djinn_lib.rows import classify_error, clock_warning, failed_row, token_sha
 from djinn_lib.systems import system_class

@@ -58,33 +58,31 @@ class ModelEntry(_Strict):
         return self
 
 
-class TraceEntry(_Strict):
-    """A trace of a profile: the paper's, drawn by Zipf's law, or read from a file.
+class PaperTrace(_Strict):
+    """The paper's trace, over the three models of the profile."""
 
-    The kind "zipf" has `n`, `alpha`, `seed` and `rate_per_s`, and may have a subset of `models`.
-    The kind "file" has `path`.
-    """
+    kind: Literal["paper"]
 
-    kind: Literal["paper", "zipf", "file"]
-    path: str | None = None
-    n: int | None = None
-    alpha: float | None = None
-    seed: int | None = None
-    rate_per_s: float | None = None
-    models: list[str] | None = None
 
-    @model_validator(mode="after")
-    def _all_or_none(self) -> TraceEntry:
-        if self.models is not None and (self.kind != "zipf" or not self.models):
-            raise ValueError("expected models, one at least, for kind 'zipf' only")
-        given = [v is not None for v in (self.n, self.alpha, self.seed, self.rate_per_s)]
-        if not (all(given) if self.kind == "zipf" else not any(given)):
-            raise ValueError(
-                "expected n, alpha, seed and rate_per_s for kind 'zipf', and only there"
-            )
-        if (self.kind == "file") != (self.path is not None):
-            raise ValueError("expected a path for kind 'file', and only there")
-        return self
+class ZipfTrace(_Strict):
+    """A trace that is drawn by Zipf's law; see `zipf_trace`. By default it is over all models."""
+
+    kind: Literal["zipf"]
+    n: int
+    alpha: float
+    seed: int
+    rate_per_s: float
+    models: list[str] | None = Field(default=None, min_length=1)
+
+
+class FileTrace(_Strict):
+    """A trace that is read from a file."""
+
+    kind: Literal["file"]
+    path: str
+
+
+TraceEntry = Annotated[PaperTrace | ZipfTrace | FileTrace, Field(discriminator="kind")]
 
 
 class SystemEntry(_Strict):
@@ -174,7 +172,8 @@ class Profile(_Strict):
         for name, entry in self.systems.items():
             _ensure_known(f"system of {name!r}", [entry.system], SYSTEMS)
         for entry in self.traces.values():
-            _ensure_known("model of a trace", entry.models or [], self.models)
+            if entry.kind == "zipf":
+                _ensure_known("model of a trace", entry.models or [], self.models)
         for entry in self.cells:
             _ensure_known("trace", entry.traces, self.traces)
             _ensure_known("capacity", entry.capacities, self.capacities)
@@ -245,13 +244,13 @@ class Profile(_Strict):
         entry, models = self.traces[name], tuple(self.models)
         if entry.kind == "paper":
             return paper_trace(models=models)
-        if entry.path is not None:
-            stand_ins = {model.stands_for: name for name, model in self.models.items()}
-            trace = renamed(load_trace(user_path(entry.path)), stand_ins, keep=self.models)
-            check_models(trace, self.models)
-            return trace
-        fields = entry.model_dump(exclude={"kind", "path", "models"})
-        return zipf_trace(models=entry.models or models, **fields)
+        if entry.kind == "zipf":
+            fields = entry.model_dump(exclude={"kind", "models"})
+            return zipf_trace(models=entry.models or models, **fields)
+        stand_ins = {model.stands_for: name for name, model in self.models.items()}
+        trace = renamed(load_trace(user_path(entry.path)), stand_ins, keep=self.models)
+        check_models(trace, self.models)
+        return trace
 
 
 def _ensure_known(what: str, names: list[str], known: Any) -> None:

@@ -147,7 +147,8 @@ def _make_page(run: RunFolder) -> None:
     """Write the page if something that it shows is newer than the page."""
     code = LIBRARY / "publishing"
     shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
-             *run.notebooks.glob("*.ipynb"), *code.glob("*.py"), *code.glob("templates/*")]  # fmt: skip
+             *run.notebooks.glob("*.ipynb"), *code.glob("*.py"),
+             *code.glob("templates/*")]  # fmt: skip
     newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
     if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
         # From a higher layer, and the import takes seconds.

@@ -1,15 +1,15 @@
 """Study policies by simulation: bytes and latencies compared with the offline optimum.
 
 The parameters are capacity, skew, number of models and policy. A point is one simulation.
-`Grid.points` lists the points, `run_point` computes one, and `run_study` computes all, in order or
-with a given executor. `make study` runs the whole study: `djinn study --out data/reference/study`.
+`Grid.points` lists the points, `run_point` computes one, and `run_study` computes all, here or on a
+Ray cluster. `make study` runs the whole study: `djinn study --out data/reference/study`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -26,7 +26,7 @@ from djinn_lib.metrics import HIT_MS, latency
 from djinn_lib.paths import REPO
 from djinn_lib.provenance import git_state, package_versions
 from djinn_lib.simulator.checkpoint_sizes import fleet
-from djinn_lib.simulator.cost_model import CostModel, reference_costs
+from djinn_lib.simulator.cost_model import reference_costs
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import PAGE_BYTES, Mode, simulate
 from djinn_lib.trace import Trace, session_trace, zipf_trace
@@ -99,45 +99,33 @@ QUEUED = tuple(
 )
 
 
-def run_study(
-    points: Iterable[Point],
-    run_all: Callable[[Callable[[Point], dict[str, Any]], list[Point]], Iterable[dict[str, Any]]]
-    | None = None,
-) -> pd.DataFrame:
+def run_study(points: Iterable[Point], executor: str = "local") -> pd.DataFrame:
     """Return one row for each point; see `run_point`.
 
-    `run_all` maps a function over the points, in any order; default is one after the other.
+    With the executor "ray" points run on a cluster, each on one core; see `fan_out`.
+
+    Raises:
+        ConfigError, PlatformError: no cluster is available.
+        DjinnError: a point failed on Ray; the message has its cause.
     """
     chosen = list(points)
-    results = run_all(run_point, chosen) if run_all else map(run_point, chosen)
+    results = _on_ray(chosen) if executor == "ray" else map(run_point, chosen)
     bar = progress_bar(results, total=len(chosen), desc="study", unit="point", mininterval=5)
     return pd.DataFrame(bar)
 
 
-def on_ray(
-    function: Callable[[Point], dict[str, Any]], points: list[Point]
-) -> Iterator[dict[str, Any]]:
-    """Map a function over the points on a Ray cluster, one core each; see `fan_out`.
-
-    Raises:
-        ConfigError, PlatformError: no cluster is available.
-        DjinnError: a point failed; the message has its cause.
-    """
-    chunks = [points[i : i + CHUNK] for i in range(0, len(points), CHUNK)]
-    jobs = [
-        Job(f"points {i * CHUNK} to {i * CHUNK + len(chunk) - 1}", _map_chunk, (function, chunk))
-        for i, chunk in enumerate(chunks)
-    ]
+def _on_ray(points: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    chunks = {i: points[i : i + CHUNK] for i in range(0, len(points), CHUNK)}
+    jobs = [Job(f"points {i} to {i + len(chunk) - 1}", _run_points, (chunk,))
+            for i, chunk in chunks.items()]  # fmt: skip
     for job, result in fan_out(jobs):
         if result.error:
             raise DjinnError(f"{job.name} of the study failed: {result.error}")
         yield from result.value
 
 
-def _map_chunk(
-    function: Callable[[Point], dict[str, Any]], points: list[Point]
-) -> list[dict[str, Any]]:
-    return [function(point) for point in points]
+def _run_points(points: Sequence[Point]) -> list[dict[str, Any]]:
+    return [run_point(point) for point in points]
 
 
 def run_point(point: Point) -> dict[str, Any]:
@@ -160,7 +148,7 @@ def run_point(point: Point) -> dict[str, Any]:
         costs=_costs(),
         mode=point.mode,
     )
-    least = _least(trace, capacity_bytes, point.n_models, point.seed)
+    least = _least_bytes(replace(point, policy="oracle"))
     loaded = int(rows["loaded_bytes"].sum())
     times = latency(rows["total_ms"])
     return asdict(point) | {
@@ -241,9 +229,8 @@ def _mean_service_s(point: Point, sizes: dict[str, int]) -> float:
     """Mean time of a request when everything is resident."""
     costs = _costs()
     models = [request.model for request in _trace(point, 1.0).requests]
-    return sum(costs.prefill_of(m, sizes[m]) + costs.decode_of(m, sizes[m]) for m in models) / len(
-        models
-    )
+    times_s = [costs.prefill_of(m, sizes[m]) + costs.decode_of(m, sizes[m]) for m in models]
+    return sum(times_s) / len(times_s)
 
 
 def _capacity(n_models: int, share: float, seed: int = 0) -> int:
@@ -253,21 +240,14 @@ def _capacity(n_models: int, share: float, seed: int = 0) -> int:
     return pages * PAGE_BYTES
 
 
+_costs = lru_cache(reference_costs)
+
+
 @lru_cache
-def _costs() -> CostModel:
-    return reference_costs()
-
-
-_known_least: dict[tuple[str, int], int] = {}
-
-
-def _least(trace: Trace, capacity_bytes: int, n_models: int, seed: int) -> int:
-    """Return the bytes of the optimum with the same pages, cached for all policies."""
-    key = trace.sha256, capacity_bytes
-    if key not in _known_least:
-        sizes = fleet(n_models, seed)
-        _known_least[key] = optimal_bytes(trace, sizes, capacity_bytes, PAGE_BYTES)
-    return _known_least[key]
+def _least_bytes(point: Point) -> int:
+    """Return the bytes of the optimum with the same pages, once for all policies."""
+    sizes, trace, capacity_bytes = _setting(point)
+    return optimal_bytes(trace, sizes, capacity_bytes, PAGE_BYTES)
 
 
 def save_study(grid: str, folder: Path, executor: str = "local") -> None:
@@ -279,7 +259,7 @@ def save_study(grid: str, folder: Path, executor: str = "local") -> None:
     """
     begin_s, (commit, dirty) = time.perf_counter(), git_state(REPO)
     ensure_writable(folder)
-    study = run_study([*GRIDS[grid].points(), *QUEUED], on_ray if executor == "ray" else None)
+    study = run_study([*GRIDS[grid].points(), *QUEUED], executor)
     write_atomically(folder / "points.parquet", lambda to: study.to_parquet(to, index=False))
     manifest = {
         "grid": asdict(GRIDS[grid]),

@@ -180,17 +180,11 @@ def sequential(rows: pd.DataFrame) -> pd.DataFrame:
     return own.sort_values(["traffic", "share", "policy"], ignore_index=True)
 
 
-def test_order_does_not_matter():
-    few = POINTS[::6]
-    backwards = run_study(few, lambda run, chosen: [run(p) for p in reversed(chosen)])
-    pd.testing.assert_frame_equal(sequential(backwards), sequential(run_study(few)))
-
-
 @pytest.mark.slow
 def test_the_study_runs_on_ray(small, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(study, "CHUNK", 8)
-    pd.testing.assert_frame_equal(sequential(run_study(POINTS, study.on_ray)), sequential(small))
+    pd.testing.assert_frame_equal(sequential(run_study(POINTS, "ray")), sequential(small))
 
 
 def test_a_point_that_fails_on_ray_is_named(monkeypatch):
@@ -201,7 +195,7 @@ def test_a_point_that_fails_on_ray_is_named(monkeypatch):
     monkeypatch.setattr(study, "fan_out", one_fails)
     monkeypatch.setattr(study, "CHUNK", 1)
     with pytest.raises(DjinnError, match="points 1 to 1 of the study failed: ConfigError"):
-        run_study([QUEUED[0], QUEUED[1]], study.on_ray)
+        run_study([QUEUED[0], QUEUED[1]], "ray")
 
 
 def test_the_kept_study_can_be_computed_again(reference):
