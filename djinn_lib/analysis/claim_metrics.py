@@ -90,11 +90,10 @@ def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
 
     All requests were sent, so it is a count without an interval. If repeats differ, it has a span.
     """
-    each = hits.groupby(rows["repeat"]).mean()
-    spread = (float(each.min()), float(each.max()))
-    said = "" if spread[0] == spread[1] else f"{spread[0]:.0%} to {spread[1]:.0%} in the repeats"
-    remark = "; ".join(filter(None, [remark, said]))
-    return Measurement(float(hits.mean()), n_requests(rows), remark, span=spread)
+    low, high = hits.groupby(rows["repeat"]).mean().agg(["min", "max"]).tolist()
+    if low != high:
+        remark = "; ".join(filter(None, [remark, f"{low:.0%} to {high:.0%} in the repeats"]))
+    return Measurement(float(hits.mean()), n_requests(rows), remark, span=(low, high))
 
 
 def n_requests(rows: pd.DataFrame) -> int:
@@ -195,17 +194,15 @@ def computed_hit_share(
 ) -> Measurement:
     """Share of the main trace's requests that load nothing: simulated, not measured.
 
-    With `start` "warm", each model was requested once before, in their order. The eviction "models"
-    is that of a cache of whole models.
+    With `start` "warm", each model was requested once before, in their order.
     """
     rows, trace = select(run, None, capacity_label=capacity_label), run.traces[MAIN_TRACE]
     before = list(run.sizes) if start == WARM else []
     models = [*before, *(request.model for request in trace.requests)]
     capacity_bytes = int(rows["capacity_bytes"].iloc[0])
     page_bytes = min(1 << 20, max(1, capacity_bytes // 256))  # tiny models have tiny rings
-    simulated = simulate(
-        models, run.sizes, capacity_bytes, eviction=eviction, page_bytes=page_bytes
-    )
+    how = {"eviction": eviction, "page_bytes": page_bytes}
+    simulated = simulate(models, run.sizes, capacity_bytes, **how)
     hits = simulated["loaded_bytes"].iloc[len(before) :] == 0
     remark = f"{hits.sum()} of {len(hits)} requests, computed by the simulator, not measured"
     return Measurement(float(hits.mean()), len(hits), remark)
@@ -242,8 +239,7 @@ def token_repeatability(run: Run, system: str) -> Measurement:
 @metric()
 def token_agreement(run: Run) -> Measurement:
     """Share of requests for which all systems with transformers' own steps gave the same tokens."""
-    rows = done(sequential(run.rows))
-    rows = rows[~rows["system"].isin(run.other_steps)]
+    rows = done(sequential(run.rows[~run.rows["system"].isin(run.other_steps)]))
     if rows["system"].nunique() < 2:
         raise NotMeasured("fewer than two systems with transformers' own steps served requests")
     agree = rows.groupby(KEYS)["token_sha"].nunique() == 1
@@ -253,10 +249,9 @@ def token_agreement(run: Run) -> Measurement:
 
 @metric()
 def token_agreement_of(run: Run, system: str, **where: Any) -> Measurement:
-    """Share of requests for which `system` gives the tokens of every transformers-based system.
+    """Share of requests for which `system` gives the tokens of transformers, in every repeat.
 
-    These are the other systems that decode by transformers' own steps, at the same capacity. The
-    tokens must be equal in every repeat.
+    These are the tokens of all other systems with transformers' own steps, at the same capacity.
     """
     own = served(run, system, **where)
     rows = done(select(run, None, **where))
@@ -276,8 +271,8 @@ def token_agreement_lead(
 ) -> Measurement:
     """Share of requests for which `system` gives the tokens of `reference`, less that of `to`.
 
-    A token is chosen by its score. In half precision the order of additions can change which of two
-    close scores is higher. All tokens after such a token differ.
+    In half precision the order of additions can change which of two close scores is higher. All
+    tokens after such a token differ.
     """
     first = {
         name: served(run, name, **where).groupby("request")["token_sha"].first()

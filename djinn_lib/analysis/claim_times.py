@@ -7,6 +7,7 @@ machine, request by request; maxima are compared with maxima.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -124,15 +125,14 @@ def _comparable(
 
 @metric(timed=True)
 def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) -> Measurement:
-    """Mean cost of a change of the model in `system` divided by that in `to`, paired by request.
+    """Mean cost of a later switch in `system` divided by that in `to`, paired by request.
 
-    Only requests count whose model differs from that of the previous request. The first request for
-    a model in a repeat does not count, because every system must load it then. If several systems
-    are given, the one with the lowest cost is used.
+    See `metrics.later_switches`. Of several systems, the one with the lowest cost is used.
     """
     costs = {}
     for name, both in _comparable(run, system, to, **where).items():
-        pairs = metrics.paired(*(_later_costs(both[label]) for label in (name, to)))
+        later = (metrics.later_switches(both[label]) for label in (name, to))
+        pairs = metrics.paired(*(by_request(rows, "switch_ms") for rows in later))
         if len(pairs):
             costs[name] = both, pairs
     if not costs:
@@ -143,10 +143,6 @@ def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) 
     remark = ", ".join(filter(None, [remark, ran_on(run, *both.values())]))
     ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", _block(both[best], len(pairs)))
     return estimate(ratio, len(pairs), remark)
-
-
-def _later_costs(rows: pd.DataFrame) -> pd.Series:
-    return by_request(metrics.later_switches(rows), "switch_ms")
 
 
 @metric(timed=True)
@@ -174,12 +170,9 @@ def maximum_to_least(
                     if not name.startswith("djinn")})  # fmt: skip
     if not names:
         raise NotMeasured("no baseline served a request in this run")
-    ratios = {
-        name: _ratio(run, name, both, system, "max")
-        for name, both in _comparable(run, names, system, **where).items()
-    }
-    least = min(ratios, key=lambda name: ratios[name].value)
-    found = ratios[least]
+    ratios = [_ratio(run, name, both, system, "max")
+              for name, both in _comparable(run, names, system, **where).items()]  # fmt: skip
+    found = min(ratios, key=lambda ratio: ratio.value)
     low, high = found.judged
     remark = f"{found.remark}, whose maximum is the least of {len(ratios)} baselines there"
     return Measurement(1 / found.value, found.n, remark, span=(1 / high, 1 / low))
@@ -198,10 +191,9 @@ def switch_share(
 def switch_distance(
     run: Run, system: str, classes: Sequence[tuple[float, float, float]], **where: Any
 ) -> Measurement:
-    """How far the distribution of switch times is from a given one: 0 if alike, 1 if disjoint.
+    """Total variation distance of switch times from a given distribution, 0 to 1.
 
-    It is the total variation distance over `classes` of a switch's cost. Each has a low and a high
-    bound (ms) and a share; all other costs are one more class.
+    Each of `classes` has a low and a high bound (ms) and a share; all other costs are one more.
     """
     rows = served(run, system, **where)
     found = [rows["switch_ms"].between(low, high, inclusive="left").mean()
@@ -264,8 +256,7 @@ def speedup_spread(run: Run, system: str, baseline: str) -> Measurement:
         ratios = np.array([a / b for a, b in zip(medians[::2], medians[1::2], strict=True)])
         return ratios.max(axis=0) / ratios.min(axis=0)
 
-    samples = [together.iloc[:, i] for i in range(together.shape[1])]
-    found = bootstrap_interval(spread, *samples)
+    found = bootstrap_interval(spread, *(column for _, column in together.items()))
     return estimate(found, len(together), _least_and_most(values))
 
 
@@ -293,25 +284,15 @@ def highest_rate(
     n = 0
     for name, trace in run.traces.items():
         if name.startswith(f"{traces}_"):
-            try:
+            with suppress(NotMeasured):
                 rows = select(run, system, trace=name, mode="concurrent", **where)
-            except NotMeasured:
-                continue
-            in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"]).mean()
-            n, rate = len(in_time), float(trace.params["rate_per_s"])
-            found[rate] = bootstrap_interval(np.mean, in_time, block=block_length(n))
+                in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"])
+                n, rate = in_time.ngroups, float(trace.params["rate_per_s"])
+                found[rate] = bootstrap_interval(np.mean, in_time.mean(), block=block_length(n))
     if not found:
         raise NotMeasured(f"{system} got no requests at given rates in this run")
-    remark = ", ".join(f"{found[rate][0]:.0%} at {rate:g}/s" for rate in sorted(found))
-    value, low, high = (_up_to(found, share, i) for i in range(3))
+    shares = pd.DataFrame(found, index=["value", "low", "high"]).sort_index(axis=1)
+    remark = ", ".join(f"{met:.0%} at {rate:g}/s" for rate, met in shares.loc["value"].items())
+    n_met = (~(shares < share)).cumprod(axis=1).sum(axis=1)  # rates before the first that misses it
+    value, low, high = ([0.0, *shares][n] for n in n_met)
     return Measurement(value, n, remark, span=(low, high))
-
-
-def _up_to(found: Mapping[float, metrics.Interval], share: float, which: int) -> float:
-    """The highest rate below the first at which value, low or high (0 to 2) misses the share."""
-    reached = 0.0
-    for rate in sorted(found):
-        if found[rate][which] < share:
-            break
-        reached = rate
-    return reached

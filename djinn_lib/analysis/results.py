@@ -7,22 +7,21 @@ where a row comes from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import pandas as pd
 
 from djinn_lib import metrics
 from djinn_lib.analysis.comparisons import decomposition
-from djinn_lib.analysis.plots.load import load_table
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, could_not_batch, or_reason, sweep
+from djinn_lib.analysis.selection import NotMeasured, or_reason, sweep
 from djinn_lib.metrics import (
     HIT_MS,
     attempted,
     by_request,
     difference_of_means,
-    exposed,
     later_touches,
     mean_before_decode_ms,
     paired,
@@ -32,8 +31,7 @@ from djinn_lib.metrics import (
 from djinn_lib.simulator.optimal import optimal_bytes
 
 _GIB = 2**30
-# From whole models to Djinn, one feature at a time: the system, and what it adds to the previous
-# one.
+# From whole models to Djinn: each system, and the feature that it adds to the previous one.
 STEPS = (
     ("djinn_whole", "whole models, nothing else"),
     ("djinn_partial_no_overlap", "partial residency"),
@@ -42,7 +40,7 @@ STEPS = (
     ("djinn_compiled", "a compiled step"),
     ("djinn", "lookup tables in the host"),
 )
-_SERVED = ["requests", "served (%)", "repeats"]
+SERVED = ["requests", "served (%)", "repeats"]
 
 
 def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
@@ -84,6 +82,13 @@ def _vllm(run: Run, rows: pd.DataFrame) -> str:
     return ", ".join(sorted(found))
 
 
+def by_system(column: pd.Series) -> pd.Series:
+    """Sort key: the column "system" in the figures' order, others by their values."""
+    if column.name != "system":
+        return column
+    return column.map({name: place for place, name in enumerate(order_systems(column))})
+
+
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     """Replace system ids by labels, and drop columns that say nothing."""
     table = table.rename(index=lambda name: system_look(name).label, level="system")
@@ -97,8 +102,8 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     """Return one row for each system: latencies, switches, bytes, shares of limits.
 
     `link share` is the time that the moved bytes need at the link's rates, divided by the time of
-    the switches. It exceeds 100% if copying overlaps with computing. `decomposition` explains
-    `ceiling reached`. A system that cannot run on this machine has a row with the reason.
+    the switches: above 100% if copies overlap with computing. For `ceiling reached` see
+    `decomposition`. A system that cannot run on this machine has a row with the reason.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
@@ -113,7 +118,7 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     if unavailable:
         table = table.reindex([*table.index, *unavailable]).rename_axis("system")
         table["not run because"] = pd.Series(unavailable).reindex(table.index).fillna("")
-    columns = [*_SERVED, "P50 (ms)", "P90 (ms)", "max (ms)", "mean (ms)", "mean switch (ms)",
+    columns = [*SERVED, "P50 (ms)", "P90 (ms)", "max (ms)", "mean (ms)", "mean switch (ms)",
                "loaded (GiB)", "written back (GiB)", "loaded nothing (%)", "link share (%)",
                "ceiling reached (%)", "peak memory (GiB)", "vLLM", "machine",
                "not run because"]  # fmt: skip
@@ -131,17 +136,16 @@ def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
     cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
     labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
     found = []
-    for system in order_systems(rows["system"]):
-        for label in labels:
-            if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
-                continue
-            slow, fast = cells[label, baseline], cells[label, system]
-            if "machine" in rows and set(slow["machine"]) != set(fast["machine"]):
-                continue
-            pairs = paired(by_request(slow), by_request(fast))
-            medians = ratio_interval(pairs["top"], pairs["bottom"], "p50")
-            means = mean_before_decode_ms(slow) / mean_before_decode_ms(fast)
-            found.append((system, label, *medians, means, len(pairs)))
+    for system, label in product(order_systems(rows["system"]), labels):
+        if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
+            continue
+        slow, fast = cells[label, baseline], cells[label, system]
+        if "machine" in rows and set(slow["machine"]) != set(fast["machine"]):
+            continue
+        pairs = paired(by_request(slow), by_request(fast))
+        medians = ratio_interval(pairs["top"], pairs["bottom"], "p50")
+        means = mean_before_decode_ms(slow) / mean_before_decode_ms(fast)
+        found.append((system, label, *medians, means, len(pairs)))
     columns = ["system", "capacity_label", "speedup", "low", "high", "up_to_decoding", "n"]
     return pd.DataFrame(found, columns=columns)
 
@@ -178,7 +182,7 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
     gains = gains.assign(capacity=gains["capacity_label"].map(sizes))
     gains = gains.set_index(["capacity", "system"])[["speedup", "low", "high"]]
     table[["speed-up of the P50 (x)", "low (x)", "high (x)"]] = gains.reindex(table.index)
-    columns = [*_SERVED, "P50 (ms)", "speed-up of the P50 (x)", "low (x)", "high (x)",
+    columns = [*SERVED, "P50 (ms)", "speed-up of the P50 (x)", "low (x)", "high (x)",
                "up to decoding (ms)", "loaded nothing (%)", "could load nothing (%)",
                "bytes / optimum (x)", "machine"]  # fmt: skip
     return _labelled(table[columns])
@@ -229,7 +233,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     if not lines:
         raise NotMeasured(f"no step of the ablation was run: {[system for system, _ in STEPS]}")
     table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(["step", "system"])
-    columns = [*_SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
+    columns = [*SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
                "mean saved (ms)", "low (ms)", "high (ms)", "machine"]  # fmt: skip
     table = table.reindex(columns=columns)
     return table.drop(columns="machine") if table["machine"].nunique() < 2 else table
@@ -237,7 +241,7 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
 
 def replicates_table(run: Run) -> pd.DataFrame:
     """Return all measurements of the cells that were measured again, oldest first."""
-    columns = ["machine", *_SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
+    columns = ["machine", *SERVED, "P50 (ms)", "mean (ms)", "mean switch (ms)",
                "mean decode (ms)", "slowest / fastest decode (x)", "loaded (GiB)"]  # fmt: skip
     again = {manifest["cell"] for manifest in run.replicate_manifests.values()}
     found = [m for m in run.all_manifests.values() if m["cell"] in again]
@@ -248,60 +252,8 @@ def replicates_table(run: Run) -> pd.DataFrame:
         measures(run, by_run[m["run_id"]]).assign(cell=m["cell"], started=m["started_at_utc"])
         for m in found
     )
-    order = {name: place for place, name in enumerate(order_systems(table.index))}
-    table = table.assign(place=table.index.map(order)).sort_values(["place", "cell", "started"])
+    table = table.reset_index().sort_values(["system", "cell", "started"], key=by_system)
     return table.set_index("cell")[columns]
-
-
-def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") -> pd.DataFrame:
-    """Return one row for each system in concurrent mode: the remaining cost of switches.
-
-    Switches are counted after the first touch of each model. For comparison, the first row has
-    Djinn in sequential mode. Systems that were prevented from batching are left out.
-    """
-    columns = [*_SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
-               "all done (s)"]  # fmt: skip
-    alone = run.other_cells(trace, capacity_label)
-    waiting = run.concurrent_cells(trace, capacity_label)
-    modes = {
-        "sequential": alone[alone["system"] == "djinn"],
-        "concurrent": waiting[~could_not_batch(run, waiting)],
-    }
-    found = {mode: measures(run, rows).join(exposed(rows))
-             for mode, rows in modes.items() if len(rows)}  # fmt: skip
-    if not found:
-        return pd.DataFrame(columns=columns)
-    table = pd.concat(found, names=["mode", "system"])[columns]
-    return table.rename(index=lambda name: system_look(name).label, level="system")
-
-
-def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
-    """Return one row for each arrival rate and system: latencies, and the share in time.
-
-    The traces are those whose names begin with `traces` and "_". A request is in time if it is done
-    `target_ms` after its arrival. Only rows of the same machine may be compared.
-
-    Raises:
-        NotMeasured: the run has no rows of such a trace.
-    """
-    rates = {name: float(trace.params["rate_per_s"]) for name, trace in run.traces.items()
-             if name.startswith(f"{traces}_")}  # fmt: skip
-    rows = attempted(run.rows[run.rows["trace"].isin(list(rates))])
-    if rows.empty:
-        raise NotMeasured(f"this run has no rows of a trace named {traces}_*")
-    table = load_table(rows, rates, target_ms)
-    order = {name: place for place, name in enumerate(order_systems(table["system"]))}
-    table = table.assign(place=table["system"].map(order)).sort_values(["rate", "place"])
-    ran = {pair: run.machines_of(part) for pair, part in rows.groupby(["system", "trace"])}
-    traces_at = {rate: name for name, rate in rates.items()}
-    table["machine"] = [ran[line.system, traces_at[line.rate]] for line in table.itertuples()]
-    table["system"] = [system_look(name).label for name in table["system"]]
-    named = {
-        "rate": "arrivals (/s)", "system": "system", "machine": "machine", "n": "requests",
-        "ttft_p50": "first token, P50 (ms)", "total_p50": "P50 (ms)", "total_p90": "P90 (ms)",
-        "total_max": "slowest (ms)", "in_time": f"within {target_ms / 1e3:g} s (%)",
-    }  # fmt: skip
-    return table[list(named)].rename(columns=named).set_index("arrivals (/s)")
 
 
 def large_table(rows: pd.DataFrame) -> pd.DataFrame:

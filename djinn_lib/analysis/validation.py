@@ -98,7 +98,7 @@ def _again(
 def looking_ahead(
     reference: Path = REFERENCE, capacity: str = "25GiB", n_tokens: int = 50
 ) -> pd.DataFrame:
-    """Predict the benefit of prefetching on the paper's trace, as `results.waiting_table` has it.
+    """Predict the benefit of prefetching on the paper's trace, as `arriving.waiting_table` has it.
 
     All requests are sent at once, except in the first row. The rows are "one after the other",
     "waiting" and "waiting, loading ahead".

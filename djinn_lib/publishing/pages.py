@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis import validation
+from djinn_lib.analysis.arriving import rates_table, waiting_table
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
 from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
 from djinn_lib.analysis.host_pace import decode_table, loop_table
@@ -25,11 +26,9 @@ from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
-    rates_table,
     replicates_table,
     sweep_table,
     systems_table,
-    waiting_table,
 )
 from djinn_lib.analysis.run import Run, load_run, published
 from djinn_lib.analysis.selection import NotMeasured

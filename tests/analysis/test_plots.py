@@ -7,12 +7,13 @@ import pytest
 from matplotlib.figure import Figure
 from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, UNAVAILABLE, cell_rows, run_rows
 
+from djinn_lib.analysis.arriving import load_table
 from djinn_lib.analysis.plots.latency import (
     bytes_loaded,
     latency_breakdown,
     latency_cdf,
 )
-from djinn_lib.analysis.plots.load import load, load_table
+from djinn_lib.analysis.plots.load import load
 from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (

@@ -10,6 +10,7 @@ import pytest
 from row_factory import CAPACITIES, cell_rows, run_rows
 from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
 
+from djinn_lib.analysis.arriving import waiting_table
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
@@ -18,7 +19,6 @@ from djinn_lib.analysis.results import (
     speedup_table,
     sweep_table,
     systems_table,
-    waiting_table,
 )
 from djinn_lib.analysis.run import Run
 from djinn_lib.metrics import later_touches

@@ -148,8 +148,7 @@ def _colors(models: Collection[str]) -> dict[str, Any]:
 def explorer(folder: Path = KEPT) -> widgets.VBox:
     """Return the widgets; every change redraws `picture`, and a button saves it in `folder`.
 
-    Every combination that the menus offer can be drawn. The range of capacities follows from the
-    models, and the paper's requests fix the number of models.
+    Every combination that they offer can be drawn; see `_follow`.
     """
     controls = _controls()
     # Do not use an Output widget: the execution of a notebook that has one may never end
@@ -161,30 +160,26 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
     def shown() -> Figure:
         return picture(**{name: control.value for name, control in controls.items()})
 
-    def redraw(_change: Any = None) -> None:
-        png, figure = BytesIO(), shown()
-        figure.savefig(png, format="png", dpi=SCREEN_DPI)
-        plt.close(figure)  # else the notebook shows it again below the cell
-        canvas.value, kept.value = png.getvalue(), ""
-
-    def changed(change: Any) -> None:
+    def changed(_change: Any) -> None:
         for control in controls.values():  # changes that follow from a choice must not redraw again
             control.unobserve(changed, names="value")
         _follow(controls)
         for control in controls.values():
             control.observe(changed, names="value")
-        redraw(change)
+        png, figure = BytesIO(), shown()
+        figure.savefig(png, format="png", dpi=SCREEN_DPI)
+        plt.close(figure)  # else the notebook shows it again below the cell
+        canvas.value, kept.value = png.getvalue(), ""
 
     def save(_button: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_figure(shown(), folder, "explore")
         kept.value = f"kept: {folder / 'explore.png'}"
 
-    _follow(controls)
     for control in controls.values():
         control.observe(changed, names="value")
     keep.on_click(save)
-    redraw()
+    changed(None)
     wrap = widgets.Layout(flex_flow="row wrap")  # in a narrow window one below the other
     every = list(controls.values())
     rows = [widgets.HBox(every[i : i + 2], layout=wrap) for i in range(0, len(every), 2)]
@@ -193,12 +188,11 @@ def explorer(folder: Path = KEPT) -> widgets.VBox:
 
 def _controls() -> dict[str, Any]:
     """The widgets by their parameter of `picture`; each pair in this order shares a line."""
-    wide = {
+    menu: dict[str, Any] = {
         "style": {"description_width": "11rem"},
         "layout": widgets.Layout(width="25rem", flex="0 0 auto"),
-        "continuous_update": False,
     }
-    menu = {name: value for name, value in wide.items() if name != "continuous_update"}
+    wide = {**menu, "continuous_update": False}
     least, most = capacities(len(PAPER))
     return {
         "traffic": widgets.Dropdown(

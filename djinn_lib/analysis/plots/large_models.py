@@ -57,12 +57,8 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
                 f"{three_digits(values.median())} ms", (values.max(), y), (4, 0), va="center",
                 textcoords="offset points", fontsize=SMALL_PT,
             )  # fmt: skip
-        axes.axvline(
-            link_ms.get((model, "djinn"), float("nan")),
-            color="#D55E00",
-            linewidth=1.0,
-            linestyle="--",
-        )
+        at_ms = link_ms.get((model, "djinn"), float("nan"))
+        axes.axvline(at_ms, color="#D55E00", linewidth=1.0, linestyle="--")
         bars = {"data": part, "x": "ms_per_token", "y": "system", "order": shown, "ax": axes}
         sns.barplot(**bars, hue="system", palette=_COLORS, saturation=1.0, estimator="median",
                     errorbar=None, width=0.62, legend=False)  # fmt: skip

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
+from djinn_lib.analysis.arriving import load_table
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     describe_rows,
@@ -23,7 +24,6 @@ from djinn_lib.analysis.plots.style import (
     system_look,
     unavailable_notes,
 )
-from djinn_lib.metrics import by_request, latency
 
 STATISTICS: dict[str, Any] = {"p50": "-", "p99": ":"}
 
@@ -63,24 +63,6 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
         notes.append("P99: the slowest request, where there are fewer than 100.")
     describe_rows(figure, rows, unavailable, *notes)
     return figure
-
-
-def load_table(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float) -> pd.DataFrame:
-    """Return one row for each system and rate.
-
-    The columns are `n`, statistics of both times, and `in_time`. A column of statistics is named by
-    the time, "_" and a statistic of `metrics.latency`, such as "ttft_p50". `in_time` is in percent.
-    """
-    found = []
-    for (system, trace), part in rows.groupby(["system", "trace"]):
-        in_time = part["ok"] & (part["total_ms"] <= target_ms)
-        line = {"system": system, "rate": rates[str(trace)], "in_time": 100 * in_time.mean(),
-                "n": part["request"].nunique()}  # fmt: skip
-        for column in ("ttft", "total"):
-            times = latency(by_request(part, f"{column}_ms"))
-            line |= {f"{column}_{name}": value for name, value in times.items()}
-        found.append(line)
-    return pd.DataFrame(found).sort_values("rate")
 
 
 def _draw_panel(axes: Axes, table: pd.DataFrame, systems: Sequence[str], column: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -77,9 +77,7 @@ def latencies_under_load(study: pd.DataFrame) -> Figure:
     """
     queued = study[study["mode"] == "concurrent"]
     require_rows(queued, "latencies under load")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.5), layout="constrained"
-    )
+    figure, (left, right) = _two_panels(2.5)
     _lines(left, queued, "load", "mean_ms")
     left.set(ylabel="mean latency, ms", yscale="log", title="Latency, queueing included")
     _lines(right, queued, "load", "ratio")
@@ -134,11 +132,9 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
         RecordError: there are no requests from `djinn_lib.analysis.validation.compared`.
     """
     require_rows(requests, "measured and simulated times")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.7), layout="constrained"
-    )
-    ends = np.array([requests[["measured_ms", "simulated_ms"]].min().min() * 0.85,
-                     requests[["measured_ms", "simulated_ms"]].max().max() * 1.18])  # fmt: skip
+    figure, (left, right) = _two_panels(2.7)
+    times_ms = requests[["measured_ms", "simulated_ms"]].to_numpy()
+    ends = np.array([times_ms.min() * 0.85, times_ms.max() * 1.18])
     left.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="0.88", linewidth=0)
     left.plot(ends, ends, color="0.5", linewidth=0.8)
     loads = requests["measured_bytes"] > 0
@@ -156,11 +152,9 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
     for axis in (left.xaxis, left.yaxis):
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(plain)
-    for column, style, label in (
-        ("measured_ms", "-", "measured"),
-        ("simulated_ms", "--", "simulated"),
-    ):
-        sns.ecdfplot(requests, x=column, linestyle=style, color="#0072B2", label=label, ax=right)
+    for label, style in (("measured", "-"), ("simulated", "--")):
+        sns.ecdfplot(requests, x=f"{label}_ms", linestyle=style, color="#0072B2", label=label,
+                     ax=right)  # fmt: skip
     right.set(xlabel="ms", ylabel="requests", title="All of them", ylim=(0, 1.03))
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(loc="lower right")
@@ -177,9 +171,7 @@ def growth(scale: Mapping[str, Any]) -> Figure:
     """
     table = pd.DataFrame(scale["growth"])
     require_rows(table, "the simulator's growth")
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(DOUBLE_COLUMN_IN, 2.4), layout="constrained"
-    )
+    figure, (left, right) = _two_panels(2.4)
     for policy, rows in table.groupby("policy", sort=False):
         look = POLICY_STYLE[policy]
         for axes, y in ((left, "seconds"), (right, "peak_mib")):
@@ -196,15 +188,17 @@ def growth(scale: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _two_panels(height_in: float) -> tuple[Figure, Sequence[Axes]]:
+    return plt.subplots(1, 2, figsize=(DOUBLE_COLUMN_IN, height_in), layout="constrained")
+
+
 def _lines(axes: Axes, points: pd.DataFrame, x: str, y: str) -> None:
     """Draw a line for each policy through the means of its points."""
-    looks = {
-        policy: look for policy, look in POLICY_STYLE.items() if policy in set(points["policy"])
-    }
-    for policy, look in looks.items():
-        sns.lineplot(points[points["policy"] == policy], x=x, y=y, errorbar=None, ax=axes,
-                     color=look.color, linestyle=look.linestyle, marker=look.marker,
-                     markersize=4, markeredgewidth=0, label=look.label, legend=False)  # fmt: skip
+    for policy, look in POLICY_STYLE.items():
+        if policy in set(points["policy"]):
+            sns.lineplot(points[points["policy"] == policy], x=x, y=y, errorbar=None, ax=axes,
+                         **look.line, marker=look.marker, markersize=4, markeredgewidth=0,
+                         legend=False)  # fmt: skip
     axes.set(xlabel="", ylabel="")
     axes.tick_params(labelsize=SMALL_PT)
 

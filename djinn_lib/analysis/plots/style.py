@@ -137,7 +137,7 @@ def theme() -> Iterator[None]:
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     """Run a drawing function in the figures' style; matplotlib's settings stay.
 
-    The figure is removed from pyplot's list, so a notebook shows it only once. It is laid out here
+    The figure is removed from pyplot's list, so that a notebook shows it once, and laid out here,
     because ticks take their style when they are first drawn.
     """
 
@@ -209,10 +209,7 @@ def footnote(figure: Figure, notes: Iterable[str]) -> None:
 
 
 def sample_note(rows: pd.DataFrame) -> str:
-    """Return a note with the number of requests in a figure and of their repeats.
-
-    With several capacities or traces, the number is that of each of them.
-    """
+    """Return a note with the number of requests of a cell in a figure, and of their repeats."""
     if rows.empty:
         return ""
     cells = rows.groupby(["system", "capacity_label", "trace"])
@@ -277,14 +274,12 @@ def byte_scale(n_bytes: float) -> tuple[float, str]:
 def save_figure(figure: Figure, folder: Path | str, name: str) -> tuple[Path, ...]:
     """Write ``<name>.pdf`` and ``<name>.png`` (200 dpi, opaque) and return their paths.
 
-    A figure from `nothing_to_draw` is not written, and files of an earlier run are deleted.
-
-    The same rows give the same bytes, so a figure changes in version control only if its data does.
-    A file is either complete or missing.
+    A figure from `nothing_to_draw` is not written, and files of an earlier run are deleted. A file
+    is either complete or missing, and the same rows give the same bytes.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Omit dates and the library's version, so the same data gives the same file.
+    # Dates and the library's version would change the bytes.
     options = {
         "pdf": {"metadata": {"CreationDate": None, "Producer": None, "Creator": None}},
         "png": {"metadata": {"Software": None}, "dpi": 200},

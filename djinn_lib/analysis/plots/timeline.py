@@ -41,12 +41,11 @@ _MAX_GLYPHS = 60  # with more requests there is no room for a glyph each
 
 @styled
 def residency_over_time(rows: pd.DataFrame, system: str = "djinn") -> Figure:
-    """Draw the bytes of each model that are resident after each request of a system's first repeat.
+    """Draw what is resident after each request of a system's first repeat.
 
-    Three strips share the axis of requests: the resident bytes of each model after the request,
-    hatched if the model is incomplete; the requested model, and whether all, a part or nothing of
-    it was resident; and the bytes that were loaded. Rows of other systems are ignored. If the
-    system does not report residency or was not run, the figure says so.
+    Three strips share the axis of requests: the resident bytes of each model, hatched if it is
+    incomplete; the requested model, and whether all, a part or nothing of it was resident; and the
+    loaded bytes. If the system does not report residency or was not run, the figure says so.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -229,13 +228,8 @@ def requests_and_ring(
     if not residency.empty:
         table = residency.pivot_table(index="at_s", columns="model", values="resident_bytes")
         table = table.fillna(0)[sorted(colors)]
-        below.stackplot(
-            table.index,
-            [table[model] / scale for model in table],
-            colors=[colors[model] for model in table],
-            labels=list(table),
-            step="post",
-        )
+        below.stackplot(table.index, table.T / scale, labels=list(table), step="post",
+                        colors=[colors[model] for model in table])  # fmt: skip
         figure.legend(loc="outside upper center", ncols=len(colors))
     below.axhline(capacity_bytes / scale, color="black", linewidth=0.8, linestyle="--")
     below.set_ylabel(f"on the ring ({unit})")
