@@ -22,7 +22,7 @@ from djinn_lib.engine.memory.disk_tier import N_READERS, READ_BYTES, DiskTier
 from djinn_lib.engine.memory.layout import Layout
 from djinn_lib.engine.memory.opening import default_folder
 from djinn_lib.engine.memory.swap_file import read_all
-from djinn_lib.experiment import machine
+from djinn_lib.experiment.setup import machine
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.units import parse_bytes

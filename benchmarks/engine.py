@@ -32,11 +32,11 @@ from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.memory.opening import MastersForm
 from djinn_lib.engine.models.packing import Embeddings
 from djinn_lib.errors import DjinnError
-from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import MODELS_DIR
 from djinn_lib.experiment.locks import gpu_lock
 from djinn_lib.experiment.profile import Profile, load_profile
-from djinn_lib.experiment.weights import files_sha256, prepare_models, prompt_ids
+from djinn_lib.experiment.setup import machine
+from djinn_lib.experiment.setup.weights import files_sha256, prepare_models, prompt_ids
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.provenance import git_state

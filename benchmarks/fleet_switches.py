@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from djinn_lib.engine.models.spec import ModelSpec
-from djinn_lib.experiment import machine
+from djinn_lib.experiment.setup import machine
 from djinn_lib.files import write_json
 from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python

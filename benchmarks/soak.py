@@ -32,7 +32,7 @@ from djinn_lib.engine.djinn import Djinn
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.errors import RequestCancelled
-from djinn_lib.experiment import machine
+from djinn_lib.experiment.setup import machine
 from djinn_lib.files import write_json
 from djinn_lib.paths import REPO, user_path
 

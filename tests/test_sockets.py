@@ -12,7 +12,8 @@ import pytest
 
 from djinn_lib import sockets
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import executors, notebooks
+from djinn_lib.experiment import executors
+from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.executors import ensure_ray
 from djinn_lib.paths import REPO
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder

@@ -11,10 +11,10 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment.machine import describe_machine
 from djinn_lib.experiment.profile import REPO, Profile
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.experiment.weights import prepare_models
+from djinn_lib.experiment.setup.machine import describe_machine
+from djinn_lib.experiment.setup.weights import prepare_models
 from djinn_lib.files import ensure_writable, write_json
 from djinn_lib.systems.base import ModelFiles
 from djinn_lib.trace import Trace, check_models, write_trace

@@ -26,11 +26,11 @@ from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.integrity import weights_digest
 from djinn_lib.experiment.large_results import COLUMNS, read_large, write_large
 from djinn_lib.experiment.profile import REPO
+from djinn_lib.experiment.setup import machine
+from djinn_lib.experiment.setup.integrity import weights_digest
 from djinn_lib.provenance import git_state
 from djinn_lib.rows import token_sha
 from djinn_lib.systems.accelerate import offload

@@ -1,7 +1,7 @@
 """Manifests of cells, with the origin of their rows, and statuses of executed notebooks.
 
 The status of a cell is in its manifest, which alone decides whether it must run again; see
-`djinn_lib.experiment.inputs`. That of any other notebook is in the metadata of its copy.
+`djinn_lib.experiment.cells.inputs`. That of any other notebook is in the metadata of its copy.
 """
 
 from __future__ import annotations

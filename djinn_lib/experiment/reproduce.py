@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment.cell_runs import run_cells, stale_cells
+from djinn_lib.experiment.cells.cell_runs import run_cells, stale_cells
+from djinn_lib.experiment.cells.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.executors import ensure_ray
-from djinn_lib.experiment.inputs import LIBRARY, expected_s
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import Status, read_execution, read_status
 from djinn_lib.experiment.profile import Cell, Profile, load_profile
@@ -125,7 +125,7 @@ def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterato
     if cells := stale_cells(run, profile, work.cells):
         print(_ahead(run, profile, cells, len(work.cells)), flush=True)
         if executor == "ray":
-            from djinn_lib.experiment.ray_cells import run_cells_on_ray
+            from djinn_lib.experiment.cells.ray_cells import run_cells_on_ray
 
             yield from run_cells_on_ray(run, profile, cells)
         else:

@@ -25,7 +25,7 @@ class CellFiles:
         # Rows while the cell runs, one on each line.
         self.journal = run / "requests" / f"{id}.journal.jsonl"
         self.notebook = run / "notebooks" / f"{self.task}.ipynb"
-        # Printed output of the executed notebook; see `djinn_lib.experiment.notebook_logs`.
+        # Printed output of the executed notebook; see `execution.notebook_logs`.
         self.log = self.notebook.with_suffix(".log")
         # Folder of replaced rows and journals, which no program reads.
         self.earlier = run / "requests" / "earlier"

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from djinn_lib.experiment.cell_runs import report
-from djinn_lib.experiment.inputs import (
+from djinn_lib.experiment.cells.cell_runs import report
+from djinn_lib.experiment.cells.inputs import (
     LIBRARY,
     changed,
     digest,
@@ -23,10 +23,10 @@ from djinn_lib.experiment.inputs import (
     duration,
     recorded_digests,
 )
-from djinn_lib.experiment.integrity import files_are_as_set_up
 from djinn_lib.experiment.manifest import Status, keep_status, read_status
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import RunFolder
+from djinn_lib.experiment.setup.integrity import files_are_as_set_up
 from djinn_lib.fleet import environment
 from djinn_lib.paths import NOTEBOOKS, REFERENCE, REPO, STUDY
 
@@ -99,7 +99,7 @@ class Step:
 
 SETUP = Step(
     "00_setup",
-    code=("experiment/bench.py", "experiment/machine.py", "experiment/weights.py",
+    code=("experiment/bench.py", "experiment/setup/machine.py", "experiment/setup/weights.py",
           "engine/models/packing.py", "engine/models/checkpoint.py"),
     gives=("profile", "run_dir"),
     profile=("device", "dtype", "page", "models", "capacities"),
@@ -151,7 +151,9 @@ def set_up(run: RunFolder, profile: Profile) -> list[Status]:
 
 def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
     """Execute a notebook into the run folder, and keep the status in the executed copy."""
-    from djinn_lib.experiment.notebooks import execute  # imports papermill, which takes seconds
+    from djinn_lib.experiment.execution.notebooks import (
+        execute,  # imports papermill, which takes seconds
+    )
 
     before = read_status(run.notebook(step.notebook))
     took_s = before.seconds if before and before.settled else None
@@ -177,7 +179,7 @@ def run_steps(steps: Sequence[Step], run: RunFolder, profile: Profile) -> Iterat
         yield run_step(step, run, profile)
     if not (reading := [step for step in stale if not step.measures]):
         return
-    from djinn_lib.experiment.notebooks import side_by_side  # see `run_step`
+    from djinn_lib.experiment.execution.notebooks import side_by_side  # see `run_step`
 
     yield from side_by_side({s.notebook: partial(run_step, s, run, profile) for s in reading})
 

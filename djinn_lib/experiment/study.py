@@ -19,7 +19,7 @@ import pandas as pd
 
 from djinn_lib.engine.memory.policies import POLICIES, Policy
 from djinn_lib.errors import ConfigError, DjinnError
-from djinn_lib.experiment.by_hand import progress_bar
+from djinn_lib.experiment.execution.by_hand import progress_bar
 from djinn_lib.experiment.executors import Job, fan_out
 from djinn_lib.files import ensure_writable, write_atomically, write_json
 from djinn_lib.metrics import HIT_MS, latency

@@ -21,9 +21,9 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.execution.notebook_logs import copy_with_log
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest
-from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import Profile, load_profile
 from djinn_lib.files import replace_folders, write_json
 from djinn_lib.publishing.parts import PartCell, differences, read_part

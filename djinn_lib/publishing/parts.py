@@ -11,8 +11,8 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, read_machine
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.execution.notebook_logs import copy_with_log
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
-from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_rows
 

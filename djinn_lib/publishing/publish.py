@@ -23,8 +23,8 @@ from typing import Any
 from djinn_lib.analysis.run import REPLICATES, Run, load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.execution.notebook_logs import copy_with_log
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
-from djinn_lib.experiment.notebook_logs import copy_with_log
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.files import replace_folders, write_json
 from djinn_lib.paths import FIGURES, REFERENCE

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_results
+from djinn_lib.experiment.execution.notebooks import execute, side_by_side
 from djinn_lib.experiment.manifest import Status, keep_status
-from djinn_lib.experiment.notebooks import execute, side_by_side
 from djinn_lib.files import replace_folders
 from djinn_lib.paths import FIGURES, REFERENCE
 from djinn_lib.publishing.report import build_report

@@ -29,8 +29,8 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
 from djinn_lib.analysis.tables import as_text, facts_table
 from djinn_lib.errors import DjinnError, RecordError
+from djinn_lib.experiment.execution.notebook_logs import log_of
 from djinn_lib.experiment.manifest import read_statuses
-from djinn_lib.experiment.notebook_logs import log_of
 from djinn_lib.experiment.profile import cell_id
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK
 from djinn_lib.files import write_text

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 import pytest
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment.arrivals import send
+from djinn_lib.experiment.cells.arrivals import send
 from djinn_lib.systems.base import Served
 from djinn_lib.trace import Request
 

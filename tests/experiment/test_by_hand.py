@@ -7,7 +7,7 @@ from pathlib import Path
 from profile_factory import tiny_profile
 from tqdm import auto, notebook, std
 
-from djinn_lib.experiment.by_hand import executing, progress_bar, what_is_renewed
+from djinn_lib.experiment.execution.by_hand import executing, progress_bar, what_is_renewed
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import REPO
 

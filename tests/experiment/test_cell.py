@@ -8,10 +8,10 @@ from profile_factory import tiny_profile
 
 from djinn_lib import provenance
 from djinn_lib.errors import TraceError
-from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench, set_up
-from djinn_lib.experiment.cell import close_dead_cell, run_cell
+from djinn_lib.experiment.cells.cell import close_dead_cell, run_cell
 from djinn_lib.experiment.manifest import read_manifest
+from djinn_lib.experiment.setup import machine
 from djinn_lib.rows import read_rows
 from djinn_lib.systems.pytorch import PyTorchPinned
 from djinn_lib.trace import write_trace, zipf_trace

@@ -15,11 +15,12 @@ from papermill.exceptions import PapermillExecutionError
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib import files, nvml
-from djinn_lib.experiment import cell_runs, kept_rows, notebooks
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.cell import close_dead_cell, run_cell
-from djinn_lib.experiment.cell_runs import run_cell_notebook, run_cells, stale_cells
-from djinn_lib.experiment.inputs import is_current
+from djinn_lib.experiment.cells import cell_runs, kept_rows
+from djinn_lib.experiment.cells.cell import close_dead_cell, run_cell
+from djinn_lib.experiment.cells.cell_runs import run_cell_notebook, run_cells, stale_cells
+from djinn_lib.experiment.cells.inputs import is_current
+from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.manifest import Status, read_execution, read_manifest
 from djinn_lib.experiment.run_folder import CellFiles
 from djinn_lib.rows import read_rows

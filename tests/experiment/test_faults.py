@@ -14,10 +14,10 @@ from tiny import PROMPT, saved
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib.errors import ConfigError, TraceError
-from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.cell import run_cell
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.cells import running
+from djinn_lib.experiment.cells.cell import run_cell
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.rows import classify_error
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned
@@ -191,7 +191,7 @@ def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
 
     monkeypatch.setattr(time, "time", Jumping.time)
     monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(record, "datetime", Jumping)
+    monkeypatch.setattr(running, "datetime", Jumping)
     begin_s = time.perf_counter()
     rows = run_cell(bench, cell_of(bench, "djinn"))
     wall_s = time.perf_counter() - begin_s

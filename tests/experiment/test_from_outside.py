@@ -13,7 +13,7 @@ from tiny import PROMPT, spec
 import djinn_lib as dj
 from djinn_lib.errors import CheckpointError, ConfigError, RecordError, TraceError
 from djinn_lib.experiment.bench import set_up
-from djinn_lib.experiment.notebooks import check_parameters
+from djinn_lib.experiment.execution.notebooks import check_parameters
 from djinn_lib.experiment.parameters import folder, one_of
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import NOTEBOOKS
@@ -49,7 +49,7 @@ def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):
     write_trace(trace, bench.run.trace("zipf"))
     assert read_trace(bench.run.trace("zipf")) == trace
     with pytest.raises(TraceError, match="stray"):
-        from djinn_lib.experiment.cell import run_cell
+        from djinn_lib.experiment.cells.cell import run_cell
 
         run_cell(bench, profile.cell("zipf", "all", "djinn"))
     assert sorted(tmp_path.rglob("*")) == before

@@ -8,8 +8,8 @@ import re
 import pytest
 from profile_factory import LLAMA, entry, tiny_profile
 
-from djinn_lib.experiment import inputs
-from djinn_lib.experiment.inputs import (
+from djinn_lib.experiment.cells import inputs
+from djinn_lib.experiment.cells.inputs import (
     cell_inputs,
     changed,
     code_of,

@@ -12,8 +12,8 @@ import pytest
 from row_factory import SIZES, cell_rows
 
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment import kept_rows
-from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, set_aside, whole_frame
+from djinn_lib.experiment.cells import kept_rows
+from djinn_lib.experiment.cells.kept_rows import DIED, keep, read_journal, set_aside, whole_frame
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.run_folder import CellFiles, RunFolder
 from djinn_lib.rows import COLUMNS, read_rows, rows_frame

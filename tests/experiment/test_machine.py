@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from djinn_lib import provenance
-from djinn_lib.experiment import machine
-from djinn_lib.experiment.machine import (
+from djinn_lib.experiment.setup import machine
+from djinn_lib.experiment.setup.machine import (
     describe_machine,
     eager_operator_us,
     measure_rates,

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from djinn_lib.experiment.notebook_logs import copy_with_log, log_of, move_messages
+from djinn_lib.experiment.execution.notebook_logs import copy_with_log, log_of, move_messages
 
 WIDGET = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "50%|#  |"}
 

@@ -16,11 +16,11 @@ from nbformat.reader import NotJSONError
 from profile_factory import tiny_profile
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import notebooks
-from djinn_lib.experiment.cell_runs import execute_cell
-from djinn_lib.experiment.inputs import LIBRARY
+from djinn_lib.experiment.cells.cell_runs import execute_cell
+from djinn_lib.experiment.cells.inputs import LIBRARY
+from djinn_lib.experiment.execution import notebooks
+from djinn_lib.experiment.execution.notebooks import check_parameters, execute
 from djinn_lib.experiment.manifest import Status, keep_status, read_status, read_statuses
-from djinn_lib.experiment.notebooks import check_parameters, execute
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.experiment.steps import STEPS
@@ -223,7 +223,8 @@ def test_a_forked_kernel_is_a_process_of_its_own_like_any_other(folder):
 @pytest.mark.slow
 def test_a_forked_kernel_ends_with_its_run_even_if_that_is_killed(folder):
     script = (
-        "import sys; from pathlib import Path; from djinn_lib.experiment import notebooks\n"
+        "import sys; from pathlib import Path\n"
+        "from djinn_lib.experiment.execution import notebooks\n"
         "notebooks.NOTEBOOKS = Path(sys.argv[1])\n"
         "notebooks.execute('waits', Path(sys.argv[1]) / 'out.ipynb', {}, fork=True)\n"
     )

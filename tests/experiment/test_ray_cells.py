@@ -16,13 +16,20 @@ import pytest
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import locks, ray_cells
+from djinn_lib.experiment import locks
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.cell import run_cell
+from djinn_lib.experiment.cells import ray_cells
+from djinn_lib.experiment.cells.cell import run_cell
+from djinn_lib.experiment.cells.inputs import cell_inputs, is_current
+from djinn_lib.experiment.cells.ray_cells import (
+    Driver,
+    Outcome,
+    run_apart,
+    run_cells_on_ray,
+    take_back,
+)
 from djinn_lib.experiment.executors import Result
-from djinn_lib.experiment.inputs import cell_inputs, is_current
 from djinn_lib.experiment.manifest import Status, read_manifest
-from djinn_lib.experiment.ray_cells import Driver, Outcome, run_apart, run_cells_on_ray, take_back
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows

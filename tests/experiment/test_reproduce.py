@@ -17,8 +17,10 @@ from row_factory import cell_rows
 from run_factory import MACHINE, manifest_of
 
 from djinn_lib.errors import ConfigError
-from djinn_lib.experiment import inputs, notebooks, reproduce, steps
-from djinn_lib.experiment.kept_rows import keep
+from djinn_lib.experiment import reproduce, steps
+from djinn_lib.experiment.cells import inputs
+from djinn_lib.experiment.cells.kept_rows import keep
+from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.manifest import Status, read_statuses
 from djinn_lib.experiment.profile import load_profile
 from djinn_lib.experiment.reproduce import Work
@@ -85,7 +87,7 @@ class Kernels:
 def library(tmp_path, monkeypatch) -> Path:
     """A djinn_lib of one's own to edit; its digest is what code is made from."""
     library = tmp_path / "djinn_lib"
-    for name in ("engine/ring.py", "experiment/cell.py", "analysis/claims.py",
+    for name in ("engine/ring.py", "experiment/cells/cell.py", "analysis/claims.py",
                  "systems/djinn.py", "systems/pytorch.py"):  # fmt: skip
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(name)

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 import pytest
 from tiny_run import cell_of, copied, prepare
 
-from djinn_lib.experiment import cell_runs, notebooks
-from djinn_lib.experiment.cell import run_cell
-from djinn_lib.experiment.cell_runs import run_cells
+from djinn_lib.experiment.cells import cell_runs
+from djinn_lib.experiment.cells.cell import run_cell
+from djinn_lib.experiment.cells.cell_runs import run_cells
+from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import djinn_lib as dj
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CheckpointError
-from djinn_lib.experiment import integrity, weights
-from djinn_lib.experiment.inputs import recorded_digests
-from djinn_lib.experiment.weights import describe, files_sha256, prepare_models, prompt_ids
+from djinn_lib.experiment.cells.inputs import recorded_digests
+from djinn_lib.experiment.setup import integrity, weights
+from djinn_lib.experiment.setup.weights import describe, files_sha256, prepare_models, prompt_ids
 from djinn_lib.files import write_json
 from djinn_lib.systems.base import ModelFiles
 

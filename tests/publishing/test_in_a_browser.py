@@ -22,7 +22,7 @@ from djinn_lib.analysis.plots.latency import latency_cdf
 from djinn_lib.analysis.plots.style import save_figure
 from djinn_lib.analysis.plots.timeline import residency_over_time
 from djinn_lib.analysis.run import load_run
-from djinn_lib.experiment.notebook_logs import log_of, move_messages
+from djinn_lib.experiment.execution.notebook_logs import log_of, move_messages
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing.report import build_report
 

@@ -76,7 +76,7 @@ def run_dir(tmp_path: Path) -> Path:
             "input_path": f"{HOME}/notebooks/02_run_system.ipynb",
         }},
         "cells": [{"source": [f'run_dir = "{HOME}/data/runs/gpu"\n'], "outputs": [
-            {"text": [f"{HOME}/djinn_lib/experiment/cell.py:3: UserWarning\n"],
+            {"text": [f"{HOME}/djinn_lib/experiment/cells/cell.py:3: UserWarning\n"],
              "data": {"image/png": "iVBOR/home/me/w0KGgo/AAAA"}}]}],
     }  # fmt: skip
     for name in ("00_setup", "01_trace", "02_run_system.paper-25-djinn"):
@@ -144,7 +144,7 @@ def test_no_path_of_the_machine_is_published(run_dir, reference, tmp_path, readi
     text = (reference / "notebooks" / "02_run_system.paper-25-djinn.ipynb").read_text()
     cell = json.loads(text)["cells"][0]
     assert cell["source"] == ['run_dir = "../data/reference/h100"\n']
-    assert cell["outputs"][0]["text"] == ["./djinn_lib/experiment/cell.py:3: UserWarning\n"]
+    assert cell["outputs"][0]["text"] == ["./djinn_lib/experiment/cells/cell.py:3: UserWarning\n"]
     assert cell["outputs"][0]["data"]["image/png"] == "iVBOR/home/me/w0KGgo/AAAA"
     claims = (reference / "notebooks" / "05_claims.ipynb").read_text()
     assert "run_dir = '../data/reference/h100'" in claims and ".publish-" not in claims

@@ -16,9 +16,9 @@ import pytest
 from run_factory import write_large_rows, write_run
 
 from djinn_lib.errors import RecordError
-from djinn_lib.experiment import notebooks
+from djinn_lib.experiment.execution import notebooks
+from djinn_lib.experiment.execution.notebooks import check_parameters
 from djinn_lib.experiment.manifest import Status, read_statuses
-from djinn_lib.experiment.notebooks import check_parameters
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import redraw
 from djinn_lib.publishing.redraw import READING, copy_figures, read_again, redraw_published

@@ -19,7 +19,7 @@ from transformers import ZambaConfig
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.eager import generate_eager
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.systems.pytorch import PyTorchLRU, PyTorchPinned, PyTorchPinnedReadonly
 
 N_NEW = 8

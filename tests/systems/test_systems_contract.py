@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
-from djinn_lib.experiment.arrivals import send
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.cells.arrivals import send
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.fleet import environment
 from djinn_lib.paths import REPO
 from djinn_lib.rows import classify_error

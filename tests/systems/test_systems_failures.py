@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import PROMPT, saved
 
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.systems import system_class
 from djinn_lib.systems.base import load_ordinarily
 from djinn_lib.systems.serverless import drop_page_cache

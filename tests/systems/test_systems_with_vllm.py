@@ -7,7 +7,7 @@ import pytest
 from fleet_models import plain_tokens, save_models
 
 from djinn_lib.errors import CapacityError, ConfigError
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.systems import system_class
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -8,7 +8,7 @@ import pytest
 from tiny import PROMPT, saved
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
-from djinn_lib.experiment.weights import describe
+from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.fleet import environment
 from djinn_lib.fleet.engines import EngineDied
 from djinn_lib.systems import vllm_sleep

@@ -20,10 +20,10 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from djinn_lib.errors import in_words
-from djinn_lib.experiment.cell_runs import execute_cell, report, settle
+from djinn_lib.experiment.cells.cell_runs import execute_cell, report, settle
+from djinn_lib.experiment.cells.inputs import cell_inputs, changed
+from djinn_lib.experiment.cells.kept_rows import keep, set_aside
 from djinn_lib.experiment.executors import Job, Result, fan_out
-from djinn_lib.experiment.inputs import cell_inputs, changed
-from djinn_lib.experiment.kept_rows import keep, set_aside
 from djinn_lib.experiment.locks import gpu_lock
 from djinn_lib.experiment.manifest import Status
 from djinn_lib.experiment.profile import Cell, Profile

@@ -2,7 +2,7 @@
 
 A failed request becomes a row with its cause, and the cell continues. Each row is written to a
 journal at once, so a process that dies loses only its current request. `close_dead_cell` turns the
-journal of such a cell into rows. `djinn_lib.experiment.kept_rows` decides about existing rows.
+journal of such a cell into rows. `kept_rows` decides about existing rows.
 
 A cell that its user interrupted runs again from its first request, because a cell in two processes
 would not have the cold start and the sequence of its trace. Its journal is kept until then.
@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 
 from djinn_lib.errors import DjinnError, TraceError, in_words
-from djinn_lib.experiment.arrivals import send
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.by_hand import progress_bar
-from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, whole_frame
+from djinn_lib.experiment.cells.arrivals import send
+from djinn_lib.experiment.cells.kept_rows import DIED, keep, read_journal, whole_frame
+from djinn_lib.experiment.cells.running import CellRecord, running_system
+from djinn_lib.experiment.execution.by_hand import progress_bar
 from djinn_lib.experiment.profile import Cell
-from djinn_lib.experiment.running import CellRecord, running_system
 from djinn_lib.files import ensure_writable
 from djinn_lib.rows import classify_error, clock_warning, failed_row, token_sha
 from djinn_lib.systems import system_class
@@ -39,7 +39,7 @@ def run_cell(bench: Bench, cell: Cell, keep_running: bool = False) -> pd.DataFra
     """Run a cell, write its rows and manifest, and return the rows.
 
     With `keep_running`, the next cell of this process uses the same system, which then keeps
-    running; see `djinn_lib.experiment.running`.
+    running; see `djinn_lib.experiment.cells.running`.
 
     Raises:
         TraceError: the trace is broken, empty, or names a model that the profile lacks.

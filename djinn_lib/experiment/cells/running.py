@@ -22,11 +22,11 @@ import numpy as np
 import psutil
 
 from djinn_lib import nvml, provenance
-from djinn_lib.experiment import machine
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.integrity import WeightsWatch, weights_digest
 from djinn_lib.experiment.profile import REPO, Cell
-from djinn_lib.experiment.weights import prompt_ids
+from djinn_lib.experiment.setup import machine
+from djinn_lib.experiment.setup.integrity import WeightsWatch, weights_digest
+from djinn_lib.experiment.setup.weights import prompt_ids
 from djinn_lib.systems import system_class
 from djinn_lib.systems.base import SystemUnderTest
 from djinn_lib.trace import Request, Trace

@@ -23,8 +23,8 @@ from djinn_lib.engine.models.packaged import convert_gguf, packaged_gguf
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.spec import ModelSpec
 from djinn_lib.errors import CheckpointError
-from djinn_lib.experiment.integrity import ensure_same_files, file_digests, weights_digest
 from djinn_lib.experiment.profile import ModelEntry, Profile
+from djinn_lib.experiment.setup.integrity import ensure_same_files, file_digests, weights_digest
 from djinn_lib.files import write_json
 from djinn_lib.systems.base import ModelFiles
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from djinn_lib import nvml
 from djinn_lib.errors import in_words
-from djinn_lib.experiment.inputs import (
+from djinn_lib.experiment.cells.inputs import (
     cell_inputs,
     changed,
     duration,
@@ -21,7 +21,7 @@ from djinn_lib.experiment.inputs import (
     is_current,
     kernel_name,
 )
-from djinn_lib.experiment.kept_rows import set_aside
+from djinn_lib.experiment.cells.kept_rows import set_aside
 from djinn_lib.experiment.manifest import Status, note_execution, read_execution
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
@@ -73,7 +73,7 @@ def _run_in_one_process(
     run: RunFolder, profile: Profile, left: deque[Cell], places: Mapping[str, str]
 ) -> Iterator[Status]:
     """Run the cells of a series up to the first failure, after which a new process is needed."""
-    from djinn_lib.experiment.notebooks import one_kernel  # see `execute_cell`
+    from djinn_lib.experiment.execution.notebooks import one_kernel  # see `execute_cell`
 
     with one_kernel(kernel_name(profile, left[0]), fork=profile.device == "cpu") as kernel:
         while left:
@@ -122,7 +122,9 @@ def execute_cell(
     keep_running: bool = False,
 ) -> Status:
     """Execute a cell's notebook, in a new or a given kernel; return its status."""
-    from djinn_lib.experiment.notebooks import execute  # imports papermill, which takes seconds
+    from djinn_lib.experiment.execution.notebooks import (
+        execute,  # imports papermill, which takes seconds
+    )
 
     files = run.cell(cell.id)
     with suppress(OSError):  # rows of an interrupted execution do not belong to this one
@@ -170,7 +172,7 @@ def settle(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Stat
 def _close(run: RunFolder, profile: Profile, cell: Cell, status: Status) -> Status:
     # These import torch, which this process needs only after a failure.
     from djinn_lib.experiment.bench import Bench
-    from djinn_lib.experiment.cell import close_dead_cell
+    from djinn_lib.experiment.cells.cell import close_dead_cell
 
     bench = Bench.open(profile, run.path)
     rows = close_dead_cell(bench, cell, status.error_kind, status.error)

@@ -29,10 +29,10 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
-from djinn_lib.experiment.by_hand import executing
-from djinn_lib.experiment.kernels import ForkingKernelManager, fork_context
+from djinn_lib.experiment.execution.by_hand import executing
+from djinn_lib.experiment.execution.kernels import ForkingKernelManager, fork_context
+from djinn_lib.experiment.execution.notebook_logs import log_of, move_messages
 from djinn_lib.experiment.manifest import Status
-from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.paths import NOTEBOOKS, python_path
 from djinn_lib.rows import classify_error
 from djinn_lib.sockets import socket_folder

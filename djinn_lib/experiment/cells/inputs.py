@@ -20,8 +20,8 @@ from djinn_lib.systems import KERNELS, SYSTEMS
 
 LIBRARY = REPO / "djinn_lib"
 # Beside the engine and the system's own module: what sends requests and writes rows.
-_OF_EVERY_CELL = ("engine", "experiment/arrivals.py", "experiment/cell.py",
-                  "experiment/running.py")  # fmt: skip
+_OF_EVERY_CELL = ("engine", "experiment/cells/arrivals.py", "experiment/cells/cell.py",
+                  "experiment/cells/running.py")  # fmt: skip
 # Modules of systems that not every cell needs.
 _OF_SOME_CELLS = {"accelerate", "stable_weights"}  # 07_large_models measures the first
 _ON_THE_FLEET = ("djinn_vllm", "vllm_sleep", "vllm_sleep_readonly")  # engines of djinn_lib.fleet

@@ -1,0 +1,1 @@
+"""What the set-up makes: facts of the machine, and the weights of models."""
