@@ -17,7 +17,7 @@ import typer
 from djinn_lib import nvml
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import commands
-from djinn_lib.paths import REPO
+from djinn_lib.paths import RUNS
 
 app = typer.Typer(
     name="djinn",
@@ -221,10 +221,7 @@ def reproduce(
 @_in_words
 def study(
     grid: Annotated[Literal["small", "full"], typer.Option(help="the size of the study")] = "full",
-    out: Annotated[Path, typer.Option(help="the study's folder")] = REPO
-    / "data"
-    / "runs"
-    / "study",
+    out: Annotated[Path, typer.Option(help="the study's folder")] = RUNS / "study",
     executor: _ExecutorOption = "local",
 ) -> None:
     """Simulate policies, capacities and fleets of models."""

@@ -59,10 +59,8 @@ def later_switches(rows: pd.DataFrame) -> pd.DataFrame:
     because what was asked for before a request counts, served or not.
     """
     rows = rows.sort_values([*CELL, "repeat", "request"])
-    repeats = rows.groupby([*CELL, "repeat"], sort=False)
-    changed = rows["model"] != repeats["model"].shift()
-    again = rows.groupby([*CELL, "repeat", "model"], sort=False).cumcount() > 0
-    return rows[changed & again]
+    before = rows.groupby([*CELL, "repeat"], sort=False)["model"].shift()
+    return later_touches(rows[rows["model"] != before])
 
 
 def later_touches(rows: pd.DataFrame) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from djinn_lib.errors import ConfigError, shown
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO / "data" / "reference" / "h100"  # rows of our published run
 NOTEBOOKS = REPO / "notebooks"
+RUNS = REPO / "data" / "runs"
 FIGURES = REPO / "figures"  # the published figures
 STUDY = REPO / "data" / "reference" / "study"  # points of the study of policies
 SOAKS = {  # published results of benchmarks/soak.py

@@ -112,12 +112,9 @@ def zipf_trace(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_
     Raises:
         TraceError: a parameter is out of range.
     """
-    _check_zipf(n, alpha, models, seed, rate_per_s)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    shares = _zipf_shares(alpha, len(models))
+    generator, shares, params = _zipf(n, alpha, models, seed, rate_per_s)
     arrivals_s = generator.exponential(1 / rate_per_s, n).cumsum()
     drawn = generator.choice(len(models), size=n, p=shares)
-    params = _zipf_params(n, alpha, models, seed, rate_per_s)
     return Trace("zipf", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
@@ -143,14 +140,12 @@ def session_trace(
     Raises:
         TraceError: a parameter is out of range.
     """
-    _check_zipf(n, alpha, models, seed, rate_per_s)
+    generator, shares, params = _zipf(n, alpha, models, seed, rate_per_s)
     if not (math.isfinite(visit_requests) and visit_requests >= 1 and n_visits >= 1):
         raise TraceError(
             "expected visits of at least 1 request, and at least 1 of them, got "
             f"{visit_requests} and {n_visits}"
         )
-    generator = np.random.Generator(np.random.PCG64(seed))
-    shares = _zipf_shares(alpha, len(models))
     new: Iterator[int] = iter(generator.choice(len(models), size=n + n_visits, p=shares).tolist())
     chosen = generator.integers(n_visits, size=n).tolist()
     ends = (generator.random(n) < 1 / visit_requests).tolist()
@@ -161,25 +156,14 @@ def session_trace(
         drawn.append(visits[visit])
         if over:
             visits[visit] = next(new)
-    params = _zipf_params(n, alpha, models, seed, rate_per_s)
     params |= {"visit_requests": visit_requests, "n_visits": n_visits}
     return Trace("sessions", params, _requests(arrivals_s, [models[int(i)] for i in drawn]))
 
 
-def _zipf_shares(alpha: float, n_models: int) -> np.ndarray:
-    """Return each model's share of the requests, the most popular first."""
-    weights = np.arange(1, n_models + 1, dtype=float) ** -alpha
-    return weights / weights.sum()
-
-
-def _zipf_params(
+def _zipf(
     n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float
-) -> dict[str, Any]:
-    named = {"n": n, "alpha": alpha, "models": list(models)}
-    return {**named, "seed": seed, "rate_per_s": rate_per_s}
-
-
-def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per_s: float) -> None:
+) -> tuple[np.random.Generator, np.ndarray, dict[str, Any]]:
+    """Check the parameters; return the generator, each model's share of the requests, and them."""
     if not 1 <= n <= _MAX_REQUESTS:
         raise TraceError(f"expected 1 to {_MAX_REQUESTS} requests, got n={n}")
     if not 0 <= alpha <= 100:
@@ -190,6 +174,10 @@ def _check_zipf(n: int, alpha: float, models: Sequence[str], seed: int, rate_per
         raise TraceError(f"expected a seed of at least 0, got {seed}")
     if not models or len(set(models)) != len(models):
         raise TraceError(f"expected one or more different models, got {list(models)}")
+    weights = np.arange(1, len(models) + 1, dtype=float) ** -alpha
+    params = {"n": n, "alpha": alpha, "models": list(models), "seed": seed}
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return generator, weights / weights.sum(), {**params, "rate_per_s": rate_per_s}
 
 
 def renamed(trace: Trace, names: Mapping[str, str], keep: Collection[str] = ()) -> Trace:

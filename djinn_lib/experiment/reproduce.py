@@ -33,7 +33,7 @@ from djinn_lib.experiment.profile import Cell, Profile, load_profile
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
-from djinn_lib.paths import REPO
+from djinn_lib.paths import RUNS
 
 _CELL = "cell:"
 _PAGE = "page"
@@ -62,7 +62,7 @@ def reproduce(
     begin_s, profile = time.perf_counter(), load_profile(profile_name)
     work = Work.named(profile, names)
     _ensure_device(profile)
-    run = RunFolder((run_dir or REPO / "data" / "runs" / profile.name).resolve())
+    run = RunFolder((run_dir or RUNS / profile.name).resolve())
     ensure_writable(run.path)
     if executor == "ray":
         ensure_ray()  # check it first, because the set-up takes long

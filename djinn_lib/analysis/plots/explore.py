@@ -30,7 +30,7 @@ from djinn_lib.analysis.plots.style import (
 from djinn_lib.engine.memory.policies import POLICIES
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.parameters import one_of
-from djinn_lib.paths import REPO
+from djinn_lib.paths import RUNS
 from djinn_lib.simulator.checkpoint_sizes import PAPER, fleet
 from djinn_lib.simulator.cost_model import reference_costs
 from djinn_lib.simulator.optimal import optimal_loads
@@ -42,7 +42,7 @@ N_REQUESTS = 300
 SCREEN_DPI = 110
 TRAFFIC = ("the paper's 30 requests", "independent requests", "sessions")
 CHOICES = [*POLICIES, "oracle"]
-KEPT = REPO / "data" / "runs" / "explore"  # files of the reader, not in git
+KEPT = RUNS / "explore"  # files of the reader, not in git
 
 
 def requests(traffic: str, sizes: dict[str, int], alpha: float) -> Trace:

@@ -20,11 +20,10 @@ import pandas as pd
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.experiment.run_folder import CellFiles
-from djinn_lib.rows import COLUMNS, failed_row, read_rows, rows_frame, write_rows
+from djinn_lib.rows import COLUMNS, failed_row, no_rows, read_rows, rows_frame, write_rows
 
 DIED = "the process of this cell died: "  # begins a note of rows that failures complete
 _KEYS = (*COLUMNS[: COLUMNS.index("queue_ms")], "note")  # say which request a row is about
-_SAME_REQUESTS = ["mode", "capacity_bytes", "trace", "repeat", "request", "model"]
 
 
 def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> pd.DataFrame:
@@ -40,13 +39,17 @@ def keep(files: CellFiles, rows: pd.DataFrame, manifest: Mapping[str, Any]) -> p
         RecordError: rows or manifest break their schema.
         OSError: the disk is full; the existing files are unchanged.
     """
-    earlier = _on_disk(files)
-    if earlier is not None:
-        of_earlier, its_manifest = earlier
-        if _died(manifest) and _outweighs(of_earlier, its_manifest, rows, manifest):
-            return of_earlier
-        if int(of_earlier["ok"].sum()) > int(rows["ok"].sum()):
-            _keep_beside(files, str(of_earlier["run_id"].iloc[0]))
+    earlier, its_manifest = _on_disk(files)
+    more = int(earlier["ok"].sum()) - int(rows["ok"].sum())
+    if (
+        _died(manifest)
+        and its_manifest
+        and _questions(its_manifest) == _questions(manifest)
+        and (more > 0 or (more == 0 and not _died(its_manifest)))
+    ):
+        return earlier
+    if more > 0:
+        _keep_beside(files, str(earlier["run_id"].iloc[0]))
     write_rows(rows, files.rows)
     write_manifest(manifest, files.manifest)
     return rows
@@ -84,43 +87,19 @@ def set_aside(files: CellFiles) -> None:
         os.replace(files.journal, files.earlier / files.journal.name)
 
 
-def _on_disk(files: CellFiles) -> tuple[pd.DataFrame, dict[str, Any] | None] | None:
-    """Return the existing rows, if they can be read, and their manifest if it matches."""
-    try:
-        rows = read_rows(files.rows)
-    except RecordError:
-        return None
+def _on_disk(files: CellFiles) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the readable existing rows and their manifest; without it their inputs are unknown."""
+    rows = no_rows()
     with suppress(RecordError):
+        rows = read_rows(files.rows)
         manifest = read_manifest(files.manifest)
         if manifest["run_id"] in set(rows["run_id"]):
             return rows, manifest
-    return rows, None
-
-
-def _outweighs(
-    earlier: pd.DataFrame,
-    its_manifest: Mapping[str, Any] | None,
-    rows: pd.DataFrame,
-    manifest: Mapping[str, Any],
-) -> bool:
-    """Whether earlier rows have the same inputs as an execution that died, and more results.
-
-    Rows without a manifest never count, because their inputs are unknown.
-    """
-    if its_manifest is None or _questions(its_manifest) != _questions(manifest):
-        return False
-    if _requests(earlier) != _requests(rows):
-        return False
-    more = int(earlier["ok"].sum()) - int(rows["ok"].sum())
-    return more > 0 or (more == 0 and not _died(its_manifest))
+    return rows, {}
 
 
 def _died(manifest: Mapping[str, Any]) -> bool:
     return any(note.startswith(DIED) for note in manifest["notes"])
-
-
-def _requests(rows: pd.DataFrame) -> set[tuple[Any, ...]]:
-    return set(rows[_SAME_REQUESTS].itertuples(index=False, name=None))
 
 
 def _questions(manifest: Mapping[str, Any]) -> str:
