@@ -59,10 +59,7 @@ class Result:
 
 
 def fan_out(
-    jobs: Sequence[Job],
-    address: str | None = None,
-    max_retries: int = 3,
-    patience_s: float = 60.0,
+    jobs: Sequence[Job], address: str | None = None, max_retries: int = 3, patience_s: float = 60.0
 ) -> Iterator[tuple[Job, Result]]:
     """Run jobs on a Ray cluster and yield each with its result as it ends.
 

@@ -73,12 +73,7 @@ class FleetRun:
         return pd.DataFrame(rows, columns=["model", "requests", "equal_to_plain_vllm", "token_sha"])
 
 
-def measure(
-    bench: Bench,
-    share: float,
-    n_requests: int,
-    n_tokens: int,
-) -> FleetRun:
+def measure(bench: Bench, share: float, n_requests: int, n_tokens: int) -> FleetRun:
     """Send requests to all models of a bench at once, on a ring of a share of their weights.
 
     `n_requests` and `n_tokens` are for each model and each request. The ring is drawn in the
@@ -90,33 +85,22 @@ def measure(
     if n_requests < 1 or n_tokens < 1:
         raise ConfigError(f"{n_requests} requests of {n_tokens} tokens: ask for one at least")
     largest = max(files.n_bytes for files in bench.models.values())
-    capacity_bytes = max(
-        int(share * bench.total_bytes), largest + 2 * parse_bytes(bench.profile.page)
-    )
-    if (reason := environment.unavailable()) is not None:
-        run = FleetRun(reason)
-    else:
-        run = _measured(bench, capacity_bytes, n_requests, n_tokens)
-    tokens = run.tokens().to_dict("records")
-    write_json(
-        bench.run_dir / FILE,
-        {
-            "state": "unavailable" if reason else "ok",
-            "reason": reason,
-            "capacity_bytes": capacity_bytes,
-            "tokens": tokens,
-            "stats": run.stats.to_dict("records"),
-        },
-    )
+    least_bytes = largest + 2 * parse_bytes(bench.profile.page)
+    capacity_bytes = max(int(share * bench.total_bytes), least_bytes)
+    reason = environment.unavailable()
+    run = FleetRun(reason) if reason else _measured(bench, capacity_bytes, n_requests, n_tokens)
+    found = {
+        "state": "unavailable" if reason else "ok",
+        "reason": reason,
+        "capacity_bytes": capacity_bytes,
+        "tokens": run.tokens().to_dict("records"),
+        "stats": run.stats.to_dict("records"),
+    }
+    write_json(bench.run_dir / FILE, found)
     return run
 
 
-def _measured(
-    bench: Bench,
-    capacity_bytes: int,
-    n_requests: int,
-    n_tokens: int,
-) -> FleetRun:
+def _measured(bench: Bench, capacity_bytes: int, n_requests: int, n_tokens: int) -> FleetRun:
     prompts = _prompts(bench, n_requests)
     plain = _plain(bench, prompts, n_tokens)
     device, page = bench.profile.device, bench.profile.page
@@ -175,9 +159,7 @@ def _sampled(fleet: Fleet) -> Iterator[list[tuple[float, str, int]]]:
 
 
 def _plain(
-    bench: Bench,
-    prompts: dict[tuple[str, int], list[int]],
-    n_tokens: int,
+    bench: Bench, prompts: dict[tuple[str, int], list[int]], n_tokens: int
 ) -> dict[tuple[str, int], tuple[int, ...]]:
     """Return the tokens of vLLM without a ring."""
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +58,19 @@ class LargeCase:
 
 def cases_of(bench: Bench) -> list[LargeCase]:
     """Return the cases that a profile lists."""
-    cases = []
+    cases, dtype = [], bench.profile.dtype
     for name, entry in bench.profile.large.items():
-        dtype = bench.profile.dtype
         if entry.model:
-            files = bench.models[entry.model]
-            capacity_bytes = parse_capacity(entry.capacity, files.n_bytes)
-            cases.append(LargeCase(name, files.folder, dtype, capacity_bytes, resident=True))
+            source, n_bytes = bench.models[entry.model].folder, bench.models[entry.model].n_bytes
         else:
-            spec = ModelSpec(entry.config or {}, dtype, entry.seed, init="plain")
-            n_bytes = pack(open_source(spec).module)[0].n_bytes
-            capacity_bytes = parse_capacity(entry.capacity, n_bytes)
-            cases.append(LargeCase(name, spec, dtype, capacity_bytes, resident=False))
+            source = ModelSpec(entry.config or {}, dtype, entry.seed, init="plain")
+            n_bytes = pack(open_source(source).module)[0].n_bytes
+        capacity_bytes = parse_capacity(entry.capacity, n_bytes)
+        cases.append(LargeCase(name, source, dtype, capacity_bytes, resident=bool(entry.model)))
     return cases
 
 
-def rows_of(
-    bench: Bench,
-    n_tokens: int,
-    repeats: int,
-    measure_again: bool = True,
-) -> pd.DataFrame:
+def rows_of(bench: Bench, n_tokens: int, repeats: int, measure_again: bool = True) -> pd.DataFrame:
     """Measure every case of a profile and write the rows, or read the existing ones; return them.
 
     Raises:
@@ -94,11 +87,11 @@ def rows_of(
         )
     for case in cases:  # before minutes are spent on the first of them
         bytes_of(case)
-    n_prompt, device, page = bench.profile.prompt_tokens, bench.profile.device, bench.profile.page
-    manifest = _manifest(bench, n_tokens, repeats)
-    measured = [
-        measure(case, device, page, _prompt(case, n_prompt), n_tokens, repeats) for case in cases
-    ]
+    profile, manifest = bench.profile, _manifest(bench, n_tokens, repeats)
+    measured = []
+    for case in cases:
+        prompt = _prompt(case, profile.prompt_tokens)
+        measured.append(measure(case, profile.device, profile.page, prompt, n_tokens, repeats))
     rows = pd.concat(measured, ignore_index=True)
     write_large(rows, manifest, bench.run_dir)
     return rows
@@ -107,6 +100,7 @@ def rows_of(
 def _manifest(bench: Bench, n_tokens: int, repeats: int) -> dict[str, Any]:
     """Where the rows come from."""
     commit, dirty = git_state(REPO)
+    given = bench.profile.model_dump(include={"large", "dtype", "page", "prompt_tokens"})
     return {
         "profile": bench.profile.name,
         "git_commit": commit,
@@ -115,14 +109,7 @@ def _manifest(bench: Bench, n_tokens: int, repeats: int) -> dict[str, Any]:
         "versions": machine.versions(),
         "machine": bench.machine,
         "weights_sha256": {name: weights_digest(f.digests) for name, f in bench.models.items()},
-        "parameters": {
-            "large": {name: entry.model_dump() for name, entry in bench.profile.large.items()},
-            "dtype": bench.profile.dtype,
-            "page": bench.profile.page,
-            "prompt_tokens": bench.profile.prompt_tokens,
-            "n_tokens": n_tokens,
-            "repeats": repeats,
-        },
+        "parameters": {**given, "n_tokens": n_tokens, "repeats": repeats},
         "started_at_utc": datetime.now(UTC).isoformat(),
     }
 
@@ -135,12 +122,7 @@ def _prompt(case: LargeCase, n_tokens: int) -> list[int]:
 
 
 def measure(
-    case: LargeCase,
-    device: str,
-    page: str,
-    prompt_ids: Sequence[int],
-    n_tokens: int,
-    repeats: int,
+    case: LargeCase, device: str, page: str, prompt_ids: Sequence[int], n_tokens: int, repeats: int
 ) -> pd.DataFrame:
     """Generate with each system in turn and return a row for each repeat; see `COLUMNS`.
 
@@ -159,10 +141,8 @@ def measure(
         print(f"{case.name}: {system}", flush=True)
         try:
             outcomes = list(run(prompt_ids, n_tokens, repeats))
-            rows += [
-                {**facts, "system": system, "repeat": i, **_row(outcome, n_tokens)}
-                for i, outcome in enumerate(outcomes)
-            ]
+            rows += [{**facts, "system": system, "repeat": i, **_row(outcome, n_tokens)}
+                     for i, outcome in enumerate(outcomes)]  # fmt: skip
         except Exception as error:  # of one system: the others go on
             failed = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             rows.append({**facts, "system": system, "repeat": 0, **failed})
@@ -201,23 +181,21 @@ def _row(outcome: Outcome, n_tokens: int) -> dict[str, Any]:
 
 def _systems(case: LargeCase, device: str, page: str) -> Iterator[tuple[str, Run]]:
     if case.resident:
-        yield "resident", lambda *request: _djinn(case, device, page, None, *request)
-    yield "djinn", lambda *request: _djinn(case, device, page, case.capacity_bytes, *request)
-    yield "accelerate", lambda *request: _accelerate(case, device, page, *request)
+        n_bytes = pack(open_source(case.source, case.dtype).module)[0].n_bytes
+        yield "resident", partial(_djinn, case, device, page, n_bytes + parse_bytes(page))
+    yield "djinn", partial(_djinn, case, device, page, case.capacity_bytes)
+    yield "accelerate", partial(_accelerate, case, device)
 
 
 def _djinn(
     case: LargeCase,
     device: str,
     page: str,
-    capacity_bytes: int | None,
+    capacity_bytes: int,
     prompt_ids: Sequence[int],
     n_tokens: int,
     repeats: int,
 ) -> Iterator[Outcome]:
-    if capacity_bytes is None:
-        opened = open_source(case.source, case.dtype)
-        capacity_bytes = pack(opened.module)[0].n_bytes + parse_bytes(page)  # whole pages
     with Djinn(capacity_bytes, device, page, decode="eager", progress=False) as djinn:
         djinn.add(case.name, case.source, dtype=case.dtype)
         djinn.generate(case.name, prompt_ids, 2, ignore_eos=True)  # warm-up
@@ -228,12 +206,7 @@ def _djinn(
 
 
 def _accelerate(
-    case: LargeCase,
-    device: str,
-    page: str,
-    prompt_ids: Sequence[int],
-    n_tokens: int,
-    repeats: int,
+    case: LargeCase, device: str, prompt_ids: Sequence[int], n_tokens: int, repeats: int
 ) -> Iterator[Outcome]:
     pool = HostMasters(pin=device == "cuda")
     try:

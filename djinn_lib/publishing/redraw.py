@@ -14,18 +14,18 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from djinn_lib.analysis.run import REPLICATES, load_run
 from djinn_lib.errors import ConfigError, RecordError
-from djinn_lib.experiment import large_results
+from djinn_lib.experiment import large_results, steps
 from djinn_lib.experiment.execution.notebooks import execute, side_by_side
 from djinn_lib.experiment.manifest import Status, keep_status
 from djinn_lib.files import replace_folders
 from djinn_lib.paths import FIGURES, REFERENCE
 from djinn_lib.publishing.report import build_report
 
-# Those that take longest come first.
-READING = ("06_policies", "04_figures", "03_sensitivity", "05_claims", "explore")
+READING = [step.notebook for step in steps.READING if step.gives and not step.measures]
 FIGURE_NOTEBOOKS = {  # by the paper's names: the notebook that draws it, and the file it writes
     "cdf": ("04_figures", "latency_cdf"),
     "sensitivity": ("03_sensitivity", "sensitivity"),
@@ -52,13 +52,14 @@ def read_again(run_dir: Path, reference_dir: Path = REFERENCE) -> list[Status]:
     """
     load_run(run_dir)
     (run_dir / "figures").mkdir(exist_ok=True)
+    parameters: dict[str, dict[str, Any]]
     parameters = {name: {"run_dir": str(run_dir)} for name in READING}
     parameters["06_policies"]["reference_dir"] = str(reference_dir)
     parameters["explore"] = {"figures_dir": str(run_dir / "figures")}
     if (run_dir / large_results.ROWS).exists():
-        profile = large_results.profile_of(run_dir)
-        more = {"profile": profile, "run_dir": str(run_dir), "measure": False}
-        parameters[large_results.NOTEBOOK] = more
+        parameters[large_results.NOTEBOOK] = {
+            "profile": large_results.profile_of(run_dir), "run_dir": str(run_dir), "measure": False,
+        }  # fmt: skip
     print(f"{', '.join(parameters)} ...", flush=True)
     jobs = {
         name: partial(execute, name, run_dir / "notebooks" / f"{name}.ipynb", values)
@@ -100,8 +101,7 @@ def draw_one(figure: str, run_dir: Path | None = None, output: Path | None = Non
         status = execute(notebook, copy, {"run_dir": str(copy.parent)})
         if status.state != "ok":
             raise ConfigError(f"{figure} could not be drawn: {status.error}")
-        default = (rows / "figures" if run_dir else Path()) / f"{name}{ending}"
-        target = output or default
+        target = output or (rows / "figures" if run_dir else Path()) / f"{name}{ending}"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(copy.parent / "figures" / f"{name}{ending}", target)
     return target

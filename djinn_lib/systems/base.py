@@ -119,11 +119,7 @@ class SystemUnderTest(ABC):
     batches: ClassVar[bool] = False  # whether waiting requests may be computed together
 
     def __init__(
-        self,
-        models: Mapping[str, ModelFiles],
-        capacity_bytes: int,
-        device: str,
-        **options: object,
+        self, models: Mapping[str, ModelFiles], capacity_bytes: int, device: str, **options: object
     ) -> None:
         if unknown := sorted(options.keys() - self.option_names):
             raise ConfigError(

@@ -138,10 +138,7 @@ def _left_out(systems: Sequence[str]) -> list[str]:
 
 
 def _switches_and_totals(
-    rows: pd.DataFrame,
-    label: str,
-    notes: Sequence[str] = (),
-    before: pd.DataFrame | None = None,
+    rows: pd.DataFrame, label: str, notes: Sequence[str] = (), before: pd.DataFrame | None = None
 ) -> Figure:
     """Draw later switches (left) and total latencies (right) of every system.
 
