@@ -101,6 +101,12 @@ def main() -> int:
     parser.add_argument("--switches", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=50 if gpu else 12, help="of each request")
     parser.add_argument("--prompt-tokens", type=int, default=110 if gpu else 12)
+    parser.add_argument(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        default=not gpu,
+        help="without compiled code",
+    )
     parser.add_argument("--page", default="64MiB" if gpu else "256KiB")
     parser.add_argument("--folder", type=user_path, help="of the models; default: a temporary one")
     parser.add_argument(
@@ -152,7 +158,7 @@ def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str,
             name, prompt = cases[i % len(cases)].name, i // len(cases) % N_PROMPTS
             g = fleet.generate(name, prompts[name][prompt], options.tokens, ignore_eos=True)
             served[name].append(
-                {"equal": g.token_ids == plain[name][prompt], "loaded_bytes": g.loaded_bytes,
+                {"prompt": prompt, "tokens": g.token_ids, "loaded_bytes": g.loaded_bytes,
                  "ttft_ms": g.ttft_ms, "total_ms": g.total_ms}
             )  # fmt: skip
         stats = fleet.stats().set_index("model")
@@ -167,16 +173,26 @@ def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str,
 
 
 def _row(name: str, requests: list[dict[str, Any]], plain: list[Tokens], stats: Any) -> Any:
+    first = {one["prompt"]: one["tokens"] for one in reversed(requests)}
     return {
         "model": name,
         "requests": len(requests),
-        "equal_to_plain_vllm": sum(one["equal"] for one in requests),
+        "equal_to_plain_vllm": sum(one["tokens"] == plain[one["prompt"]] for one in requests),
+        "equal_to_the_first_time": sum(one["tokens"] == first[one["prompt"]] for one in requests),
+        "first_differing_token": min(
+            (_differs(first[i], plain[i]) for i in first), default=len(plain[0])
+        ),
         "distinct_tokens": len({token for ids in plain for token in ids}),
         "switches": int(stats.switches[name]),
         "loaded_bytes": int(stats.loaded_bytes[name]),
         "median_ttft_ms": round(statistics.median(one["ttft_ms"] for one in requests), 1),
         "median_total_ms": round(statistics.median(one["total_ms"] for one in requests), 1),
     }
+
+
+def _differs(a: Tokens, b: Tokens) -> int:
+    """Return the place of the first token that differs; their number without one."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def _checkpoints(cases: list[Case], folder: Path, device: str) -> Iterator[tuple[str, Path]]:
@@ -213,6 +229,7 @@ def _engine_options(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "enable_prefix_caching": False,
         "max_model_len": options.prompt_tokens + options.tokens + 16,
         **defaults_on(device),
+        "enforce_eager": options.enforce_eager,
     }
 
 
