@@ -23,8 +23,8 @@ from typing import Any
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-# Imports of cells and of notebooks that read rows, the slowest first. If one is missing here or in
-# the installed version of its package, kernels only start more slowly.
+# Imports of cells, of notebooks that read rows and of the page, the slowest first. If one is
+# missing here or in the installed version of its package, processes only start more slowly.
 _IMPORTED = [
     "torch._dynamo", "transformers.modeling_utils", "transformers.generation",
     "transformers.loss.loss_utils", "transformers.conversion_mapping",
@@ -36,7 +36,7 @@ _IMPORTED = [
     "scipy.stats", "pydantic", "yaml", "tqdm", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "seaborn",
     "matplotlib_inline.backend_inline",
-    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute",
+    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute", "nbconvert",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import papermill
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
@@ -45,6 +45,7 @@ _NAMED_KINDS = {
 _AT_ONCE = 4  # each uses up to a gigabyte of memory
 _START_S = 180  # until a kernel answers; on a busy machine a minute may be too short
 _SOCKET = "/djinn-kernel-12345678/socket-5"  # pattern of the names of a kernel's sockets
+_T = TypeVar("_T")
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
@@ -156,6 +157,12 @@ def side_by_side(jobs: Mapping[str, Callable[[], Status]]) -> Iterator[Status]:
             for process in multiprocessing.active_children():  # this also ends their kernels
                 process.kill()
             raise
+
+
+def in_a_fork(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Call a function in a process that has the imports of `kernels`; return its result."""
+    with _pool(1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def _pool(n: int) -> Executor:
