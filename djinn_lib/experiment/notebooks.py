@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,12 @@ from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
 from djinn_lib.experiment.by_hand import executing
-from djinn_lib.experiment.kernels import ForkingKernelManager, fork_context
+from djinn_lib.experiment.kernels import (
+    ForkingKernelManager,
+    begin_worker,
+    fork_context,
+    import_ahead,
+)
 from djinn_lib.experiment.manifest import Status
 from djinn_lib.experiment.notebook_logs import log_of, move_messages
 from djinn_lib.paths import NOTEBOOKS, python_path
@@ -166,8 +170,7 @@ def in_a_fork(function: Callable[..., _T], *arguments: Any) -> _T:
 
 
 def _pool(n: int) -> Executor:
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
-    return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
+    return ProcessPoolExecutor(n, fork_context(), initializer=begin_worker)
 
 
 def _kind(failure: PapermillExecutionError) -> str:
@@ -190,10 +193,7 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
     # Kernels of other environments must also find djinn_lib in this checkout.
     os.environ["PYTHONPATH"] = python_path()
     if fork:  # without a GPU, or without a measurement
-        # By default OpenMP's threads spin while they wait for each other. If another process needs
-        # the cores too, they keep the awaited thread from running, and a cell takes five times as
-        # long. With "passive" they sleep. Torch reads it on import, before the first fork.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import_ahead()
     with _sockets() as config:
         manager = kind(kernel_name=name or NATIVE_KERNEL_NAME, config=config)
         try:
