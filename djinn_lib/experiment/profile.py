@@ -100,6 +100,8 @@ class CellsEntry(_Strict):
 
     Each repeat begins with an empty device. With `start` "warm", every model is then requested once
     in the order of the profile, as in the paper's code; these requests are not counted.
+
+    With `requests`, a cell has only that many requests, the first ones of its trace.
     """
 
     traces: list[str]
@@ -109,6 +111,7 @@ class CellsEntry(_Strict):
     speed: float = Field(default=1.0, gt=0)
     start: Start = "cold"
     repeats: int | None = Field(default=None, ge=1)
+    requests: int | None = Field(default=None, ge=1)
 
 
 class LargeEntry(_Strict):
@@ -142,6 +145,7 @@ class Cell(_Strict):
     mode: Mode = "sequential"
     speed: float = 1.0
     start: Start = "cold"
+    requests: int | None = None
 
     @property
     def id(self) -> str:
@@ -197,7 +201,8 @@ class Profile(_Strict):
         cells: dict[str, Cell] = {}
         for entry in self.cells:
             alike = {"repeats": entry.repeats or self.repeats, "mode": entry.mode,
-                     "speed": entry.speed, "start": entry.start}  # fmt: skip
+                     "speed": entry.speed, "start": entry.start,
+                     "requests": entry.requests}  # fmt: skip
             for trace, size, system in product(entry.traces, entry.capacities, entry.systems):
                 cell = Cell(trace=trace, capacity_label=size, system=system, **alike)
                 cells.setdefault(cell.id, cell)

@@ -151,11 +151,16 @@ def _make_page(run: RunFolder) -> None:
              *code.glob("templates/*")]  # fmt: skip
     newest_ns = max((path.stat().st_mtime_ns for path in shown if path.exists()), default=0)
     if not run.page.exists() or run.page.stat().st_mtime_ns < newest_ns:
-        # From a higher layer, and the import takes seconds.
-        from djinn_lib.publishing.report import build_report
+        from djinn_lib.experiment.execution.notebooks import in_a_fork  # imports papermill
 
         print("index.html ...", flush=True)
-        build_report(run.path)
+        in_a_fork(_build, run.path)
+
+
+def _build(folder: Path) -> None:
+    from djinn_lib.publishing.report import build_report  # from a higher layer
+
+    build_report(folder)
 
 
 @contextmanager

@@ -151,6 +151,10 @@ def set_up(run: RunFolder, profile: Profile) -> list[Status]:
 
 def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
     """Execute a notebook into the run folder, and keep the status in the executed copy."""
+    if fork := profile.device == "cpu" or not step.measures:
+        from djinn_lib.experiment.execution.kernels import import_ahead
+
+        import_ahead()
     from djinn_lib.experiment.execution.notebooks import (
         execute,  # imports papermill, which takes seconds
     )
@@ -160,7 +164,6 @@ def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
     print(f"{step.notebook} ({duration(took_s)}) ...", flush=True)
     begun, begin_s = step.inputs(run, profile), time.time()
     output, parameters = run.notebook(step.notebook), step.parameters(run, profile)
-    fork = profile.device == "cpu" or not step.measures
     status = execute(step.notebook, output, parameters, fork=fork)
     status = replace(status, begun_with=begun, left=_written_since(begin_s, run))
     with suppress(OSError, ValueError):  # on a full disk; without a status it runs again

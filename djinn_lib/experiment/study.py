@@ -220,9 +220,13 @@ class Popularity(Policy):
 
 
 def _trace(point: Point, rate_per_s: float) -> Trace:
-    make = zipf_trace if point.traffic == "independent" else session_trace
-    names = list(fleet(point.n_models, point.seed))
-    return make(point.n_requests, point.alpha, names, point.seed, rate_per_s)
+    names = tuple(fleet(point.n_models, point.seed))
+    return _made(point.traffic, point.n_requests, point.alpha, names, point.seed, rate_per_s)
+
+
+@lru_cache(maxsize=2)  # consecutive points have the same traffic; making and hashing it takes long
+def _made(traffic: Traffic, *arguments: Any) -> Trace:
+    return (zipf_trace if traffic == "independent" else session_trace)(*arguments)
 
 
 def _mean_service_s(point: Point, sizes: dict[str, int]) -> float:

@@ -17,7 +17,8 @@ from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_rows
 
 _RAN_IN = "ran in the part "
-_OF_A_CELL = ("repeats", "page_bytes", "mode", "speed", "start")  # that differ between cells
+# Parameters that differ between cells.
+_OF_A_CELL = ("repeats", "requests", "page_bytes", "mode", "speed", "start")
 _OF_OTHER_CELLS = ("traces", "capacities")  # lists of what all cells use; compared by name
 
 

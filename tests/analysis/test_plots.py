@@ -168,6 +168,13 @@ def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
     assert lines["Djinn"].get_ydata()[-1] == 100
 
 
+@pytest.mark.parametrize("draw", COMPARING)
+def test_a_system_with_fewer_requests_is_labelled_so(draw, at_25):
+    few = at_25[(at_25["system"] != "pytorch_lru") | (at_25["request"] < 12)]
+    whole, labels = ("(first 12 requests)" in texts(draw(rows)) for rows in (at_25, few))
+    assert labels and not whole
+
+
 def test_cdf_passes_through_the_median():
     rows = cell_rows("djinn")
     line = latency_cdf(rows).axes[0].lines[0]

@@ -142,6 +142,17 @@ def test_a_warm_start_has_asked_for_every_model_once(bench):
     assert all(sum(models.values()) > 0 for models in held)
 
 
+def test_a_cell_of_the_first_requests_serves_these_alone(bench, measured):
+    whole, _ = measured["pytorch_pinned"]
+    cell = cell_of(bench, "pytorch_pinned", "small").model_copy(update={"requests": 4})
+    rows = run_cell(bench, cell)
+    of_first = whole[whole["request"] < 4]
+    assert rows["request"].tolist() == of_first["request"].tolist() == [0, 1, 2, 3] * 2
+    assert rows["token_sha"].tolist() == of_first["token_sha"].tolist()
+    assert read_manifest(bench.run.cell(cell.id).manifest)["parameters"]["requests"] == 4
+    assert len(close_dead_cell(bench, cell, "other", "killed")) == len(rows)
+
+
 def test_residency_after_each_request_is_kept(measured):
     rows, manifest = measured["djinn"]
     models = manifest["models"]

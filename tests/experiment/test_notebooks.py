@@ -3,10 +3,12 @@
 import errno
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -19,7 +21,8 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment.cells.cell_runs import execute_cell
 from djinn_lib.experiment.cells.inputs import LIBRARY
 from djinn_lib.experiment.execution import notebooks
-from djinn_lib.experiment.execution.notebooks import check_parameters, execute
+from djinn_lib.experiment.execution.kernels import fork_context
+from djinn_lib.experiment.execution.notebooks import check_parameters, execute, in_a_fork
 from djinn_lib.experiment.manifest import Status, keep_status, read_status, read_statuses
 from djinn_lib.experiment.profile import Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
@@ -218,6 +221,17 @@ def test_a_forked_kernel_is_a_process_of_its_own_like_any_other(folder):
     assert execute("dies", folder / "out" / "dies.ipynb", {}, fork=True).error_kind == "kernel_died"
     assert "ValueError" in execute("raises", folder / "out" / "r.ipynb", {}, fork=True).error
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_forked_process_forks_from_the_process_with_the_imports_that_the_run_has():
+    of_worker, of_its_fork = in_a_fork(_parents)
+    assert of_its_fork == of_worker != os.getpid()
+
+
+def _parents() -> tuple[int, int]:
+    with ProcessPoolExecutor(1, fork_context()) as pool:
+        return os.getppid(), pool.submit(os.getppid).result()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from djinn_lib.engine.memory.pager import Pager
 from djinn_lib.engine.memory.policies import LRU, POLICIES
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
 from djinn_lib.paths import REPO
+from djinn_lib.rows import COLUMNS, check_rows
 from djinn_lib.simulator.checkpoint_sizes import checkpoint_bytes, fleet
 from djinn_lib.simulator.cost_model import CostModel
 from djinn_lib.simulator.optimal import optimal_loads
@@ -62,6 +63,17 @@ def test_the_paper_trace_loads_what_the_table_says(capacity, gib):
     assert rows["loaded_bytes"].sum() / GIB == pytest.approx(gib, abs=0.2)
     whole = dj.simulate(paper_trace(), SIZES, "25GiB", eviction="models")
     assert whole["loaded_bytes"].sum() / GIB == pytest.approx(171.8, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "concurrent"}, {"mode": "concurrent", "lookahead": True, "policy": "lookahead"}],
+)
+def test_rows_fit_the_schema_of_measured_rows(options):
+    trace = zipf_trace(50, 1.0, [*SIZES], seed=1, rate_per_s=2.0)
+    for requests in (trace, [*SIZES, "phi-2"]):
+        rows = simulate(requests, SIZES, "25GiB", **options)
+        assert check_rows(rows, "simulated rows").columns.tolist() == list(COLUMNS)
 
 
 @given(

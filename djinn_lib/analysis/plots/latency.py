@@ -64,7 +64,8 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     figure, axes = plt.subplots(figsize=(COLUMN_IN, height_in), layout="constrained")
     axes.set_xscale("log")
     for system in systems:
-        _draw_system(axes, rows[rows["system"] == system], system)
+        label = _label(rows, system, before_notes="\n")
+        _draw_system(axes, rows[rows["system"] == system], system, label)
         if paper:
             _draw_published(axes, paper, system)
     axes.set(ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
@@ -96,9 +97,8 @@ def _draw_ceiling(axes: Axes, paper: Mapping[str, Any]) -> list[Line2D]:
     return [Line2D([], [], label=f"paper: vLLM ends at {share:.0f}%", **look)]
 
 
-def _draw_system(axes: Axes, rows: pd.DataFrame, system: str) -> None:
+def _draw_system(axes: Axes, rows: pd.DataFrame, system: str, label: str) -> None:
     look, n_all, n_failed = system_look(system), len(rows), int((~rows["ok"]).sum())
-    label = look.label + (f"\n({n_failed} of {n_all} failed)" if n_failed else "")
     draw_cdf(axes, rows, "total_ms", **look.line | {"label": label}, zorder=_front(system))
     if 0 < n_failed < n_all:
         end = rows["total_ms"].max(), 100.0 * (n_all - n_failed) / n_all
@@ -255,9 +255,13 @@ def _bars_height(n_bars: int) -> float:
 
 
 def _bar_labels(rows: pd.DataFrame, systems: pd.Index) -> list[str]:
-    failed = (~rows["ok"]).groupby(rows["system"]).agg(["sum", "size"])
-    return [
-        system_look(system).label + (f" ({n_failed} of {n_all} failed)" if n_failed else "")
-        for system in systems
-        for n_failed, n_all in [failed.loc[system]]
-    ]
+    return [_label(rows, system) for system in systems]
+
+
+def _label(rows: pd.DataFrame, system: str, before_notes: str = " ") -> str:
+    """Return a system's label; it says if requests failed, or were fewer than of the others."""
+    own = rows[rows["system"] == system]
+    n_failed, n, n_most = (~own["ok"]).sum(), own["request"].nunique(), rows["request"].nunique()
+    notes = [f"{n_failed} of {len(own)} failed"] if n_failed else []
+    notes += [f"first {n} requests"] if n < n_most else []
+    return system_look(system).label + (f"{before_notes}({', '.join(notes)})" if notes else "")

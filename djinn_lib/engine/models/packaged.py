@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import (
@@ -82,7 +86,7 @@ def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
     if find_spec("gguf") is None:
         raise CheckpointError(f"the package 'gguf' is not installed: {_INSTALL}")
     source = {"gguf_file": gguf.name}
-    with without_bars():
+    with without_bars(), _parsed_once():
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             dtype=check_dtype(dtype),
@@ -92,3 +96,16 @@ def convert_gguf(gguf: Path, dtype: str | torch.dtype, target: Path) -> None:
         vars(model.config).pop("quantization_config", None)  # the weights are dequantised now
         model.save_pretrained(target)
         AutoTokenizer.from_pretrained(gguf.parent, **source).save_pretrained(target)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, instead of for config, weights and tokenizer.
+
+    It also looks up the tensors' names for every module. Both take longer than all other work.
+    """
+    import gguf
+
+    reader, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+    with patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names):
+        yield

@@ -119,7 +119,7 @@ def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         try:
             # Read now, so that a system that needs no files while it serves goes on without them.
-            begun.prompts = {(r.model, r.request): begun.prompt(r) for r in begun.trace.requests}
+            begun.prompts = {(r.model, r.request): begun.prompt(r) for r in begun.requests}
             running = stack.enter_context(running_system(begun, keep_running))
         except (Exception, SystemExit) as error:
             traceback.print_exc()
@@ -127,7 +127,7 @@ def _rows(begun: CellRecord, keep_running: bool) -> Iterator[dict[str, Any]]:
             yield from _all_failed(begun, classify_error(error), reason)
             return
         serve = _serve_one_by_one if begun.cell.mode == "sequential" else _serve_as_they_arrive
-        n_requests = len(begun.trace.requests) * begun.cell.repeats
+        n_requests = len(begun.requests) * begun.cell.repeats
         with (
             journal.open("w") as lines,
             progress_bar(
@@ -152,7 +152,7 @@ def _all_failed(begun: CellRecord, kind: str, error: str) -> Iterator[dict[str, 
 
 def _requests(begun: CellRecord) -> Iterator[tuple[int, Request]]:
     for repeat in range(begun.cell.repeats):
-        for request in begun.trace.requests:
+        for request in begun.requests:
             yield repeat, request
 
 
@@ -205,9 +205,9 @@ def _serve_as_they_arrive(begun: CellRecord, system: SystemUnderTest) -> Iterato
             try:
                 _begin_repeat(begun, system)
             except (Exception, SystemExit) as error:
-                yield from (_failed(begun.keys(repeat, r), error) for r in begun.trace.requests)
+                yield from (_failed(begun.keys(repeat, r), error) for r in begun.requests)
                 continue
-            for arrived in send(begun.trace.requests, begun.cell.speed, submit):
+            for arrived in send(begun.requests, begun.cell.speed, submit):
                 keys = begun.keys(repeat, arrived.request)
                 if arrived.served is None:
                     yield _failed(keys, arrived.error or DjinnError("no result"))

@@ -83,6 +83,11 @@ class CellRecord:
         self.other_gpu_processes = machine.other_gpu_processes()
         self.memory = nvml.MemoryWatch()
 
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The requests of one repeat: those of the trace, or as many as the cell has."""
+        return self.trace.requests[: self.cell.requests]
+
     def prompt(self, request: Request) -> list[int]:
         """Return the prompt of a request as token ids, from the model's files."""
         files = self.bench.models[request.model]
@@ -165,6 +170,7 @@ class CellRecord:
                 **profile.model_dump(exclude={"cells", "systems"}),
                 "page_bytes": self.page_bytes,
                 "repeats": self.cell.repeats,
+                "requests": len(self.requests),
                 "mode": self.cell.mode,
                 "start": self.cell.start,
                 "speed": str(self.cell.speed),

@@ -13,18 +13,21 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import sys
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning.local_provisioner import LocalProvisioner
 
-# Imports of cells and of notebooks that read rows, the slowest first. If one is missing here or in
-# the installed version of its package, kernels only start more slowly.
+# Imports of cells, of notebooks that read rows and of the page, the slowest first. If one is
+# missing here or in the installed version of its package, processes only start more slowly.
 _IMPORTED = [
     "torch._dynamo", "transformers.modeling_utils", "transformers.generation",
     "transformers.loss.loss_utils", "transformers.conversion_mapping",
@@ -36,7 +39,7 @@ _IMPORTED = [
     "scipy.stats", "pydantic", "yaml", "tqdm", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "matplotlib.backends.backend_pdf", "seaborn",
     "matplotlib_inline.backend_inline",
-    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute",
+    "IPython.core.interactiveshell", "ipykernel.kernelapp", "papermill.execute", "nbconvert",
 ]  # fmt: skip
 
 
@@ -45,6 +48,25 @@ def fork_context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     return context
+
+
+def import_ahead() -> None:
+    """Start that process, which imports for seconds, and do not wait for it."""
+    # By default OpenMP's threads spin while they wait for each other. If another process needs the
+    # cores too, they keep the awaited thread from running, and a cell takes five times as long.
+    # With "passive" they sleep. Torch reads it on import, before the first fork.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    fork_context()
+    _forkserver.ensure_running()
+
+
+def begin_worker() -> None:
+    """Prepare a forked process to fork kernels too; the run handles Ctrl-C and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.version_info < (3, 14):
+        # It has the address of the process that it was forked from. But Python looks for a pid that
+        # only the run knows, and would start another one, with all the imports again.
+        vars(_forkserver)["ensure_running"] = lambda: None
 
 
 class ForkingKernelManager(AsyncKernelManager):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import papermill
 from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
@@ -30,7 +29,12 @@ from traitlets.config import Config
 
 from djinn_lib.errors import ConfigError, in_words
 from djinn_lib.experiment.execution.by_hand import executing
-from djinn_lib.experiment.execution.kernels import ForkingKernelManager, fork_context
+from djinn_lib.experiment.execution.kernels import (
+    ForkingKernelManager,
+    begin_worker,
+    fork_context,
+    import_ahead,
+)
 from djinn_lib.experiment.execution.notebook_logs import log_of, move_messages
 from djinn_lib.experiment.manifest import Status
 from djinn_lib.paths import NOTEBOOKS, python_path
@@ -45,6 +49,7 @@ _NAMED_KINDS = {
 _AT_ONCE = 4  # each uses up to a gigabyte of memory
 _START_S = 180  # until a kernel answers; on a busy machine a minute may be too short
 _SOCKET = "/djinn-kernel-12345678/socket-5"  # pattern of the names of a kernel's sockets
+_T = TypeVar("_T")
 _TYPES = {"str": str, "int": int, "float": (int, float), "bool": bool}
 
 
@@ -158,9 +163,14 @@ def side_by_side(jobs: Mapping[str, Callable[[], Status]]) -> Iterator[Status]:
             raise
 
 
+def in_a_fork(function: Callable[..., _T], *arguments: Any) -> _T:
+    """Call a function in a process that has the imports of `kernels`; return its result."""
+    with _pool(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def _pool(n: int) -> Executor:
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # the run handles Ctrl-C and ends them
-    return ProcessPoolExecutor(n, fork_context(), initializer=signal.signal, initargs=ignore)
+    return ProcessPoolExecutor(n, fork_context(), initializer=begin_worker)
 
 
 def _kind(failure: PapermillExecutionError) -> str:
@@ -183,10 +193,7 @@ def one_kernel(name: str | None = None, fork: bool = False) -> Iterator[KernelMa
     # Kernels of other environments must also find djinn_lib in this checkout.
     os.environ["PYTHONPATH"] = python_path()
     if fork:  # without a GPU, or without a measurement
-        # By default OpenMP's threads spin while they wait for each other. If another process needs
-        # the cores too, they keep the awaited thread from running, and a cell takes five times as
-        # long. With "passive" they sleep. Torch reads it on import, before the first fork.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import_ahead()
     with _sockets() as config:
         manager = kind(kernel_name=name or NATIVE_KERNEL_NAME, config=config)
         try:
