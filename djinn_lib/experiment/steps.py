@@ -155,9 +155,8 @@ def run_step(step: Step, run: RunFolder, profile: Profile) -> Status:
         from djinn_lib.experiment.execution.kernels import import_ahead
 
         import_ahead()
-    from djinn_lib.experiment.execution.notebooks import (
-        execute,  # imports papermill, which takes seconds
-    )
+    # It imports papermill, which takes seconds.
+    from djinn_lib.experiment.execution.notebooks import execute
 
     before = read_status(run.notebook(step.notebook))
     took_s = before.seconds if before and before.settled else None

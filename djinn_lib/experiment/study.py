@@ -224,7 +224,7 @@ def _trace(point: Point, rate_per_s: float) -> Trace:
     return _made(point.traffic, point.n_requests, point.alpha, names, point.seed, rate_per_s)
 
 
-@lru_cache(maxsize=2)  # consecutive points have the same traffic; making and hashing it takes long
+@lru_cache(maxsize=2)  # consecutive points have the same trace, and making it takes long
 def _made(traffic: Traffic, *arguments: Any) -> Trace:
     return (zipf_trace if traffic == "independent" else session_trace)(*arguments)
 

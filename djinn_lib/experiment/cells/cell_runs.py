@@ -122,9 +122,8 @@ def execute_cell(
     keep_running: bool = False,
 ) -> Status:
     """Execute a cell's notebook, in a new or a given kernel; return its status."""
-    from djinn_lib.experiment.execution.notebooks import (
-        execute,  # imports papermill, which takes seconds
-    )
+    # It imports papermill, which takes seconds.
+    from djinn_lib.experiment.execution.notebooks import execute
 
     files = run.cell(cell.id)
     with suppress(OSError):  # rows of an interrupted execution do not belong to this one
