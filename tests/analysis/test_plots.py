@@ -175,6 +175,13 @@ def test_a_system_with_fewer_requests_is_labelled_so(draw, at_25):
     assert labels and not whole
 
 
+def test_the_pace_of_a_system_with_fewer_requests_ends_early(at_25):
+    rows = at_25[at_25["system"].isin(["djinn", "pytorch_lru"])]
+    few = rows[(rows["system"] != "pytorch_lru") | (rows["request"] < 12)]
+    grid = decode_pace(few).axes[0].collections[0].get_array()
+    assert np.ma.count(grid[0]) == 30 and np.ma.count(grid[-1]) == 12
+
+
 def test_cdf_passes_through_the_median():
     rows = cell_rows("djinn")
     line = latency_cdf(rows).axes[0].lines[0]

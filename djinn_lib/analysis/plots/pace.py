@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,15 +35,16 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     """Draw each decoding time as a multiple of the fastest of its model and system.
 
     A band is a system, and a line in it is a repeat. A dark column means that a request is slow in
-    every repeat. Other dark patches come from outside, such as a slow host. Failed requests are
-    white.
+    every repeat. Other dark patches come from outside, such as a slow host. Requests that
+    failed, or that the system did not get, are white.
 
     Raises:
         RecordError: there are no rows, or they are not of one trace, capacity and mode.
     """
     require_one_cell_each(rows, "the pace of decoding")
     rows, unavailable = split_unavailable(rows)
-    bands = {system: _multiples(rows[rows["system"] == system])
+    requests = sorted(rows["request"].unique())
+    bands = {system: _multiples(rows[rows["system"] == system], requests)
              for system in order_systems(rows["system"])}  # fmt: skip
     grid, middles = _stacked(list(bands.values()))
     size_in = (DOUBLE_COLUMN_IN, 0.9 + _ROW_IN * max(len(grid), 12))
@@ -62,10 +65,11 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def _multiples(rows: pd.DataFrame) -> np.ndarray:
+def _multiples(rows: pd.DataFrame, requests: Sequence[int]) -> np.ndarray:
     """Return decoding times relative to the fastest; one line for each repeat."""
     table = rows.assign(multiple=decode_multiples(rows))
-    return table.pivot(index="repeat", columns="request", values="multiple").to_numpy(dtype=float)
+    grid = table.pivot(index="repeat", columns="request", values="multiple")
+    return grid.reindex(columns=requests).to_numpy(dtype=float)
 
 
 def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
