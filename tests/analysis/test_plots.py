@@ -167,13 +167,6 @@ def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
     assert lines["Djinn"].get_ydata()[-1] == 100
 
 
-def test_cdf_passes_through_the_median():
-    rows = cell_rows("djinn")
-    line = latency_cdf(rows).axes[0].lines[0]
-    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
-    assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
-
-
 def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame):
     left = latency_breakdown(at_25).axes[0]
     assert left.get_xscale() == "log"
@@ -202,11 +195,6 @@ def test_load_is_counted_against_a_target():
     assert (table["n"] == 30).all()
 
 
-def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
-    assert "paper: P50, P99" in texts(latency_cdf(at_25, PAPER))
-    assert "paper" not in texts(latency_cdf(at_25))
-
-
 def test_phases_add_up_to_the_total(at_25: pd.DataFrame):
     rows = at_25[at_25["ok"]]
     assert phases_ms(rows).sum(axis=1).tolist() == pytest.approx(rows["total_ms"].tolist())
@@ -233,20 +221,6 @@ def test_residency_hatches_exactly_the_partial_models():
     partial = sum(((table[m] > 0) & (table[m] < size)).sum() for m, size in SIZES.items())
     hatched = [bar for bar in held.patches if bar.get_hatch() and bar.get_height() > 0]
     assert len(hatched) == partial > 0
-
-
-def test_residency_leaves_failed_requests_blank():
-    rows = cell_rows("djinn")
-    rows.loc[5, ["ok", "error_kind", "resident_bytes"]] = [False, "oom", "{}"]
-    assert resident_bytes(rows).loc[5].isna().all()
-    assert "1 of 30 requests failed" in texts(residency_over_time(rows))
-
-
-def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
-    faces = figures["trace_timeline"].axes[0].collections[0].get_facecolors()
-    models = [request.model for request in paper_trace().requests]
-    filled = [i == 0 or models[i] != models[i - 1] for i in range(len(models))]
-    assert [bool((face[:3] < 1).any()) for face in faces] == filled
 
 
 def test_saved_files_are_the_same_bytes_every_time(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from tiny import PROMPT, saved
 from tiny_run import cell_of, copied, prepare
 
 from djinn_lib.errors import ConfigError, TraceError
-from djinn_lib.experiment import record
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
 from djinn_lib.experiment.weights import describe
@@ -170,33 +168,3 @@ def test_a_trace_without_requests(bench):
     with pytest.raises(TraceError, match=r"at least 1 request, .*generate the trace again"):
         run_cell(bench, cell)
     assert not bench.run.cell(cell.id).rows.exists()
-
-
-def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
-    from datetime import UTC, datetime
-
-    class Jumping:
-        """A clock that someone sets back by a day at each look."""
-
-        at_s = 2e9
-
-        @classmethod
-        def time(cls):
-            cls.at_s -= 86_400
-            return cls.at_s
-
-        @classmethod
-        def now(cls, zone=None):
-            return datetime.fromtimestamp(cls.time(), zone or UTC)
-
-    monkeypatch.setattr(time, "time", Jumping.time)
-    monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(record, "datetime", Jumping)
-    begin_s = time.perf_counter()
-    rows = run_cell(bench, cell_of(bench, "djinn"))
-    wall_s = time.perf_counter() - begin_s
-    assert Jumping.at_s < 2e9  # it was looked at
-    assert rows["ok"].all() and rows["start_s"].is_monotonic_increasing
-    assert rows["start_s"].between(0, wall_s).all()
-    assert rows["total_ms"].between(0, wall_s * 1e3).all()
-    assert rows["total_ms"].sum() < wall_s * 1e3

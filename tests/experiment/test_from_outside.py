@@ -58,12 +58,6 @@ def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):
 # -- parameters of notebooks -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [5, None, "", "  ", ["a"], "a\0b"], ids=repr)
-def test_what_is_no_folder(value):
-    with pytest.raises(ConfigError, match="expected a folder as run_dir"):
-        folder(value)
-
-
 def test_folders(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="got the file"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from dataclasses import asdict
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from djinn_lib import files
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.manifest import (
     Status,
@@ -121,18 +119,6 @@ def test_an_execution_is_noted_beside_what_the_rows_are_from(tmp_path):
     note_execution(path, asdict(status))
     assert read_execution(path) == status
     assert read_manifest(path) == {**MANIFEST, "execution": asdict(status)}
-
-
-def test_a_full_disk_leaves_the_manifest_as_it_was(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "cell.manifest.json"
-    write_manifest(MANIFEST, path)
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        note_execution(path, asdict(Status("t", "ok", 1.0)))
-    assert read_manifest(path) == MANIFEST and len(list(tmp_path.iterdir())) == 1
 
 
 def test_manifests_of_the_reference_run_can_be_read():
