@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +21,6 @@ from djinn_lib.experiment.inputs import cell_inputs, is_current
 from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.experiment.ray_cells import Driver, Outcome, run_apart, run_cells_on_ray, take_back
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows
 
 Execute = Callable[[RunFolder, Any, Any], Status]
@@ -170,25 +166,3 @@ def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path,
     driver = Driver(bench.run_dir, None)
     with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match=r"the GPU .* is in use"):
         run_apart(profile, cell, {}, driver)
-
-
-@pytest.mark.slow
-def test_a_cell_that_ray_ran_is_complete_and_up_to_date_for_the_local_executor(tmp_path: Path):
-    pytest.importorskip("ray")
-
-    def reproduce_with(executor: str) -> str:
-        command = [sys.executable, "-m", "djinn_lib.cli", "reproduce", "--profile", "smoke"]
-        command += ["--run-dir", str(tmp_path), "--executor", executor]
-        done = subprocess.run(
-            [*command, "cell:paper-25-djinn"], cwd=REPO, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert "paper-25-djinn: 1 of 1 back" in reproduce_with("ray")
-    file = RunFolder(tmp_path).cell("paper-25-djinn").rows
-    rows = read_rows(file)
-    assert len(rows) == 60 and rows["ok"].all()
-    before = file.stat().st_mtime_ns
-    assert "..." not in reproduce_with("local")  # no notebook was executed
-    assert file.stat().st_mtime_ns == before

@@ -150,9 +150,11 @@ def test_a_source_that_is_not_there_is_refused(tmp_path, source, message):
 def test_the_real_model_answers(smollm2):
     assert smollm2.n_bytes == SMOLLM2_PARAMETERS * 4 and smollm2.dtype == "float32"
     with dj.Djinn("600MiB") as djinn:
-        djinn.add("smollm2", smollm2.folder)
-        answer = djinn.generate("smollm2", "The capital of France is", max_new_tokens=4)
-    assert answer.text is not None and "Paris" in answer.text
+        model = djinn.add("smollm2", smollm2.folder)
+        answer = model.generate("The capital of France is", max_new_tokens=4)
+        said = model.chat("What is the capital of France?", 20)
+    assert "Paris" in str(answer.text) and "Paris" in str(said.text)
+    assert said.finish_reason == "stop"
 
 
 # -- prompts ---------------------------------------------------------------------------------

@@ -84,6 +84,9 @@ def test_every_step_goes_well_and_a_second_run_does_nothing(smoke):
     assert {run.cell(cell.id).task for cell in profile.all_cells()} < set(states)
     assert states.pop("02_run_system.paper-25-vllm_sleep") == "unavailable"
     assert set(states.values()) == {"ok"} and run.page.exists()
+    drawn = {path.stem for path in run.figures.glob("*.pdf")}
+    assert {"latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded"} <= drawn
+    assert {"sensitivity", "simulator_validation"} <= drawn
     assert all(claim["verdict"] for claim in json.loads(run.claims.read_text()))
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file() and p != run.lock}
     again = reproduce(run)
@@ -127,6 +130,17 @@ def test_who_stops_a_run_ends_all_its_processes_and_keeps_the_journal(run, numbe
     assert not first.journal.exists() and n_rows_aside(first) >= 3
 
 
+def test_a_cell_that_ray_ran_is_complete_and_up_to_date_for_the_local_executor(run):
+    pytest.importorskip("ray")
+    cell = run.cell(FIRST)
+    done = reproduce(run, "--executor", "ray", NAMES[0])
+    assert done.returncode == 0 and f"{FIRST}: 1 of 1 back" in done.stdout, done.stderr
+    assert len(read_rows(cell.rows)) == 60 and read_rows(cell.rows)["ok"].all()
+    before = cell.rows.stat().st_mtime_ns
+    assert "..." not in reproduce(run, NAMES[0]).stdout  # no notebook was executed
+    assert cell.rows.stat().st_mtime_ns == before
+
+
 def n_rows_aside(cell: CellFiles) -> int:
     return len((cell.earlier / cell.journal.name).read_text().splitlines())
 
@@ -145,5 +159,3 @@ def test_a_kernel_that_is_killed_costs_the_requests_that_were_left(run):
     assert rows["ok"].tolist() == [True] * n_ok + [False] * (60 - n_ok)
     assert set(rows.loc[~rows["ok"], "error_kind"]) == {"kernel_died"}
     assert read_rows(second.rows)["ok"].all()  # the other cell went on
-    done = reproduce(run, *NAMES)
-    assert done.returncode == 0 and read_rows(first.rows)["ok"].all()

@@ -172,17 +172,12 @@ def test_unknown_options_and_systems_are_refused(models):
         system_class("djinn2")
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_lru", pytest.param("ray_actors", marks=pytest.mark.slow)]
-)
-def test_a_model_larger_than_the_capacity_is_refused(models, name):
-    system = system_class(name)(models, 1000, "cpu")
-    system.start()
-    try:
-        with pytest.raises(CapacityError, match="raise the capacity"):
-            system.serve("llama", PROMPT, 1)
-    finally:
-        system.close()
+@pytest.mark.parametrize("system", [("pytorch_lru", {}), marked(("ray_actors", {}))], indirect=True)
+def test_a_model_larger_than_the_capacity_is_refused(system, monkeypatch):
+    system.reset()
+    monkeypatch.setattr(system, "capacity_bytes", 1000)
+    with pytest.raises(CapacityError, match="raise the capacity"):
+        system.serve("llama", PROMPT, 1)
 
 
 def test_sleep_mode_says_why_it_cannot_run_here():

@@ -3,14 +3,13 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from forked import run_script
 from safetensors.torch import load_file
 from tiny import PROMPT, spec
 from torch import nn
@@ -219,10 +218,7 @@ def test_a_storage_that_outlives_its_lease_cannot_be_read(djinn):
 @pytest.mark.slow
 def test_no_operation_on_an_unmapped_weight_ends_the_process():
     """In a process of its own: what is tried here crashes where it is not refused."""
-    done = subprocess.run(
-        [sys.executable, REPO / "tests" / "support" / "unmapped_weights.py"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_script(REPO / "tests" / "support" / "unmapped_weights.py")
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert "refused" in done.stdout
 
