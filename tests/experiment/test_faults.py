@@ -9,14 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_damage import flip_a_bit
-from tiny import PROMPT, saved
 from tiny_run import cell_of, copied, prepare
 
-from djinn_lib.errors import ConfigError, TraceError
+from djinn_lib.errors import TraceError
 from djinn_lib.experiment.bench import Bench
 from djinn_lib.experiment.cell import run_cell
-from djinn_lib.experiment.weights import describe
-from djinn_lib.rows import classify_error
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned
 from djinn_lib.systems.serverless import Serverless
@@ -122,24 +119,6 @@ def test_memory_that_a_failed_request_held_is_given_back(bench, monkeypatch):
 
 
 # -- requests --------------------------------------------------------------------------------
-
-
-def test_requests_that_a_model_cannot_serve():
-    models = {"opt": describe("opt", saved("opt"))}  # it learned 128 positions
-    served = Serverless(models, 1 << 20, "cpu")
-    served.start()
-    try:
-        for prompt, n, message in (
-            ([3] * 120, 20, r"at most 128 tokens .* got 120 \+ 20"),
-            ([3, 500], 2, "token ids from 0 to 499, got 500"),
-            ([], 2, "at least 1 token"),
-        ):
-            with pytest.raises(ConfigError, match=message) as caught:
-                served.serve("opt", prompt, n)
-            assert classify_error(caught.value) == "bad_input"
-        assert len(served.serve("opt", PROMPT, 2).token_ids) == 2
-    finally:
-        served.close()
 
 
 @pytest.mark.parametrize("method", ["serve", "reset"])

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from row_factory import SIZES, cell_rows
 
-from djinn_lib.errors import RecordError
 from djinn_lib.experiment import kept_rows
 from djinn_lib.experiment.kept_rows import DIED, keep, read_journal, set_aside, whole_frame
 from djinn_lib.experiment.manifest import read_manifest
@@ -171,11 +170,6 @@ def test_a_row_that_is_wrong_costs_no_other(column, value):
     (wrong,) = frame.iloc[[4]].to_dict("records")
     assert (wrong["ok"], wrong["error_kind"], wrong["request"]) == (False, "other", 4)
     assert "breaks the schema" in wrong["error"] and f'"{column}": ' in wrong["error"]
-
-
-def test_no_rows_are_still_refused():
-    with pytest.raises(RecordError, match="at least 1 row"):
-        whole_frame([])
 
 
 # -- journals ----------------------------------------------------------------------------------

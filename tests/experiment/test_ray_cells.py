@@ -57,16 +57,6 @@ def measures_and_fails(run: RunFolder, profile: Any, cell: Any) -> Status:
     return Status(run.cell(cell.id).task, "failed", 1.0, "disk_full", "cannot be kept")
 
 
-def finds_no_room(run: RunFolder, profile: Any, cell: Any) -> Status:
-    """A worker whose disk was full when it came to writing rows; four are in the journal."""
-    measures(run, profile, cell)
-    files = run.cell(cell.id)
-    rows = read_rows(files.rows).to_dict("records")
-    files.journal.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
-    files.rows.unlink(), files.manifest.unlink()
-    return Status(files.task, "failed", 1.0, "disk_full", "No space left on device")
-
-
 def apart(bench: Bench, cell: Any, execute: Execute, monkeypatch: Any, **driver: Any) -> Outcome:
     """The outcome of a cell that a worker runs, whose notebook does what `execute` does."""
     monkeypatch.setattr(ray_cells, "execute_cell", execute)
@@ -121,15 +111,6 @@ def test_a_worker_whose_notebook_fails_after_the_cell_loses_no_row(bench, cell, 
     manifest = read_manifest(files.manifest)
     assert manifest["run_id"] == rows["run_id"][0]
     assert manifest["execution"]["error"] == later.error
-
-
-def test_a_worker_without_room_for_rows_says_so_and_what_it_measured_is_kept(
-    bench, cell, monkeypatch
-):
-    status = back(bench, cell, Result(apart(bench, cell, finds_no_room, monkeypatch)))
-    rows = read_rows(bench.run.cell(cell.id).rows)
-    assert rows["ok"].tolist() == [True] * 4 + [False] * 2
-    assert set(rows.loc[~rows["ok"], "error_kind"]) == {"disk_full"} == {status.error_kind}
 
 
 def test_a_notebook_that_went_well_without_rows_is_a_failure(bench, cell, monkeypatch):

@@ -5,7 +5,6 @@ import json
 import pickle
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from command import djinn
@@ -286,19 +285,6 @@ def test_the_explorer_redraws_and_keeps(tmp_path, monkeypatch):
     keep.click()
     assert (tmp_path / "kept" / "explore.png").stat().st_size > 10_000
     assert str(tmp_path / "kept" / "explore.png") in kept.value
-
-
-@pytest.mark.parametrize("n_models", [3, 20])
-def test_every_model_has_a_colour_and_a_name(n_models):
-    figure = explore.picture(100.0, n_models, traffic=explore.TRAFFIC[n_models > 3])
-    (legend,) = figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    colors = {patch.get_facecolor() for patch in legend.get_patches()}
-    assert len(names) == len(colors) == n_models
-    figure.canvas.draw()
-    assert figure.bbox.contains(*legend.get_window_extent().min)
-    assert figure.bbox.contains(*legend.get_window_extent().max)
-    plt.close(figure)
 
 
 def test_the_explorer_can_be_executed_without_a_screen(tmp_path):

@@ -97,15 +97,6 @@ def test_failures_are_counted_by_cell(page: str):
     assert "02_run_system.paper-25-vllm_recreate: oom" not in page  # not said twice
 
 
-def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu", few=True)
-    task = "02_run_system.paper-25-vllm_recreate"
-    note(folder, Status(task, "failed", 1.0, "other", "no picture"))
-    page = build_report(folder).read_text()
-    assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
-    assert f"{task}: other: no picture" in page
-
-
 def test_unavailable_systems_are_no_failures(page: str):
     assert f"<strong>vLLM sleep</strong>: {UNAVAILABLE['vllm_sleep']}" in page
     assert "<strong>paper-25-vllm_sleep</strong>" not in page
