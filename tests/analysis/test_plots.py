@@ -17,7 +17,6 @@ from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
     byte_scale,
-    sample_note,
     save_figure,
 )
 from djinn_lib.analysis.plots.switches import switch_cdf
@@ -86,20 +85,6 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
 def texts(figure: Figure) -> str:
     found = figure.findobj(mpl.text.Text)
     return " ".join(" ".join(text.get_text().split()) for text in found)
-
-
-def test_figures_say_how_many_requests_they_rest_on():
-    assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
-    both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
-    assert sample_note(both) == "n = 30 requests of each system, 1 to 5 repeats."
-    sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
-    assert sample_note(sweep) == (
-        "n = 30 requests of each system at each capacity, 1 to 5 repeats."
-    )
-    assert sample_note(both.iloc[:0]) == ""
-    for draw in (latency_cdf, latency_breakdown, bytes_loaded):
-        assert "n = 30 requests of each system, 1 to 5 repeats" in draw(both).get_supxlabel()
-    assert "at each capacity" in sensitivity(sweep, "pytorch_lru").get_supxlabel()
 
 
 def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
@@ -175,14 +160,6 @@ def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame)
     assert drawn[0].get_xdata()[0] == pytest.approx(totals.mean())
     ((low, _), (high, _)) = drawn[2][0].get_segments()[0]
     assert low < totals.mean() < high
-
-
-def test_switches_say_what_was_found_and_what_is_drawn_elsewhere(figures: dict[str, Figure]):
-    shown = texts(figures["switches"])
-    assert "found whole: 50%" in shown and "found not at all: 17%" in shown
-    tiny = cell_rows("djinn")
-    tiny.loc[3, "switch_ms"] = 0.0
-    assert "1 switches below 0.01 ms" in switch_cdf(tiny, PAPER).get_supxlabel()
 
 
 def test_load_is_counted_against_a_target():

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from row_factory import cell_rows
+from run_factory import MACHINE, manifest_of
 
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.manifest import (
@@ -19,41 +21,6 @@ from djinn_lib.experiment.manifest import (
 )
 from djinn_lib.paths import REFERENCE
 
-MANIFEST = {
-    "run_id": "paper-25-djinn-20261123",
-    "cell": "paper-25-djinn",
-    "system": "djinn",
-    "options": {"overlap": False},
-    "profile": "cpu",
-    "git_commit": "0123456789abcdef",
-    "git_dirty": True,
-    "other_gpu_processes": [],
-    "versions": {"python": "3.11.2"},
-    "machine": {"device": "cpu", "link_rate_bytes_per_s": 8e9, "hbm_rate_bytes_per_s": None},
-    "trace_sha256": "0" * 64,
-    "models": {"phi-mini": {"bytes": 1000, "dtype": "float32", "sha256": "1" * 64}},
-    "parameters": {"page_bytes": 1 << 20},
-    "started_at_utc": "2026-11-23T06:00:00+00:00",
-    "wall_s": 10.5,
-    "setup_s": 1.0,
-    "stolen_share": 0.01,
-    "host_loop_us": [[210.5, 211.0], [209.9, 640.2]],
-    "notes": ["pinning does nothing without CUDA"],
-    "execution": None,
-    "gpu_uuid": None,
-    "batches": False,
-    "peak_device_bytes": None,
-    "running_since": None,
-}
-
-
-def test_a_manifest_comes_back_as_it_was(tmp_path):
-    path = tmp_path / "new" / "cell.manifest.json"
-    write_manifest(MANIFEST, path)
-    assert read_manifest(path) == json.loads(path.read_text()) == MANIFEST
-    assert [file.name for file in path.parent.iterdir()] == ["cell.manifest.json"]
-
-
 NEWER = {
     "stolen_share": None,
     "host_loop_us": [],
@@ -62,7 +29,15 @@ NEWER = {
     "batches": None,
     "peak_device_bytes": None,
     "running_since": None,
-}  # fields that older manifests lack
+}  # fmt: skip  (fields that older manifests lack)
+MANIFEST = NEWER | manifest_of("paper-25-djinn", cell_rows("djinn").iloc[0], MACHINE)
+
+
+def test_a_manifest_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "new" / "cell.manifest.json"
+    write_manifest(MANIFEST, path)
+    assert read_manifest(path) == json.loads(path.read_text()) == MANIFEST
+    assert [file.name for file in path.parent.iterdir()] == ["cell.manifest.json"]
 
 
 @pytest.mark.parametrize("field", ["run_id", "models", "notes"])

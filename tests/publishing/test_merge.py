@@ -112,25 +112,6 @@ def test_machine_json_tells_of_every_machine(parts, tmp_path):
     assert list(table["link_rate (GB/s)"]) == [8.0, 10.0] and list(table["cells"]) == [2, 1]
 
 
-def test_a_merged_run_can_be_a_part(parts, tmp_path):
-    merge(tmp_path / "half", parts)
-    third = part_of(tmp_path / "three", {"pytorch_pinned": 0}, FASTER)
-    change_manifest(third, "pytorch_pinned", started_at_utc="2026-11-25T06:00:00+00:00")
-    merge(tmp_path / "run", [tmp_path / "half", third])
-    state = json.loads((tmp_path / "run" / "machine.json").read_text())
-    cells = {m["part"]: len(m["cells"]) for m in state["machines"]}
-    assert cells == {"one": 2, "two": 1, "three": 1}
-    manifest = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")
-    assert manifest["notes"] == ["ran in the part one"]
-    setups = {
-        path.name: json.loads(path.read_text())["of"]
-        for path in (tmp_path / "run" / "notebooks").glob("00_setup*")
-    }
-    assert setups == {
-        "00_setup.ipynb": "three", "00_setup.one.ipynb": "one", "00_setup.two.ipynb": "two"
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("failed", "taken"), [({"djinn": 0}, "later"), ({"djinn": 3}, "early")], ids=["whole", "broken"]
 )
