@@ -158,6 +158,14 @@ def test_what_is_gone_is_made_again(run, kernels):
     assert run() == (0, []) and kernels.run.page.exists()
 
 
+def test_what_another_notebook_has_half_written_belongs_to_none(run, kernels):
+    half = kernels.run.figures / ".zipf.partial.png"
+    kernels.during["04_figures"] = lambda: (half.parent.mkdir(), half.write_text("half")) and None
+    run()
+    half.unlink()
+    assert run() == (0, [])
+
+
 def test_a_file_edited_while_a_cell_runs_has_it_run_again_by_the_next_command(
     run, kernels, library, capsys
 ):
