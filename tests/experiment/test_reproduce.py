@@ -160,7 +160,12 @@ def test_what_is_gone_is_made_again(run, kernels):
 
 def test_what_another_notebook_has_half_written_belongs_to_none(run, kernels):
     half = kernels.run.figures / ".zipf.partial.png"
-    kernels.during["04_figures"] = lambda: (half.parent.mkdir(), half.write_text("half")) and None
+
+    def write_half() -> None:
+        half.parent.mkdir()
+        half.write_text("half")
+
+    kernels.during["04_figures"] = write_half
     run()
     half.unlink()
     assert run() == (0, [])
