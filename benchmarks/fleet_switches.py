@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from djinn_lib.files import write_json
 from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
 from djinn_lib.fleet.fleet import Fleet
-from djinn_lib.fleet.options import KV_CACHE_BYTES
+from djinn_lib.fleet.options import defaults_on
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.units import format_bytes, parse_bytes
 
@@ -56,6 +57,11 @@ class Case:
     dtype: str
     options: Mapping[str, Any] = field(default_factory=dict)
     bytes_a_weight: float = 2.0  # on the ring; the checkpoint may have more
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The options of its engine that others do not have."""
+        return {"dtype": self.dtype, **self.options}
 
 
 _DENSE = {
@@ -95,6 +101,12 @@ def main() -> int:
     parser.add_argument("--switches", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=50 if gpu else 12, help="of each request")
     parser.add_argument("--prompt-tokens", type=int, default=110 if gpu else 12)
+    parser.add_argument(
+        "--enforce-eager",
+        action=argparse.BooleanOptionalAction,
+        default=not gpu,
+        help="without compiled code",
+    )
     parser.add_argument("--page", default="64MiB" if gpu else "256KiB")
     parser.add_argument("--folder", type=user_path, help="of the models; default: a temporary one")
     parser.add_argument(
@@ -118,23 +130,35 @@ def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str,
     folders = dict(_checkpoints(cases, folder, device))
     prompts = _prompts(cases, options.prompt_tokens)
     engine_options = _engine_options(options, device)
-    plain = {
-        one.name: _plain(one, folders[one.name], prompts[one.name], engine_options, options.tokens)
-        for one in cases
-    }
+    with ThreadPoolExecutor() as threads:  # engines take minutes to start, mostly to compile
+        plain = dict(
+            threads.map(
+                lambda one: (
+                    one.name,
+                    _plain(one, folders[one.name], prompts[one.name], engine_options, options),
+                ),
+                cases,
+            )
+        )
     sizes = {one.name: _ring_bytes(one, folders[one.name]) for one in cases}
     capacity = max(int(SHARE * sum(sizes.values())), max(sizes.values()))
     capacity += 2 * parse_bytes(options.page)
     served: dict[str, list[dict[str, Any]]] = {one.name: [] for one in cases}
     with Fleet(capacity, device, options.page) as fleet:
+        with ThreadPoolExecutor() as threads:
+            adding = [
+                threads.submit(fleet.add, one.name, folders[one.name], **engine_options, **one.own)
+                for one in cases
+            ]
+            for one in adding:
+                one.result()
         for one in cases:
-            fleet.add(one.name, folders[one.name], **engine_options, **_own(one))
             print(f"{one.name}: {format_bytes(fleet.engine(one.name).call('ring_bytes'))}")
-        for i in range(options.switches + len(cases)):  # the last model started is resident
+        for i in range(options.switches + len(cases)):  # those that are resident at first
             name, prompt = cases[i % len(cases)].name, i // len(cases) % N_PROMPTS
             g = fleet.generate(name, prompts[name][prompt], options.tokens, ignore_eos=True)
             served[name].append(
-                {"equal": g.token_ids == plain[name][prompt], "loaded_bytes": g.loaded_bytes,
+                {"prompt": prompt, "tokens": g.token_ids, "loaded_bytes": g.loaded_bytes,
                  "ttft_ms": g.ttft_ms, "total_ms": g.total_ms}
             )  # fmt: skip
         stats = fleet.stats().set_index("model")
@@ -149,16 +173,26 @@ def measure(options: argparse.Namespace, folder: Path, device: str) -> dict[str,
 
 
 def _row(name: str, requests: list[dict[str, Any]], plain: list[Tokens], stats: Any) -> Any:
+    first = {one["prompt"]: one["tokens"] for one in reversed(requests)}
     return {
         "model": name,
         "requests": len(requests),
-        "equal_to_plain_vllm": sum(one["equal"] for one in requests),
+        "equal_to_plain_vllm": sum(one["tokens"] == plain[one["prompt"]] for one in requests),
+        "equal_to_the_first_time": sum(one["tokens"] == first[one["prompt"]] for one in requests),
+        "first_differing_token": min(
+            (_differs(first[i], plain[i]) for i in first), default=len(plain[0])
+        ),
         "distinct_tokens": len({token for ids in plain for token in ids}),
         "switches": int(stats.switches[name]),
         "loaded_bytes": int(stats.loaded_bytes[name]),
         "median_ttft_ms": round(statistics.median(one["ttft_ms"] for one in requests), 1),
         "median_total_ms": round(statistics.median(one["total_ms"] for one in requests), 1),
     }
+
+
+def _differs(a: Tokens, b: Tokens) -> int:
+    """Return the place of the first token that differs; their number without one."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def _checkpoints(cases: list[Case], folder: Path, device: str) -> Iterator[tuple[str, Path]]:
@@ -194,13 +228,9 @@ def _engine_options(options: argparse.Namespace, device: str) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "max_model_len": options.prompt_tokens + options.tokens + 16,
-        "enforce_eager": device == "cpu",
-        "kv_cache_memory_bytes": KV_CACHE_BYTES[device],
+        **defaults_on(device),
+        "enforce_eager": options.enforce_eager,
     }
-
-
-def _own(case: Case) -> dict[str, Any]:
-    return {"dtype": case.dtype, **case.options}
 
 
 def _ring_bytes(case: Case, folder: Path) -> int:
@@ -210,16 +240,20 @@ def _ring_bytes(case: Case, folder: Path) -> int:
 
 
 def _plain(
-    case: Case, folder: Path, prompts: list[list[int]], engine_options: dict[str, Any], n: int
+    case: Case,
+    folder: Path,
+    prompts: list[list[int]],
+    engine_options: dict[str, Any],
+    options: argparse.Namespace,
 ) -> list[Tokens]:
     """Return the tokens of vLLM without a ring, one request at a time."""
     print(f"plain vLLM with {case.name}", flush=True)
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    wanted = {"model": str(folder), "disable_log_stats": True, **engine_options, **_own(case)}
+    wanted = {"model": str(folder), "disable_log_stats": True, **engine_options, **case.own}
     with tempfile.TemporaryDirectory(prefix="djinn-plain-") as logs:
         engine = EngineClient(case.name, vllm_python(), wanted, Path(logs) / "log", variables)
         try:
-            parameters = {"max_tokens": n, "temperature": 0.0, "ignore_eos": True}
+            parameters = {"max_tokens": options.tokens, "temperature": 0.0, "ignore_eos": True}
             return [tuple(engine.submit(one, parameters).result()["token_ids"]) for one in prompts]
         finally:
             engine.close()

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from typing import Any
 
 import pandas as pd
@@ -77,7 +78,7 @@ def chosen(profile: Profile, models: list[str] | None) -> Profile:
 
 
 def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, write what is there after each model, and return it with its origin as plain data.
+    """Measure, write what is there after each form, and return it with its origin as plain data.
 
     An interrupted run keeps its rows: to add a large model can take minutes.
     """
@@ -100,34 +101,32 @@ def measure(profile: Profile, options: argparse.Namespace) -> dict[str, Any]:
         result["weights_sha256"] |= {f"{n}, {dtype}": files_sha256(f) for n, f in files.items()}
         for form in FORMS:
             link = facts["link_rate_bytes_per_s"]
-            for row in measured(same, files, form, options, link):
-                result["rows"].append({"dtype": dtype, **row})
-                write_json(options.out, result)
-                print(f"{dtype}, {form}, {row['model']}: measured", flush=True)
+            with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                rows = fresh.submit(measured, same, files, form, options.repeats, link).result()
+            result["rows"] += [{"dtype": dtype, **row} for row in rows]
+            write_json(options.out, result)
+            print(f"{dtype}, {form}: measured", flush=True)
     return result
 
 
 def measured(
-    profile: Profile,
-    files: dict[str, ModelFiles],
-    form: Any,
-    options: argparse.Namespace,
-    link: float,
-) -> Iterator[dict[str, Any]]:
-    """Yield one row for each model with one form of masters; all models fit into the ring."""
+    profile: Profile, files: dict[str, ModelFiles], form: Any, repeats: int, link: float
+) -> list[dict[str, Any]]:
+    """Return one row for each model with one form of masters; all models fit into the ring."""
     page_bytes = parse_bytes(profile.page)
     capacity = sum(f.n_bytes + page_bytes for f in files.values())
     prompts = {name: prompt_ids(f, profile.prompt_tokens, 0) for name, f in files.items()}
+    rows = []
     with Djinn(capacity, profile.device, page=profile.page, masters=form) as djinn:
         add_s = {n: timed(lambda f=f: djinn.add(f.name, f.folder)) for n, f in files.items()}
-        cases = Cases(djinn, prompts, profile.new_tokens, options.repeats)
+        cases = Cases(djinn, prompts, profile.new_tokens, repeats)
         for name in files:
             plain, stored = djinn.stats().masters[name]
             n_bytes = djinn.masters.layout(name).paged_bytes
-            loads_ms = [cases.load_ms(name) for _ in range(options.repeats + 1)][1:]
+            loads_ms = [cases.load_ms(name) for _ in range(repeats + 1)][1:]
             hit = cases.hit(name, djinn.decode_modes[name])
             link_ms = n_bytes / link * 1e3
-            yield {
+            row = {
                 "model": name,
                 "form": form,
                 "plain_bytes": plain,
@@ -142,7 +141,9 @@ def measured(
                 "ms_per_token": hit["ms_per_token"],
                 **beside(cases, name),
             }
+            rows.append(row)
         djinn.check()
+    return rows
 
 
 def beside(cases: Cases, model: str) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Check before the start that vLLM has the hooks that the ring needs.
 
 The ring uses existing hooks of vLLM only: a worker class by name, methods that a worker overrides,
-and the offloader that `make_layers` calls. A version without one of them is refused, and the error
-names the missing hook.
+the offloader that `make_layers` calls, and the dictionary in which attention looks up its layer. A
+version without one of them is refused, and the error names the missing hook.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ HOOKS = (
     "vllm.model_executor.offloader.base:set_offloader",
     "vllm.model_executor.offloader.base:BaseOffloader.wrap_modules",
     "vllm.model_executor.offloader.base:BaseOffloader.sync_prev_onload",
-    "vllm.model_executor.offloader.base:BaseOffloader.join_after_forward",
-    "vllm.model_executor.offloader.base:BaseOffloader._wait_for_layer",
     "vllm.forward_context:get_forward_context",
-    "vllm.model_executor.offloader.prefetch_ops:register_prefetch_offloader_ops",
+    "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase",
 )
 CPU_HOOKS = (
     "vllm.v1.worker.cpu_worker:CPUWorker.load_model",

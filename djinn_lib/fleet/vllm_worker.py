@@ -32,6 +32,7 @@ from djinn_lib.fleet.vllm_processes import end_process, end_with_server
 from djinn_lib.fleet.vllm_sleep_mode import RingSleepMode
 
 if TYPE_CHECKING:
+    from djinn_lib.fleet.vllm_offloader import RingOffloader
 
     class _Worker:  # the part of vLLM's workers that is used here
         vllm_config: Any
@@ -57,7 +58,7 @@ class LeasedSteps(_Worker):
     """Run every step of a worker under a lease, with its parameters on the ring's pages."""
 
     ring: RingModel | None = None
-    _n_first_bytes = 0  # must be loaded before the first layer
+    _offloader: RingOffloader
     _sleep_mode: RingSleepMode | None = None
     _n_open_steps = 0  # steps begun by `execute_model` that wait for `sample_tokens`
     _is_preparing = False  # within a long lease, whose steps need no lease of their own
@@ -71,6 +72,11 @@ class LeasedSteps(_Worker):
                 f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
             )
         end_with_server()
+        # Before anything else holds this dictionary.
+        from djinn_lib.fleet.vllm_offloader import UsedLayers
+
+        compilation = self.vllm_config.compilation_config
+        compilation.static_forward_context = UsedLayers(compilation.static_forward_context)
         super().init_device()
 
     def load_model(self, **options: Any) -> None:
@@ -79,11 +85,11 @@ class LeasedSteps(_Worker):
 
         connection = Connection(_socket_path())
         try:
-            offloader = RingOffloader()
-            offloader.install()
+            self._offloader = RingOffloader()
+            self._offloader.install()
             with self._parameters_kept():
                 super().load_model(**options)
-            packed = PackedParameters(self.model_runner.get_model(), offloader.layers)
+            packed = PackedParameters(self.model_runner.get_model(), self._offloader.layers)
         except BaseException:
             connection.close()
             raise
@@ -92,8 +98,8 @@ class LeasedSteps(_Worker):
             masters=os.environ.get(MASTERS, "plain"),
         )  # fmt: skip
         packed.bind(ring.view)
-        offloader.ends, offloader.ring = packed.layer_ends, ring
-        self._n_first_bytes = packed.outside_end if offloader.layers else ring.n_bytes
+        used = self.vllm_config.compilation_config.static_forward_context
+        self._offloader.begin(ring, packed.layer_ends, used)
         if hasattr(self.model_runner, "model_memory_usage"):  # torch cannot see pages of the ring
             usage = self.model_runner.model_memory_usage - ring.n_bytes
             self.model_runner.model_memory_usage = max(0, usage)
@@ -163,7 +169,7 @@ class LeasedSteps(_Worker):
         self._n_open_steps += 1
         output = None
         try:
-            ring.wait(self._n_first_bytes)
+            ring.wait(self._offloader.n_first_bytes)
             output = super().execute_model(scheduler_output)
         except BaseException:
             self._end_step()

@@ -227,8 +227,8 @@ def test_layers_compute_while_later_ones_load(folders):
     assert len(said["waits"]) == 4 and min(said["waits"]) > 0.02, "each waits for its own pages"
 
 
-def test_each_graph_of_a_prefill_waits_for_the_layers_that_begin_in_it():
-    script = Path(__file__).parents[1] / "support" / "vllm_graphs.py"
+def test_a_pass_waits_at_the_attention_of_each_layer_for_the_next_one():
+    script = Path(__file__).parents[1] / "support" / "vllm_waits.py"
     done = subprocess.run(
         [environment.vllm_python(), script],
         env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True,
@@ -236,17 +236,17 @@ def test_each_graph_of_a_prefill_waits_for_the_layers_that_begin_in_it():
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said == {
-        "unknown": [None] * 4,
-        "captured": [None] * 4,
-        "replayed": [10, 20, 30],
-        "replayed again": [10, 20, 30],
-        "one graph, captured": [None],
-        "one graph": [None],
-        "of another size, captured": [10, 20, 30],
-        "more graphs than are known": [10, 20, 30, None],
-        "a second model": [10, 20],
-        "with a second model": [40, 20, 30],
-        "eager": [20, None],
+        "order unknown": [35, 20, 30, 35],
+        "order known": [10, 20, 30, 35],
+        "without graphs": [None, 20, 20, 30, 35],
+        "captured as one graph": [10, None],
+        "one graph": [10, None],
+        "outside of a pass": [],
+        "after a layer was left out": [35, 20, 30, 35],
+        "attention within the graphs": [35],
+        "no whole pass": [35],
+        "two stacks, layers without attention": [30, 50, 65],
+        "no attention": [25],
     }
 
 

@@ -16,11 +16,13 @@ from djinn_lib.fleet.vllm_worker import LeasedSteps
 
 
 class Offloader:
-    def __init__(self):
-        self.layers, self.ends, self.ring = [], (), None
+    layers = ()
 
     def install(self):
         pass
+
+    def begin(self, ring, ends, used):
+        self.n_first_bytes = ring.n_bytes
 
 
 class Worker:
@@ -29,7 +31,11 @@ class Worker:
     def __init__(self, name, n_elements):
         parallel = SimpleNamespace(world_size=1)
         model = SimpleNamespace(served_model_name=[name], model=name)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel, model_config=model)
+        self.vllm_config = SimpleNamespace(
+            parallel_config=parallel,
+            model_config=model,
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )
         self.device, self.steps, self.fails = torch.device("cpu"), [], False
         self.model = torch.nn.Linear(n_elements, 1, bias=False)
         self.expected = self.model.weight.detach().clone()
@@ -94,7 +100,7 @@ def ring(tmp_path_factory):
 @pytest.fixture
 def make(ring, monkeypatch):
     monkeypatch.setenv("DJINN_RING", str(ring.socket))
-    offloader = SimpleNamespace(RingOffloader=Offloader)
+    offloader = SimpleNamespace(RingOffloader=Offloader, UsedLayers=dict)
     monkeypatch.setitem(sys.modules, "djinn_lib.fleet.vllm_offloader", offloader)
     made = []
 

@@ -1,7 +1,7 @@
 """One vLLM engine on a ring whose copies are slow; run in vLLM's environment, prints JSON.
 
 ``vllm_overlap.py MODEL``, with DJINN_RING set. Says the tokens on a hit, those of a cold start with
-slow copies, and for how long each layer of the first step waited.
+slow copies, and for how long the first step waited before each layer.
 """
 
 import json
@@ -28,18 +28,19 @@ if __name__ == "__main__":
 
     hit = tokens()
     copy_page, offloader, waits = base.copy_page, get_offloader(), []
-    wait_for_layer = offloader._wait_for_layer
+    ring = offloader._ring
+    wait = ring.wait
 
     def slowly(target, source):
         time.sleep(0.01)
         copy_page(target, source)
 
-    def timed(layer):
+    def timed(end=None):
         begin_s = time.perf_counter()
-        wait_for_layer(layer)
+        wait(end)
         waits.append(time.perf_counter() - begin_s)
 
-    base.copy_page, offloader._wait_for_layer = slowly, timed
+    base.copy_page, ring.wait = slowly, timed
     llm.collective_rpc("ring_rest")
     llm.collective_rpc("ring_sleep")
     cold = tokens()
