@@ -1,7 +1,7 @@
 """What every test starts from: fixed seeds, two threads, no network, GPU tests only with a GPU.
 
-Of Hypothesis there are two profiles: `make test` draws few examples, the same each time, and
-`make test-all` (`--hypothesis-profile thorough`) draws many.
+Of Hypothesis there are two profiles: `make test` and `make test-slow` draw few examples, the same
+each time, and `make test-all` (`--hypothesis-profile thorough`) draws many.
 """
 
 from __future__ import annotations

@@ -128,14 +128,6 @@ def test_arguments_of_djinn(options):
         dj.Djinn(**{"capacity": "1MiB", "page": "16KiB", "device": "cpu", **options})
 
 
-def test_overlap_may_be_changed_to_a_flag_only():
-    with dj.Djinn("64KiB", page="16KiB", device="cpu") as djinn:
-        djinn.overlap = False
-        with pytest.raises(ConfigError, match="expected overlap to be True or False"):
-            djinn.overlap = "no"
-        assert djinn.overlap is False
-
-
 @pytest.mark.parametrize("name", [None, "", " ", 5, b"m", ["m"], {}], ids=repr)
 def test_names_of_models(name):
     spec = dj.ModelSpec({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1})

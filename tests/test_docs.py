@@ -7,7 +7,6 @@ import inspect
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import typer
+from forked import run_script
 
 import djinn_lib as dj
 from djinn_lib.cli import app
@@ -255,14 +255,16 @@ def test_a_name_that_does_not_exist_is_found():
 
 
 @pytest.mark.slow
-def test_runnable_examples_run():
-    """All in one fresh process, each with names of its own."""
+def test_runnable_examples_run(tmp_path):
+    """All in one process, each with names of its own."""
     assert README in {page for page, _ in RUNNABLE} and len(RUNNABLE) >= 5
-    program = "\n".join(
-        f"exec(compile({code!r}, {page.name!r}, 'exec'), {{'__name__': '__main__'}})"
-        for page, code in RUNNABLE
+    program = tmp_path / "program.py"
+    program.write_text(
+        "\n".join(
+            f"exec(compile({code!r}, {page.name!r}, 'exec'), {{'__name__': '__main__'}})"
+            for page, code in RUNNABLE
+        )
     )
-    command = [sys.executable, "-c", program]
-    ran = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=280)
+    ran = run_script(program)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "MiB loaded" in ran.stdout

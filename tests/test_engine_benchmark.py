@@ -2,10 +2,10 @@
 
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
+from forked import run_script
 
 from djinn_lib.paths import REPO
 
@@ -13,16 +13,16 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 from engine_targets import targets
 
+SCRIPT = REPO / "benchmarks" / "engine.py"
 REFERENCE = json.loads((REPO / "data" / "reference" / "h100" / "engine.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    done = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "engine.py", "--profile", "smoke", "--repeats", "2",
-         "--models-dir", folder / "models", "--out", folder / "engine.json"],
-        capture_output=True, text=True,
+    done = run_script(
+        SCRIPT, "--profile", "smoke", "--repeats", 2, "--models-dir", folder / "models",
+        "--out", folder / "engine.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "share_of_link" in done.stdout
@@ -88,11 +88,7 @@ def test_a_case_that_is_missing_is_named():
         targets(broken)
 
 
-@pytest.mark.slow
 def test_an_unknown_profile_is_an_error_and_no_traceback():
-    done = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "engine.py", "--profile", "no-such"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_script(SCRIPT, "--profile", "no-such")
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no profile") and "Traceback" not in done.stderr

@@ -1,21 +1,19 @@
 """benchmarks/masters.py goes through every step on a CPU."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from forked import run_script
 
 from djinn_lib.paths import REPO
 
 
 @pytest.mark.slow
 def test_every_case_is_measured(tmp_path):
-    done = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "masters.py", "--profile", "smoke", "--repeats", "1",
-         "--models", "llama-tiny", "phi-tiny", "--models-dir", tmp_path / "models",
-         "--out", tmp_path / "masters.json"],
-        capture_output=True, text=True,
+    script = REPO / "benchmarks" / "masters.py"
+    done = run_script(
+        script, "--profile", "smoke", "--repeats", 1, "--models", "llama-tiny", "phi-tiny",
+        "--models-dir", tmp_path / "models", "--out", tmp_path / "masters.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "masters.json").read_text())
@@ -24,8 +22,5 @@ def test_every_case_is_measured(tmp_path):
     for (dtype, model, form), row in cases.items():
         assert row["load_ms"] > 0 and row["ms_per_token_beside"] > 0, (dtype, model, form)
         assert (row["share"] < 0.95) == (form == "compressed")
-    unknown = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "masters.py", "--profile", "smoke", "--models", "x"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    unknown = run_script(script, "--profile", "smoke", "--models", "x")
     assert unknown.returncode == 2 and "choose --models out of" in unknown.stderr

@@ -1,7 +1,6 @@
 """benchmarks/soak.py finds what it looks for, in a few hundred requests."""
 
 import json
-import subprocess
 import sys
 
 from djinn_lib.paths import REPO
@@ -10,15 +9,15 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 
 import pytest
 import soak
+from forked import run_script
 
 
 @pytest.mark.slow
 def test_a_short_soak(tmp_path):
     out = tmp_path / "soak.json"
-    done = subprocess.run(
-        [sys.executable, REPO / "benchmarks" / "soak.py", "--device", "cpu", "--requests", "300",
-         "--models", "6", "--cancelled", "0.1", "--out", out],
-        capture_output=True, text=True,
+    done = run_script(
+        REPO / "benchmarks" / "soak.py", "--device", "cpu", "--requests", 300, "--models", 6,
+        "--cancelled", 0.1, "--out", out,
     )  # fmt: skip
     result = json.loads(out.read_text())
     assert done.returncode == 0 or not result["flat"], done.stdout + done.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import executors
 from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.executors import ensure_ray
-from djinn_lib.paths import REPO
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
 from djinn_lib.systems import vllm_recreate
 
@@ -79,15 +76,3 @@ def test_ray_that_does_not_start_is_an_error_in_words(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(executors.PlatformError, match="got Exception: The current node timed"):
         list(executors.fan_out([]))
-
-
-@pytest.mark.slow
-def test_a_cluster_starts_below_a_long_folder(long_tmpdir):
-    pytest.importorskip("ray")
-    code = (
-        "import math\nfrom djinn_lib.experiment.executors import Job, fan_out\n"
-        "for _, result in fan_out([Job('one', math.sqrt, (4.0,))]): print(result.value)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "2.0"

@@ -190,8 +190,9 @@ def _written_since(begin_s: float, run: RunFolder) -> list[str]:
     """List files of the run, except executed notebooks, written since `begin_s`.
 
     If notebooks run in parallel, the list may have files of another one. If such a file is deleted,
-    both run again.
+    both run again. Files that are not complete yet are left out, because they get another name.
     """
     places = [*run.path.glob("*.*"), *run.figures.glob("*"), *run.traces.glob("*")]
-    written = [p for p in places if p.is_file() and p.stat().st_mtime >= begin_s]
-    return sorted(str(p.relative_to(run.path)) for p in written if p != run.lock)
+    complete = [p for p in places if p.name[0] != "." and p.suffix != ".partial" and p.is_file()]
+    written = [p for p in complete if p.stat().st_mtime >= begin_s]
+    return sorted(str(p.relative_to(run.path)) for p in written)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -154,14 +153,6 @@ def test_latency(statistic, value):
     assert ("the maximum" in measured.remark) == (statistic == "p99")
 
 
-def test_the_p99_of_many_requests_is_one():
-    rows = pd.concat([served("a", [float(i) for i in range(30)], request=range(30 * k, 30 * k + 30))
-                      for k in range(4)])  # fmt: skip
-    measured = measure("latency", rows, system="a", statistic="p99")
-    assert measured.value == rows["total_ms"].quantile(0.99) and not measured.remark
-    assert measured.interval and measured.n == 120
-
-
 def test_maxima_are_judged_by_every_repeat():
     rows = pd.concat([served("a", [1.0, peak], repeat=k) for k, peak in enumerate((8.0, 12.0))])
     claim = claim_of({"high": 10, "unit": "ms", "better": "lower"}, metric="latency",
@@ -189,8 +180,6 @@ def test_speedup_over_capacities():
     spread = measure("speedup_spread", pd.concat(rows), system="a", baseline="b")
     assert spread.value == pytest.approx(3.4 / 3.0) and spread.n == 3
     assert spread.interval == pytest.approx((3.4 / 3.0,) * 2) and spread.remark == measured.remark
-    with pytest.raises(NotMeasured, match=r"no rows of system 'b', .*capacity_label '40'"):
-        measure("speedup_over_capacities", pd.concat(rows[:-1]), system="a", baseline="b")
     with pytest.raises(NotMeasured, match=r"rows of one capacity only \(20\)"):
         measure("speedup_over_capacities", pd.concat(rows[:2]), system="a", baseline="b")
 
@@ -365,25 +354,11 @@ def test_the_highest_rate_is_the_last_before_requests_are_late():
     found = METRICS["highest_rate"](run, system="a", target_ms=2000)
     assert (found.value, found.n, found.span) == (2.0, 30, (2.0, 2.0))
     assert found.remark == "100% at 1/s, 100% at 2/s, 33% at 4/s, 100% at 8/s"
+    with pytest.raises(NotMeasured, match="b got no requests at given rates"):
+        METRICS["highest_rate"](run, system="b", target_ms=2000)
     unsure = replace(run, rows=pd.concat([at(1, 0), at(2, 3), at(4, 20), at(8, 0)]))
     low, high = METRICS["highest_rate"](unsure, system="a", target_ms=2000).judged
     assert low == 1.0 and high == 2.0  # 90% of 30 requests: its interval crosses 90%
-
-
-def test_the_highest_rate_is_of_the_traces_that_are_named_and_the_rates_that_were_tried():
-    def at(kind: str, rate: int, ms: float) -> pd.DataFrame:
-        return served(
-            "a", [ms] * 30, trace=f"{kind}_{rate}", mode="concurrent", run_id=f"{kind}{rate}"
-        )
-
-    names = [f"{kind}_{rate}" for kind in ("load", "pair") for rate in (1, 2, 4)]
-    traces = {name: zipf_trace(30, 1.0, ["x", "y"], 1, int(name[-1])) for name in names}
-    rows = pd.concat([at("load", 1, 100.0), at("pair", 1, 100.0), at("pair", 2, 100.0)])
-    run = replace(run_of(rows), traces=traces)
-    assert METRICS["highest_rate"](run, system="a", target_ms=2000).value == 1.0
-    assert METRICS["highest_rate"](run, system="a", target_ms=2000, traces="pair").value == 2.0
-    with pytest.raises(NotMeasured, match="b got no requests at given rates"):
-        METRICS["highest_rate"](run, system="b", target_ms=2000)
 
 
 def test_rows_of_engines_that_were_fed_one_by_one_are_not_compared():
@@ -423,12 +398,9 @@ def test_token_agreement_of_one_system():
     again = served("ours", [5.0] * 4, token_sha=list("?xy?")).assign(repeat=1)
     found = measure("token_agreement_of", pd.concat([*rows, again]), system="ours")
     assert found.value == 0.25  # the same in every repeat
-    faster = [rows[0], rows[1], rows[2].assign(system="vllm_b")]
-    assert measure("token_agreement_of", pd.concat(faster), system="ours").value == 0.75
-    elsewhere = [r.assign(capacity_label="20", token_sha="?") for r in rows]
-    assert measure("token_agreement_of", pd.concat([*rows, *elsewhere]), system="ours").n == 4
-    short = [rows[0], rows[1].iloc[:2]]
-    assert measure("token_agreement_of", pd.concat(short), system="ours").n == 2
+    short = [rows[0], rows[1].iloc[:2], rows[2].assign(system="vllm_b")]
+    found = measure("token_agreement_of", pd.concat(short), system="ours")
+    assert (found.value, found.n) == (1.0, 2)  # vLLM's steps are not transformers'
     with pytest.raises(NotMeasured, match="no other system with transformers' own steps"):
         measure("token_agreement_of", rows[0], system="ours")
 
@@ -576,17 +548,6 @@ def test_an_unavailable_system_is_not_judged_and_its_row_says_why():
     assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
 
 
-def test_a_withdrawn_claim_is_not_measured_and_says_why():
-    claim = claim_of({"value": 0.75}, withdrawn="the baseline could not batch")
-    rows = served("djinn", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
-    (kept,) = judge([claim_of({"value": 0.75})], run_of(rows))
-    (verdict,) = judge([claim], run_of(rows))
-    assert (kept.verdict, kept.measured) == ("reproduced", 0.75)
-    assert (verdict.verdict, verdict.why) == ("withdrawn", "the baseline could not batch")
-    assert (verdict.measured, verdict.low, verdict.high, verdict.n) == (None, None, None, 0)
-    assert verdict.expected == "75%"
-
-
 @pytest.fixture(scope="module")
 def verdicts(claims) -> list[Verdict]:
     """Of rows as from a GPU, on a machine without one."""
@@ -597,16 +558,15 @@ def test_a_whole_run_is_judged(claims, verdicts):
     on_gpu = {v.id: v for v in judge(claims, run_of(run_rows(gpu=True)))}
     on_cpu = {v.id: v for v in verdicts}
     assert list(on_gpu) == list(on_cpu) == [claim.id for claim in claims]
-    assert on_gpu["paper-vllm-fails"].verdict == "reproduced"
-    assert on_gpu["paper-djinn-reliable"].verdict == "reproduced"
-    assert on_gpu["paper-zipfian"].verdict == "not reproduced"
-    assert on_gpu["paper-p50-djinn"].verdict == "exceeded"
-    assert on_gpu["ours-near-optimal"].verdict == "reproduced"
-    assert on_gpu["ours-no-writeback"].verdict == "reproduced"
-    assert on_gpu["ours-switch-vs-sleep"].verdict == "unresolved"  # few switches, wide interval
-    assert on_gpu["ours-mean-vs-sleep"].why.endswith("against vllm_sleep")
+    for name, verdict in {
+        "paper-vllm-fails": "reproduced",
+        "paper-zipfian": "not reproduced",
+        "paper-p50-djinn": "exceeded",
+        "ours-near-optimal": "reproduced",
+        "ours-switch-vs-sleep": "unresolved",  # few switches, wide interval
+    }.items():
+        assert on_gpu[name].verdict == verdict, name
     withdrawn = {claim.id for claim in claims if claim.withdrawn}
-    assert withdrawn == {"ours-waiting-mean-vs-sleep"}
     assert all(judged[i].verdict == "withdrawn" for judged in (on_gpu, on_cpu) for i in withdrawn)
     unmeasured = {i for i in on_gpu if on_gpu[i].verdict == "not judged"}  # not in these rows
     assert len(unmeasured) < 0.7 * len(claims)
@@ -663,10 +623,7 @@ def test_the_table_for_people():
     assert list(table["95% interval"]) == ["30% to 70%", "", ""]
     assert list(claims_table([VERDICT, NOTHING], "not judged").index) == ["another"]
     assert claims_table([VERDICT], "withdrawn").empty
-    html, other = (colored(part).to_html() for part in (table, table.iloc[:1]))
-    assert html == colored(table).to_html() and html.count(">not judged<") == 1
-    ids = [set(re.findall('id="([^"]*)"', page)) for page in (html, other)]
-    assert ids[0] and not ids[0] & ids[1]  # two tables on a page do not colour each other
+    assert colored(table).to_html().count(">not judged<") == 1
 
 
 def beside(rows: pd.DataFrame, **columns: Any) -> pd.DataFrame:

@@ -18,7 +18,6 @@ from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
     byte_scale,
-    sample_note,
     save_figure,
 )
 from djinn_lib.analysis.plots.switches import switch_cdf
@@ -87,20 +86,6 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
 def texts(figure: Figure) -> str:
     found = figure.findobj(mpl.text.Text)
     return " ".join(" ".join(text.get_text().split()) for text in found)
-
-
-def test_figures_say_how_many_requests_they_rest_on():
-    assert sample_note(cell_rows("djinn")) == "n = 30 requests of each system."
-    both = pd.concat([cell_rows("djinn", repeats=5), cell_rows("pytorch_lru")])
-    assert sample_note(both) == "n = 30 requests of each system, 1 to 5 repeats."
-    sweep = pd.concat([both, cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")])
-    assert sample_note(sweep) == (
-        "n = 30 requests of each system at each capacity, 1 to 5 repeats."
-    )
-    assert sample_note(both.iloc[:0]) == ""
-    for draw in (latency_cdf, latency_breakdown, bytes_loaded):
-        assert "n = 30 requests of each system, 1 to 5 repeats" in draw(both).get_supxlabel()
-    assert "at each capacity" in sensitivity(sweep, "pytorch_lru").get_supxlabel()
 
 
 def test_the_pace_of_decoding_is_a_multiple_of_the_fastest_of_its_model():
@@ -182,13 +167,6 @@ def test_the_pace_of_a_system_with_fewer_requests_ends_early(at_25):
     assert np.ma.count(grid[0]) == 30 and np.ma.count(grid[-1]) == 12
 
 
-def test_cdf_passes_through_the_median():
-    rows = cell_rows("djinn")
-    line = latency_cdf(rows).axes[0].lines[0]
-    x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
-    assert x[np.searchsorted(y, 50.0)] == pytest.approx(np.sort(rows["total_ms"])[14])
-
-
 def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame):
     left = latency_breakdown(at_25).axes[0]
     assert left.get_xscale() == "log"
@@ -199,14 +177,6 @@ def test_means_have_their_intervals_on_one_logarithmic_axis(at_25: pd.DataFrame)
     assert low < totals.mean() < high
 
 
-def test_switches_say_what_was_found_and_what_is_drawn_elsewhere(figures: dict[str, Figure]):
-    shown = texts(figures["switches"])
-    assert "found whole: 50%" in shown and "found not at all: 17%" in shown
-    tiny = cell_rows("djinn")
-    tiny.loc[3, "switch_ms"] = 0.0
-    assert "1 switches below 0.01 ms" in switch_cdf(tiny, PAPER).get_supxlabel()
-
-
 def test_load_is_counted_against_a_target():
     rows = arriving()
     target_ms = float(rows[rows["trace"] == "load_1"]["total_ms"].max())
@@ -215,11 +185,6 @@ def test_load_is_counted_against_a_target():
     assert djinn.loc[1.0, "in_time"] == 100 > djinn.loc[4.0, "in_time"]
     assert djinn.loc[4.0, "total_p50"] == pytest.approx(10 * djinn.loc[1.0, "total_p50"])
     assert (table["n"] == 30).all()
-
-
-def test_published_points_are_drawn_only_when_given(at_25: pd.DataFrame):
-    assert "paper: P50, P99" in texts(latency_cdf(at_25, PAPER))
-    assert "paper" not in texts(latency_cdf(at_25))
 
 
 def test_phases_add_up_to_the_total(at_25: pd.DataFrame):
@@ -248,20 +213,6 @@ def test_residency_hatches_exactly_the_partial_models():
     partial = sum(((table[m] > 0) & (table[m] < size)).sum() for m, size in SIZES.items())
     hatched = [bar for bar in held.patches if bar.get_hatch() and bar.get_height() > 0]
     assert len(hatched) == partial > 0
-
-
-def test_residency_leaves_failed_requests_blank():
-    rows = cell_rows("djinn")
-    rows.loc[5, ["ok", "error_kind", "resident_bytes"]] = [False, "oom", "{}"]
-    assert resident_bytes(rows).loc[5].isna().all()
-    assert "1 of 30 requests failed" in texts(residency_over_time(rows))
-
-
-def test_trace_timeline_fills_switches_only(figures: dict[str, Figure]):
-    faces = figures["trace_timeline"].axes[0].collections[0].get_facecolors()
-    models = [request.model for request in paper_trace().requests]
-    filled = [i == 0 or models[i] != models[i - 1] for i in range(len(models))]
-    assert [bool((face[:3] < 1).any()) for face in faces] == filled
 
 
 def test_saved_files_are_the_same_bytes_every_time(tmp_path):

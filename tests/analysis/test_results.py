@@ -66,13 +66,6 @@ def test_a_system_that_cannot_run_has_the_reason(cpu: Run):
     assert table["ceiling reached (%)"].isna().all()  # no rate of device memory
 
 
-def test_a_system_that_served_nothing_has_counts_and_no_times():
-    broken = cell_rows("vllm_sleep").assign(error_kind="oom")
-    table = systems_table(run_of(pd.concat([cell_rows("djinn"), broken])))
-    line = table.loc["vLLM sleep"]
-    assert (line["requests"], line["served (%)"]) == (30, 0) and math.isnan(line["mean (ms)"])
-
-
 def test_a_run_in_which_nothing_could_run_has_tables_that_say_so():
     run = run_of(cell_rows("vllm_sleep"))
     assert systems_table(run)["not run because"].str.startswith("sleep mode").all()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,30 +14,7 @@ from djinn_lib.analysis.results import speedup_table
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import sweep
 from djinn_lib.errors import RecordError
-from djinn_lib.paths import REPO
 from djinn_lib.rows import no_rows
-
-NOTEBOOKS = REPO / "notebooks"
-TARGETS = {
-    "03_sensitivity": ["figures/sensitivity.pdf", "figures/sensitivity.png"],
-    "04_figures": [
-        f"figures/{name}.{ending}"
-        for name in (
-            "latency_cdf",
-            "latency_breakdown",
-            "decode_pace",
-            "residency_over_time",
-            "bytes_loaded",
-        )
-        for ending in ("pdf", "png")
-    ],
-    "05_claims": ["claims.json", "comparison_summary.json"],
-}
-
-
-def code_cells(notebook: str) -> list[dict]:
-    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def test_sweep_is_of_systems_at_several_capacities(cpu: Run):
@@ -129,18 +105,6 @@ def test_a_run_without_set_up_says_what_to_do(tmp_path: Path):
     write_cell(tmp_path, cell_rows("djinn"))
     with pytest.raises(RecordError, match="run notebook 00_setup first"):
         load_run(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("notebook", TARGETS)
-def test_notebooks_run_and_leave_their_files(notebook: str, cpu: Run, monkeypatch):
-    monkeypatch.chdir(NOTEBOOKS)
-    names: dict = {}
-    for cell in code_cells(notebook):
-        exec("".join(cell["source"]), names)
-        if "parameters" in cell["metadata"].get("tags", []):
-            names["run_dir"] = str(cpu.folder)
-    assert [name for name in TARGETS[notebook] if not (cpu.folder / name).stat().st_size] == []
 
 
 @pytest.mark.parametrize(

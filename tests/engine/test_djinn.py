@@ -5,12 +5,10 @@ import random
 import time
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens, saved, spec
 
 import djinn_lib as dj
-from djinn_lib import ModelSpec
 from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES
 from djinn_lib.engine.memory.policies import POLICIES
@@ -62,16 +60,6 @@ def test_tokens_and_bytes_after_any_evictions(names, options):
                 assert addresses(model) == pointers[name]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_dtypes(dtype):
-    with dj.Djinn("2MiB", page=PAGE) as djinn:
-        djinn.add("m", saved("mistral"), dtype=dtype)
-        g = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-        with djinn.lease("m") as model:
-            assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
-    assert g.token_ids == ordinary_tokens(saved("mistral"), 8, dtype)
-
-
 def test_lookup_tables_stay_in_the_host():
     """Nobody loads them, they are read where the master has them, and it makes no difference."""
     table_bytes = VOCAB * 64 * 4
@@ -103,17 +91,6 @@ def test_places_of_lookup_tables(tmp_path):
         djinn.add("m", saved("phi"))
         n_bytes = sum(p.numel() * 4 for p in spec("phi").build().parameters())
         assert int(djinn.residency().bytes[0]) >= n_bytes
-
-
-def test_plain_weights_do_not_depend_on_where_tables_are():
-    plain = ModelSpec(CONFIGS["phi"], seed=3, init="plain")
-    logits = []
-    for embeddings in ("host", "ring"):
-        with dj.Djinn("2MiB", page=PAGE, embeddings=embeddings) as djinn:
-            djinn.add("m", plain)
-            with djinn.lease("m") as model, torch.no_grad():
-                logits.append(model(torch.tensor([PROMPT])).logits)
-    assert torch.equal(*logits)
 
 
 def test_a_spec_gives_the_same_model_as_its_folder_in_one_file_or_several(tmp_path):

@@ -26,9 +26,7 @@ SCENARIOS = [
     ["failed_recordings"],
     ["nothing_leaks"],
     ["graph_after_remapping"],
-    ["failing_copy"],
     ["device_contract"],
-    ["weights_after_the_lease"],
     ["positions"],
     ["too_much"],
 ]

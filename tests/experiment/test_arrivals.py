@@ -47,37 +47,21 @@ def slow():
 
 def test_errors_stay_with_their_request():
     def submit(request):
-        if request.request == 1:
-            raise ConfigError("refused")
-        future = Future()
+        if raised := raises.get(request.request):
+            raise raised
+        future = at_once(request) if request.request not in (2, 4) else Future()
         if request.request == 2:
             future.set_exception(MemoryError("no room"))
-        else:
-            future.set_result(SERVED)
-        return future
-
-    errors = {a.request.request: a.error for a in send(REQUESTS, math.inf, submit)}
-    assert isinstance(errors[1], ConfigError) and isinstance(errors[2], MemoryError)
-    assert errors[0] is errors[3] is None
-
-
-def test_a_request_that_is_given_up_or_that_exits_is_done_as_well():
-    """Neither may leave the others, and whoever waits for all, waiting for ever."""
-
-    def submit(request):
-        if request.request == 1:
-            raise SystemExit("giving up")
-        future = Future()
-        if request.request == 2:
+        elif request.request == 4:
             assert future.cancel()
-        else:
-            future.set_result(SERVED)
         return future
 
-    arrived = {a.request.request: a for a in send(REQUESTS, math.inf, submit)}
-    assert isinstance(arrived[1].error, SystemExit)
-    assert isinstance(arrived[2].error, CancelledError) and arrived[2].served is None
-    assert arrived[0].error is arrived[3].error is None
+    raises = {1: ConfigError("refused"), 3: SystemExit("giving up")}
+    requests = [Request(i, 0.0, "m") for i in range(6)]
+    errors = {a.request.request: type(a.error) for a in send(requests, math.inf, submit)}
+    assert [errors[i] for i in range(6)] == [
+        type(None), ConfigError, MemoryError, SystemExit, CancelledError, type(None)
+    ]  # fmt: skip
 
 
 def test_who_stops_listening_stops_the_sending():

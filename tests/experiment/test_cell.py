@@ -7,14 +7,12 @@ import pytest
 from profile_factory import tiny_profile
 
 from djinn_lib import provenance
-from djinn_lib.errors import TraceError
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.cells.cell import close_dead_cell, run_cell
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.setup import machine
 from djinn_lib.rows import read_rows
 from djinn_lib.systems.pytorch import PyTorchPinned
-from djinn_lib.trace import write_trace, zipf_trace
 
 SYSTEMS = {
     "djinn": {"system": "djinn"},
@@ -175,69 +173,11 @@ def test_a_system_that_cannot_run_here_says_so_in_every_row(bench):
     assert len(rows) == 12
 
 
-def test_a_failed_request_is_a_row_and_the_cell_goes_on(bench, monkeypatch):
-    real, calls = PyTorchPinned.serve, []
-
-    def serve(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2 + 3:  # two warm up, the third request fails
-            raise OSError(28, "full")
-        return real(self, *arguments)
-
-    monkeypatch.setattr(PyTorchPinned, "serve", serve)
-    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"))
-    failed = rows[~rows["ok"]]
-    assert len(rows) == 12
-    assert failed[["repeat", "request", "error_kind"]].values.tolist() == [[0, 2, "disk_full"]]
-    assert math.isnan(failed["total_ms"].iloc[0])
-
-
-def test_a_cell_that_dies_keeps_the_rows_it_finished(bench, monkeypatch):
-    cell = cell_of(bench, "pytorch_pinned", "all")
-    real, calls = PyTorchPinned.serve, []
-
-    def serve(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 2 + 5:
-            raise KeyboardInterrupt  # not an Exception: it ends the cell as a kill would
-        return real(self, *arguments)
-
-    monkeypatch.setattr(PyTorchPinned, "serve", serve)
-    with pytest.raises(KeyboardInterrupt):
-        run_cell(bench, cell)
-    assert not bench.run.cell(cell.id).rows.exists()  # half a result is not taken for a whole one
-    with bench.run.cell(cell.id).journal.open("a") as journal:
-        journal.write('{"run_id": "cut sh')  # the process died while it wrote
-    rows = close_dead_cell(bench, cell, "kernel_died", "killed by signal 9")
-    assert rows["ok"].tolist() == [True] * 4 + [False] * 8
-    assert set(rows.loc[~rows["ok"], "error_kind"]) == {"kernel_died"}
-    assert any("killed by signal 9" in note for note in
-               read_manifest(bench.run.cell(cell.id).manifest)["notes"])  # fmt: skip
-    assert not bench.run.cell(cell.id).journal.exists()
-
-
-def test_the_journal_of_an_earlier_try_is_not_taken_over(bench):
-    cell = cell_of(bench, "djinn", "all")
-    bench.run.cell(cell.id).journal.write_text('{"repeat": 0}\n')
-    assert run_cell(bench, cell)["ok"].all()
-
-
 def test_a_system_that_cannot_start_fails_every_request_with_the_cause(bench):
     rows = run_cell(bench, cell_of(bench, "djinn", "small"))
     assert len(rows) == 12
     assert set(rows["error_kind"]) == {"oom"}
     assert rows["error"].str.contains("raise the capacity").all()
-
-
-def test_a_trace_over_other_models_is_refused(bench, tmp_path):
-    path = bench.run.trace("zipf")
-    before = path.read_bytes()
-    try:
-        write_trace(zipf_trace(4, 1.0, ["stranger"], 1, 1.0), path)
-        with pytest.raises(TraceError, match="stranger"):
-            run_cell(bench, cell_of(bench, "djinn"))
-    finally:
-        path.write_bytes(before)
 
 
 def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):

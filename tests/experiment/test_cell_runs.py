@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -299,10 +298,3 @@ def test_rows_of_an_interrupted_execution_are_not_those_of_the_next(bench, run):
     run("djinn", instead=RuntimeError("Kernel didn't respond in 180 seconds"))
     assert not rows_of(bench, "djinn")["ok"].any()
     assert n_rows(own.earlier / own.journal.name) == 1
-
-
-def test_a_system_that_exits_at_its_start_fails_its_requests(bench, run, monkeypatch):
-    monkeypatch.setattr(PyTorchPinned, "start", lambda *_: sys.exit("no licence"))
-    assert run("pytorch_pinned").state == "failed"
-    errors = rows_of(bench, "pytorch_pinned")["error"]
-    assert errors.str.contains("could not start: SystemExit: no licence").all()

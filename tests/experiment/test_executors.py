@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -44,7 +45,12 @@ def run(jobs: list[Job], cluster: Cluster | None = None, **options: Any) -> dict
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_is_started_used_and_stopped():
+def test_a_cluster_of_its_own_is_started_used_and_stopped(tmp_path, monkeypatch):
+    """Also where the folder for temporary files is too long for sockets."""
+    folder = tmp_path / "scratch" / "users" / ("some.user.name-" * 6)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
     results = run([Job(f"double-{i}", double, (i,)) for i in range(5)])
     assert {name: result.value for name, result in results.items()} == {
         f"double-{i}": 2 * i for i in range(5)
@@ -129,15 +135,6 @@ def test_what_is_no_address_is_refused(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match=r"host:port .* got '" + address):
         ensure_ray()
-
-
-@pytest.mark.slow
-def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    begin_s = time.perf_counter()
-    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1, got no answer"):
-        run([Job("one", double, (1,))])
-    assert time.perf_counter() - begin_s < 10
 
 
 def test_no_ray_is_one_clear_error(monkeypatch):

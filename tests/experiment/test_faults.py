@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_damage import flip_a_bit
-from tiny import PROMPT, saved
 from tiny_run import cell_of, copied, prepare
 
-from djinn_lib.errors import ConfigError, TraceError
+from djinn_lib.errors import TraceError
 from djinn_lib.experiment.bench import Bench
-from djinn_lib.experiment.cells import running
 from djinn_lib.experiment.cells.cell import run_cell
-from djinn_lib.experiment.setup.weights import describe
-from djinn_lib.rows import classify_error
 from djinn_lib.systems.djinn import DjinnRing
 from djinn_lib.systems.pytorch import PyTorchPinned
 from djinn_lib.systems.serverless import Serverless
@@ -126,24 +121,6 @@ def test_memory_that_a_failed_request_held_is_given_back(bench, monkeypatch):
 # -- requests --------------------------------------------------------------------------------
 
 
-def test_requests_that_a_model_cannot_serve():
-    models = {"opt": describe("opt", saved("opt"))}  # it learned 128 positions
-    served = Serverless(models, 1 << 20, "cpu")
-    served.start()
-    try:
-        for prompt, n, message in (
-            ([3] * 120, 20, r"at most 128 tokens .* got 120 \+ 20"),
-            ([3, 500], 2, "token ids from 0 to 499, got 500"),
-            ([], 2, "at least 1 token"),
-        ):
-            with pytest.raises(ConfigError, match=message) as caught:
-                served.serve("opt", prompt, n)
-            assert classify_error(caught.value) == "bad_input"
-        assert len(served.serve("opt", PROMPT, 2).token_ids) == 2
-    finally:
-        served.close()
-
-
 @pytest.mark.parametrize("method", ["serve", "reset"])
 @pytest.mark.parametrize("error", [SystemExit(0), RuntimeError("expected peace")], ids=str)
 def test_whatever_a_library_raises_fails_one_request(bench, monkeypatch, method, error):
@@ -170,33 +147,3 @@ def test_a_trace_without_requests(bench):
     with pytest.raises(TraceError, match=r"at least 1 request, .*generate the trace again"):
         run_cell(bench, cell)
     assert not bench.run.cell(cell.id).rows.exists()
-
-
-def test_jumps_of_the_wall_clock_are_in_no_row(bench, monkeypatch):
-    from datetime import UTC, datetime
-
-    class Jumping:
-        """A clock that someone sets back by a day at each look."""
-
-        at_s = 2e9
-
-        @classmethod
-        def time(cls):
-            cls.at_s -= 86_400
-            return cls.at_s
-
-        @classmethod
-        def now(cls, zone=None):
-            return datetime.fromtimestamp(cls.time(), zone or UTC)
-
-    monkeypatch.setattr(time, "time", Jumping.time)
-    monkeypatch.setattr(time, "time_ns", lambda: int(Jumping.time() * 1e9))
-    monkeypatch.setattr(running, "datetime", Jumping)
-    begin_s = time.perf_counter()
-    rows = run_cell(bench, cell_of(bench, "djinn"))
-    wall_s = time.perf_counter() - begin_s
-    assert Jumping.at_s < 2e9  # it was looked at
-    assert rows["ok"].all() and rows["start_s"].is_monotonic_increasing
-    assert rows["start_s"].between(0, wall_s).all()
-    assert rows["total_ms"].between(0, wall_s * 1e3).all()
-    assert rows["total_ms"].sum() < wall_s * 1e3

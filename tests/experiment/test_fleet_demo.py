@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_engine import weights_of
+from rings import fork_children
 
 from djinn_lib.analysis.plots.style import save_figure
 from djinn_lib.analysis.plots.timeline import requests_and_ring
@@ -48,6 +49,7 @@ def test_without_vllm_it_says_so_and_draws_that(bench, monkeypatch):
 
 @pytest.mark.slow
 def test_all_models_are_asked_at_once_and_compared_with_plain_vllm(bench, monkeypatch):
+    fork_children(monkeypatch)
     paths = [str(SUPPORT), str(SUPPORT / "fake_vllm")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     for module in (fleet_demo.environment, fleet_module):

@@ -11,7 +11,7 @@ from profile_factory import tiny_profile
 from tiny import PROMPT, spec
 
 import djinn_lib as dj
-from djinn_lib.errors import CheckpointError, ConfigError, RecordError, TraceError
+from djinn_lib.errors import CheckpointError, ConfigError, TraceError
 from djinn_lib.experiment.bench import set_up
 from djinn_lib.experiment.execution.notebooks import check_parameters
 from djinn_lib.experiment.parameters import folder, one_of
@@ -58,12 +58,6 @@ def test_models_of_a_trace_on_the_disk_name_no_files(tmp_path):
 # -- parameters of notebooks -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [5, None, "", "  ", ["a"], "a\0b"], ids=repr)
-def test_what_is_no_folder(value):
-    with pytest.raises(ConfigError, match="expected a folder as run_dir"):
-        folder(value)
-
-
 def test_folders(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="got the file"):
@@ -91,44 +85,6 @@ def test_every_parameter_has_a_type_that_is_checked(name):
             message = f"{parameter!r} of {name}.* to be of type {kind}"
             with pytest.raises(ConfigError, match=message):
                 check_parameters(notebook, {parameter: value})
-
-
-def code_before_results(name: str) -> str:
-    """The first code cell after the parameters."""
-    cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
-    codes = [c for c in cells if c["cell_type"] == "code"]
-    return "".join(codes[1]["source"])
-
-
-WRONG = {
-    "00_setup": [{"profile": "nonsense"}, {"profile": "../cpu"}, {"run_dir": "FILE"}],
-    "01_trace": [{"run_dir": "EMPTY"}],
-    "02_run_system": [{"run_dir": "EMPTY"}, {"system": "nonsense"}, {"trace": "../paper"}],
-    "03_sensitivity": [{"run_dir": "EMPTY"}],
-    "04_figures": [{"run_dir": "FILE"}],
-    "06_policies": [{"grid": "huge"}, {"study_dir": "EMPTY/none"}, {"reference_dir": "FILE"}],
-    "explore": [{"figures_dir": "FILE"}],
-}
-CASES = [(name, wrong) for name, wrongs in WRONG.items() for wrong in wrongs]
-
-
-@pytest.mark.parametrize(("name", "wrong"), CASES, ids=str)
-def test_wrong_values_end_a_notebook_before_anything_runs(tmp_path, monkeypatch, name, wrong):
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    places = {"FILE": str(tmp_path / "file"), "EMPTY": str(tmp_path / "empty"),
-              "EMPTY/none": str(tmp_path / "empty" / "none")}  # fmt: skip
-    monkeypatch.chdir(NOTEBOOKS)
-    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
-    given = next(c for c in notebook["cells"] if c["metadata"].get("tags") == ["parameters"])
-    scope: dict = {}
-    exec("".join(given["source"]), scope)
-    scope |= {key: places.get(value, value) for key, value in wrong.items()}
-    if "run_dir" not in wrong and "run_dir" in scope:
-        scope["run_dir"] = str(tmp_path / "empty" / "run")
-    with pytest.raises((ConfigError, RecordError)):
-        exec(code_before_results(name), scope)
-    assert list((tmp_path / "empty").iterdir()) == []
 
 
 # -- code in checkpoints ---------------------------------------------------------------------

@@ -10,11 +10,8 @@ from tiny import CONFIGS, PROMPT, spec
 
 from djinn_lib.analysis.plots import large_models as plot_large
 from djinn_lib.analysis.plots import switches as plot_switches
-from djinn_lib.analysis.results import large_table
-from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.sources import open_source
-from djinn_lib.engine.models.spec import ModelSpec, skeleton
 from djinn_lib.errors import ConfigError, RecordError
 from djinn_lib.experiment import large_models
 from djinn_lib.experiment.bench import set_up
@@ -52,19 +49,6 @@ def test_what_does_not_stay_is_brought_in_for_every_token(rows):
     missing = N_BYTES - int(N_BYTES * 0.7)
     assert missing <= llama.djinn < N_BYTES
     assert missing <= llama.accelerate < N_BYTES
-
-
-def test_shares_of_the_ceiling(rows):
-    table = large_table(rows)
-    djinn = table.loc[("llama", "djinn")]
-    link_bytes_per_s = rows.link_bytes_per_s.max()
-    assert link_bytes_per_s > 1e8  # measured, a memory bus
-    link_ms = djinn["per token (GiB)"] * 2**30 / link_bytes_per_s * 1e3
-    assert djinn["these at the link's rate (ms)"] == pytest.approx(link_ms)
-    compute_ms = table.loc[("llama", "resident"), "per token (ms)"]
-    share = 100 * max(link_ms, compute_ms) / djinn["per token (ms)"]
-    assert djinn["share of the ceiling (%)"] == pytest.approx(share)
-    assert table["repeats"].eq(2).all()
 
 
 def test_a_system_that_fails_has_a_row_that_says_why(monkeypatch):
@@ -113,21 +97,6 @@ def test_rows_that_are_not_there_or_of_another_form_are_refused(rows, tmp_path):
     rows.drop(columns=COLUMNS[-1]).to_parquet(tmp_path / ROWS)
     with pytest.raises(RecordError, match="got none named \\['error'\\]"):
         read_large(tmp_path)
-
-
-def test_plain_weights_are_seeded_and_need_no_second_copy():
-    config = {**CONFIGS["llama"].to_dict(), "initializer_range": 0.1}
-    made = []
-    for _ in range(2):
-        pool, opened = HostMasters(), open_source(ModelSpec(config, "float32", 7, init="plain"))
-        layout, _ = pack(opened.module)
-        pool.add("m", layout, opened.fill)
-        made.append((pool.sha256("m"), layout.views(pool.master("m"))))
-    assert made[0][0] == made[1][0]
-    weights = made[0][1]
-    assert weights["model.norm.weight"].eq(1.0).all()
-    assert 0.08 < float(weights["model.embed_tokens.weight"].std()) < 0.12
-    assert skeleton(ModelSpec(config).resolve_config(), weights["lm_head.weight"].dtype)
 
 
 def test_figures_of_large_models_and_of_waiting_requests(rows):

@@ -20,7 +20,6 @@ from djinn_lib import provenance
 from djinn_lib.experiment.setup import machine
 from djinn_lib.experiment.setup.machine import (
     describe_machine,
-    eager_operator_us,
     measure_rates,
     other_gpu_processes,
     stolen_share,
@@ -53,24 +52,12 @@ def test_a_rate_is_the_bytes_of_a_copy_by_its_median_time(monkeypatch):
     assert rates["link_rate_bytes_per_s"] == (1 << 10) / 0.5
 
 
-def test_an_operator_takes_the_median_of_the_host(monkeypatch):
-    clock = iter([0.0, 0.9, 10.0, 10.5, 20.0, 20.25])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
-    assert eager_operator_us("cpu", repeats=3) == pytest.approx(0.5 / machine._OPERATORS * 1e6)
-
-
 def test_the_share_that_others_took_is_that_of_the_time_since(monkeypatch):
     times = namedtuple("times", "user system idle steal guest")
     counts = iter([times(10, 5, 100, 1, 4), times(40, 15, 140, 21, 30)])
     monkeypatch.setattr(machine.psutil, "cpu_times", lambda: next(counts))
     before = psutil.cpu_times()
     assert stolen_share(before) == 20 / (30 + 10 + 40 + 20)  # a guest's time is the user's already
-
-
-def test_a_system_that_keeps_no_such_count_says_nothing(monkeypatch):
-    times = namedtuple("times", "user system idle")
-    monkeypatch.setattr(machine.psutil, "cpu_times", lambda: times(1, 1, 1))
-    assert stolen_share(psutil.cpu_times()) is None
 
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):

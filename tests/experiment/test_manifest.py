@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from row_factory import cell_rows
+from run_factory import MACHINE, manifest_of
 
-from djinn_lib import files
 from djinn_lib.errors import RecordError
 from djinn_lib.experiment.manifest import (
     Status,
@@ -21,41 +21,6 @@ from djinn_lib.experiment.manifest import (
 )
 from djinn_lib.paths import REFERENCE
 
-MANIFEST = {
-    "run_id": "paper-25-djinn-20261123",
-    "cell": "paper-25-djinn",
-    "system": "djinn",
-    "options": {"overlap": False},
-    "profile": "cpu",
-    "git_commit": "0123456789abcdef",
-    "git_dirty": True,
-    "other_gpu_processes": [],
-    "versions": {"python": "3.11.2"},
-    "machine": {"device": "cpu", "link_rate_bytes_per_s": 8e9, "hbm_rate_bytes_per_s": None},
-    "trace_sha256": "0" * 64,
-    "models": {"phi-mini": {"bytes": 1000, "dtype": "float32", "sha256": "1" * 64}},
-    "parameters": {"page_bytes": 1 << 20},
-    "started_at_utc": "2026-11-23T06:00:00+00:00",
-    "wall_s": 10.5,
-    "setup_s": 1.0,
-    "stolen_share": 0.01,
-    "host_loop_us": [[210.5, 211.0], [209.9, 640.2]],
-    "notes": ["pinning does nothing without CUDA"],
-    "execution": None,
-    "gpu_uuid": None,
-    "batches": False,
-    "peak_device_bytes": None,
-    "running_since": None,
-}
-
-
-def test_a_manifest_comes_back_as_it_was(tmp_path):
-    path = tmp_path / "new" / "cell.manifest.json"
-    write_manifest(MANIFEST, path)
-    assert read_manifest(path) == json.loads(path.read_text()) == MANIFEST
-    assert [file.name for file in path.parent.iterdir()] == ["cell.manifest.json"]
-
-
 NEWER = {
     "stolen_share": None,
     "host_loop_us": [],
@@ -64,7 +29,15 @@ NEWER = {
     "batches": None,
     "peak_device_bytes": None,
     "running_since": None,
-}  # fields that older manifests lack
+}  # fmt: skip  (fields that older manifests lack)
+MANIFEST = NEWER | manifest_of("paper-25-djinn", cell_rows("djinn").iloc[0], MACHINE)
+
+
+def test_a_manifest_comes_back_as_it_was(tmp_path):
+    path = tmp_path / "new" / "cell.manifest.json"
+    write_manifest(MANIFEST, path)
+    assert read_manifest(path) == json.loads(path.read_text()) == MANIFEST
+    assert [file.name for file in path.parent.iterdir()] == ["cell.manifest.json"]
 
 
 @pytest.mark.parametrize("field", ["run_id", "models", "notes"])
@@ -121,18 +94,6 @@ def test_an_execution_is_noted_beside_what_the_rows_are_from(tmp_path):
     note_execution(path, asdict(status))
     assert read_execution(path) == status
     assert read_manifest(path) == {**MANIFEST, "execution": asdict(status)}
-
-
-def test_a_full_disk_leaves_the_manifest_as_it_was(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    path = tmp_path / "cell.manifest.json"
-    write_manifest(MANIFEST, path)
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        note_execution(path, asdict(Status("t", "ok", 1.0)))
-    assert read_manifest(path) == MANIFEST and len(list(tmp_path.iterdir())) == 1
 
 
 def test_manifests_of_the_reference_run_can_be_read():

@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +28,6 @@ from djinn_lib.experiment.cells.ray_cells import (
 from djinn_lib.experiment.executors import Result
 from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.experiment.run_folder import RunFolder
-from djinn_lib.paths import REPO
 from djinn_lib.rows import read_rows
 
 Execute = Callable[[RunFolder, Any, Any], Status]
@@ -66,16 +62,6 @@ def measures_and_fails(run: RunFolder, profile: Any, cell: Any) -> Status:
     measures(run, profile, cell)
     run.cell(cell.id).notebook.unlink()
     return Status(run.cell(cell.id).task, "failed", 1.0, "disk_full", "cannot be kept")
-
-
-def finds_no_room(run: RunFolder, profile: Any, cell: Any) -> Status:
-    """A worker whose disk was full when it came to writing rows; four are in the journal."""
-    measures(run, profile, cell)
-    files = run.cell(cell.id)
-    rows = read_rows(files.rows).to_dict("records")
-    files.journal.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
-    files.rows.unlink(), files.manifest.unlink()
-    return Status(files.task, "failed", 1.0, "disk_full", "No space left on device")
 
 
 def apart(bench: Bench, cell: Any, execute: Execute, monkeypatch: Any, **driver: Any) -> Outcome:
@@ -134,15 +120,6 @@ def test_a_worker_whose_notebook_fails_after_the_cell_loses_no_row(bench, cell, 
     assert manifest["execution"]["error"] == later.error
 
 
-def test_a_worker_without_room_for_rows_says_so_and_what_it_measured_is_kept(
-    bench, cell, monkeypatch
-):
-    status = back(bench, cell, Result(apart(bench, cell, finds_no_room, monkeypatch)))
-    rows = read_rows(bench.run.cell(cell.id).rows)
-    assert rows["ok"].tolist() == [True] * 4 + [False] * 2
-    assert set(rows.loc[~rows["ok"], "error_kind"]) == {"disk_full"} == {status.error_kind}
-
-
 def test_a_notebook_that_went_well_without_rows_is_a_failure(bench, cell, monkeypatch):
     outcome = apart(bench, cell, measures, monkeypatch)
     assert back(bench, cell, Result(outcome)).state == "ok"
@@ -177,25 +154,3 @@ def test_a_cell_that_ray_brings_here_asks_for_the_gpu_too(bench, cell, tmp_path,
     driver = Driver(bench.run_dir, None)
     with locks.gpu_lock(tmp_path), pytest.raises(ConfigError, match=r"the GPU .* is in use"):
         run_apart(profile, cell, {}, driver)
-
-
-@pytest.mark.slow
-def test_a_cell_that_ray_ran_is_complete_and_up_to_date_for_the_local_executor(tmp_path: Path):
-    pytest.importorskip("ray")
-
-    def reproduce_with(executor: str) -> str:
-        command = [sys.executable, "-m", "djinn_lib.cli", "reproduce", "--profile", "smoke"]
-        command += ["--run-dir", str(tmp_path), "--executor", executor]
-        done = subprocess.run(
-            [*command, "cell:paper-25-djinn"], cwd=REPO, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    assert "paper-25-djinn: 1 of 1 back" in reproduce_with("ray")
-    file = RunFolder(tmp_path).cell("paper-25-djinn").rows
-    rows = read_rows(file)
-    assert len(rows) == 60 and rows["ok"].all()
-    before = file.stat().st_mtime_ns
-    assert "..." not in reproduce_with("local")  # no notebook was executed
-    assert file.stat().st_mtime_ns == before

@@ -160,6 +160,19 @@ def test_what_is_gone_is_made_again(run, kernels):
     assert run() == (0, []) and kernels.run.page.exists()
 
 
+def test_what_another_notebook_has_half_written_belongs_to_none(run, kernels):
+    half = kernels.run.figures / ".zipf.partial.png"
+
+    def write_half() -> None:
+        half.parent.mkdir()
+        half.write_text("half")
+
+    kernels.during["04_figures"] = write_half
+    run()
+    half.unlink()
+    assert run() == (0, [])
+
+
 def test_a_file_edited_while_a_cell_runs_has_it_run_again_by_the_next_command(
     run, kernels, library, capsys
 ):

@@ -97,16 +97,6 @@ def test_a_system_that_failed_a_request_is_not_kept(bench, calls, monkeypatch):
     assert calls == {"start": 1, "close": 1}
 
 
-def test_a_system_that_does_not_start_leaves_nothing(bench, calls, monkeypatch):
-    def start(self, progress):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(PyTorchPinned, "start", start)
-    rows = run_cell(bench, cell_of(bench, "pytorch_pinned"), keep_running=True)
-    assert set(rows.error_kind) == {"oom"}
-    assert calls == {"close": 1}
-
-
 def test_cells_of_a_series_share_a_kernel_until_one_fails(bench, monkeypatch):
     made, seen = [], []
 

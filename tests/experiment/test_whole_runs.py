@@ -1,8 +1,9 @@
-"""Whole runs for real: the smoke profile through the command, stopped and killed in every way."""
+"""Whole runs for real: a small profile through the command, stopped and killed in every way."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,9 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
+import yaml
 
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_execution, read_statuses
@@ -26,9 +31,30 @@ FIRST, SECOND = "paper-25-djinn", "paper-25-pytorch_lru"
 NAMES = [f"cell:{FIRST}", f"cell:{SECOND}"]
 
 
+CELLS = [
+    {"traces": ["paper"], "capacities": ["25"],
+     "systems": ["djinn", "pytorch_pinned", "pytorch_lru", "vllm_sleep"]},
+    {"traces": ["paper"], "capacities": ["40"], "systems": ["djinn", "pytorch_pinned"]},
+    {"traces": ["paper"], "capacities": ["25"], "systems": ["djinn"], "mode": "concurrent",
+     "speed": math.inf},
+]  # fmt: skip
+
+
+FOLDER = TemporaryDirectory(prefix="djinn-profile-")  # removed at the end of the process
+
+
+@cache
+def profile() -> str:
+    """The profile smoke with half of its cells, as a file."""
+    smoke = yaml.safe_load((REPO / "params" / "smoke.yml").read_text())
+    path = Path(FOLDER.name) / "few.yml"
+    path.write_text(yaml.safe_dump({**smoke, "cells": CELLS}))
+    return str(path)
+
+
 def command(run: RunFolder, *names: str) -> list[str]:
     python = [sys.executable, "-m", "djinn_lib.cli", "reproduce"]
-    return [*python, "--profile", "smoke", "--run-dir", str(run.path), *names]
+    return [*python, "--profile", profile(), "--run-dir", str(run.path), *names]
 
 
 def reproduce(run: RunFolder, *names: str) -> subprocess.CompletedProcess[str]:
@@ -36,17 +62,17 @@ def reproduce(run: RunFolder, *names: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> tuple[RunFolder, subprocess.CompletedProcess[str]]:
-    """The smoke profile, run once for all tests, in a folder whose name papermill would fill."""
-    run = RunFolder(tmp_path_factory.mktemp("smoke") / "{profile} {0} [x] %s")
+def whole(tmp_path_factory) -> tuple[RunFolder, subprocess.CompletedProcess[str]]:
+    """The profile, run once for all tests, in a folder whose name papermill would fill."""
+    run = RunFolder(tmp_path_factory.mktemp("whole") / "{profile} {0} [x] %s")
     return run, reproduce(run)
 
 
 @pytest.fixture
-def run(smoke, tmp_path) -> RunFolder:
+def run(whole, tmp_path) -> RunFolder:
     """A copy of that run, in which two cells have yet to be run."""
     run = RunFolder(tmp_path / "run")
-    shutil.copytree(smoke[0].path, run.path)
+    shutil.copytree(whole[0].path, run.path)
     for cell in (run.cell(FIRST), run.cell(SECOND)):
         cell.rows.unlink(), cell.manifest.unlink()
     return run
@@ -77,13 +103,17 @@ def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_every_step_goes_well_and_a_second_run_does_nothing(smoke):
-    run, done = smoke
+def test_every_step_goes_well_and_a_second_run_does_nothing(whole):
+    run, done = whole
     assert done.returncode == 0, done.stdout + done.stderr
-    profile, states = load_profile("smoke"), {s.task: s.state for s in read_statuses(run.path)}
-    assert {run.cell(cell.id).task for cell in profile.all_cells()} < set(states)
+    states = {s.task: s.state for s in read_statuses(run.path)}
+    cells = load_profile(profile()).all_cells()
+    assert {run.cell(cell.id).task for cell in cells} < set(states)
     assert states.pop("02_run_system.paper-25-vllm_sleep") == "unavailable"
     assert set(states.values()) == {"ok"} and run.page.exists()
+    drawn = {path.stem for path in run.figures.glob("*.pdf")}
+    assert {"latency_cdf", "latency_breakdown", "residency_over_time", "bytes_loaded"} <= drawn
+    assert {"sensitivity", "simulator_validation"} <= drawn
     assert all(claim["verdict"] for claim in json.loads(run.claims.read_text()))
     before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*") if p.is_file() and p != run.lock}
     again = reproduce(run)
@@ -127,6 +157,17 @@ def test_who_stops_a_run_ends_all_its_processes_and_keeps_the_journal(run, numbe
     assert not first.journal.exists() and n_rows_aside(first) >= 3
 
 
+def test_a_cell_that_ray_ran_is_complete_and_up_to_date_for_the_local_executor(run):
+    pytest.importorskip("ray")
+    cell = run.cell(FIRST)
+    done = reproduce(run, "--executor", "ray", NAMES[0])
+    assert done.returncode == 0 and f"{FIRST}: 1 of 1 back" in done.stdout, done.stderr
+    assert len(read_rows(cell.rows)) == 60 and read_rows(cell.rows)["ok"].all()
+    before = cell.rows.stat().st_mtime_ns
+    assert "..." not in reproduce(run, NAMES[0]).stdout  # no notebook was executed
+    assert cell.rows.stat().st_mtime_ns == before
+
+
 def n_rows_aside(cell: CellFiles) -> int:
     return len((cell.earlier / cell.journal.name).read_text().splitlines())
 
@@ -145,5 +186,3 @@ def test_a_kernel_that_is_killed_costs_the_requests_that_were_left(run):
     assert rows["ok"].tolist() == [True] * n_ok + [False] * (60 - n_ok)
     assert set(rows.loc[~rows["ok"], "error_kind"]) == {"kernel_died"}
     assert read_rows(second.rows)["ok"].all()  # the other cell went on
-    done = reproduce(run, *NAMES)
-    assert done.returncode == 0 and read_rows(first.rows)["ok"].all()

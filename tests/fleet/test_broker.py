@@ -13,7 +13,7 @@ import pytest
 import torch
 from ended_processes import until
 from fake_engine import FakeEngine
-from rings import FORK, MIB, SOON_S, Ring
+from rings import FORK, MIB, SOON_S, Ring, forked
 
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError
 from djinn_lib.fleet import commands, protocol
@@ -317,7 +317,7 @@ def test_a_gpu_has_one_ring(monkeypatch):
 
 @pytest.mark.slow
 def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
-    ring, lost = Ring(tmp_path), []
+    ring, lost = Ring(tmp_path, forked), []
     engine = FakeEngine(ring.socket, "a", 4 * MIB, lost.append)
     other = FakeEngine(ring.socket, "b", 8 * MIB, lost.append)
     engine.step()
@@ -343,7 +343,7 @@ def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
     other.close()
     mapped = Path("/proc/self/maps").read_text()
     assert "djinn-frames" not in mapped
-    with Ring(tmp_path):  # the socket of the dead one is no obstacle
+    with Ring(tmp_path, forked):  # the socket of the dead one is no obstacle
         pass
 
 

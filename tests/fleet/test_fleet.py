@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import sys
-import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
@@ -175,23 +174,6 @@ def test_an_engine_that_is_killed_fails_its_requests_and_can_be_added_again(flee
     assert fleet.generate("c", [2], 2).token_ids == tokens("c", [2], 2)
 
 
-def test_an_engine_whose_step_fails_tells_its_requests(patched, fleet):
-    fleet.add("d", patched, n_bytes=MIB, fails="step")
-    with pytest.raises(EngineDied, match="an illegal memory access"):
-        fleet.generate("d", [1], 3)
-    with pytest.raises(EngineDied):
-        fleet.generate("d", [1], 3)
-    fleet.remove("d")
-
-
-def test_text_of_a_model_with_a_tokenizer(patched, fleet):
-    fleet.add("t", patched, n_bytes=MIB, skip_tokenizer_init=False)
-    g = fleet.generate("t", "hello", 5)
-    assert len(g.text) == 5 and len(g.token_ids) == 5
-    assert "".join(fleet.stream("t", "hello", 5)) == g.text
-    fleet.remove("t")
-
-
 def test_a_conversation_is_formatted_with_the_models_own_template(tmp_path, patched, fleet):
     (tmp_path / "config.json").write_text("{}")
     save_tokenizer(tmp_path)
@@ -273,23 +255,6 @@ def test_a_fleet_that_is_forgotten_is_closed(patched, forks, nothing_leaks):
 def test_what_cannot_be_a_fleet(patched, forks, nothing_leaks, options, kind, says):
     with pytest.raises(kind, match=says):
         Fleet(**{"device": "cpu", **options})
-
-
-def test_adding_while_it_is_closed(patched, forks):
-    fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
-    failed = []
-
-    def add():
-        try:
-            fleet.add("c", patched, n_bytes=SIZES["c"])
-        except DjinnError as error:
-            failed.append(error)
-
-    adding = threading.Thread(target=add)
-    adding.start()
-    fleet.close()
-    adding.join(60)
-    assert len(failed) == 1
 
 
 # -- the environment that has vLLM --

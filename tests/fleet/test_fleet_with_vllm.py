@@ -128,15 +128,6 @@ def test_text_in_and_text_out_and_as_it_comes(fleet):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_a_request_that_is_given_up_frees_its_place(fleet, expected):
-    asked = fleet.submit("qwen3", [PROMPTS[1]] * 3, 40, ignore_eos=True)
-    for one in asked:
-        assert one.cancel()
-    for _ in fleet.stream("qwen3", PROMPTS[1], 40, ignore_eos=True):
-        break
-    assert ask(fleet, "qwen3", 1) == expected["qwen3"][1]
-
-
 def test_a_model_that_cannot_be_added_is_one_message_and_leaves_nothing(fleet, folders, tmp_path):
     n_processes = len(descendants())
     for name, source, options, kind, says in [

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from djinn_lib.engine.memory.policies import LRU
 from djinn_lib.engine.memory.ring import Ring
-from djinn_lib.errors import ConfigError, DjinnError
+from djinn_lib.errors import ConfigError
 from djinn_lib.fleet.fleet_file import read_fleet_file, vllm_arguments
 from djinn_lib.fleet.gateway import Gateway, Upstream
 from djinn_lib.fleet.leases import Leases
@@ -216,16 +216,6 @@ def test_metrics_of_requests_and_of_the_ring(gateway):
         'djinn_requests_total{model="chat",status="200"}',
     ):
         assert line in said
-
-
-def test_metrics_without_a_ring():
-    def gone():
-        raise DjinnError("the broker ended")
-
-    running = Running(Gateway({}, gone).app)
-    assert "djinn_ring_bytes" not in httpx.get(f"{running.url}/metrics").text
-    assert httpx.get(f"{running.url}/health").json() == {"ring": "down"}
-    running.end()
 
 
 # -- the file --

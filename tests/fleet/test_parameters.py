@@ -82,17 +82,6 @@ def test_layers_end_where_their_last_byte_is_and_what_is_outside_comes_first():
     assert all(slot.offset % 256 == 0 for slot in slots.values())
 
 
-def test_a_storage_is_packed_once_whole():
-    model = Model()
-    storage_bytes = {
-        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-        for p in model.parameters()
-        if p.numel()
-    }
-    packed, _ = moved(model)
-    assert sum(slot.n_bytes for slot in packed.layout.slots) == sum(storage_bytes.values())
-
-
 def test_the_memory_of_before_is_freed():
     model = Model()
     old = weakref.ref(model.norm.data.untyped_storage())

@@ -149,12 +149,6 @@ def test_a_step_ends_with_its_tokens_and_an_empty_one_gives_the_lease_back(ring,
     until(lambda: state(ring, "b") == "idle", "no request is left")
 
 
-def test_a_step_whose_result_comes_at_once_ends_at_once(ring, make):
-    a, b = make("a"), make("b")
-    assert a.execute_model(tokens(1, output="done")) == "done"
-    b.execute_model(tokens(1, output="done"))
-
-
 @pytest.mark.parametrize("when", ["execute_model", "sample_tokens"])
 def test_a_step_that_fails_keeps_nobody_waiting(make, when):
     a, b = make("a"), make("b")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,6 @@ from command import djinn
 from row_factory import SIZES, cell_rows
 from run_factory import GPU_MACHINE, write_cell, write_large_rows
 
-from djinn_lib import files
 from djinn_lib.analysis.run import load_run
 from djinn_lib.analysis.tables import machines_table
 from djinn_lib.errors import ConfigError, RecordError
@@ -113,25 +110,6 @@ def test_machine_json_tells_of_every_machine(parts, tmp_path):
     assert state["machines"][1]["machine"]["link_rate_bytes_per_s"] == 10e9
     table = machines_table(load_run(tmp_path / "run"))
     assert list(table["link_rate (GB/s)"]) == [8.0, 10.0] and list(table["cells"]) == [2, 1]
-
-
-def test_a_merged_run_can_be_a_part(parts, tmp_path):
-    merge(tmp_path / "half", parts)
-    third = part_of(tmp_path / "three", {"pytorch_pinned": 0}, FASTER)
-    change_manifest(third, "pytorch_pinned", started_at_utc="2026-11-25T06:00:00+00:00")
-    merge(tmp_path / "run", [tmp_path / "half", third])
-    state = json.loads((tmp_path / "run" / "machine.json").read_text())
-    cells = {m["part"]: len(m["cells"]) for m in state["machines"]}
-    assert cells == {"one": 2, "two": 1, "three": 1}
-    manifest = read_manifest(tmp_path / "run" / "requests" / "paper-25-djinn.manifest.json")
-    assert manifest["notes"] == ["ran in the part one"]
-    setups = {
-        path.name: json.loads(path.read_text())["of"]
-        for path in (tmp_path / "run" / "notebooks").glob("00_setup*")
-    }
-    assert setups == {
-        "00_setup.ipynb": "three", "00_setup.one.ipynb": "one", "00_setup.two.ipynb": "two"
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -250,26 +228,6 @@ def test_nothing_is_overwritten_unless_told(parts, tmp_path):
     assert len(load_run(tmp_path / "run").manifests) == 3
     with pytest.raises(ConfigError, match="name each part once"):
         merge(tmp_path / "run", [tmp_path / "run", *parts], replace=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
-
-
-@pytest.mark.parametrize("step", range(2))
-def test_a_run_that_cannot_be_replaced_stays_whole(parts, tmp_path, monkeypatch, capsys, step):
-    merge(tmp_path / "run", parts[:1])
-    (tmp_path / "run" / "notes.txt").write_text("precious")
-    before = contents(tmp_path / "run")
-    real, calls = os.rename, []
-
-    def rename(source, target):
-        calls.append(source)
-        if len(calls) == step + 1:
-            raise OSError(errno.EACCES, "Permission denied")
-        real(source, target)
-
-    monkeypatch.setattr(files.os, "rename", rename)
-    assert djinn("merge", tmp_path / "run", *parts, "--replace") == 2
-    assert "error: " in (said := capsys.readouterr().err) and "Permission denied" in said
-    assert contents(tmp_path / "run") == before
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "run"}
 
 

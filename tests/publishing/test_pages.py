@@ -14,7 +14,7 @@ from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.experiment import large_results
 from djinn_lib.paths import REFERENCE, REPO
 from djinn_lib.publishing import pages
-from djinn_lib.publishing.pages import PAGES, TABLES, markdown, render, soaks
+from djinn_lib.publishing.pages import PAGES, TABLES, markdown, render
 from djinn_lib.publishing.redraw import READING
 
 
@@ -63,14 +63,6 @@ def test_what_an_unfinished_run_lacks_is_said_to_be_not_measured(reference: Run)
     run = replace(reference, rows=reference.rows[reference.rows["trace"] == "paper"])
     made = render("<!-- begin zipf -->\n<!-- end zipf -->\n", run)
     assert made.splitlines()[1].startswith("Not measured: expected rows of trace 'zipf'")
-
-
-def test_a_soak_that_grew_is_said_to(reference: Run, tmp_path):
-    outcomes = {"ok": 9, "cancelled": 1}
-    result = {"requests": 10, "outcomes": outcomes, "flat": False}
-    (tmp_path / "soak.json").write_text(json.dumps(result))
-    line = soaks(reference, {"here": tmp_path / "soak.json"}).loc["here"]
-    assert (line["served"], line["given up"], line["failed"], line["flat"]) == (9, 1, 0, False)
 
 
 def test_the_command_writes_what_it_renders(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pages import broken_links, links_of
-from row_factory import UNAVAILABLE, cell_rows
+from row_factory import UNAVAILABLE
 from run_factory import write_run
 
-from djinn_lib.analysis.claims import judge, load_claims, read_claims, write_claims
+from djinn_lib.analysis.claims import judge, load_claims, write_claims
 from djinn_lib.analysis.run import load_run
 from djinn_lib.experiment.manifest import (
     Status,
@@ -30,7 +30,6 @@ from djinn_lib.publishing.report import (
     build_report,
     convert_notebooks,
 )
-from djinn_lib.rows import rows_frame, write_rows
 
 PIXEL = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -96,33 +95,6 @@ def test_every_link_leads_to_a_file(page: str, run_dir: Path):
 def test_failures_are_counted_by_cell(page: str):
     assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom: out of memory" in page
     assert "02_run_system.paper-25-vllm_recreate: oom" not in page  # not said twice
-
-
-def test_failures_of_a_concurrent_cell_are_its_own(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu", few=True)
-    rows = cell_rows("djinn").assign(mode="concurrent", run_id="beside")
-    rows.loc[:4, ["ok", "error_kind", "error"]] = [False, "timeout", "too late"]
-    rows.loc[:4, ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]] = float("nan")
-    stem = folder / "requests" / "paper-25-djinn"
-    write_rows(rows_frame(rows.to_dict("records")), Path(f"{stem}-concurrent.parquet"))
-    manifest = read_manifest(Path(f"{stem}.manifest.json"))
-    own = {**manifest, "cell": "paper-25-djinn-concurrent", "run_id": "beside"}
-    write_manifest(own, Path(f"{stem}-concurrent.manifest.json"))
-    task = "02_run_system.paper-25-djinn-concurrent"
-    note(folder, Status(task, "failed", 1.0, "timeout", "5 of 30 requests"))
-    page = build_report(folder).read_text()
-    assert "<strong>paper-25-djinn-concurrent</strong>: 5 requests, timeout: too late" in page
-    assert "<strong>paper-25-djinn</strong>" not in page
-    assert f"{task}: timeout" not in page  # not said twice
-
-
-def test_a_notebook_that_failed_after_its_cell_is_said_beside_its_failed_requests(tmp_path: Path):
-    folder = write_run(tmp_path / "cpu", few=True)
-    task = "02_run_system.paper-25-vllm_recreate"
-    note(folder, Status(task, "failed", 1.0, "other", "no picture"))
-    page = build_report(folder).read_text()
-    assert "<strong>paper-25-vllm_recreate</strong>: 8 requests, oom" in page
-    assert f"{task}: other: no picture" in page
 
 
 def test_unavailable_systems_are_no_failures(page: str):
@@ -230,28 +202,3 @@ def test_the_page_of_the_published_run_is_the_one_that_would_be_written(tmp_path
     (copy / "index.html").unlink()
     assert build_report(copy, as_html=False).read_text() == (REFERENCE / "index.html").read_text()
     assert not list(copy.rglob("notebooks/*.html"))
-
-
-def test_a_claim_on_load_links_the_traces_that_it_names_and_later_runs_of_their_cells():
-    cells = [(trace, "25", "djinn_vllm", "concurrent", "cold") for trace in ("load_1", "pair_2")]
-    again = ["pair_2-25-djinn_vllm-concurrent-20261127T022817000000.parquet"]
-    shown = Shown({}, (), cells, (), again)
-    claims = {claim.id: claim for claim in load_claims()}
-    verdict = read_claims(REFERENCE / "claims.json")[0]
-    found = {
-        name: [(link.text, link.href) for link in evidence(verdict, claims[name], shown)]
-        for name in ("ours-load-djinn-vllm", "ours-fleet-two-models")
-    }
-    assert found["ours-load-djinn-vllm"] == [
-        (
-            "rows of load_1-25-djinn_vllm-concurrent",
-            "requests/load_1-25-djinn_vllm-concurrent.parquet",
-        )
-    ]
-    assert found["ours-fleet-two-models"] == [
-        (
-            "rows of pair_2-25-djinn_vllm-concurrent",
-            "requests/pair_2-25-djinn_vllm-concurrent.parquet",
-        ),
-        ("again on 2026-11-27", f"replicates/{again[0]}"),
-    ]

@@ -87,24 +87,6 @@ def test_the_paper_trace_loads_what_the_table_says(ring_gib, gib):
     assert least == pytest.approx(by_program, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("eviction", "ring_gib", "gib"),
-    [
-        ("pages", 20, 122.7),
-        ("pages", 25, 72.7),
-        ("pages", 32, 31.2),
-        ("models", 20, 171.8),
-        ("models", 25, 171.8),
-        ("models", 40, 31.2),
-    ],
-)
-def test_the_ring_loads_what_the_table_says(eviction, ring_gib, gib):
-    models = [request.model for request in paper_trace().requests]
-    loaded = bytes_of_lru(models, SIZES, ring_gib * GIB, 1 << 20, eviction)
-    assert loaded / GIB == pytest.approx(gib, abs=0.05)
-    assert loaded >= optimal_bytes(models, SIZES, ring_gib * GIB)
-
-
 @given(instances())
 def test_no_policy_of_the_ring_loads_less(instance):
     models, sizes, capacity = instance

@@ -119,6 +119,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "stablelm-parallel": {"use_parallel_residual": True, "qk_layernorm": True},
     "whisper": {"decoder_layers": 2, "decoder_attention_heads": 4, **_DECODER},
     "xglm": {"attention_heads": 4},
+    "xlm": {"emb_dim": 64, "n_words": VOCAB},
     "xlm-roberta": _DECODER,
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False,
                  "hidden_size": 64, "feed_forward_size": 96, "num_attention_heads": 4,

@@ -21,9 +21,8 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PhiC
 
 import djinn_lib as dj
 from djinn_lib.engine.decode.eager import generate_eager
-from djinn_lib.engine.memory.devices import base
 from djinn_lib.engine.memory.devices.cuda import CudaAddressSpace
-from djinn_lib.errors import CapacityError, DjinnError, LeaseError
+from djinn_lib.errors import CapacityError, DjinnError
 
 # Every scenario, here and in the scripts that import this one, has its masters in this form.
 dj.Djinn = partial(dj.Djinn, masters=os.environ.get("DJINN_TEST_MASTERS", "plain"))
@@ -362,30 +361,6 @@ def graph_after_remapping():
             assert all(x != y for x, y in zip(frames, now, strict=True)), "frames did not move"
 
 
-def failing_copy():
-    """A copy that fails midway fails one request; the next one works."""
-    real, calls = base.copy_page, []
-
-    def fail_once(target, source):
-        calls.append(1)
-        if len(calls) == 5:
-            raise RuntimeError("link down")
-        real(target, source)
-
-    spec = dj.ModelSpec(CONFIGS[0], "float16", seed=1)
-    expected = undisturbed_tokens(spec)
-    with dj.Djinn(100 << 20, "cuda", page=PAGE, decode="eager") as djinn:
-        djinn.add("a", spec)
-        base.copy_page = fail_once
-        try:
-            djinn.generate("a", PROMPT, 2)
-            raise AssertionError("expected the request to fail")
-        except DjinnError as error:
-            assert "link down" in str(error)
-        assert djinn.generate("a", PROMPT, 6, ignore_eos=True).token_ids == expected
-        djinn.check()
-
-
 def device_contract():
     """What the CPU promises, in the same words."""
     for name, promise in CONTRACT.items():
@@ -404,33 +379,6 @@ def too_much():
     except CapacityError as error:
         assert "of free device memory" in str(error)
     assert held_bytes() - before < 64 << 20
-
-
-def weights_after_the_lease():
-    """A weight that is read too late raises, and the device can still be used."""
-    with dj.Djinn(64 << 20, "cuda", page=PAGE, decode="graph") as djinn:
-        djinn.add("a", dj.ModelSpec(CONFIGS[0], "float16", seed=1))
-        expected = djinn.generate("a", PROMPT, 8, ignore_eos=True).token_ids
-        with djinn.lease("a") as model:
-            total = float(model.lm_head.weight.float().sum())
-            kept = [
-                model.state_dict()["lm_head.weight"],
-                model.lm_head.weight[3],
-                model.lm_head.weight,
-            ]
-        for after in (lambda: None, lambda: djinn.evict("a")):
-            after()
-            for weight in kept:
-                with raises(LeaseError):
-                    print(weight)
-                with raises(LeaseError):
-                    weight.float().sum()
-        assert djinn.generate("a", PROMPT, 8, ignore_eos=True).token_ids == expected
-        with djinn.lease("a") as model:
-            assert float(model.lm_head.weight.float().sum()) == total
-    with raises(LeaseError):
-        print(model.lm_head.weight)
-    torch.cuda.synchronize()
 
 
 def positions():

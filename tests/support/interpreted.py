@@ -36,16 +36,19 @@ SHAPE = {
     "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 40,
 }  # fmt: skip
 CONFIGS = {
-    "llama": LlamaConfig(**SHAPE),
     "llama-biased-attention": LlamaConfig(**SHAPE, attention_bias=True),
     "llama-dynamic": LlamaConfig(
         **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ),
-    "mistral": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=None),
     "mistral-sliding": MistralConfig(**SHAPE, num_key_value_heads=1, sliding_window=6),
-    "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=1),
     "qwen2-tied": Qwen2Config(**SHAPE, num_key_value_heads=1, tie_word_embeddings=True),
     "phi": PhiConfig(**SHAPE, partial_rotary_factor=0.5),
+}
+SINGLE = {**SHAPE, "num_hidden_layers": 1}
+ONE_LAYER = {
+    "mistral": MistralConfig(**SINGLE, num_key_value_heads=1, sliding_window=None),
+    "qwen2": Qwen2Config(**SINGLE, num_key_value_heads=1),
+    "phi": PhiConfig(**SINGLE, partial_rotary_factor=0.5),
 }
 REFUSED = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=67),
@@ -91,9 +94,9 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.float() - expected.float()).norm() / expected.float().norm())
 
 
-def layers(name: str, dtype: str) -> dict[str, Any]:
+def layers(config: Any, dtype: str) -> dict[str, Any]:
     """How far fused layers are from transformers' own."""
-    model = built(CONFIGS[name], dtype)
+    model = built(config, dtype)
     cache = KvCache(model.config, CAPACITY, CPU)
     expected, got = steps(model, cache, fused=False), steps(model, cache, fused=True)
     own = [type(m).forward.__get__(m) == m.forward for m in model.modules()]
@@ -104,10 +107,10 @@ def layers(name: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def row_by_row(name: str) -> dict[str, Any]:
+def row_by_row(config: Any) -> dict[str, Any]:
     """The same with one pair of rows for each program that projects, as in wide models."""
     with mock.patch.object(decode_operators, "PROJECTED_BYTES", 0):
-        return layers(name, "float32")
+        return layers(config, "float32")
 
 
 def attention(head_size: int, n_heads: int, n_key_heads: int) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def refused(name: str) -> dict[str, Any]:
 
 def decoder(broken: bool) -> dict[str, Any]:
     """Which way a decoder takes, and whether its tokens are transformers' own."""
-    model = built(CONFIGS["mistral"])
+    model = built(ONE_LAYER["mistral"])
     real = decode_operators.multiply
     wrong = mock.patch.object(fused_layers, "multiply", lambda *a, **k: real(*a, **k) * 1.1)
     with (
@@ -174,9 +177,9 @@ def decoder(broken: bool) -> dict[str, Any]:
 def main() -> None:
     """Run everything."""
     cases: dict[str, Any] = {
-        **{f"layers {n} float32": lambda n=n: layers(n, "float32") for n in CONFIGS},
-        **{f"layers {n} float16": lambda n=n: layers(n, "float16") for n in ("qwen2", "phi")},
-        **{f"layers {n} row by row": lambda n=n: row_by_row(n) for n in ("mistral", "phi")},
+        **{f"layers {n} float32": lambda c=c: layers(c, "float32") for n, c in CONFIGS.items()},
+        **{f"layers {n} float16": lambda c=c: layers(c, "float16") for n, c in ONE_LAYER.items()},
+        **{f"layers {n} row by row": lambda c=c: row_by_row(c) for n, c in ONE_LAYER.items()},
         "attention 16": lambda: attention(16, 4, 4),
         "attention 20 grouped": lambda: attention(20, 6, 2),
         **{f"refused {name}": lambda name=name: refused(name) for name in REFUSED},

@@ -100,15 +100,6 @@ def test_the_end_of_a_sequence(decode):
         assert djinn.generate("m", PROMPT, 8).token_ids == tokens  # the end is the last one asked
 
 
-def test_one_token_is_as_good_as_many():
-    with dj.Djinn("2MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", saved("llama"))
-        many = djinn.generate("m", PROMPT, 8, ignore_eos=True)
-        one = djinn.generate("m", PROMPT, 1, ignore_eos=True)
-        assert one.token_ids == many.token_ids[:1]
-        assert one.decode_ms == 0 and many.decode_ms > 0
-
-
 def test_what_an_earlier_request_left_in_the_cache_is_gone():
     decoder = recorded("llama")
     expected = decoder.generate(PROMPT, 8, ignore_eos=True).token_ids

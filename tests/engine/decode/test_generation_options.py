@@ -155,15 +155,6 @@ def test_what_makes_no_difference_is_recorded(model, options, caplog):
     assert "cannot be recorded" not in caplog.text
 
 
-def test_the_generation_config_of_a_folder_counts(model, tmp_path, caplog):
-    ask_for(model, {"repetition_penalty": 1.3})
-    model.save_pretrained(tmp_path)
-    with dj.Djinn("1MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
-        djinn.add("m", tmp_path)
-        assert "asks for repetition_penalty=1.3" in caplog.text
-        assert djinn.generate("m", PROMPT, N).token_ids == ordinary(model)
-
-
 def test_another_generation_config_than_that_of_the_step_is_refused(model):
     with dj.Djinn("1MiB", "cpu", "16KiB", decode="graph", max_model_len=40) as djinn:
         djinn.add("m", ModelSpec(CONFIG, seed=0))

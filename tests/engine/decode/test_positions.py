@@ -23,7 +23,6 @@ from transformers import (
 )
 
 import djinn_lib as dj
-from djinn_lib.engine.decode import positions
 from djinn_lib.engine.decode.cuda_graphs import Recorder
 from djinn_lib.engine.decode.eager import generate_eager, vocabulary
 from djinn_lib.engine.decode.generation_options import ensure_generates
@@ -133,16 +132,6 @@ def test_what_cannot_be_found_out_ends_where_the_configuration_says():
     check_positions(model, 60, 10)
     with pytest.raises(ConfigError, match=r"at most 70 .*search for the real limit failed.*tolist"):
         check_positions(model, 60, 11)
-
-
-def test_short_requests_need_no_looking(monkeypatch):
-    def refuse(model):
-        raise AssertionError("looked")
-
-    monkeypatch.setattr(positions, "on_shapes", refuse)
-    model = skeleton(GPT2Config(**GPT2, n_positions=70), torch.float32)
-    check_positions(model, 30, 5)
-    assert longest(model, 35) == 35
 
 
 @pytest.mark.parametrize("decode", ["eager", "graph"])

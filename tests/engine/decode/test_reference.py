@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from djinn_lib.engine.decode import cuda_graphs as recording
-from djinn_lib.engine.decode import reference
 from djinn_lib.engine.decode.cuda_graphs import Recorder, Repeated
 from djinn_lib.engine.decode.decoder import make_decoder
 from djinn_lib.engine.decode.eager import generate_eager
@@ -272,16 +271,6 @@ def test_other_tokens_count_where_none_is_as_likely():
     compare(Followed(logits, (2,)), known)  # which rounding may have chosen
     with pytest.raises(DjinnError, match="expected token 1 at token 0 after a prompt of 2"):
         compare(Followed(logits, (0,)), known)
-
-
-def test_references_are_taken_once(monkeypatch):
-    taken = []
-    real = reference.take_reference
-    monkeypatch.setattr(
-        reference, "take_reference", lambda *args: (taken.append(len(args[1])), real(*args))[1]
-    )
-    decoder_of(spec("llama").build(), "graph", 200)
-    assert taken == [128 - N_TOKENS, 32]
 
 
 def test_a_long_request_leaves_nothing_for_the_next():

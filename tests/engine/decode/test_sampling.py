@@ -104,18 +104,6 @@ def test_refusals_come_before_anything_is_loaded(djinn):
     assert djinn.residency()["resident_bytes"].sum() == 0
 
 
-@pytest.mark.parametrize(
-    "options", [{"temperature": 1, "seed": 0}, {"temperature": 2, "top_k": 5, "seed": 0},
-    {"temperature": np.float32(1), "top_p": 1, "seed": np.int64(3)}], ids=str,
-)  # fmt: skip
-def test_every_way_of_decoding_takes_the_same_numbers(djinn, options):
-    first = djinn.generate("m", [5, 6], np.int64(8), ignore_eos=np.True_, **options)
-    plain = {key: float(value) if key in ("temperature", "top_p") else int(value)
-             for key, value in options.items()}  # fmt: skip
-    assert djinn.generate("m", [5, 6], 8, ignore_eos=True, **plain).token_ids == first.token_ids
-    assert djinn.submit("m", [5, 6], 8, True, **options).result().token_ids == first.token_ids
-
-
 def test_without_a_seed_every_prompt_of_a_list_is_drawn_by_itself(djinn):
     said = djinn.generate("m", [[5, 6]] * 4, 8, True, temperature=1.0)
     assert len({g.token_ids for g in said}) > 1

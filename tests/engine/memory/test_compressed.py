@@ -1,11 +1,9 @@
 """Compressed masters: bits that come back, sizes, damage that is found, memory given back."""
 
-import gc
 import os
 import threading
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -194,20 +192,6 @@ def test_what_does_not_decode_to_the_same_is_never_kept(monkeypatch):
     monkeypatch.undo()
     pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)))
     assert torch.equal(plain_page(pool, "m", 0, PAGE), weights_of(2 * PAGE)[:PAGE])
-
-
-def test_memory_is_given_back():
-    # Large, since other threads of this process allocate some megabytes meanwhile.
-    process, pool, n_bytes = psutil.Process(), CompressedMasters(HostMasters(), 1 << 20), 64 << 20
-    content = weights_of(n_bytes)
-    pool.add("first", layout_of(1 << 20), fill_with(content[: 1 << 20]))  # starts what stays
-    gc.collect()
-    before = process.memory_info().rss
-    pool.add("m", layout_of(n_bytes), fill_with(content))
-    gc.collect()
-    grown = process.memory_info().rss - before
-    assert 0.6 * n_bytes < grown < 0.85 * n_bytes
-    assert pool.sizes()["m"].stored < 0.68 * n_bytes
 
 
 def test_threads_end_with_the_work():

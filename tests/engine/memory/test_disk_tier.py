@@ -92,14 +92,17 @@ def test_copies_of_a_victim_end_before_its_frames_are_reused(tier):
     assert finished == ["a"]
 
 
-def test_two_that_need_the_same_model_read_it_once(tier, monkeypatch):
+@pytest.fixture
+def gate(monkeypatch):
+    """Reads wait until it is set."""
     real, gate = disk_tier.SwapFile.read, threading.Event()
+    monkeypatch.setattr(
+        disk_tier.SwapFile, "read", lambda *arguments: gate.wait(10) and real(*arguments)
+    )
+    return gate
 
-    def slow(self, *arguments):
-        gate.wait(10)
-        real(self, *arguments)
 
-    monkeypatch.setattr(disk_tier.SwapFile, "read", slow)
+def test_two_that_need_the_same_model_read_it_once(tier, gate):
     threads = [threading.Thread(target=tier.hold, args=("a",)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -113,15 +116,10 @@ def test_two_that_need_the_same_model_read_it_once(tier, monkeypatch):
     tier.let_go("a")
 
 
-def test_one_can_be_used_while_another_is_read(tier, monkeypatch):
+def test_one_can_be_used_while_another_is_read(tier, gate):
+    gate.set()
     tier.hold("c")
-    real, gate = disk_tier.SwapFile.read, threading.Event()
-
-    def slow(self, *arguments):
-        gate.wait(10)
-        real(self, *arguments)
-
-    monkeypatch.setattr(disk_tier.SwapFile, "read", slow)
+    gate.clear()
     thread = threading.Thread(target=tier.hold, args=("b",))
     thread.start()
     tier.hold("c")

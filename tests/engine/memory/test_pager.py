@@ -83,20 +83,6 @@ def test_a_victim_keeps_its_prefix(three):
     pager.check()
 
 
-def test_the_first_bytes_can_be_used_while_the_rest_loads(three, monkeypatch):
-    pager, masters, views = three
-    flaky = Flaky(monkeypatch)
-    flaky.gate.clear()
-    with pager.lease("b") as lease:
-        assert lease.stats.loaded_bytes == 9 * PAGE and flaky.n_copied < 9
-        copied = threading.Thread(target=lambda: (time.sleep(0.2), flaky.gate.set()))
-        copied.start()
-        pager.wait("b", 1)
-        assert torch.equal(views["b"][:PAGE], masters["b"][:PAGE])
-        assert lease.stats.stall_s > 0  # how much hangs on when this thread came to wait
-        copied.join()
-
-
 def test_use_without_a_lease_is_refused_instead_of_faulting(three):
     pager, _, _ = three
     with pytest.raises(LeaseError, match="inside `with"):

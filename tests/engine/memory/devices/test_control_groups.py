@@ -1,15 +1,15 @@
 """Limits of control groups: both versions, groups in groups, containers; one that is real."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import in_a_child
 
+import djinn_lib as dj
 from djinn_lib.engine.memory.devices import control_groups
 from djinn_lib.engine.memory.devices.control_groups import bytes_left, groups_of, limits_of
-from djinn_lib.engine.memory.devices.host import host_bytes_available
+from djinn_lib.engine.memory.devices.host import allocate, host_bytes_available
 
 MIB = 1 << 20
 UNLIMITED = {1: str((1 << 63) - 4096), 2: "max"}  # as the kernel writes it
@@ -138,25 +138,6 @@ def test_a_proc_that_says_nothing_limits_nothing(machine, text):
     assert limits_of(machine.process) == []
 
 
-IN_A_GROUP = """
-import os, sys
-from pathlib import Path
-Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-import torch
-import djinn_lib as dj
-from djinn_lib.engine.memory.devices.host import allocate
-for use in (
-    lambda: dj.Djinn("2GiB", "cpu"),
-    lambda: allocate(2 << 30),
-    lambda: dj.Djinn("1MiB", "cpu", host_capacity="2GiB", swap_dir=sys.argv[2]),
-):
-    try:
-        use()
-    except dj.DjinnError as error:
-        print(type(error).__name__, error)
-"""
-
-
 def tree_that_limits_memory(version):
     """The folder of a mounted tree in which a new group can limit memory."""
     for kind, _, folder in control_groups._mounts(Path("/proc/self")):
@@ -186,12 +167,18 @@ def group(request):
                 folder.rmdir()
 
 
-@pytest.mark.slow
 def test_a_process_in_a_group_is_refused_and_not_killed(group, tmp_path):
-    command = [sys.executable, "-c", IN_A_GROUP, str(group), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
-    lines = done.stdout.splitlines()
-    for line, use in zip(lines, ("the ring", "a master copy", "host_capacity"), strict=True):
-        assert line.startswith(f"CapacityError expected 2.0 GiB of host memory for {use}, got ")
-        assert "MiB available: free memory or " in line
+    uses = {
+        "the ring": lambda: dj.Djinn("2GiB", "cpu"),
+        "a master copy": lambda: allocate(2 << 30),
+        "host_capacity": lambda: dj.Djinn("1MiB", "cpu", host_capacity="2GiB", swap_dir=tmp_path),
+    }
+    for name, use in uses.items():
+
+        def inside(use=use):
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+            use()
+
+        said, status = in_a_child(inside)
+        assert said.startswith(f"CapacityError: expected 2.0 GiB of host memory for {name}, got ")
+        assert "MiB available: free memory or " in said and status == 0
