@@ -76,11 +76,12 @@ study: check-executor $(READY) ## compute the study of policies again, into data
 test: style ## check the style and the types, and run the tests that take minutes
 	@$(call tests-and-types,-m "not slow")
 
-# Those that need vLLM too are run by test-vllm.
+# Those that need vLLM too are run by test-vllm. Files with the fewest tests take longest, and pytest
+# would leave these to the end, when one process has nothing left to do.
 .PHONY: test-slow
 test-slow: $(READY) ## run the tests that `make test` leaves out, which take minutes as well
 	@echo "==> slow tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) -m "slow and not vllm"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) --no-loadscope-reorder -m "slow and not vllm"
 
 .PHONY: test-all
 test-all: style ## check the style and the types, and run all tests, on many more drawn examples
