@@ -309,10 +309,7 @@ class RingModel:
         try:
             protocol.send(self._connection.socket, kind, **fields)
         except OSError as error:
-            raise BrokerGone(
-                "the broker of the ring ended or closed the connection: start it again, and then "
-                "the engines"
-            ) from error
+            raise BrokerGone from error
 
 
 def _broken(model: str, error: Exception) -> DjinnError:

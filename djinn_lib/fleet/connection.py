@@ -68,7 +68,7 @@ class Connection:
         try:
             protocol.send(self.socket, "status")
         except OSError as error:
-            raise BrokerGone("the broker of the ring ended: start a new one") from error
+            raise BrokerGone from error
         return RingStatus.from_message(protocol.expect(protocol.receive(self.socket), "status"))
 
     def join(self, model: str, n_pages: int) -> list[int]:

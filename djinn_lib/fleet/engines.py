@@ -18,7 +18,7 @@ from djinn_lib.engine.models.tokenizer import Tokenizer
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import children
 from djinn_lib.fleet.options import engine_tokenizer
-from djinn_lib.fleet.protocol import error_class
+from djinn_lib.fleet.protocol import BrokerGone, error_class
 
 Result = dict[str, Any]  # see `vllm_engine`
 OnPart = Callable[[list[int], str], None]
@@ -246,9 +246,13 @@ class EngineClient:
                 pending.answer(values[0])
 
     def _failed(self) -> EngineDied:
+        log = children.last_lines(self.log, 4)
+        what_to_do = "remove the model and add it again"
+        if BrokerGone.said in log:
+            what_to_do = BrokerGone.said
         return EngineDied(
-            f"the engine of {self.name!r} ended ({self._ended or 'its process is gone'}): remove "
-            f"the model and add it again. The end of its log:\n{children.last_lines(self.log, 4)}"
+            f"the engine of {self.name!r} ended ({self._ended or 'its process is gone'}): "
+            f"{what_to_do}. The end of its log:\n{log}"
         )
 
     def ask_to_end(self) -> None:

@@ -70,6 +70,14 @@ class ProtocolError(DjinnError, ConnectionError):
 class BrokerGone(DjinnError, ConnectionError):
     """The broker of a ring ended, or closed the connection."""
 
+    said = (
+        "the broker of the ring ended or closed the connection: start it again (`djinn ring`, or a "
+        "new Fleet), and then the engines"
+    )
+
+    def __init__(self, message: str = said) -> None:
+        super().__init__(message)
+
 
 def encode(kind: str, **fields: object) -> bytes:
     """Encode a message for the socket."""
@@ -159,10 +167,7 @@ def receive_bytes(connection: socket.socket, n_bytes: int) -> bytes:
         except ConnectionError:
             part = b""
         if not part:
-            raise BrokerGone(
-                "the broker of the ring ended or closed the connection: start it again (`djinn "
-                "ring`, or a new Fleet), and then the engines"
-            )
+            raise BrokerGone
         data += part
     return bytes(data)
 
