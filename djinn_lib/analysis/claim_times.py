@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def latency(run: Run, system: str, statistic: str, **where: Any) -> Measurement:
         maxima = _maxima(rows)
         remark = "the maximum: too few requests for a P99" if statistic == "p99" else ""
         span = (min(maxima), max(maxima))
-        return Measurement(float(total_ms.max()), len(total_ms), remark, span=span)
+        return Measurement(_largest(rows), len(total_ms), remark, span=span)
     found = bootstrap_interval(STATISTICS[statistic], total_ms, block=_block(rows, len(total_ms)))
     return estimate(found, len(total_ms))
 
@@ -63,6 +64,17 @@ def latency(run: Run, system: str, statistic: str, **where: Any) -> Measurement:
 def _maxima(rows: pd.DataFrame) -> list[float]:
     """Return the slowest request of each repeat; a maximum has no interval."""
     return [float(ms) for ms in metrics.served(rows).groupby("repeat")["total_ms"].max()]
+
+
+def _largest(rows: pd.DataFrame) -> float:
+    """Return the slowest request's latency in milliseconds.
+
+    Where requests wait for each other, another one may be the last in every repeat: then this is
+    the mean time until all are done.
+    """
+    if (rows["mode"] == "concurrent").all():
+        return mean(_maxima(rows))
+    return float(by_request(rows).max())
 
 
 @metric(timed=True)
@@ -95,7 +107,7 @@ def _ratio(
     remark = ", ".join(filter(None, [f"against {name}", ran_on(run, *both.values())]))
     if _is_largest(statistic, len(pairs)):
         slow, fast = _maxima(both[name]), _maxima(both[to])
-        value = float(pairs["top"].max() / pairs["bottom"].max())
+        value = _largest(both[name]) / _largest(both[to])
         span = (min(slow) / max(fast), max(slow) / min(fast))
         return Measurement(value, len(pairs), remark, span=span)
     ratio = ratio_interval(top, bottom, statistic, _block(both[name], len(pairs)))

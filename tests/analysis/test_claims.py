@@ -162,6 +162,22 @@ def test_maxima_are_judged_by_every_repeat():
     assert (verdict.verdict, verdict.measured, verdict.low) == ("unresolved", 10.0, None)
 
 
+@pytest.mark.parametrize(("mode", "last_ms"), [("sequential", 6.5), ("concurrent", 10.0)])
+def test_another_request_may_be_the_last_of_each_repeat(mode, last_ms):
+    rows = pd.concat(
+        [
+            served("a", [8.0, 1.0], mode=mode, repeat=0),
+            served("a", [1.0, 12.0], mode=mode, repeat=1),
+        ]
+    )
+    found = measure("latency", rows, system="a", statistic="max", mode=mode)
+    assert found.value == last_ms and found.span == (8.0, 12.0)
+    both = pd.concat([rows, served("b", [2 * last_ms] * 2, mode=mode)])
+    assert (
+        measure("statistic_ratio", both, system="b", to="a", statistic="max", mode=mode).value == 2
+    )
+
+
 def test_switch_share_counts_from_low_to_below_high():
     rows = served("a", [20_000.0] * 4, switch_ms=[0.0, 9.999, 10.0, 15_000.0])
     assert measure("switch_share", rows, system="a", low_ms=0, high_ms=10).value == 0.5
