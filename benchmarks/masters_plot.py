@@ -1,6 +1,12 @@
-"""Draw how long a full miss takes with compressed masters, compared with the link."""
+"""Draw how long a full miss takes with compressed masters, compared with the link.
+
+`python benchmarks/masters_plot.py RESULT... --out FIGURE` draws results of several runs.
+"""
 
 from __future__ import annotations
+
+import argparse
+import json
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -12,8 +18,10 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     footnote,
     require_rows,
+    save_figure,
     styled,
 )
+from djinn_lib.paths import user_path
 from djinn_lib.units import three_digits
 
 _COLORS = {"plain": "#7F7F7F", "compressed": "#0072B2"}
@@ -61,3 +69,17 @@ def full_misses(rows: pd.DataFrame) -> Figure:
     grid[-1, 0].set_xlabel("ms from nothing resident to all weights")
     footnote(figure, ["dashed: plain bytes at the rate of the link"])
     return figure
+
+
+def main() -> None:
+    """Draw the rows of several results of `masters.py` as one figure."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("results", type=user_path, nargs="+", help="one panel for each dtype")
+    parser.add_argument("--out", type=user_path, required=True, help="without .png")
+    options = parser.parse_args()
+    rows = pd.concat(pd.DataFrame(json.loads(one.read_text())["rows"]) for one in options.results)
+    print(*save_figure(full_misses(rows), options.out.parent, options.out.name))
+
+
+if __name__ == "__main__":
+    main()
