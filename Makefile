@@ -76,14 +76,12 @@ study: check-executor $(READY) ## compute the study of policies again, into data
 test: style ## check the style and the types, and run the tests that take minutes
 	@$(call tests-and-types,-m "not slow")
 
-# Those that need vLLM too are run by test-vllm. The file that takes longest begins, or the others
-# would wait for it in the end. Half of the time it waits for processes of its own, so three files run
-# on two cores.
+# Those that need vLLM too are run by test-vllm. They mostly wait for processes of their own, so three
+# files run on two cores. The one that takes longest begins: see tests/conftest.py.
 .PHONY: test-slow
 test-slow: $(READY) ## run the tests that `make test` leaves out, which take minutes as well
 	@echo "==> slow tests"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) -n 3 --no-loadscope-reorder -m "slow and not vllm" \
-	  tests/experiment/test_whole_runs.py tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) -n 3 --no-loadscope-reorder -m "slow and not vllm"
 
 .PHONY: test-all
 test-all: style ## check the style and the types, and run all tests, on many more drawn examples

@@ -52,7 +52,10 @@ def cuda_device_count() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest file begins, or all others would wait for it in the end.
+    items.sort(key=lambda item: item.path.name != "test_whole_runs.py")
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and cuda_device_count() == 0:
         skip = pytest.mark.skip(reason="needs a CUDA device; nvidia-smi lists none")
