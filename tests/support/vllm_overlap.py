@@ -27,7 +27,7 @@ if __name__ == "__main__":
         return list(said[0].outputs[0].token_ids)
 
     hit = tokens()
-    copy_page, offloader, waits = base.copy_page, get_offloader(), []
+    copy_page, offloader, waits = base.copy_page, get_offloader(), {}
     ring = offloader._ring
     wait = ring.wait
 
@@ -38,12 +38,12 @@ if __name__ == "__main__":
     def timed(end=None):
         begin_s = time.perf_counter()
         wait(end)
-        waits.append(time.perf_counter() - begin_s)
+        waits.setdefault(end, time.perf_counter() - begin_s)  # a layer may be looked up twice
 
     base.copy_page, ring.wait = slowly, timed
     llm.collective_rpc("ring_rest")
     llm.collective_rpc("ring_sleep")
     cold = tokens()
-    n_layers = len(offloader.layers)
-    print(json.dumps({"hit": hit, "cold": cold, "waits": waits[:n_layers]}), flush=True)
+    first = list(waits.values())[: len(offloader.layers)]
+    print(json.dumps({"hit": hit, "cold": cold, "waits": first}), flush=True)
     os._exit(0)
