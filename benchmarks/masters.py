@@ -36,6 +36,7 @@ from djinn_lib.systems.base import ModelFiles
 from djinn_lib.units import parse_bytes
 
 FORMS = ("plain", "compressed")
+COVERED = 0.8  # of a load; the rest allows for the time until it begins, and for its prefill
 SHOWN = ["dtype", "model", "form", "share", "add_s", "load_ms", "by_link", "ttft_ms",
          "ms_per_token", "ms_per_token_beside"]  # fmt: skip
 
@@ -139,27 +140,34 @@ def measured(
                 "by_link": statistics.median(loads_ms) / link_ms,
                 "ttft_ms": hit["ttft_ms"],
                 "ms_per_token": hit["ms_per_token"],
-                **beside(cases, name),
             }
             rows.append(row)
+        for row in rows:
+            row |= beside(cases, row, rows)
         djinn.check()
     return rows
 
 
-def beside(cases: Cases, model: str) -> dict[str, float]:
-    """Return milliseconds per token while the largest other model is loaded."""
-    sizes = cases.djinn.residency().set_index("model").bytes.drop(model)
-    if sizes.empty:
+def beside(cases: Cases, row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return milliseconds per token of a model while the largest other model is loaded.
+
+    Only as many tokens are generated as that load covers.
+    """
+    others = [other for other in rows if other is not row]
+    if not others:
         return {}
-    other, done = sizes.idxmax(), []
+    other = max(others, key=lambda other: other["loaded_bytes"])
+    model, loaded, done = row["model"], other["model"], []
+    n_tokens = int(COVERED * other["load_ms"] / row["ms_per_token"])
+    n_tokens = max(2, min(n_tokens, cases.new_tokens))
     for _ in range(cases.repeats):
         cases.request(model, 1)
-        cases.djinn.evict(other)
-        first = cases.djinn.submit(model, cases.prompts[model], cases.new_tokens, ignore_eos=True)
-        second = cases.djinn.submit(other, cases.prompts[other], 1, ignore_eos=True)
-        done.append(first.result().decode_ms / max(1, cases.new_tokens - 1))
+        cases.djinn.evict(loaded)
+        first = cases.djinn.submit(model, cases.prompts[model], n_tokens, ignore_eos=True)
+        second = cases.djinn.submit(loaded, cases.prompts[loaded], 1, ignore_eos=True)
+        done.append(first.result().decode_ms / (n_tokens - 1))
         second.result()
-    return spread("ms_per_token_beside", done)
+    return {"tokens_beside": n_tokens, **spread("ms_per_token_beside", done)}
 
 
 if __name__ == "__main__":

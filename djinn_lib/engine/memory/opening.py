@@ -9,7 +9,6 @@ from typing import Literal, cast, get_args
 
 import torch
 
-from djinn_lib.engine.memory.compressed.masters import CompressedMasters
 from djinn_lib.engine.memory.disk_tier import DiskTier
 from djinn_lib.engine.memory.masters import HostMasters, Masters
 from djinn_lib.errors import ConfigError, PlatformError
@@ -60,6 +59,9 @@ def open_masters(
     store = _open_store(host_capacity, page_bytes, swap_dir, pin)
     if form == "plain":
         return store
+    # Here, because numba takes a second to import, and plain masters do not need it.
+    from djinn_lib.engine.memory.compressed.masters import CompressedMasters
+
     try:
         return CompressedMasters(store, page_bytes, form == "auto")
     except BaseException:

@@ -20,7 +20,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from djinn_lib.engine.memory.compressed.decode import decode
+from djinn_lib.engine.memory.compressed.decode import decodes_to
 from djinn_lib.engine.memory.compressed.encode import Bytes, encode
 from djinn_lib.engine.memory.compressed.form import EXPONENT_BITS, MOST_BYTES, TILE_WORDS
 from djinn_lib.engine.memory.compressed.page import Compression
@@ -130,14 +130,12 @@ def compress_page(plain: Bytes, exponent_bits: int | None) -> Compressed | None:
     compressed, form = encode(plain.view(np.uint16), exponent_bits)
     if len(compressed) >= len(plain):
         return None
-    checksum, again = zlib.crc32(compressed.data), np.empty_like(plain)
-    decode(compressed, form, again.view(np.uint16))
-    if not np.array_equal(again, plain):
+    if not decodes_to(compressed, form, plain.view(np.uint16)):
         raise DjinnError(
             "compressed weights do not decode to the same bytes: use masters='plain', test the "
             "host's memory, and report it"
         )
-    return compressed, Compression(form, checksum)
+    return compressed, Compression(form, zlib.crc32(compressed.data))
 
 
 def estimated_bytes(buffer: torch.Tensor, layout: Layout, page_bytes: int) -> int:

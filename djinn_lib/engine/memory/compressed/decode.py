@@ -1,77 +1,147 @@
-"""Decode a page on the CPU with numpy; `form` describes the compressed bytes."""
+"""Decode a page on the CPU; `form` describes the compressed bytes.
+
+A block of words is decoded at a time: all first codes, then the codes of the words that escaped
+from them, level by level, then the other bits of all words. Each is a loop without branches that
+depend on the weights, except for the rare last level.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numba import uint16, uint32
 
-from djinn_lib.engine.memory.compressed.encode import Bytes, Words, tile_groups, tile_offsets
-from djinn_lib.engine.memory.compressed.form import (
-    BLOCK_WORDS,
-    RANKED_BYTES,
-    TILE_WORDS,
-    Form,
-)
-
-# For each byte: its four 2-bit codes, one a byte.
-_FOUR = ((np.arange(256)[:, None] >> np.array([0, 2, 4, 6])) & 3).astype(np.uint8).view(np.uint32)
+from djinn_lib.engine.memory.compressed.compiled import compiled
+from djinn_lib.engine.memory.compressed.encode import Bytes, Words
+from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, RANKED_BYTES, TILE_WORDS, Form
 
 
 def decode(compressed: Bytes, form: Form, words: Words) -> None:
     """Write the words of a page.
 
     Args:
-        compressed: its compressed bytes (1-d), intact.
+        compressed: its compressed bytes (1-d).
         form: how they are compressed.
         words: output (1-d), `form.n_words` of them.
     """
+    _decoded(compressed, form, words, only_compare=False)
+
+
+def decodes_to(compressed: Bytes, form: Form, words: Words) -> bool:
+    """Whether these are the words of a page; arguments as of `decode`."""
+    return _decoded(compressed, form, words, only_compare=True)
+
+
+def _decoded(compressed: Bytes, form: Form, words: Words, only_compare: bool) -> bool:
     at = form.sections
     starts = compressed[at.starts].view(np.int32).reshape(-1, 3)
-    second = unpack_pairs(compressed[at.second], form.n_second)
-    third = unpack_pairs(compressed[at.third], form.n_third)
     ranks = compressed[at.ranks].reshape(-1, RANKED_BYTES)
-    for begin, end, n_tiles in tile_groups(form.n_words):
-        n_words, block = end - begin, starts[begin // BLOCK_WORDS]
-        first = unpack_pairs(compressed[at.first][begin // 4 :][: -(-n_words // 4)], n_words)
-        later = second[block[0] :], third[block[1] :], compressed[at.last][block[2] :]
-        tile = begin // TILE_WORDS
-        symbols = _symbols(first.reshape(n_tiles, -1), ranks[tile : tile + n_tiles], later)
-        rotated = symbols.astype(np.uint16) << (16 - form.exponent_bits)
-        rotated |= compressed[at.low][begin:end]
-        if form.exponent_bits < 8:
-            pairs = unpack_pairs(compressed[at.pairs][begin // 4 :][: -(-n_words // 4)], n_words)
-            single = compressed[at.singles][begin // 8 :][: -(-n_words // 8)]
-            high = np.unpackbits(single, count=n_words, bitorder="little") << 2 | pairs
-            rotated |= high.astype(np.uint16) << 8
-        np.bitwise_or(rotated >> 1, rotated << 15, out=words[begin:end])
+    sections: list[Bytes] = [compressed[section] for section in at[2:]]
+    n_codes = form.n_second, form.n_third
+    return _decode(form.exponent_bits, words, only_compare, n_codes, starts, ranks, *sections)
 
 
-def _symbols(first: Bytes, ranks: Bytes, later: tuple[Bytes, Bytes, Bytes]) -> Bytes:
-    """Return the symbols of a group of tiles.
+@compiled
+def _decode(
+    exponent_bits, words, only_compare, n_codes,
+    starts, ranks, low, pairs, singles, first, second, third, last,
+):  # fmt: skip
+    """Write or compare the words; return whether all that were compared are the same."""
+    n_second, n_third = n_codes
+    symbols = np.empty(BLOCK_WORDS, np.uint8)
+    # Places of words in their block; one more is written than is kept.
+    escaped, deeper = np.empty(BLOCK_WORDS + 1, np.uint16), np.empty(BLOCK_WORDS + 1, np.uint16)
+    decoded = np.empty(BLOCK_WORDS, np.uint16)
+    four = np.empty(256, np.uint32)
+    for block in range(len(starts)):
+        begin = block * BLOCK_WORDS
+        ranked = ranks[begin // TILE_WORDS]
+        if begin % TILE_WORDS == 0:
+            _tabulate(ranked, four)
+        n_words = min(BLOCK_WORDS, len(words) - begin)
+        of_first = _from(first, begin // 4, BLOCK_WORDS // 4)
+        n_escaped = _first_symbols(of_first, four, symbols, escaped)
+        # Damaged starts must not lead out of the sections.
+        at = min(max(starts[block, 0], 0), n_second)
+        n_deeper = 0
+        for k in range(min(n_escaped, n_second - at)):
+            code = (second[at >> 2] >> (2 * (at & 3))) & 3
+            symbols[escaped[k]] = ranked[3 + code]
+            deeper[n_deeper] = escaped[k]
+            n_deeper += code == 3
+            at += 1
+        at = min(max(starts[block, 1], 0), n_third)
+        at_last = min(max(starts[block, 2], 0), len(last))
+        for k in range(min(n_deeper, n_third - at)):
+            code = (third[at >> 2] >> (2 * (at & 3))) & 3
+            if code < 3:
+                symbols[deeper[k]] = ranked[6 + code]
+            elif at_last < len(last):
+                symbols[deeper[k]] = last[at_last]
+                at_last += 1
+            at += 1
+        _join(symbols, _from(low, begin, BLOCK_WORDS), exponent_bits, decoded)
+        if exponent_bits < 8:
+            of_pairs = _from(pairs, begin // 4, BLOCK_WORDS // 4)
+            _join_high(of_pairs, _from(singles, begin // 8, BLOCK_WORDS // 8), decoded)
+        if not only_compare:
+            words[begin : begin + n_words] = decoded[:n_words]
+        elif not np.array_equal(words[begin : begin + n_words], decoded[:n_words]):
+            return False
+    return True
 
-    Args:
-        first: codes of the first level, a tile a row.
-        ranks: the ranked symbols of each tile, a tile a row.
-        later: codes of the later levels, from the start of the group.
-    """
-    symbols = (first == 0).view(np.uint8) * ranks[:, 0:1]
-    symbols += (first == 1).view(np.uint8) * ranks[:, 1:2]
-    symbols += (first == 2).view(np.uint8) * ranks[:, 2:3]
-    symbols = symbols.ravel()
-    where = np.flatnonzero(first == 3)
-    second = later[0][: len(where)]
-    table = tile_offsets(where, first.shape, RANKED_BYTES)
-    escaped = ranks.ravel().take(table + 3 + second)
-    deeper = np.flatnonzero(second == 3)
-    third = later[1][: len(deeper)]
-    found = ranks.ravel().take(table.take(deeper) + 6 + third)
-    deepest: NDArray[np.int64] = np.flatnonzero(third == 3)
-    found[deepest] = later[2][: len(deepest)]
-    escaped[deeper] = found
-    symbols[where] = escaped
-    return symbols
+
+@compiled
+def _from(section, begin, n_bytes):
+    """Return the bytes of a block, with zeros behind the end of the section."""
+    part = section[begin : begin + n_bytes]
+    if len(part) == n_bytes:
+        return part
+    padded = np.zeros(n_bytes, np.uint8)
+    padded[: len(part)] = part
+    return padded
 
 
-def unpack_pairs(compressed: Bytes, n_codes: int) -> Bytes:
-    """Unpack 2-bit codes into one byte each."""
-    return _FOUR[:, 0].take(compressed).view(np.uint8)[:n_codes]
+@compiled
+def _tabulate(ranked, four):
+    """Fill a table of the four symbols of each byte of first codes."""
+    for byte in range(256):
+        symbols = uint32(0)
+        for k in range(4):
+            code = (byte >> (2 * k)) & 3
+            if code < 3:
+                symbols |= uint32(ranked[code]) << uint32(8 * k)
+        four[byte] = symbols
+
+
+@compiled
+def _first_symbols(first, four, symbols, escaped):
+    """Write symbols of the first level; return how many places of words with later codes."""
+    n, fours = 0, symbols.view(np.uint32)
+    for byte in range(BLOCK_WORDS // 4):
+        codes = first[byte]
+        fours[byte] = four[codes]
+        are_escapes = codes & (codes >> 1)
+        for k in range(4):
+            escaped[n] = 4 * byte + k
+            n += (are_escapes >> (2 * k)) & 1
+    return n
+
+
+@compiled
+def _join(symbols, low, exponent_bits, words):
+    """Put exponent, mantissa and sign together; then the sign comes first again."""
+    for i in range(BLOCK_WORDS):
+        rotated = uint16(uint16(symbols[i]) << uint16(16 - exponent_bits)) | uint16(low[i])
+        words[i] = uint16(rotated >> uint16(1)) | uint16(rotated << uint16(15))
+
+
+@compiled
+def _join_high(pairs, singles, words):
+    """Add bits 8 to 10 of the rotated words, which are bits 7 to 9 of the words."""
+    for row in range(BLOCK_WORDS // 8):
+        pair = uint32(pairs[2 * row]) | (uint32(pairs[2 * row + 1]) << uint32(8))
+        single = uint32(singles[row])
+        for k in range(8):
+            high = ((pair >> uint32(2 * k)) & uint32(3)) << uint32(7)
+            high |= ((single >> uint32(k)) & uint32(1)) << uint32(9)
+            words[8 * row + k] |= uint16(high)

@@ -1,17 +1,17 @@
-"""Encode a page on the CPU with numpy, which releases the interpreter lock.
+"""Encode a page on the CPU; `form` describes the compressed bytes.
 
-Pages are encoded some tiles at a time. With fewer, threads would spend their time passing the
-interpreter lock around; with more, intermediate arrays would leave the cache.
+Symbols are counted first. So it is known how many codes each level has and where every section
+begins, and a second pass writes them all. It takes a block of words at a time, which stays in the
+cache, in loops without branches that depend on the weights: those would be mispredicted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import numpy as np
+from numba import uint8, uint16, uint32
 from numpy.typing import NDArray
 
+from djinn_lib.engine.memory.compressed.compiled import compiled
 from djinn_lib.engine.memory.compressed.form import (
     BLOCK_WORDS,
     N_RANKED,
@@ -23,8 +23,9 @@ from djinn_lib.engine.memory.compressed.form import (
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint16]
 
-_SAMPLED = 8  # every 8th word is counted to rank symbols
-_GROUP_TILES = 16  # encoded or decoded at a time
+_TAKEN = np.uint32(
+    0xFFFFFFFF
+)  # instead of the count of a symbol that has its rank; pages are smaller
 
 
 def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
@@ -37,130 +38,148 @@ def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
     Returns:
         The compressed bytes and their form. They can be larger than the page.
     """
-    fixed = Form(exponent_bits, len(words))
-    compressed = np.zeros(fixed.n_bytes, np.uint8)  # the sections of known size
-    at, groups = fixed.sections, []
-    n_second = n_third = n_last = 0
-    starts = compressed[at.starts].view(np.int32).reshape(-1, 3)
-    ranks = compressed[at.ranks].reshape(-1, RANKED_BYTES)
-    for begin, end, n_tiles in tile_groups(len(words)):
-        rotated = (words[begin:end] << 1) | (words[begin:end] >> 15)
-        compressed[at.low][begin:end] = rotated.astype(np.uint8)
-        if exponent_bits < 8:
-            high = (rotated >> 8).astype(np.uint8)
-            _write(compressed[at.pairs], begin // 4, pack_pairs(high & 3))
-            _write(compressed[at.singles], begin // 8, np.packbits(high & 4, bitorder="little"))
-        symbols = (rotated >> (16 - exponent_bits)).astype(np.uint8)
-        coded = _encode_tiles(symbols.reshape(n_tiles, -1))
-        tile, block = begin // TILE_WORDS, begin // BLOCK_WORDS
-        ranks[tile : tile + n_tiles, :N_RANKED] = coded.ranked
-        _write(compressed[at.first], begin // 4, pack_pairs(coded.first))
-        starts[block : block + len(coded.starts)] = np.add(
-            coded.starts, (n_second, n_third, n_last)
-        )
-        n_second += len(coded.second)
-        n_third += len(coded.third)
-        n_last += len(coded.last)
-        groups.append(coded)
-    form = Form(exponent_bits, len(words), n_second, n_third, n_last)
-    return _joined(compressed, groups, form), form
-
-
-def tile_groups(n_words: int) -> Iterator[tuple[int, int, int]]:
-    """Split a page into groups of whole tiles, and a last tile that may be short.
-
-    Yields:
-        The first word of a group, the word after its last one, and its number of tiles.
-    """
-    n_whole = n_words // TILE_WORDS
-    for tile in range(0, n_whole, _GROUP_TILES):
-        n_tiles = min(_GROUP_TILES, n_whole - tile)
-        yield tile * TILE_WORDS, (tile + n_tiles) * TILE_WORDS, n_tiles
-    if n_words % TILE_WORDS:
-        yield n_whole * TILE_WORDS, n_words, 1
-
-
-class _Group(NamedTuple):
-    """The codes of a group of tiles, one a byte, and where the codes of each block begin."""
-
-    ranked: Bytes
-    first: Bytes
-    second: Bytes
-    third: Bytes
-    last: Bytes
-    starts: NDArray[np.int64]
-
-
-def _encode_tiles(symbols: Bytes) -> _Group:
-    """Encode tiles of the same length, one a row."""
-    ranked = most_frequent(symbols)
-    first = _first_codes(symbols, ranked).ravel()
-    where = np.flatnonzero(first == 3)
-    escaped = symbols.ravel().take(where)
-    ranks = _later_ranks(ranked).take(tile_offsets(where, symbols.shape, 256) + escaped)
-    deeper = np.flatnonzero(ranks >= 3)
-    third = np.minimum(ranks.take(deeper) - 3, 3)
-    deepest = deeper[third == 3]
-    blocks = np.arange(0, symbols.size, BLOCK_WORDS)
-    levels = (where, where.take(deeper), where.take(deepest))
-    starts = np.stack([np.searchsorted(level, blocks) for level in levels], axis=1)
-    return _Group(ranked, first, np.minimum(ranks, 3), third, escaped.take(deepest), starts)
-
-
-def most_frequent(symbols: Bytes) -> Bytes:
-    """Return the symbols of each tile that get a rank, most frequent first; by a sample."""
-    n_tiles, n_words = symbols.shape
-    sample = symbols[:, ::_SAMPLED] if n_words > BLOCK_WORDS else symbols
-    tiles = np.arange(n_tiles, dtype=np.int64)[:, None] * 256
-    counts = np.bincount((tiles + sample).ravel(), minlength=256 * n_tiles).reshape(n_tiles, 256)
-    return np.argsort(-counts, axis=1, kind="stable")[:, :N_RANKED].astype(np.uint8)
-
-
-def tile_offsets(where: NDArray[np.int64], shape: tuple[int, ...], size: int) -> NDArray[np.int64]:
-    """Return where the table of each word's tile begins, for tables of `size` behind each other.
-
-    Args:
-        where: places of words in a group of tiles, ascending.
-        shape: number of tiles, and of words in each.
-        size: of a table.
-    """
-    n_tiles, n_words = shape
-    ends = np.searchsorted(where, np.arange(1, n_tiles + 1) * n_words)
-    return np.repeat(np.arange(n_tiles) * size, np.diff(ends, prepend=0))
-
-
-def _first_codes(symbols: Bytes, ranked: Bytes) -> Bytes:
-    """Return the codes of the first level. Comparisons are ten times faster than a lookup."""
-    code = (symbols == ranked[:, 0:1]).view(np.uint8) * np.uint8(3)
-    code += (symbols == ranked[:, 1:2]).view(np.uint8) * np.uint8(2)
-    code += (symbols == ranked[:, 2:3]).view(np.uint8)
-    return np.subtract(3, code, out=code)
-
-
-def _later_ranks(ranked: Bytes) -> Bytes:
-    """Return, for each tile and symbol, its rank minus 3, or one more than the last rank."""
-    ranks = np.full((len(ranked), 256), N_RANKED - 3, np.uint8)
-    np.put_along_axis(ranks, ranked[:, 3:].astype(np.int64), np.arange(N_RANKED - 3)[None], 1)
-    return ranks
-
-
-def pack_pairs(codes: NDArray[np.integer]) -> Bytes:
-    """Put four 2-bit codes into each byte, the first one in the lowest bits; zeros at the end."""
-    if len(codes) % 4:
-        codes = np.pad(codes, (0, -len(codes) % 4))
-    four = np.ascontiguousarray(codes, np.uint8).view(np.uint32)
-    return (four | four >> 6 | four >> 12 | four >> 18).astype(np.uint8)
-
-
-def _write(section: Bytes, begin: int, content: Bytes) -> None:
-    section[begin : begin + len(content)] = content
-
-
-def _joined(fixed: Bytes, groups: list[_Group], form: Form) -> Bytes:
-    """Return the whole compressed page: the sections so far, then the later levels."""
+    ranked = np.zeros((-(-len(words) // TILE_WORDS), RANKED_BYTES), np.uint8)
+    n_codes = np.zeros(3, np.int64)
+    _rank(words, exponent_bits, ranked, n_codes)
+    form = Form(exponent_bits, len(words), *n_codes.tolist())
     compressed, at = np.zeros(form.n_bytes, np.uint8), form.sections
-    compressed[: len(fixed)] = fixed
-    compressed[at.second] = pack_pairs(np.concatenate([group.second for group in groups]))
-    compressed[at.third] = pack_pairs(np.concatenate([group.third for group in groups]))
-    compressed[at.last] = np.concatenate([group.last for group in groups])
-    return compressed
+    compressed[at.ranks] = ranked.ravel()
+    starts = compressed[at.starts].view(np.int32).reshape(-1, 3)
+    _write(words, exponent_bits, ranked, starts, *(compressed[section] for section in at[2:]))
+    return compressed, form
+
+
+@compiled
+def _rank(words, exponent_bits, ranked, n_codes):
+    """Rank the symbols of each tile, most frequent first, and count the codes of later levels."""
+    shift, mask = uint16(15 - exponent_bits), uint16((1 << exponent_bits) - 1)
+    # In turns, because equal symbols follow each other and a count waits for the one before.
+    counts = np.empty((4, 256), np.uint32)
+    for tile in range(len(ranked)):
+        part = words[tile * TILE_WORDS : (tile + 1) * TILE_WORDS]
+        counts[:] = 0
+        whole = len(part) // 4 * 4
+        for i in range(0, whole, 4):
+            counts[0, (part[i] >> shift) & mask] += uint32(1)
+            counts[1, (part[i + 1] >> shift) & mask] += uint32(1)
+            counts[2, (part[i + 2] >> shift) & mask] += uint32(1)
+            counts[3, (part[i + 3] >> shift) & mask] += uint32(1)
+        for i in range(whole, len(part)):
+            counts[0, (part[i] >> shift) & mask] += uint32(1)
+        total = counts[0] + counts[1] + counts[2] + counts[3]
+        n_left = len(part)
+        for rank in range(N_RANKED):
+            best = -1
+            for symbol in range(256):
+                if total[symbol] != _TAKEN and (best < 0 or total[symbol] > total[best]):
+                    best = symbol
+            ranked[tile, rank] = best
+            n_left -= total[best]
+            total[best] = _TAKEN
+            if rank % 3 == 2:
+                n_codes[rank // 3] += n_left
+
+
+@compiled
+def _write(words, exponent_bits, ranked, starts, low, pairs, singles, first, second, third, last):
+    """Write all sections, which are zeros so far, except for the ranks."""
+    ranks = np.empty(256, np.uint8)  # of each symbol of the tile
+    codes = np.empty(BLOCK_WORDS, np.uint8)
+    escaped = np.empty(BLOCK_WORDS + 1, np.uint8)  # symbols; one more is written than is kept
+    n_second = n_third = n_last = 0
+    for block in range(len(starts)):
+        begin = block * BLOCK_WORDS
+        tile = begin // TILE_WORDS
+        if begin % TILE_WORDS == 0:
+            ranks[:] = N_RANKED
+            for rank in range(N_RANKED):
+                ranks[ranked[tile, rank]] = rank
+        starts[block, 0], starts[block, 1], starts[block, 2] = n_second, n_third, n_last
+        part = words[begin : begin + BLOCK_WORDS]
+        n_words = len(part)
+        if n_words < BLOCK_WORDS:  # the rest is filled with words that have no later codes
+            most_frequent = uint16(ranked[tile, 0]) << uint16(15 - exponent_bits)
+            part = np.full(BLOCK_WORDS, most_frequent, np.uint16)
+            part[:n_words] = words[begin:]
+        _fill(low, begin, _low_bytes(part), n_words)
+        if exponent_bits < 8:
+            of_pairs, of_singles = _pairs_and_singles(part)
+            _fill(pairs, begin // 4, of_pairs, (n_words + 3) // 4)
+            _fill(singles, begin // 8, of_singles, (n_words + 7) // 8)
+        of_first, n = _first_codes(part, exponent_bits, ranks, escaped)
+        _fill(first, begin // 4, of_first, (n_words + 3) // 4)
+        n_deeper = 0
+        for k in range(n):
+            symbol = escaped[k]
+            rank = uint8(ranks[symbol] - 3)
+            codes[k] = min(rank, uint8(3))
+            escaped[n_deeper] = symbol
+            n_deeper += rank >= 3
+        n_second = _append(codes[:n], second, n_second)
+        for k in range(n_deeper):
+            symbol = escaped[k]
+            rank = uint8(ranks[symbol] - 6)
+            codes[k] = min(rank, uint8(3))
+            if rank >= 3:
+                last[n_last] = symbol
+                n_last += 1
+        n_third = _append(codes[:n_deeper], third, n_third)
+
+
+@compiled
+def _fill(section, begin, content, n_bytes):
+    section[begin : begin + n_bytes] = content[:n_bytes]
+
+
+@compiled
+def _low_bytes(words):
+    low = np.empty(BLOCK_WORDS, np.uint8)
+    for i in range(BLOCK_WORDS):
+        low[i] = uint8((words[i] << 1) | (words[i] >> 15))
+    return low
+
+
+@compiled
+def _pairs_and_singles(words):
+    """Return bits 8 and 9, and bit 10, of the rotated words, packed."""
+    pairs, singles = np.empty(BLOCK_WORDS // 4, np.uint8), np.empty(BLOCK_WORDS // 8, np.uint8)
+    for row in range(BLOCK_WORDS // 8):
+        pair = single = uint32(0)
+        for k in range(8):
+            high = uint32(words[8 * row + k]) >> uint32(7)
+            pair |= (high & uint32(3)) << uint32(2 * k)
+            single |= ((high >> uint32(2)) & uint32(1)) << uint32(k)
+        pairs[2 * row], pairs[2 * row + 1] = uint8(pair), uint8(pair >> uint32(8))
+        singles[row] = uint8(single)
+    return pairs, singles
+
+
+@compiled
+def _first_codes(words, exponent_bits, ranks, escaped):
+    """Return the codes of the first level, and how many symbols were put into `escaped`."""
+    first, n_escaped = np.empty(BLOCK_WORDS // 4, np.uint8), 0
+    for byte in range(BLOCK_WORDS // 4):
+        codes = uint32(0)
+        for k in range(4):
+            symbol = uint8(uint16(words[4 * byte + k] << uint16(1)) >> uint16(16 - exponent_bits))
+            rank = ranks[symbol]
+            codes |= uint32(min(rank, uint8(3))) << uint32(2 * k)
+            escaped[n_escaped] = symbol
+            n_escaped += rank >= 3
+        first[byte] = uint8(codes)
+    return first, n_escaped
+
+
+@compiled
+def _append(codes, section, n_codes):
+    """Put 2-bit codes behind the `n_codes` of a section; return how many it has then."""
+    k = 0
+    while k < len(codes):
+        if n_codes % 4 == 0 and k + 4 <= len(codes):
+            four = codes[k] | (codes[k + 1] << 2) | (codes[k + 2] << 4) | (codes[k + 3] << 6)
+            section[n_codes // 4] = uint8(four)
+            k, n_codes = k + 4, n_codes + 4
+        else:
+            section[n_codes // 4] |= uint8(codes[k] << (2 * (n_codes % 4)))
+            k, n_codes = k + 1, n_codes + 1
+    return n_codes

@@ -39,8 +39,8 @@ all others, so they come back exactly; they only take more room. Which exponent 
 the dtype that most bytes of the page have.
 
 **Size.** Normally distributed weights take 0.669 of their bytes as bfloat16 and 0.857 as float16;
-entropy would allow 0.66 and 0.85. In the worst case the form is larger than the page, by 0.75 or
-1.1 bytes a word. Such a page is kept as it is.
+entropy would allow 0.66 and 0.85. In the worst case, all symbols equally frequent, the form is
+larger than the page, by 0.71 or 0.78 bytes a word. Such a page is kept as it is.
 
 **Checks.** The CRC-32 of the compressed bytes, and the numbers of `Form`, are kept apart from them.
 They are compared whenever a page is decoded on the CPU, and by audits on a GPU. A decoder never

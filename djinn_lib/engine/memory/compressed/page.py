@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from djinn_lib.engine.memory.compressed.decode import decode
 from djinn_lib.engine.memory.compressed.form import Form
 from djinn_lib.errors import DjinnError
 
@@ -77,6 +76,9 @@ class CompressedPage:
             DjinnError: the compressed bytes have changed.
         """
         if self.compression:
+            # Here, because numba takes a second to import, and only compressed pages need it.
+            from djinn_lib.engine.memory.compressed.decode import decode
+
             self.ensure_intact()
             words = target.view(torch.int16).numpy().view(np.uint16)
             decode(self._joined().numpy(), self.compression.form, words)
