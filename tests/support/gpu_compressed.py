@@ -46,7 +46,7 @@ def decoding_keeps_up_with_the_link():
         target = torch.empty(PAGE, dtype=torch.uint8, device=CUDA)
         print(f"{dtype}: {len(compressed) / PAGE:.4f} of the size")
         per_s = {}
-        for n in (1, 2, 4, 1000):
+        for n in (0.25, 0.5, 1, 2, 1000):
             target.zero_()
             with mock.patch.object(kernel, "PROGRAMS_PER_PROCESSOR", n):
                 kernel.decode(source, form, target)  # compiles it
@@ -54,8 +54,10 @@ def decoding_keeps_up_with_the_link():
             assert np.array_equal(target.cpu().numpy().view(np.uint16), words)
             per_s[n] = PAGE / seconds
             print(f"{dtype}: {n} programs a processor, {PAGE / seconds / 1e9:.0f} GB/s")
-        # A link of 54 GB/s brings 81 GB/s of bfloat16.
-        assert per_s[kernel.PROGRAMS_PER_PROCESSOR] > 150e9, per_s
+        # A link of 54 GB/s brings 63 GB/s of float16 and 81 GB/s of bfloat16.
+        assert per_s[kernel.PROGRAMS_PER_PROCESSOR] > (70e9 if dtype == torch.float16 else 90e9), (
+            per_s
+        )
 
 
 def median_s(work, n=20):

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, TILE_BLOCKS, Form
 
-PROGRAMS_PER_PROCESSOR = 2  # of the device; see `_n_programs`
+PROGRAMS_PER_PROCESSOR = 0.5  # of the device; see `_n_programs`
 N_REGISTERS = 128  # of a thread; more would keep computations off the processor
 N_WARPS = 4  # a row a thread; with fewer warps registers are what limits how many run at once
 
@@ -139,12 +139,14 @@ def _decode_block(
 def _n_programs(device: torch.device) -> int:
     """Programs for a page: as few as decode faster than the link brings pages.
 
-    A program for each block would fill the device for some time with every page, and computations
-    would wait for their turn. A few programs run beside them, where bandwidth is what they lack.
+    The more there are, the more they slow down computations, by more than the shorter time makes up
+    for. On an H100 a load beside a decoding phi-2 slows it by 9% with a program for every second
+    multiprocessor, and by 14% with two for each; with one for every fourth, loads take longer.
     """
     if device.type != "cuda":  # the interpreter
         return 4
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    n_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, int(PROGRAMS_PER_PROCESSOR * n_processors))
 
 
 def decode(compressed: torch.Tensor, form: Form, target: torch.Tensor) -> None:
