@@ -83,9 +83,13 @@ def _decode(
         if exponent_bits < 8:
             of_pairs = _from(pairs, begin // 4, BLOCK_WORDS // 4)
             _join_high(of_pairs, _from(singles, begin // 8, BLOCK_WORDS // 8), decoded)
-        if not only_compare:
-            words[begin : begin + n_words] = decoded[:n_words]
-        elif not np.array_equal(words[begin : begin + n_words], decoded[:n_words]):
+        differs = False
+        for i in range(n_words):
+            if only_compare:
+                differs |= words[begin + i] != decoded[i]
+            else:
+                words[begin + i] = decoded[i]
+        if differs:
             return False
     return True
 
@@ -93,11 +97,11 @@ def _decode(
 @compiled
 def _from(section, begin, n_bytes):
     """Return the bytes of a block, with zeros behind the end of the section."""
-    part = section[begin : begin + n_bytes]
-    if len(part) == n_bytes:
-        return part
+    if begin + n_bytes <= len(section):
+        return section[begin : begin + n_bytes]
     padded = np.zeros(n_bytes, np.uint8)
-    padded[: len(part)] = part
+    for i in range(len(section) - begin):
+        padded[i] = section[begin + i]
     return padded
 
 

@@ -66,7 +66,9 @@ def _rank(words, exponent_bits, ranked, n_codes):
             counts[3, (part[i + 3] >> shift) & mask] += uint32(1)
         for i in range(whole, len(part)):
             counts[0, (part[i] >> shift) & mask] += uint32(1)
-        total = counts[0] + counts[1] + counts[2] + counts[3]
+        total = counts[0]
+        for symbol in range(256):
+            total[symbol] += counts[1, symbol] + counts[2, symbol] + counts[3, symbol]
         n_left = len(part)
         for rank in range(N_RANKED):
             best = -1
@@ -98,9 +100,9 @@ def _write(words, exponent_bits, ranked, starts, low, pairs, singles, first, sec
         part = words[begin : begin + BLOCK_WORDS]
         n_words = len(part)
         if n_words < BLOCK_WORDS:  # the rest is filled with words that have no later codes
-            most_frequent = uint16(ranked[tile, 0]) << uint16(15 - exponent_bits)
-            part = np.full(BLOCK_WORDS, most_frequent, np.uint16)
-            part[:n_words] = words[begin:]
+            part = np.empty(BLOCK_WORDS, np.uint16)
+            part[:] = uint16(ranked[tile, 0]) << uint16(15 - exponent_bits)
+            _fill(part, 0, words[begin:], n_words)
         _fill(low, begin, _low_bytes(part), n_words)
         if exponent_bits < 8:
             of_pairs, of_singles = _pairs_and_singles(part)
@@ -128,7 +130,9 @@ def _write(words, exponent_bits, ranked, starts, low, pairs, singles, first, sec
 
 @compiled
 def _fill(section, begin, content, n_bytes):
-    section[begin : begin + n_bytes] = content[:n_bytes]
+    """Copy bytes. A loop, because numba takes two seconds to compile an assignment of slices."""
+    for i in range(n_bytes):
+        section[begin + i] = content[i]
 
 
 @compiled
