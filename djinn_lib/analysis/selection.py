@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any, ParamSpec
 
 import pandas as pd
@@ -118,15 +120,7 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
         NotMeasured: one of them has none or cannot run here, or no machine ran them all.
     """
     own = {system: select(run, system, **where) for system in systems}
-    by_machine = {
-        system: {
-            run.machine_numbers.get(str(run_id), 0): rows
-            for run_id, rows in select(run, system, replicates=True, **where).groupby(
-                "run_id", sort=True
-            )
-        }
-        for system in systems
-    }
+    by_machine = {system: _by_machine(run, system, **where) for system in systems}
     common = set.intersection(*(set(found) for found in by_machine.values()))
     if not common:
         raise NotMeasured(
@@ -143,8 +137,9 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
     """Return the rows of the systems that were run at more than one capacity.
 
     The baseline is always among them, so unfinished runs can be analysed too. At each capacity all
-    rows are from one machine, if one machine ran all systems. Systems of different machines, which
-    column `machine` shows, are not compared.
+    rows are from one machine, if one machine ran all systems; else rows of as many as possible are
+    from one that ran the baseline. Systems of different machines, which column `machine` shows, are
+    not compared.
 
     Raises:
         RecordError: there are none.
@@ -160,10 +155,22 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
             if systems:
                 found += side_by_side(run, systems, trace=trace, capacity_label=str(label)).values()
             found.append(here[here["error_kind"] == "unavailable"])
-        except NotMeasured:  # which machine a row is of is in its column
-            found.append(here)
+        except NotMeasured:
+            found += _beside(run, here, baseline, trace=trace, capacity_label=str(label))
     together = pd.concat(found)
     return together.assign(machine=together["run_id"].map(run.machine_numbers).fillna(0))
+
+
+def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[pd.DataFrame]:
+    """Return rows of each system: those of one machine with the baseline, where there are any."""
+    names = [str(name) for name in attempted(rows)["system"].unique()]
+    by_machine = {name: _by_machine(run, name, **where) for name in names}
+    together = Counter(chain.from_iterable(by_machine.values()))
+    machines = sorted(by_machine.get(baseline, ()), key=lambda number: (together[number], number))
+    return [
+        by_machine[str(name)].get(machines[-1], own) if machines and name in by_machine else own
+        for name, own in rows.groupby("system", sort=False)
+    ]
 
 
 def swept(rows: pd.DataFrame) -> list[str]:
@@ -185,6 +192,12 @@ def ran_on(run: Run, *frames: pd.DataFrame) -> str:
         return ""
     *others, last = run.machines_of(pd.concat(frames)).split(", ")
     return f"on the machines {', '.join(others)} and {last}" if others else f"on machine {last}"
+
+
+def _by_machine(run: Run, system: str, **where: Any) -> dict[int, pd.DataFrame]:
+    """Return the newest rows of a system on each machine that ran it."""
+    every = select(run, system, replicates=True, **where).groupby("run_id", sort=True)
+    return {run.machine_numbers.get(str(run_id), 0): rows for run_id, rows in every}
 
 
 def _numbers(run: Run, rows: pd.DataFrame) -> set[int]:

@@ -17,6 +17,7 @@ from djinn_lib.analysis.plots.load import load
 from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
+    SYSTEM_STYLE,
     byte_scale,
     save_figure,
 )
@@ -73,6 +74,7 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
         "latency_cdf": latency_cdf(at_25, PAPER),
         "latency_breakdown": latency_breakdown(at_25),
         "switches": switch_cdf(at_25, PAPER),
+        "every_system": latency_cdf(pd.concat([cell_rows(system) for system in SYSTEM_STYLE])),
         "load": load(arriving(), {"load_1": 1.0, "load_4": 4.0}),
         "no_load": load(at_25.iloc[:0], {}),
         "decode_pace": decode_pace(at_25),

@@ -92,6 +92,16 @@ def test_the_sweep_is_of_one_machine_where_one_ran_all(gpu: Run):
     assert "again" in set(sweep(forgotten)["run_id"])
 
 
+def test_the_sweep_compares_with_the_baseline_where_no_machine_ran_all(gpu: Run):
+    lru = on_another_machine(gpu, "pytorch_lru")
+    elsewhere = replace(lru, replicates=no_rows(), replicate_manifests={})
+    run = on_another_machine(elsewhere, "djinn")  # but run beside the baseline before
+    at_25 = sweep(run)[lambda rows: rows["capacity_label"] == "25"]
+    machines = at_25.groupby("system")["machine"].unique().map(list)
+    assert machines["djinn"] == machines["pytorch_pinned"] != machines["pytorch_lru"]
+    assert set(speedup_table(at_25, "pytorch_pinned")["system"]) == {"djinn"}
+
+
 def test_cells_of_different_weights_are_refused(cpu: Run):
     cell = "paper-40-djinn"
     models = {name: {"bytes": size + 1} for name, size in SIZES.items()}

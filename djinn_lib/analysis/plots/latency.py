@@ -29,6 +29,7 @@ from djinn_lib.analysis.plots.style import (
     describe_rows,
     draw_cdf,
     label_ms,
+    legend_above,
     order_systems,
     require_one_cell_each,
     split_unavailable,
@@ -42,6 +43,7 @@ from djinn_lib.units import three_digits
 COMPARED = ("djinn", "djinn_vllm", "pytorch_pinned", "pytorch_pageable", "serverless_warm",
             "serverless_cold", "vllm_recreate", "vllm_sleep", "vllm_sleep_readonly")  # fmt: skip
 
+_CDF_IN = 2.3  # height without the legend
 _HOLLOW: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 4.5,
                            "markerfacecolor": "white"}  # fmt: skip
 
@@ -60,8 +62,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
     require_one_cell_each(rows, "a latency CDF")
     rows, unavailable = split_unavailable(rows)
     systems = order_systems(rows["system"])
-    height_in = 2.7 + 0.14 * (len(systems) // 2)  # for the legend
-    figure, axes = plt.subplots(figsize=(COLUMN_IN, height_in), layout="constrained")
+    figure, axes = plt.subplots(figsize=(COLUMN_IN, _CDF_IN), layout="constrained")
     axes.set_xscale("log")
     for system in systems:
         label = _label(rows, system, before_notes="\n")
@@ -78,8 +79,8 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
         handles.append(Line2D([], [], **_HOLLOW, markeredgecolor="black", label="paper: P50, P99"))
         handles += _draw_ceiling(axes, paper)
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
-                      columnspacing=1.0)  # fmt: skip
+        height_in = legend_above(figure, handles, 2, handlelength=1.8, columnspacing=1.0)
+        figure.set_figheight(_CDF_IN + height_in)
     axes.margins(x=0.03)
     axes.autoscale(axis="x")
     describe_rows(figure, rows, unavailable)

@@ -17,6 +17,7 @@ from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     describe_rows,
     label_ms,
+    legend_above,
     nothing_to_draw,
     order_systems,
     split_unavailable,
@@ -57,7 +58,7 @@ def load(rows: pd.DataFrame, rates: Mapping[str, float], target_ms: float = 2000
     panels[2].yaxis.set_major_formatter(PercentFormatter())
     panels[2].set_ylim(-4, 104)
     panels[2].axhline(90, color="0.4", linestyle=(0, (1, 1.5)), linewidth=1.0)
-    figure.legend(handles=_legend(systems), loc="outside upper center", ncols=4)
+    legend_above(figure, _legend(systems), 4)
     notes = ["Dotted at the right: 90%. Failed requests are late."]
     if (table["n"] < 100).any():
         notes.append("P99: the slowest request, where there are fewer than 100.")

@@ -18,6 +18,7 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     byte_scale,
     describe_rows,
+    legend_above,
     order_systems,
     require_one_cell_each,
     split_unavailable,
@@ -74,7 +75,7 @@ def sensitivity(
     for axes in (left, middle, right):
         _label_capacities(axes, capacities)
     handles = _legend(systems, baseline, with_paper=bool(paper))
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)))
+    legend_above(figure, handles, min(4, len(handles)))
     describe_rows(figure, rows, unavailable)
     return figure
 

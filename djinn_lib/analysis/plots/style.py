@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -33,6 +34,7 @@ from djinn_lib.paths import user_path
 
 COLUMN_IN, DOUBLE_COLUMN_IN = 3.3, 7.0  # widths of a paper's single and double column
 SMALL_PT = 7
+_LONG_LABEL = 24  # characters of an entry of a legend that gets a second line where space is short
 _SHEET = Path(__file__).with_name("djinn.mplstyle")
 
 
@@ -198,6 +200,28 @@ def nothing_to_draw(text: str) -> Figure:
     axes.axis("off")
     axes.text(0.5, 0.5, textwrap.fill(text, 100), ha="center", va="center", color="0.3")
     return figure
+
+
+def legend_above(figure: Figure, handles: Sequence[Artist], ncols: int, **options: Any) -> float:
+    """Draw a legend above a figure, in as many of `ncols` columns as fit.
+
+    If they do not fit, long labels get a second line first.
+
+    Returns:
+        The height of the legend in inches.
+    """
+    for attempt in range(ncols + 1):
+        legend = figure.legend(handles=handles, loc="outside upper center",
+                               ncols=min(ncols, ncols + 1 - attempt), **options)  # fmt: skip
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or attempt == ncols:
+            return box.height / figure.dpi
+        legend.remove()
+        if attempt == 0:
+            for handle in handles:
+                if len(label := str(handle.get_label())) > _LONG_LABEL:
+                    handle.set_label(",\n".join(label.rsplit(", ", 1)))
+    return 0.0
 
 
 def footnote(figure: Figure, notes: Iterable[str]) -> None:

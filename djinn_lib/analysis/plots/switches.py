@@ -19,6 +19,7 @@ from djinn_lib.analysis.plots.style import (
     describe_rows,
     draw_cdf,
     label_ms,
+    legend_above,
     nothing_to_draw,
     order_systems,
     require_one_cell_each,
@@ -34,6 +35,9 @@ _LEAST_MS = 0.01  # start of a logarithmic axis; smaller values are drawn there
 FOUND = {"whole": "^", "in part": "s", "not at all": "v"}  # part resident before a request
 
 
+_CDF_IN = 2.6  # height without the legend
+
+
 @styled
 def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     """Draw the distribution of the cost of switches, for each system, of rows in sequential mode.
@@ -43,7 +47,7 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     """
     require_one_cell_each(rows, "a CDF of switches")
     rows, unavailable = split_unavailable(rows)
-    figure, axes = plt.subplots(figsize=(COLUMN_IN, 3.1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(COLUMN_IN, _CDF_IN), layout="constrained")
     axes.set_xscale("log")
     for system in order_systems(rows["system"]):
         part, look = rows[rows["system"] == system], system_look(system)
@@ -59,8 +63,9 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     axes.grid(which="major")
     handles, _ = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=2, handlelength=1.8,
-                      columnspacing=1.0, handletextpad=0.5)  # fmt: skip
+        height_in = legend_above(figure, handles, 2, handlelength=1.8, columnspacing=1.0,
+                                 handletextpad=0.5)  # fmt: skip
+        figure.set_figheight(_CDF_IN + height_in)
     describe_rows(figure, rows, unavailable, *_least_note(rows))
     return figure
 
@@ -167,7 +172,7 @@ def _switches_and_totals(
         axes.set_ylim(0, 103)
         _label_times(axes)
         axes.grid(which="major")
-    figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside upper center", ncols=3)
+    legend_above(figure, left.get_legend_handles_labels()[0], 3)
     return figure
 
 
