@@ -3,6 +3,7 @@
 import os
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from weights import fill_with, layout_of, weights_of
 import djinn_lib as dj
 from djinn_lib.engine.memory import opening
 from djinn_lib.engine.memory.compressed import compress
+from djinn_lib.engine.memory.compressed.compiled import compiled
 from djinn_lib.engine.memory.compressed.decode import decode
 from djinn_lib.engine.memory.compressed.encode import encode
 from djinn_lib.engine.memory.compressed.form import BLOCK_WORDS, EXPONENT_BITS, TILE_WORDS, Sections
@@ -116,6 +118,18 @@ def test_the_worst_case_is_as_stated(bits, most):
     compressed = round_trip(words, bits)
     sections = 12 * 16 + 16 + 9 * 16  # starts, ranks, alignment
     assert most - 0.01 < len(compressed) / TILE_WORDS - 2 <= most + sections / TILE_WORDS
+
+
+def test_code_is_compiled_where_it_cannot_be_kept(monkeypatch):
+    kept = numba.njit
+
+    def njit(**options):
+        if options.get("cache"):  # what numba raises where no folder can be written
+            raise RuntimeError("cannot cache function: no locator available")
+        return kept(**options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    assert compiled(lambda n: n + 1)(2) == 3
 
 
 # -- a whole model -------------------------------------------------------------------------------
