@@ -23,9 +23,8 @@ from djinn_lib.engine.memory.compressed.form import (
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint16]
 
-_TAKEN = np.uint32(
-    0xFFFFFFFF
-)  # instead of the count of a symbol that has its rank; pages are smaller
+# Instead of the count of a symbol that has its rank. Counts are less, because pages are smaller.
+_TAKEN = np.uint32(0xFFFFFFFF)
 
 
 def encode(words: Words, exponent_bits: int) -> tuple[Bytes, Form]:
