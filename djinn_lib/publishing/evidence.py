@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from djinn_lib.analysis.claims import Claim, Verdict
@@ -22,10 +24,11 @@ _MOST = 8  # a claim with more cells gets one link to all
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One link of a page, relative to it."""
+    """One link of a page, relative to it, with those to other runs of the same cell."""
 
     text: str
     href: str
+    others: tuple[Link, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,20 @@ def _data(claim: Claim, shown: Shown) -> Iterator[Link]:
         yield Link(f"rows of {len(cells)} cells", "#data")
         return
     for cell in cells:
-        yield Link(f"rows of {cell_id(*cell)}", f"requests/{cell_id(*cell)}.parquet")
-        # A comparison rests on rows of one machine, which may be those of another run of the cell.
-        for name in sorted(shown.replicates):
-            begin, _, rest = name.partition(f"{cell_id(*cell)}-2")
-            if not begin and rest:  # which is a date: 2 0261124T...
-                yield Link(f"again on 2{rest[:3]}-{rest[3:5]}-{rest[5:7]}", f"replicates/{name}")
+        name = cell_id(*cell)
+        others = tuple(_other_runs(name, shown.replicates))
+        yield Link(f"rows of {name}", f"requests/{name}.parquet", others)
+
+
+def _other_runs(cell: str, replicates: Collection[str]) -> Iterator[Link]:
+    """Yield the other runs of a cell, the oldest first.
+
+    A comparison rests on rows of one machine, which may be those of another run.
+    """
+    for name in sorted(replicates):
+        if found := re.fullmatch(rf"{re.escape(cell)}-(\d{{8}}T\d{{6}})\d*\.parquet", name):
+            at = datetime.strptime(found[1], "%Y%m%dT%H%M%S")
+            yield Link(f"{at:%Y-%m-%d %H:%M}", f"replicates/{name}")
 
 
 def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, start: str) -> bool:

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -168,6 +169,20 @@ def test_every_claim_of_the_file_has_rows_that_it_names(tmp_path: Path):
     without = [v.id for claim, v in zip(claims, judge(claims, run), strict=True)
                if v.n and not evidence(v, claim, shown)]  # fmt: skip
     assert without == []
+
+
+def test_other_runs_of_a_cell_are_linked_with_their_times():
+    claim = next(claim for claim in load_claims() if claim.id == "paper-p50-djinn")
+    cell = ("paper", "25", "djinn", "sequential", "cold")
+    again = [f"paper-25-djinn{name}.parquet" for name in (
+        "-20261125T192348012734", "-20261124T020720958309",
+        "-warm-20261124T020720958309", "_eager-20261124T020720958309",
+    )]  # fmt: skip
+    shown = Shown({}, (), [cell], (), again)
+    (rows,) = evidence(SimpleNamespace(notebook="", figure=""), claim, shown)
+    assert rows.href == "requests/paper-25-djinn.parquet"
+    assert [other.text for other in rows.others] == ["2026-11-24 02:07", "2026-11-25 19:23"]
+    assert rows.others[0].href == f"replicates/{again[1]}"
 
 
 # -- notebooks -----------------------------------------------------------------------------------
