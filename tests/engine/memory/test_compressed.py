@@ -261,7 +261,8 @@ def test_a_model_that_is_still_being_added_cannot_be_read():
 
     pool = CompressedMasters(HostMasters(), PAGE)
     pool.add("m", layout_of(2 * PAGE), fill_with(weights_of(2 * PAGE)), look)
-    assert seen and isinstance(pool.read("m", 0, PAGE), CompressedPage)
+    assert seen[0].startswith("compressing; ") and seen[-1].startswith("compressed 32.0 KiB of ")
+    assert isinstance(pool.read("m", 0, PAGE), CompressedPage)
     pool.discard("m")
     with pytest.raises(ConfigError, match="not in host memory yet"):
         pool.read("m", 0, PAGE)

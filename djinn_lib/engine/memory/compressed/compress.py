@@ -73,6 +73,7 @@ def compress_model(
         report: called with the progress.
     """
     content, pages = buffer.numpy(), []
+    report("compressing; the first time, numba takes some seconds to compile")
     watch, end = _Watch(layout.paged_bytes, report), 0
     with closing(_compress_pages(content, layout, page_bytes)) as compressed_pages:
         for begin, compressed in compressed_pages:
