@@ -142,6 +142,7 @@ def _n_programs(device: torch.device) -> int:
     The more there are, the more they slow down computations, by more than the shorter time makes up
     for. On an H100 a load beside a decoding phi-2 slows it by 9% with a program for every second
     multiprocessor, and by 14% with two for each; with one for every fourth, loads take longer.
+    That is for PCIe 5; a host on a much faster link, such as NVLink-C2C, needs more programs.
     """
     if device.type != "cuda":  # the interpreter
         return 4
