@@ -13,6 +13,7 @@ from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import executors
 from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.executors import ensure_ray
+from djinn_lib.local_ray import start_ray
 from djinn_lib.sockets import LONGEST_BYTES, ray_folder, socket_folder
 from djinn_lib.systems import vllm_recreate
 
@@ -69,10 +70,32 @@ def test_ray_without_room_for_sockets_is_refused_before_the_set_up(monkeypatch, 
 def test_ray_that_does_not_start_is_an_error_in_words(monkeypatch):
     ray = pytest.importorskip("ray")
 
+    begun = []
+
     def refuse(**_):
+        begun.append("late")
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(executors.PlatformError, match="got Exception: The current node timed"):
         list(executors.fan_out([]))
+    assert begun == ["late"] * 3
+
+
+def test_a_ray_that_is_late_once_is_started_again(monkeypatch):
+    ray = pytest.importorskip("ray")
+    raised = iter([Exception("The current node timed out during startup."), None])
+    started = []
+
+    def init(**options):
+        if error := next(raised):
+            raise error
+        started.append(options)
+
+    monkeypatch.setattr(ray, "init", init)
+    start_ray(num_cpus=2)
+    assert [(one["num_cpus"], one["address"]) for one in started] == [(2, "local")]
+    monkeypatch.setattr(ray, "init", lambda **_: 1 / 0)  # another error is not tried again
+    with pytest.raises(ZeroDivisionError):
+        start_ray()

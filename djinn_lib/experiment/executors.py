@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from djinn_lib.errors import ConfigError, PlatformError, in_words
+from djinn_lib.local_ray import start_ray
 from djinn_lib.paths import python_path
 from djinn_lib.sockets import ray_folder
 
@@ -139,15 +140,15 @@ def _cluster(joined: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["PYTHONPATH"] = python_path()  # a cluster that is started here inherits it
     try:
-        ray.init(
-            address=joined or "local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=None if joined else ray_folder(),
-            object_store_memory=None if joined else _OBJECT_STORE_BYTES,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path()}} if joined else None,
-        )
+        if joined:
+            ray.init(
+                address=joined,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            )
+        else:
+            start_ray(logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES)
     except Exception as error:  # Ray raises its plainest one where a node does not start in time
         remedy = (
             "run this on a node of the cluster, with the cluster's versions of Python and Ray"

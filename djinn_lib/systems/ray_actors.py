@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 
 from djinn_lib.engine.decode.eager import Tokens, generate_eager
+from djinn_lib.local_ray import start_ray
 from djinn_lib.paths import python_path
-from djinn_lib.sockets import ray_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest, load_ordinarily
 
 _OBJECT_STORE_BYTES = 100 << 20  # actors exchange token ids only
@@ -65,14 +65,10 @@ class RayActors(SystemUnderTest):
         progress("starting Ray")
         self.started_ray = not ray.is_initialized()
         if self.started_ray:
-            ray.init(
-                address="local",  # ignores a cluster that already runs on this machine
+            start_ray(
                 num_cpus=len(self.models) + 1,
-                include_dashboard=False,
-                log_to_driver=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 configure_logging=False,
-                _temp_dir=ray_folder(),
             )
         self.actors: OrderedDict[str, Any] = OrderedDict()
         self.pids: dict[str, int] = {}

@@ -40,9 +40,7 @@ VARIANTS = [
     ACTORS,
     ("vllm_recreate", {}),
     ("vllm_sleep", {}),
-    ("vllm_sleep_readonly", {}),
-    ("djinn_vllm", {}),
-]
+]  # and those with a vLLM of its own environment: see test_systems_with_vllm.py
 WRITES_BACK = {"pytorch_pinned", "pytorch_pageable"}
 KEEPS_TO_CAPACITY = {"djinn", "pytorch_lru", "ray_actors"}
 # vLLM has no attention kernel on the CPU for heads as narrow as those of tiny.py.
@@ -80,9 +78,8 @@ def capacity_bytes(models):
 
 
 def marked(variant):
-    """Ray's actors and vLLM's engines take a minute to start again and again."""
-    is_slow = variant[0] in ("ray_actors", "vllm_sleep_readonly", "djinn_vllm")
-    return pytest.param(variant, marks=[pytest.mark.slow] if is_slow else [])
+    """Ray's actors take a minute to start again and again."""
+    return pytest.param(variant, marks=[pytest.mark.slow] if variant[0] == "ray_actors" else [])
 
 
 @pytest.fixture(scope="module")
