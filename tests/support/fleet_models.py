@@ -20,6 +20,8 @@ from djinn_lib.fleet.engines import EngineClient
 from djinn_lib.fleet.environment import vllm_python
 
 VOCAB, MAX_MODEL_LEN = 512, 64
+# Systems whose vLLM has an environment of its own. They have contract tests with a real one.
+WITH_VLLM = ("djinn_vllm", "vllm_sleep_readonly")
 OPTIONS = {"dtype": "float32", "max_model_len": MAX_MODEL_LEN}
 _SHAPE = {
     "hidden_size": 256,

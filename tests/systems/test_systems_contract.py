@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from fleet_models import WITH_VLLM
 from tiny import CONFIGS, PROMPT, VOCAB, ordinary_tokens
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +41,7 @@ VARIANTS = [
     ACTORS,
     ("vllm_recreate", {}),
     ("vllm_sleep", {}),
-]  # and those with a vLLM of its own environment: see test_systems_with_vllm.py
+]  # WITH_VLLM has the others, for test_systems_with_vllm.py
 WRITES_BACK = {"pytorch_pinned", "pytorch_pageable"}
 KEEPS_TO_CAPACITY = {"djinn", "pytorch_lru", "ray_actors"}
 # vLLM has no attention kernel on the CPU for heads as narrow as those of tiny.py.
@@ -256,7 +257,7 @@ def test_vllm_in_its_own_environment_gives_the_same_tokens(models, expected, tmp
 
 
 def test_every_system_is_in_the_contract():
-    assert {name for name, _ in VARIANTS} == set(SYSTEMS)
+    assert {*(name for name, _ in VARIANTS), *WITH_VLLM} == set(SYSTEMS)
 
 
 def test_bytes_are_what_a_model_weighs(models):

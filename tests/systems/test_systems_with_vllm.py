@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from fleet_models import plain_tokens, save_models
+from fleet_models import WITH_VLLM, plain_tokens, save_models
 
 from djinn_lib.errors import CapacityError, ConfigError
 from djinn_lib.experiment.setup.weights import describe
@@ -33,7 +33,7 @@ def expected(models, tmp_path_factory):
         return {name: tokens for name, (tokens,) in zip(models, said, strict=True)}
 
 
-@pytest.fixture(scope="module", params=["djinn_vllm", "vllm_sleep_readonly"])
+@pytest.fixture(scope="module", params=WITH_VLLM)
 def system(request, models):
     sizes = sorted(files.n_bytes for files in models.values())
     before = set(psutil.Process().children(recursive=True))
