@@ -23,10 +23,10 @@ def error_of(says, ask):
 
 
 chat = client.chat.completions.create(model="qwen3", messages=HI, **EXACT)
-parts = [
+streamed = "".join(
     part.choices[0].delta.content or ""
     for part in client.chat.completions.create(model="qwen3", messages=HI, stream=True, **EXACT)
-]
+)
 of_list = client.completions.create(
     model="llama", prompt=["Hello", "you"], n=2, max_tokens=3, temperature=0.8, seed=1
 )
@@ -35,8 +35,7 @@ said = {
     "models": [one.id for one in client.models.list()],
     "retrieved": client.models.retrieve("qwen3").id,
     "chat": chat.choices[0].message.content,
-    "streamed": "".join(parts),
-    "n_parts": len(parts),
+    "streamed": streamed,
     "n_of_list": len(of_list.choices),
     "errors": {
         "unknown model": error_of(
