@@ -1,12 +1,14 @@
 """The compressed form of a page: bits that come back, and sizes."""
 
-import numba
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from numba.core import caching, config
 
 from djinn_lib.engine.memory.compressed.compiled import compiled
 from djinn_lib.engine.memory.compressed.decode import decode
@@ -101,12 +103,37 @@ def test_the_worst_case_is_as_stated(bits, most):
 
 
 def test_code_is_compiled_where_it_cannot_be_kept(monkeypatch):
-    kept = numba.njit
-
-    def njit(**options):
-        if options.get("cache"):  # what numba raises where no folder can be written
-            raise RuntimeError("cannot cache function: no locator available")
-        return kept(**options)
-
-    monkeypatch.setattr(numba, "njit", njit)
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert compiled(lambda n: n + 1)(2) == 3
+
+
+def damage(kept):
+    for path in kept.iterdir():
+        path.write_bytes(path.read_bytes()[:9])
+
+
+def fill_the_disk(kept):
+    shutil.rmtree(kept)
+    kept.touch()
+
+
+def leave_alone(kept):
+    pass
+
+
+@pytest.mark.parametrize("happen", [leave_alone, damage, fill_the_disk])
+def test_compiled_code_is_kept_but_nothing_depends_on_it(happen, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def add_one(n):
+        return n + 1
+
+    first, second, third = (compiled(add_one) for _ in range(3))
+    assert first(2) == 3
+    (kept,) = tmp_path.iterdir()
+    assert {path.suffix for path in kept.iterdir()} == {".nbi", ".nbc"}
+    happen(kept)
+    assert second(2) == 3
+    if happen is not fill_the_disk:
+        third(2)
+        assert third.stats.cache_hits and not third.stats.cache_misses  # damaged code is replaced
