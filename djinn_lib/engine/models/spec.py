@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from djinn_lib.engine.models.construction import (
 )
 from djinn_lib.engine.models.tensor_files import CountedFill, ignore
 from djinn_lib.errors import ConfigError, DjinnError, first_line, shown
+
+_SEEDED = threading.Lock()  # held while torch's own generator, which threads share, is seeded
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -92,7 +95,7 @@ class ModelSpec:
         """
         dtype = check_dtype(self.dtype)
         model_class, config = _causal_class(self.resolve_config())
-        with torch.random.fork_rng(devices=[]), torch.device(device), DefaultDtype(dtype):
+        with _SEEDED, torch.random.fork_rng(devices=[]), torch.device(device), DefaultDtype(dtype):
             torch.manual_seed(self.seed)
             model = isolated(model_class)._from_config(without_dtype(config))
         set_dtype(model.config, dtype)

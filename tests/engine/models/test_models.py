@@ -1,6 +1,8 @@
 """Packing follows execution; binding keeps parameters in the ring."""
 
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 
@@ -165,6 +167,17 @@ def test_binding_keeps_the_parameters_and_gives_buffers_memory_of_their_own():
     )
     assert after["lm_head.weight"] is after["model.embed_tokens.weight"]
     assert all(b.data_ptr() != buffers[name] for name, b in model.named_buffers())
+
+
+def test_specs_built_by_several_threads_have_the_weights_of_their_seed():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            models = list(threads.map(lambda _: spec("llama").build(), range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len({float(sum(p.double().sum() for p in m.parameters())) for m in models}) == 1
 
 
 def test_specs():
