@@ -24,7 +24,7 @@ from djinn_lib.engine.pictures import ModelState, picture
 from djinn_lib.engine.serving.catalog import Catalog
 from djinn_lib.engine.serving.options import EngineOptions, takes_options
 from djinn_lib.engine.serving.scheduler import Scheduler
-from djinn_lib.errors import DjinnError
+from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.units import format_bytes
 
 
@@ -99,7 +99,11 @@ class Djinn(ModelsByName):
         """
         self._models.ensure_new(name)
         opened = open_source(source, dtype, revision, trust_remote_code)
-        return Model(self, self._models.add(name, opened))
+        try:
+            return Model(self, self._models.add(name, opened))
+        except ConfigError:
+            self._holdings.ensure_open()  # raises if they were closed meanwhile
+            raise
 
     def set_decode(self, name: str, decode: Decode) -> Decode:
         """Change how one model decodes from now on; see the class.
@@ -227,6 +231,7 @@ class Djinn(ModelsByName):
 
         Raises:
             AssertionError: naming what is broken.
+            DjinnError: a master cannot be read, or a compressed page of it has changed.
         """
         self._open.pager.check()
 

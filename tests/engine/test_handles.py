@@ -55,6 +55,13 @@ def test_what_a_handle_says_of_its_pages(djinn):
     assert ", 0% resident, " in repr(a) and "0 B of " in str(a._repr_html_())
 
 
+def test_the_table_of_residency_while_a_model_is_removed(djinn, monkeypatch):
+    seen = []
+    monkeypatch.setattr(djinn.masters, "discard", lambda name: seen.append(djinn.residency()))
+    djinn.remove("a")  # its pages are freed before its master
+    assert list(seen[0].model) == ["b"]
+
+
 def test_a_djinn_holds_models_by_name(djinn):
     assert "a" in djinn and "c" not in djinn and 5 not in djinn and [] not in djinn
     assert len(djinn) == 2 and list(djinn) == ["a", "b"] == djinn._ipython_key_completions_()

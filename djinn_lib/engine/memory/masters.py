@@ -216,8 +216,12 @@ class HostMasters:
 
     def sizes(self) -> dict[str, MasterBytes]:
         """Return the size of each master."""
-        masters = tuple(self._masters.items())
-        return {m: MasterBytes(self._layouts[m].n_bytes, kept.numel()) for m, kept in masters}
+        layouts, masters = dict(self._layouts), dict(self._masters)  # threads may change them
+        return {
+            m: MasterBytes(layouts[m].n_bytes, kept.numel())
+            for m, kept in masters.items()
+            if m in layouts
+        }
 
     def close(self) -> None:
         """Free all masters."""
@@ -227,4 +231,4 @@ class HostMasters:
     @property
     def n_bytes(self) -> int:
         """Host memory of all masters in bytes."""
-        return sum(master.numel() for master in self._masters.values())
+        return sum(master.numel() for master in tuple(self._masters.values()))

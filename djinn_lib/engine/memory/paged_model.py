@@ -82,6 +82,8 @@ class PagedModel:
             AssertionError: naming the first byte that differs.
             DjinnError: a compressed page of the master has changed.
         """
+        if not n_bytes:
+            return  # it may have no master yet
         self._masters.hold(self.name)
         try:
             for begin in range(0, n_bytes, self.page_bytes):

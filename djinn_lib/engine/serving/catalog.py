@@ -68,7 +68,7 @@ class Catalog:
         model = self._models.get(name) if isinstance(name, str) else None
         if model is None:
             raise ConfigError(
-                unknown_model(name, self._models, "add it with djinn.add(name, source)")
+                unknown_model(name, tuple(self._models), "add it with djinn.add(name, source)")
             )
         return model
 
@@ -91,8 +91,8 @@ class Catalog:
             with progress_of(self._options.progress, name, layout.n_bytes) as progress:
                 return self._prepare(name, opened, layout, units, device_bytes, progress)
         except BaseException:
+            self._masters.discard(name)  # first, since a pager that was closed has no such model
             self._pager.remove(name)
-            self._masters.discard(name)
             raise
 
     def _prepare(
@@ -211,11 +211,12 @@ class Catalog:
 
     def residency(self) -> pd.DataFrame:
         """Tabulate the resident bytes of each model; see `Djinn.residency`."""
-        ring = self._pager.ring
+        stats = self._pager.stats()
         return pd.DataFrame(
             [
-                (m.name, m.n_bytes, self._pager.resident_bytes(m.name), ring.n_resident(m.name))
+                (m.name, m.n_bytes, stats.resident_bytes[m.name], len(stats.frames[m.name]))
                 for m in self
+                if m.name in stats.frames  # another thread may remove or add models
             ],
             columns=["model", "bytes", "resident_bytes", "frames"],
         )
