@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from open_files import n_open
 from tiny import PROMPT, spec
 from weights import fill_with, layout_of, weights_of
 
@@ -230,11 +231,36 @@ def test_tokens_are_those_of_plain_masters(name, dtype):
     assert tokens[0] == tokens[1] and hashes[0] == hashes[1]
 
 
+@pytest.mark.parametrize("host_capacity", [None, "2MiB"])
+def test_an_audit_while_a_model_is_compressed(host_capacity, tmp_path):
+    audits = []
+
+    def audit(step):
+        djinn.check()
+        audits.append(step)
+
+    options = {"host_capacity": host_capacity, "swap_dir": tmp_path, "progress": audit}
+    with dj.Djinn("1MiB", "cpu", page=PAGE, masters="compressed", **options) as djinn:
+        djinn.add("m", spec("llama", "bfloat16"))
+    assert len(audits) >= 2
+
+
+@pytest.mark.parametrize("host_capacity", [None, "2MiB"])
+def test_closing_while_a_model_is_compressed(host_capacity, tmp_path):
+    options = {"host_capacity": host_capacity, "swap_dir": tmp_path}
+    djinn = dj.Djinn("1MiB", "cpu", page=PAGE, masters="compressed", **options,
+                     progress=lambda step: djinn.close())  # fmt: skip
+    masters = djinn.masters
+    with pytest.raises(DjinnError, match="this Djinn was closed"):
+        djinn.add("m", spec("llama", "bfloat16"))
+    assert masters.n_bytes == 0 and masters.sizes() == {} and n_open(tmp_path) == 0
+
+
 def test_options_that_cannot_be(monkeypatch):
     with pytest.raises(ConfigError, match="masters to be one of"):
         dj.Djinn("1MiB", "cpu", page=PAGE, masters="zip")
-    with pytest.raises(ConfigError, match="multiple of 64 bytes for compressed masters"):
-        open_masters(None, 1000, form="compressed")
+    with pytest.raises(ConfigError, match="multiple of 256 bytes for compressed masters"):
+        open_masters(None, 64, form="compressed")  # some would lie between two tensors
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     cuda = torch.device("cuda")
     with pytest.raises(PlatformError, match="needs the package triton"):

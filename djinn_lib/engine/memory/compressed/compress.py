@@ -1,8 +1,8 @@
 """Compress a whole model in the memory that it was read into.
 
 Compressed pages move to the start of that memory. A page never gets larger, so it never overwrites
-a page that is not compressed yet. Compression therefore needs no extra memory, and the rest is
-freed afterwards.
+a page that is not compressed yet. Compression therefore needs little extra memory, less than a page
+for each thread, and the rest is freed afterwards.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def compress_model(
     Args:
         buffer: its bytes (1-d uint8, host); compressed ones replace them, from the start on.
         layout: of these bytes.
-        page_bytes: size of a page; a multiple of `STORED_ALIGNMENT`.
+        page_bytes: size of a page; a multiple of `ALIGNMENT_BYTES`.
         report: called with the progress.
     """
     content, pages = buffer.numpy(), []

@@ -7,15 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from djinn_lib.engine.memory.compressed.compress import (
-    STORED_ALIGNMENT,
-    Index,
-    compress_model,
-    estimated_bytes,
-)
+from djinn_lib.engine.memory.compressed.compress import Index, compress_model, estimated_bytes
 from djinn_lib.engine.memory.compressed.page import CompressedPage
 from djinn_lib.engine.memory.devices.base import Source
-from djinn_lib.engine.memory.layout import Fill, Layout, Report, say_nothing
+from djinn_lib.engine.memory.layout import ALIGNMENT_BYTES, Fill, Layout, Report, say_nothing
 from djinn_lib.engine.memory.masters import MasterBytes, Store
 from djinn_lib.errors import ConfigError
 
@@ -35,9 +30,9 @@ class CompressedMasters:
     """
 
     def __init__(self, store: Store, page_bytes: int, if_worthwhile: bool = False) -> None:
-        if page_bytes % STORED_ALIGNMENT:
+        if page_bytes % ALIGNMENT_BYTES:  # so each page has bytes of a tensor
             raise ConfigError(
-                f"expected pages of a multiple of {STORED_ALIGNMENT} bytes for compressed masters, "
+                f"expected pages of a multiple of {ALIGNMENT_BYTES} bytes for compressed masters, "
                 f"got {page_bytes}: choose another page size, or masters='plain'"
             )
         self._store, self._page_bytes = store, page_bytes
@@ -127,13 +122,14 @@ class CompressedMasters:
         if (index := self._compressed.get(model)) is None:
             return self._store.sha256(model)
         digest, layout = hashlib.sha256(), self.layout(model)
+        decoded = torch.empty(self._page_bytes, dtype=torch.uint8)
         self.hold(model)
         try:
             for begin in range(0, layout.paged_bytes, self._page_bytes):
                 end = min(begin + self._page_bytes, layout.paged_bytes)
                 page = self.read(model, begin, end)
                 if isinstance(page, CompressedPage):
-                    page.copy_to(plain := torch.empty(end - begin, dtype=torch.uint8))
+                    page.copy_to(plain := decoded[: end - begin])
                     page = plain
                 digest.update(page.numpy().data)
             if layout.n_tables:
