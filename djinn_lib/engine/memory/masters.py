@@ -186,9 +186,14 @@ class HostMasters:
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
         """Return bytes `begin` to `end` of `model`, read-only."""
+        return self._known(model)[begin:end]
+
+    def _known(self, model: str) -> torch.Tensor:
         if (master := self._masters.get(model)) is None:
-            raise ConfigError(f"the model {model!r} is not in host memory yet; wait for its add()")
-        return master[begin:end]
+            raise ConfigError(
+                f"the model {model!r} is not in host memory: add it first, or wait for its add()"
+            )
+        return master
 
     def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
         """Return bytes `begin` to `end` of `model`, as one piece."""
@@ -212,7 +217,7 @@ class HostMasters:
 
     def sha256(self, model: str) -> str:
         """Return the hash of the packed bytes, to compare masters."""
-        return hashlib.sha256(self._masters[model].numpy().data).hexdigest()
+        return hashlib.sha256(self._known(model).numpy().data).hexdigest()
 
     def sizes(self) -> dict[str, MasterBytes]:
         """Return the size of each master."""

@@ -1,7 +1,7 @@
 """Compress a whole model in the memory that it was read into.
 
 Compressed pages move to the start of that memory. A page never gets larger, so it never overwrites
-a page that is not compressed yet. Compression therefore needs little extra memory, less than a page
+a page that is not compressed yet. Compression therefore needs little extra memory, about a page
 for each thread, and the rest is freed afterwards.
 """
 

@@ -121,20 +121,19 @@ class CompressedMasters:
         """
         if (index := self._compressed.get(model)) is None:
             return self._store.sha256(model)
-        digest, layout = hashlib.sha256(), self.layout(model)
-        decoded = torch.empty(self._page_bytes, dtype=torch.uint8)
+        digest, decoded = hashlib.sha256(), torch.empty(self._page_bytes, dtype=torch.uint8)
+        first_table = index.paged_bytes - index.moved_by
         self.hold(model)
         try:
-            for begin in range(0, layout.paged_bytes, self._page_bytes):
-                end = min(begin + self._page_bytes, layout.paged_bytes)
+            for begin in range(0, index.paged_bytes, self._page_bytes):
+                end = min(begin + self._page_bytes, index.paged_bytes)
                 page = self.read(model, begin, end)
                 if isinstance(page, CompressedPage):
                     page.copy_to(plain := decoded[: end - begin])
                     page = plain
                 digest.update(page.numpy().data)
-            if layout.n_tables:
-                rest = index.paged_bytes - index.moved_by, index.n_bytes
-                for piece in self._store.pieces(model, *rest):
+            if first_table < index.n_bytes:
+                for piece in self._store.pieces(model, first_table, index.n_bytes):
                     digest.update(piece.numpy().data)
         finally:
             self.let_go(model)
