@@ -16,6 +16,8 @@ from djinn_lib.engine.memory.devices import control_groups
 from djinn_lib.errors import CapacityError, PlatformError
 from djinn_lib.units import format_bytes
 
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK, see madvise(2); `mmap` has no name for it
+
 
 def pin(master: torch.Tensor) -> None:
     """Register memory with the CUDA driver (`cudaHostRegister`), so that copies run at full rate.
@@ -108,9 +110,21 @@ def allocate(
         ) from error
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.madvise(mmap.MADV_DONTFORK)  # a child's copy would move pages that are pinned here
+    _wipe_in_children(memory)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     return tensor.zero_() if now else tensor
+
+
+def _wipe_in_children(memory: mmap.mmap) -> None:
+    """Give forked children zeros: a child's copy would move pages that are pinned here.
+
+    The child must have something at these addresses, since it unmaps them when it collects
+    `memory`. If they were free, that could be memory that it has allocated itself.
+    """
+    try:
+        memory.madvise(_WIPE_ON_FORK)
+    except OSError:  # a kernel without it
+        memory.madvise(mmap.MADV_DONTFORK)
 
 
 def keep(memory: torch.Tensor, n_bytes: int) -> torch.Tensor:
