@@ -1,8 +1,8 @@
 """Metrics of claims: each is a small function from a run to a value.
 
 This module has the register of all metrics, and the metrics of counts, bytes, shares and tokens,
-which are valid on any machine; `claim_times` has those of times. A metric that cannot be measured
-raises `NotMeasured` with the reason.
+which are valid on any machine; `claim_times` and `claim_series` have those of times. A metric that
+cannot be measured raises `NotMeasured` with the reason.
 """
 
 from __future__ import annotations
