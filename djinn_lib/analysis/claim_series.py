@@ -5,19 +5,20 @@ They are judged on a GPU only. Importing this module registers them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from djinn_lib import metrics
 from djinn_lib.analysis.claim_metrics import Measurement, estimate, metric
 from djinn_lib.analysis.claim_times import median_ratio
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, select, side_by_side, swept
-from djinn_lib.metrics import block_length, bootstrap_interval, by_request
+from djinn_lib.analysis.selection import NotMeasured, by_machine, ran_on, select, swept
+from djinn_lib.metrics import block_length, bootstrap_interval, by_request, share_interval
 
 
 @metric(timed=True)
@@ -33,14 +34,14 @@ def speedup_over_capacities(run: Run, system: str, baseline: str) -> Measurement
 def speedup_spread(run: Run, system: str, baseline: str) -> Measurement:
     """The greatest ratio of medians over all capacities, divided by the least.
 
-    Its interval draws the same requests at every capacity.
+    Its interval draws the same requests at every capacity. Ratios of different machines are not
+    compared: it rests on the capacities that one machine ran, the most that any did. If some are
+    missing, the true value may be any greater one.
     """
-    values = [ratio.value for ratio in _speedups(run, system, baseline)]
-    labels, columns = swept(select(run, system, capacity_label=None)), []
-    for label in labels:
-        both = side_by_side(run, [baseline, system], capacity_label=label)
-        columns += [by_request(both[name]).droplevel("capacity_label")
-                    for name in (baseline, system)]  # fmt: skip
+    labels = swept(select(run, system, capacity_label=None))
+    pairs = _on_one_machine(run, baseline, system, labels)
+    cells = [rows for pair in pairs for rows in pair]
+    columns = [by_request(rows).droplevel("capacity_label") for rows in cells]
     together = pd.concat(columns, axis=1, join="inner")
 
     def spread(*samples: np.ndarray, axis: int) -> Any:
@@ -49,7 +50,28 @@ def speedup_spread(run: Run, system: str, baseline: str) -> Measurement:
         return ratios.max(axis=0) / ratios.min(axis=0)
 
     found = bootstrap_interval(spread, *(column for _, column in together.items()))
-    return estimate(found, len(together), _least_and_most(values))
+    medians = together.median().tolist()
+    ratios = [a / b for a, b in zip(medians[::2], medians[1::2], strict=True)]
+    remark = ", ".join(filter(None, [_least_and_most(ratios), ran_on(run, *cells)]))
+    if len(pairs) == len(labels):
+        return estimate(found, len(together), remark)
+    remark = f"{remark}, of {len(labels)} that were run; interval from {found[1]:.2f} on"
+    return Measurement(found[0], len(together), remark, span=(found[1], np.inf))
+
+
+def _on_one_machine(
+    run: Run, baseline: str, system: str, labels: Sequence[str]
+) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Return rows of both systems at each capacity that one machine ran: the most that any did."""
+    found = {label: [by_machine(run, name, capacity_label=label) for name in (baseline, system)]
+             for label in labels}  # fmt: skip
+    ran_both = {label: set(top) & set(bottom) for label, (top, bottom) in found.items()}
+    at = Counter(chain.from_iterable(ran_both.values()))
+    machine = max(at, key=lambda number: (at[number], number), default=0)
+    if at[machine] < 2:
+        raise NotMeasured(f"no machine ran {baseline} and {system} at two capacities")
+    return [(top[machine], bottom[machine]) for label, (top, bottom) in found.items()
+            if machine in ran_both[label]]  # fmt: skip
 
 
 def _speedups(run: Run, system: str, baseline: str) -> list[Measurement]:
@@ -68,23 +90,27 @@ def highest_rate(
 ) -> Measurement:
     """Highest arrival rate (requests per second) at which a share of requests meets a target.
 
-    The share must also meet it at all lower measured rates. Names of these traces begin with
-    `traces`. Failed requests miss the target. A rate at which the system did not run ends the
-    search, because a system that misses a lower rate is not asked for more.
+    The share must also meet it at all lower rates at which the system ran. Names of these traces
+    begin with `traces`. Failed requests miss the target. The span's low end is the highest of these
+    rates whose own interval is above the share, its high end the last before an interval below it.
+    n is the number of requests at the rate of the value, or at the lowest one if none meets it.
     """
-    found: dict[float, metrics.Interval] = {}
-    n = 0
+    found: dict[float, tuple[float, ...]] = {}
     for name, trace in run.traces.items():
         if name.startswith(f"{traces}_"):
             with suppress(NotMeasured):
                 rows = select(run, system, trace=name, mode="concurrent", **where)
-                in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"])
-                n, rate = in_time.ngroups, float(trace.params["rate_per_s"])
-                found[rate] = bootstrap_interval(np.mean, in_time.mean(), block=block_length(n))
+                in_time = rows["ok"] & (rows["total_ms"] <= target_ms)
+                hits = in_time.groupby(rows["request"]).mean()
+                interval = share_interval(hits, block_length(len(hits)))
+                found[float(trace.params["rate_per_s"])] = (*interval, len(hits))
     if not found:
         raise NotMeasured(f"{system} got no requests at given rates in this run")
-    shares = pd.DataFrame(found, index=["value", "low", "high"]).sort_index(axis=1)
-    remark = ", ".join(f"{met:.0%} at {rate:g}/s" for rate, met in shares.loc["value"].items())
-    n_met = (~(shares < share)).cumprod(axis=1).sum(axis=1)  # rates before the first that misses it
-    value, low, high = ([0.0, *shares][n] for n in n_met)
-    return Measurement(value, n, remark, span=(low, high))
+    rates = pd.DataFrame(found, index=["value", "low", "high", "n"]).T.sort_index()
+    remark = ", ".join(f"{met:.0%} at {rate:g}/s" for rate, met in rates["value"].items())
+    met = rates[(rates["value"] >= share).cummin()]
+    maybe = rates[(rates["high"] >= share).cummin()]
+    low, value, high = (float(part.index.max()) if len(part) else 0.0
+                        for part in (met[met["low"] >= share], met, maybe))  # fmt: skip
+    n = rates["n"][value] if value else rates["n"].iloc[0]
+    return Measurement(value, int(n), remark, span=(low, high))

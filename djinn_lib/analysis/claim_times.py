@@ -6,7 +6,7 @@ machine, request by request; maxima are compared with maxima.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -87,14 +87,22 @@ def statistic_ratio(
 ) -> Measurement:
     """A statistic of the total latency of `system` divided by that of `to`, paired by request.
 
-    If several systems are given, the best one that ran on one machine with `to` is used.
+    If several systems are given, the best one that ran on one machine with `to` is used, and the
+    remark names those that could not be compared.
     """
-    found = [_ratio(run, name, both, to, statistic)
-             for name, both in _comparable(run, system, to, **where).items()]  # fmt: skip
-    best = min(found, key=lambda ratio: ratio.value)
+    both_of = _comparable(run, system, to, **where)
+    best = min((_ratio(run, name, both, to, statistic) for name, both in both_of.items()),
+               key=lambda ratio: ratio.value)  # fmt: skip
     if isinstance(system, str):  # there is no choice to tell of
         return replace(best, remark=best.remark.partition(", ")[2])
-    return best
+    return replace(best, remark=best.remark + _left_out(system, both_of, to))
+
+
+def _left_out(systems: str | Sequence[str], compared: Iterable[str], to: str) -> str:
+    """Return a phrase that names the systems that no machine ran with `to`, if there are any."""
+    names = [] if isinstance(systems, str) else [*systems]
+    missing = [name for name in names if name not in compared]
+    return f"; not compared, as no machine ran it with {to}: {', '.join(missing)}" * bool(missing)
 
 
 def _ratio(
@@ -102,14 +110,23 @@ def _ratio(
 ) -> Measurement:
     top, bottom = (by_request(both[label]) for label in (name, to))
     pairs = metrics.paired(top, bottom)
+    if pairs.empty:
+        raise NotMeasured(f"no request was served by both {name} and {to}")
     remark = ", ".join(filter(None, [f"against {name}", ran_on(run, *both.values())]))
     if _is_largest(statistic, len(pairs)):
-        slow, fast = _maxima(both[name]), _maxima(both[to])
-        value = _largest(both[name]) / _largest(both[to])
+        # A system that failed its slowest request must not look faster for it.
+        above, below = (_only(both[label], pairs) for label in (name, to))
+        slow, fast = _maxima(above), _maxima(below)
+        value = _largest(above) / _largest(below)
         span = (min(slow) / max(fast), max(slow) / min(fast))
         return Measurement(value, len(pairs), remark, span=span)
     ratio = ratio_interval(top, bottom, statistic, _block(both[name], len(pairs)))
     return estimate(ratio, len(pairs), remark)
+
+
+def _only(rows: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the paired requests."""
+    return rows[pd.MultiIndex.from_frame(rows[metrics.REQUEST]).isin(pairs.index)]
 
 
 def _comparable(
@@ -137,22 +154,24 @@ def _comparable(
 def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) -> Measurement:
     """Mean cost of a later switch in `system` divided by that in `to`, paired by request.
 
-    See `metrics.later_switches`. Of several systems, the one with the lowest cost is used.
+    See `metrics.later_switches`. Of several systems, the one with the lowest ratio is used: each is
+    compared with `to` on a machine and on requests of its own.
     """
-    costs = {}
-    for name, both in _comparable(run, system, to, **where).items():
+    found, both_of = [], _comparable(run, system, to, **where)
+    for name, both in both_of.items():
         later = (metrics.later_switches(both[label]) for label in (name, to))
         pairs = metrics.paired(*(by_request(rows, "switch_ms") for rows in later))
-        if len(pairs):
-            costs[name] = both, pairs
-    if not costs:
+        if pairs.empty:
+            continue
+        means = f"{name}: {pairs['top'].mean():,.1f} ms, {to}: {pairs['bottom'].mean():,.2f} ms"
+        remark = ", ".join(filter(None, [means, ran_on(run, *both.values())]))
+        block = _block(both[name], len(pairs))
+        ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", block)
+        found.append(estimate(ratio, len(pairs), remark))
+    if not found:
         raise NotMeasured("no request of this run changes back to a model that was used before")
-    best = min(costs, key=lambda name: float(costs[name][1]["top"].mean()))
-    both, pairs = costs[best]
-    remark = f"{best}: {pairs['top'].mean():,.1f} ms, {to}: {pairs['bottom'].mean():,.2f} ms"
-    remark = ", ".join(filter(None, [remark, ran_on(run, *both.values())]))
-    ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", _block(both[best], len(pairs)))
-    return estimate(ratio, len(pairs), remark)
+    best = min(found, key=lambda ratio: ratio.value)
+    return replace(best, remark=best.remark + _left_out(system, both_of, to))
 
 
 @metric(timed=True)
@@ -183,18 +202,22 @@ def maximum_to_least(
     ratios = [_ratio(run, name, both, system, "max")
               for name, both in _comparable(run, names, system, **where).items()]  # fmt: skip
     found = min(ratios, key=lambda ratio: ratio.value)
-    low, high = found.judged
-    remark = f"{found.remark}, whose maximum is the least of {len(ratios)} baselines there"
-    return Measurement(1 / found.value, found.n, remark, span=(1 / high, 1 / low))
+    remark = f"{found.remark}, the nearest of {len(ratios)} baselines, each on its machine"
+    # In the worst repeat of any baseline, which need not be that of the nearest one.
+    span = (1 / found.judged[1], 1 / min(ratio.judged[0] for ratio in ratios))
+    return Measurement(1 / found.value, found.n, remark, span=span)
 
 
 @metric(timed=True)
 def switch_share(
     run: Run, system: str, low_ms: float, high_ms: float = np.inf, **where: Any
 ) -> Measurement:
-    """Share of the served requests whose switch cost from `low_ms` to below `high_ms`."""
-    rows = served(run, system, **where)
-    return count(rows["switch_ms"].between(low_ms, high_ms, inclusive="left"), rows)
+    """Share of the requests that were served with a switch from `low_ms` to below `high_ms`.
+
+    The share is one of all requests that were sent, as in the tables.
+    """
+    rows = select(run, system, **where)
+    return count(rows["ok"] & rows["switch_ms"].between(low_ms, high_ms, inclusive="left"), rows)
 
 
 @metric(timed=True)
@@ -203,16 +226,28 @@ def switch_distance(
 ) -> Measurement:
     """Total variation distance of switch times from a given distribution, 0 to 1.
 
-    Each of `classes` has a low and a high bound (ms) and a share; all other costs are one more.
+    Each of `classes` has a low and a high bound (ms) and a share. All other costs are one more
+    class, and so are failed requests, whose cost is unknown.
     """
-    rows = served(run, system, **where)
-    found = [rows["switch_ms"].between(low, high, inclusive="left").mean()
-             for low, high, _ in classes]  # fmt: skip
+    rows = select(run, system, **where)
     said = [share for _, _, share in classes]
-    distance = sum(abs(a - b) for a, b in zip(
-        [*found, 1 - sum(found)], [*said, 1 - sum(said)], strict=True)) / 2  # fmt: skip
-    shares = ", ".join(f"{share:.0%}" for share in [*found, 1 - sum(found)])
-    return Measurement(float(distance), n_requests(rows), f"{shares} (the last: in none of them)")
+    shares = pd.DataFrame(
+        {number: rows["ok"] & rows["switch_ms"].between(low, high, inclusive="left")
+         for number, (low, high, _) in enumerate(classes)}
+    )  # fmt: skip
+    each = shares.groupby(rows["repeat"]).mean()
+    apart = [_distance([*share], said) for share in each.itertuples(index=False)]
+    found = shares.mean().tolist()
+    told = ", ".join(f"{share:.0%}" for share in [*found, 1 - sum(found)])
+    remark = f"{told} (the last: in none of them)"
+    span = (min(apart), max(apart))
+    return Measurement(_distance(found, said), n_requests(rows), remark, span=span)
+
+
+def _distance(found: Sequence[float], said: Sequence[float]) -> float:
+    """Total variation distance of two distributions, whose last class is what is missing from 1."""
+    pairs = zip([*found, 1 - sum(found)], [*said, 1 - sum(said)], strict=True)
+    return float(sum(abs(a - b) for a, b in pairs) / 2)
 
 
 @metric(timed=True)
@@ -225,14 +260,23 @@ def first_request_share(run: Run, system: str, model: str, **where: Any) -> Meas
         raise NotMeasured(f"no request for {model} was served in this run")
     named = ", ".join(f"{row.request} ({row.model})" for row in slowest.itertuples())
     remark = f"first request for {model}: {first}; slowest of each repeat: {named}"
-    return Measurement(float((slowest["request"] == first).mean()), n_requests(rows), remark)
+    hits = slowest["request"] == first
+    span = (float(hits.min()), float(hits.max()))  # every repeat has to agree
+    return Measurement(float(hits.mean()), n_requests(rows), remark, span=span)
 
 
 @metric(timed=True)
 def runtime_s(run: Run, system: str | list[str], **where: Any) -> Measurement:
-    """Seconds to serve the whole trace once, without set-up; of several systems, together."""
+    """Seconds to serve the whole trace once, without set-up; of several systems, together.
+
+    Raises:
+        NotMeasured: a request was never served, so the time of the whole trace is unknown.
+    """
     names = [system] if isinstance(system, str) else system
-    each = [by_request(served(run, name, **where)) for name in names]
+    each = {name: by_request(served(run, name, **where)) for name in names}
+    for name, ms in each.items():
+        if missing := n_requests(select(run, name, **where)) - len(ms):
+            raise NotMeasured(f"{name} never served {missing} requests: its runtime is unknown")
     times = pd.concat(each, axis=1).sum(axis=1)
     found = bootstrap_interval(lambda ms, axis: np.sum(ms, axis=axis) / 1e3, times)
     return estimate(found, len(times))
