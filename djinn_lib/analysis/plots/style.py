@@ -246,7 +246,7 @@ def sample_note(rows: pd.DataFrame) -> str:
 def machine_notes(rows: pd.DataFrame) -> list[str]:
     """Return a note if rows are from several machines, which their column `place` names."""
     n = rows["place"].nunique() if "place" in rows else 1
-    return [f"From {n} machines (see the tables): compare within one only."] * (n > 1)
+    return [f"From {n} machines (see tables): compare times within one only."] * (n > 1)
 
 
 def _range(values: pd.Series) -> str:
