@@ -19,7 +19,7 @@ from djinn_lib import metrics
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import MAIN_TRACE, WARM, NotMeasured, select, served, swept
 from djinn_lib.engine.memory.ring import Eviction
-from djinn_lib.metrics import Interval
+from djinn_lib.metrics import Interval, by_request, paired
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import simulate
 
@@ -182,6 +182,8 @@ def bytes_to_optimum(
     rows = served(run, system, trace=trace, capacity_label=capacity_label)
     if trace not in run.traces:
         raise NotMeasured(f"no trace {trace!r} in this run")
+    if len(rows) < len(run.traces[trace]) * rows["repeat"].nunique():
+        raise NotMeasured(f"{system} did not serve all of {trace!r}, which the optimum does")
     sizes = run.device_sizes.get(system) or run.sizes
     least = optimal_bytes(run.traces[trace], sizes, int(rows["capacity_bytes"].iloc[0]))
     return Measurement(_bytes_per_repeat(rows) / least, n_requests(rows))
@@ -219,11 +221,13 @@ def computed_hit_share(
 
 @metric()
 def bytes_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
-    """Bytes loaded by `system` divided by those loaded by `to`."""
-    top, bottom = (served(run, name, **where) for name in (system, to))
-    if not bottom["loaded_bytes"].any():
+    """Bytes loaded by `system` divided by those loaded by `to`, for the requests both served."""
+    pairs = paired(*(by_request(served(run, name, **where), "loaded_bytes")
+                     for name in (system, to)))  # fmt: skip
+    loaded = pairs.sum()
+    if not loaded["bottom"]:
         raise NotMeasured(f"{to} loaded no bytes in this run")
-    return Measurement(_bytes_per_repeat(top) / _bytes_per_repeat(bottom), n_requests(top))
+    return Measurement(float(loaded["top"] / loaded["bottom"]), len(pairs))
 
 
 @metric()

@@ -399,9 +399,23 @@ def test_bytes_against_the_optimum_and_against_another():
     ratio = measure("bytes_ratio", rows, system="djinn", to="pytorch_lru")
     assert ratio.value == pytest.approx(to_optimum.value / whole.value) and ratio.n == 30
     assert ratio.value < 0.5
+    own = rows["system"] == "djinn"
+    late = own & (rows["repeat"] == rows.loc[own, "repeat"].max()) & (rows["request"] > 20)
+    broken = pd.concat([rows[~late], failed(rows[late], "oom", "out of memory")])
+    with pytest.raises(NotMeasured, match="djinn did not serve all of 'paper'"):
+        measure("bytes_to_optimum", broken, system="djinn", capacity_label="25")
     no_traces = replace(run_of(rows), traces={})
     with pytest.raises(NotMeasured, match="no trace 'paper'"):
         METRICS["bytes_to_optimum"](no_traces, system="djinn", capacity_label="25")
+
+
+def test_bytes_are_compared_for_the_requests_that_both_served():
+    """A system does not load less because it failed."""
+    a = served("a", [5.0] * 3, loaded_bytes=[4, 4, 90])
+    a = pd.concat([a.iloc[:2], failed(a.iloc[2:], "oom", "out of memory")])
+    rows = pd.concat([a, served("b", [5.0] * 3, loaded_bytes=[2, 2, 50])])
+    found = measure("bytes_ratio", rows, system="a", to="b")
+    assert (found.value, found.n) == (2.0, 2)
 
 
 def test_bytes_written_back():
