@@ -7,7 +7,7 @@ from typing import Any
 from djinn_lib.sockets import ray_folder
 
 _LATE = "timed out during startup"
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 
 
 def start_ray(**options: Any) -> None:

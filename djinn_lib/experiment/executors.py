@@ -26,7 +26,7 @@ from djinn_lib.local_ray import start_ray
 from djinn_lib.paths import python_path
 from djinn_lib.sockets import ray_folder
 
-_CONNECT_S, _HEALTH_S = 5.0, 15.0  # the check imports Ray: 2 s when all is well
+_CONNECT_S, _HEALTH_S = 5.0, 60.0  # the check imports Ray: 2 s, and 15 on a busy machine
 _LOOK_S = 2.0  # between two looks at the nodes while nothing finishes
 _OBJECT_STORE_BYTES = 200 << 20  # of a cluster started here: results are small
 Resources = Mapping[str, float]
