@@ -232,6 +232,6 @@ def bytes_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
 
 @metric()
 def writeback_bytes(run: Run, system: str) -> Measurement:
-    """Bytes copied to the host by evictions, in all cells of a system."""
-    rows = served(run, system, trace=None, capacity_label=None)
+    """Bytes copied to the host by evictions, in all cells of a system: every trace, mode, start."""
+    rows = served(run, system, trace=None, capacity_label=None, mode=None, start=None)
     return Measurement(float(rows["writeback_bytes"].sum()), n_requests(rows))

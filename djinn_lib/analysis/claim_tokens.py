@@ -19,8 +19,8 @@ from djinn_lib.metrics import served as done
 
 @metric()
 def token_repeatability(run: Run, system: str) -> Measurement:
-    """Share of requests that a system gave the same tokens in every repeat, at every capacity."""
-    rows = served(run, system, trace=None, capacity_label=None)
+    """Share of requests that a system gave the same tokens in every repeat, capacity and start."""
+    rows = served(run, system, trace=None, capacity_label=None, start=None)
     tokens = rows.groupby(KEYS)["token_sha"].agg(["size", "nunique"])
     again = tokens[tokens["size"] > 1]
     if again.empty:

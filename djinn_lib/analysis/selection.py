@@ -56,8 +56,8 @@ def select(
     system: str | None,
     trace: str | None = MAIN_TRACE,
     capacity_label: str | None = MAIN_CAPACITY,
-    mode: str = "sequential",
-    start: str = COLD,
+    mode: str | None = "sequential",
+    start: str | None = COLD,
     replicates: bool = False,
 ) -> pd.DataFrame:
     """Return the attempted rows of a system, with replicates if asked for; None stands for all.

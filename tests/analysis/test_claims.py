@@ -424,6 +424,10 @@ def test_bytes_written_back():
     assert (nothing.value, nothing.n) == (0.0, 30)
     back = measure("writeback_bytes", rows, system="pytorch_pinned")
     assert back.value == sum(SIZES[model] for model in cell_rows("djinn")["model"])
+    elsewhere = {"mode": "concurrent", "start": "warm"}
+    for column, value in elsewhere.items():
+        other = served("djinn", [5.0], writeback_bytes=[7]).assign(**{column: value})
+        assert measure("writeback_bytes", pd.concat([rows, other]), system="djinn").value == 7
 
 
 def test_hits_from_the_papers_start_are_the_papers():
@@ -536,9 +540,10 @@ def test_token_repeatability():
     beside = served("b", [5.0] * 4, token_sha=list("????"))
     found = measure("token_repeatability", pd.concat([once, again, beside]), system="a")
     assert (found.value, found.n, found.remark) == (1.0, 4, "4 different requests, 8 served")
-    smaller = once.assign(capacity_label="20", token_sha=list("wx?z"))
-    found = measure("token_repeatability", pd.concat([once, again, smaller]), system="a")
-    assert (found.value, found.n) == (0.75, 4)
+    for elsewhere in ({"capacity_label": "20"}, {"start": "warm"}):
+        other = once.assign(token_sha=list("wx?z"), **elsewhere)
+        found = measure("token_repeatability", pd.concat([once, again, other]), system="a")
+        assert (found.value, found.n) == (0.75, 4)
 
 
 def test_token_agreement_lead():
