@@ -26,6 +26,7 @@ from djinn_lib.metrics import (
     p99_is_max,
     prefill_ms,
     ratio_interval,
+    share_interval,
 )
 
 TIMES = ["queue_ms", "switch_ms", "ttft_ms", "decode_ms", "total_ms"]
@@ -69,7 +70,7 @@ def test_measures_worked_out_by_hand():
         "max (ms)": 40,
         "mean TTFT (ms)": (2 + 14 + 11.99 + 12) / 4,
         "mean switch (ms)": (12 + 9.99 + 10) / 4,
-        "loaded nothing (%)": 50,
+        "loaded nothing (%)": 40,  # 2 of 5: a failed request found nothing
         "loaded (GiB)": 12 / 2**30,
         "written back (GiB)": 0,
     }
@@ -95,7 +96,7 @@ def test_a_cell_that_served_nothing_has_counts_and_no_times():
         warnings.simplefilter("error")
         found = measures(rows)
     assert (found["requests"], found["served (%)"]) == (3, 0)
-    assert math.isnan(found["P50 (ms)"]) and math.isnan(found["loaded nothing (%)"])
+    assert math.isnan(found["P50 (ms)"]) and found["loaded nothing (%)"] == 0
 
 
 def test_prefill_is_what_is_left():
@@ -202,6 +203,16 @@ def test_a_difference_of_means_is_paired(rng):
     assert difference == pytest.approx((one - other).mean())
     assert high - low == pytest.approx(2 * 1.96 * 6 / math.sqrt(200), rel=0.2)
     assert low < difference < high
+
+
+def test_a_share_of_all_or_none_has_an_interval_too():
+    """Clopper and Pearson: n of n has 0.025 ** (1 / n) as its low end."""
+    for hit, ends in ((1.0, (0.025 ** (1 / 20), 1.0)), (0.0, (0.0, 1 - 0.025 ** (1 / 20)))):
+        value, low, high = share_interval(pd.Series([hit] * 20))
+        assert value == hit and (low, high) == pytest.approx(ends)
+    some = pd.Series([1.0] * 15 + [0.0] * 5)
+    assert share_interval(some, block=3) == bootstrap_interval(np.mean, some, block=3)
+    assert math.isnan(share_interval(pd.Series(dtype=float))[0])
 
 
 @pytest.mark.parametrize("statistic", ["p50", "mean", "p90"])

@@ -17,10 +17,11 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     """Return one row for each system in concurrent mode: the remaining cost of switches.
 
     Switches are counted after the first touch of each model. For comparison, the first row has
-    Djinn in sequential mode. Systems that were prevented from batching are left out.
+    Djinn in sequential mode. Systems that were prevented from batching are left out. Only rows of
+    the same machine may be compared.
     """
     columns = [*SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
-               "all done (s)"]  # fmt: skip
+               "all done (s)", "machine"]  # fmt: skip
     alone = run.other_cells(trace, capacity_label)
     waiting = run.concurrent_cells(trace, capacity_label)
     modes = {

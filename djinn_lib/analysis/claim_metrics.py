@@ -1,8 +1,8 @@
 """Metrics of claims: each is a small function from a run to a value.
 
-This module has the register of all metrics, and the metrics of counts, bytes, shares and tokens,
-which are valid on any machine; `claim_times` has those of times. A metric that cannot be measured
-raises `NotMeasured` with the reason.
+This module has the register of all metrics, and the metrics of counts, bytes and shares, which are
+valid on any machine, as are those of `claim_tokens`; `claim_times` and `claim_series` have those of
+times. A metric that cannot be measured raises `NotMeasured` with the reason.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from djinn_lib import metrics
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import MAIN_TRACE, WARM, NotMeasured, select, served, swept
 from djinn_lib.engine.memory.ring import Eviction
-from djinn_lib.metrics import Interval, bootstrap_interval, sequential
-from djinn_lib.metrics import served as done
+from djinn_lib.metrics import Interval, by_request, paired
 from djinn_lib.simulator.optimal import optimal_bytes
 from djinn_lib.simulator.simulate import simulate
 
@@ -80,9 +79,19 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 
 
 def estimate(found: Interval, n: int, remark: str = "") -> Measurement:
-    """Return a statistic with its 95% interval, if it has one."""
+    """Return a statistic with its 95% interval.
+
+    A single request has none, so it may be anything: no verdict rests on it.
+
+    Raises:
+        NotMeasured: the statistic is no number.
+    """
     value, low, high = found
-    return Measurement(value, n, remark, None if np.isnan(low) else (low, high))
+    if np.isnan(value):
+        raise NotMeasured(f"no number can be given from {n} requests")
+    if np.isnan(low):
+        return Measurement(value, n, remark, span=(-np.inf, np.inf))
+    return Measurement(value, n, remark, (low, high))
 
 
 def count(hits: pd.Series, rows: pd.DataFrame, remark: str = "") -> Measurement:
@@ -107,9 +116,9 @@ def _bytes_per_repeat(rows: pd.DataFrame) -> float:
 
 @metric()
 def zero_load_share(run: Run, system: str, **where: Any) -> Measurement:
-    """Share of the served requests for which no byte was loaded."""
-    rows = served(run, system, **where)
-    hits, repeats = rows["loaded_bytes"] == 0, rows["repeat"].nunique()
+    """Share of the requests that were served without loading a byte, of all that were sent."""
+    rows = select(run, system, **where)
+    hits, repeats = rows["ok"] & (rows["loaded_bytes"] == 0), rows["repeat"].nunique()
     return count(hits, rows, f"{hits.sum() / repeats:.3g} of {len(rows) / repeats:.3g} requests")
 
 
@@ -173,6 +182,8 @@ def bytes_to_optimum(
     rows = served(run, system, trace=trace, capacity_label=capacity_label)
     if trace not in run.traces:
         raise NotMeasured(f"no trace {trace!r} in this run")
+    if len(rows) < len(run.traces[trace]) * rows["repeat"].nunique():
+        raise NotMeasured(f"{system} did not serve all of {trace!r}, which the optimum does")
     sizes = run.device_sizes.get(system) or run.sizes
     least = optimal_bytes(run.traces[trace], sizes, int(rows["capacity_bytes"].iloc[0]))
     return Measurement(_bytes_per_repeat(rows) / least, n_requests(rows))
@@ -210,90 +221,17 @@ def computed_hit_share(
 
 @metric()
 def bytes_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
-    """Bytes loaded by `system` divided by those loaded by `to`."""
-    top, bottom = (served(run, name, **where) for name in (system, to))
-    if not bottom["loaded_bytes"].any():
+    """Bytes loaded by `system` divided by those loaded by `to`, for the requests both served."""
+    pairs = paired(*(by_request(served(run, name, **where), "loaded_bytes")
+                     for name in (system, to)))  # fmt: skip
+    loaded = pairs.sum()
+    if not loaded["bottom"]:
         raise NotMeasured(f"{to} loaded no bytes in this run")
-    return Measurement(_bytes_per_repeat(top) / _bytes_per_repeat(bottom), n_requests(top))
+    return Measurement(float(loaded["top"] / loaded["bottom"]), len(pairs))
 
 
 @metric()
 def writeback_bytes(run: Run, system: str) -> Measurement:
-    """Bytes copied to the host by evictions, in all cells of a system."""
-    rows = served(run, system, trace=None, capacity_label=None)
+    """Bytes copied to the host by evictions, in all cells of a system: every trace, mode, start."""
+    rows = served(run, system, trace=None, capacity_label=None, mode=None, start=None)
     return Measurement(float(rows["writeback_bytes"].sum()), n_requests(rows))
-
-
-@metric()
-def token_repeatability(run: Run, system: str) -> Measurement:
-    """Share of requests that a system gave the same tokens in every repeat, at every capacity."""
-    rows = served(run, system, trace=None, capacity_label=None)
-    tokens = rows.groupby(KEYS)["token_sha"].agg(["size", "nunique"])
-    again = tokens[tokens["size"] > 1]
-    if again.empty:
-        raise NotMeasured(f"{system} served no request twice in this run")
-    remark = f"{len(again)} different requests, {again['size'].sum()} served"
-    return Measurement(float((again["nunique"] == 1).mean()), len(again), remark)
-
-
-@metric()
-def token_agreement(run: Run) -> Measurement:
-    """Share of requests for which all systems with transformers' own steps gave the same tokens."""
-    rows = done(sequential(run.rows[~run.rows["system"].isin(run.other_steps)]))
-    if rows["system"].nunique() < 2:
-        raise NotMeasured("fewer than two systems with transformers' own steps served requests")
-    agree = rows.groupby(KEYS)["token_sha"].nunique() == 1
-    remark = f"{rows['system'].nunique()} systems, {len(agree)} different requests"
-    return Measurement(float(agree.mean()), len(agree), remark)
-
-
-@metric()
-def token_agreement_of(run: Run, system: str, **where: Any) -> Measurement:
-    """Share of requests for which `system` gives the tokens of transformers, in every repeat.
-
-    These are the tokens of all other systems with transformers' own steps, at the same capacity.
-    """
-    own = served(run, system, **where)
-    rows = done(select(run, None, **where))
-    rows = rows[~rows["system"].isin({*run.other_steps, system})]
-    rows = rows[rows["request"].isin(own["request"])]
-    if rows.empty:
-        raise NotMeasured(f"no other system with transformers' own steps served those of {system}")
-    together = pd.concat([own[own["request"].isin(rows["request"])], rows])
-    agree = together.groupby("request")["token_sha"].nunique() == 1
-    remark = f"{agree.sum()} of {len(agree)} requests, {rows['system'].nunique()} other systems"
-    return Measurement(float(agree.mean()), len(agree), remark)
-
-
-@metric()
-def token_agreement_lead(
-    run: Run, system: str, to: str, reference: str, **where: Any
-) -> Measurement:
-    """Share of requests for which `system` gives the tokens of `reference`, less that of `to`.
-
-    In half precision the order of additions can change which of two close scores is higher. All
-    tokens after such a token differ.
-    """
-    first = {
-        name: served(run, name, **where).groupby("request")["token_sha"].first()
-        for name in (system, to, reference)
-    }
-    tokens = pd.DataFrame(first).dropna()
-    if tokens.empty:
-        raise NotMeasured(f"no request was served by {system}, {to} and {reference}")
-    agree = tokens[[system, to]].eq(tokens[reference], axis=0).astype(float)
-    remark = f"{system} {agree[system].mean():.0%}, {to} {agree[to].mean():.0%} of the requests"
-    lead = bootstrap_interval(np.mean, agree[system] - agree[to])
-    return estimate(lead, len(agree), f"{remark} have the tokens of {reference}")
-
-
-@metric()
-def token_agreement_when_concurrent(run: Run, system: str) -> Measurement:
-    """Share of requests sent as they arrived that gave the tokens of the same one served alone."""
-    everywhere = {"capacity_label": None, "trace": None}
-    alone = served(run, system, **everywhere).groupby(KEYS)["token_sha"].first()
-    rows = served(run, system, mode="concurrent", **everywhere)
-    rows = rows.join(alone.rename("expected_sha"), on=KEYS).dropna(subset="expected_sha")
-    if rows.empty:
-        raise NotMeasured("no request was served both alone and among others")
-    return count(rows["token_sha"] == rows["expected_sha"], rows)

@@ -1,4 +1,4 @@
-"""Metrics of claims on times: latencies, their ratios, the cost of a switch, the sustained load.
+"""Metrics of claims on the times of one cell: latencies, their ratios, the cost of a switch.
 
 They are judged on a GPU only. Importing this module registers them. Two systems are compared on one
 machine, request by request; maxima are compared with maxima.
@@ -6,8 +6,7 @@ machine, request by request; maxima are compared with maxima.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -26,7 +25,6 @@ from djinn_lib.analysis.selection import (
     select,
     served,
     side_by_side,
-    swept,
 )
 from djinn_lib.metrics import (
     STATISTICS,
@@ -89,14 +87,22 @@ def statistic_ratio(
 ) -> Measurement:
     """A statistic of the total latency of `system` divided by that of `to`, paired by request.
 
-    If several systems are given, the best one that ran on one machine with `to` is used.
+    If several systems are given, the best one that ran on one machine with `to` is used, and the
+    remark names those that could not be compared.
     """
-    found = [_ratio(run, name, both, to, statistic)
-             for name, both in _comparable(run, system, to, **where).items()]  # fmt: skip
-    best = min(found, key=lambda ratio: ratio.value)
+    both_of = _comparable(run, system, to, **where)
+    best = min((_ratio(run, name, both, to, statistic) for name, both in both_of.items()),
+               key=lambda ratio: ratio.value)  # fmt: skip
     if isinstance(system, str):  # there is no choice to tell of
         return replace(best, remark=best.remark.partition(", ")[2])
-    return best
+    return replace(best, remark=best.remark + _left_out(system, both_of, to))
+
+
+def _left_out(systems: str | Sequence[str], compared: Iterable[str], to: str) -> str:
+    """Return a phrase that names the systems that no machine ran with `to`, if there are any."""
+    names = [] if isinstance(systems, str) else [*systems]
+    missing = [name for name in names if name not in compared]
+    return f"; not compared, as no machine ran it with {to}: {', '.join(missing)}" * bool(missing)
 
 
 def _ratio(
@@ -104,14 +110,23 @@ def _ratio(
 ) -> Measurement:
     top, bottom = (by_request(both[label]) for label in (name, to))
     pairs = metrics.paired(top, bottom)
+    if pairs.empty:
+        raise NotMeasured(f"no request was served by both {name} and {to}")
     remark = ", ".join(filter(None, [f"against {name}", ran_on(run, *both.values())]))
     if _is_largest(statistic, len(pairs)):
-        slow, fast = _maxima(both[name]), _maxima(both[to])
-        value = _largest(both[name]) / _largest(both[to])
+        # A system that failed its slowest request must not look faster for it.
+        above, below = (_only(both[label], pairs) for label in (name, to))
+        slow, fast = _maxima(above), _maxima(below)
+        value = _largest(above) / _largest(below)
         span = (min(slow) / max(fast), max(slow) / min(fast))
         return Measurement(value, len(pairs), remark, span=span)
     ratio = ratio_interval(top, bottom, statistic, _block(both[name], len(pairs)))
     return estimate(ratio, len(pairs), remark)
+
+
+def _only(rows: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the paired requests."""
+    return rows[pd.MultiIndex.from_frame(rows[metrics.REQUEST]).isin(pairs.index)]
 
 
 def _comparable(
@@ -139,22 +154,24 @@ def _comparable(
 def switch_cost_ratio(run: Run, system: str | list[str], to: str, **where: Any) -> Measurement:
     """Mean cost of a later switch in `system` divided by that in `to`, paired by request.
 
-    See `metrics.later_switches`. Of several systems, the one with the lowest cost is used.
+    See `metrics.later_switches`. Of several systems, the one with the lowest ratio is used: each is
+    compared with `to` on a machine and on requests of its own.
     """
-    costs = {}
-    for name, both in _comparable(run, system, to, **where).items():
+    found, both_of = [], _comparable(run, system, to, **where)
+    for name, both in both_of.items():
         later = (metrics.later_switches(both[label]) for label in (name, to))
         pairs = metrics.paired(*(by_request(rows, "switch_ms") for rows in later))
-        if len(pairs):
-            costs[name] = both, pairs
-    if not costs:
+        if pairs.empty:
+            continue
+        means = f"{name}: {pairs['top'].mean():,.1f} ms, {to}: {pairs['bottom'].mean():,.2f} ms"
+        remark = ", ".join(filter(None, [means, ran_on(run, *both.values())]))
+        block = _block(both[name], len(pairs))
+        ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", block)
+        found.append(estimate(ratio, len(pairs), remark))
+    if not found:
         raise NotMeasured("no request of this run changes back to a model that was used before")
-    best = min(costs, key=lambda name: float(costs[name][1]["top"].mean()))
-    both, pairs = costs[best]
-    remark = f"{best}: {pairs['top'].mean():,.1f} ms, {to}: {pairs['bottom'].mean():,.2f} ms"
-    remark = ", ".join(filter(None, [remark, ran_on(run, *both.values())]))
-    ratio = ratio_interval(pairs["top"], pairs["bottom"], "mean", _block(both[best], len(pairs)))
-    return estimate(ratio, len(pairs), remark)
+    best = min(found, key=lambda ratio: ratio.value)
+    return replace(best, remark=best.remark + _left_out(system, both_of, to))
 
 
 @metric(timed=True)
@@ -185,18 +202,22 @@ def maximum_to_least(
     ratios = [_ratio(run, name, both, system, "max")
               for name, both in _comparable(run, names, system, **where).items()]  # fmt: skip
     found = min(ratios, key=lambda ratio: ratio.value)
-    low, high = found.judged
-    remark = f"{found.remark}, whose maximum is the least of {len(ratios)} baselines there"
-    return Measurement(1 / found.value, found.n, remark, span=(1 / high, 1 / low))
+    remark = f"{found.remark}, the nearest of {len(ratios)} baselines, each on its machine"
+    # In the worst repeat of any baseline, which need not be that of the nearest one.
+    span = (1 / found.judged[1], 1 / min(ratio.judged[0] for ratio in ratios))
+    return Measurement(1 / found.value, found.n, remark, span=span)
 
 
 @metric(timed=True)
 def switch_share(
     run: Run, system: str, low_ms: float, high_ms: float = np.inf, **where: Any
 ) -> Measurement:
-    """Share of the served requests whose switch cost from `low_ms` to below `high_ms`."""
-    rows = served(run, system, **where)
-    return count(rows["switch_ms"].between(low_ms, high_ms, inclusive="left"), rows)
+    """Share of the requests that were served with a switch from `low_ms` to below `high_ms`.
+
+    The share is one of all requests that were sent, as in the tables.
+    """
+    rows = select(run, system, **where)
+    return count(rows["ok"] & rows["switch_ms"].between(low_ms, high_ms, inclusive="left"), rows)
 
 
 @metric(timed=True)
@@ -205,16 +226,28 @@ def switch_distance(
 ) -> Measurement:
     """Total variation distance of switch times from a given distribution, 0 to 1.
 
-    Each of `classes` has a low and a high bound (ms) and a share; all other costs are one more.
+    Each of `classes` has a low and a high bound (ms) and a share. All other costs are one more
+    class, and so are failed requests, whose cost is unknown.
     """
-    rows = served(run, system, **where)
-    found = [rows["switch_ms"].between(low, high, inclusive="left").mean()
-             for low, high, _ in classes]  # fmt: skip
+    rows = select(run, system, **where)
     said = [share for _, _, share in classes]
-    distance = sum(abs(a - b) for a, b in zip(
-        [*found, 1 - sum(found)], [*said, 1 - sum(said)], strict=True)) / 2  # fmt: skip
-    shares = ", ".join(f"{share:.0%}" for share in [*found, 1 - sum(found)])
-    return Measurement(float(distance), n_requests(rows), f"{shares} (the last: in none of them)")
+    shares = pd.DataFrame(
+        {number: rows["ok"] & rows["switch_ms"].between(low, high, inclusive="left")
+         for number, (low, high, _) in enumerate(classes)}
+    )  # fmt: skip
+    each = shares.groupby(rows["repeat"]).mean()
+    apart = [_distance([*share], said) for share in each.itertuples(index=False)]
+    found = shares.mean().tolist()
+    told = ", ".join(f"{share:.0%}" for share in [*found, 1 - sum(found)])
+    remark = f"{told} (the last: in none of them)"
+    span = (min(apart), max(apart))
+    return Measurement(_distance(found, said), n_requests(rows), remark, span=span)
+
+
+def _distance(found: Sequence[float], said: Sequence[float]) -> float:
+    """Total variation distance of two distributions, whose last class is what is missing from 1."""
+    pairs = zip([*found, 1 - sum(found)], [*said, 1 - sum(said)], strict=True)
+    return float(sum(abs(a - b) for a, b in pairs) / 2)
 
 
 @metric(timed=True)
@@ -227,84 +260,23 @@ def first_request_share(run: Run, system: str, model: str, **where: Any) -> Meas
         raise NotMeasured(f"no request for {model} was served in this run")
     named = ", ".join(f"{row.request} ({row.model})" for row in slowest.itertuples())
     remark = f"first request for {model}: {first}; slowest of each repeat: {named}"
-    return Measurement(float((slowest["request"] == first).mean()), n_requests(rows), remark)
+    hits = slowest["request"] == first
+    span = (float(hits.min()), float(hits.max()))  # every repeat has to agree
+    return Measurement(float(hits.mean()), n_requests(rows), remark, span=span)
 
 
 @metric(timed=True)
 def runtime_s(run: Run, system: str | list[str], **where: Any) -> Measurement:
-    """Seconds to serve the whole trace once, without set-up; of several systems, together."""
+    """Seconds to serve the whole trace once, without set-up; of several systems, together.
+
+    Raises:
+        NotMeasured: a request was never served, so the time of the whole trace is unknown.
+    """
     names = [system] if isinstance(system, str) else system
-    each = [by_request(served(run, name, **where)) for name in names]
+    each = {name: by_request(served(run, name, **where)) for name in names}
+    for name, ms in each.items():
+        if missing := n_requests(select(run, name, **where)) - len(ms):
+            raise NotMeasured(f"{name} never served {missing} requests: its runtime is unknown")
     times = pd.concat(each, axis=1).sum(axis=1)
     found = bootstrap_interval(lambda ms, axis: np.sum(ms, axis=axis) / 1e3, times)
     return estimate(found, len(times))
-
-
-@metric(timed=True)
-def speedup_over_capacities(run: Run, system: str, baseline: str) -> Measurement:
-    """Middle of the ratios of medians at all capacities; every interval must be as expected."""
-    ratios = _speedups(run, system, baseline)
-    values, judged = [r.value for r in ratios], [r.judged for r in ratios]
-    span = min(low for low, _ in judged), max(high for _, high in judged)
-    return Measurement(float(np.median(values)), ratios[0].n, _least_and_most(values), span=span)
-
-
-@metric(timed=True)
-def speedup_spread(run: Run, system: str, baseline: str) -> Measurement:
-    """The greatest ratio of medians over all capacities, divided by the least.
-
-    Its interval draws the same requests at every capacity.
-    """
-    values = [ratio.value for ratio in _speedups(run, system, baseline)]
-    labels, columns = swept(select(run, system, capacity_label=None)), []
-    for label in labels:
-        both = side_by_side(run, [baseline, system], capacity_label=label)
-        columns += [by_request(both[name]).droplevel("capacity_label")
-                    for name in (baseline, system)]  # fmt: skip
-    together = pd.concat(columns, axis=1, join="inner")
-
-    def spread(*samples: np.ndarray, axis: int) -> Any:
-        medians = [np.median(sample, axis=axis) for sample in samples]
-        ratios = np.array([a / b for a, b in zip(medians[::2], medians[1::2], strict=True)])
-        return ratios.max(axis=0) / ratios.min(axis=0)
-
-    found = bootstrap_interval(spread, *(column for _, column in together.items()))
-    return estimate(found, len(together), _least_and_most(values))
-
-
-def _speedups(run: Run, system: str, baseline: str) -> list[Measurement]:
-    """Ratios of medians, one a capacity."""
-    rows = select(run, system, capacity_label=None)
-    return [median_ratio(run, baseline, to=system, capacity_label=label) for label in swept(rows)]
-
-
-def _least_and_most(ratios: Sequence[float]) -> str:
-    return f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} capacities"
-
-
-@metric(timed=True)
-def highest_rate(
-    run: Run, system: str, target_ms: float, share: float = 0.9, traces: str = "load", **where: Any
-) -> Measurement:
-    """Highest arrival rate (requests per second) at which a share of requests meets a target.
-
-    The share must also meet it at all lower measured rates. Names of these traces begin with
-    `traces`. Failed requests miss the target. A rate at which the system did not run ends the
-    search, because a system that misses a lower rate is not asked for more.
-    """
-    found: dict[float, metrics.Interval] = {}
-    n = 0
-    for name, trace in run.traces.items():
-        if name.startswith(f"{traces}_"):
-            with suppress(NotMeasured):
-                rows = select(run, system, trace=name, mode="concurrent", **where)
-                in_time = (rows["ok"] & (rows["total_ms"] <= target_ms)).groupby(rows["request"])
-                n, rate = in_time.ngroups, float(trace.params["rate_per_s"])
-                found[rate] = bootstrap_interval(np.mean, in_time.mean(), block=block_length(n))
-    if not found:
-        raise NotMeasured(f"{system} got no requests at given rates in this run")
-    shares = pd.DataFrame(found, index=["value", "low", "high"]).sort_index(axis=1)
-    remark = ", ".join(f"{met:.0%} at {rate:g}/s" for rate, met in shares.loc["value"].items())
-    n_met = (~(shares < share)).cumprod(axis=1).sum(axis=1)  # rates before the first that misses it
-    value, low, high = ([0.0, *shares][n] for n in n_met)
-    return Measurement(value, n, remark, span=(low, high))

@@ -168,6 +168,12 @@ class Run:
         numbers = sorted({self.machine_numbers.get(str(i), 0) for i in rows["run_id"].unique()})
         return ", ".join(self.machine_names.get(number, str(number)) for number in numbers)
 
+    def placed(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return rows with a column `place`: the name of the machine of each, for captions."""
+        names = {run_id: self.machine_names[number]
+                 for run_id, number in self.machine_numbers.items()}  # fmt: skip
+        return rows.assign(place=rows["run_id"].map(names).fillna("unknown"))
+
     # -- rows --------------------------------------------------------------------------------
 
     @cached_property

@@ -56,8 +56,8 @@ def select(
     system: str | None,
     trace: str | None = MAIN_TRACE,
     capacity_label: str | None = MAIN_CAPACITY,
-    mode: str = "sequential",
-    start: str = COLD,
+    mode: str | None = "sequential",
+    start: str | None = COLD,
     replicates: bool = False,
 ) -> pd.DataFrame:
     """Return the attempted rows of a system, with replicates if asked for; None stands for all.
@@ -120,16 +120,16 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
         NotMeasured: one of them has none or cannot run here, or no machine ran them all.
     """
     own = {system: select(run, system, **where) for system in systems}
-    by_machine = {system: _by_machine(run, system, **where) for system in systems}
-    common = set.intersection(*(set(found) for found in by_machine.values()))
+    found = {system: by_machine(run, system, **where) for system in systems}
+    common = set.intersection(*(set(of) for of in found.values()))
     if not common:
         raise NotMeasured(
             f"no machine ran all of {', '.join(systems)}: {ran_on(run, *own.values())}"
         )
     newest = max(common)
     return {
-        system: own[system] if _numbers(run, own[system]) == {newest} else found[newest]
-        for system, found in by_machine.items()
+        system: own[system] if _numbers(run, own[system]) == {newest} else of[newest]
+        for system, of in found.items()
     }
 
 
@@ -164,11 +164,11 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
 def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[pd.DataFrame]:
     """Return rows of each system: those of one machine with the baseline, where there are any."""
     names = [str(name) for name in attempted(rows)["system"].unique()]
-    by_machine = {name: _by_machine(run, name, **where) for name in names}
-    together = Counter(chain.from_iterable(by_machine.values()))
-    machines = sorted(by_machine.get(baseline, ()), key=lambda number: (together[number], number))
+    found = {name: by_machine(run, name, **where) for name in names}
+    together = Counter(chain.from_iterable(found.values()))
+    machines = sorted(found.get(baseline, ()), key=lambda number: (together[number], number))
     return [
-        by_machine[str(name)].get(machines[-1], own) if machines and name in by_machine else own
+        found[str(name)].get(machines[-1], own) if machines and name in found else own
         for name, own in rows.groupby("system", sort=False)
     ]
 
@@ -194,8 +194,12 @@ def ran_on(run: Run, *frames: pd.DataFrame) -> str:
     return f"on the machines {', '.join(others)} and {last}" if others else f"on machine {last}"
 
 
-def _by_machine(run: Run, system: str, **where: Any) -> dict[int, pd.DataFrame]:
-    """Return the newest rows of a system on each machine that ran it."""
+def by_machine(run: Run, system: str, **where: Any) -> dict[int, pd.DataFrame]:
+    """Return the newest rows of a system on each machine that ran it, by the machine's number.
+
+    Raises:
+        NotMeasured: there are none.
+    """
     every = select(run, system, replicates=True, **where).groupby("run_id", sort=True)
     return {run.machine_numbers.get(str(run_id), 0): rows for run_id, rows in every}
 

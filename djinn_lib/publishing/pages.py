@@ -101,9 +101,11 @@ def _elsewhere(verdict: Verdict | None) -> str:
 
 def results(run: Run) -> pd.DataFrame:
     """Return a short table of systems, for the README: without the steps of the ablation."""
-    columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)"]
+    columns = ["repeats", "served (%)", "P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)",
+               "machine"]  # fmt: skip
     steps = [system_look(name).label for name in _STEPS]
-    return systems_table(run).drop(index=steps, errors="ignore")[columns]
+    table = systems_table(run).drop(index=steps, errors="ignore")
+    return table[[name for name in columns if name in table]]
 
 
 def engine_targets(run: Run) -> pd.DataFrame:

@@ -201,9 +201,41 @@ def test_speedup_over_capacities():
         measure("speedup_over_capacities", pd.concat(rows[:2]), system="a", baseline="b")
 
 
+def test_speedups_of_different_machines_are_not_divided():
+    def on(machine: int, label: str, slow_ms: float) -> pd.DataFrame:
+        cell = {"capacity_label": label, "capacity_bytes": int(label)}
+        return pd.concat(
+            [served(name, [ms] * 4, run_id=f"{name}{label}-{machine}", **cell)
+             for name, ms in (("a", 10.0), ("b", slow_ms))]
+        )  # fmt: skip
+
+    def measured(*rows: pd.DataFrame) -> Measurement:
+        run = run_of(pd.concat(rows))
+        of_run = {
+            run_id: {**m, "machine": {**GPU_MACHINE, "eager_operator_us": int(run_id[-1])}}
+            for run_id, m in run.manifests.items()
+        }
+        run = replace(run, manifests=of_run)
+        return METRICS["speedup_spread"](run, system="a", baseline="b")
+
+    spread = measured(on(1, "20", 30.0), on(2, "25", 90.0), on(1, "40", 33.0))
+    assert spread.value == pytest.approx(1.1) and spread.interval is None
+    assert spread.judged == (pytest.approx(1.1), math.inf)  # at 25 it may differ more
+    assert "3.00 to 3.30 over 2 capacities, on machine 1, of 3 that were run" in spread.remark
+    with pytest.raises(NotMeasured, match="no machine ran b and a at two capacities"):
+        measured(on(1, "20", 30.0), on(2, "25", 90.0))
+
+
 def test_runtime_is_that_of_one_repeat():
     rows = [served("a", [500.0, 1500.0 + 1000 * r], repeat=r) for r in (0, 1)]
     assert measure("runtime_s", pd.concat(rows), system="a").value == 2.5
+
+
+def test_a_trace_that_was_not_served_whole_has_no_runtime():
+    rows = served("a", [500.0, 1500.0])
+    rows = pd.concat([rows.iloc[:1], failed(rows.iloc[1:], "oom", "out of memory")])
+    with pytest.raises(NotMeasured, match="a never served 1 requests"):
+        measure("runtime_s", rows, system="a")
 
 
 def test_of_several_systems_the_best_is_compared_with():
@@ -214,7 +246,8 @@ def test_of_several_systems_the_best_is_compared_with():
     median = measure("statistic_ratio", rows, system=["a", "b"], to="djinn", statistic="p50")
     assert (median.value, median.remark) == (4.0, "against b")
     mean = measure("statistic_ratio", rows, system=["a", "b", "c"], to="djinn", statistic="mean")
-    assert mean.value == pytest.approx(19 / 6) and mean.remark == "against a"
+    assert mean.value == pytest.approx(19 / 6)
+    assert mean.remark == "against a; not compared, as no machine ran it with djinn: c"
     assert mean.interval and mean.interval[0] <= mean.value <= mean.interval[1]
     with pytest.raises(NotMeasured, match="no rows of system 'c'"):
         measure("statistic_ratio", rows, system=["c", "d"], to="djinn", statistic="p50")
@@ -228,7 +261,9 @@ def test_the_cost_of_a_switch_leaves_out_first_touches_and_repetitions():
     rows = pd.concat([fast, slow, slower, fast.assign(repeat=1)])
     cost = measure("switch_cost_ratio", rows, system=["slower", "slow", "none"], to="djinn")
     assert (cost.value, cost.n) == (15.0, 2)
-    assert cost.remark == "slow: 45.0 ms, djinn: 3.00 ms"
+    assert cost.remark == (
+        "slow: 45.0 ms, djinn: 3.00 ms; not compared, as no machine ran it with djinn: none"
+    )
     broken = failed(fast.iloc[[2]], "oom", "out of memory")
     rows = pd.concat([fast.iloc[:2], broken, fast.iloc[3:], slow])  # failed, yet asked for
     assert measure("switch_cost_ratio", rows, system="slow", to="djinn").value == 15.0
@@ -236,14 +271,56 @@ def test_the_cost_of_a_switch_leaves_out_first_touches_and_repetitions():
         measure("switch_cost_ratio", rows[rows["request"] < 3], system="slow", to="djinn")
 
 
+def test_of_several_systems_the_lowest_ratio_of_switches_counts():
+    """The one with the cheapest switch may have served only those that are cheap in both."""
+    models = ["x", "y", "x", "y"]  # switches back: requests 2 and 3
+    djinn = served("djinn", [9.0] * 4, model=models, switch_ms=[0, 0, 1.0, 10.0])
+    a = served("a", [900.0] * 4, model=models, switch_ms=[0, 0, 20.0, 0])
+    b = served("b", [900.0] * 4, model=models, switch_ms=[0, 0, 0, 30.0])
+    late, early = (failed(rows, "oom", "out of memory") for rows in (a.iloc[3:], b.iloc[2:3]))
+    rows = pd.concat([djinn, a.iloc[:3], late, b.iloc[:2], early, b.iloc[3:]])
+    cost = measure("switch_cost_ratio", rows, system=["a", "b"], to="djinn")
+    assert cost.value == 3.0 and cost.remark.startswith("b: 30.0 ms")
+
+
 def test_the_maximum_is_compared_with_the_least_of_all_baselines():
     rows = [served("djinn", [1.0, 6.0]), served("djinn_whole", [1.0, 1.0])]
     rows += [served("b", [1.0, 9.0]), served("c", [3.0, 4.0])]
     least = measure("maximum_to_least", pd.concat(rows), system="djinn")
     assert (least.value, least.n, least.interval) == (1.5, 2, None)
-    assert least.remark == "against c, whose maximum is the least of 2 baselines there"
+    assert least.remark == "against c, the nearest of 2 baselines, each on its machine"
     with pytest.raises(NotMeasured, match="no baseline served"):
         measure("maximum_to_least", pd.concat(rows[:2]), system="djinn")
+
+
+def test_the_maximum_is_judged_by_the_worst_repeat_of_any_baseline():
+    """The nearest baseline is slower in every repeat, another one is faster in one."""
+    rows = [served("djinn", [1.0, 8.0], repeat=k) for k in (0, 1)]
+    rows += [served("near", [1.0, 9.0], repeat=k) for k in (0, 1)]
+    rows += [served("far", [1.0, ms], repeat=k) for k, ms in enumerate((5.0, 20.0))]
+    found = measure("maximum_to_least", pd.concat(rows), system="djinn")
+    assert (found.value, found.span) == (pytest.approx(8 / 9), (pytest.approx(8 / 9), 8 / 5))
+
+
+def test_maxima_are_of_the_requests_that_both_served():
+    """A system that failed its slowest request is not faster for it."""
+    slow = served("slow", [2.0, 3.0, 90.0])
+    slow = pd.concat([slow.iloc[:2], failed(slow.iloc[2:], "oom", "out of memory")])
+    rows = pd.concat([slow, served("fast", [1.0, 1.5, 30.0])])
+    for statistic in ("max", "p99"):
+        found = measure("statistic_ratio", rows, system="slow", to="fast", statistic=statistic)
+        assert (found.value, found.span, found.n) == (2.0, (2.0, 2.0), 2)
+    apart = pd.concat([slow.iloc[2:], served("fast", [1.0, 1.5]), served("slow", [1.0] * 4)[3:]])
+    with pytest.raises(NotMeasured, match="no request was served by both slow and fast"):
+        measure("statistic_ratio", apart, system="slow", to="fast", statistic="p50")
+
+
+def test_no_verdict_rests_on_a_single_request():
+    rows = pd.concat([served("a", [9.0]), served("b", [2.0])])
+    claim = claim_of({"low": 2, "unit": "x"}, metric="median_ratio",
+                     arguments={"system": "a", "to": "b"})  # fmt: skip
+    (verdict,) = judge([claim], run_of(rows))
+    assert (verdict.measured, verdict.n, verdict.verdict) == (4.5, 1, "unresolved")
 
 
 def test_bytes_at_the_worst_capacity():
@@ -259,12 +336,16 @@ def test_bytes_at_the_worst_capacity():
         measure("worst_bytes_to_optimum", cell_rows("djinn"), system="djinn")
 
 
-def test_zero_load_share_counts_served_requests():
-    rows = served("a", [5.0] * 4, loaded_bytes=[0, 7, 0, 0])
-    rows = pd.concat([rows, failed(rows.iloc[:2].assign(repeat=1), "oom", "out of memory")])
+def test_shares_are_of_all_requests_that_were_sent():
+    """A failed request has loaded nothing and switched in no time, and is no hit."""
+    rows = served("a", [5.0] * 4, loaded_bytes=[0, 7, 0, 0], switch_ms=[0.1, 50.0, 0.1, 0.1])
+    rows = pd.concat([rows.iloc[:3], failed(rows.iloc[3:], "oom", "out of memory")])
     measured = measure("zero_load_share", rows, system="a")
-    assert (measured.value, measured.n, measured.remark) == (0.75, 4, "3 of 4 requests")
-    assert measured.interval is None and measured.judged == (0.75, 0.75)
+    assert (measured.value, measured.n, measured.remark) == (0.5, 4, "2 of 4 requests")
+    assert measured.interval is None and measured.judged == (0.5, 0.5)
+    assert measure("switch_share", rows, system="a", low_ms=0, high_ms=10).value == 0.5
+    classes = [[0, 10, 0.5], [10, 100, 0.25]]
+    assert measure("switch_distance", rows, system="a", classes=classes).value == 0.0
 
 
 def test_a_count_that_differs_between_repeats_is_judged_by_all_of_them():
@@ -318,9 +399,23 @@ def test_bytes_against_the_optimum_and_against_another():
     ratio = measure("bytes_ratio", rows, system="djinn", to="pytorch_lru")
     assert ratio.value == pytest.approx(to_optimum.value / whole.value) and ratio.n == 30
     assert ratio.value < 0.5
+    own = rows["system"] == "djinn"
+    late = own & (rows["repeat"] == rows.loc[own, "repeat"].max()) & (rows["request"] > 20)
+    broken = pd.concat([rows[~late], failed(rows[late], "oom", "out of memory")])
+    with pytest.raises(NotMeasured, match="djinn did not serve all of 'paper'"):
+        measure("bytes_to_optimum", broken, system="djinn", capacity_label="25")
     no_traces = replace(run_of(rows), traces={})
     with pytest.raises(NotMeasured, match="no trace 'paper'"):
         METRICS["bytes_to_optimum"](no_traces, system="djinn", capacity_label="25")
+
+
+def test_bytes_are_compared_for_the_requests_that_both_served():
+    """A system does not load less because it failed."""
+    a = served("a", [5.0] * 3, loaded_bytes=[4, 4, 90])
+    a = pd.concat([a.iloc[:2], failed(a.iloc[2:], "oom", "out of memory")])
+    rows = pd.concat([a, served("b", [5.0] * 3, loaded_bytes=[2, 2, 50])])
+    found = measure("bytes_ratio", rows, system="a", to="b")
+    assert (found.value, found.n) == (2.0, 2)
 
 
 def test_bytes_written_back():
@@ -329,6 +424,10 @@ def test_bytes_written_back():
     assert (nothing.value, nothing.n) == (0.0, 30)
     back = measure("writeback_bytes", rows, system="pytorch_pinned")
     assert back.value == sum(SIZES[model] for model in cell_rows("djinn")["model"])
+    elsewhere = {"mode": "concurrent", "start": "warm"}
+    for column, value in elsewhere.items():
+        other = served("djinn", [5.0], writeback_bytes=[7]).assign(**{column: value})
+        assert measure("writeback_bytes", pd.concat([rows, other]), system="djinn").value == 7
 
 
 def test_hits_from_the_papers_start_are_the_papers():
@@ -350,32 +449,43 @@ def test_the_distance_of_distributions():
     assert measure("switch_distance", same, system="a", classes=classes).value == 0.0
     apart = rows.assign(switch_ms=500.0)
     assert measure("switch_distance", apart, system="a", classes=classes).value == 1.0
+    both = pd.concat([same, apart.assign(repeat=1)])
+    assert measure("switch_distance", both, system="a", classes=classes).span == (0.0, 1.0)
 
 
 def test_the_first_request_for_a_model_may_be_the_slowest():
     rows = pd.concat([served("a", [1.0, 9.0, 2.0], model=[*"xyy"], repeat=0),
                       served("a", [9.5, 9.0, 2.0], model=[*"xyy"], repeat=1)])  # fmt: skip
-    assert measure("first_request_share", rows, system="a", model="y").value == 0.5
+    found = measure("first_request_share", rows, system="a", model="y")
+    assert (found.value, found.judged) == (0.5, (0.0, 1.0))
     with pytest.raises(NotMeasured, match="no request for z"):
         measure("first_request_share", rows, system="a", model="z")
 
 
 def test_the_highest_rate_is_the_last_before_requests_are_late():
-    def at(rate: float, late: int) -> pd.DataFrame:
-        times = [100.0] * (30 - late) + [9000.0] * late
-        return served("a", times, trace=f"load_{rate:g}", mode="concurrent", run_id=f"a{rate}")
+    def at(rate: float, late: int, n: int = 60) -> pd.DataFrame:
+        times = [100.0] * (n - late) + [9000.0] * late
+        where = {"trace": f"load_{rate:g}", "mode": "concurrent", "run_id": f"a{rate}"}
+        parts = [served("a", times[k : k + 30], **where).assign(request=range(k, min(k + 30, n)))
+                 for k in range(0, n, 30)]  # fmt: skip
+        return pd.concat(parts)
 
-    rows = pd.concat([at(1, 0), at(2, 0), at(4, 20), at(8, 0)])
-    traces = {f"load_{rate}": zipf_trace(30, 1.0, ["x", "y"], 1, rate) for rate in (1, 2, 4, 8)}
-    run = replace(run_of(rows), traces=traces)
-    found = METRICS["highest_rate"](run, system="a", target_ms=2000)
-    assert (found.value, found.n, found.span) == (2.0, 30, (2.0, 2.0))
+    def highest(*rows: pd.DataFrame, system: str = "a") -> Measurement:
+        traces = {f"load_{rate}": zipf_trace(30, 1.0, ["x", "y"], 1, rate) for rate in (1, 2, 4, 8)}
+        run = replace(run_of(pd.concat(rows)), traces=traces)
+        return METRICS["highest_rate"](run, system=system, target_ms=2000)
+
+    found = highest(at(1, 0), at(2, 0), at(4, 40), at(8, 0, n=20))
+    assert (found.value, found.n, found.span) == (2.0, 60, (2.0, 2.0))  # n: those at 2/s
     assert found.remark == "100% at 1/s, 100% at 2/s, 33% at 4/s, 100% at 8/s"
     with pytest.raises(NotMeasured, match="b got no requests at given rates"):
-        METRICS["highest_rate"](run, system="b", target_ms=2000)
-    unsure = replace(run, rows=pd.concat([at(1, 0), at(2, 3), at(4, 20), at(8, 0)]))
-    low, high = METRICS["highest_rate"](unsure, system="a", target_ms=2000).judged
-    assert low == 1.0 and high == 2.0  # 90% of 30 requests: its interval crosses 90%
+        highest(at(1, 0), system="b")
+    unsure = highest(at(1, 0), at(2, 6), at(4, 40), at(8, 0))
+    assert unsure.judged == (1.0, 2.0)  # 90% of 60 requests: the interval crosses 90%
+    few = highest(at(1, 0, n=20))
+    assert (few.value, few.judged) == (1.0, (0.0, 1.0))  # 20 of 20 can be by chance: 83% or more
+    late = highest(at(1, 20, n=20), at(2, 60))
+    assert (late.value, late.n, late.judged) == (0.0, 20, (0.0, 0.0))
 
 
 def test_rows_of_engines_that_were_fed_one_by_one_are_not_compared():
@@ -430,9 +540,10 @@ def test_token_repeatability():
     beside = served("b", [5.0] * 4, token_sha=list("????"))
     found = measure("token_repeatability", pd.concat([once, again, beside]), system="a")
     assert (found.value, found.n, found.remark) == (1.0, 4, "4 different requests, 8 served")
-    smaller = once.assign(capacity_label="20", token_sha=list("wx?z"))
-    found = measure("token_repeatability", pd.concat([once, again, smaller]), system="a")
-    assert (found.value, found.n) == (0.75, 4)
+    for elsewhere in ({"capacity_label": "20"}, {"start": "warm"}):
+        other = once.assign(token_sha=list("wx?z"), **elsewhere)
+        found = measure("token_repeatability", pd.concat([once, again, other]), system="a")
+        assert (found.value, found.n) == (0.75, 4)
 
 
 def test_token_agreement_lead():

@@ -189,6 +189,16 @@ def test_load_is_counted_against_a_target():
     assert (table["n"] == 30).all()
 
 
+def test_rows_of_several_machines_are_said_to_be(at_25: pd.DataFrame):
+    def said(rows: pd.DataFrame) -> str:
+        return latency_breakdown(rows).get_supxlabel()
+
+    own = at_25["system"] == "djinn"
+    apart = at_25.assign(place=own.map({True: "GPU-1", False: "GPU-2"}))
+    assert "From 2 machines" in said(apart)
+    assert all("machines" not in said(rows) for rows in (at_25, apart[own]))
+
+
 def test_phases_add_up_to_the_total(at_25: pd.DataFrame):
     rows = at_25[at_25["ok"]]
     assert phases_ms(rows).sum(axis=1).tolist() == pytest.approx(rows["total_ms"].tolist())

@@ -164,6 +164,7 @@ def test_requests_that_wait_are_shown_with_those_that_do_not(gpu: Run):
     assert queued["longest later switch (ms)"] == pytest.approx(later.max() / 100)
     done_s = rows.groupby("repeat")["total_ms"].sum().mean() / 1e3
     assert queued["all done (s)"] == pytest.approx(done_s) == alone["all done (s)"]
+    assert alone["machine"] == queued["machine"] == "1"
     fair = run_of(pd.concat([rows, waiting, unfair.assign(run_id="fair")]))
     batched = {**fair.manifests["fair"], "batches": True}
     fair = replace(fair, manifests={**fair.manifests, "fair": batched})

@@ -83,6 +83,8 @@ def test_machines_are_numbered_by_their_first_cell_and_named_by_machine_json(gpu
     named = replace(run, listed_machines=listed)
     assert named.machine_names == {1: "1", 2: "tuesday"}  # one is not in the list
     assert named.machines_of(own.assign(run_id="unknown")) == "0"
+    assert set(named.placed(own)["place"]) == {"tuesday"}
+    assert set(named.placed(own.assign(run_id="?"))["place"]) == {"unknown"}
 
 
 def test_the_sweep_is_of_one_machine_where_one_ran_all(gpu: Run):

@@ -243,6 +243,12 @@ def sample_note(rows: pd.DataFrame) -> str:
     return f"n = {n} requests of each system{where}{said}."
 
 
+def machine_notes(rows: pd.DataFrame) -> list[str]:
+    """Return a note if rows are from several machines, which their column `place` names."""
+    n = rows["place"].nunique() if "place" in rows else 1
+    return [f"From {n} machines (see tables): compare times within one only."] * (n > 1)
+
+
 def _range(values: pd.Series) -> str:
     low, high = int(values.min()), int(values.max())
     return f"{low}" if low == high else f"{low} to {high}"
@@ -259,8 +265,14 @@ def unavailable_notes(reasons: Mapping[str, str]) -> list[str]:
 def describe_rows(
     figure: Figure, rows: pd.DataFrame, unavailable: Mapping[str, str], *notes: str
 ) -> None:
-    """Write below a figure which rows it shows, other notes, and which systems are missing."""
-    footnote(figure, [sample_note(rows), *notes, *unavailable_notes(unavailable)])
+    """Write below a figure which rows it shows, other notes, and which systems are missing.
+
+    If the rows have a column `place` with several machines, a note says so, in a line added to the
+    figure's height.
+    """
+    several = machine_notes(rows)
+    figure.set_figheight(figure.get_figheight() + 0.15 * len(several))
+    footnote(figure, [sample_note(rows), *notes, *several, *unavailable_notes(unavailable)])
 
 
 def label_ms(axis: Axis) -> None:
