@@ -177,7 +177,7 @@ def test_specs_built_by_several_threads_have_the_weights_of_their_seed():
             models = list(threads.map(lambda _: spec("llama").build(), range(8)))
     finally:
         sys.setswitchinterval(interval)
-    assert len({float(sum(p.double().sum() for p in m.parameters())) for m in models}) == 1
+    assert len({sum(p.double().sum().item() for p in m.parameters()) for m in models}) == 1
 
 
 def test_specs():
