@@ -91,8 +91,10 @@ class Catalog:
             with progress_of(self._options.progress, name, layout.n_bytes) as progress:
                 return self._prepare(name, opened, layout, units, device_bytes, progress)
         except BaseException:
-            self._masters.discard(name)  # first, since a pager that was closed has no such model
-            self._pager.remove(name)
+            try:
+                self._pager.remove(name)  # waits for copies from the master
+            finally:  # a pager that was closed meanwhile has no such model
+                self._masters.discard(name)
             raise
 
     def _prepare(
