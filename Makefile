@@ -52,13 +52,13 @@ export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: help
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PROFILE=$(PROFILE)   one of: $(PROFILES) (default: gpu where nvidia-smi lists a GPU, else cpu)"
 	@echo "  EXECUTOR=$(EXECUTOR)   one of: $(EXECUTORS) (ray: cells run on the cluster at RAY_ADDRESS, or on one started here)"
 	@echo "  PYTHON=...  the Python (>= 3.11) to build $(VENV) from"
-	@echo "  PY=...        an existing environment's python: use it, build nothing"
-	@echo "  VENV=$(VENV)    PYTEST_ARGS=...    LAB_ARGS=...    TORCH_PIP_ARGS=... (for pip, when it fetches torch)"
+	@echo "  PY=...      an existing environment's python: use it, build nothing"
+	@echo "  VENV=$(VENV)   PYTEST_ARGS=...    LAB_ARGS=...    TORCH_PIP_ARGS=... (for pip, when it fetches torch)"
 
 .PHONY: reproduce
 reproduce: check-profile check-executor $(READY) ## run the whole experiment, or what is missing or changed of it, for PROFILE
@@ -73,13 +73,13 @@ study: check-executor $(READY) ## compute the study of policies again, into data
 	$(RUN) -m djinn_lib.cli study --executor $(EXECUTOR)
 
 .PHONY: test
-test: style ## check the style and the types, and run the tests that take minutes
+test: style ## check the style and the types, and run all tests that are not slow: minutes
 	@$(call tests-and-types,-m "not slow")
 
 # Those that need vLLM too are run by test-vllm. They mostly wait for processes of their own, so three
 # files run on two cores. The one that takes longest begins: see tests/conftest.py.
 .PHONY: test-slow
-test-slow: $(READY) ## run the tests that `make test` leaves out, which take minutes as well
+test-slow: $(READY) ## run the slow tests, which `make test` leaves out: minutes as well
 	@echo "==> slow tests"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS) -n 3 --no-loadscope-reorder -m "slow and not vllm"
 

@@ -183,7 +183,7 @@ def trace(
 def plot(
     figure: Annotated[
         Literal["cdf", "sensitivity"],
-        typer.Argument(help="the latency CDF, or the capacity's influence"),
+        typer.Argument(help="the latency CDF, or speed-up and reuse against the capacity"),
     ],
     run_dir: Annotated[
         Path | None, typer.Option(help="a run's folder [default: the published run]")
@@ -221,7 +221,9 @@ def reproduce(
 @_in_words
 def study(
     grid: Annotated[Literal["small", "full"], typer.Option(help="the size of the study")] = "full",
-    out: Annotated[Path, typer.Option(help="the study's folder")] = RUNS / "study",
+    out: Annotated[
+        Path, typer.Option(help="the study's folder", show_default="data/runs/study")
+    ] = RUNS / "study",
     executor: _ExecutorOption = "local",
 ) -> None:
     """Simulate policies, capacities and fleets of models."""

@@ -282,12 +282,17 @@ def read_machine(run_dir: Path) -> dict[str, Any]:
         RecordError: the set-up has not been run, or its file is broken.
     """
     path = run_dir / "machine.json"
+    if not path.exists():
+        raise RecordError(
+            f"{path.parent} has no set-up ({path.name}): check the path, or run notebook 00_setup "
+            "first"
+        )
     try:
         state = json.loads(path.read_text())
         return {**state, "machine": state["machine"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(
-            f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup first"
+            f"expected the machine's facts in {path}, got {error!r}: run notebook 00_setup again"
         ) from error
 
 

@@ -42,13 +42,18 @@ class Bench:
             ConfigError: the set-up has not been run there, or was run with other models.
         """
         path = RunFolder(run_dir).machine
+        if not path.exists():
+            raise ConfigError(
+                f"{run_dir} has no set-up ({path.name}): run notebook 00_setup first, or name the "
+                "run_dir and profile of a run that has one"
+            )
         try:
             state = json.loads(path.read_text())
             models = {name: ModelFiles(**{**files, "folder": Path(files["folder"])})
                       for name, files in state["models"].items()}  # fmt: skip
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"expected {path} from the set-up, got {error!r}: run notebook 00_setup first"
+                f"expected {path} from the set-up, got {error!r}: run notebook 00_setup again"
             ) from error
         if list(models) != list(profile.models):
             raise ConfigError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from djinn_lib.errors import TraceError
+from djinn_lib.errors import ConfigError, TraceError
 from djinn_lib.files import write_json
 from djinn_lib.metrics import attempted, by_request, latency, served
 from djinn_lib.trace import Request, Trace, read_trace, write_trace
@@ -62,8 +62,14 @@ def load_trace(path: Path) -> Trace:
 
 
 def save_trace(trace: Trace, path: Path) -> None:
-    """Write a trace: in their form if `path` ends in ``.json``, else in ours."""
-    if path.suffix != ".json":
+    """Write a trace: in ours if `path` ends in ``.jsonl``, in their form if it ends in ``.json``.
+
+    Raises:
+        ConfigError: it ends in something else.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        raise ConfigError(f"{path} is no .jsonl or .json file; choose one of these endings")
+    if path.suffix == ".jsonl":
         write_trace(trace, path)
         return
     agents = [

@@ -27,7 +27,7 @@ def ring(
     page: Annotated[
         str | None, typer.Option(help="page size; 64MiB on a GPU, 1MiB on the CPU")
     ] = None,
-    policy: Annotated[str, typer.Option(help="eviction policy")] = "lru",
+    policy: Annotated[str, typer.Option(help="lru, lfu, ewma, adaptive or lookahead")] = "lru",
     eviction: Annotated[str, typer.Option(help="evict `pages`, or whole `models`")] = "pages",
     quantum: Annotated[float, typer.Option(help="minimum duration of a lease, in seconds")] = 0.25,
     max_wait: Annotated[float, typer.Option(help="seconds that an engine waits at most")] = 1.0,

@@ -62,6 +62,8 @@ def read_fleet_file(path: Path) -> FleetFile:
     Raises:
         ConfigError: it cannot be read, or a value is invalid.
     """
+    if not path.exists():
+        raise ConfigError(f"the file {path} does not exist: check the path")
     try:
         said = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

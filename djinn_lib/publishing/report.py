@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import nbformat
 import pandas as pd
@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 
-from djinn_lib.analysis.claims import Verdict, load_claims, read_claims
+from djinn_lib.analysis.claims import Judgement, Verdict, load_claims, read_claims
 from djinn_lib.analysis.plots.style import split_unavailable, system_look
 from djinn_lib.analysis.results import systems_table
 from djinn_lib.analysis.run import Run, load_run
@@ -139,7 +139,7 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
         "main_trace": MAIN_TRACE,
         "main_capacity": MAIN_CAPACITY,
         "claims": [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts],
-        "verdict_counts": Counter(verdict.verdict for verdict in verdicts),
+        "verdict_counts": _counts(verdicts),
         "figures": [figure for figure in figures if figure["name"] not in _CAPTIONS["computed"]],
         "computed": [figure for figure in figures if figure["name"] in _CAPTIONS["computed"]],
         "notebooks": listing,
@@ -197,6 +197,12 @@ def _claims(path: Path, problems: list[str]) -> list[Verdict]:
     except RecordError as error:
         problems.append(str(error))
         return []
+
+
+def _counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """Return the number of claims with each verdict that occurs, in the order of the verdicts."""
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    return {name: counts[name] for name in get_args(Judgement) if counts[name]}
 
 
 def _cells(run: Run) -> list[tuple[str, str, str, str, str]]:

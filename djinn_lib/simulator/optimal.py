@@ -23,6 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
 from djinn_lib.engine.memory.policies import next_uses
 from djinn_lib.errors import CapacityError, ConfigError, TraceError
@@ -109,10 +110,11 @@ def pages_of(
             raise TraceError(
                 f"expected a size for every model of the trace, got none for {model!r}"
             )
-        if not 1 <= sizes[model] <= MAX_SIZE_BYTES or sizes[model] != int(sizes[model]):
+        size = sizes[model]
+        if not isinstance(size, Real) or not 1 <= size <= MAX_SIZE_BYTES or size != int(size):
             raise ConfigError(
-                f"expected a size from 1 to {MAX_SIZE_BYTES} bytes for {model!r}, got "
-                f"{sizes[model]}"
+                f"expected a size from 1 to {MAX_SIZE_BYTES} bytes for {model!r}, got {size!r}: "
+                "sizes are whole numbers of bytes"
             )
         pages[model] = -(-int(sizes[model]) // page_bytes)
         if pages[model] > capacity // page_bytes:

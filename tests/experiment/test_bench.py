@@ -63,14 +63,16 @@ def test_models_are_found_again_from_another_place(tmp_path, monkeypatch):
 
 
 def test_without_set_up_nothing_opens(tmp_path):
-    with pytest.raises(ConfigError, match=r"machine\.json from the set-up, .*run notebook 00"):
+    with pytest.raises(
+        ConfigError, match=r"no set-up \(machine\.json\): run notebook 00_setup first"
+    ):
         Bench.open(tiny_profile(), tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": {"llama": {}}}'])
 def test_a_broken_set_up_is_refused(tmp_path, content):
     (tmp_path / "machine.json").write_text(content)
-    with pytest.raises(ConfigError, match="run notebook 00_setup first"):
+    with pytest.raises(ConfigError, match="run notebook 00_setup again"):
         Bench.open(tiny_profile(), tmp_path)
 
 

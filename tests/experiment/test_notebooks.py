@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
     """A folder of notebooks, each a parameters cell and one line of code."""
     codes = {
         "good": "import djinn_lib; print(n + 1)",
+        "draws": "import matplotlib.pyplot as plt; plt.plot([1, 2])",
         "raises": "raise ValueError('expected 1, got ' + str(n))",
         "listens": "import json, ipykernel; print(open(ipykernel.get_connection_file()).read())",
         "waits": "import os, time; from pathlib import Path\n"
@@ -221,6 +222,13 @@ def test_a_forked_kernel_is_a_process_of_its_own_like_any_other(folder):
     assert execute("dies", folder / "out" / "dies.ipynb", {}, fork=True).error_kind == "kernel_died"
     assert "ValueError" in execute("raises", folder / "out" / "r.ipynb", {}, fork=True).error
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_forked_kernel_keeps_figures_as_pictures(folder):
+    execute("draws", folder / "out" / "draws.ipynb", {}, fork=True)
+    outputs = nbformat.read(folder / "out" / "draws.ipynb", as_version=4).cells[-1].outputs
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ from djinn_lib.analysis.plots.style import (
     styled,
     system_look,
 )
+from djinn_lib.analysis.plots.switches import label_times
 from djinn_lib.metrics import bootstrap_interval, by_request, phases_ms, served
 from djinn_lib.units import three_digits
 
@@ -71,7 +72,6 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
             _draw_published(axes, paper, system)
     axes.set(ylim=(0, 103), xlabel="total latency of a request (ms, log scale)")
     axes.set_ylabel("share of all requests served")
-    label_ms(axes.xaxis)
     axes.yaxis.set_major_formatter(PercentFormatter())
     axes.grid(which="major")
     handles = axes.get_legend_handles_labels()[0]
@@ -83,6 +83,7 @@ def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> F
         figure.set_figheight(_CDF_IN + height_in)
     axes.margins(x=0.03)
     axes.autoscale(axis="x")
+    label_times(axes)
     describe_rows(figure, rows, unavailable)
     return figure
 

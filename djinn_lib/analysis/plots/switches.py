@@ -59,7 +59,7 @@ def switch_cdf(rows: pd.DataFrame, paper: Mapping[str, Any]) -> Figure:
     _shade_modes(axes, paper)
     axes.set(xlabel="cost of the switch (ms, log scale)", ylabel="share of requests", ylim=(0, 103))
     axes.yaxis.set_major_formatter(PercentFormatter())
-    _label_times(axes)
+    label_times(axes)
     axes.grid(which="major")
     handles, _ = axes.get_legend_handles_labels()
     if handles:
@@ -170,7 +170,7 @@ def _switches_and_totals(
     left.yaxis.set_major_formatter(PercentFormatter())
     for axes in (left, right):
         axes.set_ylim(0, 103)
-        _label_times(axes)
+        label_times(axes)
         axes.grid(which="major")
     legend_above(figure, left.get_legend_handles_labels()[0], 3)
     return figure
@@ -181,7 +181,7 @@ def _draw_switches(axes: Axes, rows: pd.DataFrame, **style: Any) -> None:
     draw_cdf(axes, later.assign(ms=later["switch_ms"].clip(lower=_LEAST_MS)), "ms", **style)
 
 
-def _label_times(axes: Axes) -> None:
+def label_times(axes: Axes) -> None:
     """Label powers of ten, and also 2 and 5 between them if there are few."""
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))

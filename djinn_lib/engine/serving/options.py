@@ -20,7 +20,7 @@ from djinn_lib.engine.memory.ring import Eviction
 from djinn_lib.engine.models.packing import Embeddings, choose_embeddings
 from djinn_lib.engine.serving.progress import Show, check_show
 from djinn_lib.engine.serving.queue import Order, RequestQueue
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, did_you_mean
 from djinn_lib.units import parse_bytes
 
 MIN_MODEL_LEN = 8
@@ -142,7 +142,15 @@ def _takes(
     options: Callable[P, EngineOptions],
 ) -> Callable[[_Init], Callable[Concatenate[Any, P], None]]:
     def decorate(init: _Init) -> Callable[Concatenate[Any, P], None]:
+        known = list(signature(options).parameters)
+
         def __init__(self: Any, *args: P.args, **kwargs: P.kwargs) -> None:
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(
+                        f"{type(self).__name__} has no option {name!r}: "
+                        + did_you_mean(name, known, f"its options are {', '.join(known)}")
+                    )
             if not args and "capacity" not in kwargs:
                 raise TypeError("expected a capacity, such as dj.Djinn('25GiB')")
             init(self, options(*args, **kwargs))

@@ -135,8 +135,10 @@ def _serve(arguments: list[str], environment: dict[str, str], cwd: str) -> None:
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # the default lock outlives a killed kernel
-    # 1 means that the kernel need not watch its parent.
-    IPKernelApp.launch_instance([*arguments, "--IPKernelApp.parent_handle=1"])
+    # 1 means that the kernel need not watch its parent. Matplotlib chose its backend when it was
+    # imported, before a kernel could ask for figures in the notebook.
+    options = ["--IPKernelApp.parent_handle=1", "--IPKernelApp.matplotlib=inline"]
+    IPKernelApp.launch_instance([*arguments, *options])
 
 
 def _end_with_the_run() -> None:

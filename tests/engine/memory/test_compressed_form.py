@@ -137,3 +137,17 @@ def test_compiled_code_is_kept_but_nothing_depends_on_it(happen, tmp_path, monke
     if happen is not fill_the_disk:
         third(2)
         assert third.stats.cache_hits and not third.stats.cache_misses  # damaged code is replaced
+
+
+N_ADDED = 1
+
+
+def test_another_constant_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+
+    def add(n):
+        return n + N_ADDED
+
+    assert compiled(add)(2) == 3
+    monkeypatch.setitem(globals(), "N_ADDED", 5)  # as if another file had changed
+    assert compiled(add)(2) == 7

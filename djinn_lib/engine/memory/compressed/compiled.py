@@ -16,8 +16,8 @@ def compiled(function: F) -> F:
     """Compile a function when it is called first, and keep its code for the next process.
 
     The code is kept beside the source, or in the user's cache where that cannot be written. Where
-    neither can, every process compiles again, which takes some seconds. A change of the source file
-    compiles again; a change of a constant of another file does not, until `__pycache__` is deleted.
+    neither can, every process compiles again, which takes some seconds. So does a change of the
+    source file or of an integer that it imports.
     """
     machine_code: Any = numba.njit(nogil=True)(function)
     with suppress(RuntimeError):  # no folder for the code
@@ -26,7 +26,11 @@ def compiled(function: F) -> F:
 
 
 class _Kept(FunctionCache):
-    """Code kept in files; numba's own fails if these are damaged, or the disk is full."""
+    """Code kept in files.
+
+    numba's own fails if these are damaged, or the disk is full, and does not notice another value
+    of an imported constant.
+    """
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return kept code, or None if there is none that can be read."""
@@ -41,3 +45,9 @@ class _Kept(FunctionCache):
         """Keep code for the next process, if possible."""
         with suppress(Exception):
             super().save_overload(sig, data)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        """Return what code must have been made for, to be used again."""
+        names = self._py_func.__globals__.items()
+        numbers = sorted((name, value) for name, value in names if isinstance(value, int))
+        return super()._index_key(sig, codegen), tuple(numbers)

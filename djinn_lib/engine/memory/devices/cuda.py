@@ -197,7 +197,7 @@ def _require_cuda(device: torch.device) -> None:
     if driver is None:
         raise PlatformError(
             "expected the package cuda-bindings for device 'cuda', got none: "
-            "pip install 'cuda-bindings>=13,<14'"
+            "pip install 'cuda-bindings>=13,<14', or use device='cpu'"
         )
     if not torch.cuda.is_available():
         raise PlatformError(
