@@ -255,19 +255,23 @@ class Djinn(ModelsByName):
     def __repr__(self) -> str:
         if not self._holdings.is_of_this_process:
             return "Djinn(of another process)"
-        return "Djinn(closed)" if self.closed else f"Djinn({self._in_words(self.stats())})"
+        try:
+            return f"Djinn({self._in_words(self.stats())})"
+        except DjinnError:  # perhaps another thread closed it just now
+            return "Djinn(closed)"
 
     def _repr_html_(self) -> str | None:
         """Draw which models are resident, and how far."""
-        if self.closed or not self._holdings.is_of_this_process:
+        try:
+            stats = self.stats()
+            states = [
+                ModelState(m.name, m.n_bytes, stats.resident_bytes[m.name], m.name in stats.leased)
+                for m in self._models
+                if m.name in stats.resident_bytes
+            ]
+            return picture(states, self._in_words(stats))
+        except DjinnError:  # closed, or of another process
             return None
-        stats = self.stats()
-        states = [
-            ModelState(m.name, m.n_bytes, stats.resident_bytes[m.name], m.name in stats.leased)
-            for m in self._models
-            if m.name in stats.resident_bytes
-        ]
-        return picture(states, self._in_words(stats))
 
     def _in_words(self, stats: PagerStats) -> str:
         n, resident = len(self), format_bytes(sum(stats.resident_bytes.values()))

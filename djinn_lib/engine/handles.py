@@ -16,6 +16,7 @@ from djinn_lib.engine.serving.generation import Generation
 from djinn_lib.engine.serving.named import ByName, NamedModel
 from djinn_lib.engine.serving.requests import Requests
 from djinn_lib.engine.serving.served_model import ServedModel
+from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.units import format_bytes
 
 if TYPE_CHECKING:
@@ -50,7 +51,10 @@ class Model(NamedModel):
     @property
     def resident_bytes(self) -> int:
         """Bytes of it that are on the device now."""
-        return self._ensure_present().stats().resident_bytes[self.name]
+        resident_bytes = self._ensure_present().stats().resident_bytes
+        if self.name not in resident_bytes:  # it is being removed
+            raise self._removed()
+        return resident_bytes[self.name]
 
     @property
     def residency(self) -> float:
@@ -115,18 +119,24 @@ class Model(NamedModel):
         return id(self._served)
 
     def __repr__(self) -> str:
-        if self._served.removed or self._owner.closed:
-            return f"Model({self.name!r}, {'removed' if self._served.removed else 'closed'})"
+        try:
+            residency = self.residency
+        except ConfigError:
+            return f"Model({self.name!r}, removed)"
+        except DjinnError:
+            closed = "closed" if self._owner.closed else "of another process"
+            return f"Model({self.name!r}, {closed})"
         return (
-            f"Model({self.name!r}, {format_bytes(self.n_bytes)}, {self.residency:.0%} resident, "
+            f"Model({self.name!r}, {format_bytes(self.n_bytes)}, {residency:.0%} resident, "
             f"decode={self.decode_mode!r})"
         )
 
     def _repr_html_(self) -> str | None:
         """Draw how much of it is resident."""
-        if self._served.removed or self._owner.closed:
+        try:
+            return picture([ModelState(self.name, self.n_bytes, self.resident_bytes)])
+        except DjinnError:
             return None
-        return picture([ModelState(self.name, self.n_bytes, self.resident_bytes)])
 
 
 class ModelsByName(Requests, ByName):

@@ -88,7 +88,7 @@ class Holdings:
     def close(self) -> None:
         """Refuse queued requests, finish the current one, and release everything.
 
-        A second call waits for the first one and does nothing else.
+        A second call waits for the first one, and continues it if it was interrupted.
 
         Raises:
             LeaseError: called inside a lease.
@@ -122,7 +122,11 @@ class Holdings:
                 steps.callback(self.masters.close)
                 steps.callback(self.models.clear)
                 steps.callback(self.pager.close)  # it waits for the device
-                steps.callback(self.scheduler.close, is_collected)
+                try:
+                    self.scheduler.close(is_collected)
+                except KeyboardInterrupt:  # a request may still compute: free nothing under it
+                    steps.pop_all()
+                    raise
             self._is_released = True
 
 

@@ -32,6 +32,7 @@ from djinn_lib.fleet.status import RingStatus
 from djinn_lib.units import parse_bytes
 
 _GREETING_S = 5.0  # time for a client to send its first message
+_RETRY_S = 0.1  # until another try to accept a client
 
 
 class Broker:
@@ -103,7 +104,11 @@ class Broker:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError:  # too many open files: there will be fewer
+                await asyncio.sleep(_RETRY_S)
+                continue
             task = asyncio.create_task(self._talk(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -120,6 +125,7 @@ class Broker:
             while (message := await read_message(reader)) is not None:
                 if message["kind"] == "status":
                     writer.write(protocol.encode("status", **self.status().fields()))
+                    await writer.drain()  # a client that does not read gets no more
                 else:
                     await self._serve_engine(message, reader, writer, connection, pid)
                     return
@@ -127,6 +133,9 @@ class Broker:
             writer.write(protocol.refused(error))
         except ConnectionError:
             pass
+        except asyncio.CancelledError:  # the broker ends, and does not wait until the client reads
+            writer.transport.abort()
+            raise
         finally:
             with contextlib.suppress(ConnectionError):
                 writer.close()
@@ -177,6 +186,9 @@ class Broker:
         except DjinnError as error:
             writer.write(protocol.refused(error))
             writer.write_eof()
+        except asyncio.CancelledError:
+            left = True  # the broker ends: these frames go to nobody
+            raise
         finally:
             del self._writers[model]
             if not left:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 _PARENT = "DJINN_PARENT"
@@ -21,8 +22,15 @@ _RAISED = re.compile(r"(?:^|[\s\]])((?:\w+\.)*\w*(?:Error|Exception|Gone)): (.+)
 _SECOND_HAND = ("Engine core initialization failed", "WorkerProc initialization failed")
 _OURS = "djinn_lib.errors."
 _ROOT = Path(__file__).resolve().parents[2]
-# The kernel kills a child when the *thread* that started it ends; this thread never does.
-_STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
+
+
+@cache
+def _starter(process: int) -> ThreadPoolExecutor:
+    """Return the thread that starts children of a process; a forked child needs another one.
+
+    The kernel kills a child when the *thread* that started it ends; this thread never does.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
 
 
 def start(
@@ -64,7 +72,13 @@ def start(
                 start_new_session=True,  # the parent handles interrupts from the keyboard
             )
 
-    return _STARTER.submit(run).result()
+    starting = _starter(os.getpid()).submit(run)
+    try:
+        return starting.result()
+    except KeyboardInterrupt:
+        if not starting.cancel():
+            end(starting.result())  # nobody else knows of it
+        raise
 
 
 def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:

@@ -30,7 +30,7 @@ from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import protocol
 from djinn_lib.fleet.connection import Connection
 from djinn_lib.fleet.costs import Costs
-from djinn_lib.fleet.protocol import BrokerGone, Message, ProtocolError
+from djinn_lib.fleet.protocol import Message, ProtocolError
 
 
 class RingModel:
@@ -64,14 +64,13 @@ class RingModel:
         on_loss: Callable[[DjinnError], None] = lambda error: None,
         masters: str = "plain",
     ) -> None:
-        self._master_form: MastersForm = choose_masters(masters, device)
         self.model, self.n_bytes, self._connection = model, layout.n_bytes, connection
         self.page_bytes, self._on_loss = connection.page_bytes, on_loss
         self._is_cuda = device.type == "cuda"
         self._closing = ExitStack()  # for close, or if a step fails
         try:
             self._closing.callback(connection.close)
-            self._paged = self._open(layout, fill, device)
+            self._paged = self._open(layout, fill, device, choose_masters(masters, device))
         except BaseException:
             self._closing.close()
             raise
@@ -86,14 +85,16 @@ class RingModel:
         self._listener = threading.Thread(target=self._listen, name="djinn-ring", daemon=True)
         self._listener.start()
 
-    def _open(self, layout: Layout, fill: Fill, device: torch.device) -> PagedModel:
+    def _open(
+        self, layout: Layout, fill: Fill, device: torch.device, form: MastersForm
+    ) -> PagedModel:
         connection = self._connection
         if device.type != connection.device.type:
             raise ConfigError(
                 f"the ring is on {connection.device}, but the engine of {self.model!r} is on "
                 f"{device}: start both on the same device"
             )
-        masters = open_masters(None, self.page_bytes, pin=self._is_cuda, form=self._master_form)
+        masters = open_masters(None, self.page_bytes, pin=self._is_cuda, form=form)
         self._closing.callback(masters.close)
         n_pages = -(-layout.n_bytes // self.page_bytes)
         descriptors = connection.join(self.model, n_pages)
@@ -122,6 +123,8 @@ class RingModel:
             DjinnError: the broker is gone, or pages could not be mapped.
         """
         with self._changed:
+            if self._failure:
+                raise self._failure
             if self._in_step:
                 return
             self._changed.wait_for(lambda: not self._is_revoked or self._failure)
@@ -203,6 +206,8 @@ class RingModel:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._failure = self._failure or _closed(self.model)  # for who waits for a lease
+            self._changed.notify_all()
             with suppress(DjinnError, RuntimeError):
                 self._fence()
             with suppress(OSError):
@@ -283,7 +288,9 @@ class RingModel:
         """Give the lease back between two steps, unless `rest` has already done so."""
         with self._changed:
             self._is_revoked = self._is_leased
-            self._changed.wait_for(lambda: not self._in_step or not self._is_leased)
+            self._changed.wait_for(
+                lambda: not self._in_step or not self._is_leased or self._is_closed
+            )
             if self._is_leased and not self._is_closed:
                 self._give_back()
             self._is_revoked = False
@@ -306,10 +313,11 @@ class RingModel:
         self._n_mapped = n_kept
 
     def _send(self, kind: str, **fields: object) -> None:
-        try:
-            protocol.send(self._connection.socket, kind, **fields)
-        except OSError as error:
-            raise BrokerGone from error
+        protocol.send(self._connection.socket, kind, **fields)
+
+
+def _closed(model: str) -> DjinnError:
+    return DjinnError(f"the engine of {model!r} has left its ring: start it again")
 
 
 def _broken(model: str, error: Exception) -> DjinnError:

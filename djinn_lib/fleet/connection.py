@@ -10,7 +10,6 @@ import torch
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.fleet import protocol
-from djinn_lib.fleet.protocol import BrokerGone
 from djinn_lib.fleet.status import RingStatus
 
 _GREETING_S = 30.0
@@ -24,6 +23,7 @@ class Connection:
 
     Raises:
         ConfigError: no broker listens there, or it belongs to another user or has another version.
+        BrokerGone: it ended, or does not answer.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -65,10 +65,7 @@ class Connection:
         Raises:
             BrokerGone: the broker ended.
         """
-        try:
-            protocol.send(self.socket, "status")
-        except OSError as error:
-            raise BrokerGone from error
+        protocol.send(self.socket, "status")
         return RingStatus.from_message(protocol.expect(protocol.receive(self.socket), "status"))
 
     def join(self, model: str, n_pages: int) -> list[int]:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -45,6 +45,7 @@ class PendingResult(Future[Any]):
         self.submitted_s = time.perf_counter()
         self.on_part = on_part
         self._withdraw, self._convert = withdraw, convert
+        self.is_dropped = False
 
     def answer(self, value: Any) -> None:
         """Set the result that the engine returned."""
@@ -52,6 +53,14 @@ class PendingResult(Future[Any]):
             self.set_result(self._convert(value, self.submitted_s))
         except Exception as error:
             self.set_exception(error)
+
+    def drop(self) -> None:
+        """Let the listener cancel the request at its next part.
+
+        This takes no lock: the garbage collector may call it in any thread and between any two
+        steps.
+        """
+        self.is_dropped = True
 
     def cancel(self) -> bool:
         """Cancel the request, even if it is being served; return False if it is done."""
@@ -89,20 +98,21 @@ class EngineClient:
         self.name, self.options, self.log = name, dict(options), log
         self._numbers = itertools.count()
         self._pending: dict[str, PendingResult] = {}
-        self._lock = threading.Lock()  # of `_pending` and of sending
+        # Of sending, which may wait for the engine: so the listener must not need it, or a full
+        # pipe in each direction would stop both sides.
+        self._lock = threading.RLock()  # again within itself, if it is collected there
         self._ended: str | None = None  # why it ended
-        self._pipe, theirs = Pipe()
-        with theirs:
-            self._process = children.start(
-                python, "djinn_lib.fleet.vllm_engine", [str(theirs.fileno())], log,
-                environment, [theirs.fileno()],
-            )  # fmt: skip
-        try:
+        with ExitStack() as undo:
+            self._pipe, theirs = Pipe()
+            undo.callback(self._pipe.close)
+            with theirs:
+                self._process = children.start(
+                    python, "djinn_lib.fleet.vllm_engine", [str(theirs.fileno())], log,
+                    environment, [theirs.fileno()],
+                )  # fmt: skip
+            undo.callback(children.end, self._process)
             self.facts = self._started(self.options, start_timeout_s)
-        except BaseException:
-            children.end(self._process)
-            self._pipe.close()
-            raise
+            undo.pop_all()
         self._listener = threading.Thread(
             target=self._listen, args=(self._pipe,), name=f"djinn-engine-{name}", daemon=True
         )
@@ -203,8 +213,7 @@ class EngineClient:
     def _withdraw(self, cancelled: PendingResult) -> None:
         with self._lock, suppress(OSError):  # the engine has ended, and so has the request
             for number, pending in list(self._pending.items()):
-                if pending is cancelled:
-                    del self._pending[number]
+                if pending is cancelled and self._pending.pop(number, None):
                     self._pipe.send(("cancel", number))
 
     # -- the listener ---------------------------------------------------------------------------
@@ -222,20 +231,21 @@ class EngineClient:
         self._process.wait()
         with self._lock:
             self._ended = self._ended or f"exit status {self._process.returncode}"
-            left, self._pending = list(self._pending.values()), {}
+            left = list(self._pending.values())
+            self._pending.clear()
         for pending in left:
             if pending.set_running_or_notify_cancel():
                 pending.set_exception(self._failed())
 
     def _hear(self, kind: str, number: str, *values: Any) -> None:
-        with self._lock:
-            pending = self._pending.get(number)
-            if kind != "part":
-                self._pending.pop(number, None)
+        take = self._pending.get if kind == "part" else self._pending.pop
+        pending = take(number, None)
         if pending is None:  # it was cancelled
             return
         if kind == "part":
-            if pending.on_part:
+            if pending.is_dropped:
+                pending.cancel()
+            elif pending.on_part:
                 pending.on_part(*values)
         elif pending.set_running_or_notify_cancel():
             if kind == "refused":
@@ -267,5 +277,6 @@ class EngineClient:
         """End the engine; unfinished requests fail. A second call does nothing."""
         self.ask_to_end()
         children.end(self._process, asked=True)
-        self._listener.join()
+        if self._listener is not threading.current_thread():  # a callback of a request closes it
+            self._listener.join()
         self._pipe.close()

@@ -97,8 +97,9 @@ class Fleet(Requests, ByName):
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
+        self._process = os.getpid()
         self._finalizer = weakref.finalize(
-            self, _close, os.getpid(), self._engines, self._ring, self._folder
+            self, _close, self._process, self._engines, self._ring, self._folder
         )
 
     @property
@@ -135,8 +136,8 @@ class Fleet(Requests, ByName):
                     f"a model {name!r} cannot be added: choose another name, or remove it first"
                 )
             self._engines[name] = starting = _Starting()  # type: ignore[assignment]
-        need = need_bytes(source, settings) if self.device.type == "cuda" else 0
         try:
+            need = need_bytes(source, settings) if self.device.type == "cuda" else 0
             with self._starting.held(need) if need else nullcontext():
                 self._progress(f"starting the engine of {name}")
                 engine = EngineClient(
@@ -148,15 +149,15 @@ class Fleet(Requests, ByName):
                 )
         except BaseException as error:
             with self._lock:
-                if is_open := self._engines.get(name) is starting:
-                    del self._engines[name]
-            if is_open or not isinstance(error, Exception):
+                self._engines.pop(name, None)
+            if not self.closed or not isinstance(error, Exception):
                 raise
             raise _closed() from error  # its folder may be gone already
         with self._lock:
             if self._engines.get(name) is starting:
                 self._engines[name] = engine
-                return FleetModel(self, engine)
+        if not self.closed:
+            return FleetModel(self, engine)
         engine.close()
         raise _closed()
 
@@ -164,7 +165,8 @@ class Fleet(Requests, ByName):
         """End the engine of a model and free its frames; its unfinished requests fail."""
         engine = self.engine(name)
         with self._lock:
-            self._engines.pop(name, None)
+            if self.has(engine):  # else another thread has removed it
+                self._engines.pop(name, None)
         engine.close()
 
     def evict(self, name: str) -> None:
@@ -184,6 +186,10 @@ class Fleet(Requests, ByName):
                 unknown_model(name, self.models, "add it with fleet.add(name, source)")
             )
         return engine
+
+    def has(self, engine: EngineClient) -> bool:
+        """Whether an engine is one of this fleet, and was not removed."""
+        return self._engines.get(engine.name) is engine
 
     @property
     def models(self) -> list[str]:
@@ -223,7 +229,12 @@ class Fleet(Requests, ByName):
 
     def _repr_html_(self) -> str:
         """Draw the ring, in a notebook."""
-        return "<i>closed</i>" if self.closed else self.status().html()
+        try:
+            return self.status().html()
+        except DjinnError:
+            if self.closed:  # perhaps just now, in another thread
+                return "<i>closed</i>"
+            raise
 
     def live(self, every_s: float = 0.2) -> AbstractContextManager[None]:
         """Show the ring in a notebook, and redraw it until the block ends."""
@@ -235,6 +246,11 @@ class Fleet(Requests, ByName):
         return not self._finalizer.alive
 
     def _ensure_open(self) -> None:
+        if os.getpid() != self._process:
+            raise DjinnError(
+                f"this fleet belongs to process {self._process}, and this is a forked child of it "
+                f"({os.getpid()}): make a fleet of its own here, or ask the parent process"
+            )
         if self.closed:
             raise _closed()
 
@@ -267,8 +283,9 @@ def _close(owner: int, engines: dict[str, Any], ring: RingProcess, folder: Path)
     """End everything that a fleet started; does nothing in a forked child."""
     if os.getpid() != owner:
         return
-    ending = list(engines.values())
-    engines.clear()
+    ending = []
+    while engines:  # threads may add some meanwhile
+        ending.append(engines.popitem()[1])
     for engine in ending:
         engine.ask_to_end()
     for engine in ending:

@@ -29,7 +29,7 @@ class FleetModel(NamedModel):
     @property
     def is_removed(self) -> bool:
         """Whether the model was removed, or its fleet closed."""
-        return self.name not in self._fleet or self._fleet.engine(self.name) is not self._engine
+        return not self._fleet.has(self._engine)
 
     def _ensure_present(self) -> Fleet:
         if not self._fleet.closed and self.is_removed:

@@ -135,8 +135,15 @@ def field(message: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def send(connection: socket.socket, kind: str, **fields: object) -> None:
-    """Send a message; block until the socket has accepted it."""
-    connection.sendall(encode(kind, **fields))
+    """Send a message; block until the socket has accepted it.
+
+    Raises:
+        BrokerGone: the connection ended, or was closed.
+    """
+    try:
+        connection.sendall(encode(kind, **fields))
+    except OSError as error:
+        raise BrokerGone from error
 
 
 def receive(connection: socket.socket) -> Message:
@@ -158,13 +165,13 @@ def receive_bytes(connection: socket.socket, n_bytes: int) -> bytes:
     """Wait for exactly `n_bytes` bytes.
 
     Raises:
-        BrokerGone: the connection ended before.
+        BrokerGone: the connection ended before, was closed, or its time was up.
     """
     data = bytearray()
     while len(data) < n_bytes:
         try:
             part = connection.recv(n_bytes - len(data))
-        except ConnectionError:
+        except OSError:
             part = b""
         if not part:
             raise BrokerGone

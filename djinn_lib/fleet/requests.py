@@ -158,7 +158,7 @@ class Requests(ABC):
         pending = engine.submit(
             prompts[0], parameters, lambda ids, text: parts.put(text if has_text else ids)
         )
-        return Stream(pending, parts, drop=pending.cancel, name=name)
+        return Stream(pending, parts, drop=pending.drop, name=name)
 
 
 def sampling_parameters(engine: EngineClient, sampling: Sampling) -> dict[str, Any]:

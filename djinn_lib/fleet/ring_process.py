@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from djinn_lib.errors import ConfigError, DjinnError
 from djinn_lib.fleet import children
 from djinn_lib.fleet.connection import Connection
-from djinn_lib.fleet.protocol import EXIT_STATUS
+from djinn_lib.fleet.protocol import EXIT_STATUS, BrokerGone
 from djinn_lib.fleet.status import RingStatus
 
 _STARTS_S = 120.0
@@ -40,9 +39,8 @@ class RingProcess:
         self.process = children.start(
             sys.executable, "djinn_lib.fleet.commands", ["ring", *arguments], self._log
         )
-        self._lock = threading.Lock()  # of the connection
         try:
-            self._connection = self._connect()
+            self._connect().close()
         except BaseException:
             children.end(self.process)
             raise
@@ -69,15 +67,18 @@ class RingProcess:
         )
 
     def status(self) -> RingStatus:
-        """Query the state of the ring.
+        """Query the state of the ring, over a connection that an interrupt cannot leave halfway.
 
         Raises:
             BrokerGone: its process ended.
         """
-        with self._lock:
-            return self._connection.status()
+        try:
+            connection = Connection(self.socket)
+        except ConfigError as error:
+            raise BrokerGone from error
+        with closing(connection):
+            return connection.status()
 
     def end(self) -> None:
         """End the broker; a second call does nothing."""
-        self._connection.close()
         children.end(self.process)

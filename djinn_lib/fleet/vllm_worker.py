@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from djinn_lib.engine.memory.opening import MastersForm, choose_masters
 from djinn_lib.errors import ConfigError
 from djinn_lib.fleet import vllm_hooks
 from djinn_lib.fleet.client import RingModel
@@ -71,6 +72,7 @@ class LeasedSteps(_Worker):
                 f"a model on the ring must run on one device, but this one is split over "
                 f"{parallel.world_size}: set tensor_parallel_size and pipeline_parallel_size to 1"
             )
+        _masters_form(torch.device("cpu"))  # the device is not known yet
         end_with_server()
         # Before anything else holds this dictionary.
         from djinn_lib.fleet.vllm_offloader import UsedLayers
@@ -83,6 +85,7 @@ class LeasedSteps(_Worker):
         """Load as vLLM does, then move the parameters onto pages of the ring."""
         from djinn_lib.fleet.vllm_offloader import RingOffloader
 
+        masters = _masters_form(self.device)
         connection = Connection(_socket_path())
         try:
             self._offloader = RingOffloader()
@@ -95,7 +98,7 @@ class LeasedSteps(_Worker):
             raise
         self.ring = ring = RingModel(
             connection, self._name(), packed.layout, packed.fill, self.device, end_process,
-            masters=os.environ.get(MASTERS, "plain"),
+            masters,
         )  # fmt: skip
         packed.bind(ring.view)
         used = self.vllm_config.compilation_config.static_forward_context
@@ -265,6 +268,13 @@ def _socket_path() -> str:
             f"{SOCKET} to its socket"
         )
     return path
+
+
+def _masters_form(device: torch.device) -> MastersForm:
+    try:
+        return choose_masters(os.environ.get(MASTERS, "plain"), device)
+    except ConfigError as error:
+        raise ConfigError(f"the environment variable {MASTERS}: {error}") from error
 
 
 _BASES = {

@@ -5,6 +5,7 @@ import copy
 from xml.etree import ElementTree
 
 import pytest
+from forked import in_a_child
 from tiny import PROMPT, spec
 
 import djinn_lib as dj
@@ -60,6 +61,27 @@ def test_the_table_of_residency_while_a_model_is_removed(djinn, monkeypatch):
     monkeypatch.setattr(djinn.masters, "discard", lambda name: seen.append(djinn.residency()))
     djinn.remove("a")  # its pages are freed before its master
     assert list(seen[0].model) == ["b"]
+
+
+def test_a_handle_while_its_model_is_removed_or_its_djinn_closed(djinn, monkeypatch):
+    a, seen = djinn["a"], []
+
+    def look(name):
+        with pytest.raises(ConfigError, match="the model 'a' of this handle was removed"):
+            a.residency  # noqa: B018
+        seen.append((repr(a), a._repr_html_()))
+
+    monkeypatch.setattr(djinn.masters, "discard", look)  # its pages are gone, it is still listed
+    djinn.remove("a")
+    assert seen == [("Model('a', removed)", None)]
+    b = djinn["b"]
+    shown = in_a_child(lambda: f"{b!r} {b._repr_html_()}")
+    assert shown == ("Model('b', of another process) None", 0)
+    with monkeypatch.context() as patch:  # another thread closes it between a look and the next
+        patch.setattr(type(djinn), "closed", False)
+        djinn.close()
+        assert repr(djinn) == "Djinn(closed)" and djinn._repr_html_() is None
+        assert b._repr_html_() is None
 
 
 def test_a_djinn_holds_models_by_name(djinn):

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import weakref
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from operator import attrgetter
 
 import pytest
 import torch
@@ -228,6 +229,55 @@ def test_a_part_that_fails_to_close_leaves_no_other_open(monkeypatch, nothing_le
             djinn.close()
         monkeypatch.undo()
         djinn.close()
+
+
+def test_an_interrupted_close_frees_nothing_that_somebody_uses(monkeypatch, nothing_leaks):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for part, method in (("scheduler", "close"), ("pager.copier", "close")):
+        with nothing_leaks():
+            djinn = opened()
+            with djinn.lease("m") as model:
+                with monkeypatch.context() as patch:
+                    holder = attrgetter(part)(djinn._holdings)
+                    patch.setattr(holder, method, interrupted)
+                    patch.setattr(djinn._scheduler, "ensure_no_turn", lambda action: None)
+                    with pytest.raises(KeyboardInterrupt):
+                        djinn.close()
+                if part == "scheduler":
+                    assert model(torch.tensor([PROMPT])).logits.isfinite().all()
+                else:
+                    assert djinn._holdings.pager.space._areas, "copies may be in flight"
+            assert djinn.closed
+            djinn.close()
+            assert not djinn._holdings.pager.space._areas
+
+
+def test_what_is_added_while_it_closes_is_not_kept(monkeypatch, tmp_path, nothing_leaks):
+    for closes_at in ("_pager.add", "_make_decoder"):
+        with nothing_leaks():
+            djinn = opened(decode="eager", host_capacity="2MiB", swap_dir=tmp_path)
+            owner, _, method = f"_models.{closes_at}".rpartition(".")
+            holder = attrgetter(owner)(djinn)
+            used = getattr(holder, method)
+
+            def close_first(*arguments, used=used, djinn=djinn, **options):
+                if used.__name__ == "add":
+                    djinn.close()
+                    return used(*arguments, **options)
+                made = used(*arguments, **options)
+                djinn.close()
+                return made
+
+            monkeypatch.setattr(holder, method, close_first)
+            holdings = djinn._holdings
+            with pytest.raises(DjinnError, match="this Djinn was closed"):
+                djinn.add("late", spec("llama"))
+            assert not list(holdings.models) and not holdings.masters.sizes()
+            assert not holdings.pager.space._areas
+            del djinn, holder, used, close_first, holdings
+            monkeypatch.undo()
 
 
 def test_what_can_be_done_inside_a_lease():

@@ -1,9 +1,12 @@
 """The broker over a real socket and a real memfd, with engines that compute nothing."""
 
 import os
+import resource
 import socket
 import threading
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -345,6 +348,61 @@ def test_a_broker_that_dies_fails_every_step_and_leaves_nothing(tmp_path):
     assert "djinn-frames" not in mapped
     with Ring(tmp_path, forked):  # the socket of the dead one is no obstacle
         pass
+
+
+def test_a_broker_ends_at_once_whatever_its_clients_do(tmp_path):
+    ring = Ring(tmp_path, forked)
+    engine = FakeEngine(ring.socket, "a", 4 * MIB)
+    engine.step()
+    deaf = Connection(ring.socket)  # it asks, and reads no answer
+    deaf.socket.settimeout(1)
+    with pytest.raises(BrokerGone):
+        for _ in range(100_000):
+            protocol.send(deaf.socket, "status")
+    begin_s = time.monotonic()
+    assert not ring.end() and ring.process.returncode == 0
+    assert time.monotonic() - begin_s < 5
+    assert not list(tmp_path.iterdir())
+    engine.close()
+    deaf.close()
+
+
+def test_a_broker_without_free_descriptors_serves_later_clients(ring):
+    pid = ring.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    n_open = len(os.listdir(f"/proc/{pid}/fd"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (n_open + 3, before[1]))
+    with ExitStack() as opened:
+        for _ in range(20):
+            opened.enter_context(socket.socket(socket.AF_UNIX)).connect(str(ring.socket))
+        time.sleep(0.3)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    assert ring.status().n_frames == 10
+
+
+def test_closing_wakes_who_waits(ring, engines):
+    """Another thread that waits for the lease; and the listener that waits for the step to end."""
+    holder, waiter = engines["a"].ring, engines["b"].ring
+    holder.begin_step()
+    with ThreadPoolExecutor(2) as threads:
+        waiting = threads.submit(waiter.begin_step)
+        until(lambda: holder._is_revoked, "the other one asked for the lease")
+        threads.submit(waiter.close).result(SOON_S)
+        with pytest.raises(DjinnError, match="'b' has left its ring"):
+            waiting.result(SOON_S)
+        threads.submit(holder.close).result(SOON_S)
+    with pytest.raises(DjinnError, match="'a' has left its ring"):
+        engines["a"].step()
+
+
+def test_a_form_of_masters_that_is_unknown_leaves_no_connection(ring, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        "fake_engine.Connection", lambda path: opened.append(Connection(path)) or opened[0]
+    )
+    with pytest.raises(ConfigError, match="expected masters to be one of"):
+        FakeEngine(ring.socket, "d", MIB, masters="zip")
+    assert opened[0].socket.fileno() == -1
 
 
 def test_closing_is_complete(ring, nothing_leaks):

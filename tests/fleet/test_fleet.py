@@ -4,18 +4,22 @@ import gc
 import os
 import signal
 import sys
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from ended_processes import until
 from fake_engine import weights_of
+from forked import in_a_child
 from rings import MIB, fork_children
 from tokenizer_factory import START_ID, save_tokenizer
 
 import djinn_lib as dj
 from djinn_lib.errors import CapacityError, ConfigError, DjinnError, PlatformError
-from djinn_lib.fleet import environment
+from djinn_lib.fleet import children, environment, protocol
 from djinn_lib.fleet import fleet as fleet_module
 from djinn_lib.fleet.engines import EngineClient, EngineDied
 from djinn_lib.fleet.fleet import Fleet
@@ -121,7 +125,7 @@ def test_evicting_and_looking_at_the_ring(fleet):
 @pytest.mark.parametrize(
     "name, prompt, options, says",
     [
-        ("d", [1], {}, r"models \['a', 'b', 'c'\], got 'd': add it with fleet"),
+        ("d", [1], {}, r"the models \['a', .*\], got 'd': add it with fleet"),
         ("aa", [1], {}, "got 'aa': did you mean 'a'?"),
         ("a", "text", {}, "has no tokenizer"),
         ("a", [], {}, "at least one"),
@@ -233,6 +237,126 @@ def test_closing_fails_what_waits_and_ends_everything(patched, forks, nothing_le
             with pytest.raises(DjinnError, match="this fleet was closed"):
                 use()
         assert fleet._repr_html_() == "<i>closed</i>"
+
+
+def test_a_fleet_may_be_closed_in_a_callback_of_a_request(patched, forks, nothing_leaks):
+    with nothing_leaks():
+        fleet = Fleet("4MiB", "cpu", progress=lambda step: None)
+        fleet.add("c", patched, n_bytes=SIZES["c"])
+        folder, pid = fleet.socket.parent, fleet.engine("c").pid
+        closed = threading.Event()
+        fleet.submit("c", [1], 2).add_done_callback(lambda done: [fleet.close(), closed.set()])
+        assert closed.wait(30)
+        assert not folder.exists() and not Path(f"/proc/{pid}").exists()
+
+
+def test_answers_arrive_and_streams_are_dropped_while_a_request_is_sent(fleet):
+    """Sending waits for an engine, which may itself wait until its answers are read."""
+    engine, sending = fleet.engine("c"), threading.Event()
+
+    def send_slowly():
+        with engine._lock:
+            sending.set()
+            done.wait(20)
+
+    asked, stream, done = fleet.submit("c", [1], 5), fleet.stream("c", [2], 60), threading.Event()
+    thread = threading.Thread(target=send_slowly)
+    thread.start()
+    sending.wait(20)
+    try:
+        assert len(asked.result(10).token_ids) == 5
+        dropping = threading.Thread(target=stream.__del__)  # as the garbage collector does
+        dropping.start()
+        dropping.join(10)
+        assert not dropping.is_alive()
+    finally:
+        done.set()
+        thread.join()
+    until(lambda: not engine.n_pending, "what was dropped is cancelled")
+
+
+def test_a_forked_child_is_told_so(fleet):
+    handle = fleet["a"]
+    for use in (lambda: fleet.generate("a", [1], 1), lambda: handle.submit([1], 1), fleet.status,
+                lambda: fleet.add("x", "x"), lambda: fleet.remove("a")):  # fmt: skip
+        said, status = in_a_child(use)
+        assert said.startswith(f"DjinnError: this fleet belongs to process {os.getpid()}")
+        assert status == 0
+    assert in_a_child(fleet.close) == ("None", 0)
+    assert fleet.generate("a", [3], 4).token_ids == tokens("a", [3], 4)
+
+
+def test_a_status_that_was_interrupted_leaves_no_answer_behind(fleet, monkeypatch):
+    fleet.generate("a", [1], 1)
+    send, receive, sent = protocol.send, protocol.receive, []
+
+    def noted(connection, kind, **fields):
+        sent.append(kind)
+        send(connection, kind, **fields)
+
+    def interrupted(connection):
+        if sent[-1] == "status":
+            raise KeyboardInterrupt
+        return receive(connection)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            protocol, "send", lambda to, kind, **f: (sent.append(kind), send(to, kind, **f))
+        )
+        patch.setattr(protocol, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fleet.status()
+    fleet.evict("a")
+    time.sleep(0.3)  # until the broker has heard of it
+    assert not fleet.residency().set_index("model").resident_bytes["a"]
+
+
+def test_who_removes_a_model_twice_removes_no_later_one(fleet, patched, monkeypatch):
+    engine = fleet.add("d", patched, n_bytes=MIB)._engine
+    fleet.remove("d")
+    later = fleet.add("d", patched, n_bytes=MIB)
+    monkeypatch.setattr(fleet, "engine", lambda name: engine)  # looked up before the first removal
+    fleet.remove("d")
+    monkeypatch.undo()
+    assert later.generate([1], 1).token_ids
+    later.remove()
+    assert repr(later) == "FleetModel('d', removed)"
+
+
+def test_a_model_whose_size_cannot_be_read_leaves_its_name_free(fleet, patched, monkeypatch):
+    def broken(source, settings):
+        raise OSError("cannot read")
+
+    monkeypatch.setattr(fleet_module, "need_bytes", broken)
+    monkeypatch.setattr(fleet, "device", torch.device("cuda"))
+    with pytest.raises(OSError, match="cannot read"):
+        fleet.add("e", patched)
+    assert "e" not in fleet._engines
+
+
+def test_a_forked_child_can_start_children_of_its_own(tmp_path):
+    def start(module="this"):
+        signal.alarm(20)
+        return children.start(sys.executable, module, [], tmp_path / "log").wait()
+
+    assert start() == 0
+    signal.alarm(0)
+    assert in_a_child(start) == ("0", 0)
+
+
+def test_a_start_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch, nothing_leaks):
+    started = []
+
+    def interrupted(self, timeout=None):
+        monkeypatch.undo()
+        started.append(self.result(timeout))
+        raise KeyboardInterrupt
+
+    with nothing_leaks():
+        monkeypatch.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            children.start(sys.executable, "http.server", ["0"], tmp_path / "log")
+        assert started[0].poll() is not None
 
 
 def test_a_fleet_that_is_forgotten_is_closed(patched, forks, nothing_leaks):

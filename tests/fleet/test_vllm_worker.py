@@ -200,6 +200,13 @@ def test_what_cannot_be_on_a_ring_is_refused_first(make, monkeypatch):
     with pytest.raises(ConfigError, match="split over 2"):
         worker.init_device()
     assert not worker.steps
+    worker = RingWorker("zipped", 10)
+    with monkeypatch.context() as patch:
+        patch.setenv("DJINN_MASTERS", "zip")
+        for step in (worker.init_device, worker.load_model):
+            with pytest.raises(ConfigError, match=r"variable DJINN_MASTERS: .*'compressed'.*'zip'"):
+                step()
+    assert not worker.steps
     monkeypatch.delenv("DJINN_RING")
     with pytest.raises(ConfigError, match="DJINN_RING names no ring"):
         RingWorker("alone", 10).load_model()

@@ -66,7 +66,9 @@ class DiskTier:
         self._files: dict[str, SwapFile] = {}
         self._reading: set[str] = set()
         self._n_brief = 0  # holds that are not lasting
-        self._changed = threading.Condition()
+        # `with` a lock, not its condition, whose Python code an interrupt can leave half done.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._readers = ThreadPoolExecutor(N_READERS, "djinn-reader")
         self._block_until_copied: Callable[[str], None] = lambda model: None
         self.bytes_read = 0
@@ -102,7 +104,7 @@ class DiskTier:
         except CapacityError:
             file.close()
             raise
-        with self._changed:
+        with self._lock:
             self._files[model] = file
             self.ring.add(model, file.n_pages)
 
@@ -119,7 +121,7 @@ class DiskTier:
         Raises:
             LeaseError: it has a lasting hold; nothing changes.
         """
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(
                 lambda: not (self._n_brief and model in self.ring and self.ring.is_leased(model))
             )
@@ -151,7 +153,7 @@ class DiskTier:
             CapacityError: other holds leave too little host memory.
             DjinnError: pages cannot be read, or have changed on disk.
         """
-        with self._changed:
+        with self._lock:
             self._known(model)
             self._changed.wait_for(lambda: model not in self._reading and self._has_room(model))
             self.ring.lease(model)
@@ -184,7 +186,7 @@ class DiskTier:
             self._read_all(missing)
         except BaseException as raised:
             error = raised
-        with self._changed:
+        with self._lock:
             self._reading.discard(model)
             if error:
                 self.ring.roll_back(model, len(missing.frames))
@@ -226,7 +228,7 @@ class DiskTier:
 
     def let_go(self, model: str, lasting: bool = False) -> None:
         """Undo one `hold` of the same kind; does nothing after the tier was closed."""
-        with self._changed:
+        with self._lock:
             if model in self._files:
                 self._release(model, lasting)
 
@@ -284,7 +286,7 @@ class DiskTier:
 
     def close(self) -> None:
         """Delete all masters and free the host memory; a second call does nothing."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: not self._reading)
             for model in list(self._files):
                 self._block_until_copied(model)

@@ -8,8 +8,8 @@ memory as a cache. `CompressedMasters` stores compressed bytes in one of these t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from djinn_lib.engine.memory.devices import host
 from djinn_lib.engine.memory.devices.base import Source
 from djinn_lib.engine.memory.layout import Fill, Layout, Report, Shrink, say_nothing
 from djinn_lib.errors import ConfigError
+
+T = TypeVar("T")
 
 
 class MasterBytes(NamedTuple):
@@ -172,11 +174,11 @@ class HostMasters:
 
     def layout(self, model: str) -> Layout:
         """Return how the tensors of `model` are packed."""
-        return self._layouts[model]
+        return _known(model, self._layouts)
 
     def master(self, model: str) -> torch.Tensor:
         """Return the packed bytes of `model` (1-d uint8, host), read-only."""
-        return self._masters[model]
+        return _known(model, self._masters)
 
     def hold(self, model: str, lasting: bool = False) -> None:
         """Do nothing: masters are always in host memory."""
@@ -186,14 +188,7 @@ class HostMasters:
 
     def read(self, model: str, begin: int, end: int) -> torch.Tensor:
         """Return bytes `begin` to `end` of `model`, read-only."""
-        return self._known(model)[begin:end]
-
-    def _known(self, model: str) -> torch.Tensor:
-        if (master := self._masters.get(model)) is None:
-            raise ConfigError(
-                f"the model {model!r} is not in host memory: add it first, or wait for its add()"
-            )
-        return master
+        return self.master(model)[begin:end]
 
     def pieces(self, model: str, begin: int, end: int) -> tuple[torch.Tensor, ...]:
         """Return bytes `begin` to `end` of `model`, as one piece."""
@@ -207,17 +202,17 @@ class HostMasters:
         Raises:
             PlatformError: the device cannot read them.
         """
-        layout = self._layouts[model]
+        layout = self.layout(model)
         if not layout.n_tables:
             return {}
-        return layout.table_views(host.seen_from(self._masters[model], device), moved_by)
+        return layout.table_views(host.seen_from(self.master(model), device), moved_by)
 
     def when_reused(self, block_until_copied: Callable[[str], None]) -> None:
         """Do nothing: the memory of a master is never reused."""
 
     def sha256(self, model: str) -> str:
         """Return the hash of the packed bytes, to compare masters."""
-        return hashlib.sha256(self._known(model).numpy().data).hexdigest()
+        return hashlib.sha256(self.master(model).numpy().data).hexdigest()
 
     def sizes(self) -> dict[str, MasterBytes]:
         """Return the size of each master."""
@@ -237,3 +232,12 @@ class HostMasters:
     def n_bytes(self) -> int:
         """Host memory of all masters in bytes."""
         return sum(master.numel() for master in tuple(self._masters.values()))
+
+
+def _known(model: str, kept: Mapping[str, T]) -> T:
+    """Return what is kept of a model, which another thread may discard."""
+    if (found := kept.get(model)) is None:
+        raise ConfigError(
+            f"the model {model!r} is not in host memory: add it first, or wait for its add()"
+        )
+    return found

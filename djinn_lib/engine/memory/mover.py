@@ -105,7 +105,7 @@ class Mover:
         """Unmap all pages of an unleased model; return their bytes."""
         self.ring.ensure_unleased(model)
         self.settle()
-        paged, n_bytes = self.models[model], self.resident_bytes(model)
+        paged, n_bytes = self[model], self.resident_bytes(model)
         paged.block_until_unused()
         extent = self.ring.evict(model, self.ring.n_resident(model))
         paged.unmap(0, len(extent.frames))

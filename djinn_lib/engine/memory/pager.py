@@ -27,7 +27,7 @@ from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.policies import Policy, make_policy
 from djinn_lib.engine.memory.ring import Eviction, Ring
 from djinn_lib.engine.memory.window import Window
-from djinn_lib.errors import DjinnError, LeaseError
+from djinn_lib.errors import ConfigError, DjinnError, LeaseError
 
 
 class Pager:
@@ -59,7 +59,7 @@ class Pager:
         self.space: AddressSpace = open_address_space(device, ring.n_frames, page_bytes)
         self.copier: Copier = open_copier(device)
         self._mover = Mover(ring, chosen, self.space, self.copier, masters)
-        self._lock = threading.RLock()
+        self._lock, self._is_closed = threading.RLock(), False
         masters.when_reused(self._block_until_copied)
 
     @property
@@ -78,12 +78,15 @@ class Pager:
 
         Raises:
             CapacityError: it is larger than the ring, and a window for it does not fit either.
+            ConfigError: the name is taken, or the pager was closed.
         """
         window = None
         if n_bytes > self.capacity_bytes:
             units = units or [((0, n_bytes),)]
             window = Window.plan(n_bytes, units, self.ring.n_frames, self.page_bytes)
         with self._lock:
+            if self._is_closed:
+                raise ConfigError(f"the ring was closed before {model!r} was added: make a new one")
             return self._mover.add(model, n_bytes, window).view
 
     def remove(self, model: str) -> None:
@@ -250,10 +253,16 @@ class Pager:
         """Wait for copies and release all device memory; its tensors must not be used again."""
         try:
             self.copier.close()
-        finally:
-            with self._lock:
-                self._mover.models.clear()
-                self.space.close()
+        except Exception:
+            self._free()
+            raise
+        self._free()  # not after an interrupt: copies may be in flight
+
+    def _free(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._mover.models.clear()
+            self.space.close()
 
     @contextmanager
     def _held(self, model: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -207,15 +208,38 @@ def set_dtype(config: PretrainedConfig, dtype: torch.dtype) -> None:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Silence transformers' bar: it counts tensors that are mapped, not bytes that are read."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    if shown:
-        transformers_logging.disable_progress_bar()
+    """Silence transformers' bar: it counts tensors that are mapped, not bytes that are read.
+
+    The setting is one for all threads: the first block saves it, and the last one restores it.
+    """
+    _BARS.enter()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        _BARS.leave()
+
+
+class _Bars:
+    """Counts the blocks in which no bar is shown."""
+
+    def __init__(self) -> None:
+        self._lock, self._n_blocks, self._were_shown = threading.Lock(), 0, False
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._n_blocks:
+                self._were_shown = transformers_logging.is_progress_bar_enabled()
+                transformers_logging.disable_progress_bar()
+            self._n_blocks += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._n_blocks -= 1
+            if not self._n_blocks and self._were_shown:
+                transformers_logging.enable_progress_bar()
+
+
+_BARS = _Bars()
 
 
 def from_state(

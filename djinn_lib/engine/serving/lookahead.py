@@ -26,7 +26,9 @@ class LoadAhead:
 
     def __init__(self, pager: Pager, upcoming: Callable[[int], list[str]]) -> None:
         self._pager, self._upcoming = pager, upcoming
-        self._changed = threading.Condition()
+        # `with` a lock, not its condition, whose Python code an interrupt can leave half done.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._thread: threading.Thread | None = None
         self._nudged = self._closed = self._expecting = False
         self._logged: set[type[Exception]] = set()  # kinds of errors logged so far
@@ -35,7 +37,7 @@ class LoadAhead:
         """Start a prefetch pass; `n_waiting` requests are queued."""
         if not n_waiting and not self._expecting:
             return
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._nudged = True
@@ -47,7 +49,7 @@ class LoadAhead:
 
     def close(self) -> None:
         """End the thread; closing twice is harmless."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
         if self._thread and self._thread is not threading.current_thread():
@@ -55,7 +57,7 @@ class LoadAhead:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._nudged or self._closed)
                 if self._closed:
                     return

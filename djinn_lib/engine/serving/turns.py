@@ -57,7 +57,9 @@ class Turns:
         self._queue = queue
         self._is_resident = is_resident
         self._on_change = on_change
-        self._lock = threading.Condition(threading.Lock())  # notified when a turn ends
+        # `with` a lock, not its condition, whose Python code an interrupt can leave half done.
+        self._lock = threading.Lock()
+        self._turn_ended = threading.Condition(self._lock)
         self._current: Ticket | None = None
         self._owner: int | None = None  # the thread that holds the turn
         self._n_users = 0  # nested uses of the current turn by that thread
@@ -207,7 +209,7 @@ class Turns:
                     )
                 )
         with self._lock:
-            self._lock.wait_for(
+            self._turn_ended.wait_for(
                 lambda: (
                     self._current is None
                     or self.is_mine
@@ -252,5 +254,5 @@ class Turns:
             if self._current is not ticket:
                 return
             self._current = None
-            self._lock.notify_all()
+            self._turn_ended.notify_all()
         self._grant()

@@ -92,6 +92,16 @@ def test_copies_of_a_victim_end_before_its_frames_are_reused(tier):
     assert finished == ["a"]
 
 
+def test_an_interrupt_in_a_conditions_own_code_keeps_no_lock(tier, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt  # before the lock is released
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "__exit__", interrupted)
+        with pytest.raises(ConfigError, match="nobody"):
+            tier.hold("nobody")
+
+
 @pytest.fixture
 def gate(monkeypatch):
     """Reads wait until it is set."""

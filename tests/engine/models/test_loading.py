@@ -20,10 +20,12 @@ from tiny import CONFIGS, saved, spec
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
 
 import djinn_lib as dj
 from djinn_lib.engine.memory.masters import HostMasters
 from djinn_lib.engine.models import packing
+from djinn_lib.engine.models.construction import without_bars
 from djinn_lib.engine.models.packing import bind, pack
 from djinn_lib.engine.models.sources import open_source
 from djinn_lib.engine.models.spec import ModelSpec
@@ -215,6 +217,17 @@ def test_other_threads_see_nothing_of_a_model_that_is_added(tmp_path, kind):
             done.set()
         watching.result()
     assert seen == {before}
+
+
+def test_no_bar_is_shown_before_the_last_thread_has_loaded():
+    assert transformers_logging.is_progress_bar_enabled()
+    first, second = without_bars(), without_bars()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not transformers_logging.is_progress_bar_enabled()
+    second.__exit__(None, None, None)
+    assert transformers_logging.is_progress_bar_enabled()
 
 
 def test_models_may_be_added_from_many_threads(tmp_path):

@@ -1,5 +1,6 @@
 """The small real model that comes with a package."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
@@ -33,6 +34,29 @@ def test_it_is_converted_once_and_appears_whole(cache, monkeypatch):
     converted.clear()
     assert dj.small_model("float32") == folder and not converted
     assert dj.small_model() != folder and converted == [(".gguf", "bfloat16")]
+
+
+def test_threads_that_convert_at_once_leave_nothing_patched():
+    gguf = pytest.importorskip("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first():
+        with packaged._parsed_once():
+            first_in.set()
+            second_in.wait(0.5)
+        first_out.set()
+
+    def second():
+        first_in.wait(20)
+        with packaged._parsed_once():
+            second_in.set()
+            first_out.wait(20)
+
+    with ThreadPoolExecutor(2) as threads:
+        for one in [threads.submit(first), threads.submit(second)]:
+            one.result()
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_a_failure_leaves_nothing(cache, monkeypatch):

@@ -55,6 +55,17 @@ def test_a_turn_within_a_turn_of_the_same_thread_is_no_new_one():
         pass
 
 
+def test_an_interrupt_in_a_conditions_own_code_keeps_no_lock(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt  # before the lock is released
+
+    turns = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "__exit__", interrupted)
+        assert turns.upcoming(1) == []
+    assert turns._lock.acquire(blocking=False)
+
+
 def test_a_withdrawn_ticket_lets_the_next_one_in():
     turns = make()
     with turns.turn("a"):
