@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 _PARENT = "DJINN_PARENT"
@@ -24,13 +23,14 @@ _OURS = "djinn_lib.errors."
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-@cache
-def _starter(process: int) -> ThreadPoolExecutor:
-    """Return the thread that starts children of a process; a forked child needs another one.
+def _new_starter() -> None:
+    global _STARTER
+    # The kernel kills a child when the *thread* that started it ends; this thread never does.
+    _STARTER = ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
 
-    The kernel kills a child when the *thread* that started it ends; this thread never does.
-    """
-    return ThreadPoolExecutor(1, thread_name_prefix="djinn-starter")
+
+_new_starter()
+os.register_at_fork(after_in_child=_new_starter)  # a fork copies no thread
 
 
 def start(
@@ -72,7 +72,7 @@ def start(
                 start_new_session=True,  # the parent handles interrupts from the keyboard
             )
 
-    starting = _starter(os.getpid()).submit(run)
+    starting = _STARTER.submit(run)
     try:
         return starting.result()
     except KeyboardInterrupt:

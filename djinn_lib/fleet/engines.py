@@ -244,7 +244,9 @@ class EngineClient:
             return
         if kind == "part":
             if pending.is_dropped:
-                pending.cancel()
+                pending.is_dropped, pending.on_part = False, None
+                # Not here, because it sends, and the engine may wait until this thread has read.
+                threading.Thread(target=pending.cancel, name="djinn-drop", daemon=True).start()
             elif pending.on_part:
                 pending.on_part(*values)
         elif pending.set_running_or_notify_cancel():
