@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from djinn_lib.engine.memory.devices.base import AddressSpace, Copier
 from djinn_lib.engine.memory.frames import Extent
+from djinn_lib.engine.memory.interrupts import held_back
 from djinn_lib.engine.memory.masters import Masters
 from djinn_lib.engine.memory.paged_model import PagedModel
 from djinn_lib.engine.memory.policies import Policy
@@ -33,6 +34,7 @@ class Mover:
         self._space, self._copier, self._masters = space, copier, masters
         self.models: dict[str, PagedModel] = {}
 
+    @held_back()
     def add(self, model: str, n_bytes: int, window: Window | None) -> PagedModel:
         """Reserve addresses for a model; after an error nothing is left."""
         n_pages = window.n_frames if window else -(-n_bytes // self.page_bytes)
@@ -47,6 +49,7 @@ class Mover:
         self.models[model] = paged
         return paged
 
+    @held_back()
     def remove(self, model: str) -> None:
         """Free the frames and the addresses of an unleased model."""
         self.ring.ensure_unleased(model)
@@ -85,22 +88,26 @@ class Mover:
 
         After an error the model is as before. Pages that were evicted stay evicted.
         """
+        return self._load(model, n_pages, spare) if n_pages else 0
+
+    @held_back()
+    def _load(self, model: str, n_pages: int, spare: frozenset[str]) -> int:
         evicted = self.ring.make_room(model, self.policy, n_pages, spare)
         try:
             for extent in evicted:
                 self.models[extent.model].block_until_unused()
-            if n_pages:
-                missing = self.ring.map_missing(model, n_pages)
-                try:
-                    self.models[model].load(missing)
-                except BaseException:
-                    self.ring.roll_back(model, n_pages)
-                    raise
+            missing = self.ring.map_missing(model, n_pages)
+            try:
+                self.models[model].load(missing)
+            except BaseException:
+                self.ring.roll_back(model, n_pages)
+                raise
         finally:  # after the copies started: briefly a frame has two addresses
             for extent in evicted:
                 self.models[extent.model].unmap(extent.first_page, len(extent.frames))
         return sum(self._bytes_of(extent) for extent in evicted)
 
+    @held_back()
     def evict(self, model: str) -> int:
         """Unmap all pages of an unleased model; return their bytes."""
         self.ring.ensure_unleased(model)
@@ -124,6 +131,7 @@ class Mover:
                 if good_bytes is not None:
                     self._roll_back(model, good_bytes)
 
+    @held_back()
     def _roll_back(self, model: str, good_bytes: int) -> None:
         paged, n_good = self.models[model], good_bytes // self.page_bytes
         n_bad = max(0, self.ring.n_resident(model) - n_good)

@@ -20,6 +20,7 @@ from itertools import pairwise
 import torch
 
 from djinn_lib.engine.memory.devices.base import Copier, PageCopy, Source
+from djinn_lib.engine.memory.interrupts import held_back
 from djinn_lib.engine.memory.layout import Extents
 from djinn_lib.engine.memory.lease import Tally
 from djinn_lib.engine.memory.load import copy_failed
@@ -224,6 +225,7 @@ class Streamed:
             self.reset()
             raise
 
+    @held_back()
     def _submit(self) -> None:
         for position in [q for q in self._copies if q < self.rotation.begin]:
             del self._copies[position]
@@ -241,6 +243,7 @@ class Streamed:
         for page_copy in tuple(self._copies.values()):  # another thread may remove some
             page_copy.block_until_ended()
 
+    @held_back()
     def reset(self) -> None:
         """Wait for copies, then forget the content of the window; its frames are free to use."""
         self.block_until_ended()

@@ -1,5 +1,6 @@
 """The pager on real mappings: bytes equal masters after anything that happens."""
 
+import signal
 import threading
 import time
 
@@ -92,6 +93,35 @@ def test_use_without_a_lease_is_refused_instead_of_faulting(three):
     lease.release()  # giving back twice is harmless
     with pytest.raises(LeaseError):
         pager.wait("a", 1)
+
+
+@pytest.mark.parametrize("step", ["submit", "map", "unmap", "bytes_view"])
+def test_an_interrupt_waits_until_pages_have_moved(three, monkeypatch, step):
+    pager, _, _ = three
+    owner = pager.copier if step == "submit" else pager.space
+    real = getattr(owner, step)
+
+    def interrupted(*args):
+        result = real(*args)
+        signal.raise_signal(signal.SIGINT)
+        return result
+
+    with pager.lease("a"):
+        pass
+    monkeypatch.setattr(owner, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        if step == "bytes_view":
+            pager.add("d", PAGE)
+        else:
+            pager.lease("b")
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pager.check()
+    if step == "bytes_view":
+        pager.remove("d")
+    assert not pager.ring.any_leased
+    with pager.lease("b") as lease:
+        assert not lease.stats.mapped_bytes or step == "bytes_view"
 
 
 def test_two_leases_share_one_load_and_its_failure(three, monkeypatch):
