@@ -257,5 +257,5 @@ def test_a_fleet_file_that_cannot_be_used(tmp_path, text, says):
 
 
 def test_no_fleet_file(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_fleet_file(tmp_path / "none.yml")

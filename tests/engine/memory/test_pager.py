@@ -95,6 +95,15 @@ def test_use_without_a_lease_is_refused_instead_of_faulting(three):
         pager.wait("a", 1)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", ["submit", "map", "unmap", "bytes_view"])
 def test_an_interrupt_waits_until_pages_have_moved(three, monkeypatch, step):
     pager, _, _ = three
