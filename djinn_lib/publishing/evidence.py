@@ -17,7 +17,11 @@ _OF_THE_MACHINE = {"total_gib", "model_gib", "capacity_share"}
 _OF_THE_TRACE = {"popularity_ratio", "computed_hit_share"}
 _OF_LOADS = {"highest_rate"}  # rows of the traces whose names begin alike
 _OF_ALL_SYSTEMS = {"token_agreement", "token_agreement_of"}
-_OF_ALL_CELLS_OF_A_SYSTEM = {"token_agreement_when_concurrent"}
+_OF_ALL_CELLS_OF_A_SYSTEM = {
+    "token_agreement_when_concurrent": ("sequential", "concurrent"),
+    "token_repeatability": ("sequential",),
+    "writeback_bytes": ("sequential", "concurrent"),
+}
 _OF_ALL_CAPACITIES = {"speedup_over_capacities", "speedup_spread", "worst_bytes_to_optimum"}
 _MOST = 8  # a claim with more cells gets one link to all
 
@@ -95,15 +99,15 @@ def _rests_on(claim: Claim, trace: str, capacity: str, system: str, mode: str, s
     if claim.metric not in _OF_ALL_SYSTEMS and system not in _systems(where, system):
         return False
     if claim.metric in _OF_ALL_CELLS_OF_A_SYSTEM:
-        return True
-    if where.get("start", "cold") != start:
+        return mode in _OF_ALL_CELLS_OF_A_SYSTEM[claim.metric]
+    if where.get("start", "cold") not in (start, None):
         return False
     of_load, load = claim.metric in _OF_LOADS, f"{where.get('traces', 'load')}_"
     all_capacities = claim.metric in _OF_ALL_CAPACITIES
     wanted_capacity = where.get("capacity_label", None if all_capacities else MAIN_CAPACITY)
     wanted_trace = where.get("trace", MAIN_TRACE)
     return (
-        mode == ("concurrent" if of_load else where.get("mode", "sequential"))
+        ("concurrent" if of_load else where.get("mode", "sequential")) in (mode, None)
         and (trace.startswith(load) if of_load else wanted_trace in (trace, None))
         and wanted_capacity in (capacity, None)
     )
