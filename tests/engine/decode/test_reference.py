@@ -9,6 +9,7 @@ from transformers import (
     GPTNeoConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     OpenAIGPTConfig,
     Phi3Config,
     RobertaConfig,
@@ -22,6 +23,7 @@ from djinn_lib.engine.decode.eager import generate_eager
 from djinn_lib.engine.decode.kv_cache import KvCache, KvLayer
 from djinn_lib.engine.decode.recorded import RecordedDecoder, _probe_lengths
 from djinn_lib.engine.decode.reference import (
+    AMPLIFIED,
     N_TOKENS,
     Followed,
     Reference,
@@ -94,6 +96,45 @@ ROUNDED = [("llama", "bfloat16"), ("mistral-sliding", "float16"), ("gpt2", "floa
 def test_rounding_is_no_reason(name, dtype, caplog):
     assert decoder_of(spec(name, dtype).build()).mode == "graph"
     assert not caplog.text
+
+
+# As sharp as the attention of random weights of Mistral-7B's shape, which has 4,096 columns.
+SHARP = MistralConfig(
+    hidden_size=256, intermediate_size=896, num_hidden_layers=32, num_attention_heads=4,
+    num_key_value_heads=1, vocab_size=VOCAB, initializer_range=0.08,
+)  # fmt: skip
+
+
+def test_layers_that_amplify_rounding_are_no_reason():
+    """The exact logits are those of single precision, from which any half precision differs."""
+    references = References(ModelSpec(SHARP, "bfloat16", seed=2).build(), [64])
+    exact = ModelSpec(SHARP, "bfloat16", seed=2).build().float()
+
+    def follow(known, last=None):
+        ids = torch.tensor([[*known.prompt_ids, *known.token_ids]])
+        if last is not None:
+            ids[0, -3] = last
+        with torch.no_grad():
+            return Followed(exact(ids).logits[0, 63:-1].bfloat16(), known.token_ids)
+
+    known = references._reference(64, 0)
+    with pytest.raises(DjinnError, match=r"expected logits within 0.05"):
+        compare(follow(known), known)
+    references.ensure_alike(follow)
+    with pytest.raises(DjinnError, match=r"expected logits within 0.1\d .* at token 4"):
+        references.ensure_alike(lambda known: follow(known, last=7))  # instead of another token
+
+
+def test_a_model_is_allowed_what_rounding_does_to_it_and_not_much_more():
+    calm = LlamaConfig(**{**SHAPE, "initializer_range": 0.02}, intermediate_size=96)
+    for dtype in ("float32", "float16", "bfloat16"):
+        model = ModelSpec(calm, dtype, seed=5).build()
+        references = References(model, [32])
+        assert references._amplification(references._reference(32, 0)) == 1
+        assert not any(module._forward_hooks for module in model.modules())
+    chaotic = MistralConfig(**{**SHARP.to_dict(), "initializer_range": 0.4, "dtype": None})
+    references = References(ModelSpec(chaotic, "bfloat16", seed=2).build(), [64])
+    assert references._amplification(references._reference(64, 0)) == AMPLIFIED
 
 
 real_update = KvLayer.update
