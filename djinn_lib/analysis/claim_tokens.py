@@ -19,13 +19,21 @@ from djinn_lib.metrics import served as done
 
 @metric()
 def token_repeatability(run: Run, system: str) -> Measurement:
-    """Share of requests that a system gave the same tokens in every repeat, capacity and start."""
-    rows = served(run, system, trace=None, capacity_label=None, start=None)
-    tokens = rows.groupby(KEYS)["token_sha"].agg(["size", "nunique"])
-    again = tokens[tokens["size"] > 1]
+    """Share of requests that a system gave the same tokens in every repeat, capacity and start.
+
+    Repeats are compared on each machine: compilers choose kernels there by timing them, and other
+    kernels round otherwise. The remark says how many requests differ between machines.
+    """
+    rows = run.placed(served(run, system, trace=None, capacity_label=None, start=None))
+    tokens = rows.groupby([*KEYS, "place"])["token_sha"].agg(["size", "nunique"])
+    again = tokens[tokens["size"] > 1].groupby(KEYS).agg({"size": "sum", "nunique": "max"})
     if again.empty:
         raise NotMeasured(f"{system} served no request twice in this run")
     remark = f"{len(again)} different requests, {again['size'].sum()} served"
+    if (n_machines := rows["place"].nunique()) > 1:
+        own = tokens["nunique"].groupby(KEYS).max() == 1
+        apart = own & (rows.groupby(KEYS)["token_sha"].nunique() > 1)
+        remark += f"; on {n_machines} machines, which differ in {apart.sum()} of them"
     return Measurement(float((again["nunique"] == 1).mean()), len(again), remark)
 
 

@@ -546,6 +546,25 @@ def test_token_repeatability():
         assert (found.value, found.n) == (0.75, 4)
 
 
+def test_tokens_are_repeated_on_one_machine():
+    """Each machine tunes its kernels, which may round otherwise."""
+    rows, manifests = [], {}
+    for machine, tokens in enumerate(["wxyz", "wx?z"]):
+        cell = served("a", [5.0] * 4, token_sha=list(tokens), run_id=str(machine))
+        rows += [cell, cell.assign(repeat=1)]
+        manifests[str(machine)] = {
+            **next(iter(run_of(cell).manifests.values())), "run_id": str(machine),
+            "gpu_uuid": f"GPU-{machine}",
+        }  # fmt: skip
+    run = replace(run_of(pd.concat(rows)), manifests=manifests)
+    found = METRICS["token_repeatability"](run, system="a")
+    assert (found.value, found.n) == (1.0, 4)
+    assert found.remark.endswith("16 served; on 2 machines, which differ in 1 of them")
+    rows[1]["token_sha"] = list("wxy?")
+    found = METRICS["token_repeatability"](replace(run, rows=pd.concat(rows)), system="a")
+    assert found.value == 0.75 and "which differ in 1 of them" in found.remark
+
+
 def test_token_agreement_lead():
     rows = pd.concat(
         [
