@@ -16,7 +16,7 @@ from djinn_lib import metrics
 from djinn_lib.analysis.comparisons import decomposition
 from djinn_lib.analysis.plots.style import order_systems, split_unavailable, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, or_reason, sweep
+from djinn_lib.analysis.selection import NotMeasured, or_reason, side_by_side, sweep
 from djinn_lib.metrics import (
     HIT_MS,
     attempted,
@@ -210,33 +210,44 @@ def ablation_table(run: Run, trace: str = "paper", capacity_label: str = "25") -
     """Return the latency that each step from whole models to Djinn saves.
 
     A step that was not measured is merged into the next measured one. Differences of the mean are
-    paired by request. There is no difference if the previous step ran on another machine.
+    paired by request, and are those of the newest machine that ran both steps, with replicates if
+    necessary. There is none if no machine ran both.
 
     Raises:
         RecordError: there are no rows of that trace and capacity.
     """
     rows = run.cells(trace, capacity_label)
     table, lines, whats = measures(run, rows), {}, []
-    before: pd.DataFrame | None = None
+    before: str | None = None
     for system, what in STEPS:
         whats.append(what)
         if system not in table.index:
             continue
-        own = rows[rows["system"] == system]
         line = table.loc[system].to_dict()
-        if before is not None and run.machines_of(before) == run.machines_of(own):
-            saved = difference_of_means(by_request(before), by_request(own))
-            line |= dict(zip(("mean saved (ms)", "low (ms)", "high (ms)"), saved, strict=True))
+        if before is not None:
+            line |= _saved(run, before, system, trace=trace, capacity_label=capacity_label)
         step = " + ".join(whats)
         lines[step if before is None else f"+ {step}", system] = line
-        before, whats = own, []
+        before, whats = system, []
     if not lines:
         raise NotMeasured(f"no step of the ablation was run: {[system for system, _ in STEPS]}")
     table = pd.DataFrame.from_dict(lines, orient="index").rename_axis(["step", "system"])
     columns = [*SERVED, "mean (ms)", "up to decoding (ms)", "mean switch (ms)", "loaded (GiB)",
-               "mean saved (ms)", "low (ms)", "high (ms)", "machine"]  # fmt: skip
+               "mean saved (ms)", "low (ms)", "high (ms)", "saved on", "machine"]  # fmt: skip
     table = table.reindex(columns=columns)
-    return table.drop(columns="machine") if table["machine"].nunique() < 2 else table
+    several = len(set(run.machine_numbers.values())) > 1
+    return table if several else table.drop(columns=["machine", "saved on"])
+
+
+def _saved(run: Run, before: str, system: str, **where: Any) -> dict[str, Any]:
+    """Return how much lower the mean of a system is than that of the step before it, and where."""
+    try:
+        pair = side_by_side(run, [before, system], **where)
+    except NotMeasured:
+        return {}
+    saved = difference_of_means(*(by_request(served(rows)) for rows in pair.values()))
+    names = ("mean saved (ms)", "low (ms)", "high (ms)")
+    return {**dict(zip(names, saved, strict=True)), "saved on": run.machines_of(pair[system])}
 
 
 def replicates_table(run: Run) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from djinn_lib.metrics import attempted
 NOT_BATCHED = "could not batch: its engines were given one request at a time"
 CPU_CLOCKS = "times on a shared CPU are noise: judged on a GPU only"
 MAIN_TRACE, MAIN_CAPACITY = "paper", "25"
+PINNED = "pytorch_pinned"  # what the paper compares with
 COLD, WARM = "cold", "warm"  # what is resident before the first request
 _USUAL = ("start", COLD)
 
@@ -133,7 +134,7 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     }
 
 
-def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -> pd.DataFrame:
+def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataFrame:
     """Return the rows of the systems that were run at more than one capacity.
 
     The baseline is always among them, so unfinished runs can be analysed too. At each capacity all
@@ -159,6 +160,22 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = "pytorch_pinned") -
             found += _beside(run, here, baseline, trace=trace, capacity_label=str(label))
     together = pd.concat(found)
     return together.assign(machine=together["run_id"].map(run.machine_numbers).fillna(0))
+
+
+def usual_baseline(run: Run, trace: str = MAIN_TRACE) -> str:
+    """Return the system to compare others with: PyTorch pinned, or where it was not run, another.
+
+    That is the slowest one of those that were run at most capacities.
+
+    Raises:
+        RecordError: there are no rows.
+    """
+    rows = run.cells(trace)
+    rows = rows if (served := metrics.served(rows)).empty else served
+    if PINNED in set(rows["system"]):
+        return PINNED
+    found = rows.groupby("system").agg({"capacity_label": "nunique", "total_ms": "mean"})
+    return str(found.sort_values(["capacity_label", "total_ms"]).index[-1])
 
 
 def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[pd.DataFrame]:

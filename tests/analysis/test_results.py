@@ -11,6 +11,7 @@ from row_factory import CAPACITIES, cell_rows, run_rows
 from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
 
 from djinn_lib.analysis.arriving import waiting_table
+from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
@@ -21,6 +22,7 @@ from djinn_lib.analysis.results import (
     systems_table,
 )
 from djinn_lib.analysis.run import Run
+from djinn_lib.analysis.selection import sweep, usual_baseline
 from djinn_lib.metrics import later_touches
 from djinn_lib.rows import no_rows
 
@@ -107,6 +109,17 @@ def test_the_sweep_has_every_capacity_of_the_systems_swept(gpu: Run):
     assert djinn["speed-up of the P50 (x)"].iloc[-1] == pytest.approx(ratio)
 
 
+def test_the_sweep_compares_with_pytorch_pinned_or_else_with_the_slowest(gpu: Run, cpu: Run):
+    assert usual_baseline(gpu) == usual_baseline(cpu) == "pytorch_pinned"
+    few = [cell_rows("djinn", "20"), cell_rows("djinn", "40"), cell_rows("pytorch_lru", "20")]
+    assert usual_baseline(run_of(pd.concat(few))) == "djinn"  # at most capacities
+    other = run_of(pd.concat([*few, cell_rows("pytorch_lru", "40")]))
+    assert usual_baseline(other) == "pytorch_lru"
+    rows = sweep(other, baseline="pytorch_lru")
+    assert len(sensitivity(rows, "pytorch_lru").axes) == 3
+    assert usual_baseline(run_of(cell_rows("vllm_sleep"))) == "vllm_sleep"  # it could not run
+
+
 def test_the_sweep_tells_machines_apart(gpu: Run):
     again = on_another_machine(gpu, "djinn")
     table = sweep_table(replace(again, replicates=no_rows(), replicate_manifests={}))
@@ -134,6 +147,10 @@ def test_each_step_of_the_ablation_is_measured_against_the_one_before(gpu: Run):
         "djinn_eager",
         "djinn_graph",
     ]  # no ratio across machines
+    again = on_another_machine(gpu, "djinn", total_ms=lambda ms: ms + 100)
+    last = ablation_table(again).iloc[-1]  # of the older measurement, beside the step before it
+    assert last["mean saved (ms)"] == pytest.approx(table["mean saved (ms)"].iloc[-1])
+    assert (last["saved on"], last["machine"]) == ("1", "2")
 
 
 def test_cells_that_were_measured_again_stand_next_to_each_other(gpu: Run):
