@@ -280,11 +280,19 @@ def publish(
     unfinished: Annotated[
         bool, typer.Option("--unfinished", help="take a run that misses cells")
     ] = False,
+    beside: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="keep only its rows, as data/reference/NAME"),
+    ] = None,
 ) -> None:
     """Make a finished run the reference; see docs/maintaining.md."""
-    from djinn_lib.publishing.publish import publish as publish_run
+    from djinn_lib.publishing import publish as publishing
 
-    publish_run(run_dir.expanduser().resolve(), replace, allow_dirty, unfinished)
+    run_dir, how = run_dir.expanduser().resolve(), (replace, allow_dirty, unfinished)
+    if beside is not None:
+        print(f"published: {publishing.publish_rows(run_dir, beside, *how)}")
+        return
+    publishing.publish(run_dir, *how)
     print("published; next: python -m djinn_lib.publishing.pages, then the tests")
 
 

@@ -5,6 +5,9 @@ Everything that is derived from rows is generated again from the copies: noteboo
 `figures/`), claims.json and comparison_summary.json. So published results always agree with their
 rows. Paths of the machine are removed.
 
+A run of another profile can be published beside the reference run (`--beside h100-bf16`). Then only
+its measurements are copied, and figures and claims remain those of the reference run.
+
 A run is refused if cells are missing (`--unfinished` accepts it, and their results are shown as not
 measured), if it ran without a GPU, or from a changed working tree (`--allow-dirty` accepts it). An
 existing reference run is kept, unless `--replace` is given.
@@ -34,8 +37,8 @@ from djinn_lib.rows import read_rows, write_rows
 
 PUBLISHED = ("requests", REPLICATES, "traces", "notebooks", "figures", "machine.json",
              "claims.json", "comparison_summary.json", *large_results.FILES)  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 NOTEBOOK_BYTES = 4 << 20  # code hosts do not render much larger ones
-_READ_FROM = "../data/reference/h100"  # the run's folder, as seen from `notebooks/`
 # An absolute path of two parts or more. What comes before keeps URLs, rates (GB/s), HTML tags and
 # paths relative to something, `{folder}/a/b` among them, out of it.
 _ABSOLUTE = re.compile(r"(?<![\w./:<}\]-])/(?:[\w.+@{}\[\]-]+/)+([\w.+@{}\[\]-]+)/?")
@@ -59,6 +62,67 @@ def publish(
         RecordError: the run does not qualify, or cannot be read.
         OSError: writing failed, for example on a full disk.
     """
+    run = _publishable(run_dir, reference, replace, allow_dirty, unfinished)
+    reference.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(prefix=".publish-", dir=reference.parent) as name,
+        new_figures(figures) as drawn,
+    ):
+        made, new = Path(name).resolve() / "made", Path(name) / reference.name
+        made.mkdir()
+        _copy(run, made)
+        _read(made, reference)
+        _tidy_all(made, reference.name)
+        for file in ("claims.json", "comparison_summary.json"):
+            write_json(made / file, scrub(json.loads((made / file).read_text())))
+        copy_figures(made / "figures", drawn)
+        _assemble(new, made, reference)
+        replace_folders({reference: new, figures: drawn})
+
+
+def publish_rows(
+    run_dir: Path,
+    name: str,
+    replace: bool = False,
+    allow_dirty: bool = False,
+    unfinished: bool = False,
+    parent: Path = REFERENCE.parent,
+) -> Path:
+    """Keep the measurements of a run beside the reference run; return their folder.
+
+    These are rows, manifests, traces, the machine's facts and the executed notebooks of cells.
+
+    Args:
+        run_dir: a run, usually of another profile than the reference run.
+        name: of the folder, which may already hold such a run.
+        replace, allow_dirty, unfinished: see `publish`.
+        parent: where the reference runs are.
+
+    Raises:
+        ConfigError: the name cannot be used, or there already is a published run.
+        RecordError: the run does not qualify, or cannot be read.
+        OSError: writing failed, for example on a full disk.
+    """
+    folder = parent / name
+    kept = folder.exists() and not (folder / "requests").exists()
+    if not _NAME.fullmatch(name) or name == REFERENCE.name or kept:
+        raise ConfigError(
+            f"expected a name for a folder of rows in {parent}, such as h100-bf16, got {name!r}: "
+            "choose letters, digits and dashes, and none that is used for something else"
+        )
+    run = _publishable(run_dir, folder, replace, allow_dirty, unfinished)
+    with TemporaryDirectory(prefix=".publish-", dir=parent) as temporary:
+        made = Path(temporary).resolve() / name
+        made.mkdir()
+        _copy(run, made)
+        _tidy_all(made, name)
+        replace_folders({folder: made})
+    return folder
+
+
+def _publishable(
+    run_dir: Path, reference: Path, replace: bool, allow_dirty: bool, unfinished: bool
+) -> Run:
     taken = [name for name in PUBLISHED if (reference / name).exists()]
     if taken and not replace:
         raise ConfigError(
@@ -70,25 +134,7 @@ def publish(
         raise RecordError(
             f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
         )
-    reference.mkdir(parents=True, exist_ok=True)
-    with (
-        TemporaryDirectory(prefix=".publish-", dir=reference.parent) as name,
-        new_figures(figures) as drawn,
-    ):
-        made, new = Path(name).resolve() / "made", Path(name) / reference.name
-        made.mkdir()
-        _copy(run, made)
-        _read(made, reference)
-        for folder in ("notebooks", REPLICATES):
-            for path in sorted((made / folder).glob("*.ipynb")):
-                _tidy(path, made)
-            for path in (made / folder).glob("*.log"):
-                path.write_text(scrub_text(path.read_text()))
-        for file in ("claims.json", "comparison_summary.json"):
-            write_json(made / file, scrub(json.loads((made / file).read_text())))
-        copy_figures(made / "figures", drawn)
-        _assemble(new, made, reference)
-        replace_folders({reference: new, figures: drawn})
+    return run
 
 
 def _problems(run: Run, allow_dirty: bool, unfinished: bool) -> Iterator[str]:
@@ -152,15 +198,24 @@ def _read(made: Path, reference: Path) -> None:
         )
 
 
-def _tidy(path: Path, made: Path) -> None:
+def _tidy_all(made: Path, name: str) -> None:
+    """Remove paths of the machine from executed notebooks and their logs."""
+    for folder in ("notebooks", REPLICATES):
+        for path in sorted((made / folder).glob("*.ipynb")):
+            _tidy(path, made, f"../data/reference/{name}")  # as seen from `notebooks/`
+        for path in (made / folder).glob("*.log"):
+            path.write_text(scrub_text(path.read_text()))
+
+
+def _tidy(path: Path, made: Path, read_from: str) -> None:
     """Remove paths of the machine from an executed notebook.
 
     Papermill records the paths of the run's folder and of the repository.
     """
-    content, known = json.loads(path.read_text()), {str(made): _READ_FROM}
+    content, known = json.loads(path.read_text()), {str(made): read_from}
     papermill = content.get("metadata", {}).get("papermill", {})
     if executed := papermill.get("parameters", {}).get("run_dir"):
-        known[executed] = _READ_FROM
+        known[executed] = read_from
     if source := papermill.get("input_path"):
         known[str(Path(source).parent.parent)] = "."
     path.write_text(json.dumps(scrub(content, known), indent=1, ensure_ascii=False) + "\n")

@@ -23,7 +23,7 @@ from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.files import write_json
 from djinn_lib.paths import REFERENCE
 from djinn_lib.publishing import publish as publish_module
-from djinn_lib.publishing.publish import publish, scrub_text
+from djinn_lib.publishing.publish import publish, publish_rows, scrub_text
 from djinn_lib.rows import read_rows, rows_frame, write_rows
 
 HOME = "/home/me/djinn"
@@ -100,6 +100,35 @@ def reference(tmp_path: Path) -> Path:
 def change(run_dir: Path, **fields) -> None:
     path = run_dir / "requests" / "paper-25-djinn.manifest.json"
     write_json(path, {**read_manifest(path), **fields})
+
+
+def test_rows_of_another_profile_are_kept_beside(run_dir, reference):
+    folder = publish_rows(run_dir, "h100-bf16", parent=reference.parent)
+    assert folder == reference.parent / "h100-bf16"
+    assert load_run(folder).rows["total_ms"].equals(load_run(run_dir).rows["total_ms"])
+    assert {path.name for path in folder.iterdir()} == {
+        "requests", "traces", "notebooks", "machine.json",
+    }  # fmt: skip
+    text = (folder / "notebooks" / "02_run_system.paper-25-djinn.ipynb").read_text()
+    assert json.loads(text)["cells"][0]["source"] == ['run_dir = "../data/reference/h100-bf16"\n']
+    assert not [path for path in folder.rglob("*.json") if "/home/" in path.read_text()]
+    with pytest.raises(ConfigError, match="--replace"):
+        publish_rows(run_dir, "h100-bf16", parent=reference.parent)
+    publish_rows(run_dir, "h100-bf16", replace=True, parent=reference.parent)
+    assert {path.name for path in reference.parent.iterdir()} == {"h100", "h100-bf16"}
+    assert [path.name for path in reference.iterdir()] == ["engine.json"]
+
+
+@pytest.mark.parametrize("name", ["h100", "study", "", "../x", "a/b", ".hidden"])
+def test_rows_never_take_the_place_of_something_else(run_dir, reference, name):
+    (reference.parent / "study").mkdir()
+    (reference.parent / "study" / "points.parquet").touch()
+    with pytest.raises(ConfigError, match=r"expected a name .* such as h100-bf16"):
+        publish_rows(run_dir, name, replace=True, parent=reference.parent)
+    assert (reference.parent / "study" / "points.parquet").exists()
+    with pytest.raises(RecordError, match="1 cells missing"):
+        (run_dir / "requests" / "paper-40-djinn.parquet").unlink()
+        publish_rows(run_dir, "h100-bf16", parent=reference.parent)
 
 
 def test_a_finished_run_is_copied_and_nothing_else_is_lost(run_dir, reference, tmp_path, reading):
