@@ -1,4 +1,4 @@
-"""Generate the tables of README.md and docs/results.md from the reference run.
+"""Generate the tables of README.md and of pages in docs/ from the reference run.
 
     python -m djinn_lib.publishing.pages
 
@@ -21,6 +21,7 @@ from djinn_lib.analysis import validation
 from djinn_lib.analysis.arriving import rates_table, waiting_table
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
 from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
+from djinn_lib.analysis.compressed import compressed_trace_table, masters_table
 from djinn_lib.analysis.host_pace import decode_table, loop_table
 from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.results import (
@@ -40,7 +41,8 @@ from djinn_lib.paths import REFERENCE, REPO, SOAKS, STUDY
 from djinn_lib.publishing.report import build_report
 from djinn_lib.simulator.cost_model import engine_rows
 
-PAGES = (REPO / "README.md", REPO / "docs" / "results.md")
+PAGES = (REPO / "README.md", REPO / "docs" / "results.md", REPO / "docs" / "compressed-masters.md")
+BFLOAT16 = "h100-bf16"  # beside the reference run
 _STEPS = ("djinn_compiled", "djinn_graph", "djinn_partial_no_overlap", "djinn_whole")
 _STRESSED = ("not reproduced", "unresolved", "withdrawn")
 
@@ -219,6 +221,8 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "engine pages": engine_pages,
     "policies": policies,
     "soaks": soaks,
+    "masters": lambda run: masters_table(run.folder),
+    "masters, trace": lambda run: compressed_trace_table(load_run(run.folder.parent / BFLOAT16)),
 }
 
 
