@@ -85,7 +85,7 @@ def time_to_first_token_counts_the_wait():
     # How long one waits depends on the host, which submits a compressed page more slowly.
     with dj.Djinn(2 << 30, "cuda", page=16 * PAGE, decode="eager", overlap=False) as djinn:
         big = {**_SHAPE, "vocab_size": 200_000, "hidden_size": 1024}
-        djinn.add("a", dj.ModelSpec(LlamaConfig(**big), "float16", seed=1))
+        djinn.add("a", dj.ModelSpec(LlamaConfig(**big), "float16", seed=1, init="plain"))
         djinn.generate("a", PROMPT, 2)
         djinn.evict("a")
         g = djinn.generate("a", PROMPT, 2)
@@ -188,7 +188,7 @@ def undisturbed_tokens(spec, decode="eager"):
 def prefill_follows_the_copy():
     """A recorded prefill starts before its last layers are there, and gives the same tokens."""
     big = LlamaConfig(**{**_SHAPE, "vocab_size": 100_000, "hidden_size": 1024})
-    spec = dj.ModelSpec(big, "float16", seed=1)
+    spec = dj.ModelSpec(big, "float16", seed=1, init="plain")  # drawn on the GPU, in no time
     with dj.Djinn(2 << 30, "cuda", page=16 * PAGE, decode="graph", max_model_len=64) as djinn:
         djinn.add("m", spec)
         hit = djinn.generate("m", PROMPT, 6, ignore_eos=True)
