@@ -111,7 +111,7 @@ def test_simulated_and_measured_agree(compared):
     assert table["bytes_equal"].all()
     for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
         missed = table.index[table[f"{statistic}_error"].abs() > most]
-        # There the first load of mistral-7b was slow in every repeat; docs/simulator.md tells of it.
+        # There the first load of mistral-7b was slow in every repeat: see docs/simulator.md.
         slow = ["paper-25-djinn", "paper-32-djinn"] if statistic == "max" else []
         assert list(missed) == slow, statistic
     assert (table["n"] >= 6).all()
