@@ -130,7 +130,8 @@ class References:
         except Exception:  # the architecture's own code; it may need more than ids
             return 1.0
         apart = statistics.fmean(distance(a, b) for a, b in zip(others, logits, strict=True))
-        return min(max(1.0, apart / TOLERANCE[logits.dtype]), AMPLIFIED)
+        times = apart / TOLERANCE[logits.dtype]
+        return min(times, AMPLIFIED) if times > 1 else 1.0  # also for NaN
 
 
 @contextmanager
@@ -226,28 +227,28 @@ def ensure_alike(
         raise DjinnError(
             f"expected the same impossible ids as transformers' generate {where}".strip()
         )
-    apart = distance(got[usual], expected[usual])
-    last_digit = limits.eps * float(expected[usual].double().norm()) / _spread(expected[usual])
-    if not apart <= allowed + last_digit:  # also true for NaN
+    a, b = _centred(got[usual]), _centred(expected[usual])
+    apart, spread = float((a - b).norm()), float(b.norm())
+    last_digit = limits.eps * float(expected[usual].double().norm())
+    if not apart <= allowed * spread + last_digit:  # also true for NaN
         raise DjinnError(
             f"expected logits within {allowed:.2g} of those of transformers' generate, "
-            f"got {apart:.2g} {where}".strip()
+            f"got {apart / spread if spread else apart:.2g} {where}".strip()
         )
 
 
 def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the distance of logits (vocabulary,) as a share of the norm of the expected ones.
 
-    Both are taken without their mean. If all expected ones are equal, any other distance is
-    infinite.
+    Both are taken without their mean. It is NaN if all expected ones are equal.
     """
-    a, b = got.double(), expected.double()
-    return float(((a - a.mean()) - (b - b.mean())).norm()) / _spread(expected)
+    a, b = _centred(got), _centred(expected)
+    return float((a - b).norm() / b.norm()) if b.any() else math.nan
 
 
-def _spread(logits: torch.Tensor) -> float:
+def _centred(logits: torch.Tensor) -> torch.Tensor:
     values = logits.double()
-    return float((values - values.mean()).norm()) or math.ulp(0.0)
+    return values - values.mean()
 
 
 def _buffers(model: PreTrainedModel) -> Iterator[tuple[str, tuple[int, int]]]:

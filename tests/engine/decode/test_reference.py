@@ -132,6 +132,10 @@ def test_a_model_is_allowed_what_rounding_does_to_it_and_not_much_more():
         references = References(model, [32])
         assert references._amplification(references._reference(32, 0)) == 1
         assert not any(module._forward_hooks for module in model.modules())
+    flat = ModelSpec(calm, "bfloat16", seed=5).build()
+    flat.lm_head.weight.data.zero_()  # all logits are 0
+    references = References(flat, [32])
+    assert references._amplification(references._reference(32, 0)) == 1
     chaotic = MistralConfig(**{**SHARP.to_dict(), "initializer_range": 0.4, "dtype": None})
     references = References(ModelSpec(chaotic, "bfloat16", seed=2).build(), [64])
     assert references._amplification(references._reference(64, 0)) == AMPLIFIED
@@ -304,6 +308,8 @@ def test_logits_that_are_alike_and_others(got, expected, said):
 def test_logits_that_rounding_makes_all_the_same():
     logits = torch.tensor([100.1, 100.2, 100.4])
     ensure_alike(logits.bfloat16(), logits)  # all of one value, so far from zero
+    with pytest.raises(DjinnError, match="expected logits within"):
+        ensure_alike(torch.tensor([90.0, 100.0, 110.0]), torch.full((3,), 100.0))
 
 
 def test_other_tokens_count_where_none_is_as_likely():
