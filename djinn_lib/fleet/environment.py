@@ -1,4 +1,4 @@
-"""Find the Python that runs vLLM, which may need an environment of its own."""
+"""Find the Python that runs vLLM, which may need an environment of its own, and what that lacks."""
 
 from __future__ import annotations
 
@@ -53,6 +53,15 @@ def unavailable() -> str | None:
     except PlatformError as error:
         return str(error)
     return None
+
+
+def without_flashinfer() -> None:
+    """Keep vLLM from sampling with flashinfer in an environment that lacks it.
+
+    vLLM imports it on a GPU even if no token is sampled. A choice of the user is kept.
+    """
+    if not find_spec("flashinfer"):
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 
 def _built() -> Path | None:

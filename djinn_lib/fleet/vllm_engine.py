@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from djinn_lib.fleet import children
+from djinn_lib.fleet.environment import without_flashinfer
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Engine:
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
+        without_flashinfer()
         import vllm
 
         self._vllm = vllm

@@ -7,6 +7,7 @@ import os
 import sys
 
 from djinn_lib.fleet import children
+from djinn_lib.fleet.environment import without_flashinfer
 
 SERVER = "DJINN_SERVER"  # process id, for the worker, whose own parent may be another process
 
@@ -15,6 +16,7 @@ def main() -> None:
     """Run vLLM's own command with the arguments of this one."""
     children.end_with_parent()
     os.environ[SERVER] = str(os.getpid())
+    without_flashinfer()
     from vllm.entrypoints.cli.main import main as vllm
 
     _name_the_version()

@@ -18,6 +18,7 @@ import torch
 from djinn_lib.engine.decode.eager import Tokens, check_prompt
 from djinn_lib.engine.models.checkpoint import folder_config
 from djinn_lib.errors import ConfigError
+from djinn_lib.fleet.environment import without_flashinfer
 from djinn_lib.sockets import socket_folder
 from djinn_lib.systems.base import ModelFiles, Served, SystemUnderTest
 
@@ -100,8 +101,7 @@ def set_environment() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_RPC_BASE_PATH", socket_folder(len(_SOCKET)))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # otherwise two lines at every sleep
-    if not find_spec("flashinfer"):  # vLLM needs it even if no tokens are sampled
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    without_flashinfer()
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 

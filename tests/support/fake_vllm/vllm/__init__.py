@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
 from fake_engine import FakeEngine, weights_of
@@ -28,6 +29,8 @@ sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA="delta
 class LLM:
     def __init__(self, model, served_model_name, worker_cls=None, n_bytes=1 << 20, fails=None,
                  max_model_len=64, skip_tokenizer_init=True, step_s=0.001, **others):  # fmt: skip
+        if os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") != "0":  # as vLLM does on a GPU
+            import_module("flashinfer")
         if fails == "start":
             raise RuntimeError("no kernel for this device")
         if fails == "die":
