@@ -205,6 +205,15 @@ class Djinn(ModelsByName):
         """How each model decodes, which may be a slower way than the one asked for."""
         return {model.name: model.decoder.mode for model in self._models}
 
+    @property
+    def logits_distances(self) -> dict[str, float]:
+        """How far each model's logits were from those of transformers' `generate`.
+
+        It is the greatest distance of a few prompts that were compared when the model was added, as
+        a share of the norm of the logits without their mean. For eager decoding it is 0.
+        """
+        return {model.name: model.decoder.logits_distance for model in self._models}
+
     def stats(self) -> PagerStats:
         """Return what the ring holds at this moment, and for whom."""
         return self._open.pager.stats()

@@ -54,6 +54,9 @@ class Manifest(BaseModel):
     gpu_uuid: str | None = None
     batches: bool | None = None
     peak_device_bytes: int | None = None
+    # How each model decoded, where Djinn's decoders did: `mode`, and `logits_distance`, how far its
+    # logits were from transformers' when it was made (a share of their norm).
+    decoding: dict[str, dict[str, Any]] | None = None
     # The cell that the system was started for, if it went on running after an earlier one.
     running_since: str | None = None
     # How the latest execution ended (a `Status`), which may be a later one than that of the rows.

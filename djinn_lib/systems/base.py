@@ -164,6 +164,14 @@ class SystemUnderTest(ABC):
         """
         return {name: files.n_bytes for name, files in self.models.items()}
 
+    def decoding(self) -> dict[str, dict[str, Any]]:
+        """Return how each model decodes, where this is Djinn's work; call after `start`.
+
+        `mode` is what the model got, which may be slower than what was asked for, and
+        `logits_distance` how far its logits are from those of transformers' `generate`.
+        """
+        return {}
+
     def warm_up(self, model: str, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         """Pay the one-time costs of a model: allocations, caches, compilation.
 

@@ -61,6 +61,12 @@ class DjinnRing(SystemUnderTest):
         """All weights, but for lookup tables that stay in the host."""
         return columns_as_dict(self.djinn.residency(), "bytes")
 
+    def decoding(self) -> dict[str, dict[str, Any]]:
+        """How the engine decodes with each model."""
+        distances = self.djinn.logits_distances
+        return {name: {"mode": mode, "logits_distance": distances[name]}
+                for name, mode in self.djinn.decode_modes.items()}  # fmt: skip
+
     def reset(self) -> None:
         """Evict everything, and forget what the policy learnt."""
         self.djinn.reset()

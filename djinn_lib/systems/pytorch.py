@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -131,6 +131,10 @@ class _PyTorchSystem(SystemUnderTest):
     def most_bytes(self) -> int:
         """Device memory for weights that it needs at most: for one model."""
         return max(files.n_bytes for files in self.models.values())
+
+    def decoding(self) -> dict[str, dict[str, Any]]:
+        """How Djinn's decoders decode, if they are used."""
+        return self.weights.decoding() if isinstance(self.weights, StableWeights) else {}
 
     @contextmanager
     def undone_if_it_fails(self, name: str) -> Iterator[None]:

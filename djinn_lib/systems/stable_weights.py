@@ -9,12 +9,13 @@ and computing starts only when the whole model is loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from djinn_lib.engine.decode.cuda_graphs import Recorder
 from djinn_lib.engine.decode.decoder import Decoder, make_decoder
-from djinn_lib.engine.decode.eager import Tokens
+from djinn_lib.engine.decode.eager import Tokens, check_prompt, vocabulary
 from djinn_lib.engine.decode.modes import Decode
 from djinn_lib.engine.device import DEFAULT_PAGE_BYTES
 from djinn_lib.engine.memory.devices import open_address_space
@@ -54,6 +55,7 @@ class StableWeights:
         self._areas: dict[str, Range] = {}
         self._mapped: dict[str, list[int]] = {}
         self._decoders: dict[str, Decoder] = {}
+        self._n_ids: dict[str, int] = {}
 
     def add(self, files: ModelFiles) -> None:
         """Read a model into its master and create its decoder; it is not resident afterwards."""
@@ -62,6 +64,7 @@ class StableWeights:
         self._masters.add(name, layout, opened.fill)
         area = self._space.reserve(-(-layout.paged_bytes // self._space.page_bytes))
         self._areas[name] = area
+        self._n_ids[name] = vocabulary(opened.module)
         bind(opened.module, layout.paged_views(self._space.bytes_view(area)), self._device)
         self.load(name)
         try:
@@ -96,8 +99,20 @@ class StableWeights:
         return view[: self._masters.layout(name).paged_bytes]
 
     def generate(self, name: str, prompt_ids: Sequence[int], max_new_tokens: int) -> Tokens:
-        """Decode with a model that is on the device."""
-        return self._decoders[name].generate(prompt_ids, max_new_tokens, ignore_eos=True)
+        """Decode with a model that is on the device.
+
+        Raises:
+            ConfigError: the prompt has ids that are not the model's, or does not fit. Recorded
+                steps do not look at ids, and a wrong one makes a GPU unusable for the process.
+        """
+        ids = check_prompt(prompt_ids, self._n_ids[name], max_new_tokens)
+        self._decoders[name].check_length(len(ids), max_new_tokens)
+        return self._decoders[name].generate(ids, max_new_tokens, ignore_eos=True)
+
+    def decoding(self) -> dict[str, dict[str, Any]]:
+        """How each model decodes; see `SystemUnderTest.decoding`."""
+        return {name: {"mode": decoder.mode, "logits_distance": decoder.logits_distance}
+                for name, decoder in self._decoders.items()}  # fmt: skip
 
     def close(self) -> None:
         """Free everything."""

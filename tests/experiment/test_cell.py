@@ -64,6 +64,9 @@ def test_rows_and_manifest(bench, measured):
     }
     assert manifest["setup_s"] > 0
     assert [len(of_repeat) for of_repeat in manifest["host_loop_us"]] == [6, 6]
+    decoding = {"mode": "eager", "logits_distance": 0.0}
+    assert manifest["decoding"] == dict.fromkeys(manifest["models"], decoding)
+    assert measured["pytorch_pinned"][1]["decoding"] is None
     assert min(us for of_repeat in manifest["host_loop_us"] for us in of_repeat) > 1
     assert 0 <= manifest["stolen_share"] < 1
 

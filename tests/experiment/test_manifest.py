@@ -28,6 +28,7 @@ NEWER = {
     "gpu_uuid": None,
     "batches": None,
     "peak_device_bytes": None,
+    "decoding": None,
     "running_since": None,
 }  # fmt: skip  (fields that older manifests lack)
 MANIFEST = NEWER | manifest_of("paper-25-djinn", cell_rows("djinn").iloc[0], MACHINE)

@@ -34,6 +34,7 @@ VARIANTS = [
     ("pytorch_pinned_readonly", {}),
     ("pytorch_lru", {}),
     ("pytorch_lru", {"decode": "eager"}),
+    ("pytorch_lru", {"decode": "graph"}),
     ("pytorch_pageable", {}),
     ("serverless", {"page_cache": "warm"}),
     ("serverless", {"page_cache": "cold"}),
@@ -118,6 +119,17 @@ def sequence(system, models):
 def test_tokens_never_depend_on_what_was_served_before(system, models, expected):
     for name in sequence(system, models):
         assert system.serve(name, PROMPT, N_NEW).token_ids == expected[name]
+
+
+def test_how_far_its_logits_are_from_those_of_transformers_is_told(system, models):
+    """Where Djinn's decoders decode; other systems say nothing of it."""
+    told, decodes = system.decoding(), system.name == "djinn" or "decode" in system.options
+    assert told.keys() == (models.keys() if decodes else set())
+    usual = system.options.get("decode", "eager")
+    assert {facts["mode"] for facts in told.values()} <= {usual}
+    for facts in told.values():
+        assert 0 <= facts["logits_distance"] < 1e-3  # in single precision
+        assert (facts["logits_distance"] == 0) == (facts["mode"] == "eager")
 
 
 def test_requests_that_arrive_together_give_the_same_tokens(system, models, expected):

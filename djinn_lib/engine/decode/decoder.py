@@ -24,10 +24,13 @@ class Decoder(Protocol):
 
     Attributes:
         mode: how it decodes.
+        logits_distance: greatest distance of its logits from those of transformers' `generate`, as
+            a share of their norm, that was seen when it was made.
         kv_cache_bytes: device memory that it holds for keys and values.
     """
 
     mode: Decode
+    logits_distance: float
     kv_cache_bytes: int
 
     def check_length(self, n_prompt: int, max_new_tokens: int) -> None:
@@ -63,6 +66,7 @@ class EagerDecoder:
         tokenizer: of the model, if it has one.
 
     Attributes:
+        logits_distance: 0, since they are those of `generate`.
         beyond_greedy: what its generation_config asks for beside the most likely token, in words.
 
     Raises:
@@ -70,6 +74,7 @@ class EagerDecoder:
     """
 
     mode: Decode = "eager"
+    logits_distance = 0.0
     kv_cache_bytes = 0  # transformers allocates them for each request
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any | None = None) -> None:

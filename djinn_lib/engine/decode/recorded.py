@@ -93,6 +93,7 @@ class RecordedDecoder:
             )
         self.mode: Decode = "graph"
         self.way = "plain"
+        self.logits_distance = 0.0
         self._step = self._record_step(recorder, units, compiled, progress, wait, references)
         self._options = _options(model)
         self.cache.clear()
@@ -111,7 +112,9 @@ class RecordedDecoder:
 
         def record() -> Recording:
             step = recorder.record(self._decode, self.model, (), wait, whole)
-            references.ensure_alike(lambda reference: self._follow(reference, step))
+            self.logits_distance = references.ensure_alike(
+                lambda reference: self._follow(reference, step)
+            )
             return step
 
         # Use the first faster step that can be recorded and gives the reference's logits.

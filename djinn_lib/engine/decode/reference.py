@@ -84,8 +84,11 @@ class References:
             self._taken[key] = take_reference(self._model, prompt, N_TOKENS)
         return self._taken[key]
 
-    def ensure_alike(self, follow: Callable[[Reference], Followed]) -> None:
-        """Refuse a way of decoding that differs from `generate`.
+    def ensure_alike(self, follow: Callable[[Reference], Followed]) -> float:
+        """Refuse a way of decoding that differs from `generate`; return how far its logits are.
+
+        That is the greatest `distance` at any token of the continuations that were accepted. It is
+        0 where all logits of a token are equal, and so have no distance.
 
         Args:
             follow: continues the prompt of a reference with the tokens of that reference.
@@ -94,11 +97,14 @@ class References:
             DjinnError: logits differ by more than rounding explains, or the forward pass changed a
                 buffer of the model, which would affect the next request.
         """
+        furthest = 0.0
         for n_prompt in self._n_prompts:
             for attempt in range(ATTEMPTS):
                 reference = self._reference(n_prompt, attempt)
                 try:
-                    self._compare(follow(reference), reference)
+                    followed = follow(reference)
+                    self._compare(followed, reference)
+                    furthest = max(furthest, *_distances(followed, reference))
                     break
                 except DjinnError:
                     if attempt == ATTEMPTS - 1:
@@ -109,6 +115,7 @@ class References:
                 f"the forward pass changes buffers of the model ({', '.join(changed[:3])}), which "
                 "would affect the next request"
             )
+        return furthest
 
     def _compare(self, followed: Followed, reference: Reference) -> None:
         try:
@@ -222,7 +229,7 @@ def ensure_alike(
         DjinnError: the difference is larger.
     """
     limits, allowed = torch.finfo(got.dtype), times * TOLERANCE[got.dtype]
-    usual = expected.double().abs() < limits.max / 2  # the others mark impossible ids
+    usual = _usual(expected, got.dtype)
     if not torch.equal(got[~usual].float(), expected[~usual].float()):
         raise DjinnError(
             f"expected the same impossible ids as transformers' generate {where}".strip()
@@ -244,6 +251,19 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
     """
     a, b = _centred(got), _centred(expected)
     return float((a - b).norm() / b.norm()) if b.any() else math.nan
+
+
+def _distances(followed: Followed, reference: Reference) -> Iterator[float]:
+    """Yield the distance at each token, without impossible ids; 0 if all others are equal."""
+    for got, expected in zip(followed.logits, reference.logits, strict=True):
+        usual = _usual(expected, got.dtype)
+        apart = distance(got[usual], expected[usual])
+        yield apart if math.isfinite(apart) else 0.0
+
+
+def _usual(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Whether a logit is a number; the others mark impossible ids."""
+    return logits.double().abs() < torch.finfo(dtype).max / 2
 
 
 def _centred(logits: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class Running:
         watch: watch of the models' files, which it has read.
         device_bytes: bytes of each model on the device.
         notes: notes of the system, for the rows.
+        decoding: how it decodes with each model, for the manifest.
         base_bytes: device memory in use before the start; None without a driver.
         other_gpu_processes: other processes with memory of the GPU before the start.
         keep: whether it may keep running after the current cell.
@@ -55,6 +56,7 @@ class Running:
     watch: WeightsWatch
     device_bytes: Mapping[str, int]
     notes: Sequence[str]
+    decoding: Mapping[str, Mapping[str, Any]]
     base_bytes: int | None
     other_gpu_processes: list[str]
     keep: bool = False
@@ -74,6 +76,7 @@ class CellRecord:
         self.host_loop_us: list[list[float]] = []  # before each request, one list for each repeat
         self.setup_s = 0.0
         self.notes: list[str] = []
+        self.decoding: Mapping[str, Mapping[str, Any]] = {}
         self.device_bytes: Mapping[str, int]
         self.device_bytes = {name: files.n_bytes for name, files in bench.models.items()}
         self.running_since: str | None = None  # the earlier cell that the system was started for
@@ -97,6 +100,7 @@ class CellRecord:
         """Record the facts of the system, which may have been started for an earlier cell."""
         self.watch, self.device_bytes = running.watch, running.device_bytes
         self.notes.extend(running.notes)
+        self.decoding = running.decoding
         self.memory.base_bytes = running.base_bytes
         self.other_gpu_processes = running.other_gpu_processes
 
@@ -184,6 +188,7 @@ class CellRecord:
             "gpu_uuid": nvml.first_gpu() if profile.device == "cuda" else None,
             "batches": system_class(self.entry.system).batches,
             "peak_device_bytes": self.memory.peak_bytes,
+            "decoding": self.decoding or None,
             "notes": self.notes,
         }
 
@@ -277,5 +282,5 @@ def _started(begun: CellRecord) -> Running:
     begun.setup_s = time.perf_counter() - begin_s
     return Running(
         system, _made_of(begun), begun.cell.id, watch, system.device_bytes(), notes,
-        begun.memory.base_bytes, begun.other_gpu_processes,
+        system.decoding(), begun.memory.base_bytes, begun.other_gpu_processes,
     )  # fmt: skip

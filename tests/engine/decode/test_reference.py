@@ -120,7 +120,7 @@ def test_layers_that_amplify_rounding_are_no_reason():
     known = references._reference(64, 0)
     with pytest.raises(DjinnError, match=r"expected logits within 0.05"):
         compare(follow(known), known)
-    references.ensure_alike(follow)
+    assert 0.05 < references.ensure_alike(follow) < 0.15
     with pytest.raises(DjinnError, match=r"expected logits within 0.1\d .* at token 4"):
         references.ensure_alike(lambda known: follow(known, last=7))  # instead of another token
 
@@ -276,11 +276,25 @@ def test_a_router_that_rounding_tips_over_is_no_reason():
         return Followed(logits, known.token_ids)
 
     n_bad = 2
-    references.ensure_alike(follow)
+    assert references.ensure_alike(follow) == 0  # of the third prompt alone
     n_good.clear()
     n_bad = 3
     with pytest.raises(DjinnError, match=r"expected logits within .* after a prompt of 8 tokens"):
         references.ensure_alike(follow)
+
+
+def test_the_greatest_distance_of_accepted_logits_is_told():
+    references = References(spec("llama").build(), [8, 12])
+
+    def follow(known):
+        share = 1e-4 if len(known.prompt_ids) == 8 else 3e-4
+        logits = known.logits.clone()
+        logits[2] += share * (logits[2] - logits[2].mean())
+        logits[:, 3] = NEVER
+        known.logits[:, 3] = NEVER  # an impossible id
+        return Followed(logits, known.token_ids)
+
+    assert references.ensure_alike(follow) == pytest.approx(3e-4, rel=0.01)
 
 
 NEVER = float("-inf")
