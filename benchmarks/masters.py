@@ -17,9 +17,8 @@ from contextlib import nullcontext
 from multiprocessing import get_context
 from typing import Any
 
-import pandas as pd
 from engine_cases import Cases, spread, timed
-from masters_plot import full_misses
+from masters_plot import full_misses, result_rows
 
 from djinn_lib.analysis.plots.style import save_figure
 from djinn_lib.engine.djinn import Djinn
@@ -59,7 +58,7 @@ def main() -> int:
     except DjinnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = pd.DataFrame(result["rows"])
+    rows = result_rows(result)
     print(rows[SHOWN].round(3).to_string(index=False, na_rep="-"))
     paths = save_figure(full_misses(rows), options.out.parent, options.out.stem)
     print(f"written: {options.out}", *paths)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -17,6 +19,7 @@ from djinn_lib.analysis.plots.style import (
     COLUMN_IN,
     SMALL_PT,
     footnote,
+    number_range,
     require_rows,
     save_figure,
     styled,
@@ -34,7 +37,7 @@ def full_misses(rows: pd.DataFrame) -> Figure:
     Args:
         rows: one row for each dtype, model and form ("plain", "compressed"). Columns: `load_ms` is
             the median; `link_ms` is the time of the model's plain bytes at the link's rate; `share`
-            is its stored bytes divided by its plain bytes.
+            is its stored bytes divided by its plain bytes; `repeats` is the number of loads.
 
     Raises:
         RecordError: there are no rows.
@@ -42,7 +45,7 @@ def full_misses(rows: pd.DataFrame) -> Figure:
     require_rows(rows, "compressed masters")
     dtypes, models = list(rows["dtype"].unique()), list(rows["model"].unique())
     figure, grid = plt.subplots(
-        len(dtypes), 1, figsize=(COLUMN_IN, 0.5 + len(dtypes) * (0.35 + 0.38 * len(models))),
+        len(dtypes), 1, figsize=(COLUMN_IN, 0.65 + len(dtypes) * (0.35 + 0.38 * len(models))),
         squeeze=False, sharex=True, layout="constrained",
     )  # fmt: skip
     for dtype, axes in zip(dtypes, grid[:, 0], strict=True):
@@ -67,8 +70,15 @@ def full_misses(rows: pd.DataFrame) -> Figure:
     longest_ms = rows[["load_ms", "link_ms"]].max(axis=None)
     grid[-1, 0].set_xlim(0, 1.9 * longest_ms)  # leaves room for the text next to the bars
     grid[-1, 0].set_xlabel("ms from nothing resident to all weights")
-    footnote(figure, ["dashed: plain bytes at the rate of the link"])
+    n = number_range(rows["repeats"])
+    dashed = "dashed: plain bytes at the rate of the link"
+    footnote(figure, [f"n = {n} loads for each bar, a median", dashed])
     return figure
+
+
+def result_rows(result: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the rows of a result of `masters.py` with the number of repeats that they rest on."""
+    return pd.DataFrame(result["rows"]).assign(repeats=result["repeats"])
 
 
 def main() -> None:
@@ -77,7 +87,7 @@ def main() -> None:
     parser.add_argument("results", type=user_path, nargs="+", help="one panel for each dtype")
     parser.add_argument("--out", type=user_path, required=True, help="without .png")
     options = parser.parse_args()
-    rows = pd.concat(pd.DataFrame(json.loads(one.read_text())["rows"]) for one in options.results)
+    rows = pd.concat(result_rows(json.loads(one.read_text())) for one in options.results)
     print(*save_figure(full_misses(rows), options.out.parent, options.out.name))
 
 

@@ -17,13 +17,23 @@ ROWS = pd.DataFrame(
         ("float16", "llama-7b", "plain", 251.0, 247.0, 1.0),
     ],
     columns=["dtype", "model", "form", "load_ms", "link_ms", "share"],
-)
+).assign(repeats=5)
 
 
 @pytest.fixture
-def full_misses(monkeypatch):
+def masters_plot(monkeypatch):
     monkeypatch.syspath_prepend(REPO / "benchmarks")
-    return importlib.import_module("masters_plot").full_misses
+    return importlib.import_module("masters_plot")
+
+
+@pytest.fixture
+def full_misses(masters_plot):
+    return masters_plot.full_misses
+
+
+def test_rows_of_a_result_have_its_repeats(masters_plot):
+    result = {"repeats": 5, "rows": ROWS.drop(columns="repeats").to_dict("records")}
+    pd.testing.assert_frame_equal(masters_plot.result_rows(result), ROWS)
 
 
 def test_bars_and_the_line_of_the_link_are_those_of_the_rows(full_misses):
@@ -38,6 +48,7 @@ def test_bars_and_the_line_of_the_link_are_those_of_the_rows(full_misses):
         said = {text.get_text() for text in first.texts}
         assert {"172 ms, 67% of bytes", "104 ms, 100% of bytes"} < said
         assert [axes.get_title(loc="left") for axes in (first, second)] == ["bfloat16", "float16"]
+        assert "n = 5 loads for each bar" in figure.get_supxlabel()
         box = figure.get_tightbbox()
         assert box.x0 >= 0 and box.x1 <= figure.get_figwidth()
     finally:

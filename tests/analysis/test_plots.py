@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import re
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from row_factory import CAPACITIES, SIZES, TOTAL_BYTES, UNAVAILABLE, cell_rows, run_rows
 
@@ -13,12 +17,13 @@ from djinn_lib.analysis.plots.latency import (
     latency_breakdown,
     latency_cdf,
 )
-from djinn_lib.analysis.plots.load import load
+from djinn_lib.analysis.plots.load import load, load_intervals
 from djinn_lib.analysis.plots.pace import decode_pace
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.plots.style import (
     SYSTEM_STYLE,
     byte_scale,
+    connected,
     save_figure,
 )
 from djinn_lib.analysis.plots.switches import switch_cdf
@@ -56,15 +61,38 @@ def at_25(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["capacity_label"] == "25"]
 
 
-def arriving() -> pd.DataFrame:
+def arriving(traces: str = "load") -> pd.DataFrame:
     """Requests at two rates: four times as many arrivals make each take ten times as long."""
     parts = [
         cell_rows(system).assign(trace=trace, mode="concurrent")
-        for system in ("djinn", "pytorch_lru") for trace in ("load_1", "load_4")
+        for system in ("djinn", "pytorch_lru") for trace in (f"{traces}_1", f"{traces}_4")
     ]  # fmt: skip
     rows = pd.concat(parts, ignore_index=True)
-    rows.loc[rows["trace"] == "load_4", ["ttft_ms", "total_ms"]] *= 10
+    rows.loc[rows["trace"] == f"{traces}_4", ["ttft_ms", "total_ms"]] *= 10
     return rows
+
+
+def from_warm() -> pd.DataFrame:
+    """Requests of two systems from a warm start, half of them hits, at one capacity."""
+    parts = [cell_rows(system).assign(start="warm") for system in ("djinn", "pytorch_lru")]
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.assign(loaded_bytes=(rows["request"] % 2) * 1000)
+
+
+def swept(machines: dict[str, int]) -> pd.DataFrame:
+    """Rows of Djinn and the baseline at capacities that machines measured."""
+    parts = [cell_rows(system, capacity_label=label).assign(machine=machine)
+             for label, machine in machines.items() for system in ("djinn", "pytorch_pinned")
+             ]  # fmt: skip
+    return pd.concat(parts, ignore_index=True)
+
+
+def stretches(axes: Axes, system: str) -> list[int]:
+    """How many points each line of a system connects."""
+    color = SYSTEM_STYLE[system].color
+    lines = [box.lines[0] for box in axes.containers if isinstance(box, ErrorbarContainer)]
+    found = [line for line in lines if line is not None and line.get_color() == color]
+    return [int(np.isfinite(np.asarray(line.get_ydata(), float)).sum()) for line in found]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +104,12 @@ def figures(rows: pd.DataFrame, at_25: pd.DataFrame) -> dict[str, Figure]:
         "switches": switch_cdf(at_25, PAPER),
         "every_system": latency_cdf(pd.concat([cell_rows(system) for system in SYSTEM_STYLE])),
         "load": load(arriving(), {"load_1": 1.0, "load_4": 4.0}),
+        "load_pair": load(arriving("pair"), {"pair_1": 1.0, "pair_4": 4.0}, traces="pair"),
         "no_load": load(at_25.iloc[:0], {}),
         "decode_pace": decode_pace(at_25),
         "bytes_loaded": bytes_loaded(at_25, 3e9, TOTAL_BYTES),
         "sensitivity": sensitivity(sweep, paper=PAPER),
+        "sensitivity_warm": sensitivity(sweep, paper=PAPER, warm=from_warm()),
         "residency_over_time": residency_over_time(at_25),
         "trace_timeline": trace_timeline(paper_trace()),
     }
@@ -187,6 +217,92 @@ def test_load_is_counted_against_a_target():
     assert djinn.loc[1.0, "in_time"] == 100 > djinn.loc[4.0, "in_time"]
     assert djinn.loc[4.0, "total_p50"] == pytest.approx(10 * djinn.loc[1.0, "total_p50"])
     assert (table["n"] == 30).all()
+
+
+def test_the_load_is_drawn_with_the_intervals_of_its_table():
+    rows, rates = arriving(), {"load_1": 1.0, "load_4": 4.0}
+    target_ms = float(rows.loc[rows["trace"] == "load_4", "total_ms"].median())
+    table = load_table(rows, rates, target_ms).set_index(["system", "rate"])
+    drawn = load_intervals(rows, rates, target_ms)
+    assert ((drawn["low"] <= drawn["value"]) & (drawn["value"] <= drawn["high"])).all()
+    assert (drawn["low"] < drawn["high"]).all()
+    for point in drawn.itertuples():
+        column = point.measure.replace("_ms_", "_")
+        assert point.value == pytest.approx(table.loc[(point.system, point.rate), column])
+    all_in_time = drawn[(drawn["measure"] == "in_time") & (drawn["rate"] == 1.0)]
+    assert all_in_time["value"].tolist() == [100, 100]
+    assert all_in_time["low"].tolist() == pytest.approx([100 * 0.025 ** (1 / 30)] * 2)
+
+
+def test_only_the_load_of_the_named_traces_is_drawn():
+    both = pd.concat([arriving(), arriving("pair")])
+    said = texts(load(both, {"pair_1": 2.0, "pair_4": 8.0}, 1000.0, "pair"))
+    assert "30 at 2/s, 30 at 8/s" in said and "Done within 1 s" in said
+    assert "at the rates of traces pair_*" in texts(load(arriving(), {}, traces="pair"))
+    mixed = pd.concat([arriving(), arriving().assign(capacity_label="40")])
+    with pytest.raises(RecordError, match="more than one capacity_label"):
+        load(mixed, {"load_1": 1.0, "load_4": 4.0})
+
+
+def test_lines_connect_neighbours_of_one_machine():
+    points = pd.DataFrame({"x": range(6), "machine": [1, 1, 2, 1, np.nan, 1]})
+    assert [part["x"].tolist() for part in connected(points)] == [[0, 1], [2], [3], [4], [5]]
+    left, middle, right = sensitivity(swept({"20": 1, "25": 2, "32": 3, "40": 3})).axes
+    assert stretches(left, "djinn") == stretches(right, "djinn") == [1, 1, 2]
+    assert stretches(middle, "djinn") == [4]  # bytes do not depend on the machine
+    several = pd.concat([
+        cell_rows("pytorch_pinned", "20").assign(machine=9, only_beside=True),
+        swept({"20": 1, "25": 1}).assign(only_beside=False),
+    ])  # fmt: skip
+    assert stretches(sensitivity(several).axes[2], "pytorch_pinned") == [2]
+    figure = sensitivity(swept({"20": 1, "25": 1}))
+    assert stretches(figure.axes[0], "djinn") == [2]
+    assert "machine" not in figure.get_supxlabel()
+
+
+def test_a_rate_of_another_machine_is_not_connected():
+    rows = arriving()
+    rows["place"] = rows["trace"].map({"load_1": "GPU-1", "load_4": "GPU-2"})
+    axes = load(rows, {"load_1": 1.0, "load_4": 4.0}).axes[0]
+    assert stretches(axes, "djinn") == [1, 1]
+    one = load(rows.assign(place="GPU-1"), {"load_1": 1.0, "load_4": 4.0}).axes[0]
+    assert stretches(one, "djinn") == [2]
+
+
+def test_hits_from_the_start_of_the_paper_are_drawn_hollow_beside_its_own(rows):
+    sweep = rows[rows["system"].isin(["djinn", "pytorch_lru", "pytorch_pinned"])]
+    figure = sensitivity(sweep, paper=PAPER, warm=from_warm())
+    hollow = [line for line in figure.axes[1].lines if line.get_markerfacecolor() == "white"]
+    assert [line.get_ydata().tolist() for line in hollow] == [[50.0], [50.0]]
+    at_25 = 1
+    diamonds = next(line for line in figure.axes[1].lines if line.get_marker() == "D")
+    for line in (*hollow, diamonds):
+        assert at_25 in np.round(line.get_xdata())
+    assert "PyTorch LRU, from the paper's start" in texts(figure)
+    assert "from the paper's start" not in texts(sensitivity(sweep, paper=PAPER))
+    with pytest.raises(RecordError, match="more than one trace"):
+        sensitivity(sweep, warm=from_warm().assign(trace="zipf"))
+
+
+def test_the_shares_of_the_paper_hide_no_curve(figures: dict[str, Figure]):
+    axes = figures["switches"].axes[0]
+    shares = [text for text in axes.texts if "%" in text.get_text()]
+    assert [text.get_text() for text in shares] == ["paper: 53%", "7%"]
+    top = axes.get_window_extent().y1
+    assert all(text.get_window_extent().y0 >= top for text in shares)
+
+
+@pytest.mark.parametrize("name", ["decode_pace", "load", "sensitivity", "switches"])
+def test_figures_say_how_many_requests_they_rest_on(figures: dict[str, Figure], name: str):
+    assert re.search(r"n = 30 requests|n, requests of each system: 30", texts(figures[name]))
+
+
+def test_decodes_beyond_the_scale_of_colours_are_counted():
+    rows = cell_rows("djinn")
+    assert "drawn as 4x" not in texts(decode_pace(rows.assign(decode_ms=100.0)))
+    slow = rows.assign(decode_ms=np.where(rows["request"] < 2, 1000.0, 100.0))
+    same = slow.assign(model=slow["model"].iloc[0])
+    assert "2 slower than 4x are drawn as 4x." in texts(decode_pace(same))
 
 
 def test_rows_of_several_machines_are_said_to_be(at_25: pd.DataFrame):

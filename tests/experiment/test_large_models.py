@@ -1,6 +1,7 @@
 """Models larger than the ring, beside accelerate's offloading: the same tokens, honest accounts."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -100,7 +101,9 @@ def test_rows_that_are_not_there_or_of_another_form_are_refused(rows, tmp_path):
 
 
 def test_figures_of_large_models_and_of_waiting_requests(rows):
-    assert len(plot_large.time_per_token(rows).axes) == 2
+    figure = plot_large.time_per_token(rows)
+    assert len(figure.axes) == 2
+    assert re.match(r"n = \d+ requests of \d+ tokens for each bar", figure.get_supxlabel())
     with pytest.raises(RecordError, match="models larger than the ring"):
         plot_large.time_per_token(rows.iloc[:0])
     alone = cell_rows("djinn")

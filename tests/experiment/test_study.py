@@ -112,8 +112,8 @@ def test_simulated_and_measured_agree(compared):
     for statistic, most in {"p50": 0.02, "mean": 0.02, "max": 0.05}.items():
         missed = table.index[table[f"{statistic}_error"].abs() > most]
         # There the first load of mistral-7b was slow in every repeat: see docs/simulator.md.
-        slow = ["paper-25-djinn", "paper-32-djinn"] if statistic == "max" else []
-        assert list(missed) == slow, statistic
+        slow = ["paper-25-djinn-20261127T1758", "paper-32-djinn"] if statistic == "max" else []
+        assert [name[:28] for name in sorted(missed)] == slow, statistic
     assert (table["n"] >= 6).all()
     assert any(name.startswith("paper-32-djinn-2") for name in table.index)  # measured again
     assert "zipf-25-djinn_adaptive" in table.index  # of which the bytes are not those of LRU
@@ -217,6 +217,8 @@ def test_figures(small, reference, compared):
         plot_study.growth(scale),
     ):
         assert all(axes.has_data() for axes in figure.axes)
+    said = plot_study.measured_and_simulated(compared).get_supxlabel()
+    assert f"n = {len(compared):,} requests of {compared['source'].nunique()} cells" in said
     sequential = small[small["mode"] == "sequential"]
     with pytest.raises(RecordError, match="latencies under load"):
         plot_study.latencies_under_load(sequential)

@@ -12,6 +12,7 @@ from djinn_lib.analysis.plots.style import (
     SMALL_PT,
     byte_scale,
     footnote,
+    number_range,
     require_rows,
     styled,
 )
@@ -40,7 +41,7 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
     models = list(rows["model"].unique())
     link_ms = large_table(rows)["these at the link's rate (ms)"]
     figure, grid = plt.subplots(
-        len(models), 1, figsize=(COLUMN_IN, 0.35 + 1.15 * len(models)), squeeze=False,
+        len(models), 1, figsize=(COLUMN_IN, 0.5 + 1.15 * len(models)), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     notes = []
@@ -72,5 +73,15 @@ def time_per_token(rows: pd.DataFrame) -> Figure:
         sizes = (case.model_bytes / scale, case.capacity_bytes / scale)
         axes.set_title(f"{model}: {sizes[0]:.3g} {unit} in {sizes[1]:.3g} {unit}")
     grid[-1, 0].set_xlabel("ms per token")
-    footnote(figure, ["dashed: djinn's bytes per token at the rate of the link", *notes])
+    dashed = "dashed: djinn's bytes per token at the rate of the link"
+    footnote(figure, [_counts(rows), dashed, *notes])
     return figure
+
+
+def _counts(rows: pd.DataFrame) -> str:
+    """Return a note with the number of requests that a bar rests on, and of their tokens."""
+    served = rows[rows["ok"]]
+    if served.empty:
+        return ""
+    n = number_range(served.groupby(["model", "system"]).size())
+    return f"n = {n} requests of {number_range(served['n_tokens'])} tokens for each bar, a median"

@@ -15,13 +15,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
     SMALL_PT,
-    footnote,
+    describe_rows,
     order_systems,
     require_one_cell_each,
     split_unavailable,
     styled,
     system_look,
-    unavailable_notes,
 )
 from djinn_lib.metrics import decode_multiples
 
@@ -61,7 +60,7 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     note = "A line is a repeat. Each decode is compared with the fastest of its model and system."
-    footnote(figure, [note, *unavailable_notes(unavailable)])
+    describe_rows(figure, rows, unavailable, note, *_slower_note(grid))
     return figure
 
 
@@ -70,6 +69,12 @@ def _multiples(rows: pd.DataFrame, requests: Sequence[int]) -> np.ndarray:
     table = rows.assign(multiple=decode_multiples(rows))
     grid = table.pivot(index="repeat", columns="request", values="multiple")
     return grid.reindex(columns=requests).to_numpy(dtype=float)
+
+
+def _slower_note(grid: np.ndarray) -> list[str]:
+    """Return a note if decodes are slower than the end of the colour scale."""
+    n = int((grid > _SLOWEST).sum())
+    return [f"{n} slower than {_SLOWEST:g}x are drawn as {_SLOWEST:g}x."] if n else []
 
 
 def _stacked(bands: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:

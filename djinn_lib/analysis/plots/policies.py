@@ -132,7 +132,7 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
         RecordError: there are no requests from `djinn_lib.analysis.validation.compared`.
     """
     require_rows(requests, "measured and simulated times")
-    figure, (left, right) = _two_panels(2.7)
+    figure, (left, right) = _two_panels(2.85)
     times_ms = requests[["measured_ms", "simulated_ms"]].to_numpy()
     ends = np.array([times_ms.min() * 0.85, times_ms.max() * 1.18])
     left.fill_between(ends, ends * (1 - _BAND), ends * (1 + _BAND), color="0.88", linewidth=0)
@@ -145,21 +145,26 @@ def measured_and_simulated(requests: pd.DataFrame) -> Figure:
         hue_order=looks, palette={name: color for name, (color, _) in looks.items()},
         markers={name: marker for name, (_, marker) in looks.items()}, linewidth=0, ax=left,
     )  # fmt: skip
-    left.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured, ms",
-             ylabel="simulated, ms", title="Each request")  # fmt: skip
+    left.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="measured time, ms",
+             ylabel="simulated time, ms", title="Each request")  # fmt: skip
     left.legend(loc="upper left")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (left.xaxis, left.yaxis):
         axis.set_major_formatter(plain)
         axis.set_minor_formatter(plain)
-    for label, style in (("measured", "-"), ("simulated", "--")):
-        sns.ecdfplot(requests, x=f"{label}_ms", linestyle=style, color="#0072B2", label=label,
-                     ax=right)  # fmt: skip
-    right.set(xlabel="ms", ylabel="requests", title="All of them", ylim=(0, 1.03))
+    for label, style, color, width in (("measured", "-", "0.65", 2.6), ("simulated", "--", "k", 1)):
+        sns.ecdfplot(requests, x=f"{label}_ms", linestyle=style, color=color, linewidth=width,
+                     label=label, ax=right)  # fmt: skip
+    right.set(xlabel="measured or simulated time, ms", ylabel="share of requests", title="All",
+              ylim=(0, 1.03))  # fmt: skip
     right.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     right.legend(loc="lower right")
     equal = "equal" if errors(requests)["bytes_equal"].all() else "NOT equal"
-    footnote(figure, [f"Grey: within 5%. Bytes loaded are {equal} in every request."])
+    n, n_cells = len(requests), requests["source"].nunique()
+    within = (requests["simulated_ms"] / requests["measured_ms"] - 1).abs() <= _BAND
+    footnote(figure, [f"Both: n = {n:,} requests of {n_cells} cells. Measured times are medians of "
+                      "the repeats.", f"Grey: within 5% ({within.mean():.1%} of requests). Bytes "
+                      f"loaded are {equal} in every request."])  # fmt: skip
     return figure
 
 

@@ -237,7 +237,7 @@ def sample_note(rows: pd.DataFrame) -> str:
     if rows.empty:
         return ""
     cells = rows.groupby(["system", "capacity_label", "trace"])
-    n, often = (_range(cells[column].nunique()) for column in ("request", "repeat"))
+    n, often = (number_range(cells[column].nunique()) for column in ("request", "repeat"))
     where = " at each capacity" if rows["capacity_label"].nunique() > 1 else ""
     said = f", {often} repeats" if often != "1" else ""
     return f"n = {n} requests of each system{where}{said}."
@@ -249,9 +249,21 @@ def machine_notes(rows: pd.DataFrame) -> list[str]:
     return [f"From {n} machines (see tables): compare times within one only."] * (n > 1)
 
 
-def _range(values: pd.Series) -> str:
+def number_range(values: pd.Series) -> str:
+    """Return a whole number as text, or the least and the greatest where they differ."""
     low, high = int(values.min()), int(values.max())
     return f"{low}" if low == high else f"{low} to {high}"
+
+
+def connected(points: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield the points that a line may connect: neighbours that one machine measured.
+
+    Times of different machines are not compared, so no line joins them. The points are in the order
+    of the line and have a column `machine`, which is NaN where a point is missing.
+    """
+    stretch = (points["machine"] != points["machine"].shift()).cumsum()
+    for _, part in points.groupby(stretch):
+        yield part
 
 
 def unavailable_notes(reasons: Mapping[str, str]) -> list[str]:

@@ -83,15 +83,16 @@ def _mark_found(axes: Axes, rows: pd.DataFrame, color: str) -> None:
 
 
 def _shade_modes(axes: Axes, paper: Mapping[str, Any]) -> None:
+    """Shade the paper's modes of switches, with their shares above the axes, clear of curves."""
     low, high = axes.get_xlim()
     high = max(high, 4e4)
-    for mode in paper.get("switches_of_djinn", []):
+    for number, mode in enumerate(paper.get("switches_of_djinn", [])):
         left, right = max(mode["low_ms"], low), mode["high_ms"] or high
         axes.axvspan(left, right, color="0.55", alpha=0.16, linewidth=0)
         axes.annotate(
-            f"paper\n{mode['share']:.0%}", ((left * right) ** 0.5, 3), ha="center",
-            fontsize=SMALL_PT, color="0.3", zorder=5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.8},
+            f"{'paper: ' * (number == 0)}{mode['share']:.0%}", ((left * right) ** 0.5, 1), (0, 2),
+            xycoords=("data", "axes fraction"), textcoords="offset points", ha="center",
+            fontsize=SMALL_PT, color="0.3", annotation_clip=False,
         )  # fmt: skip
     axes.set_xlim(low, high)
 
