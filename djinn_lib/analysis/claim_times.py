@@ -199,10 +199,11 @@ def maximum_to_least(
                     if not name.startswith("djinn")})  # fmt: skip
     if not names:
         raise NotMeasured("no baseline served a request in this run")
-    ratios = [_ratio(run, name, both, system, "max")
-              for name, both in _comparable(run, names, system, **where).items()]  # fmt: skip
+    both_of = _comparable(run, names, system, **where)
+    ratios = [_ratio(run, name, both, system, "max") for name, both in both_of.items()]
     found = min(ratios, key=lambda ratio: ratio.value)
     remark = f"{found.remark}, the nearest of {len(ratios)} baselines, each on its machine"
+    remark += _left_out(names, both_of, system)
     # In the worst repeat of any baseline, which need not be that of the nearest one.
     span = (1 / found.judged[1], 1 / min(ratio.judged[0] for ratio in ratios))
     return Measurement(1 / found.value, found.n, remark, span=span)
@@ -273,10 +274,11 @@ def runtime_s(run: Run, system: str | list[str], **where: Any) -> Measurement:
         NotMeasured: a request was never served, so the time of the whole trace is unknown.
     """
     names = [system] if isinstance(system, str) else system
-    each = {name: by_request(served(run, name, **where)) for name in names}
+    rows = {name: served(run, name, **where) for name in names}
+    each = {name: by_request(of) for name, of in rows.items()}
     for name, ms in each.items():
         if missing := n_requests(select(run, name, **where)) - len(ms):
             raise NotMeasured(f"{name} never served {missing} requests: its runtime is unknown")
     times = pd.concat(each, axis=1).sum(axis=1)
     found = bootstrap_interval(lambda ms, axis: np.sum(ms, axis=axis) / 1e3, times)
-    return estimate(found, len(times))
+    return estimate(found, len(times), ran_on(run, *rows.values()) if len(names) > 1 else "")

@@ -99,6 +99,12 @@ class Claim(BaseModel):
     set_in: str | None = Field(default=None, pattern=r"^[0-9a-f]{7,40}$")
     withdrawn: str | None = Field(default=None, pattern=r"\S")
 
+    @property
+    def allowed(self) -> str:
+        """What is expected and how far off it may be, for tables: "3.1 x, 10% allowed"."""
+        margin = f", {100 * self.tolerance:.3g}% allowed" if self.tolerance else ""
+        return f"{self.expected}{margin}"
+
     @model_validator(mode="after")
     def _known_metric(self) -> Claim:
         if self.metric not in METRICS:
@@ -215,7 +221,7 @@ def _verdict(claim: Claim, found: Measurement | None, judgement: Judgement, why:
     low, high = (found and found.interval) or (None, None)
     return Verdict(
         **claim.model_dump(include={"id", "source", "quote", "notebook", "figure", "set_in"}),
-        expected=str(claim.expected),
+        expected=claim.allowed,
         measured=float(found.value) if found and math.isfinite(found.value) else None,  # for JSON
         low=low,
         high=high,

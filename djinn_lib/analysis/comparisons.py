@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -12,6 +12,7 @@ from djinn_lib.analysis.claim_times import statistic_ratio
 from djinn_lib.analysis.plots.style import order_systems, system_look
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import (
+    MAIN_TRACE,
     NotMeasured,
     need_clocks,
     or_reason,
@@ -25,16 +26,30 @@ from djinn_lib.metrics import served as done
 Paper = Mapping[str, Any]
 # Variants of sleep mode; the best one is compared.
 SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_readonly"]
-# Each comparison: the slower side, the faster one, statistics, and the pair in the paper.
-PAIRS: tuple[tuple[str | list[str], str, tuple[str, ...], tuple[str, str] | None], ...] = (
-    ("pytorch_pinned", "djinn_eager", ("p50", "mean"), ("pytorch_pinned", "djinn")),
-    ("pytorch_pinned", "djinn", ("p50", "mean"), ("pytorch_pinned", "djinn")),
-    ("pytorch_pinned_decoder", "djinn_compiled", ("p50", "mean"), None),
-    ("pytorch_pinned_readonly_decoder", "djinn_compiled", ("p50", "mean"), None),
-    ("pytorch_lru_decoder", "djinn_compiled", ("p50", "mean"), None),
-    ("vllm_recreate", "djinn", ("p50",), ("vllm_recreate", "djinn")),
-    ("vllm_recreate", "vllm_sleep", ("p50",), None),
-    (SLEEP, "djinn", ("p50", "mean", "p90", "max"), None),
+
+
+class Pair(NamedTuple):
+    """A comparison: the slower side (the best of several systems), the faster one, statistics."""
+
+    slow: str | list[str]
+    fast: str
+    statistics: tuple[str, ...] = ("p50", "mean")
+    in_paper: tuple[str, str] | None = None  # the pair that the paper compares
+    trace: str = MAIN_TRACE
+
+
+PAIRS = (
+    Pair("pytorch_pinned", "djinn_eager", in_paper=("pytorch_pinned", "djinn")),
+    Pair("pytorch_pinned", "djinn", in_paper=("pytorch_pinned", "djinn")),
+    Pair("pytorch_pinned_decoder", "djinn_compiled"),
+    Pair("pytorch_pinned_readonly_decoder", "djinn_compiled"),
+    Pair("pytorch_lru_decoder", "djinn_compiled"),
+    Pair("vllm_recreate", "djinn", ("p50",), ("vllm_recreate", "djinn")),
+    Pair("vllm_recreate", "vllm_sleep", ("p50",)),
+    Pair(SLEEP, "djinn", ("p50", "mean", "p90", "max")),
+    Pair("vllm_sleep", "djinn", ("p50", "mean", "p90", "max")),
+    Pair("vllm_sleep", "djinn", ("p50", "mean", "p90"), trace="zipf"),
+    Pair("vllm_sleep_readonly", "djinn", ("p50", "mean", "p90"), trace="zipf"),
 )
 _TRANSFORMERS = ("pytorch_pinned", "pytorch_lru")  # they emit transformers' own tokens
 _GIB = 2**30
@@ -48,31 +63,28 @@ def ratio_table(run: Run, paper: Paper) -> pd.DataFrame:
     statistic is used. A ratio below 1 means that the latency is higher. `n` is the number of paired
     requests. A ratio that cannot be measured has the reason instead.
     """
-    rows = [_ratio(run, paper, slow, fast, statistic, theirs)
-            for slow, fast, statistics, theirs in PAIRS for statistic in statistics]  # fmt: skip
-    return pd.DataFrame(rows).set_index(["latency of", "over that of", "statistic"])
+    pairs = [pair for pair in PAIRS if pair.trace in run.traces]
+    rows = [_ratio(run, paper, pair, statistic) for pair in pairs for statistic in pair.statistics]
+    return pd.DataFrame(rows).set_index(["trace", "latency of", "over that of", "statistic"])
 
 
-def _ratio(
-    run: Run,
-    paper: Paper,
-    slow: str | list[str],
-    fast: str,
-    statistic: str,
-    theirs: tuple[str, str] | None,
-) -> dict[str, Any]:
-    name = system_look(slow).label if isinstance(slow, str) else "vLLM sleep, the best form"
-    key = f"{statistic}_total_ms"
+def _ratio(run: Run, paper: Paper, pair: Pair, statistic: str) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "latency of": name,
-        "over that of": system_look(fast).label,
+        "trace": pair.trace,
+        "latency of": (
+            system_look(pair.slow).label
+            if isinstance(pair.slow, str)
+            else "vLLM sleep, the best form"
+        ),
+        "over that of": system_look(pair.fast).label,
         "statistic": statistic.upper() if statistic[0] == "p" else statistic,
     }
-    said = [paper["systems"].get(system, {}).get(key, nan) for system in theirs or ()]
+    key = f"{statistic}_total_ms"
+    said = [paper["systems"].get(system, {}).get(key, nan) for system in pair.in_paper or ()]
     row["paper (x)"] = said[0] / said[1] if said else nan
     try:
         need_clocks(run)
-        found = statistic_ratio(run, slow, fast, statistic)
+        found = statistic_ratio(run, pair.slow, pair.fast, statistic, trace=pair.trace)
     except NotMeasured as reason:
         return {**row, "measured (x)": nan, "low (x)": nan, "high (x)": nan, "n": 0,
                 "remark": str(reason)}  # fmt: skip
@@ -109,7 +121,9 @@ def token_table(run: Run) -> pd.DataFrame:
     """Return the share of requests whose tokens differ from those of transformers.
 
     There is a row for each trace and system. `in another repeat` counts requests whose tokens
-    differ between repeats of the same system.
+    differ between repeats of the same system. `logits apart` is how far the logits of Djinn's
+    decoder are from transformers' in the model where it is most, a share of their norm; cells that
+    did not record it have none, and a run without such a record has no such column.
     """
     found = {}
     for trace in run.traces:
@@ -122,7 +136,8 @@ def token_table(run: Run) -> pd.DataFrame:
                 continue
     if not found:
         raise NotMeasured("no system was run on a trace together with PyTorch's systems")
-    return pd.DataFrame.from_dict(found, orient="index").rename_axis(["trace", "system"])
+    table = pd.DataFrame.from_dict(found, orient="index").rename_axis(["trace", "system"])
+    return table.dropna(axis=1, how="all")
 
 
 def _tokens(run: Run, system: str, reference: str, trace: str) -> dict[str, float]:
@@ -136,7 +151,16 @@ def _tokens(run: Run, system: str, reference: str, trace: str) -> dict[str, floa
         "with other tokens": int(other.sum()),
         "with other tokens (%)": 100 * other.mean(),
         "in another repeat": int(again.sum()),
+        "logits apart (%)": 100 * _logits_apart(run, own),
     }
+
+
+def _logits_apart(run: Run, rows: pd.DataFrame) -> float:
+    """The greatest recorded distance of logits from transformers'; NaN where there is none."""
+    ids = set(rows["run_id"])
+    recorded = [m.get("decoding") or {} for m in run.all_manifests.values() if m["run_id"] in ids]
+    found = [facts["logits_distance"] for models in recorded for facts in models.values()]
+    return max(found, default=nan)
 
 
 @or_reason

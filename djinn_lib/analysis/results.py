@@ -57,7 +57,7 @@ def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
 def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
     return {
         **metrics.measures(rows),
-        "peak memory (GiB)": _peak_gib(run, rows),
+        "peak memory (GiB)": peak_gib(run, rows),
         "vLLM": _vllm(run, rows),
         "machine": run.machines_of(rows),
     }
@@ -68,7 +68,7 @@ def _of_manifests(run: Run, rows: pd.DataFrame) -> list[Mapping[str, Any]]:
     return [manifest for manifest in run.all_manifests.values() if manifest["run_id"] in ids]
 
 
-def _peak_gib(run: Run, rows: pd.DataFrame) -> float:
+def peak_gib(run: Run, rows: pd.DataFrame) -> float:
     """Peak device memory in use; NaN if it was not recorded."""
     peaks = [m.get("peak_device_bytes") for m in _of_manifests(run, rows)]
     return max((peak / _GIB for peak in peaks if peak), default=float("nan"))
@@ -130,17 +130,17 @@ def speedup_table(rows: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
     `low` and `high` are the 95% interval. There is one row for each capacity label and system.
     Requests are paired, and `n` counts those that both served. Column `up_to_decoding` is the ratio
-    of the mean latencies without the decode. If the rows have a column `machine`, systems on
-    different machines are not compared.
+    of the mean latencies without the decode. If the rows have a column `machine`, each system is
+    compared with the baseline of its own machine, and with no other.
     """
-    cells = dict(iter(served(rows).groupby(["capacity_label", "system"])))
+    placed = served(rows.assign(machine=rows.get("machine", 0)))
+    cells = dict(iter(placed.groupby(["capacity_label", "system", "machine"])))
     labels = rows.groupby("capacity_label")["capacity_bytes"].max().sort_values().index
+    machines = sorted({machine for _, _, machine in cells})
     found = []
-    for system, label in product(order_systems(rows["system"]), labels):
-        if system == baseline or not {(label, baseline), (label, system)} <= cells.keys():
-            continue
-        slow, fast = cells[label, baseline], cells[label, system]
-        if "machine" in rows and set(slow["machine"]) != set(fast["machine"]):
+    for system, label, machine in product(order_systems(rows["system"]), labels, machines):
+        slow, fast = (cells.get((label, name, machine)) for name in (baseline, system))
+        if system == baseline or slow is None or fast is None:
             continue
         pairs = paired(by_request(slow), by_request(fast))
         medians = ratio_interval(pairs["top"], pairs["bottom"], "p50")
@@ -156,6 +156,7 @@ def hit_table(rows: pd.DataFrame) -> pd.DataFrame:
     A `hit` loads no byte. `fast` is the paper's measure: a switch of less than 10 ms. A failed
     request is neither.
     """
+    rows = rows[~rows["only_beside"]] if "only_beside" in rows else rows
     marked = rows.assign(
         hit=100.0 * (rows["ok"] & (rows["loaded_bytes"] == 0)),
         fast=100.0 * (rows["ok"] & (rows["switch_ms"] < HIT_MS)),
@@ -176,8 +177,9 @@ def sweep_table(run: Run, baseline: str = "pytorch_pinned", trace: str = "paper"
     rows, _ = split_unavailable(sweep(run, trace, baseline))
     if rows.empty:
         raise NotMeasured("no system of the sweep can run on this machine")
-    table = pd.concat(dict(_at_each_capacity(run, rows, trace)), names=["capacity (GiB)", "system"])
     gains = speedup_table(rows, baseline)
+    rows = rows[~rows["only_beside"]]
+    table = pd.concat(dict(_at_each_capacity(run, rows, trace)), names=["capacity (GiB)", "system"])
     sizes = rows.groupby("capacity_label")["capacity_bytes"].max().map(_in_gib)
     gains = gains.assign(capacity=gains["capacity_label"].map(sizes))
     gains = gains.set_index(["capacity", "system"])[["speedup", "low", "high"]]

@@ -138,9 +138,10 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataF
     """Return the rows of the systems that were run at more than one capacity.
 
     The baseline is always among them, so unfinished runs can be analysed too. At each capacity all
-    rows are from one machine, if one machine ran all systems; else rows of as many as possible are
-    from one that ran the baseline. Systems of different machines, which column `machine` shows, are
-    not compared.
+    rows are from one machine, if one machine ran all systems; else each system is from one that ran
+    the baseline too, if there is one. Systems of different machines, which column `machine` shows,
+    are not compared. So the baseline may have rows of several machines at one capacity: those that
+    are only there to compare others with are marked in column `only_beside`.
 
     Raises:
         RecordError: there are none.
@@ -159,7 +160,11 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataF
         except NotMeasured:
             found += _beside(run, here, baseline, trace=trace, capacity_label=str(label))
     together = pd.concat(found)
-    return together.assign(machine=together["run_id"].map(run.machine_numbers).fillna(0))
+    numbers = together["run_id"].map(run.machine_numbers).fillna(0)
+    marks = (
+        together["only_beside"] if "only_beside" in together else pd.Series(index=together.index)
+    )
+    return together.assign(machine=numbers, only_beside=marks.eq(True))
 
 
 def usual_baseline(run: Run, trace: str = MAIN_TRACE) -> str:
@@ -179,15 +184,23 @@ def usual_baseline(run: Run, trace: str = MAIN_TRACE) -> str:
 
 
 def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[pd.DataFrame]:
-    """Return rows of each system: those of one machine with the baseline, where there are any."""
+    """Return rows of each system: those of a machine with the baseline, where there are any.
+
+    Of several such machines it is the one that ran most systems, then the newest. Rows of the
+    baseline are those of the machine with most systems, and, marked, of all others in use.
+    """
     names = [str(name) for name in attempted(rows)["system"].unique()]
     found = {name: by_machine(run, name, **where) for name in names}
     together = Counter(chain.from_iterable(found.values()))
-    machines = sorted(found.get(baseline, ()), key=lambda number: (together[number], number))
-    return [
-        found[str(name)].get(machines[-1], own) if machines and name in found else own
-        for name, own in rows.groupby("system", sort=False)
-    ]
+    best = sorted(found.get(baseline, ()), key=lambda number: (together[number], number))[::-1]
+    chosen, used = [], set()
+    for name, own in rows.groupby("system", sort=False):
+        of = found.get(str(name), {})
+        number = next((number for number in best if number in of), None)
+        chosen.append(own if number is None else of[number])
+        used.add(number)
+    others = [found[baseline][number] for number in best[1:] if number in used]
+    return chosen + [rows.assign(only_beside=True) for rows in others]
 
 
 def swept(rows: pd.DataFrame) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from djinn_lib.analysis import validation
-from djinn_lib.analysis.arriving import rates_table, waiting_table
+from djinn_lib.analysis.arriving import load_ratio_table, rates_table, waiting_table
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
 from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
 from djinn_lib.analysis.compressed import compressed_trace_table, masters_table
@@ -27,12 +27,13 @@ from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.results import (
     ablation_table,
     large_table,
+    measures,
     replicates_table,
     sweep_table,
     systems_table,
 )
 from djinn_lib.analysis.run import Run, load_run, published
-from djinn_lib.analysis.selection import NotMeasured
+from djinn_lib.analysis.selection import NotMeasured, by_machine
 from djinn_lib.analysis.tables import as_text, machines_table
 from djinn_lib.errors import DjinnError
 from djinn_lib.experiment.large_results import read_large
@@ -104,8 +105,9 @@ def _elsewhere(verdict: Verdict | None) -> str:
 def results(run: Run) -> pd.DataFrame:
     """Return a short table of systems, for the README: without the steps of the ablation.
 
-    Systems of one machine stand together, because only they are to be compared. A column for
-    served requests would be all 100 in a good run, so there is one only if it is not.
+    Systems of one machine stand together, because only they are to be compared, with the mean of
+    Djinn on that machine if it ran there. A column for served requests would be all 100 in a good
+    run, so there is one only if it is not.
     """
     columns = ["P50 (ms)", "P90 (ms)", "mean (ms)", "mean switch (ms)", "repeats"]
     steps = [system_look(name).label for name in _STEPS]
@@ -114,6 +116,9 @@ def results(run: Run) -> pd.DataFrame:
         columns.insert(0, "served (%)")
     if "machine" not in table:  # all rows are from one
         return table[columns]
+    columns.insert(columns.index("mean (ms)") + 1, "Djinn's mean there (ms)")
+    djinn = pd.concat(measures(run, rows) for rows in by_machine(run, "djinn").values())
+    table["Djinn's mean there (ms)"] = table["machine"].map(djinn.set_index("machine")["mean (ms)"])
     place = {machine: n for n, machine in enumerate(dict.fromkeys(table["machine"]))}
     table = table.sort_values("machine", key=lambda names: names.map(place), kind="stable")
     named = table["machine"].mask(table["machine"].duplicated(), "same")
@@ -212,8 +217,11 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "decode": decode_table,
     "loop": loop_table,
     "waiting": waiting_table,
+    "own arrivals": partial(rates_table, traces="paper_arrivals", target_ms=2000.0),
     "load": partial(rates_table, traces="load", target_ms=2000.0),
+    "load, ratios": partial(load_ratio_table, traces="load"),
     "two models": partial(rates_table, traces="pair", target_ms=1000.0),
+    "two models, ratios": partial(load_ratio_table, traces="pair"),
     "waiting, predicted": lambda run: validation.looking_ahead(run.folder),
     "large": lambda run: large_table(read_large(run.folder)),
     "engine targets": engine_targets,

@@ -40,7 +40,7 @@ def changed(run: Run, system: str, **columns: object) -> Run:
 
 
 def test_ratios_are_those_of_the_rows_and_of_the_paper(gpu: Run):
-    table = ratio_table(gpu, PAPER)
+    table = ratio_table(gpu, PAPER).loc["paper"]
     medians = {name: cell_rows(name, gpu=True)["total_ms"].median()
                for name in ("pytorch_pinned", "djinn", "djinn_eager")}  # fmt: skip
     alike = table.loc["PyTorch pinned", "Djinn, eager decode", "P50"]
@@ -56,7 +56,7 @@ def test_ratios_are_those_of_the_rows_and_of_the_paper(gpu: Run):
 def test_each_statistic_is_compared_with_the_form_that_is_best_in_it(gpu: Run):
     run = changed(gpu, "vllm_sleep", total_ms=[100.0] * 27 + [9000.0] * 3)
     run = changed(run, "vllm_sleep_naive", total_ms=[800.0] * 30)
-    found = ratio_table(run, PAPER).xs(SLEEP).xs("Djinn")["measured (x)"]
+    found = ratio_table(run, PAPER).loc["paper"].xs(SLEEP).xs("Djinn")["measured (x)"]
     djinn = cell_rows("djinn", gpu=True)["total_ms"]
     assert found["P50"] == pytest.approx(100 / djinn.median())
     assert found["mean"] == pytest.approx(800 / djinn.mean())
@@ -65,6 +65,25 @@ def test_each_statistic_is_compared_with_the_form_that_is_best_in_it(gpu: Run):
     listed = {claim.id: claim for claim in load_claims()}
     verdicts = judge([listed[f"ours-{name}-vs-sleep"] for name in ("p50", "mean", "p90")], run)
     assert [v.measured for v in verdicts] == [found[name] for name in ("P50", "mean", "P90")]
+
+
+def test_the_longer_trace_has_ratios_of_its_own_where_it_was_run(gpu: Run):
+    assert set(ratio_table(gpu, PAPER).index.get_level_values("trace")) == {"paper"}
+    ran = gpu.rows["system"].isin(["djinn", "vllm_sleep"]) & (gpu.rows["capacity_label"] == "25")
+    zipf = gpu.rows[ran].assign(trace="zipf", run_id="zipf-" + gpu.rows["run_id"])
+    manifests = {f"zipf-25-{m['system']}": {**m, "run_id": f"zipf-{m['run_id']}"}
+                 for cell, m in gpu.manifests.items() if cell.startswith("paper-25")}  # fmt: skip
+    run = replace(
+        gpu,
+        rows=pd.concat([gpu.rows, zipf]),
+        traces={**gpu.traces, "zipf": gpu.traces["paper"]},
+        manifests={**gpu.manifests, **manifests},
+    )
+    table = ratio_table(run, PAPER).sort_index()
+    longer, usual = (table.loc[trace, "vLLM sleep", "Djinn"]["measured (x)"]
+                     for trace in ("zipf", "paper"))  # fmt: skip
+    assert longer.to_dict() == usual.drop("max").to_dict()
+    assert table.loc["zipf", "vLLM sleep, read-only", "Djinn"]["measured (x)"].isna().all()
 
 
 def test_systems_are_compared_on_a_machine_that_ran_both(gpu: Run):
@@ -122,6 +141,13 @@ def test_requests_with_other_tokens_are_counted(gpu: Run):
     assert djinn["with other tokens (%)"] == pytest.approx(100 * 13 / 30)
     assert (djinn["in another repeat"], graph["in another repeat"]) == (0, 4)
     assert "PyTorch pinned" not in table.index.get_level_values("system")  # the reference
+    assert "logits apart (%)" not in table
+    apart = {"a": {"mode": "compiled", "logits_distance": 0.002},
+             "b": {"mode": "graph", "logits_distance": 0.004}}  # fmt: skip
+    cell = "paper-25-djinn"
+    told = {**gpu.manifests, cell: {**gpu.manifests[cell], "decoding": apart}}
+    column = token_table(replace(gpu, manifests=told)).loc["paper"]["logits apart (%)"]
+    assert column["Djinn"] == pytest.approx(0.4) and column.notna().sum() == 1
 
 
 # -- rates -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from row_factory import CAPACITIES, cell_rows, run_rows
 from run_factory import GPU_MACHINE, on_another_machine, run_of, write_large_rows
 
-from djinn_lib.analysis.arriving import waiting_table
+from djinn_lib.analysis.arriving import load_ratio_table, rates_table, waiting_table
 from djinn_lib.analysis.plots.sensitivity import sensitivity
 from djinn_lib.analysis.results import (
     ablation_table,
@@ -22,9 +22,10 @@ from djinn_lib.analysis.results import (
     systems_table,
 )
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import sweep, usual_baseline
+from djinn_lib.analysis.selection import NotMeasured, sweep, usual_baseline
 from djinn_lib.metrics import later_touches
 from djinn_lib.rows import no_rows
+from djinn_lib.trace import paper_trace, zipf_trace
 
 
 def with_machine(run: Run, system: str, **facts: float) -> Run:
@@ -187,6 +188,51 @@ def test_requests_that_wait_are_shown_with_those_that_do_not(gpu: Run):
     fair = replace(fair, manifests={**fair.manifests, "fair": batched})
     assert ("concurrent", "vLLM sleep") in waiting_table(fair).index
     assert waiting_table(run_of(cell_rows("pytorch_lru"))).empty
+
+
+def arriving(*systems: str, rate: float = 2.0) -> Run:
+    """A run of concurrent requests at one rate, each system with a manifest."""
+    trace = f"load_{rate:g}"
+    parts = [cell_rows(name, gpu=True).assign(trace=trace, mode="concurrent") for name in systems]
+    run = run_of(pd.concat(parts, ignore_index=True))
+    batches = {run_id: {**m, "batches": True, "peak_device_bytes": 3 << 30}
+               for run_id, m in run.manifests.items()}  # fmt: skip
+    traces = {trace: zipf_trace(30, 1.0, ["x", "y"], 1, rate)}
+    return replace(run, manifests=batches, traces=traces)
+
+
+def test_requests_in_time_have_an_interval_and_each_rate_its_memory():
+    run = arriving("djinn", "vllm_sleep")
+    rows = run.rows[run.rows["system"] == "djinn"]
+    late_ms = float(rows["total_ms"].quantile(0.8))
+    line = rates_table(run, "load", late_ms).reset_index().set_index("system").loc["Djinn"]
+    share = next(name for name in line.index if name.startswith("within"))
+    assert line[share] == pytest.approx(80, abs=4)
+    assert 40 < line["low (%)"] < line[share] < line["high (%)"] <= 100
+    assert (line["peak memory (GiB)"], line["arrivals (/s)"]) == (3.0, 2.0)
+    every = rates_table(run, "load", 1e9).reset_index().set_index("system").loc["Djinn"]
+    assert (every["low (%)"], every["high (%)"]) == (pytest.approx(88.4, abs=0.1), 100)  # 30 of 30
+    with pytest.raises(NotMeasured, match=r"no rows of a trace named pair or pair_\*"):
+        rates_table(run, "pair", 1000.0)
+    own = replace(run, traces={"load_2": paper_trace(("x", "y", "z"))})  # it has a mean gap of 2 s
+    assert list(rates_table(own, "load_2", 1000.0).index) == [0.5, 0.5]
+
+
+def test_latencies_under_load_are_compared_on_one_machine():
+    run = arriving("djinn", "vllm_sleep", "pytorch_lru")
+    table = load_ratio_table(run, "load", to="vllm_sleep").set_index("system")
+    assert list(table.index) == ["Djinn", "PyTorch LRU"] and set(table["n"]) == {30}
+    means = run.rows.groupby("system")["total_ms"].mean()
+    line = table.loc["Djinn"]
+    assert line["mean (x)"] == pytest.approx(means["djinn"] / means["vllm_sleep"])
+    assert line["mean, low (x)"] < line["mean (x)"] < line["mean, high (x)"] < 1
+    djinn = next(cell for cell, m in run.manifests.items() if m["system"] == "djinn")
+    other = {**run.manifests[djinn], "gpu_uuid": "GPU-elsewhere"}
+    apart = replace(run, manifests={**run.manifests, djinn: other})
+    table = load_ratio_table(apart, "load", to="vllm_sleep")
+    assert list(table["system"]) == ["PyTorch LRU"]  # no ratio across machines
+    with pytest.raises(NotMeasured, match="no machine ran djinn_vllm and another system"):
+        load_ratio_table(run, "load")
 
 
 def test_models_larger_than_the_ring_have_the_share_of_their_ceiling(tmp_path):

@@ -10,7 +10,7 @@ from run_factory import GPU_MACHINE, on_another_machine, write_cell
 
 from djinn_lib.analysis.claim_metrics import METRICS
 from djinn_lib.analysis.plots.sensitivity import sensitivity
-from djinn_lib.analysis.results import speedup_table
+from djinn_lib.analysis.results import hit_table, speedup_table, sweep_table
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import sweep
 from djinn_lib.errors import RecordError
@@ -102,6 +102,41 @@ def test_the_sweep_compares_with_the_baseline_where_no_machine_ran_all(gpu: Run)
     machines = at_25.groupby("system")["machine"].unique().map(list)
     assert machines["djinn"] == machines["pytorch_pinned"] != machines["pytorch_lru"]
     assert set(speedup_table(at_25, "pytorch_pinned")["system"]) == {"djinn"}
+
+
+def test_each_system_of_a_sweep_is_compared_with_the_baseline_of_its_own_machine(gpu: Run):
+    swept = gpu.rows[gpu.rows["system"].isin(["djinn", "pytorch_pinned", "pytorch_lru"])]
+    pinned = swept[swept["system"] == "pytorch_pinned"]
+    again = pinned.assign(run_id="b-" + pinned["run_id"], total_ms=3 * pinned["total_ms"])
+    lru = swept["system"] == "pytorch_lru"
+    rows = pd.concat([swept, again], ignore_index=True)
+    manifests = {
+        m["run_id"]: m for m in gpu.manifests.values() if m["run_id"] in {*swept["run_id"]}
+    }
+    on_b = {*again["run_id"], *swept.loc[lru, "run_id"]}
+    old = {f"b-{run_id}": m for run_id, m in manifests.items() if run_id in {*pinned["run_id"]}}
+    every = {run_id: {**m, "run_id": run_id, "gpu_uuid": f"GPU-{'b' if run_id in on_b else 'a'}"}
+             for run_id, m in (manifests | old).items()}  # fmt: skip
+    is_again = rows["run_id"].str.startswith("b-")
+    run = replace(
+        gpu,
+        rows=rows[~is_again],
+        manifests={m["cell"]: m for i, m in every.items() if not i.startswith("b-")},
+        replicates=rows[is_again],
+        replicate_manifests={i: m for i, m in every.items() if i.startswith("b-")},
+    )
+    found = sweep(run)
+    assert found.loc[found["only_beside"], "system"].unique().tolist() == ["pytorch_pinned"]
+    gains = speedup_table(found, "pytorch_pinned").set_index(["system", "capacity_label"])
+    before = speedup_table(sweep(gpu), "pytorch_pinned").set_index(["system", "capacity_label"])
+    assert len(gains) == len(before) == 8
+    ratio = gains["speedup"] / before["speedup"]
+    assert ratio["djinn"].tolist() == pytest.approx([1] * 4)
+    assert ratio["pytorch_lru"].tolist() == pytest.approx([3] * 4)
+    table = sweep_table(run)  # each system once a capacity
+    assert len(table) == 12 and table.groupby("capacity (GiB)")["machine"].nunique().eq(2).all()
+    assert (table["requests"] == 30).all() and (table["repeats"] == 1).all()
+    assert len(hit_table(found)) == 12
 
 
 def test_cells_of_different_weights_are_refused(cpu: Run):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from run_factory import on_another_machine, write_run
 
 from djinn_lib.analysis.claims import judge, load_claims, read_claims
 from djinn_lib.analysis.run import Run, load_run
@@ -47,8 +48,20 @@ def test_the_published_verdicts_are_those_of_the_published_rows(reference: Run):
 
 def test_the_verdicts_without_a_gpu_are_on_the_claims_of_the_file():
     kept = {v.id: (v.quote, v.expected) for v in read_claims(REFERENCE.parent / "cpu/claims.json")}
-    listed = {claim.id: (claim.quote, str(claim.expected)) for claim in load_claims()}
+    listed = {claim.id: (claim.quote, claim.allowed) for claim in load_claims()}
     assert kept == listed, "judge a run of the profile cpu again"
+
+
+def test_systems_stand_beside_the_mean_of_djinn_on_their_own_machine(tmp_path):
+    run = load_run(write_run(tmp_path, gpu=True))
+    assert "Djinn's mean there (ms)" not in pages.results(run)  # one machine
+    apart = on_another_machine(run, "djinn", total_ms=lambda ms: ms / 2)
+    table = pages.results(apart)
+    assert table.index[0] == ("2", "Djinn") and table.index[1][0] == "1"
+    beside = table["Djinn's mean there (ms)"]
+    mean_ms = run.rows.query("system == 'djinn' and capacity_label == '25'")["total_ms"].mean()
+    assert beside.iloc[0] == pytest.approx(mean_ms / 2)
+    assert beside.iloc[1:].tolist() == pytest.approx([mean_ms] * (len(table) - 1))
 
 
 def test_a_stale_table_is_made_again_and_prose_stays(reference: Run):
