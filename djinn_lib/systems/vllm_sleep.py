@@ -30,6 +30,7 @@ from djinn_lib.systems.vllm_recreate import check_request, engine_options, vocab
 # Room for 4,000 tokens of a model without grouped heads. By default vLLM allocates all memory that
 # it may, and would spend time on freeing and allocating it at every switch.
 KV_CACHE_BYTES = 2 << 30
+_OWN = ("naive", "max_wait_s", "core_process")  # options that are not the engines'
 
 
 @dataclass(slots=True)
@@ -56,12 +57,14 @@ class VllmSleep(SystemUnderTest):
         max_model_len, gpu_memory_utilization: options of each engine (defaults 512 and 0.3). As
             many engines start at the same time as their shares of the GPU allow.
         kv_cache_memory_bytes: size of each engine's KV cache (default 2 GiB).
+        core_process: let each engine's core run in a process of its own, as vLLM does by default
+            (default False, which saves messages between processes at every step).
     """
 
     batches = True
     option_names = frozenset(
         {"naive", "max_wait_s", "enforce_eager", "max_model_len", "gpu_memory_utilization",
-         "kv_cache_memory_bytes"}
+         "kv_cache_memory_bytes", "core_process"}
     )  # fmt: skip
     reads_files_while_serving = True  # an engine that died is started again
     writes_back = True  # level 1 copies the weights to the host
@@ -86,7 +89,7 @@ class VllmSleep(SystemUnderTest):
             "enforce_eager": False,
             "gpu_memory_utilization": 0.3,
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
-            **{k: v for k, v in self.options.items() if k not in ("naive", "max_wait_s")},
+            **{k: v for k, v in self.options.items() if k not in _OWN},
         }
         self.order = SleepOrder(
             {name: files.n_bytes for name, files in self.models.items()},
@@ -119,7 +122,10 @@ class VllmSleep(SystemUnderTest):
             environment.vllm_python(),
             {**engine_options(files, self.engine_options), "enable_sleep_mode": True},
             self._logs / f"{files.name}-{time.monotonic_ns()}.log",
-            {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"},
+            {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(bool(self.options.get("core_process")))),
+                "VLLM_NO_USAGE_STATS": "1",
+            },
         )
 
     def _sleep(self, engine: EngineClient) -> None:

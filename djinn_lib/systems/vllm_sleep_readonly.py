@@ -24,10 +24,10 @@ class VllmSleepReadonly(VllmSleep):
     """Put engines to sleep and wake them as `VllmSleep` does.
 
     Options:
-        page: size of a page, e.g. "1MiB". All others: see `VllmSleep`.
+        page: size of a page, e.g. "1MiB". All others: see `VllmSleep`, but for `core_process`.
     """
 
-    option_names = VllmSleep.option_names | {"page"}
+    option_names = VllmSleep.option_names - {"core_process"} | {"page"}
     writes_back = False
 
     @classmethod

@@ -27,6 +27,7 @@ class NotedEngine:
 
     def __init__(self, name, python, options, log, variables):
         self.name, self.asked, self.holds = name, [], False
+        self.variables = variables
         self.note("start", **options)
         if NotedEngine.together:
             NotedEngine.together.wait(SOON_S)
@@ -109,6 +110,16 @@ def test_engines_start_together_and_sleep_as_soon_as_they_run(models, noted):
     assert all(one["enable_sleep_mode"] and not one["enforce_eager"] for one in options)
     assert not any("naive" in one or "max_wait_s" in one for one in options)
     assert sorted(said(3)) == sorted((n, what) for n in MODELS for what in ("started", "sleep"))
+    system.close()
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, "0"), ({"core_process": True}, "1")])
+def test_the_core_of_an_engine_runs_apart_if_asked(models, noted, chosen, expected):
+    system = VllmSleep(models, room_for_two(models), "cuda", **chosen)
+    system.start()
+    variables = [engine.variables for engine in system.engines.values()]
+    assert {one["VLLM_ENABLE_V1_MULTIPROCESSING"] for one in variables} == {expected}
+    assert not any("core_process" in more for _, _, more in NotedEngine.notes)
     system.close()
 
 

@@ -83,6 +83,7 @@ SYSTEM_STYLE: dict[Any, Any] = {
     "ray_actors": Look("Ray actors", _GREY, "-", "h"),
     "vllm_sleep": Look("vLLM sleep", _BLACK, "--", "d"),
     "vllm_sleep_naive": Look("vLLM sleep, naive", _BLACK, ":", "s"),
+    "vllm_sleep_core_process": Look("vLLM sleep, core apart", _GREY, "--", "D"),
     "vllm_sleep_readonly": Look("vLLM sleep, read-only", _BLACK, "-.", "v"),
     "djinn_vllm": Look("Djinn under vLLM", _NAVY, "-", "s"),
     "vllm_recreate": Look("vLLM re-created", _BLACK, "-", "p"),
