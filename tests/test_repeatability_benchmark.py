@@ -22,11 +22,18 @@ def test_on_a_cpu_everything_repeats(tmp_path):
     done = run_script(SCRIPT, "--out", tmp_path / "found.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["variant"] for row in found["rows"]] == ["as it is", "without graphs"]
+    assert [row["variant"] for row in found["rows"]] == [
+        "as it is",
+        "not recorded",
+        "as it is, watched",
+    ]
     assert all(row["repeats that differ"] == 0 and row["of"] == 2 for row in found["rows"])
 
 
-def test_the_module_that_differs_is_named(monkeypatch):
+@pytest.fixture
+def unsteady(monkeypatch):
+    """A model whose second layer gives another output at every step of one token."""
+
     class Unsteady(repeatability.ModelSpec):
         def build(self, device="cpu"):
             model = super().build(device)
@@ -36,11 +43,34 @@ def test_the_module_that_differs_is_named(monkeypatch):
             return model
 
     monkeypatch.setattr(repeatability, "ModelSpec", Unsteady)
-    monkeypatch.setattr(reference.References, "ensure_alike", lambda *_: None)
+    monkeypatch.setattr(reference.References, "ensure_alike", lambda *_: 0.0)
+
+
+def rows_of(*variants):
     options = argparse.Namespace(
-        one="as it is", shape="tiny", layers=2, dtype="float32", tokens=4, repeats=3
+        variants=variants, shape="tiny", layers=2, dtype="float32", tokens=4, repeats=3
     )
-    assert repeatability.measured(options) == {
-        "repeats that differ": 2, "of": 2, "in the prefill": 0,
-        "first difference": "step 1: model.layers.1.mlp",
-    }  # fmt: skip
+    return {row.pop("variant"): row for row in repeatability.measured(options)}
+
+
+def test_what_differs_is_found_and_the_module_named(unsteady):
+    rows = rows_of("as it is", "as it is, watched", "a recording for each layer")
+    differs = {"repeats that differ": 2, "of": 2, "in the prefill": 0}
+    assert rows == {
+        "as it is": {**differs, "first difference": "step 1: logits"},
+        "as it is, watched": {**differs, "first difference": "step 1: model.layers.1.mlp"},
+        "a recording for each layer": {**differs, "first difference": "step 1: logits"},
+    }
+
+
+def test_a_variant_that_cannot_run_is_a_row(monkeypatch, tmp_path):
+    broken = repeatability.Variant(around=lambda: 1 / 0)
+    monkeypatch.setitem(repeatability.VARIANTS, "no split-K", broken)
+    rows = rows_of("no split-K", "as it is")
+    assert rows["no split-K"] == {"error": "ZeroDivisionError: division by zero"}
+    assert rows["as it is"]["repeats that differ"] == 0
+    options = argparse.Namespace(variants=["as it is", "no split-K"], shape="tiny", layers=2,
+                                 dtype="float3", tokens=4, repeats=3)  # fmt: skip
+    dead = list(repeatability.in_processes(options))
+    assert [row["variant"] for row in dead] == ["as it is", "no split-K"]
+    assert all("its process ended with status 1" in row["error"] for row in dead)
