@@ -90,6 +90,7 @@ class MemoryWatch:
     def __init__(self, interval_s: float = 0.1) -> None:
         self.base_bytes: int | None = None
         self._most_bytes = 0
+        self._serving_most_bytes: int | None = None
         self._interval_s, self._ended = interval_s, threading.Event()
 
     @property
@@ -98,6 +99,17 @@ class MemoryWatch:
         if self.base_bytes is None:
             return None
         return max(0, self._most_bytes - self.base_bytes)
+
+    @property
+    def serving_bytes(self) -> int | None:
+        """The peak since `begin_serving`; None without it, or without a driver."""
+        if self.base_bytes is None or self._serving_most_bytes is None:
+            return None
+        return max(0, self._serving_most_bytes - self.base_bytes)
+
+    def begin_serving(self) -> None:
+        """Note that the system has started, which can take more memory than serving does."""
+        self._serving_most_bytes = 0
 
     def __enter__(self) -> MemoryWatch:
         self.base_bytes = used_bytes()
@@ -117,6 +129,8 @@ class MemoryWatch:
             while not self._ended.wait(self._interval_s):
                 used = int(nvml.nvmlDeviceGetMemoryInfo(gpu).used)
                 self._most_bytes = max(self._most_bytes, used)
+                if self._serving_most_bytes is not None:
+                    self._serving_most_bytes = max(self._serving_most_bytes, used)
 
         ask(watch)
 

@@ -13,6 +13,7 @@ from djinn_lib.nvml import MemoryWatch
 
 def test_the_peak_is_what_was_in_use_at_most_beyond_the_beginning(monkeypatch):
     used = iter([100, 150, 900, 300])  # the first is before the block
+    assert MemoryWatch().serving_bytes is None
     last: list[int] = []
 
     def memory(_: object) -> SimpleNamespace:
@@ -33,7 +34,11 @@ def test_the_peak_is_what_was_in_use_at_most_beyond_the_beginning(monkeypatch):
     with watch:
         while watch.peak_bytes != 800 and time.monotonic() < deadline_s:
             time.sleep(0.001)
-    assert watch.peak_bytes == 800
+        assert watch.serving_bytes is None
+        watch.begin_serving()
+        while watch.serving_bytes != 200 and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+    assert (watch.peak_bytes, watch.serving_bytes) == (800, 200)
 
 
 def test_without_a_driver_there_is_no_peak():

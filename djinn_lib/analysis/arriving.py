@@ -9,7 +9,7 @@ import pandas as pd
 
 from djinn_lib.analysis.claim_times import statistic_ratio
 from djinn_lib.analysis.plots.style import system_look
-from djinn_lib.analysis.results import SERVED, by_system, measures, peak_gib
+from djinn_lib.analysis.results import SERVED, SERVING, by_system, measures, serving_gib
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import NotMeasured, could_not_batch, need_clocks, side_by_side
 from djinn_lib.metrics import attempted, block_length, by_request, exposed, latency, share_interval
@@ -24,7 +24,7 @@ def waiting_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
     the same machine may be compared.
     """
     columns = [*SERVED, "mean later switch (ms)", "longest later switch (ms)", "loaded (GiB)",
-               "all done (s)", "peak memory (GiB)", "machine"]  # fmt: skip
+               "all done (s)", SERVING, "machine"]  # fmt: skip
     alone = run.other_cells(trace, capacity_label)
     waiting = run.concurrent_cells(trace, capacity_label)
     modes = {
@@ -56,7 +56,7 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
              for (system, trace), part in rows.groupby(["system", "trace"])}  # fmt: skip
     parts = [cells[line.system, line.rate] for line in table.itertuples()]
     table["machine"] = [run.machines_of(part) for part in parts]
-    table["memory"] = [peak_gib(run, part) for part in parts]
+    table["memory"] = [serving_gib(run, part) for part in parts]
     shares = [_in_time_interval(part, target_ms) for part in parts]
     table["low"], table["high"] = zip(*shares, strict=True)
     table["system"] = [system_look(name).label for name in table["system"]]
@@ -64,7 +64,7 @@ def rates_table(run: Run, traces: str, target_ms: float) -> pd.DataFrame:
         "rate": "arrivals (/s)", "system": "system", "machine": "machine", "n": "requests",
         "ttft_p50": "first token, P50 (ms)", "total_p50": "P50 (ms)", "total_p90": "P90 (ms)",
         "total_max": "slowest (ms)", "in_time": f"within {target_ms / 1e3:g} s (%)",
-        "low": "low (%)", "high": "high (%)", "memory": "peak memory (GiB)",
+        "low": "low (%)", "high": "high (%)", "memory": SERVING,
     }  # fmt: skip
     return table[list(named)].rename(columns=named).set_index("arrivals (/s)")
 

@@ -6,7 +6,7 @@ where a row comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -41,6 +41,7 @@ STEPS = (
     ("djinn", "lookup tables in the host"),
 )
 SERVED = ["requests", "served (%)", "repeats"]
+SERVING, STARTING = "memory, serving (GiB)", "memory, starting (GiB)"  # peaks on the device
 
 
 def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
@@ -57,7 +58,8 @@ def measures(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
 def _measures(run: Run, rows: pd.DataFrame) -> dict[str, Any]:
     return {
         **metrics.measures(rows),
-        "peak memory (GiB)": peak_gib(run, rows),
+        SERVING: serving_gib(run, rows),
+        STARTING: _peak_gib(run, rows),
         "vLLM": _vllm(run, rows),
         "machine": run.machines_of(rows),
     }
@@ -68,10 +70,35 @@ def _of_manifests(run: Run, rows: pd.DataFrame) -> list[Mapping[str, Any]]:
     return [manifest for manifest in run.all_manifests.values() if manifest["run_id"] in ids]
 
 
-def peak_gib(run: Run, rows: pd.DataFrame) -> float:
-    """Peak device memory in use; NaN if it was not recorded."""
-    peaks = [m.get("peak_device_bytes") for m in _of_manifests(run, rows)]
-    return max((peak / _GIB for peak in peaks if peak), default=float("nan"))
+def _peak_gib(run: Run, rows: pd.DataFrame) -> float:
+    """Peak device memory of cells that started their system; NaN if it was not recorded."""
+    return _most_gib(m.get("peak_device_bytes") for m in _of_manifests(run, rows)
+                     if not m.get("running_since"))  # fmt: skip
+
+
+def serving_gib(run: Run, rows: pd.DataFrame) -> float:
+    """Peak device memory while a system served; NaN if it was not recorded.
+
+    Engines of vLLM take more while they start. Manifests of older cells have only one peak. Where
+    such a cell started its system, the peaks of later cells of the same running system are used.
+    """
+    return _most_gib(_serving_bytes(run, manifest) for manifest in _of_manifests(run, rows))
+
+
+def _most_gib(found: Iterable[int | None]) -> float:
+    return max((n_bytes / _GIB for n_bytes in found if n_bytes), default=float("nan"))
+
+
+def _serving_bytes(run: Run, manifest: Mapping[str, Any]) -> int | None:
+    if noted := manifest.get("serving_device_bytes"):
+        return int(noted)
+    if manifest.get("running_since"):
+        return manifest.get("peak_device_bytes")
+    later = [m.get("peak_device_bytes") or 0 for m in run.all_manifests.values()
+             if m.get("running_since") == manifest["cell"]
+             and m.get("gpu_uuid") == manifest.get("gpu_uuid")
+             and m["started_at_utc"] > manifest["started_at_utc"]]  # fmt: skip
+    return max(later, default=0) or None
 
 
 def _vllm(run: Run, rows: pd.DataFrame) -> str:
@@ -92,7 +119,7 @@ def by_system(column: pd.Series) -> pd.Series:
 def _labelled(table: pd.DataFrame) -> pd.DataFrame:
     """Replace system ids by labels, and drop columns that say nothing."""
     table = table.rename(index=lambda name: system_look(name).label, level="system")
-    empty = [name for name in ("peak memory (GiB)", "vLLM")
+    empty = [name for name in (SERVING, STARTING, "vLLM")
              if name in table and not table[name].replace("", None).notna().any()]  # fmt: skip
     same = ["machine"] if table["machine"].nunique() < 2 else []
     return table.drop(columns=[*empty, *same])
@@ -120,7 +147,7 @@ def systems_table(run: Run, trace: str = "paper", capacity_label: str = "25") ->
         table["not run because"] = pd.Series(unavailable).reindex(table.index).fillna("")
     columns = [*SERVED, "P50 (ms)", "P90 (ms)", "max (ms)", "mean (ms)", "mean switch (ms)",
                "loaded (GiB)", "written back (GiB)", "loaded nothing (%)", "link share (%)",
-               "ceiling reached (%)", "peak memory (GiB)", "vLLM", "machine",
+               "ceiling reached (%)", SERVING, STARTING, "vLLM", "machine",
                "not run because"]  # fmt: skip
     return _labelled(table[[name for name in columns if name in table]])
 

@@ -54,6 +54,8 @@ class Manifest(BaseModel):
     gpu_uuid: str | None = None
     batches: bool | None = None
     peak_device_bytes: int | None = None
+    # The same without the start of the system, which can take more than serving does.
+    serving_device_bytes: int | None = None
     # How each model decoded, where Djinn's decoders did: `mode`, and `logits_distance`, how far its
     # logits were from transformers' when it was made (a share of their norm).
     decoding: dict[str, dict[str, Any]] | None = None

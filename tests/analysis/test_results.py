@@ -195,7 +195,7 @@ def arriving(*systems: str, rate: float = 2.0) -> Run:
     trace = f"load_{rate:g}"
     parts = [cell_rows(name, gpu=True).assign(trace=trace, mode="concurrent") for name in systems]
     run = run_of(pd.concat(parts, ignore_index=True))
-    batches = {run_id: {**m, "batches": True, "peak_device_bytes": 3 << 30}
+    batches = {run_id: {**m, "batches": True, "serving_device_bytes": 3 << 30}
                for run_id, m in run.manifests.items()}  # fmt: skip
     traces = {trace: zipf_trace(30, 1.0, ["x", "y"], 1, rate)}
     return replace(run, manifests=batches, traces=traces)
@@ -209,13 +209,38 @@ def test_requests_in_time_have_an_interval_and_each_rate_its_memory():
     share = next(name for name in line.index if name.startswith("within"))
     assert line[share] == pytest.approx(80, abs=4)
     assert 40 < line["low (%)"] < line[share] < line["high (%)"] <= 100
-    assert (line["peak memory (GiB)"], line["arrivals (/s)"]) == (3.0, 2.0)
+    assert (line["memory, serving (GiB)"], line["arrivals (/s)"]) == (3.0, 2.0)
     every = rates_table(run, "load", 1e9).reset_index().set_index("system").loc["Djinn"]
     assert (every["low (%)"], every["high (%)"]) == (pytest.approx(88.4, abs=0.1), 100)  # 30 of 30
     with pytest.raises(NotMeasured, match=r"no rows of a trace named pair or pair_\*"):
         rates_table(run, "pair", 1000.0)
     own = replace(run, traces={"load_2": paper_trace(("x", "y", "z"))})  # it has a mean gap of 2 s
     assert list(rates_table(own, "load_2", 1000.0).index) == [0.5, 0.5]
+
+
+def test_the_start_of_a_system_is_no_part_of_the_memory_that_serving_takes(gpu: Run):
+    def noted(**facts: object) -> Run:
+        cell = "paper-25-djinn"
+        return replace(gpu, manifests={**gpu.manifests, cell: {**gpu.manifests[cell], **facts}})
+
+    def shown(run: Run) -> tuple[float, float]:
+        line = measures(run, run.rows[run.rows["run_id"] == "paper-25-djinn-test"]).loc["djinn"]
+        return line["memory, serving (GiB)"], line["memory, starting (GiB)"]
+
+    started = {"peak_device_bytes": 59 << 30}
+    assert shown(noted(**started, serving_device_bytes=38 << 30)) == (38, 59)
+    serving, starting = shown(noted(**started))  # of an older cell, which noted one peak
+    assert math.isnan(serving) and starting == 59
+    serving, starting = shown(noted(**started, running_since="another"))
+    assert serving == 59 and math.isnan(starting)
+    older = noted(**started)
+    later = {"run_id": "later", "cell": "load_1-25-djinn", "running_since": "paper-25-djinn",
+             "peak_device_bytes": 38 << 30,
+             "started_at_utc": "2026-11-23T06:30:00+00:00"}  # fmt: skip
+    began = older.manifests["paper-25-djinn"]
+    assert shown(replace(older, replicate_manifests={"later": {**began, **later}})) == (38, 59)
+    elsewhere = {**began, **later, "gpu_uuid": "GPU-other"}
+    assert math.isnan(shown(replace(older, replicate_manifests={"later": elsewhere}))[0])
 
 
 def test_latencies_under_load_are_compared_on_one_machine():

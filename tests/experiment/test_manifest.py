@@ -28,6 +28,7 @@ NEWER = {
     "gpu_uuid": None,
     "batches": None,
     "peak_device_bytes": None,
+    "serving_device_bytes": None,
     "decoding": None,
     "running_since": None,
 }  # fmt: skip  (fields that older manifests lack)

@@ -102,6 +102,7 @@ class CellRecord:
         self.notes.extend(running.notes)
         self.decoding = running.decoding
         self.memory.base_bytes = running.base_bytes
+        self.memory.begin_serving()
         self.other_gpu_processes = running.other_gpu_processes
 
     def keys(self, repeat: int, request: Request) -> dict[str, Any]:
@@ -188,6 +189,7 @@ class CellRecord:
             "gpu_uuid": nvml.first_gpu() if profile.device == "cuda" else None,
             "batches": system_class(self.entry.system).batches,
             "peak_device_bytes": self.memory.peak_bytes,
+            "serving_device_bytes": self.memory.serving_bytes,
             "decoding": self.decoding or None,
             "notes": self.notes,
         }
