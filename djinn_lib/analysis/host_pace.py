@@ -46,7 +46,7 @@ def decode_table(run: Run) -> pd.DataFrame:
     by_load = by_load.unstack().reindex(columns=[True, False])
     table = pd.DataFrame({
         "machine": of_model.apply(run.machines_of),
-        "eager": of_model["eager"].first(),
+        "transformers' steps": of_model["eager"].first(),
         "requests": of_model.size(),
         "fastest (ms)": of_model["decode_ms"].min(),
         "median (ms)": of_model["decode_ms"].median(),

@@ -185,6 +185,18 @@ def test_cdf_ends_at_the_share_that_was_served(at_25: pd.DataFrame):
     assert lines["Djinn"].get_ydata()[-1] == 100
 
 
+def test_cdf_draws_each_request_at_the_mean_of_its_repeats():
+    rows = cell_rows("djinn", repeats=2)
+    rows.loc[(rows["repeat"] == 1) & (rows["request"] == 3), "total_ms"] = 9e5  # once, by chance
+    failed = (rows["repeat"] == 1) & (rows["request"] == 4)
+    rows.loc[failed, ["ok", "error_kind", "total_ms"]] = [False, "oom", np.nan]
+    line = latency_cdf(rows).axes[0].lines[0]
+    means = rows[rows["ok"]].groupby("request")["total_ms"].mean()
+    assert len(line.get_xdata()) == 31 and line.get_xdata()[-1] == pytest.approx(means[3])
+    assert means[3] < 5e5
+    assert line.get_ydata()[-1] == pytest.approx(100 * 59 / 60)
+
+
 @pytest.mark.parametrize("draw", COMPARING)
 def test_a_system_with_fewer_requests_is_labelled_so(draw, at_25):
     few = at_25[(at_25["system"] != "pytorch_lru") | (at_25["request"] < 12)]

@@ -53,9 +53,10 @@ _HOLLOW: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 4.5,
 def latency_cdf(rows: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
     """Draw the share of requests that were served within a given time, for each system.
 
-    Failed requests count in the denominator. The curve of a system with failed requests therefore
-    ends below 100%, at a cross. Of the paper's numbers, if given, hollow diamonds mark P50 and P99,
-    and a line the share of requests at which its vLLM ends.
+    Each request is drawn at the mean of its repeats. Failed requests count in the denominator. The
+    curve of a system with failed requests therefore ends below 100%, at a cross. Of the paper's
+    numbers, if given, hollow diamonds mark P50 and P99, and a line the share of requests at which
+    its vLLM ends.
 
     Raises:
         RecordError: there are no rows, or they mix traces or capacities.
@@ -103,7 +104,7 @@ def _draw_system(axes: Axes, rows: pd.DataFrame, system: str, label: str) -> Non
     look, n_all, n_failed = system_look(system), len(rows), int((~rows["ok"]).sum())
     draw_cdf(axes, rows, "total_ms", **look.line | {"label": label}, zorder=_front(system))
     if 0 < n_failed < n_all:
-        end = rows["total_ms"].max(), 100.0 * (n_all - n_failed) / n_all
+        end = by_request(served(rows)).max(), 100.0 * (n_all - n_failed) / n_all
         axes.plot(*end, "x", color=look.color, markersize=6, markeredgewidth=1.6)
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from djinn_lib.analysis.plots.style import (
     DOUBLE_COLUMN_IN,
@@ -31,7 +31,8 @@ from djinn_lib.analysis.results import hit_table, speedup_table
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import HIT_MS, attempted
 
-_APART = 0.1  # of the distance between two capacities, between neighbouring series
+# Of the distance between two capacities: between neighbouring series, and all of them.
+_APART, _ALL_APART = 0.1, 0.5
 _PAPER: dict[str, Any] = {"color": "0.3", "linestyle": "", "marker": "D", "markersize": 4.5,
                           "markerfacecolor": "none"}  # fmt: skip
 
@@ -79,9 +80,15 @@ def sensitivity(
         _draw(left, part, str(system), labels, places[systems.index(str(system))])
     left.axhline(1.0, color=system_look(baseline).color, linewidth=1.0, linestyle=":")
     left.set(ylabel=f"times lower than {system_look(baseline).label}", title="Median latency")
-    left.set_ylim(0, float(np.nanmax([*speedups["high"], 1.0])) * 1.15)
+    # Logarithmic, because systems near the baseline matter as much as those far from it.
+    left.set_yscale("log")
+    ends = [*speedups["low"], *speedups["high"], 1.0]
+    left.set_ylim(float(np.nanmin(ends)) / 1.2, float(np.nanmax(ends)) * 1.2)
     if paper:
         _mark_speedups(left, paper)
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda times, _: f"{times:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     hits, from_warm = _with_machines(hit_table(rows), rows), hit_table(started)
     hits_of_paper = _published_hits(paper, labels) if paper else {}
     for axes, column, title in (
@@ -186,7 +193,7 @@ def _warm(system: str) -> dict[str, Any]:
 
 def _places(n: int) -> list[float]:
     """Return an offset for each of n series, so that equal values do not hide each other."""
-    return [_APART * (number - (n - 1) / 2) for number in range(n)]
+    return [min(_APART, _ALL_APART / n) * (number - (n - 1) / 2) for number in range(n)]
 
 
 def _label_capacities(axes: Axes, capacities: pd.Series) -> None:
@@ -222,7 +229,8 @@ def _legend(
 def _mark_speedups(axes: Axes, paper: Mapping[str, Any]) -> None:
     low, high = paper["sensitivity"]["speedup"]
     axes.axhspan(low, high, color="0.55", alpha=0.6, linewidth=1.0)  # visible at any scale
-    axes.set_ylim(0, max(axes.get_ylim()[1], high * 1.15))  # room for the text above
+    below, above = axes.get_ylim()
+    axes.set_ylim(min(below, low / 1.2), max(above, high * 1.4))  # room for the text above
     axes.annotate(
         f"paper {low:g} to {high:g}x", (1, high), (-3, 2), xycoords=("axes fraction", "data"),
         textcoords="offset points", ha="right", fontsize=SMALL_PT, color="0.3",

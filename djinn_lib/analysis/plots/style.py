@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from djinn_lib.errors import RecordError
+from djinn_lib.metrics import REQUEST, by_request, served
 from djinn_lib.paths import user_path
 
 COLUMN_IN, DOUBLE_COLUMN_IN = 3.3, 7.0  # widths of a paper's single and double column
@@ -296,20 +297,23 @@ def label_ms(axis: Axis) -> None:
 def draw_cdf(axes: Axes, rows: pd.DataFrame, column: str, **style: Any) -> None:
     """Draw the cumulative distribution of a time, in percent of all requests.
 
-    Failed requests count in the denominator, so the curve of a system with failed requests ends
-    below 100%. A system that served no request has an entry in the legend but no curve.
+    Each request is drawn at the mean of the repeats that served it, and counts with their share.
+    So the curve of a system with failed requests ends below 100%. A system that served no request
+    has an entry in the legend but no curve.
     """
-    times = rows.loc[rows["ok"], column].to_numpy(dtype=float)
     if rows.empty:
         return
-    if not len(times):
+    times = by_request(served(rows), column)
+    if times.empty:
         axes.plot([], [], **style)
         return
-    sns.ecdfplot(x=times, stat="count", ax=axes, **style)
+    shares = rows["ok"].groupby([rows[name] for name in REQUEST]).mean().reindex(times.index)
+    sns.ecdfplot(x=times.to_numpy(), weights=shares.to_numpy(), stat="count", ax=axes, **style)
     # The curve begins at the first request, not at the left end of the axis.
     line = axes.lines[-1]
     ends, counts = np.asarray(line.get_xdata())[1:], np.asarray(line.get_ydata())
-    line.set_data([times.min(), *ends], 100.0 * counts / len(rows))
+    n_requests = len(rows[REQUEST].drop_duplicates())
+    line.set_data([times.min(), *ends], 100.0 * counts / n_requests)
 
 
 def byte_scale(n_bytes: float) -> tuple[float, str]:
