@@ -5,6 +5,7 @@ A module is imported when its system is asked for: whoever only needs the names 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,17 @@ SYSTEMS = {
 }
 # Jupyter kernels of environments of their own, for systems that need one where there is no GPU.
 KERNELS = {"vllm_recreate": "djinn-vllm"}
+# Those that can change their capacity while they run: see `SystemUnderTest.resize`.
+_RESIZED = frozenset({"pytorch_pinned", "pytorch_pinned_readonly", "pytorch_lru",
+                      "pytorch_pageable", "vllm_sleep"})  # fmt: skip
+
+
+def resizes(name: str, options: Mapping[str, object]) -> bool:
+    """Whether one start of a system serves cells of every capacity.
+
+    An LRU cache with Djinn's decoder does not: it has as many frames as its capacity needs.
+    """
+    return name in _RESIZED and not (name == "pytorch_lru" and "decode" in options)
 
 
 def system_class(name: str) -> type[SystemUnderTest]:

@@ -185,6 +185,15 @@ class SystemUnderTest(ABC):
         """Take all weights off the device, before each repeat of the trace."""
         return
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Go on with another capacity, and with nothing on the device, where `resizes` says so.
+
+        Raises:
+            CapacityError: a model is larger.
+        """
+        self.reset()
+        self.capacity_bytes = capacity_bytes
+
     @abstractmethod
     def close(self) -> None:
         """Free everything; called once, also after a failure."""

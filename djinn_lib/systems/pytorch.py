@@ -226,6 +226,16 @@ class PyTorchLRU(_PyTorchSystem):
             model, tokens, *times_s, found=found, evicted=victims, resident=self.resident
         )
 
+    def resize(self, capacity_bytes: int) -> None:
+        """Go on with another capacity and no model.
+
+        Raises:
+            CapacityError: a model is larger.
+        """
+        super().resize(capacity_bytes)
+        for name in self.models:
+            self.victims(name, ())
+
     def reset(self) -> None:
         """Drop every model."""
         while self.resident:

@@ -91,12 +91,7 @@ class VllmSleep(SystemUnderTest):
             "kv_cache_memory_bytes": KV_CACHE_BYTES,
             **{k: v for k, v in self.options.items() if k not in _OWN},
         }
-        self.order = SleepOrder(
-            {name: files.n_bytes for name, files in self.models.items()},
-            self.capacity_bytes,
-            bool(self.options.get("naive")),
-            float(str(self.options.get("max_wait_s", 1.0))),
-        )
+        self.order = self._make_order(self.capacity_bytes)
         self.vocab_sizes = vocab_sizes(self.models)
         self._logs = Path(tempfile.mkdtemp(prefix="djinn-vllm-"))
         self._prepare()
@@ -110,6 +105,25 @@ class VllmSleep(SystemUnderTest):
             list(threads.map(start_one, self.models))
         self._dispatcher = threading.Thread(target=self._dispatch, name="djinn-sleep", daemon=True)
         self._dispatcher.start()
+
+    def _make_order(self, capacity_bytes: int) -> SleepOrder:
+        return SleepOrder(
+            {name: files.n_bytes for name, files in self.models.items()},
+            capacity_bytes,
+            bool(self.options.get("naive")),
+            float(str(self.options.get("max_wait_s", 1.0))),
+        )
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Go on with another capacity; all engines sleep.
+
+        Raises:
+            CapacityError: a model is larger.
+        """
+        order = self._make_order(capacity_bytes)
+        super().resize(capacity_bytes)
+        with self._changed:
+            self.order = order
 
     # -- engines: start, sleep, wake, end --------------------------------------------------------
 

@@ -36,7 +36,10 @@ def test_decodes_are_those_of_the_model_with_the_slowest_one(gpu: Run):
     assert table.loc["PyTorch LRU", "slowest (ms)"] == 9_870.0
     graph = gpu.cells("paper", "25").query("system == 'djinn' and model == 'mistral-mini'")
     assert table.loc["Djinn", "median (ms)"] == graph["decode_ms"].median()
-    assert table.loc["Djinn", "requests"] == len(graph) and not table.loc["Djinn", "transformers' steps"]
+    assert (
+        table.loc["Djinn", "requests"] == len(graph)
+        and not table.loc["Djinn", "transformers' steps"]
+    )
 
 
 def test_the_first_request_of_a_new_process_is_shown_apart(gpu: Run):

@@ -9,11 +9,11 @@ from tiny_run import cell_of, copied, prepare
 
 from djinn_lib.experiment.cells import cell_runs
 from djinn_lib.experiment.cells.cell import run_cell
-from djinn_lib.experiment.cells.cell_runs import run_cells
+from djinn_lib.experiment.cells.cell_runs import run_cells, stale_cells
 from djinn_lib.experiment.execution import notebooks
 from djinn_lib.experiment.manifest import Status, read_manifest
 from djinn_lib.systems.djinn import DjinnRing
-from djinn_lib.systems.pytorch import PyTorchPinned
+from djinn_lib.systems.pytorch import PyTorchLRU, PyTorchPinned
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def bench(prepared, tmp_path):
 def calls(monkeypatch):
     """How often systems were started and closed."""
     counted = Counter()
-    for system in (DjinnRing, PyTorchPinned):
+    for system in (DjinnRing, PyTorchPinned, PyTorchLRU):
         for name in ("start", "close"):
             real = getattr(system, name)
 
@@ -80,6 +80,44 @@ def test_another_system_closes_the_one_that_runs(bench, calls):
     assert calls == {"start": 1}
     run_cell(bench, cell_of(bench, "pytorch_pinned"))
     assert calls == {"start": 2, "close": 2}
+
+
+def test_a_system_that_can_change_its_capacity_serves_cells_of_all(bench, calls):
+    least = cell_of(bench, "pytorch_lru", "most")
+    alone = run_cell(bench, least)
+    run_cell(bench, cell_of(bench, "pytorch_lru", "all"), keep_running=True)
+    again = run_cell(bench, least)
+    assert calls == {"start": 2, "close": 2}
+    assert again["ok"].all() and tokens_of(again).equals(tokens_of(alone))
+    assert again["loaded_bytes"].tolist() == alone["loaded_bytes"].tolist()
+    assert (again["capacity_bytes"] == alone["capacity_bytes"]).all()
+    assert manifest_of(bench, least)["running_since"] == cell_of(bench, "pytorch_lru", "all").id
+
+
+def test_a_capacity_that_is_too_small_fails_as_it_does_alone(bench, calls):
+    least = cell_of(bench, "pytorch_lru", "half")  # a model is larger
+    alone = run_cell(bench, least)
+    run_cell(bench, cell_of(bench, "pytorch_lru", "all"), keep_running=True)
+    again = run_cell(bench, least)
+    assert not alone["ok"].any() and again["error"].tolist() == alone["error"].tolist()
+    assert calls["start"] == calls["close"] == 3
+
+
+def test_a_ring_has_one_capacity(bench, calls):
+    run_cell(bench, cell_of(bench, "djinn", "all"), keep_running=True)
+    run_cell(bench, cell_of(bench, "djinn", "most"))
+    assert calls == {"start": 2, "close": 2}
+
+
+def test_cells_of_a_system_come_together_over_capacities_if_one_start_serves_all(bench):
+    cells = [cell_of(bench, system, label) for label in ("all", "most")
+             for system in ("djinn", "pytorch_lru", "pytorch_pinned")]  # fmt: skip
+    order = [(cell.system, cell.capacity_label) for cell in
+             stale_cells(bench.run, bench.profile, cells)]  # fmt: skip
+    assert order == [
+        ("djinn", "all"), ("pytorch_lru", "all"), ("pytorch_lru", "most"),
+        ("pytorch_pinned", "all"), ("pytorch_pinned", "most"), ("djinn", "most"),
+    ]  # fmt: skip
 
 
 def test_a_system_that_failed_a_request_is_not_kept(bench, calls, monkeypatch):

@@ -10,12 +10,15 @@ from profile_factory import tiny_profile
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.profile import Cell
 
-SYSTEMS = ("djinn", "pytorch_pinned", "serverless", "vllm_sleep")
+SYSTEMS = ("djinn", "pytorch_pinned", "pytorch_lru", "serverless", "vllm_sleep")
 
 
 def prepare(root: Path) -> Bench:
-    """Set up a run in a folder: six requests for two models, four systems."""
-    profile = tiny_profile(systems={name: {"system": name} for name in SYSTEMS})
+    """Set up a run in a folder: six requests for two models, five systems."""
+    profile = tiny_profile(
+        systems={name: {"system": name} for name in SYSTEMS},
+        capacities={"half": "1/2", "most": "3/4", "all": "64MiB"},
+    )
     bench = set_up(profile, root / "run", root / "models", progress=lambda step: None)
     bench.write_traces()
     return bench

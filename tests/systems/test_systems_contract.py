@@ -20,7 +20,7 @@ from djinn_lib.experiment.setup.weights import describe
 from djinn_lib.fleet import environment
 from djinn_lib.paths import REPO
 from djinn_lib.rows import classify_error
-from djinn_lib.systems import SYSTEMS, system_class
+from djinn_lib.systems import SYSTEMS, resizes, system_class
 from djinn_lib.systems.serverless import drop_page_cache
 from djinn_lib.trace import Request
 
@@ -168,6 +168,21 @@ def test_accounting_from_a_cold_start(system, models, capacity_bytes):
         balance = sum(resident.values()) + served.loaded_bytes - served.evicted_bytes
         assert sum(served.resident_bytes.values()) == balance
         resident = served.resident_bytes
+
+
+def test_a_capacity_that_can_change_holds_from_then_on(system, models, expected, capacity_bytes):
+    if not resizes(system.name, system.options):
+        return
+    a, b, _ = sorted(models, key=lambda name: models[name].n_bytes)
+    system.serve(a, PROMPT, N_NEW)
+    system.resize(sum(files.n_bytes for files in models.values()))
+    first = [system.serve(name, PROMPT, N_NEW) for name in (a, b)]
+    again = system.serve(a, PROMPT, N_NEW)
+    assert all(served.loaded_bytes > 0 for served in first)  # nothing had stayed
+    keeps = system.name in KEEPS_TO_CAPACITY
+    assert (again.loaded_bytes == 0) == keeps and again.token_ids == expected[a]
+    system.resize(capacity_bytes)
+    assert system.capacity_bytes == capacity_bytes
 
 
 def test_all_weights_are_on_the_device_but_tables_that_may_stay_behind(system, models):

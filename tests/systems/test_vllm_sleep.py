@@ -113,6 +113,23 @@ def test_engines_start_together_and_sleep_as_soon_as_they_run(models, noted):
     system.close()
 
 
+def test_another_capacity_needs_no_new_engines(models, system):
+    sizes = {name: files.n_bytes for name, files in models.items()}
+    for name in MODELS:
+        system.serve(name, PROMPT, 2)
+    system.resize(sum(sizes.values()))
+    assert not system.order.awake and system.capacity_bytes == sum(sizes.values())
+    n = len(NotedEngine.notes)
+    for name in (*MODELS, *MODELS):
+        system.serve(name, PROMPT, 2)
+    assert [what for _, what in said(n)].count("wake_up") == 3  # all fit
+    assert not {"start", "sleep"} & {what for _, what in said(n)}
+    with pytest.raises(CapacityError, match="raise the capacity"):
+        system.resize(max(sizes.values()) - 1)
+    assert system.capacity_bytes == sum(sizes.values())
+    assert system.serve("llama", PROMPT, 2).loaded_bytes == 0  # as before
+
+
 @pytest.mark.parametrize(("chosen", "expected"), [({}, "0"), ({"core_process": True}, "1")])
 def test_the_core_of_an_engine_runs_apart_if_asked(models, noted, chosen, expected):
     system = VllmSleep(models, room_for_two(models), "cuda", **chosen)

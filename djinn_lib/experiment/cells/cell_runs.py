@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from djinn_lib.experiment.manifest import Status, note_execution, read_execution
 from djinn_lib.experiment.profile import Cell, Profile
 from djinn_lib.experiment.run_folder import CELL_NOTEBOOK, RunFolder
 from djinn_lib.rows import classify_error, read_rows
+from djinn_lib.systems import resizes
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
@@ -34,23 +36,24 @@ if TYPE_CHECKING:
 def stale_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells to run, in their order of execution.
 
-    Cells that failed before come last. Cells of one system at one capacity are a series: they come
-    together, so the system starts only once.
+    Cells that failed before come last. Cells of one system are a series, at one capacity or, if the
+    system can change it while it runs, at all: they come together, so it starts only once.
     """
     stale = [cell for cell in cells if not is_current(run, profile, cell)]
     first: dict[tuple[str, str], int] = {}
     for i, cell in enumerate(stale):
-        first.setdefault(_series_of(cell), i)
+        first.setdefault(_series_of(profile, cell), i)
 
     def place(cell: Cell) -> tuple[bool, int]:
         status = read_execution(run.cell(cell.id).manifest)
-        return status is not None and not status.settled, first[_series_of(cell)]
+        return status is not None and not status.settled, first[_series_of(profile, cell)]
 
     return sorted(stale, key=place)
 
 
-def _series_of(cell: Cell) -> tuple[str, str]:
-    return cell.system, cell.capacity_label
+def _series_of(profile: Profile, cell: Cell) -> tuple[str, str]:
+    entry = profile.systems[cell.system]
+    return cell.system, "" if resizes(entry.system, entry.options) else cell.capacity_label
 
 
 def run_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterator[Status]:
@@ -61,7 +64,7 @@ def run_cells(run: RunFolder, profile: Profile, cells: Sequence[Cell]) -> Iterat
     """
     base_bytes = nvml.used_bytes() if profile.device == "cuda" else None
     places = {cell.id: f"cell {i} of {len(cells)}" for i, cell in enumerate(cells, start=1)}
-    for _, series in groupby(cells, _series_of):
+    for _, series in groupby(cells, partial(_series_of, profile)):
         left = deque(series)
         while left:
             yield from _run_in_one_process(run, profile, left, places)

@@ -27,7 +27,7 @@ from djinn_lib.experiment.profile import REPO, Cell
 from djinn_lib.experiment.setup import machine
 from djinn_lib.experiment.setup.integrity import WeightsWatch, weights_digest
 from djinn_lib.experiment.setup.weights import prompt_ids
-from djinn_lib.systems import system_class
+from djinn_lib.systems import resizes, system_class
 from djinn_lib.systems.base import SystemUnderTest
 from djinn_lib.trace import Request, Trace
 from djinn_lib.units import parse_bytes
@@ -225,7 +225,7 @@ def running_system(begun: CellRecord, keep_running: bool) -> Iterator[Running]:
         Exception: the system did not start; it has been closed.
     """
     running = _kept.pop() if _kept else None
-    if running and running.made_of != _made_of(begun):
+    if running and not _goes_on(running, begun):
         _close(running.system)
         running = None
     if running:
@@ -246,6 +246,21 @@ def running_system(begun: CellRecord, keep_running: bool) -> Iterator[Running]:
             _close(running.system)
 
 
+def _goes_on(running: Running, begun: CellRecord) -> bool:
+    """Whether a running system serves the cell too; its capacity changes if it must and can."""
+    if running.made_of != _made_of(begun):
+        return False
+    if running.system.capacity_bytes == begun.capacity_bytes:
+        return True
+    if not resizes(begun.entry.system, begun.entry.options):
+        return False
+    try:
+        running.system.resize(begun.capacity_bytes)
+    except Exception:  # a new one says what is wrong
+        return False
+    return True
+
+
 def _close(system: SystemUnderTest) -> None:
     system.close()
     gc.collect()
@@ -256,7 +271,6 @@ def _made_of(begun: CellRecord) -> dict[str, Any]:
     return {
         "system": begun.cell.system,
         "entry": begun.entry,
-        "capacity_bytes": begun.capacity_bytes,
         "models": begun.bench.models,
         "profile": profile.model_dump(include={"device", "dtype", "page", "new_tokens"}),
     }
