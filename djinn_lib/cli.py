@@ -76,7 +76,7 @@ _Speed = Annotated[float, typer.Option(help="with `concurrent`: arrive so many t
 _ExecutorOption = Annotated[_Executor, typer.Option(help="where cells run")]
 _BASELINES = (
     "comma-separated: djinn, pytorch_pinned, pytorch_pageable, serverless, vllm, or a label of the "
-    "profile's systems; `all` for these five"
+    "profile's systems; `all` for those of these five that the profile has"
 )
 
 
@@ -157,8 +157,10 @@ def trace(
     kind: Annotated[
         Literal["paper", "zipf"], typer.Option(help="40/40/20 percent, or Zipf's law")
     ] = "paper",
-    alpha: Annotated[float, typer.Option(help="with `zipf`: the skew")] = 1.0,
-    rate: Annotated[float, typer.Option(help="with `zipf`: requests a second")] = 0.5,
+    alpha: Annotated[float | None, typer.Option(help="with `zipf`: the skew [default: 1]")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="with `zipf`: requests a second [default: 0.5]")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="replace the output file")] = False,
 ) -> None:
     """Write a trace: each request's model (one of the paper's three) and arrival time.
@@ -171,9 +173,12 @@ def trace(
     if output.exists() and not replace:
         raise ConfigError(f"{output} already exists: choose another --output, or add --replace")
     if kind == "paper":
+        if alpha is not None or rate is not None:
+            raise ConfigError("the paper's trace has no --alpha and no --rate: add --kind zipf")
         made = paper_trace(n=n_agents, seed=seed)
     else:
-        made = zipf_trace(n_agents, alpha, PAPER_MODELS, seed, rate)
+        skew, per_s = (1.0 if alpha is None else alpha), (0.5 if rate is None else rate)
+        made = zipf_trace(n_agents, skew, PAPER_MODELS, seed, per_s)
     save_trace(made, output)
     print(f"{len(made)} requests for {len(made.models)} models: {output}")
 

@@ -33,6 +33,12 @@ def test_the_papers_trace_is_written_and_read_in_both_forms(tmp_path, ending):
     assert paper_form.load_trace(path).requests == paper_trace().requests
 
 
+def test_options_of_another_kind_of_trace_are_refused(tmp_path):
+    said = called("trace", "--output", tmp_path / "t.jsonl", "--rate", "3")
+    assert said.exit_code == 2 and "add --kind zipf" in said.output
+    assert not (tmp_path / "t.jsonl").exists()
+
+
 def test_a_trace_replaces_a_file_only_when_asked(tmp_path):
     path = tmp_path / "new" / "trace.jsonl"
     first = called("trace", "--seed", 1, "--output", path)
@@ -70,6 +76,10 @@ def test_baselines_have_the_papers_names_or_ours():
     gpu = comparison.describe("gpu", [25], ["all"])
     assert list(gpu.systems) == list(paper_form.BASELINES.values())
     assert gpu.capacities == {"25": "25GiB"}
+    smoke = comparison.describe("smoke", [25], ["all"])  # which lacks some of them
+    assert list(smoke.systems) == ["djinn", "pytorch_pinned"]
+    with pytest.raises(ConfigError, match="no baseline 'pytorch_pageable': choose from djinn, "):
+        comparison.describe("smoke", [25], ["pytorch_pageable"])
     cpu = comparison.describe("cpu", [22.5, 25], ["vllm", "pytorch_lru"], "both", repeats=2)
     assert cpu.capacities == {"22.5": "22.5/31.3", "25": load_profile("cpu").capacities["25"]}
     assert [c.id for c in cpu.all_cells()][:2] == [
@@ -82,6 +92,8 @@ def test_baselines_have_the_papers_names_or_ours():
 
 @pytest.mark.parametrize("given", [{"baselines": ["nobody"]}, {"baselines": [" "]},
                                    {"buffers_gb": [0]}, {"buffers_gb": [float("nan")]},
+                                   {"speed": 0.0, "mode": "concurrent"},
+                                   {"speed": float("nan"), "mode": "concurrent"}, {"speed": 5.0},
                                    {"config": "nothing"}, {"config": "no/file.yml"}])  # fmt: skip
 def test_options_without_a_meaning_are_refused(given):
     options = {"config": "smoke", "buffers_gb": [25], "baselines": ["djinn"], **given}
@@ -119,6 +131,22 @@ def test_the_papers_configuration_names_models_of_the_hub(tmp_path):
     path.write_text(yaml.safe_dump({"models": models}))
     with pytest.raises(ConfigError, match="no counterpart"):
         comparison.describe(str(path), [25], ["djinn"])
+
+
+@pytest.mark.slow
+def test_any_capacity_has_figures_and_requests_as_they_arrive_have_none(tmp_path):
+    trace, out = tmp_path / "few.jsonl", tmp_path / "out"
+    write_trace(paper_trace(n=4), trace)
+    given = ("run", "--config-file", "smoke", "--baselines", "djinn", "--trace-file", trace)
+    ended = called(*given, "--output-dir", out, "--buffer-gb", 22)
+    assert ended.exit_code == 0, ended.output
+    assert (out / "figures" / "latency_cdf.png").exists()
+    page = (out / "index.html").read_text()
+    assert "at capacity 22" in page and "No rows of" not in page
+    other = tmp_path / "other"
+    ended = called(*given, "--output-dir", other, "--mode", "concurrent", "--speed", 100)
+    assert ended.exit_code == 0, ended.output
+    assert "--mode both has both" in ended.output and not list(other.glob("figures/*"))
 
 
 @pytest.mark.slow

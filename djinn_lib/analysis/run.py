@@ -258,6 +258,8 @@ def load_run(run_dir: Path | str) -> Run:
         TraceError: a trace is broken.
     """
     folder = user_path(run_dir).resolve()
+    if not folder.is_dir():
+        raise RecordError(f"there is no folder {folder}: check the path of the run")
     rows = read_run(folder)
     manifests = {
         path.name.removesuffix(".manifest.json"): read_manifest(path)

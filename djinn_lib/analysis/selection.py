@@ -167,6 +167,19 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataF
     return together.assign(machine=numbers, only_beside=marks.eq(True))
 
 
+def usual_capacity(run: Run, trace: str = MAIN_TRACE) -> str:
+    """Return the capacity to draw: the paper's, or where it was not run, the one of most systems.
+
+    Of several it is the least. Without rows it is the paper's.
+    """
+    rows = run.other_cells(trace)
+    if rows.empty or MAIN_CAPACITY in set(rows["capacity_label"]):
+        return MAIN_CAPACITY
+    found = rows.groupby("capacity_label").agg({"system": "nunique", "capacity_bytes": "max"})
+    found = found.sort_values(["system", "capacity_bytes"], ascending=[False, True])
+    return str(found.index[0])
+
+
 def usual_baseline(run: Run, trace: str = MAIN_TRACE) -> str:
     """Return the system to compare others with: PyTorch pinned, or where it was not run, another.
 

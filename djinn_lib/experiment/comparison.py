@@ -48,8 +48,11 @@ def compare(profile: Profile, output_dir: Path, executor: str = "local") -> int:
     profile = load_profile(str(path))
     profile.make_trace(TRACE)  # refused before anything runs
     cells = [f"cell:{cell.id}" for cell in profile.all_cells()]
-    drawn = ["sensitivity"] if len(profile.capacities) > 1 else []
-    code = reproduce(str(path), output_dir, executor, [*cells, "figures", *drawn, "page"])
+    drawn = ["figures", *(["sensitivity"] if len(profile.capacities) > 1 else [])]
+    if all(cell.mode == "concurrent" for cell in profile.all_cells()):
+        drawn = []
+        print("no figures: they compare requests one after another; --mode both has both")
+    code = reproduce(str(path), output_dir, executor, [*cells, *drawn, "page"])
     write_paper_form(RunFolder(output_dir.resolve()), profile)
     return code
 
@@ -68,7 +71,8 @@ def describe(
     Args:
         config: a profile's name or file, or a configuration of the paper's scripts.
         buffers_gb: capacities in GiB; without a GPU, shares of `PAPER_GIB`.
-        baselines: labels of the profile's systems, or the paper's names; "all" for its five.
+        baselines: labels of the profile's systems, or the paper's names; "all" for those of its
+            five that the profile has.
         mode: requests one after another, at their arrival, or both in turn.
         trace_file: in our form (.jsonl) or the paper's (.json); default is the paper's trace.
         repeats: how often each system serves the trace.
@@ -82,8 +86,10 @@ def describe(
     names = [name.strip() for name in baselines if name.strip()]
     if not names:
         raise ConfigError("no baseline is named; name one or more, or 'all'")
-    names = list(paper_form.BASELINES) if names == ["all"] else names
+    if names == ["all"]:
+        names = [name for name in paper_form.BASELINES if _known_label(base, name)]
     labels = [_label(base, name) for name in names]
+    _check_speed(speed, mode)
     trace = {"kind": "file", "path": str(trace_file.resolve())} if trace_file else {"kind": "paper"}
     modes = ("sequential", "concurrent") if mode == "both" else (mode,)
     fields = {
@@ -153,7 +159,7 @@ def _base(config: str) -> Profile:
 def _capacity(base: Profile, gb: float) -> tuple[str, str]:
     """Return label and size of a capacity: those of the profile if it has the label."""
     if not 0 < gb < 1 << 20:
-        raise ConfigError(f"a buffer of {gb:g} GB has no meaning; give a positive size")
+        raise ConfigError(f"a buffer of {gb:g} GiB has no meaning: give a size above 0")
     label = f"{gb:g}"
     if label in base.capacities:
         return label, base.capacities[label]
@@ -162,13 +168,28 @@ def _capacity(base: Profile, gb: float) -> tuple[str, str]:
 
 def _label(base: Profile, name: str) -> str:
     """Return the label of the profile's system for a name."""
-    for label in (paper_form.BASELINES.get(name, name), name):
-        if label in base.systems:
-            return label
+    if label := _known_label(base, name):
+        return label
+    theirs = [name for name in paper_form.BASELINES if _known_label(base, name)]
+    own = [label for label in base.systems if label not in theirs]
     raise ConfigError(
-        f"there is no baseline {name!r}; choose from {list(paper_form.BASELINES)} or the systems "
-        f"of profile {base.name!r}: {list(base.systems)}"
+        f"profile {base.name!r} has no baseline {name!r}: choose from {', '.join([*theirs, *own])}"
     )
+
+
+def _known_label(base: Profile, name: str) -> str | None:
+    labels = (paper_form.BASELINES.get(name, name), name)
+    return next((label for label in labels if label in base.systems), None)
+
+
+def _check_speed(speed: float, mode: Modes) -> None:
+    if not speed > 0:
+        raise ConfigError(f"expected a speed above 0, got {speed:g}")
+    if mode == "sequential" and speed != 1:
+        raise ConfigError(
+            f"a speed of {speed:g} needs requests that arrive on their own: add --mode concurrent, "
+            "or leave --speed out"
+        )
 
 
 def parse_sizes(text: str) -> list[float]:

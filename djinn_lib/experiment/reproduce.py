@@ -34,6 +34,7 @@ from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.experiment.steps import READING, STEPS, Step, run_steps, set_up
 from djinn_lib.files import ensure_writable
 from djinn_lib.paths import RUNS
+from djinn_lib.rows import classify_error
 
 _CELL = "cell:"
 _PAGE = "page"
@@ -132,7 +133,7 @@ def _run(work: Work, run: RunFolder, profile: Profile, executor: str) -> Iterato
             yield from run_cells(run, profile, cells)
     yield from run_steps(work.steps, run, profile)
     if work.page:
-        _make_page(run)
+        yield from _make_page(run)
 
 
 def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) -> str:
@@ -143,8 +144,8 @@ def _ahead(run: RunFolder, profile: Profile, cells: Sequence[Cell], n_all: int) 
     return text
 
 
-def _make_page(run: RunFolder) -> None:
-    """Write the page if something that it shows is newer than the page."""
+def _make_page(run: RunFolder) -> Iterator[Status]:
+    """Write the page if something that it shows is newer; yield a status if that fails."""
     code = LIBRARY / "publishing"
     shown = [run.claims, run.machine, *run.requests.glob("*.*"), *run.figures.glob("*"),
              *run.notebooks.glob("*.ipynb"), *code.glob("*.py"),
@@ -154,7 +155,13 @@ def _make_page(run: RunFolder) -> None:
         from djinn_lib.experiment.execution.notebooks import in_a_fork  # imports papermill
 
         print("index.html ...", flush=True)
-        in_a_fork(_build, run.path)
+        begin_s = time.perf_counter()
+        try:
+            in_a_fork(_build, run.path)
+        except OSError as error:  # what was measured is kept
+            said = f"{error}: make room, and run the same command again"
+            seconds = time.perf_counter() - begin_s
+            yield Status(run.page.name, "failed", seconds, classify_error(error), said)
 
 
 def _build(folder: Path) -> None:
@@ -204,5 +211,6 @@ def _summary(statuses: Sequence[Status], run: RunFolder) -> int:
     for status in statuses:
         if status.state != "ok":
             print(status)
-    print(f"{len(statuses)} notebooks, {len(failed)} failed; results: {run.page}", flush=True)
+    results = run.page if run.page.exists() else run.path
+    print(f"{len(statuses)} notebooks, {len(failed)} failed; results: {results}", flush=True)
     return 1 if failed else 0

@@ -123,16 +123,16 @@ def publish_rows(
 def _publishable(
     run_dir: Path, reference: Path, replace: bool, allow_dirty: bool, unfinished: bool
 ) -> Run:
+    run = load_run(run_dir)
+    if problems := list(_problems(run, allow_dirty, unfinished)):
+        raise RecordError(
+            f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
+        )
     taken = [name for name in PUBLISHED if (reference / name).exists()]
     if taken and not replace:
         raise ConfigError(
             f"expected nothing published in {reference}, got {', '.join(taken)}: replace it with "
             "--replace, or keep it"
-        )
-    run = load_run(run_dir)
-    if problems := list(_problems(run, allow_dirty, unfinished)):
-        raise RecordError(
-            f"expected a finished run on a GPU in {run_dir}, got:\n  " + "\n  ".join(problems)
         )
     return run
 

@@ -26,7 +26,7 @@ from djinn_lib.analysis.claims import Judgement, Verdict, load_claims, read_clai
 from djinn_lib.analysis.plots.style import split_unavailable, system_look
 from djinn_lib.analysis.results import systems_table
 from djinn_lib.analysis.run import Run, load_run
-from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE
+from djinn_lib.analysis.selection import MAIN_CAPACITY, MAIN_TRACE, usual_capacity
 from djinn_lib.analysis.tables import as_text, facts_table
 from djinn_lib.errors import DjinnError, RecordError
 from djinn_lib.experiment.execution.notebook_logs import log_of
@@ -137,7 +137,6 @@ def _context(folder: Path, pages: Sequence[Page]) -> dict[str, Any]:
     return {
         "name": folder.name,
         "main_trace": MAIN_TRACE,
-        "main_capacity": MAIN_CAPACITY,
         "claims": [(v, evidence(v, claims.get(v.id), shown)) for v in verdicts],
         "verdict_counts": _counts(verdicts),
         "figures": [figure for figure in figures if figure["name"] not in _CAPTIONS["computed"]],
@@ -162,6 +161,7 @@ def _of_run(run: Run) -> dict[str, Any]:
         "origins": sorted(origins),
         "started": min((m["started_at_utc"] for m in manifests), default="")[:16],
         "notes": sorted({note for m in manifests for note in m["notes"]}),
+        "main_capacity": usual_capacity(run),
         "summary": _summary(run),
         "failures": _failures(run.failures),
         "unavailable": {system_look(s).label: reason for s, reason in unavailable.items()},
@@ -170,13 +170,14 @@ def _of_run(run: Run) -> dict[str, Any]:
 
 def _no_run() -> dict[str, Any]:
     empty: dict[str, Any] = {"machine": [], "origins": [], "notes": [], "failures": []}
-    return {**empty, "cells": [], "device": "", "started": "", "summary": None, "unavailable": {}}
+    empty |= {"main_capacity": MAIN_CAPACITY, "summary": None, "unavailable": {}}
+    return {**empty, "cells": [], "device": "", "started": ""}
 
 
 def _summary(run: Run) -> Markup | None:
     """Return the comparison of the main cells as an HTML table; None without rows."""
     try:
-        table = systems_table(run)
+        table = systems_table(run, capacity_label=usual_capacity(run))
     except RecordError:
         return None
     return Markup(as_text(table).rename_axis(None).to_html(border=0))

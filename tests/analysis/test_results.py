@@ -22,7 +22,7 @@ from djinn_lib.analysis.results import (
     systems_table,
 )
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, sweep, usual_baseline
+from djinn_lib.analysis.selection import NotMeasured, sweep, usual_baseline, usual_capacity
 from djinn_lib.metrics import later_touches
 from djinn_lib.rows import no_rows
 from djinn_lib.trace import paper_trace, zipf_trace
@@ -216,6 +216,14 @@ def test_requests_in_time_have_an_interval_and_each_rate_its_memory():
         rates_table(run, "pair", 1000.0)
     own = replace(run, traces={"load_2": paper_trace(("x", "y", "z"))})  # it has a mean gap of 2 s
     assert list(rates_table(own, "load_2", 1000.0).index) == [0.5, 0.5]
+
+
+def test_the_capacity_to_draw_is_the_papers_or_that_of_most_systems(gpu: Run):
+    assert usual_capacity(gpu) == "25"
+    small = cell_rows("djinn", "20"), cell_rows("djinn", "40"), cell_rows("pytorch_lru", "40")
+    assert usual_capacity(run_of(pd.concat(small))) == "40"
+    assert usual_capacity(run_of(pd.concat(small[:2]))) == "20"
+    assert usual_capacity(run_of(small[0].assign(mode="concurrent"))) == "25"  # nothing to draw
 
 
 def test_the_start_of_a_system_is_no_part_of_the_memory_that_serving_takes(gpu: Run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -157,6 +158,24 @@ def test_what_is_gone_is_made_again(run, kernels):
         path.unlink()
         assert again in run()[1] and path.exists()
     kernels.run.page.unlink()
+    assert run() == (0, []) and kernels.run.page.exists()
+
+
+def test_a_page_that_finds_no_room_is_said_and_made_the_next_time(
+    run, kernels, monkeypatch, capsys
+):
+    made = report.build_report
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path / "index.html"))
+
+    monkeypatch.setattr(report, "build_report", full)
+    assert run()[0] == 1
+    said = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in said if line.startswith("index.html: failed"))
+    assert "disk_full" in line and "make room, and run the same command again" in line
+    assert said[-1] == f"14 notebooks, 1 failed; results: {kernels.run.path}"
+    monkeypatch.setattr(report, "build_report", made)
     assert run() == (0, []) and kernels.run.page.exists()
 
 

@@ -46,7 +46,7 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     bands = {system: _multiples(rows[rows["system"] == system], requests)
              for system in order_systems(rows["system"])}  # fmt: skip
     grid, middles = _stacked(list(bands.values()))
-    size_in = (DOUBLE_COLUMN_IN, 0.9 + _ROW_IN * max(len(grid), 12))
+    size_in = (DOUBLE_COLUMN_IN, 0.9 + _ROW_IN * max(len(grid), 14))
     figure, axes = plt.subplots(figsize=size_in, layout="constrained")
     sns.heatmap(grid, cmap="magma_r", norm=LogNorm(1.0, _SLOWEST), xticklabels=5, rasterized=True,
                 cbar=False, ax=axes)  # fmt: skip
@@ -55,7 +55,7 @@ def decode_pace(rows: pd.DataFrame) -> Figure:
     axes.set_xlabel("request of the trace")
     image = axes.collections[0]
     bar = figure.colorbar(image, ax=axes, extend="max", pad=0.01, fraction=0.04, aspect=40)
-    bar.set_label("decode / fastest of its model", fontsize=SMALL_PT)
+    bar.set_label("decode /\nfastest of its model", fontsize=SMALL_PT)
     bar.set_ticks([1, 1.5, 2, 3, 4])
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
