@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,17 +20,31 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Parent folders are created. A failure keeps the previous file and leaves nothing else.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+        OSError: the disk is full, or the folder cannot be written to. The message names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _about(path, error) from error
+
+
+def _about(path: Path, error: OSError) -> OSError:
+    """Return an error of the same class and number whose message names a path and a remedy."""
+    if type(error).__module__ != "builtins":  # of a library: its class may need other arguments
+        return error
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free space on its disk" if full else "choose another path or correct its permissions"
+    said = type(error)(f"{path} cannot be written ({error.strerror or error}): {remedy}")
+    said.errno = error.errno  # without strerror and filename, Python prints the message alone
+    return said
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,7 +75,7 @@ def ensure_writable(folder: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"expected a folder that can be written to, got {folder} ({error.strerror}): "
-            "choose another run_dir or correct its permissions"
+            "choose another folder or correct its permissions"
         ) from error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from djinn_lib.errors import TraceError
+from djinn_lib.errors import TraceError, first_line, shown
 from djinn_lib.files import write_text
 
 FORMAT = "djinn-trace/1"
@@ -220,16 +220,40 @@ def read_trace(path: Path) -> Trace:
         TraceError: the file is missing, truncated, edited or of another format.
     """
     try:
-        header, *lines = map(json.loads, path.read_text().splitlines())
-        requests = tuple(Request(**line) for line in lines)
-        if header["format"] != FORMAT or len(requests) != header["n"]:
-            raise ValueError(f"{len(requests)} requests and the first line {header}")
+        first, *rest = path.read_text().splitlines() or [""]
+        header = _header(first)
+    except OSError as error:
+        raise TraceError(
+            f"{path} cannot be read ({error.strerror}): check the path, or generate it again"
+        ) from error
+    except ValueError as error:
+        raise TraceError(
+            f"{path} is not a trace: {error}. Traces are .jsonl files of the format {FORMAT!r} and "
+            ".json files in the paper's form; choose one, or generate it again with `djinn trace`"
+        ) from error
+    try:
+        requests = tuple(Request(**json.loads(line)) for line in rest)
+        if len(requests) != header["n"]:
+            raise ValueError(f"it has {len(requests)} requests, not {header['n']}")
         trace = Trace(header["kind"], header["params"], requests)
         if trace.sha256 != header["sha256"]:
-            raise ValueError(f"requests with the hash {trace.sha256}, not {header['sha256']}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError("its requests do not have the hash in its first line")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise TraceError(
-            f"expected a whole trace of the format {FORMAT!r} in {path}, got {error}: the file was "
-            "truncated or edited, or is no trace; generate it again"
+            f"{path} is not a whole trace ({first_line(error)}): it was truncated or edited; "
+            "generate it again"
         ) from error
     return trace
+
+
+def _header(line: str) -> dict[str, Any]:
+    """Read the first line of a trace file; ValueError says why it is none."""
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its first line is not JSON") from error
+    if not isinstance(header, dict) or "format" not in header:
+        raise ValueError("its first line names no format")
+    if header["format"] != FORMAT:
+        raise ValueError(f"its format is {shown(header['format'])}")
+    return header

@@ -50,7 +50,7 @@ def written(trace: Trace, folder: Path) -> Path:
 
 def test_the_paper_trace_is_the_published_one():
     trace = paper_trace()
-    letters = dict(zip(PAPER_MODELS, "lmp", strict=True))
+    letters: dict[str, str] = dict(zip(PAPER_MODELS, "lmp", strict=True))
     assert [letters[request.model] for request in trace.requests] == SEQUENCE
     assert {i: trace.requests[i].arrival_s for i in ARRIVALS_S} == ARRIVALS_S
     assert [request.request for request in trace.requests] == list(range(30)) and len(trace) == 30
@@ -193,13 +193,31 @@ def test_no_single_character_can_be_changed_unseen(tmp_path_factory, position, c
 
 
 def test_files_that_are_no_traces(tmp_path):
-    with pytest.raises(TraceError, match=r"in .*no\.jsonl, got .*generate it again"):
+    with pytest.raises(
+        TraceError, match=r"no\.jsonl cannot be read .*: check the path, or generate it again"
+    ):
         read_trace(tmp_path / "no.jsonl")
     with pytest.raises(TraceError, match="generate it again"):
         read_trace(tmp_path)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(TraceError, match="generate it again"):
         read_trace(tmp_path / "binary.jsonl")
+    for content in ("# A heading\n\nText.\n", "", "[1]\n", "[" * 100_000):
+        (tmp_path / "README.md").write_text(content)
+        with pytest.raises(
+            TraceError, match=r"README\.md is not a trace: .*'djinn-trace/1' and"
+        ) as e:
+            read_trace(tmp_path / "README.md")
+        assert "Expecting value" not in str(e.value)
+
+
+def test_a_trace_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "t.jsonl"
+    with pytest.raises(
+        OSError, match=r"^\S*file/t\.jsonl cannot be written \(.*\): choose another"
+    ):
+        write_trace(paper_trace(), path)
 
 
 # -- models ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import yaml
 
 from djinn_lib.errors import ConfigError
 from djinn_lib.experiment import paper_form
-from djinn_lib.experiment.profile import Profile, load_profile
+from djinn_lib.experiment.profile import Profile, checked, load_profile
 from djinn_lib.experiment.reproduce import reproduce
 from djinn_lib.experiment.run_folder import RunFolder
 from djinn_lib.files import ensure_writable, write_text
@@ -109,7 +109,7 @@ def describe(
             for each in modes
         ],
     }
-    return Profile.model_validate(fields)
+    return checked(fields)
 
 
 def write_paper_form(run: RunFolder, profile: Profile) -> None:
@@ -153,7 +153,7 @@ def _base(config: str) -> Profile:
     fields = base.model_dump(exclude={"traces", "cells", "large"})  # those name models of the base
     cell = {"traces": [TRACE], "capacities": [next(iter(base.capacities))], "systems": ["djinn"]}
     paper = {"traces": {TRACE: {"kind": "paper"}}, "cells": [cell]}
-    return Profile.model_validate({**fields, **paper, "models": named, "new_tokens": tokens})
+    return checked({**fields, **paper, "models": named, "new_tokens": tokens})
 
 
 def _capacity(base: Profile, gb: float) -> tuple[str, str]:

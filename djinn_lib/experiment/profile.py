@@ -2,131 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
-from djinn_lib.errors import ConfigError
+from djinn_lib.errors import ConfigError, did_you_mean, shown
 from djinn_lib.experiment.paper_form import load_trace
 from djinn_lib.experiment.parameters import label
+from djinn_lib.experiment.profile_entries import (
+    CellsEntry,
+    Label,
+    LargeEntry,
+    Mode,
+    ModelEntry,
+    Name,
+    Start,
+    Strict,
+    SystemEntry,
+    TraceEntry,
+)
 from djinn_lib.paths import REPO, user_path
 from djinn_lib.systems import SYSTEMS
 from djinn_lib.trace import Trace, check_models, paper_trace, renamed, zipf_trace
 from djinn_lib.units import parse_bytes, parse_capacity
-
-# Labels are parts of the names of folders and files, which may have at most 255 characters.
-Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=64)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
-
-Mode = Literal["sequential", "concurrent"]
-Start = Literal["cold", "warm"]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelEntry(_Strict):
-    """A model of a profile: exactly one of `folder`, `hub_id`, `gguf_package`, `config`."""
-
-    stands_for: str
-    folder: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    gguf_package: str | None = None
-    config: dict[str, Any] | None = None
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelEntry:
-        given = [s for s in (self.folder, self.hub_id, self.gguf_package, self.config) if s]
-        if len(given) != 1:
-            raise ValueError(
-                "expected exactly one of folder, hub_id, gguf_package, config, "
-                f"got {len(given)} of them"
-            )
-        return self
-
-
-class PaperTrace(_Strict):
-    """The paper's trace, over the three models of the profile."""
-
-    kind: Literal["paper"]
-
-
-class ZipfTrace(_Strict):
-    """A trace that is drawn by Zipf's law; see `zipf_trace`. By default it is over all models."""
-
-    kind: Literal["zipf"]
-    n: int
-    alpha: float
-    seed: int
-    rate_per_s: float
-    models: list[str] | None = Field(default=None, min_length=1)
-
-
-class FileTrace(_Strict):
-    """A trace that is read from a file."""
-
-    kind: Literal["file"]
-    path: str
-
-
-TraceEntry = Annotated[PaperTrace | ZipfTrace | FileTrace, Field(discriminator="kind")]
-
-
-class SystemEntry(_Strict):
-    """A labelled system: its name and its options."""
-
-    system: str
-    options: dict[str, Any] = {}
-
-
-class CellsEntry(_Strict):
-    """Every combination of the listed traces, capacities and systems.
-
-    In `mode` "sequential", a request is sent when the previous one is done. In "concurrent", it is
-    sent at its arrival time in the trace, divided by `speed`; infinity sends all at once.
-
-    Each repeat begins with an empty device. With `start` "warm", every model is then requested once
-    in the order of the profile, as in the paper's code; these requests are not counted.
-
-    With `requests`, a cell has only that many requests, the first ones of its trace.
-    """
-
-    traces: list[str]
-    capacities: list[str]
-    systems: list[str]
-    mode: Mode = "sequential"
-    speed: float = Field(default=1.0, gt=0)
-    start: Start = "cold"
-    repeats: int | None = Field(default=None, ge=1)
-    requests: int | None = Field(default=None, ge=1)
-
-
-class LargeEntry(_Strict):
-    """A model larger than its ring: one of the profile, or one with its own config."""
-
-    capacity: str
-    model: str | None = None
-    config: dict[str, Any] | None = None
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _one_source(self) -> LargeEntry:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("expected either model, of the profile, or config")
-        return self
+from djinn_lib.validation import in_words_of_validation, in_words_of_yaml, place_in_words
 
 
 def cell_id(trace: str, capacity_label: str, system: str, mode: str, start: str = "cold") -> str:
@@ -135,7 +38,7 @@ def cell_id(trace: str, capacity_label: str, system: str, mode: str, start: str 
     return "-".join([trace, capacity_label, system, *(x for x in (mode, start) if x not in usual)])
 
 
-class Cell(_Strict):
+class Cell(Strict):
     """One system on one trace at one capacity."""
 
     trace: str
@@ -153,7 +56,7 @@ class Cell(_Strict):
         return cell_id(self.trace, self.capacity_label, self.system, self.mode, self.start)
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """A whole experiment. See the comments in ``params/cpu.yml`` for each field."""
 
     name: Name
@@ -168,28 +71,35 @@ class Profile(_Strict):
     traces: dict[Label, TraceEntry] = Field(min_length=1)
     systems: dict[Label, SystemEntry] = Field(min_length=1)
     cells: list[CellsEntry] = Field(min_length=1)
-    large: dict[Name, LargeEntry] = {}
+    large: dict[Name, LargeEntry] = Field(default_factory=dict)
     _given: str | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
-        for name, entry in self.systems.items():
-            _ensure_known(f"system of {name!r}", [entry.system], SYSTEMS)
-        for entry in self.traces.values():
-            if entry.kind == "zipf":
-                _ensure_known("model of a trace", entry.models or [], self.models)
-        for entry in self.cells:
-            _ensure_known("trace", entry.traces, self.traces)
-            _ensure_known("capacity", entry.capacities, self.capacities)
-            _ensure_known("system", entry.systems, self.systems)
-        for entry in self.large.values():
-            if entry.model:
-                _ensure_known("model of large", [entry.model], self.models)
-        parse_bytes(self.page)
-        large = [entry.capacity for entry in self.large.values()]
-        for text in [*self.capacities.values(), *large]:
-            parse_capacity(text, total_bytes=1 << 40)
+        if faults := list(self._faults()):
+            raise ValueError("\n".join(faults))
         return self
+
+    def _faults(self) -> Iterator[str]:
+        """Yield a line for each unknown name and each size that cannot be used."""
+        for name, entry in self.systems.items():
+            yield from _unknown("system", [entry.system], SYSTEMS, "systems", name, "system")
+        for name, entry in self.traces.items():
+            if entry.kind == "zipf":
+                models = entry.models or []
+                yield from _unknown("model", models, self.models, "traces", name, "models")
+        for i, entry in enumerate(self.cells):
+            yield from _unknown("trace", entry.traces, self.traces, "cells", i, "traces")
+            yield from _unknown("capacity", entry.capacities, self.capacities,
+                                "cells", i, "capacities")  # fmt: skip
+            yield from _unknown("system", entry.systems, self.systems, "cells", i, "systems")
+        yield from _refused(parse_bytes, self.page, "page")
+        for name, text in self.capacities.items():
+            yield from _refused(_ensure_capacity, text, "capacities", name)
+        for name, entry in self.large.items():
+            models = [entry.model] if entry.model else []
+            yield from _unknown("model", models, self.models, "large", name, "model")
+            yield from _refused(_ensure_capacity, entry.capacity, "large", name, "capacity")
 
     @property
     def given(self) -> str:
@@ -225,14 +135,12 @@ class Profile(_Strict):
             ConfigError: one of the names is unknown.
         """
         capacity_label = label(capacity_label)
-        try:
-            _ensure_known("trace", [trace], self.traces)
-            _ensure_known("capacity", [capacity_label], self.capacities)
-            _ensure_known("system", [system], self.systems)
-            _ensure_known("mode", [mode], get_args(Mode))
-            _ensure_known("start", [start], get_args(Start))
-        except ValueError as error:
-            raise ConfigError(f"profile {self.name!r}: {error}") from error
+        given = {"trace": (trace, self.traces), "capacity": (capacity_label, self.capacities),
+                 "system": (system, self.systems), "mode": (mode, get_args(Mode)),
+                 "start": (start, get_args(Start))}  # fmt: skip
+        for what, (name, known) in given.items():
+            for fault in _unknown(what, [name], known):
+                raise ConfigError(f"profile {self.name!r}: {fault}")
         listed = {cell.id: cell for cell in self.all_cells()}
         speed = next((cell.speed for cell in listed.values() if cell.mode == mode), 1.0)
         names = {"trace": trace, "capacity_label": capacity_label, "system": system, "mode": mode,
@@ -258,9 +166,37 @@ class Profile(_Strict):
         return trace
 
 
-def _ensure_known(what: str, names: list[str], known: Any) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"expected a {what} out of {list(known)}, got {unknown[0]!r}")
+def _unknown(what: str, names: list[str], known: Any, *place: str | int) -> Iterator[str]:
+    """Yield a line for each name that is not known."""
+    for name in names:
+        if name not in known:
+            what_to_do = did_you_mean(name, known, "choose one of them")
+            said = f"expected a {what} out of {list(known)}, got {shown(name)}: {what_to_do}"
+            yield f"{place_in_words(place)}: {said}" if place else said
+
+
+def _refused(check: Callable[[str], object], text: str, *place: str) -> Iterator[str]:
+    """Yield a line if a check refuses a text."""
+    try:
+        check(text)
+    except ConfigError as error:
+        yield f"{place_in_words(place)}: {error}"
+
+
+def _ensure_capacity(text: str) -> None:
+    parse_capacity(text, total_bytes=1 << 40)
+
+
+def checked(fields: Mapping[str, Any]) -> Profile:
+    """Return the profile with these fields.
+
+    Raises:
+        ConfigError: fields are invalid; the message has a line for each, with its place.
+    """
+    try:
+        return Profile.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(in_words_of_validation(error, Profile)) from error
 
 
 def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
@@ -283,8 +219,23 @@ def load_profile(given: str, folder: Path = REPO / "params") -> Profile:
             )
         path = folder / f"{given}.yml"
     try:
-        profile = Profile.model_validate({**yaml.safe_load(path.read_text()), "name": path.stem})
-    except (ValidationError, yaml.YAMLError, TypeError, OSError) as error:
+        profile = checked({**_fields(path), "name": path.stem})
+    except ConfigError as error:
         raise ConfigError(f"{path} cannot be used:\n{error}") from error
     profile._given = str(path) if given.endswith(".yml") else None
     return profile
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Read the fields of a YAML file."""
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"it cannot be read ({error.strerror}): correct that") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(in_words_of_yaml(error)) from error
+    except ValueError as error:  # bytes that are no text, or dates that do not exist
+        raise ConfigError(f"it is not YAML ({error}): correct the YAML") from error
+    if not isinstance(fields, dict):
+        raise ConfigError("it has no fields: begin with a copy of a profile in params/")
+    return fields

@@ -21,6 +21,7 @@ import yaml
 
 from djinn_lib.errors import ConfigError, first_line, shown
 from djinn_lib.fleet.options import ON_ONE_DEVICE
+from djinn_lib.validation import in_words_of_yaml
 
 _OURS = ("worker_cls", "served_model_name", "host", "port", "uds", "api_server_count")
 
@@ -66,7 +67,9 @@ def read_fleet_file(path: Path) -> FleetFile:
         raise ConfigError(f"the file {path} does not exist: check the path")
     try:
         said = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} cannot be used: {in_words_of_yaml(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}): correct it") from error
     if not isinstance(said, dict):
         raise ConfigError(f"{path} has no options: it needs at least `capacity` and `models`")

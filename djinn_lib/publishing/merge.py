@@ -25,7 +25,7 @@ from djinn_lib.experiment.execution.notebook_logs import copy_with_log
 from djinn_lib.experiment.locks import run_locks
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.profile import Profile, load_profile
-from djinn_lib.files import replace_folders, write_json
+from djinn_lib.files import ensure_writable, replace_folders, write_json
 from djinn_lib.publishing.parts import PartCell, differences, read_part
 
 _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its own machine
@@ -60,7 +60,7 @@ def merge(
     old or the new one.
 
     Raises:
-        ConfigError: the folder exists, is one of the parts, or is in use by a run.
+        ConfigError: the folder exists, is one of the parts, is in use by a run, or cannot be made.
         RecordError: the parts do not match, or one of them cannot be read.
         OSError: writing failed, for example on a full disk; the folder is unchanged.
     """
@@ -85,7 +85,7 @@ def merge(
     if not found:
         raise RecordError("expected parts with at least one cell among them, got none: add one")
     chosen, others = _choose(found)
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    ensure_writable(run_dir.parent)
     # Lock the folder: a run that uses it would lose its results.
     unused = run_locks(run_dir, "cpu") if (run_dir / ".lock").exists() else nullcontext()
     with unused, TemporaryDirectory(prefix=f".{run_dir.name}-", dir=run_dir.parent) as scratch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from djinn_lib.experiment.execution.notebook_logs import copy_with_log
 from djinn_lib.experiment.manifest import read_manifest, write_manifest
 from djinn_lib.metrics import attempted
 from djinn_lib.rows import read_rows
+from djinn_lib.validation import place_in_words
 
 _RAN_IN = "ran in the part "
 # Parameters that differ between cells.
 _OF_A_CELL = ("repeats", "requests", "page_bytes", "mode", "speed", "start")
+_SHOWN_ENTRIES, _SHOWN_CHARACTERS = 3, 80  # of a difference, and of each of its values
+_ABSENT = "absent"
 _OF_OTHER_CELLS = ("traces", "capacities")  # lists of what all cells use; compared by name
 
 
@@ -105,9 +109,39 @@ def differences(cells: Sequence[PartCell], allow_commits: bool = False) -> list[
         for what, value in _must_agree(cell.manifest, allow_commits):
             where, known = first.setdefault(what, (cell, value))
             if value != known:
-                line = f"{what}: {known} in {where}, {value} in {cell}"
+                line = _in_words(what, known, value, str(where), str(cell))
                 lines.setdefault((what, repr(value), cell.part), line)
     return list(lines.values())
+
+
+def _in_words(what: str, known: object, value: object, where: str, cell: str) -> str:
+    """Describe how two values differ: of mappings and lists, only the entries that differ."""
+    found = list(_unequal((), known, value))
+    lines = [
+        f"{', '.join(filter(None, (what, place_in_words(keys))))}: {_short(a)} in {where}, "
+        f"{_short(b)} in {cell}"
+        for keys, a, b in found[:_SHOWN_ENTRIES]
+    ]
+    if more := len(found) - len(lines):
+        lines.append(f"{what}: {more} more differ")
+    return "\n  ".join(lines)
+
+
+def _unequal(keys: tuple[Any, ...], a: Any, b: Any) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+    """Yield the entries of two values that differ, each with the keys that lead to it."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for key in dict.fromkeys([*a, *b]):
+            yield from _unequal((*keys, key), a.get(key, _ABSENT), b.get(key, _ABSENT))
+    elif isinstance(a, list) and isinstance(b, list):
+        for i, (one, other) in enumerate(zip_longest(a, b, fillvalue=_ABSENT)):
+            yield from _unequal((*keys, i), one, other)
+    elif a != b:
+        yield keys, a, b
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
 
 def _must_agree(manifest: Mapping[str, Any], allow_commits: bool) -> Iterator[tuple[str, Any]]:

@@ -91,7 +91,7 @@ def test_a_failed_set_up_leaves_no_facts(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"can be written to, got .*file.*choose another run_dir"):
+    with pytest.raises(ConfigError, match=r"can be written to, got .*file.*choose another folder"):
         set_up(tiny_profile(), tmp_path / "file" / "a" / "run", tmp_path / "models", silent)
     assert not (tmp_path / "models").exists()
 

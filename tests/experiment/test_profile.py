@@ -14,7 +14,7 @@ import yaml
 from djinn_lib.engine.models.packing import pack
 from djinn_lib.engine.models.spec import ModelSpec, check_dtype, skeleton
 from djinn_lib.errors import ConfigError, TraceError
-from djinn_lib.experiment.profile import REPO, Profile, load_profile
+from djinn_lib.experiment.profile import REPO, Profile, checked, load_profile
 from djinn_lib.trace import paper_trace
 from djinn_lib.units import parse_capacity
 
@@ -181,28 +181,80 @@ def test_traces_are_made_over_the_profile_s_models(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("colour", "red", "colour"),
-        ("device", "tpu", "device"),
-        ("dtype", "int8", "dtype"),
-        ("repeats", 0, "repeats"),
-        ("page", "64KB", "got '64KB'"),
-        ("traces/zipf/models", ["x"], "model of a trace"),
-        ("traces/zipf/models", [], r"zipf\.models\n.*at least 1 item"),
-        ("traces/paper/models", ["a"], r"paper\.models\n.*Extra inputs"),
+        ("colour", "red", "colour is an unknown field: choose from name, device, dtype, "),
+        ("repeat", 3, r"repeat is an unknown field: did you mean 'repeats'\?"),
+        ("cells/0/sped", 3, r"cells\[0\]\.sped is an unknown field: did you mean 'speed'\?"),
+        ("traces/zipf/rate", 3, r"traces\.zipf\.rate is an unknown field: .*'rate_per_s'"),
+        ("models/a/had_id", "a/b", r"models\.a\.had_id is .*'hub_id'"),
+        ("device", "tpu", "device: expected 'cpu' or 'cuda', got 'tpu'"),
+        ("dtype", "float31", r"'float16' or 'bfloat16', got 'float31': did you mean 'float32'\?"),
+        ("cells/0/mode", "serial", r"cells\[0\]\.mode: expected 'sequential' or 'concurrent'"),
+        ("repeats", 0, "repeats: expected a number of at least 1, got 0"),
+        ("repeats", "two", "repeats: expected a whole number, got 'two'"),
+        ("cells/0/speed", -1, r"cells\[0\]\.speed: expected a number above 0, got -1"),
+        ("cells/0/traces", "paper", r"cells\[0\]\.traces: expected a list, got 'paper'"),
+        ("cells/0", 3, r"cells\[0\]: expected fields, got 3"),
+        ("page", "64KB", "page: .*got '64KB'"),
+        ("page", 64, "page: expected text, got 64"),
+        ("capacities", {25: "1GiB"}, "capacities: the name 25 is not text: put it in quotes"),
+        ("traces/zipf/kind", "zpf", r"traces\.zipf\.kind: .*, got 'zpf': did you mean 'zipf'\?"),
+        ("traces/zipf/kind", None, r"traces\.zipf\.kind is missing: add it"),
+        ("traces/zipf/models", ["x"], r"traces\.zipf\.models: expected a model out of .*got 'x'"),
+        (
+            "traces/zipf/models",
+            [],
+            r"traces\.zipf\.models: expected 1 or more entries, got an empty",
+        ),
+        ("traces/paper/models", ["a"], r"traces\.paper\.models is an unknown field"),
         ("models/a/config", None, "exactly one of folder, hub_id, gguf_package, config, got 0"),
         ("models/a/hub_id", "a/b", "exactly one of folder, hub_id, gguf_package, config, got 2"),
-        ("capacities/25", "25/0", "got '25/0'"),
-        ("traces/zipf/n", None, r"zipf\.n\n.*Field required"),
-        ("traces/paper/n", 60, r"paper\.n\n.*Extra inputs"),
-        ("systems/djinn/system", "jinn", "a system of 'djinn' out of .*got 'jinn'"),
-        ("cells/0/systems", ["jinn"], "a system out of .*got 'jinn'"),
+        ("capacities/25", "25/0", r"capacities\.25: .*got '25/0'"),
+        ("traces/zipf/n", None, r"traces\.zipf\.n is missing: add it"),
+        ("traces/paper/n", 60, r"traces\.paper\.n is an unknown field"),
+        (
+            "systems/djinn/system",
+            "djin",
+            r"systems\.djinn\.system: .*'djin': did you mean 'djinn'\?",
+        ),
+        ("cells/0/systems", ["x"], r"cells\[0\]\.systems: .* 'djinn_whole'\], got 'x': choose one"),
+        ("large", {"b": {"capacity": "1GiB", "model": "x"}}, r"large\.b\.model: .*got 'x'"),
     ],
     ids=str,
 )
 def test_a_bad_field_is_refused_by_name(tmp_path, path, value, message):
     write(tmp_path, changed(path, value))
-    with pytest.raises(ConfigError, match=rf"mine\.yml cannot be used:(?s:.*){message}"):
+    with pytest.raises(ConfigError, match=rf"mine\.yml cannot be used:\n.*{message}") as caught:
         load_profile("mine", tmp_path)
+    assert not re.search("pydantic|input_|type=|Value error", str(caught.value))
+
+
+def test_every_fault_has_a_line():
+    content = {**GOOD, "name": "mine", "dtype": "int8", "repeat": 2, "new_tokens": 0}
+    with pytest.raises(ConfigError) as caught:
+        checked(content)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "dtype", "new_tokens", "repeat is an unknown field",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"(?s)^page: .*\ncapacities\.25: [^\n]*$"):
+        checked({**GOOD, "name": "mine", "page": "64KB", "capacities": {"25": "x", "all": "1GiB"}})
+    assert checked({**GOOD, "name": "mine"}).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("device: cpu\na: [\n", r"line 3, column 1 \(.* while parsing a flow node\)"),
+        ("device: cpu: gpu\n", r"line 1, column 12 \(mapping values are not allowed here\)"),
+        ("device: cpu\ndtype\n", r"line 3, column 1 \(.* simple key that begins in line 2\)"),
+        ("a: \x07", r"\(.*special characters"),
+    ],
+    ids=["open list", "two colons", "no colon", "control character"],
+)  # fmt: skip
+def test_broken_yaml_is_placed(tmp_path, content, place):
+    (tmp_path / "mine.yml").write_text(content)
+    with pytest.raises(ConfigError, match=rf"(?s)not YAML.*{place}.*: correct the YAML$") as caught:
+        load_profile("mine", tmp_path)
+    assert "unicode string" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +278,7 @@ def test_an_unknown_profile_is_refused_with_those_there_are(name):
     assert repr(name) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "device: cpu"])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "device: cpu", "1: 2", "a: 2026-13-45"])
 def test_a_file_that_is_no_profile_is_refused(tmp_path, content):
     (tmp_path / "mine.yml").write_text(content)
     with pytest.raises(ConfigError, match=r"mine\.yml cannot be used"):

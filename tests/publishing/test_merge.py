@@ -180,6 +180,26 @@ def test_what_does_not_belong_together_is_refused(parts, tmp_path, fields, messa
     assert not (tmp_path / "run").exists()
 
 
+def test_of_large_values_only_the_entries_that_differ_are_shown(parts, tmp_path):
+    models = {name: {"config": {"hidden_size": 64, "note": "x" * 500}} for name in "abcdef"}
+    other = {name: {"config": {"hidden_size": 128, "note": "y" * 500}} for name in "abcdef"}
+    change_manifest(parts[0], "djinn", parameters={"models": models, "sizes": [1, 2]})
+    change_manifest(parts[1], "vllm_sleep", parameters={"models": other, "sizes": [1, 2, 3]})
+    with pytest.raises(RecordError, match="run the cells again that differ") as caught:
+        merge(tmp_path / "run", parts)
+    said = str(caught.value)
+    assert "parameter models, a.config.hidden_size: 64 in one" in said and "128 in two" in said
+    assert "parameter models: 9 more differ" in said
+    assert "parameter sizes, [2]: absent in one" in said
+    assert "{" not in said and max(map(len, said.splitlines())) < 300
+
+
+def test_a_folder_that_cannot_be_made_is_refused(parts, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"can be written to.*: choose another folder"):
+        merge(tmp_path / "file" / "run", parts)
+
+
 def test_a_profile_may_get_more_traces_and_capacities_between_parts(parts, tmp_path):
     profile = {"page_bytes": 1 << 20, "capacities": {"25": "3/4"}, "traces": {"paper": {}}}
     more = {
