@@ -276,7 +276,9 @@ def test_what_is_published_is_the_old_or_the_new_wherever_it_ends(
 
 
 def test_the_command_says_why_it_refuses(tmp_path, capsys):
-    assert djinn("publish", tmp_path / "none", "--replace") == 2
+    assert djinn("publish", tmp_path / "none") == 2  # the run is looked at first
+    assert "error: there is no folder" in capsys.readouterr().err
+    assert djinn("publish", tmp_path) == 2
     assert "error: expected rows in" in capsys.readouterr().err
 
 
