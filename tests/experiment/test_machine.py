@@ -37,7 +37,7 @@ def test_the_facts_of_a_cpu(facts):
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["device"] == "cpu" and facts["device_name"] == facts["cpu"] != ""
     assert facts["cores"] >= 1 and facts["host_bytes"] == facts["device_bytes"] > 1 << 28
-    assert facts["system"].startswith("Linux")
+    assert facts["system"].startswith("Linux") and facts["gpus_of_host"] >= 0
     assert facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert 1e8 < facts["link_rate_bytes_per_s"] < 1e12
     assert 0.01 < facts["eager_operator_us"] < 1000

@@ -38,6 +38,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "device": device,
         "device_name": device_name(device),
         "gpu_uuid": nvml.first_gpu() if device == "cuda" else None,
+        "gpus_of_host": nvml.n_gpus(),
         "device_bytes": torch.cuda.mem_get_info()[1] if device == "cuda" else memory.total,
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
