@@ -264,6 +264,10 @@ def merge(
     replace: Annotated[
         bool, typer.Option("--replace", help="replace the folder, if it exists")
     ] = False,
+    newest_of: Annotated[
+        list[str] | None,
+        typer.Option(help="take only the newest run of a cell: its system changed; repeatable"),
+    ] = None,
 ) -> int:
     """Put the cells of several run folders into one; see docs/maintaining.md.
 
@@ -271,7 +275,7 @@ def merge(
     """
     from djinn_lib.publishing.merge import merge_parts
 
-    return merge_parts(run_dir, parts, allow_commits, replace)
+    return merge_parts(run_dir, parts, allow_commits, replace, newest_of or ())
 
 
 @app.command(rich_help_panel=_PUBLISHING)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import psutil
 
 T = TypeVar("T")
+_IDLE_BYTES = 1 << 30  # more than a driver keeps of a GPU that nobody uses
 
 
 def ask(read: Callable[[Any], T]) -> T | None:
@@ -170,6 +171,28 @@ def gpu_processes(with_this_one: bool = True) -> list[str]:
             for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
             if with_this_one or p.pid != os.getpid()
         ]
+
+    return ask(read) or []
+
+
+def busy_neighbours() -> list[str]:
+    """Return the UUIDs of the host's other GPUs that are in use.
+
+    A run there shares the host's memory and driver: while its processes start and pin memory, a
+    copy here can take many times as long.
+    """
+
+    def read(nvml: Any) -> list[str]:
+        own = nvml.nvmlDeviceGetUUID(_first_handle(nvml))
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        others = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+        others.pop(own, None)
+        return sorted(
+            uuid
+            for uuid, handle in others.items()
+            if nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            or nvml.nvmlDeviceGetMemoryInfo(handle).used > _IDLE_BYTES
+        )
 
     return ask(read) or []
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from djinn_lib.nvml import MemoryWatch
+from djinn_lib.nvml import MemoryWatch, busy_neighbours
 
 
 def test_the_peak_is_what_was_in_use_at_most_beyond_the_beginning(monkeypatch):
@@ -47,3 +47,26 @@ def test_without_a_driver_there_is_no_peak():
         with MemoryWatch() as watch:
             pass
     assert watch.peak_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "busy"), [("", ["GPU-b", "GPU-d"]), ("1", ["GPU-d"]), ("GPU-d", ["GPU-b"])]
+)
+def test_gpus_that_others_use_are_named(monkeypatch, visible, busy):
+    used = {"GPU-a": 4 << 20, "GPU-b": 5 << 20, "GPU-c": 600 << 20, "GPU-d": 3 << 30}
+    driver = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(used),
+        nvmlDeviceGetHandleByIndex=lambda index: sorted(used)[index],
+        nvmlDeviceGetUUID=lambda handle: handle,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [7] * (handle == "GPU-b"),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=used[handle]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert busy_neighbours() == busy
+    driver.nvmlDeviceGetCount = lambda: 1  # a host with one GPU has no others
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert busy_neighbours() == []

@@ -67,7 +67,8 @@ def _on_one_machine(
              for label in labels}  # fmt: skip
     ran_both = {label: set(top) & set(bottom) for label, (top, bottom) in found.items()}
     at = Counter(chain.from_iterable(ran_both.values()))
-    machine = max(at, key=lambda number: (at[number], number), default=0)
+    order = {number: (at[number], number not in run.shared_machines, number) for number in at}
+    machine = max(order, key=order.__getitem__, default=0)
     if at[machine] < 2:
         raise NotMeasured(f"no machine ran {baseline} and {system} at two capacities")
     return [(top[machine], bottom[machine]) for label, (top, bottom) in found.items()

@@ -91,7 +91,7 @@ def statistic_ratio(
     remark names those that could not be compared.
     """
     both_of = _comparable(run, system, to, **where)
-    best = min((_ratio(run, name, both, to, statistic) for name, both in both_of.items()),
+    best = min((paired_ratio(run, name, both, to, statistic) for name, both in both_of.items()),
                key=lambda ratio: ratio.value)  # fmt: skip
     if isinstance(system, str):  # there is no choice to tell of
         return replace(best, remark=best.remark.partition(", ")[2])
@@ -105,9 +105,14 @@ def _left_out(systems: str | Sequence[str], compared: Iterable[str], to: str) ->
     return f"; not compared, as no machine ran it with {to}: {', '.join(missing)}" * bool(missing)
 
 
-def _ratio(
+def paired_ratio(
     run: Run, name: str, both: Mapping[str, pd.DataFrame], to: str, statistic: str
 ) -> Measurement:
+    """A statistic of the total latency of `name` divided by that of `to`, from the rows of `both`.
+
+    Raises:
+        NotMeasured: no request was served by both.
+    """
     top, bottom = (by_request(both[label]) for label in (name, to))
     pairs = metrics.paired(top, bottom)
     if pairs.empty:
@@ -200,7 +205,7 @@ def maximum_to_least(
     if not names:
         raise NotMeasured("no baseline served a request in this run")
     both_of = _comparable(run, names, system, **where)
-    ratios = [_ratio(run, name, both, system, "max") for name, both in both_of.items()]
+    ratios = [paired_ratio(run, name, both, system, "max") for name, both in both_of.items()]
     found = min(ratios, key=lambda ratio: ratio.value)
     remark = f"{found.remark}, the nearest of {len(ratios)} baselines, each on its machine"
     remark += _left_out(names, both_of, system)

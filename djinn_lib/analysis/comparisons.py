@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import nan
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from djinn_lib.analysis.claim_times import statistic_ratio
+from djinn_lib.analysis.claim_times import paired_ratio, statistic_ratio
 from djinn_lib.analysis.plots.style import order_systems, system_look
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import (
     MAIN_TRACE,
     NotMeasured,
     need_clocks,
+    on_each_machine,
     or_reason,
     ran_on,
     served,
@@ -25,7 +26,7 @@ from djinn_lib.metrics import served as done
 
 Paper = Mapping[str, Any]
 # Variants of sleep mode; the best one is compared.
-SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_readonly"]
+SLEEP = ["vllm_sleep", "vllm_sleep_naive", "vllm_sleep_core_process", "vllm_sleep_readonly"]
 
 
 class Pair(NamedTuple):
@@ -91,6 +92,57 @@ def _ratio(run: Run, paper: Paper, pair: Pair, statistic: str) -> dict[str, Any]
     low, high = found.interval or (nan, nan)
     return {**row, "measured (x)": found.value, "low (x)": low, "high (x)": high, "n": found.n,
             "remark": found.remark}  # fmt: skip
+
+
+@or_reason
+def machine_ratio_table(run: Run) -> pd.DataFrame:
+    """Return the ratios of `ratio_table` at each capacity, on each machine that ran both systems.
+
+    `measured` is the day on which the slower system's rows begin. Ratios have 95% intervals over
+    the requests; how far machines differ is not in them.
+    """
+    need_clocks(run)
+    both = ((slow, pair) for pair in PAIRS for slow in _names(pair.slow))
+    pairs = dict.fromkeys((pair.trace, slow, pair.fast) for slow, pair in both)
+    found = [row for trace, slow, fast in pairs if trace in run.traces
+             for row in _on_each_machine(run, trace, slow, fast)]  # fmt: skip
+    if not found:
+        raise NotMeasured("no machine ran two of the systems that are compared")
+    return pd.DataFrame(found).set_index(["trace", "capacity", "latency of", "over that of"])
+
+
+def _names(systems: str | list[str]) -> list[str]:
+    return [systems] if isinstance(systems, str) else systems
+
+
+def _on_each_machine(run: Run, trace: str, slow: str, fast: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each capacity and machine."""
+    by_room = run.every_row.sort_values("capacity_bytes")
+    for capacity in map(str, by_room["capacity_label"].unique()):
+        try:
+            each = on_each_machine(run, [slow, fast], trace=trace, capacity_label=capacity)
+        except NotMeasured:
+            continue
+        for number, both in sorted(each.items()):
+            row: dict[str, Any] = {
+                "trace": trace,
+                "capacity": capacity,
+                "latency of": system_look(slow).label,
+                "over that of": system_look(fast).label,
+                "machine": run.machine_names[number],
+                "measured": _day(run, both[slow]),
+            }
+            for statistic, name in (("p50", "P50"), ("mean", "mean")):
+                ratio = paired_ratio(run, slow, both, fast, statistic)
+                row[f"{name} (x)"] = ratio.value
+                row[f"{name} low (x)"], row[f"{name} high (x)"] = ratio.interval or (nan, nan)
+            yield row
+
+
+def _day(run: Run, rows: pd.DataFrame) -> str:
+    begun = [m["started_at_utc"] for m in run.all_manifests.values()
+             if m["run_id"] in set(rows["run_id"])]  # fmt: skip
+    return min(begun)[:10]
 
 
 @or_reason

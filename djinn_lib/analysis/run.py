@@ -148,17 +148,26 @@ class Run:
         return {m["run_id"]: numbers.setdefault(_identity(m), len(numbers) + 1) for m in in_order}
 
     @cached_property
+    def shared_machines(self) -> set[int]:
+        """Numbers of the machines that ran a cell while another GPU of their host was in use."""
+        return {self.machine_numbers[m["run_id"]] for m in self.all_manifests.values()
+                if m.get("busy_neighbours")}  # fmt: skip
+
+    @cached_property
     def machine_names(self) -> dict[int, str]:
         """Names of machines, by number: the UUID of the GPU if it is known.
 
-        Otherwise they are the names in machine.json, if it lists them.
+        Otherwise they are the names in machine.json, if it lists them. Shared ones are marked.
         """
         parts: dict[str, str] = {}
         for entry in self.listed_machines:
             parts.setdefault(_facts(entry["machine"]), str(entry["part"]))
         return {
-            number: (m.get("gpu_uuid") or "")[:12]  # "GPU-" and eight digits
-            or parts.get(_facts(m["machine"]), str(number))
+            number: (
+                (m.get("gpu_uuid") or "")[:12]  # "GPU-" and eight digits
+                or parts.get(_facts(m["machine"]), str(number))
+            )
+            + " (shared)" * (number in self.shared_machines)
             for m in self.all_manifests.values()
             for number in [self.machine_numbers[m["run_id"]]]
         }

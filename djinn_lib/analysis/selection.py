@@ -115,23 +115,35 @@ def side_by_side(run: Run, systems: Sequence[str], **where: Any) -> dict[str, pd
     """Return the attempted rows of a cell of each system, all from one machine.
 
     Machines of one kind differ, so systems are compared on the newest machine that ran them all,
-    with replicates if necessary.
+    with replicates if necessary; on one that was shared only if there is no other.
 
     Raises:
         NotMeasured: one of them has none or cannot run here, or no machine ran them all.
     """
     own = {system: select(run, system, **where) for system in systems}
-    found = {system: by_machine(run, system, **where) for system in systems}
-    common = set.intersection(*(set(of) for of in found.values()))
-    if not common:
+    each = on_each_machine(run, systems, **where)
+    if not each:
         raise NotMeasured(
             f"no machine ran all of {', '.join(systems)}: {ran_on(run, *own.values())}"
         )
-    newest = max(common)
+    newest = max(each, key=lambda number: (number not in run.shared_machines, number))
     return {
-        system: own[system] if _numbers(run, own[system]) == {newest} else of[newest]
-        for system, of in found.items()
+        system: own[system] if _numbers(run, own[system]) == {newest} else rows
+        for system, rows in each[newest].items()
     }
+
+
+def on_each_machine(
+    run: Run, systems: Sequence[str], **where: Any
+) -> dict[int, dict[str, pd.DataFrame]]:
+    """Return the newest rows of each system on each machine that ran them all, by its number.
+
+    Raises:
+        NotMeasured: one of them has none or cannot run here.
+    """
+    found = {system: by_machine(run, system, **where) for system in systems}
+    common = set.intersection(*(set(of) for of in found.values()))
+    return {number: {system: found[system][number] for system in found} for number in common}
 
 
 def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataFrame:
@@ -139,9 +151,10 @@ def sweep(run: Run, trace: str = MAIN_TRACE, baseline: str = PINNED) -> pd.DataF
 
     The baseline is always among them, so unfinished runs can be analysed too. At each capacity all
     rows are from one machine, if one machine ran all systems; else each system is from one that ran
-    the baseline too, if there is one. Systems of different machines, which column `machine` shows,
-    are not compared. So the baseline may have rows of several machines at one capacity: those that
-    are only there to compare others with are marked in column `only_beside`.
+    the baseline too, if there is one, preferably from the one that ran the baseline at most
+    capacities. Systems of different machines, which column `machine` shows, are not compared. So
+    the baseline may have rows of several machines at one capacity: those that are only there to
+    compare others with are marked in column `only_beside`.
 
     Raises:
         RecordError: there are none.
@@ -199,13 +212,17 @@ def usual_baseline(run: Run, trace: str = MAIN_TRACE) -> str:
 def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[pd.DataFrame]:
     """Return rows of each system: those of a machine with the baseline, where there are any.
 
-    Of several such machines it is the one that ran most systems, then the newest. Rows of the
-    baseline are those of the machine with most systems, and, marked, of all others in use.
+    Of several such machines, those that were not shared first, it is the one that ran the baseline
+    at most capacities, then the one with most systems here, then the newest. Rows of the baseline
+    are those of the first of them, and, marked, of all others in use.
     """
     names = [str(name) for name in attempted(rows)["system"].unique()]
     found = {name: by_machine(run, name, **where) for name in names}
     together = Counter(chain.from_iterable(found.values()))
-    best = sorted(found.get(baseline, ()), key=lambda number: (together[number], number))[::-1]
+    swept_by = _capacities_by_machine(run, baseline, str(where["trace"]))
+    order = {number: (number not in run.shared_machines, swept_by[number], together[number], number)
+             for number in together}  # fmt: skip
+    best = sorted(found.get(baseline, ()), key=order.__getitem__, reverse=True)
     chosen, used = [], set()
     for name, own in rows.groupby("system", sort=False):
         of = found.get(str(name), {})
@@ -214,6 +231,14 @@ def _beside(run: Run, rows: pd.DataFrame, baseline: str, **where: Any) -> list[p
         used.add(number)
     others = [found[baseline][number] for number in best[1:] if number in used]
     return chosen + [rows.assign(only_beside=True) for rows in others]
+
+
+def _capacities_by_machine(run: Run, system: str, trace: str) -> Counter[int]:
+    """Return at how many capacities each machine ran a system, one request after another."""
+    rows = run.every_row.query("system == @system and trace == @trace and mode == 'sequential'")
+    each = rows[["run_id", "capacity_label"]].drop_duplicates()
+    numbers = each["run_id"].map(run.machine_numbers).fillna(0).astype(int)
+    return Counter(numbers[~each.assign(number=numbers).duplicated(["number", "capacity_label"])])
 
 
 def swept(rows: pd.DataFrame) -> list[str]:

@@ -52,6 +52,8 @@ class Manifest(BaseModel):
     # that wait, and the most device memory that was in use, less what was before the system started
     # (contexts, graphs and caches are in it, which no capacity limits).
     gpu_uuid: str | None = None
+    # The host's other GPUs that were in use when the cell began or ended.
+    busy_neighbours: list[str] = []
     batches: bool | None = None
     peak_device_bytes: int | None = None
     # The same without the start of the system, which can take more than serving does.

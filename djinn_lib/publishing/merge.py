@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +32,15 @@ _PER_PART = ("00_setup", "01_trace")  # notebooks that every part has, about its
 
 
 def merge_parts(
-    run_dir: Path, parts: Sequence[Path], allow_commits: bool = False, replace: bool = False
+    run_dir: Path,
+    parts: Sequence[Path],
+    allow_commits: bool = False,
+    replace: bool = False,
+    newest_of: Collection[str] = (),
 ) -> int:
     """Do as `merge`, and print the cells that are missing; return 1 if there are any, else 0."""
-    cells = merge(run_dir.expanduser(), [p.expanduser() for p in parts], allow_commits, replace)
+    folders = [part.expanduser() for part in parts]
+    cells = merge(run_dir.expanduser(), folders, allow_commits, replace, newest_of)
     missing = missing_cells(load_profile(cells[0].manifest["profile"]), run_dir.expanduser())
     print(f"{len(cells)} cells of {len(parts)} parts in {run_dir}", flush=True)
     if missing:
@@ -50,14 +55,20 @@ def missing_cells(profile: Profile, run_dir: Path) -> list[str]:
 
 
 def merge(
-    run_dir: Path, parts: Sequence[Path], allow_commits: bool = False, replace: bool = False
+    run_dir: Path,
+    parts: Sequence[Path],
+    allow_commits: bool = False,
+    replace: bool = False,
+    newest_of: Collection[str] = (),
 ) -> list[PartCell]:
     """Merge the cells of several parts into a run folder; return its cells.
 
     If several parts have the same cell, the latest one is taken, preferably without failed
-    requests. The others are printed. They are kept as replicates if all their requests were served;
-    otherwise they are only noted in the manifest. A replaced folder is always complete: either the
-    old or the new one.
+    requests, and from a time when no other GPU of the host was in use. The others are printed. They
+    are kept as replicates if all their requests were served; otherwise they are only noted in the
+    manifest. Of the cells in `newest_of` only the latest one is read, so that a system can be
+    measured again in another form. A replaced folder is always complete: either the old or the new
+    one.
 
     Raises:
         ConfigError: the folder exists, is one of the parts, is in use by a run, or cannot be made.
@@ -77,10 +88,12 @@ def merge(
         )
     labels = _labels(parts)
     found = [cell for label, part in labels.items() for cell in read_part(part, label)]
+    found = _without_older(found, newest_of)
     if problems := differences(found, allow_commits):
         raise RecordError(
             "expected parts that belong together, got:\n  " + "\n  ".join(problems)
-            + "\nrun the cells again that differ, or leave their part out"
+            + "\nrun the cells again that differ, leave their part out, or take only the newest of "
+            "a cell with --newest-of CELL"
         )  # fmt: skip
     if not found:
         raise RecordError("expected parts with at least one cell among them, got none: add one")
@@ -105,6 +118,23 @@ def _labels(parts: Sequence[Path]) -> dict[str, Path]:
         return {parts[0].name: parts[0]}
     common = Path(os.path.commonpath(parts))
     return {part.relative_to(common).as_posix(): part for part in parts}
+
+
+def _without_older(found: Sequence[PartCell], names: Collection[str]) -> list[PartCell]:
+    """Leave out all but the latest measurement of each named cell, and note in it what was left."""
+    for name in names:
+        of_name = [cell for cell in found if cell.name == name]
+        if not of_name:
+            known = ", ".join(sorted({cell.name for cell in found}))
+            raise ConfigError(f"expected a cell of the parts, got {name!r}: choose from {known}")
+        newest = max(of_name, key=lambda cell: cell.manifest["started_at_utc"])
+        begun = newest.manifest["started_at_utc"]
+        older = [cell for cell in of_name if cell.manifest["started_at_utc"] != begun]
+        if older:
+            note = f"also run in another form, and left out: {'; '.join(map(str, older))}"
+            newest.manifest["notes"].append(note)
+        found = [cell for cell in found if not any(cell is other for other in older)]
+    return list(found)
 
 
 def _choose(found: Sequence[PartCell]) -> tuple[list[PartCell], list[PartCell]]:

@@ -20,7 +20,13 @@ import pandas as pd
 from djinn_lib.analysis import validation
 from djinn_lib.analysis.arriving import load_ratio_table, rates_table, waiting_table
 from djinn_lib.analysis.claims import OPEN, Verdict, read_claims, verdict_counts
-from djinn_lib.analysis.comparisons import gain_table, parts_table, ratio_table, token_table
+from djinn_lib.analysis.comparisons import (
+    gain_table,
+    machine_ratio_table,
+    parts_table,
+    ratio_table,
+    token_table,
+)
 from djinn_lib.analysis.compressed import compressed_trace_table, masters_table
 from djinn_lib.analysis.host_pace import decode_table, loop_table
 from djinn_lib.analysis.plots.style import system_look
@@ -202,6 +208,7 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "verdicts": _verdict_counts,
     "claims": claims_summary,
     "ratios": lambda run: ratio_table(run, published()),
+    "ratios, machines": machine_ratio_table,
     "results": results,
     "systems": systems_table,
     "gain": gain_table,

@@ -43,9 +43,10 @@ class PartCell:
         return self.manifest["cell"]
 
     @property
-    def rank(self) -> tuple[bool, bool, str]:
-        """Sort key: available systems first, then cells without failures, then later ones."""
-        return self.n_rows > 0, self.n_failed == 0, self.manifest["started_at_utc"]
+    def rank(self) -> tuple[bool, bool, bool, str]:
+        """Sort key, the best last: available, without failures, alone on its host, later."""
+        alone = not self.manifest["busy_neighbours"]
+        return self.n_rows > 0, self.n_failed == 0, alone, self.manifest["started_at_utc"]
 
     @property
     def notes(self) -> list[str]:

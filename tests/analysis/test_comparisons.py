@@ -14,6 +14,7 @@ from djinn_lib.analysis.claims import judge, load_claims
 from djinn_lib.analysis.comparisons import (
     decomposition,
     gain_table,
+    machine_ratio_table,
     pinned_table,
     ratio_table,
     token_table,
@@ -96,6 +97,42 @@ def test_systems_are_compared_on_a_machine_that_ran_both(gpu: Run):
     of_djinn = table[table.index.get_level_values("over that of") == "Djinn"]
     assert of_djinn["measured (x)"].isna().all()  # no ratio across machines
     assert "no machine ran all of pytorch_pinned, djinn" in set(of_djinn["remark"].str[:43])
+
+
+def test_a_machine_that_was_shared_is_the_last_choice(gpu: Run):
+    busy = on_another_machine(
+        on_another_machine(gpu, "djinn", total_ms=lambda ms: ms / 2), "pytorch_pinned"
+    )
+    for cell in ("paper-25-djinn", "paper-25-pytorch_pinned"):
+        busy.manifests[cell]["busy_neighbours"] = ["GPU-b"]
+    pair = ("paper", "PyTorch pinned", "Djinn")
+    alone, shared = (ratio_table(run, PAPER).loc[pair] for run in (gpu, busy))
+    assert shared["measured (x)"].equals(alone["measured (x)"])
+    assert set(shared["remark"]) == {"on machine 1"}
+    both = machine_ratio_table(busy).loc[[("paper", "25", *pair[1:])]]
+    assert both["machine"].tolist() == ["1", "2 (shared)"]
+    only = replace(busy, replicates=no_rows(), replicate_manifests={})
+    found = ratio_table(only, PAPER).loc[pair]
+    assert set(found["remark"]) == {"on machine 2 (shared)"}
+    assert found["measured (x)"].tolist() == pytest.approx(2 * alone["measured (x)"].to_numpy())
+
+
+def test_a_ratio_has_a_row_for_each_machine_that_ran_both(gpu: Run, cpu: Run):
+    pair = ("paper", "25", "PyTorch pinned", "Djinn")
+    single = machine_ratio_table(gpu).loc[[pair]]
+    ratios = ratio_table(gpu, PAPER).loc["paper", "PyTorch pinned", "Djinn"]
+    assert single["P50 (x)"].tolist() == [ratios.loc["P50", "measured (x)"]]
+    assert single["mean low (x)"].tolist() == [ratios.loc["mean", "low (x)"]]
+    faster = on_another_machine(gpu, "djinn", total_ms=lambda ms: ms / 2)
+    table = machine_ratio_table(on_another_machine(faster, "pytorch_pinned"))
+    both = table.loc[[pair]].sort_values("P50 (x)")
+    assert both["machine"].nunique() == 2 and both["measured"].nunique() == 2
+    assert both["P50 (x)"].tolist() == pytest.approx([1, 2] * single["P50 (x)"].to_numpy())
+    alike = table.loc[[(*pair[:3], "Djinn, eager decode")]]  # only the first machine ran it
+    assert len(alike) == 1 and set(alike["machine"]) < set(both["machine"])
+    assert set(table.index.get_level_values("capacity")) == {"20", "25", "32", "40"}
+    (reason,) = machine_ratio_table(cpu)["not measured because"]
+    assert reason == CPU_CLOCKS
 
 
 def test_ratios_that_cannot_be_measured_have_the_reason(gpu: Run, cpu: Run):

@@ -91,7 +91,7 @@ def test_the_sweep_is_of_one_machine_where_one_ran_all(gpu: Run):
     slower = on_another_machine(gpu, "djinn", total_ms=lambda ms: 2 * ms)  # but run there before
     assert set(sweep(slower)["run_id"]) == set(sweep(gpu)["run_id"])
     forgotten = replace(slower, replicates=no_rows(), replicate_manifests={})
-    assert "again" in set(sweep(forgotten)["run_id"])
+    assert "again-djinn" in set(sweep(forgotten)["run_id"])
 
 
 def test_the_sweep_compares_with_the_baseline_where_no_machine_ran_all(gpu: Run):

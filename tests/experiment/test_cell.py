@@ -9,6 +9,7 @@ from profile_factory import tiny_profile
 from djinn_lib import provenance
 from djinn_lib.experiment.bench import Bench, set_up
 from djinn_lib.experiment.cells.cell import close_dead_cell, run_cell
+from djinn_lib.experiment.cells.running import CellRecord
 from djinn_lib.experiment.manifest import read_manifest
 from djinn_lib.experiment.setup import machine
 from djinn_lib.rows import read_rows
@@ -186,9 +187,13 @@ def test_a_system_that_cannot_start_fails_every_request_with_the_cause(bench):
 def test_a_dirty_tree_and_other_gpu_processes_are_noted(bench, monkeypatch):
     monkeypatch.setattr(provenance, "git_state", lambda repo: ("abc", True))
     monkeypatch.setattr(machine, "other_gpu_processes", lambda: ["12 python 5"])
+    seen = iter([[], ["GPU-b"]])  # it began to work while the cell ran
+    monkeypatch.setattr(CellRecord, "_busy_neighbours", lambda _: next(seen))
     cell = cell_of(bench, "djinn")
     run_cell(bench, cell)
     manifest = read_manifest(bench.run.cell(cell.id).manifest)
     assert (manifest["git_commit"], manifest["git_dirty"]) == ("abc", True)
     assert any("working tree" in note for note in manifest["notes"])
     assert any("other processes" in note for note in manifest["notes"])
+    assert manifest["busy_neighbours"] == ["GPU-b"]
+    assert "another GPU of the host was in use" in manifest["notes"]

@@ -26,6 +26,7 @@ NEWER = {
     "host_loop_us": [],
     "execution": None,
     "gpu_uuid": None,
+    "busy_neighbours": [],
     "batches": None,
     "peak_device_bytes": None,
     "serving_device_bytes": None,

@@ -240,6 +240,35 @@ def test_other_commits_can_be_allowed_and_are_noted(parts, tmp_path):
         merge(tmp_path / "run2", parts, allow_commits=True)
 
 
+def test_a_cell_that_ran_beside_another_gpu_gives_way(parts, tmp_path):
+    three = part_of(tmp_path / "three", {"vllm_sleep": 0}, FASTER)
+    later = "2026-11-25T06:00:00+00:00"
+    change_manifest(
+        three, "vllm_sleep", started_at_utc=later, run_id="later", busy_neighbours=["GPU-b"]
+    )
+    merge(tmp_path / "run", [*parts, three])
+    run = load_run(tmp_path / "run")
+    assert run.manifests["paper-25-vllm_sleep"]["started_at_utc"] < later
+    assert set(run.replicate_manifests) == {"later"}
+
+
+def test_a_cell_in_a_new_form_leaves_its_older_runs_out(parts, tmp_path):
+    cell = "paper-25-vllm_sleep"
+    three = part_of(tmp_path / "three", {"vllm_sleep": 0}, FASTER)
+    change_manifest(
+        three, "vllm_sleep", started_at_utc="2026-11-25T06:00:00+00:00", options={"level": 2}
+    )
+    with pytest.raises(RecordError, match=r"options of vllm_sleep.*\n.*--newest-of CELL"):
+        merge(tmp_path / "run", [*parts, three])
+    with pytest.raises(ConfigError, match=r"got 'paper-25-ray'.*paper-25-djinn, paper-25-pytorch"):
+        merge(tmp_path / "run", [*parts, three], newest_of=["paper-25-ray"])
+    assert djinn("merge", tmp_path / "run", *parts, three, "--newest-of", cell) == 1
+    run = load_run(tmp_path / "run")
+    assert run.manifests[cell]["options"] == {"level": 2}
+    assert any("left out: two (2026-11-24T06:00)" in note for note in run.manifests[cell]["notes"])
+    assert not (tmp_path / "run" / "replicates").exists()
+
+
 def test_nothing_is_overwritten_unless_told(parts, tmp_path):
     merge(tmp_path / "run", parts[:1])
     with pytest.raises(ConfigError, match="replace it with --replace"):

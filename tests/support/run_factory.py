@@ -135,11 +135,11 @@ def on_another_machine(
     cell = cell.format(system)
     old = run.manifests[cell]
     own = run.rows["run_id"] == old["run_id"]
-    again = run.rows[own].assign(run_id="again")
+    again = run.rows[own].assign(run_id=f"again-{system}")
     again = again.assign(**{name: change(again[name]) for name, change in changed.items()})
     manifest = {
         **old,
-        "run_id": "again",
+        "run_id": f"again-{system}",
         "machine": {**old["machine"], "eager_operator_us": 9.0},
         "started_at_utc": "2026-11-25T06:00:00+00:00",
     }
@@ -147,8 +147,10 @@ def on_another_machine(
         run,
         rows=pd.concat([run.rows[~own], again], ignore_index=True),
         manifests={**run.manifests, cell: manifest},
-        replicates=run.rows[own],
-        replicate_manifests={old["run_id"]: old},
+        replicates=run.rows[own]
+        if run.replicates.empty
+        else pd.concat([run.replicates, run.rows[own]]),
+        replicate_manifests={**run.replicate_manifests, old["run_id"]: old},
     )
 
 

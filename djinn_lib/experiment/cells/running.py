@@ -84,7 +84,11 @@ class CellRecord:
         self.prompts: dict[tuple[str, int], list[int]] = {}
         self.commit, self.dirty = provenance.git_state(REPO)
         self.other_gpu_processes = machine.other_gpu_processes()
+        self.busy_neighbours = set(self._busy_neighbours())
         self.memory = nvml.MemoryWatch()
+
+    def _busy_neighbours(self) -> list[str]:
+        return nvml.busy_neighbours() if self.bench.profile.device == "cuda" else []
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -150,6 +154,9 @@ class CellRecord:
             self.notes.append("the working tree differed from the commit")
         if self.other_gpu_processes:
             self.notes.append("other processes held memory of the GPU")
+        self.busy_neighbours.update(self._busy_neighbours())
+        if self.busy_neighbours:
+            self.notes.append("another GPU of the host was in use")
         return {
             "run_id": self.run_id,
             "cell": self.cell.id,
@@ -159,6 +166,7 @@ class CellRecord:
             "git_commit": self.commit,
             "git_dirty": self.dirty,
             "other_gpu_processes": self.other_gpu_processes,
+            "busy_neighbours": sorted(self.busy_neighbours),
             "versions": machine.versions(),
             "machine": self.bench.machine,
             "trace_sha256": self.trace.sha256,
