@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from fnmatch import fnmatch
@@ -31,22 +30,19 @@ def when(commit: str) -> datetime:
 
 
 def since(moment: datetime, run: Run) -> Run:
-    """A run with only those cells that began after a moment."""
-
-    def later(manifests: Mapping[str, Manifest]) -> dict[str, Manifest]:
-        return {
-            name: manifest
-            for name, manifest in manifests.items()
-            if datetime.fromisoformat(manifest["started_at_utc"]) >= moment
-        }
-
-    cells, again = later(run.manifests), later(run.replicate_manifests)
-    ids = [manifest["run_id"] for manifest in (*cells.values(), *again.values())]
+    """A run with only those cells that began after a moment, replicates in the place of others."""
+    rows, every = run.every_row, run.all_manifests.values()
+    later = [m for m in every if datetime.fromisoformat(m["started_at_utc"]) >= moment]
+    cells: dict[str, Manifest] = {}
+    for manifest in sorted(later, key=lambda m: (m in run.manifests.values(), m["started_at_utc"])):
+        cells[manifest["cell"]] = manifest  # that of the run, or else the newest replicate
+    chosen = {manifest["run_id"] for manifest in cells.values()}
+    again = {m["run_id"]: m for m in later if m["run_id"] not in chosen}
     return replace(
         run,
-        rows=run.rows[run.rows["run_id"].isin(ids)],
+        rows=rows[rows["run_id"].isin(chosen)],
         manifests=cells,
-        replicates=run.replicates[run.replicates["run_id"].isin(ids)],
+        replicates=rows[rows["run_id"].isin(list(again))],
         replicate_manifests=again,
     )
 
