@@ -132,7 +132,7 @@ def _on_each_machine(run: Run, trace: str, slow: str, fast: str) -> Iterator[dic
                 "machine": run.machine_names[number],
                 "measured": _day(run, both[slow]),
             }
-            for statistic, name in (("p50", "P50"), ("mean", "mean")):
+            for statistic, name in (("p50", "P50"), ("p90", "P90"), ("mean", "mean")):
                 ratio = paired_ratio(run, slow, both, fast, statistic)
                 row[f"{name} (x)"] = ratio.value
                 row[f"{name} low (x)"], row[f"{name} high (x)"] = ratio.interval or (nan, nan)
