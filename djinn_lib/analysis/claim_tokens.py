@@ -21,10 +21,12 @@ from djinn_lib.metrics import served as done
 def token_repeatability(run: Run, system: str) -> Measurement:
     """Share of requests that a system gave the same tokens in every repeat, capacity and start.
 
-    Repeats are compared on each machine: compilers choose kernels there by timing them, and other
-    kernels round otherwise. The remark says how many requests differ between machines.
+    Replicates count too. Repeats are compared on each machine: compilers choose kernels there by
+    timing them, and other kernels round otherwise. The remark says how many requests differ between
+    machines, of those that more than one served.
     """
-    rows = run.placed(served(run, system, trace=None, capacity_label=None, start=None))
+    everywhere: dict[str, Any] = {"trace": None, "capacity_label": None, "start": None}
+    rows = run.placed(served(run, system, **everywhere, replicates=True))
     tokens = rows.groupby([*KEYS, "place"])["token_sha"].agg(["size", "nunique"])
     again = tokens[tokens["size"] > 1].groupby(KEYS).agg({"size": "sum", "nunique": "max"})
     if again.empty:
@@ -33,7 +35,8 @@ def token_repeatability(run: Run, system: str) -> Measurement:
     if (n_machines := rows["place"].nunique()) > 1:
         own = tokens["nunique"].groupby(KEYS).max() == 1
         apart = own & (rows.groupby(KEYS)["token_sha"].nunique() > 1)
-        remark += f"; on {n_machines} machines, which differ in {apart.sum()} of them"
+        several = (rows.groupby(KEYS)["place"].nunique() > 1).sum()
+        remark += f"; on {n_machines} machines, which differ in {apart.sum()} of {several} requests"
     return Measurement(float((again["nunique"] == 1).mean()), len(again), remark)
 
 

@@ -559,10 +559,12 @@ def test_tokens_are_repeated_on_one_machine():
     run = replace(run_of(pd.concat(rows)), manifests=manifests)
     found = METRICS["token_repeatability"](run, system="a")
     assert (found.value, found.n) == (1.0, 4)
-    assert found.remark.endswith("16 served; on 2 machines, which differ in 1 of them")
+    assert found.remark.endswith("16 served; on 2 machines, which differ in 1 of 4 requests")
+    older = replace(run, rows=pd.concat(rows[:2]), replicates=pd.concat(rows[2:]))
+    assert METRICS["token_repeatability"](older, system="a") == found  # replicates count
     rows[1]["token_sha"] = list("wxy?")
     found = METRICS["token_repeatability"](replace(run, rows=pd.concat(rows)), system="a")
-    assert found.value == 0.75 and "which differ in 1 of them" in found.remark
+    assert found.value == 0.75 and "which differ in 1 of 4 requests" in found.remark
 
 
 def test_token_agreement_lead():
