@@ -99,7 +99,7 @@ def machine_ratio_table(run: Run) -> pd.DataFrame:
     """Return the ratios of `ratio_table` at each capacity, on each machine that ran both systems.
 
     `measured` is the day on which the slower system's rows begin. Ratios have 95% intervals over
-    the requests; how far machines differ is not in them.
+    the `n` requests; how far machines differ is not in them.
     """
     need_clocks(run)
     both = ((slow, pair) for pair in PAIRS for slow in _names(pair.slow))
@@ -136,7 +136,7 @@ def _on_each_machine(run: Run, trace: str, slow: str, fast: str) -> Iterator[dic
                 ratio = paired_ratio(run, slow, both, fast, statistic)
                 row[f"{name} (x)"] = ratio.value
                 row[f"{name} low (x)"], row[f"{name} high (x)"] = ratio.interval or (nan, nan)
-            yield row
+            yield {**row, "n": ratio.n}
 
 
 def _day(run: Run, rows: pd.DataFrame) -> str:

@@ -21,6 +21,7 @@ from djinn_lib.trace import Trace, read_trace
 
 PAPER = REPO / "data" / "paper" / "results.json"
 REPLICATES = "replicates"  # the folder of cells that were measured more than once
+SHARED = " (shared)"  # marks the names of machines of which another GPU was in use
 Manifest = Mapping[str, Any]
 
 
@@ -167,7 +168,7 @@ class Run:
                 (m.get("gpu_uuid") or "")[:12]  # "GPU-" and eight digits
                 or parts.get(_facts(m["machine"]), str(number))
             )
-            + " (shared)" * (number in self.shared_machines)
+            + SHARED * (number in self.shared_machines)
             for m in self.all_manifests.values()
             for number in [self.machine_numbers[m["run_id"]]]
         }
