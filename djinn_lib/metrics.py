@@ -253,6 +253,25 @@ def difference_of_means(one: pd.Series, other: pd.Series) -> Interval:
     return bootstrap_interval(np.mean, both["top"] - both["bottom"])
 
 
+def at_one_pace(one: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return served rows of two systems as if each request had decoded equally fast in both.
+
+    Its decode takes the mean of what it took in the two, over all repeats, and the total changes
+    with it. This is meant for systems that decode by the same steps. Requests that only one of them
+    served are left out.
+    """
+    decodes = paired(by_request(one, "decode_ms"), by_request(other, "decode_ms"))
+    decode_ms = decodes.mean(axis="columns")
+    return _with_decode(one, decode_ms), _with_decode(other, decode_ms)
+
+
+def _with_decode(rows: pd.DataFrame, decode_ms: pd.Series) -> pd.DataFrame:
+    rows = served(rows)
+    new_ms = decode_ms.reindex(pd.MultiIndex.from_frame(rows[REQUEST])).to_numpy()
+    total_ms = rows["total_ms"] - rows["decode_ms"] + new_ms
+    return rows.assign(decode_ms=new_ms, total_ms=total_ms).dropna(subset="decode_ms")
+
+
 def paired(top: pd.Series, bottom: pd.Series) -> pd.DataFrame:
     """Return the values of the requests that both systems served, in the order of the trace."""
     return pd.concat({"top": top, "bottom": bottom}, axis=1, join="inner").sort_index()

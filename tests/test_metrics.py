@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from row_factory import cell_rows
 
 from djinn_lib.metrics import (
+    at_one_pace,
     attempted,
     block_length,
     bootstrap_interval,
@@ -194,6 +195,21 @@ def test_the_spread_of_decoding_is_that_of_one_model_and_length():
     assert math.isnan(decode_spread(rows.assign(ok=False)))
     multiples = decode_multiples(rows.assign(day=[*"xyxyxx"]), "day")
     assert list(multiples) == [1.0, 1.0, 4.0, 1.0, 1.0, 1.0]
+
+
+def test_at_one_pace_requests_decode_in_the_mean_of_both_systems():
+    keys = {"trace": "t", "capacity_label": "25", "ok": True}
+    one = pd.DataFrame({**keys, "request": [0, 0, 1, 2], "repeat": [0, 1, 0, 0],
+                        "decode_ms": [80.0, 120.0, 50.0, 10.0],
+                        "total_ms": [100.0, 150.0, 51.0, 11.0]})  # fmt: skip
+    other = pd.DataFrame({**keys, "request": [1, 0, 2], "repeat": 0, "ok": [True, True, False],
+                          "decode_ms": [150.0, 300.0, np.nan],
+                          "total_ms": [155.0, 307.0, np.nan]})  # fmt: skip
+    alike, other_alike = at_one_pace(one, other)
+    assert alike["decode_ms"].tolist() == [200.0, 200.0, 100.0]  # request 2 was served by one only
+    assert alike["total_ms"].tolist() == [220.0, 230.0, 101.0]
+    assert other_alike["total_ms"].tolist() == [105.0, 207.0]
+    assert by_request(alike, "decode_ms").equals(by_request(other_alike, "decode_ms"))
 
 
 def test_a_difference_of_means_is_paired(rng):

@@ -76,21 +76,30 @@ def _largest(rows: pd.DataFrame) -> float:
 
 
 @metric(timed=True)
-def median_ratio(run: Run, system: str, to: str, **where: Any) -> Measurement:
-    """Median total latency of `system` divided by that of `to`."""
-    return statistic_ratio(run, system, to, "p50", **where)
+def median_ratio(
+    run: Run, system: str, to: str, one_pace: bool = False, **where: Any
+) -> Measurement:
+    """Median total latency of `system` divided by that of `to`; `one_pace`: see `at_one_pace`."""
+    return statistic_ratio(run, system, to, "p50", one_pace, **where)
 
 
 @metric(timed=True)
 def statistic_ratio(
-    run: Run, system: str | list[str], to: str, statistic: str, **where: Any
+    run: Run,
+    system: str | list[str],
+    to: str,
+    statistic: str,
+    one_pace: bool = False,
+    **where: Any,
 ) -> Measurement:
     """A statistic of the total latency of `system` divided by that of `to`, paired by request.
 
     If several systems are given, the best one that ran on one machine with `to` is used, and the
-    remark names those that could not be compared.
+    remark names those that could not be compared. With `one_pace` see `at_one_pace`.
     """
     both_of = _comparable(run, system, to, **where)
+    if one_pace:
+        both_of = {name: at_one_pace(run, both) for name, both in both_of.items()}
     best = min((paired_ratio(run, name, both, to, statistic) for name, both in both_of.items()),
                key=lambda ratio: ratio.value)  # fmt: skip
     if isinstance(system, str):  # there is no choice to tell of
@@ -103,6 +112,20 @@ def _left_out(systems: str | Sequence[str], compared: Iterable[str], to: str) ->
     names = [] if isinstance(systems, str) else [*systems]
     missing = [name for name in names if name not in compared]
     return f"; not compared, as no machine ran it with {to}: {', '.join(missing)}" * bool(missing)
+
+
+def at_one_pace(run: Run, both: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return rows of two eager systems as if they had decoded equally fast (`metrics.at_one_pace`).
+
+    Eager steps follow the pace of the host, which differs between two cells of one machine by more
+    than such systems do. What is left of their difference is the system's doing.
+
+    Raises:
+        NotMeasured: one of them does not decode by transformers' own steps.
+    """
+    if others := sorted(run.other_steps & set(both)):
+        raise NotMeasured(f"not decoded by transformers' own steps: {', '.join(others)}")
+    return dict(zip(both, metrics.at_one_pace(*both.values()), strict=True))
 
 
 def paired_ratio(

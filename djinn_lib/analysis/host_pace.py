@@ -2,17 +2,30 @@
 
 In an eager step the host launches every operator, so a slow host slows the decode. Decoding moves
 no weights, so the same tokens of the same model should always take the same time. These tables show
-how much the times vary, and whether a fixed Python loop was also slow just before.
+how much the times vary, what two eager systems differ in apart from that, and whether a fixed
+Python loop was also slow just before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import nan
+from typing import Any
+
 import pandas as pd
 
+from djinn_lib.analysis.claim_times import at_one_pace, paired_ratio
 from djinn_lib.analysis.plots.style import order_systems, system_look
 from djinn_lib.analysis.run import Run
-from djinn_lib.analysis.selection import NotMeasured, need_clocks, or_reason, select
-from djinn_lib.metrics import decode_multiples, sequential, served
+from djinn_lib.analysis.selection import (
+    PINNED,
+    NotMeasured,
+    need_clocks,
+    on_each_machine,
+    or_reason,
+    select,
+)
+from djinn_lib.metrics import by_request, decode_multiples, sequential, served
 
 FEW = 30  # requests; with fewer a correlation has no meaning
 SLOW = 1.5  # times the best; a loop or a decode above this is called slow
@@ -76,6 +89,52 @@ def rows_of_one_machine(run: Run) -> pd.DataFrame:
     if not both:
         raise NotMeasured("no machine ran both djinn and a system that decodes eagerly")
     return rows[machines == n_eager[both].idxmax()]
+
+
+@or_reason
+def one_pace_table(run: Run, slow: str = PINNED, fast: str = "djinn_eager") -> pd.DataFrame:
+    """Return how much of the ratio of two eager systems is the pace of the host.
+
+    There is a row for each capacity and machine that ran both on the paper's trace. `decode` and
+    `up to decoding` are means over the requests. The last ratio of medians is that of requests that
+    decode equally fast in both systems (`metrics.at_one_pace`). Its interval is the 95% one over
+    the `n` requests.
+    """
+    need_clocks(run)
+    rooms = run.every_row.sort_values("capacity_bytes")["capacity_label"].unique()
+    found = [row for label in map(str, rooms) for row in _at_one_pace(run, label, slow, fast)]
+    if not found:
+        raise NotMeasured(f"no machine ran both {slow} and {fast}")
+    return pd.DataFrame(found).set_index(["capacity", "machine"])
+
+
+def _at_one_pace(run: Run, capacity: str, slow: str, fast: str) -> Iterator[dict[str, Any]]:
+    try:
+        each = on_each_machine(run, [slow, fast], capacity_label=capacity)
+    except NotMeasured:
+        return
+    for number, both in sorted(each.items()):
+        alike = at_one_pace(run, both)
+        as_measured = paired_ratio(run, slow, both, fast, "p50")
+        at_one = paired_ratio(run, slow, alike, fast, "p50")
+        row: dict[str, Any] = {"capacity": capacity, "machine": run.machine_names[number]}
+        for part in ("decode", "up to decoding"):
+            ms = [_part_ms(both[name], part) for name in (slow, fast)]
+            names = (f"{part}, {system_look(name).label} (ms)" for name in (slow, fast))
+            row |= dict(zip(names, ms, strict=True)) | {f"{part} (x)": ms[0] / ms[1]}
+        low, high = at_one.interval or (nan, nan)
+        yield row | {
+            "P50, as measured (x)": as_measured.value,
+            "P50, at one pace (x)": at_one.value,
+            "low (x)": low,
+            "high (x)": high,
+            "n": at_one.n,
+        }
+
+
+def _part_ms(rows: pd.DataFrame, part: str) -> float:
+    decode_ms = by_request(rows, "decode_ms")
+    return float((decode_ms if part == "decode" else by_request(rows) - decode_ms).mean())
 
 
 @or_reason

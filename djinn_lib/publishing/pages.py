@@ -28,7 +28,7 @@ from djinn_lib.analysis.comparisons import (
     token_table,
 )
 from djinn_lib.analysis.compressed import compressed_trace_table, masters_table
-from djinn_lib.analysis.host_pace import decode_table, loop_table
+from djinn_lib.analysis.host_pace import decode_table, loop_table, one_pace_table
 from djinn_lib.analysis.plots.style import system_look
 from djinn_lib.analysis.results import (
     ablation_table,
@@ -222,6 +222,7 @@ TABLES: dict[str, Callable[[Run], pd.DataFrame]] = {
     "replicates": replicates_table,
     "machines": machines_table,
     "decode": decode_table,
+    "one pace": one_pace_table,
     "loop": loop_table,
     "waiting": waiting_table,
     "own arrivals": partial(rates_table, traces="paper_arrivals", target_ms=2000.0),

@@ -201,6 +201,28 @@ def test_speedup_over_capacities():
         measure("speedup_over_capacities", pd.concat(rows[:2]), system="a", baseline="b")
 
 
+def test_at_one_pace_only_what_is_not_decoding_counts():
+    """Ratios of totals are 4.5, 1.5 and 0.9; without the pace of the decode they are equal."""
+    rows = []
+    for label, fast_ms, slow_ms in (("20", 200.0, 1000.0), ("25", 500.0, 700.0), ("40", 900, 300)):
+        before = {"a": 50.0, "b": 450.0}
+        rows += [served(name, [before[name] + ms] * 3, decode_ms=ms, capacity_label=label)
+                 for name, ms in (("a", fast_ms), ("b", slow_ms))]  # fmt: skip
+    together, two = pd.concat(rows), {"system": "a", "baseline": "b"}
+    ratio = measure("median_ratio", together, system="b", to="a", one_pace=True)
+    assert ratio.value == pytest.approx((450 + 600) / (50 + 600)) and ratio.n == 3
+    span = measure("speedup_over_capacities", together, **two, one_pace=True).span
+    assert span == pytest.approx((ratio.value, ratio.value))
+    spread = [measure("speedup_spread", together, **two, one_pace=alike) for alike in (0, 1)]
+    assert [one.value for one in spread] == pytest.approx([1450 / 250 / (750 / 950), 1.0])
+
+
+def test_one_pace_is_for_systems_that_decode_by_the_same_steps():
+    rows = pd.concat([served("djinn", [1.0] * 3), served("pytorch_pinned", [2.0] * 3)])
+    with pytest.raises(NotMeasured, match="not decoded by transformers' own steps: djinn"):
+        measure("median_ratio", rows, system="pytorch_pinned", to="djinn", one_pace=True)
+
+
 def test_speedups_of_different_machines_are_not_divided():
     def on(machine: int, label: str, slow_ms: float) -> pd.DataFrame:
         cell = {"capacity_label": label, "capacity_bytes": int(label)}

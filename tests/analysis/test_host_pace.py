@@ -14,6 +14,7 @@ from djinn_lib.analysis import host_pace
 from djinn_lib.analysis.host_pace import (
     decode_table,
     loop_table,
+    one_pace_table,
     rows_of_one_machine,
     rows_with_pace,
 )
@@ -72,8 +73,37 @@ def test_rows_are_those_of_the_machine_with_most_eager_systems(gpu: Run):
 
 
 def test_without_clocks_nothing_is_compared(cpu: Run):
-    for table in (decode_table(cpu), loop_table(cpu)):
+    for table in (decode_table(cpu), loop_table(cpu), one_pace_table(cpu)):
         assert table["not measured because"].tolist() == [CPU_CLOCKS]
+
+
+def test_on_each_machine_requests_are_taken_to_decode_equally_fast(gpu: Run):
+    slower = {"decode_ms": lambda ms: 2 * ms, "total_ms": lambda ms: ms + 1000}
+    two = on_another_machine(on_another_machine(gpu, "djinn_eager", **slower), "pytorch_pinned")
+    table = one_pace_table(two)
+    assert table.index.tolist() == [("25", "1"), ("25", "2")]
+    decodes = table["decode, Djinn, eager decode (ms)"]
+    assert decodes.iloc[1] == pytest.approx(2 * decodes.iloc[0])
+    assert table["decode (x)"].iloc[1] == pytest.approx(table["decode (x)"].iloc[0] / 2)
+    by_system = gpu.cells("paper", "25").query("ok").groupby("system")
+    pinned, eager = (by_system.get_group(name).groupby("request")[["total_ms", "decode_ms"]].mean()
+                     for name in ("pytorch_pinned", "djinn_eager"))  # fmt: skip
+    mean_ms = (pinned["decode_ms"] + eager["decode_ms"]) / 2
+    totals = [part["total_ms"] - part["decode_ms"] + mean_ms for part in (pinned, eager)]
+    line = table.loc[("25", "1")]
+    assert line["P50, at one pace (x)"] == pytest.approx(totals[0].median() / totals[1].median())
+    assert line["low (x)"] <= line["P50, at one pace (x)"] <= line["high (x)"] and line["n"] == 30
+    before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (pinned, eager)]
+    assert line["up to decoding (x)"] == pytest.approx(before[0] / before[1])
+    assert line["P50, as measured (x)"] == pytest.approx(
+        pinned["total_ms"].median() / eager["total_ms"].median()
+    )
+
+
+def test_without_a_machine_that_ran_both_there_is_no_common_pace(gpu: Run):
+    rows = gpu.rows[gpu.rows["system"] != "djinn_eager"]
+    (reason,) = one_pace_table(replace(gpu, rows=rows))["not measured because"]
+    assert reason == "no machine ran both pytorch_pinned and djinn_eager"
 
 
 def test_a_loop_on_the_host_is_compared_with_the_decode_that_followed(gpu: Run):

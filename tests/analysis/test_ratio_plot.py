@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from run_factory import on_another_machine
 
 from djinn_lib.analysis.comparisons import machine_ratio_table
+from djinn_lib.analysis.host_pace import one_pace_table
 from djinn_lib.analysis.plots.ratios import machine_ratios
 from djinn_lib.analysis.run import Run, published
 from djinn_lib.analysis.selection import CPU_CLOCKS
@@ -27,31 +28,36 @@ def test_each_machine_has_a_marker_and_a_shared_one_is_hollow(gpu: Run):
         busy.manifests[cell]["busy_neighbours"] = ["GPU-b"]
     table = machine_ratio_table(busy)
     alike = table.loc[("paper", "25", "PyTorch pinned", "Djinn, eager decode")]
-    figure = machine_ratios(table, published())
+    at_one_pace = one_pace_table(busy)
+    figure = machine_ratios(table, at_one_pace, published())
     drawn = markers(figure, 0)
     assert set(drawn) >= set(
         zip(alike["P50 (x)"], alike["machine"].str.endswith("(shared)"), strict=True)
     )
     assert sorted(hollow for _, hollow in drawn) == [False] * (len(drawn) - 1) + [True]
+    hollow = at_one_pace.reset_index()["machine"].str.endswith("(shared)")
+    assert markers(figure, 1) == [*zip(at_one_pace["P50, at one pace (x)"], hollow, strict=True)]
     sleep = table.xs("vLLM sleep", level="latency of")
-    assert sorted(sleep["mean (x)"]) == sorted(height for height, _ in markers(figure, 1))
+    assert sorted(sleep["mean (x)"]) == sorted(height for height, _ in markers(figure, 2))
     top = figure.axes[0].get_ylim()[1]
     assert top > max(*alike["P50 high (x)"], *published()["sensitivity"]["speedup"])
 
 
 @pytest.mark.parametrize("paper", [None, published()])
 def test_the_figure_says_how_many_requests_it_rests_on(gpu: Run, paper: Any):
-    figure = machine_ratios(machine_ratio_table(gpu), paper)
+    figure = machine_ratios(machine_ratio_table(gpu), one_pace_table(gpu), paper)
     assert "n = 30 requests of the paper's trace" in figure.get_supxlabel()
     assert any("paper" in text.get_text() for text in figure.axes[0].texts) == bool(paper)
-    assert len(figure.axes) == 3
+    assert len(figure.axes) == 4
 
 
 def test_without_ratios_the_figure_says_why(gpu: Run, cpu: Run):
-    (text,) = machine_ratios(machine_ratio_table(cpu)).axes[0].texts
+    (text,) = machine_ratios(machine_ratio_table(cpu), one_pace_table(cpu)).axes[0].texts
     assert CPU_CLOCKS in " ".join(text.get_text().split())
     drawn = ["PyTorch pinned", "vLLM sleep", "vLLM sleep, read-only"]
     table = machine_ratio_table(gpu)
+    without = one_pace_table(cpu)
+    assert markers(machine_ratios(table, without), 1) == []
     others = table[~table.index.get_level_values("latency of").isin(drawn)]
-    (text,) = machine_ratios(others).axes[0].texts
+    (text,) = machine_ratios(others, without).axes[0].texts
     assert "No machine ran two of the systems" in " ".join(text.get_text().split())

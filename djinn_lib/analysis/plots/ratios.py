@@ -28,24 +28,22 @@ from djinn_lib.analysis.selection import MAIN_TRACE, PINNED
 
 _APART, _ALL_APART = 0.13, 0.6  # of the distance between two capacities, as in `sensitivity`
 _TRACES = {MAIN_TRACE: "paper's", "zipf": "Zipfian"}
+_COLUMNS = ["trace", "capacity", "machine", "value", "low", "high", "n"]
 
 
 class _Panel(NamedTuple):
     slow: str
-    fast: str
-    statistic: str  # as `machine_ratio_table` names it
     title: str
+    ratios: pd.DataFrame  # as `value`, `low` and `high`
 
 
-_PANELS = (
-    _Panel(PINNED, "djinn_eager", "P50", "median, both decode eagerly"),
-    _Panel("vllm_sleep", "djinn", "mean", "mean"),
-    _Panel("vllm_sleep_readonly", "djinn", "mean", "mean"),
-)
+_N_COLUMNS = 2
 
 
 @styled
-def machine_ratios(ratios: pd.DataFrame, paper: Mapping[str, Any] | None = None) -> Figure:
+def machine_ratios(
+    ratios: pd.DataFrame, alike: pd.DataFrame, paper: Mapping[str, Any] | None = None
+) -> Figure:
     """Draw how many times as high as Djinn's the latencies of three systems are.
 
     A marker is a machine that ran both systems, a hollow one a machine that was shared. Where a
@@ -54,26 +52,28 @@ def machine_ratios(ratios: pd.DataFrame, paper: Mapping[str, Any] | None = None)
     Args:
         ratios: from `comparisons.machine_ratio_table`. If it has a reason instead, the figure says
             the reason.
+        alike: from `host_pace.one_pace_table`. If it has a reason instead, its panel is empty.
         paper: the paper's numbers: a band shows its speed-ups over PyTorch pinned.
     """
     if "machine" not in ratios:
         return nothing_to_draw(f"No ratios: {ratios.iloc[0, 0]}.")
-    table = ratios.reset_index()
-    parts = [_of(table, panel) for panel in _PANELS]
-    every = pd.concat(parts)
+    panels = _panels(ratios.reset_index(), alike)
+    every = pd.concat([panel.ratios for panel in panels])
     if every.empty:
         return nothing_to_draw("No machine ran two of the systems that this figure compares.")
-    places = sorted(set(zip(every["trace"] != MAIN_TRACE, every["capacity"], strict=True)),
-                    key=lambda place: (place[0], float(place[1])))  # fmt: skip
-    figure, grid = plt.subplots(1, len(_PANELS), figsize=(DOUBLE_COLUMN_IN, 2.9), sharey=True,
-                                layout="constrained")  # fmt: skip
-    for axes, panel, part in zip(grid, _PANELS, parts, strict=True):
-        _draw(axes, panel, part, places)
+    figure, grid = plt.subplots(len(panels) // _N_COLUMNS, _N_COLUMNS, sharey=True,
+                                figsize=(DOUBLE_COLUMN_IN, 5.0), layout="constrained")  # fmt: skip
+    rows = zip(grid, zip(panels[::_N_COLUMNS], panels[1::_N_COLUMNS], strict=True), strict=True)
+    for row, of_row in rows:
+        places = _places(pd.concat([panel.ratios for panel in of_row]))
+        for axes, panel in zip(row, of_row, strict=True):
+            _draw(axes, panel, places)
+        row[0].set(ylabel="times Djinn's latency")
     highest = max(1.0, float(every["high"].max()))
     if paper:
-        highest = max(highest, _mark(grid[0], paper))
-    grid[0].set(ylabel="times Djinn's latency", ylim=(0, highest * 1.05))
-    grid[0].yaxis.set_major_locator(MultipleLocator(1.0))
+        highest = max(highest, *(_mark(axes, paper) for axes in grid[0]))
+    grid[0, 0].set(ylim=(0, highest * 1.05))
+    grid[0, 0].yaxis.set_major_locator(MultipleLocator(1.0))
     labels = {"a machine that ran both": False, "one that was shared": True}
     handles = [Line2D([], [], label=label, **_marker("0.3", hollow))
                for label, hollow in labels.items()]  # fmt: skip
@@ -85,20 +85,40 @@ def machine_ratios(ratios: pd.DataFrame, paper: Mapping[str, Any] | None = None)
     return figure
 
 
-def _of(table: pd.DataFrame, panel: _Panel) -> pd.DataFrame:
-    """Return a panel's ratios as `value`, `low` and `high`."""
-    slow, fast = system_look(panel.slow).label, system_look(panel.fast).label
-    part = table[(table["latency of"] == slow) & (table["over that of"] == fast)]
-    part = part[part["trace"].isin(list(_TRACES))]
+def _panels(table: pd.DataFrame, alike: pd.DataFrame) -> list[_Panel]:
+    return [
+        _Panel(PINNED, "median, both decode eagerly", _of(table, PINNED, "djinn_eager", "P50")),
+        _Panel(PINNED, "the same, had both decoded equally fast", _at_one_pace(table, alike)),
+        *(_Panel(name, "mean", _of(table, name, "djinn", "mean"))
+          for name in ("vllm_sleep", "vllm_sleep_readonly")),
+    ]  # fmt: skip
+
+
+def _of(table: pd.DataFrame, slow: str, fast: str, statistic: str) -> pd.DataFrame:
+    """Return the ratios of two systems as `value`, `low` and `high`."""
+    part = table[(table["latency of"] == system_look(slow).label)
+                 & (table["over that of"] == system_look(fast).label)]  # fmt: skip
     names = {"": "value", " low": "low", " high": "high"}
-    return part.rename(columns={f"{panel.statistic}{at} (x)": name for at, name in names.items()})
+    part = part.rename(columns={f"{statistic}{at} (x)": name for at, name in names.items()})
+    return part.loc[part["trace"].isin(list(_TRACES)), _COLUMNS]
 
 
-def _draw(
-    axes: Axes, panel: _Panel, part: pd.DataFrame, places: Sequence[tuple[bool, str]]
-) -> None:
+def _at_one_pace(table: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
+    if "n" not in alike:  # but a reason
+        return table.iloc[:0].reindex(columns=_COLUMNS)
+    names = {"P50, at one pace (x)": "value", "low (x)": "low", "high (x)": "high"}
+    return alike.reset_index().rename(columns=names).assign(trace=MAIN_TRACE)[_COLUMNS]
+
+
+def _places(ratios: pd.DataFrame) -> list[tuple[bool, str]]:
+    """Return whether a trace is the longer one, and a capacity, in the order of the axis."""
+    found = set(zip(ratios["trace"] != MAIN_TRACE, ratios["capacity"], strict=True))
+    return sorted(found, key=lambda place: (place[0], float(place[1])))
+
+
+def _draw(axes: Axes, panel: _Panel, places: Sequence[tuple[bool, str]]) -> None:
     """Draw the machines of each trace and capacity side by side, in the order of their runs."""
-    look = system_look(panel.slow)
+    look, part = system_look(panel.slow), panel.ratios
     for number, (longer, capacity) in enumerate(places):
         here = part[(part["capacity"] == capacity) & ((part["trace"] != MAIN_TRACE) == longer)]
         apart = min(_APART, _ALL_APART / max(1, len(here)))
