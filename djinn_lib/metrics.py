@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,7 @@ from scipy import stats
 HIT_MS = 10.0  # the paper's bound for a switch that costs nearly nothing
 CELL = ["system", "trace", "capacity_label", "mode"]
 REQUEST = ["trace", "capacity_label", "request"]  # what repeats of a cell have in common
+Pace = Literal["mean", "fastest"]
 Interval = tuple[float, float, float]  # value, low, high
 STATISTICS: dict[str, Callable[..., Any]] = {
     "p50": np.median,
@@ -253,15 +254,24 @@ def difference_of_means(one: pd.Series, other: pd.Series) -> Interval:
     return bootstrap_interval(np.mean, both["top"] - both["bottom"])
 
 
-def at_one_pace(one: pd.DataFrame, other: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def at_one_pace(
+    one: pd.DataFrame, other: pd.DataFrame, pace: Pace = "mean"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return served rows of two systems as if each request had decoded equally fast in both.
 
-    Its decode takes the mean of what it took in the two, over all repeats, and the total changes
-    with it. This is meant for systems that decode by the same steps. Requests that only one of them
-    served are left out.
+    This is meant for systems that decode by the same steps. The total of each request changes with
+    its decode. Requests that only one of the systems served are left out.
+
+    Args:
+        pace: "mean": a request's decode takes the mean of what it took in the two, over all
+            repeats. "fastest": it takes the fastest decode of its model in either.
     """
     decodes = paired(by_request(one, "decode_ms"), by_request(other, "decode_ms"))
     decode_ms = decodes.mean(axis="columns")
+    if pace == "fastest":
+        rows = served(pd.concat([one, other]))
+        model = rows.groupby(REQUEST)["model"].first().reindex(decodes.index)
+        decode_ms = model.map(rows.groupby("model")["decode_ms"].min())
     return _with_decode(one, decode_ms), _with_decode(other, decode_ms)
 
 

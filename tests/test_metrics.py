@@ -200,9 +200,10 @@ def test_the_spread_of_decoding_is_that_of_one_model_and_length():
 def test_at_one_pace_requests_decode_in_the_mean_of_both_systems():
     keys = {"trace": "t", "capacity_label": "25", "ok": True}
     one = pd.DataFrame({**keys, "request": [0, 0, 1, 2], "repeat": [0, 1, 0, 0],
-                        "decode_ms": [80.0, 120.0, 50.0, 10.0],
+                        "model": [*"aabb"], "decode_ms": [80.0, 120.0, 50.0, 10.0],
                         "total_ms": [100.0, 150.0, 51.0, 11.0]})  # fmt: skip
     other = pd.DataFrame({**keys, "request": [1, 0, 2], "repeat": 0, "ok": [True, True, False],
+                          "model": [*"bab"],
                           "decode_ms": [150.0, 300.0, np.nan],
                           "total_ms": [155.0, 307.0, np.nan]})  # fmt: skip
     alike, other_alike = at_one_pace(one, other)
@@ -210,6 +211,9 @@ def test_at_one_pace_requests_decode_in_the_mean_of_both_systems():
     assert alike["total_ms"].tolist() == [220.0, 230.0, 101.0]
     assert other_alike["total_ms"].tolist() == [105.0, 207.0]
     assert by_request(alike, "decode_ms").equals(by_request(other_alike, "decode_ms"))
+    best, other_best = at_one_pace(one, other, "fastest")  # of model b it is that of request 2
+    assert best["decode_ms"].tolist() == [80.0, 80.0, 10.0]
+    assert other_best["total_ms"].tolist() == [15.0, 87.0]
 
 
 def test_a_difference_of_means_is_paired(rng):

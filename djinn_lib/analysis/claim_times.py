@@ -114,18 +114,21 @@ def _left_out(systems: str | Sequence[str], compared: Iterable[str], to: str) ->
     return f"; not compared, as no machine ran it with {to}: {', '.join(missing)}" * bool(missing)
 
 
-def at_one_pace(run: Run, both: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def at_one_pace(
+    run: Run, both: Mapping[str, pd.DataFrame], pace: metrics.Pace = "mean"
+) -> dict[str, pd.DataFrame]:
     """Return rows of two eager systems as if they had decoded equally fast (`metrics.at_one_pace`).
 
     Eager steps follow the pace of the host, which differs between two cells of one machine by more
-    than such systems do. What is left of their difference is the system's doing.
+    than such systems do. What is left of their difference comes before decoding. The faster the
+    common pace, the larger is its share of the totals.
 
     Raises:
         NotMeasured: one of them does not decode by transformers' own steps.
     """
     if others := sorted(run.other_steps & set(both)):
         raise NotMeasured(f"not decoded by transformers' own steps: {', '.join(others)}")
-    return dict(zip(both, metrics.at_one_pace(*both.values()), strict=True))
+    return dict(zip(both, metrics.at_one_pace(*both.values(), pace), strict=True))
 
 
 def paired_ratio(

@@ -91,8 +91,18 @@ def test_on_each_machine_requests_are_taken_to_decode_equally_fast(gpu: Run):
     mean_ms = (pinned["decode_ms"] + eager["decode_ms"]) / 2
     totals = [part["total_ms"] - part["decode_ms"] + mean_ms for part in (pinned, eager)]
     line = table.loc[("25", "1")]
-    assert line["P50, at one pace (x)"] == pytest.approx(totals[0].median() / totals[1].median())
-    assert line["low (x)"] <= line["P50, at one pace (x)"] <= line["high (x)"] and line["n"] == 30
+    assert line["P50, at the mean pace (x)"] == pytest.approx(
+        totals[0].median() / totals[1].median()
+    )
+    assert (
+        line["low (x)"] <= line["P50, at the mean pace (x)"] <= line["high (x)"] and line["n"] == 30
+    )
+    own = gpu.cells("paper", "25").query("system in ('pytorch_pinned', 'djinn_eager') and ok")
+    fastest = own.groupby("model")["decode_ms"].min()
+    fast_ms = own.groupby("request")["model"].first().map(fastest)
+    totals = [part["total_ms"] - part["decode_ms"] + fast_ms for part in (pinned, eager)]
+    at_best = totals[0].median() / totals[1].median()
+    assert line["P50, at the fastest pace (x)"] == pytest.approx(at_best)
     before = [(part["total_ms"] - part["decode_ms"]).mean() for part in (pinned, eager)]
     assert line["up to decoding (x)"] == pytest.approx(before[0] / before[1])
     assert line["P50, as measured (x)"] == pytest.approx(

@@ -36,7 +36,9 @@ def test_each_machine_has_a_marker_and_a_shared_one_is_hollow(gpu: Run):
     )
     assert sorted(hollow for _, hollow in drawn) == [False] * (len(drawn) - 1) + [True]
     hollow = at_one_pace.reset_index()["machine"].str.endswith("(shared)")
-    assert markers(figure, 1) == [*zip(at_one_pace["P50, at one pace (x)"], hollow, strict=True)]
+    assert markers(figure, 1) == [
+        *zip(at_one_pace["P50, at the mean pace (x)"], hollow, strict=True)
+    ]
     sleep = table.xs("vLLM sleep", level="latency of")
     assert sorted(sleep["mean (x)"]) == sorted(height for height, _ in markers(figure, 2))
     top = figure.axes[0].get_ylim()[1]

@@ -106,7 +106,7 @@ def _of(table: pd.DataFrame, slow: str, fast: str, statistic: str) -> pd.DataFra
 def _at_one_pace(table: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
     if "n" not in alike:  # but a reason
         return table.iloc[:0].reindex(columns=_COLUMNS)
-    names = {"P50, at one pace (x)": "value", "low (x)": "low", "high (x)": "high"}
+    names = {"P50, at the mean pace (x)": "value", "low (x)": "low", "high (x)": "high"}
     return alike.reset_index().rename(columns=names).assign(trace=MAIN_TRACE)[_COLUMNS]
 
 
