@@ -128,7 +128,7 @@ def at_one_pace(
     """
     if others := sorted(run.other_steps & set(both)):
         raise NotMeasured(f"not decoded by transformers' own steps: {', '.join(others)}")
-    return dict(zip(both, metrics.at_one_pace(*both.values(), pace), strict=True))
+    return dict(zip(both, metrics.at_one_pace(*both.values(), pace=pace), strict=True))
 
 
 def paired_ratio(
