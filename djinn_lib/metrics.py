@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,9 @@ from scipy import stats
 HIT_MS = 10.0  # the paper's bound for a switch that costs nearly nothing
 CELL = ["system", "trace", "capacity_label", "mode"]
 REQUEST = ["trace", "capacity_label", "request"]  # what repeats of a cell have in common
+_LENGTH = ["trace", "request", "n_tokens"]  # what a decode should depend on, besides the model
 Pace = Literal["mean", "fastest"]
+PACES: tuple[Pace, ...] = get_args(Pace)
 Interval = tuple[float, float, float]  # value, low, high
 STATISTICS: dict[str, Callable[..., Any]] = {
     "p50": np.median,
@@ -95,7 +97,7 @@ def phases_ms(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({**parts, "prefill": prefill_ms(rows), "decode": rows["decode_ms"]})
 
 
-def mean_before_decode_ms(rows: pd.DataFrame) -> float:
+def mean_without_decode_ms(rows: pd.DataFrame) -> float:
     """Mean latency without the decode, which eager systems do at the pace of the host."""
     return float((rows["total_ms"] - rows["decode_ms"]).mean())
 
@@ -132,7 +134,7 @@ def measures(rows: pd.DataFrame) -> dict[str, Any]:
         "served (%)": 100 * rows["ok"].mean(),
         "repeats": repeats,
         **{f"{name} (ms)": times[name.lower()] for name in ("P50", "P90", "P99", "max", "mean")},
-        "up to decoding (ms)": mean_before_decode_ms(done),
+        "without decoding (ms)": mean_without_decode_ms(done),
         "mean TTFT (ms)": done["ttft_ms"].mean(),
         "mean switch (ms)": done["switch_ms"].mean(),
         "mean decode (ms)": done["decode_ms"].mean(),
@@ -254,32 +256,29 @@ def difference_of_means(one: pd.Series, other: pd.Series) -> Interval:
     return bootstrap_interval(np.mean, both["top"] - both["bottom"])
 
 
-def at_one_pace(
-    one: pd.DataFrame, other: pd.DataFrame, pace: Pace = "mean"
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return served rows of two systems as if each request had decoded equally fast in both.
+def at_one_pace(cells: Sequence[pd.DataFrame], pace: Pace) -> list[pd.DataFrame]:
+    """Return served rows of several cells as if each request had decoded equally fast in all.
 
-    This is meant for systems that decode by the same steps. The total of each request changes with
-    its decode. Requests that only one of the systems served are left out.
+    This is meant for cells of one trace whose systems decode by the same steps, at any capacity.
+    The total of each request changes with its decode. Requests that some cell did not serve, or
+    gave another number of tokens, are left out.
 
     Args:
-        pace: "mean": a request's decode takes the mean of what it took in the two, over all
-            repeats. "fastest": it takes the fastest decode of its model in either.
+        pace: "mean": a request's decode takes the mean of the cells' means over their repeats.
+            "fastest": it takes the fastest decode of its model and number of tokens in any cell.
     """
-    decodes = paired(by_request(one, "decode_ms"), by_request(other, "decode_ms"))
-    decode_ms = decodes.mean(axis="columns")
-    if pace == "fastest":
-        rows = served(pd.concat([one, other]))
-        model = rows.groupby(REQUEST)["model"].first().reindex(decodes.index)
-        decode_ms = model.map(rows.groupby("model")["decode_ms"].min())
-    return _with_decode(one, decode_ms), _with_decode(other, decode_ms)
-
-
-def _with_decode(rows: pd.DataFrame, decode_ms: pd.Series) -> pd.DataFrame:
-    rows = served(rows)
-    new_ms = decode_ms.reindex(pd.MultiIndex.from_frame(rows[REQUEST])).to_numpy()
-    total_ms = rows["total_ms"] - rows["decode_ms"] + new_ms
-    return rows.assign(decode_ms=new_ms, total_ms=total_ms).dropna(subset="decode_ms")
+    cells = [served(rows).dropna(subset="decode_ms") for rows in cells]
+    each = [rows.groupby(_LENGTH)["decode_ms"].mean() for rows in cells]
+    means = pd.concat(each, axis=1, join="inner").mean(axis=1)
+    best = pd.concat(cells).groupby(["model", "n_tokens"])["decode_ms"].min()
+    made = []
+    for rows in cells:
+        new_ms = rows.join(means.rename("new"), on=_LENGTH, how="left")["new"]
+        if pace == "fastest":
+            new_ms = rows.join(best.rename("new"), on=best.index.names)["new"].where(new_ms.notna())
+        total_ms = rows["total_ms"] - rows["decode_ms"] + new_ms
+        made.append(rows.assign(decode_ms=new_ms, total_ms=total_ms)[new_ms.notna()])
+    return made
 
 
 def paired(top: pd.Series, bottom: pd.Series) -> pd.DataFrame:

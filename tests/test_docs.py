@@ -96,7 +96,7 @@ def test_the_index_lists_every_page():
 SAID = {
     README: {
         "paper-p50-vs-pinned-like-for-like": "**{:.2f}x**", "paper-p50-vs-pinned": "{:.2f}x",
-        "paper-p50-vs-pinned-one-pace": "**{:.2f}x**", "ours-zipf-mean-vs-sleep": "**{:.2f}x**",
+        "paper-p50-vs-pinned-mean-pace": "**{:.2f}x**", "ours-zipf-mean-vs-sleep": "**{:.2f}x**",
         "ours-mean-vs-sleep": "**{:.2f}x**", "ours-p90-vs-sleep": "{:.2f}x",
     },
     DOCS / "from-the-paper.md": {

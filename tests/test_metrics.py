@@ -200,20 +200,34 @@ def test_the_spread_of_decoding_is_that_of_one_model_and_length():
 def test_at_one_pace_requests_decode_in_the_mean_of_both_systems():
     keys = {"trace": "t", "capacity_label": "25", "ok": True}
     one = pd.DataFrame({**keys, "request": [0, 0, 1, 2], "repeat": [0, 1, 0, 0],
-                        "model": [*"aabb"], "decode_ms": [80.0, 120.0, 50.0, 10.0],
+                        "model": [*"aabb"], "n_tokens": 6, "decode_ms": [80.0, 120.0, 50.0, 10.0],
                         "total_ms": [100.0, 150.0, 51.0, 11.0]})  # fmt: skip
     other = pd.DataFrame({**keys, "request": [1, 0, 2], "repeat": 0, "ok": [True, True, False],
-                          "model": [*"bab"],
+                          "model": [*"bab"], "n_tokens": 6, "capacity_label": "40",
                           "decode_ms": [150.0, 300.0, np.nan],
                           "total_ms": [155.0, 307.0, np.nan]})  # fmt: skip
-    alike, other_alike = at_one_pace(one, other)
+    alike, other_alike = at_one_pace([one, other], "mean")
     assert alike["decode_ms"].tolist() == [200.0, 200.0, 100.0]  # request 2 was served by one only
     assert alike["total_ms"].tolist() == [220.0, 230.0, 101.0]
     assert other_alike["total_ms"].tolist() == [105.0, 207.0]
-    assert by_request(alike, "decode_ms").equals(by_request(other_alike, "decode_ms"))
-    best, other_best = at_one_pace(one, other, "fastest")  # of model b it is that of request 2
+    assert set(by_request(alike, "decode_ms")) == set(by_request(other_alike, "decode_ms"))
+    best, other_best = at_one_pace([one, other], "fastest")  # of model b it is that of request 2
     assert best["decode_ms"].tolist() == [80.0, 80.0, 10.0]
     assert other_best["total_ms"].tolist() == [15.0, 87.0]
+    both = at_one_pace([one, other.assign(decode_ms=[150.0, 70.0, np.nan])], "fastest")
+    assert [rows["decode_ms"].iloc[-1] for rows in both] == [10.0, 70.0]
+    three = at_one_pace([one, other, other.assign(decode_ms=[400.0, 500.0, np.nan])], "mean")
+    assert three[0]["decode_ms"].tolist() == [300.0, 300.0, 200.0]
+
+
+def test_decodes_that_cannot_be_compared_have_no_common_pace():
+    keys = {"trace": "t", "capacity_label": "25", "ok": True, "model": "a", "repeat": 0}
+    one = pd.DataFrame({**keys, "request": [0, 1, 2], "n_tokens": [6, 6, 2], "total_ms": 90.0,
+                        "decode_ms": [80.0, 60.0, 5.0]})  # fmt: skip
+    other = one.assign(n_tokens=6, decode_ms=[40.0, np.nan, 50.0])  # 1: unknown, 2: longer
+    for pace, decode_ms in (("mean", 60.0), ("fastest", 40.0)):
+        assert [rows["decode_ms"].tolist() for rows in at_one_pace([one, other], pace)] == [
+            [decode_ms], [decode_ms]]  # fmt: skip
 
 
 def test_a_difference_of_means_is_paired(rng):

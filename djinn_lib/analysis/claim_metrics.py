@@ -1,8 +1,9 @@
 """Metrics of claims: each is a small function from a run to a value.
 
 This module has the register of all metrics, and the metrics of counts, bytes and shares, which are
-valid on any machine, as are those of `claim_tokens`; `claim_times` and `claim_series` have those of
-times. A metric that cannot be measured raises `NotMeasured` with the reason.
+valid on any machine, as are those of `claim_tokens`. `claim_times`, `claim_switches` and
+`claim_series` have those of times. A metric that cannot be measured raises `NotMeasured` with the
+reason.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     inspect.signature(select).bind(None, None, **bound.get("where", {}))
     if (statistic := bound.get("statistic", "p50")) not in metrics.STATISTICS:
         raise TypeError(f"expected a statistic out of {[*metrics.STATISTICS]}, got {statistic!r}")
+    if (pace := bound.get("pace")) not in (None, *metrics.PACES):
+        raise TypeError(f"expected a pace out of {[*metrics.PACES]}, got {pace!r}")
 
 
 def estimate(found: Interval, n: int, remark: str = "") -> Measurement:

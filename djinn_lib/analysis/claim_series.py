@@ -18,19 +18,19 @@ from djinn_lib.analysis.claim_metrics import Measurement, estimate, metric
 from djinn_lib.analysis.claim_times import at_one_pace, median_ratio
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import NotMeasured, by_machine, ran_on, select, swept
-from djinn_lib.metrics import block_length, bootstrap_interval, by_request, share_interval
+from djinn_lib.metrics import Pace, block_length, bootstrap_interval, by_request, share_interval
 
 
 @metric(timed=True)
 def speedup_over_capacities(
-    run: Run, system: str, baseline: str, one_pace: bool = False
+    run: Run, system: str, baseline: str, pace: Pace | None = None
 ) -> Measurement:
     """Middle of the ratios of medians at all capacities; every interval must be as expected.
 
-    With `one_pace` see `claim_times.at_one_pace`.
+    For `pace` see `claim_times.at_one_pace`.
     """
     labels = swept(select(run, system, capacity_label=None))
-    ratios = [median_ratio(run, baseline, system, one_pace, capacity_label=label)
+    ratios = [median_ratio(run, baseline, system, pace, capacity_label=label)
               for label in labels]  # fmt: skip
     values, judged = [r.value for r in ratios], [r.judged for r in ratios]
     span = min(low for low, _ in judged), max(high for _, high in judged)
@@ -38,19 +38,18 @@ def speedup_over_capacities(
 
 
 @metric(timed=True)
-def speedup_spread(run: Run, system: str, baseline: str, one_pace: bool = False) -> Measurement:
+def speedup_spread(run: Run, system: str, baseline: str, pace: Pace | None = None) -> Measurement:
     """The greatest ratio of medians over all capacities, divided by the least.
 
     Its interval draws the same requests at every capacity. Ratios of different machines are not
     compared: it rests on the capacities that one machine ran, the most that any did. If some are
-    missing, the true value may be any greater one. With `one_pace` see `claim_times.at_one_pace`.
+    missing, the true value may be any greater one. For `pace` see `claim_times.at_one_pace`.
     """
     labels = swept(select(run, system, capacity_label=None))
     pairs = _on_one_machine(run, baseline, system, labels)
-    if one_pace:
-        named = (dict(zip((baseline, system), pair, strict=True)) for pair in pairs)
-        pairs = [tuple(at_one_pace(run, both).values()) for both in named]
     cells = [rows for pair in pairs for rows in pair]
+    if pace:  # the same at all capacities
+        cells = at_one_pace(run, cells, pace)
     columns = [by_request(rows).droplevel("capacity_label") for rows in cells]
     together = pd.concat(columns, axis=1, join="inner")
 

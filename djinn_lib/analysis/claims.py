@@ -13,7 +13,7 @@ import yaml
 from pandas.io.formats.style import Styler
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from djinn_lib.analysis import claim_series, claim_tokens  # noqa: F401  (they register metrics)
+from djinn_lib.analysis import claim_series, claim_switches, claim_tokens  # noqa: F401  (they register metrics)
 from djinn_lib.analysis.claim_metrics import METRICS, TIMED, Measurement, check_arguments
 from djinn_lib.analysis.run import Run
 from djinn_lib.analysis.selection import CPU_CLOCKS, NotMeasured

@@ -8,7 +8,8 @@ Python loop was also slow just before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from math import nan
 from typing import Any
 
@@ -25,7 +26,7 @@ from djinn_lib.analysis.selection import (
     or_reason,
     select,
 )
-from djinn_lib.metrics import by_request, decode_multiples, sequential, served
+from djinn_lib.metrics import by_request, decode_multiples, paired, sequential, served
 
 FEW = 30  # requests; with fewer a correlation has no meaning
 SLOW = 1.5  # times the best; a loop or a decode above this is called slow
@@ -96,15 +97,15 @@ def one_pace_table(run: Run, slow: str = PINNED, fast: str = "djinn_eager") -> p
     """Return how much of the ratio of two eager systems is the pace of the host.
 
     There is a row for each capacity and machine that ran both on the paper's trace. `decode` and
-    `up to decoding` are means over the requests. The last ratios of medians are those of requests
-    that decode equally fast in both systems, at two paces (`metrics.at_one_pace`). `low` and `high`
-    are the 95% interval of the first over the `n` requests.
+    `without decoding` are means over the `n` requests that both served. The last ratios of medians
+    are those of requests that decode equally fast in both systems, at the two paces of
+    `metrics.at_one_pace`. `low` and `high` are the 95% interval of the first over the requests.
     """
     need_clocks(run)
     rooms = run.every_row.sort_values("capacity_bytes")["capacity_label"].unique()
     found = [row for label in map(str, rooms) for row in _at_one_pace(run, label, slow, fast)]
     if not found:
-        raise NotMeasured(f"no machine ran both {slow} and {fast}")
+        raise NotMeasured(f"no machine served a request with both {slow} and {fast}")
     return pd.DataFrame(found).set_index(["capacity", "machine"])
 
 
@@ -114,29 +115,39 @@ def _at_one_pace(run: Run, capacity: str, slow: str, fast: str) -> Iterator[dict
     except NotMeasured:
         return
     for number, both in sorted(each.items()):
-        measured, at_mean, at_fastest = (
-            paired_ratio(run, slow, rows, fast, "p50")
-            for rows in (both, at_one_pace(run, both), at_one_pace(run, both, "fastest"))
-        )
-        row: dict[str, Any] = {"capacity": capacity, "machine": run.machine_names[number]}
-        for part in ("decode", "up to decoding"):
-            ms = [_part_ms(both[name], part) for name in (slow, fast)]
-            names = (f"{part}, {system_look(name).label} (ms)" for name in (slow, fast))
-            row |= dict(zip(names, ms, strict=True)) | {f"{part} (x)": ms[0] / ms[1]}
-        low, high = at_mean.interval or (nan, nan)
-        yield row | {
-            "P50, as measured (x)": measured.value,
-            "P50, at the mean pace (x)": at_mean.value,
-            "low (x)": low,
-            "high (x)": high,
-            "P50, at the fastest pace (x)": at_fastest.value,
-            "n": at_mean.n,
-        }
+        with suppress(NotMeasured):  # a machine where one of them served nothing
+            row = _pair_at_one_pace(run, slow, fast, both)
+            yield {"capacity": capacity, "machine": run.machine_names[number], **row}
 
 
-def _part_ms(rows: pd.DataFrame, part: str) -> float:
-    decode_ms = by_request(rows, "decode_ms")
-    return float((decode_ms if part == "decode" else by_request(rows) - decode_ms).mean())
+def _pair_at_one_pace(
+    run: Run, slow: str, fast: str, both: Mapping[str, pd.DataFrame]
+) -> dict[str, Any]:
+    ratios = []
+    for pace in (None, "mean", "fastest"):
+        cells = at_one_pace(run, [both[slow], both[fast]], pace) if pace else both.values()
+        alike = dict(zip(both, cells, strict=True))
+        ratios.append(paired_ratio(run, slow, alike, fast, "p50"))
+    measured, at_mean, at_fastest = ratios
+    decodes, totals = (
+        paired(*(by_request(both[name], column) for name in (slow, fast)))
+        for column in ("decode_ms", "total_ms")
+    )
+    row: dict[str, float] = {}
+    for part, ms in (("decode", decodes), ("without decoding", totals - decodes)):
+        means = ms.mean()
+        row |= {f"{part}, {system_look(slow).label} (ms)": means["top"],
+                f"{part}, {system_look(fast).label} (ms)": means["bottom"],
+                f"{part} (x)": means["top"] / means["bottom"]}  # fmt: skip
+    low, high = at_mean.interval or (nan, nan)
+    return row | {
+        "P50, as measured (x)": measured.value,
+        "P50, at the mean pace (x)": at_mean.value,
+        "low (x)": low,
+        "high (x)": high,
+        "P50, at the fastest pace (x)": at_fastest.value,
+        "n": at_mean.n,
+    }
 
 
 @or_reason

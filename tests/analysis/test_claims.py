@@ -103,6 +103,13 @@ def claim_of(expected: dict[str, Any], **fields: Any) -> Claim:
             {"metric": "latency", "arguments": {"system": "djinn", "statistic": "p98"}},
             "a statistic out of .*got 'p98'",
         ),
+        (
+            {
+                "metric": "median_ratio",
+                "arguments": {"system": "a", "to": "b", "pace": "slowest"},
+            },
+            "a pace out of .*got 'slowest'",
+        ),
         ({"source": "hearsay"}, "source"),
         ({"tolerance": 1.0}, "tolerance"),
         ({"colour": "red"}, "colour"),
@@ -209,18 +216,38 @@ def test_at_one_pace_only_what_is_not_decoding_counts():
         rows += [served(name, [before[name] + ms] * 3, decode_ms=ms, capacity_label=label)
                  for name, ms in (("a", fast_ms), ("b", slow_ms))]  # fmt: skip
     together, two = pd.concat(rows), {"system": "a", "baseline": "b"}
-    ratio = measure("median_ratio", together, system="b", to="a", one_pace=True)
-    assert ratio.value == pytest.approx((450 + 600) / (50 + 600)) and ratio.n == 3
-    span = measure("speedup_over_capacities", together, **two, one_pace=True).span
-    assert span == pytest.approx((ratio.value, ratio.value))
-    spread = [measure("speedup_spread", together, **two, one_pace=alike) for alike in (0, 1)]
-    assert [one.value for one in spread] == pytest.approx([1450 / 250 / (750 / 950), 1.0])
+    ratios = [measure("median_ratio", together, system="b", to="a", pace=pace)
+              for pace in ("mean", "fastest")]  # fmt: skip
+    assert [one.value for one in ratios] == pytest.approx([1050 / 650, 950 / 550])
+    assert ratios[0].n == 3
+    span = measure("speedup_over_capacities", together, **two, pace="mean").span
+    assert span == pytest.approx((1050 / 650, 1050 / 650))
+    spread = [measure("speedup_spread", together, **two, pace=pace)
+              for pace in (None, "mean", "fastest")]  # fmt: skip
+    assert [one.value for one in spread] == pytest.approx([1450 / 250 / (750 / 950), 1.0, 1.0])
+
+
+def test_the_pace_is_the_same_at_all_capacities():
+    rows = [served(name, [before + ms] * 3, decode_ms=ms, capacity_label=label)
+            for label, ms in (("20", 100.0), ("40", 1000.0))
+            for name, before in (("a", 50.0), ("b", 450.0))]  # fmt: skip
+    two = {"system": "a", "baseline": "b"}
+    assert measure("speedup_spread", pd.concat(rows), **two).value > 2
+    for pace in ("mean", "fastest"):
+        assert measure("speedup_spread", pd.concat(rows), **two, pace=pace).value == 1
 
 
 def test_one_pace_is_for_systems_that_decode_by_the_same_steps():
     rows = pd.concat([served("djinn", [1.0] * 3), served("pytorch_pinned", [2.0] * 3)])
     with pytest.raises(NotMeasured, match="not decoded by transformers' own steps: djinn"):
-        measure("median_ratio", rows, system="pytorch_pinned", to="djinn", one_pace=True)
+        measure("median_ratio", rows, system="pytorch_pinned", to="djinn", pace="mean")
+    rows = pd.concat([rows, served("pytorch_lru", [4.0] * 3)]).assign(decode_ms=1.0)
+    found = measure("statistic_ratio", rows, system=["djinn", "pytorch_lru"], to="pytorch_pinned",
+                    statistic="p50", pace="mean")  # fmt: skip
+    assert found.value == 2 and "no machine ran it with pytorch_pinned: djinn" in found.remark
+    with pytest.raises(NotMeasured, match="waited for each other"):
+        measure("median_ratio", rows.assign(mode="concurrent"), system="pytorch_lru",
+                to="pytorch_pinned", mode="concurrent", pace="mean")  # fmt: skip
 
 
 def test_speedups_of_different_machines_are_not_divided():

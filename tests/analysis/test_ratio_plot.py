@@ -39,6 +39,9 @@ def test_each_machine_has_a_marker_and_a_shared_one_is_hollow(gpu: Run):
     assert markers(figure, 1) == [
         *zip(at_one_pace["P50, at the mean pace (x)"], hollow, strict=True)
     ]
+    fastest = [float(line.get_ydata()[0]) for line in figure.axes[1].lines  # type: ignore[arg-type]
+               if line.get_marker() == "x"]  # fmt: skip
+    assert fastest == at_one_pace["P50, at the fastest pace (x)"].tolist()
     sleep = table.xs("vLLM sleep", level="latency of")
     assert sorted(sleep["mean (x)"]) == sorted(height for height, _ in markers(figure, 2))
     top = figure.axes[0].get_ylim()[1]
@@ -49,7 +52,8 @@ def test_each_machine_has_a_marker_and_a_shared_one_is_hollow(gpu: Run):
 def test_the_figure_says_how_many_requests_it_rests_on(gpu: Run, paper: Any):
     figure = machine_ratios(machine_ratio_table(gpu), one_pace_table(gpu), paper)
     assert "n = 30 requests of the paper's trace" in figure.get_supxlabel()
-    assert any("paper" in text.get_text() for text in figure.axes[0].texts) == bool(paper)
+    for axes in figure.axes[:2]:  # both panels of PyTorch pinned
+        assert any("paper" in text.get_text() for text in axes.texts) == bool(paper)
     assert len(figure.axes) == 4
 
 

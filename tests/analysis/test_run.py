@@ -10,9 +10,9 @@ from run_factory import GPU_MACHINE, on_another_machine, write_cell
 
 from djinn_lib.analysis.claim_metrics import METRICS
 from djinn_lib.analysis.plots.sensitivity import sensitivity
-from djinn_lib.analysis.results import hit_table, speedup_table, sweep_table
 from djinn_lib.analysis.run import Run, load_run
 from djinn_lib.analysis.selection import sweep
+from djinn_lib.analysis.sweeps import hit_table, speedup_table, sweep_table
 from djinn_lib.errors import RecordError
 from djinn_lib.rows import no_rows
 

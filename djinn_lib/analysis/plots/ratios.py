@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -28,7 +29,8 @@ from djinn_lib.analysis.selection import MAIN_TRACE, PINNED
 
 _APART, _ALL_APART = 0.13, 0.6  # of the distance between two capacities, as in `sensitivity`
 _TRACES = {MAIN_TRACE: "paper's", "zipf": "Zipfian"}
-_COLUMNS = ["trace", "capacity", "machine", "value", "low", "high", "n"]
+_COLUMNS = ["trace", "capacity", "machine", "value", "low", "high", "fastest", "n"]
+_FASTEST: dict[str, Any] = {"marker": "x", "markersize": 4.5, "linestyle": ""}
 
 
 class _Panel(NamedTuple):
@@ -77,7 +79,10 @@ def machine_ratios(
     labels = {"a machine that ran both": False, "one that was shared": True}
     handles = [Line2D([], [], label=label, **_marker("0.3", hollow))
                for label, hollow in labels.items()]  # fmt: skip
-    legend_above(figure, handles, 2)
+    handles.append(
+        Line2D([], [], color="0.3", label="each decode the fastest of its model", **_FASTEST)
+    )
+    legend_above(figure, handles, 3)
     n = " and ".join(f"{number_range(part['n'])} requests of the {_TRACES[str(trace)]} trace"
                      for trace, part in every.groupby("trace"))  # fmt: skip
     footnote(figure, [f"n = {n}, paired by request. Bars: 95% intervals over them.",
@@ -88,7 +93,7 @@ def machine_ratios(
 def _panels(table: pd.DataFrame, alike: pd.DataFrame) -> list[_Panel]:
     return [
         _Panel(PINNED, "median, both decode eagerly", _of(table, PINNED, "djinn_eager", "P50")),
-        _Panel(PINNED, "the same, had both decoded equally fast", _at_one_pace(table, alike)),
+        _Panel(PINNED, "the same, each decode the mean of both", _at_one_pace(table, alike)),
         *(_Panel(name, "mean", _of(table, name, "djinn", "mean"))
           for name in ("vllm_sleep", "vllm_sleep_readonly")),
     ]  # fmt: skip
@@ -100,13 +105,15 @@ def _of(table: pd.DataFrame, slow: str, fast: str, statistic: str) -> pd.DataFra
                  & (table["over that of"] == system_look(fast).label)]  # fmt: skip
     names = {"": "value", " low": "low", " high": "high"}
     part = part.rename(columns={f"{statistic}{at} (x)": name for at, name in names.items()})
+    part = part.assign(fastest=nan)
     return part.loc[part["trace"].isin(list(_TRACES)), _COLUMNS]
 
 
 def _at_one_pace(table: pd.DataFrame, alike: pd.DataFrame) -> pd.DataFrame:
     if "n" not in alike:  # but a reason
         return table.iloc[:0].reindex(columns=_COLUMNS)
-    names = {"P50, at the mean pace (x)": "value", "low (x)": "low", "high (x)": "high"}
+    names = {"P50, at the mean pace (x)": "value", "low (x)": "low", "high (x)": "high",
+             "P50, at the fastest pace (x)": "fastest"}  # fmt: skip
     return alike.reset_index().rename(columns=names).assign(trace=MAIN_TRACE)[_COLUMNS]
 
 
@@ -127,6 +134,7 @@ def _draw(axes: Axes, panel: _Panel, places: Sequence[tuple[bool, str]]) -> None
             sides = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
             marker = _marker(look.color, str(row["machine"]).endswith(SHARED))
             axes.errorbar(at, row["value"], sides, capsize=2.0, elinewidth=1.0, **marker)
+            axes.plot(at, row["fastest"], color=look.color, **_FASTEST)
     axes.axhline(1.0, color="0.3", linewidth=1.0, linestyle=":")
     axes.set_xticks(range(len(places)), [f"{capacity}\nZipf" if longer else capacity
                                          for longer, capacity in places])  # fmt: skip

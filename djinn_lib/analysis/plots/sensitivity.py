@@ -27,7 +27,7 @@ from djinn_lib.analysis.plots.style import (
     styled,
     system_look,
 )
-from djinn_lib.analysis.results import hit_table, speedup_table
+from djinn_lib.analysis.sweeps import hit_table, speedup_table
 from djinn_lib.errors import RecordError
 from djinn_lib.metrics import HIT_MS, attempted
 
