@@ -46,7 +46,7 @@ from djinn_lib.simulator.cost_model import engine_rows
 PAGES = (REPO / "README.md", REPO / "docs" / "results.md", REPO / "docs" / "compressed-masters.md")
 BFLOAT16 = "h100-bf16"  # beside the reference run
 _STEPS = ("djinn_compiled", "djinn_graph", "djinn_partial_no_overlap", "djinn_whole")
-_CLAIMS_THAT_MATTER = {
+CLAIMS_THAT_MATTER = {
     "paper-p50-vs-pinned-like-for-like": "median of PyTorch pinned over Djinn's, same decoding",
     "paper-p50-vs-pinned-mean-pace": "the same, each request's decode the mean of both",
     "paper-speedup-consistent-like-for-like": (
@@ -115,7 +115,7 @@ def claims_that_matter(run: Run) -> pd.DataFrame:
     """Return a short table of verdicts, for the README."""
     verdicts = {verdict.id: verdict for verdict in read_claims(run.folder / "claims.json")}
     table = pd.DataFrame(
-        {"claim": said, **_measured(verdicts[name])} for name, said in _CLAIMS_THAT_MATTER.items()
+        {"claim": said, **_measured(verdicts[name])} for name, said in CLAIMS_THAT_MATTER.items()
     )
     return table.rename(columns={"measured": "here, H100"})
 

@@ -46,6 +46,14 @@ def test_the_published_verdicts_are_those_of_the_published_rows(reference: Run):
     assert kept == {v.id: v.verdict for v in judge(load_claims(), reference)}
 
 
+def test_the_claims_of_the_readme_are_claims_with_their_verdicts(reference: Run):
+    verdicts = {verdict.id: verdict for verdict in read_claims(REFERENCE / "claims.json")}
+    table = pages.claims_that_matter(reference)
+    shown = [verdicts[name] for name in pages.CLAIMS_THAT_MATTER]
+    assert table["here, H100"].tolist() == [verdict.measured_text for verdict in shown]
+    assert [text.strip("*") for text in table["verdict"]] == [one.verdict for one in shown]
+
+
 def test_the_verdicts_without_a_gpu_are_on_the_claims_of_the_file():
     kept = {v.id: (v.quote, v.expected) for v in read_claims(REFERENCE.parent / "cpu/claims.json")}
     listed = {claim.id: (claim.quote, claim.allowed) for claim in load_claims()}
